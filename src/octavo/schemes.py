@@ -1,0 +1,280 @@
+"""The numeric definition of every scheme: amax, scale, quantize, dequantize. Plain torch, any device.
+
+    w ≈ q.float() * scale          q: float8_e4m3fn [..., out, in]
+
+    scheme        a scale group is           scale of weight[out, in]
+    fp8_channel   one row                    f32 [out, 1]
+    fp8_block     128 x 128                  f32 [ceil(out/128), ceil(in/128)]
+    fp8_tensor    the whole matrix           f32 []
+    mxfp8         32 columns of one row      e8m0 [out, ceil(in/32)], a power of two
+
+For the first three, ``scale = round_up_to_bf16(amax / 448)``: amax in float32, a true division, and the smallest
+number of bf16 that is no smaller. Stock readers cast ``weight_scale`` to bf16; since bf16 can hold it, that changes
+nothing. Rounding *up* keeps ``|w / scale| <= 448``, so nothing saturates. For mxfp8 the scale is
+``2 ** (floor(log2(amax)) - 8)`` as OCP Microscaling Formats (MX) v1.0, section 6.3, defines it for e4m3; there, values
+above 448 saturate. Where amax is 0 the scale is 1.
+
+``q = rne(clamp(w / scale, -448, 448))`` with the division in float32.
+
+Groups are those of one matrix, or of one *part* of its rows (see ``parts`` below); each matrix of a stack
+``[experts, out, in]`` is quantized as if alone. Whatever piece of a matrix these functions are given, they compute the
+same bytes: ``phase`` says where in its group the piece begins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import RecipeError
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+E8M0 = torch.float8_e8m0fnu
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a matrix is cut into scale groups, and what their scales look like."""
+
+    name: str
+    group_rows: int | None  # rows of a scale group; None: all
+    group_cols: int | None  # columns of a scale group; None: all
+    power_of_two: bool = False  # e8m0 scales as OCP MX defines them; else float32 numbers that bf16 can hold
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype in which scales are stored."""
+        return E8M0 if self.power_of_two else torch.float32
+
+    def cells(self, rows: int, cols: int) -> tuple[int, int]:
+        """The number of scale groups along rows and columns of a matrix."""
+        return count_cells(rows, self.group_rows), count_cells(cols, self.group_cols)
+
+    def scale_shape(self, shape: Sequence[int], parts: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Shape of the scale of ``weight[..., out, in]``, whose rows are quantized in ``parts`` (default: one).
+
+        A lone matrix with a lone group has the scale shape ``[]``.
+        """
+        *lead, rows, cols = shape
+        cell_rows = sum(self.cells(part, cols)[0] for part in (parts or (rows,)))
+        cell_cols = self.cells(rows, cols)[1]
+        if self.group_rows is None and not lead and cell_rows == 1:
+            return ()
+        return (*lead, cell_rows, cell_cols)
+
+
+SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme("fp8_channel", 1, None),
+        Scheme("fp8_block", 128, 128),
+        Scheme("fp8_tensor", None, None),
+        Scheme("mxfp8", 1, 32, power_of_two=True),
+    )
+}
+
+
+def get(name: str | Scheme) -> Scheme:
+    """The scheme called ``name``; a `RecipeError` that lists them otherwise."""
+    if isinstance(name, Scheme):
+        return name
+    if name not in SCHEMES:
+        raise RecipeError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}")
+    return SCHEMES[name]
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+class _Span(NamedTuple):
+    """A run of equally long cells: elements [start, stop), cells [cell, cell + count), ``each`` elements a cell."""
+
+    start: int
+    stop: int
+    cell: int
+    count: int
+    each: int
+
+
+def count_cells(length: int, group: int | None, phase: int = 0) -> int:
+    """The number of scale groups along ``length`` elements, the first of which is ``phase`` into its group."""
+    return 1 if group is None else math.ceil((phase + length) / group)
+
+
+def _spans(length: int, group: int | None, phase: int = 0) -> list[_Span]:
+    """Cut an axis of which element 0 is ``phase`` into its group: a partial head, whole cells, a partial tail."""
+    if group is None:
+        return [_Span(0, length, 0, 1, length)]
+    spans = []
+    head = min(length, -phase % group)
+    if head:
+        spans.append(_Span(0, head, 0, 1, head))
+    cell = 1 if head else 0
+    whole = (length - head) // group
+    if whole:
+        spans.append(_Span(head, head + whole * group, cell, whole, group))
+    start = head + whole * group
+    if start < length:
+        spans.append(_Span(start, length, cell + whole, 1, length - start))
+    return spans
+
+
+def _grouped(x: Tensor, rows: _Span, cols: _Span) -> Tensor:
+    """View x[..., out, in] within the spans as [..., row cells, rows a cell, column cells, columns a cell]."""
+    x = x[..., rows.start : rows.stop, cols.start : cols.stop]
+    return x.unflatten(-1, (cols.count, cols.each)).unflatten(-3, (rows.count, rows.each))
+
+
+def group_amax(
+    weight: Tensor, scheme: Scheme, *, phase: tuple[int, int] = (0, 0), scratch: Tensor | None = None
+) -> Tensor:
+    """Largest magnitude of each scale group of ``weight[..., out, in]`` -> float32 [..., row cells, column cells].
+
+    Non-finite weights give non-finite results. Magnitudes are compared as integers (the bits of a float without its
+    sign are ordered as its magnitude is), several times faster than as floats on a CPU.
+
+    Args:
+        weight: bf16, fp16 or fp32; any strides.
+        phase: row and column of ``weight[..., 0, 0]`` within its scale group.
+        scratch: as many elements as ``weight``, same dtype; spares an allocation.
+    """
+    integers = torch.int32 if weight.dtype == torch.float32 else torch.int16
+    if scratch is None:
+        bits = weight.view(integers) & torch.iinfo(integers).max
+    else:
+        bits = scratch.view(integers)[: weight.numel()].view(weight.shape)
+        torch.bitwise_and(weight.view(integers), torch.iinfo(integers).max, out=bits)
+    row_spans = _spans(weight.shape[-2], scheme.group_rows, phase[0])
+    col_spans = _spans(weight.shape[-1], scheme.group_cols, phase[1])
+    bands = []
+    for rows in row_spans:
+        band = []
+        for cols in col_spans:
+            groups = _grouped(bits, rows, cols)
+            # rows first: reducing over an outer axis is the faster of the two
+            tall = groups.squeeze(-3) if rows.each == 1 else groups.amax(-3)
+            band.append(tall.squeeze(-1) if cols.each == 1 else tall.amax(-1))
+        bands.append(band[0] if len(band) == 1 else torch.cat(band, -1))
+    grid = bands[0] if len(bands) == 1 else torch.cat(bands, -2)
+    return grid.contiguous().view(weight.dtype).float()
+
+
+def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
+    """amax, float32 -> scale, float32 of the same shape. See the module's docstring for the definition."""
+    if scheme.power_of_two:
+        # an e8m0 byte is a float's exponent field; e4m3's largest exponent is 8
+        exponent = ((amax.view(torch.int32) >> 23) - 8).clamp_(min=0)
+        exponent = torch.where(amax == 0, 127, exponent)
+        exponent = torch.where(torch.isfinite(amax), exponent, 255)
+        return exponent.to(torch.uint8).view(E8M0).float()
+    # a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal
+    scale = amax / torch.full_like(amax, FP8_MAX)
+    scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def quantize_into(
+    out: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scheme: Scheme,
+    *,
+    phase: tuple[int, int] = (0, 0),
+    scratch: Tensor | None = None,
+) -> None:
+    """Write ``weight[..., out, in]`` as FP8 into ``out`` of the same shape, given the scales of its groups.
+
+    Args:
+        scale: float32 [..., row cells, column cells], as `group_amax` and `scale_from_amax` give it.
+        phase: as for `group_amax`.
+        scratch: as many float32 elements as ``weight``; spares an allocation.
+    """
+    if scratch is None:
+        wide = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    else:
+        wide = scratch[: weight.numel()].view(weight.shape)
+    wide.copy_(weight)
+    for rows in _spans(weight.shape[-2], scheme.group_rows, phase[0]):
+        for cols in _spans(weight.shape[-1], scheme.group_cols, phase[1]):
+            cells = scale[..., rows.cell : rows.cell + rows.count, cols.cell : cols.cell + cols.count]
+            _grouped(wide, rows, cols).div_(cells[..., :, None, :, None])
+    if scheme.power_of_two:  # the other scales are rounded up: |w / scale| <= 448 already
+        wide.clamp_(-FP8_MAX, FP8_MAX)
+    out.copy_(wide)
+
+
+def to_stored(scale: Tensor, scheme: Scheme) -> Tensor:
+    """float32 scales -> the dtype that is stored (exact in both directions)."""
+    if scheme.power_of_two:
+        return (scale.view(torch.int32) >> 23).to(torch.uint8).view(E8M0)
+    return scale
+
+
+# -- whole tensors ----------------------------------------------------------------------------------------------------
+
+
+def quantize(weight: Tensor, scheme: str | Scheme, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize a whole tensor: the definition that every streamed byte is compared with.
+
+    Args:
+        weight: bf16, fp16 or fp32 [..., out, in].
+        scheme: a name of `SCHEMES`.
+        parts: lengths of runs of rows that never share a scale group (fused gate and up); default: all rows.
+
+    Returns:
+        q: float8_e4m3fn of the same shape; scale: as `Scheme.scale_shape` says.
+    """
+    scheme = get(scheme)
+    rows = weight.shape[-2]
+    grids, out = [], torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    start = 0
+    for part in parts or (rows,):
+        piece = weight[..., start : start + part, :]
+        grid = scale_from_amax(group_amax(piece, scheme), scheme)
+        quantize_into(out[..., start : start + part, :], piece, grid, scheme)
+        grids.append(grid)
+        start += part
+    scale = to_stored(torch.cat(grids, -2), scheme)
+    return out, scale.reshape(scheme.scale_shape(weight.shape, parts))
+
+
+def expand_scale(
+    scale: Tensor, shape: Sequence[int], scheme: str | Scheme, parts: Sequence[int] | None = None
+) -> Tensor:
+    """Stored scales -> float32, broadcastable to ``[..., out, in]`` (one row a row of the weight)."""
+    scheme = get(scheme)
+    *lead, rows, cols = shape
+    parts = parts or (rows,)
+    grid = scale.float().reshape(*lead, -1, scheme.cells(rows, cols)[1])
+    if scheme.group_rows != 1:
+        counts = [span.each for part in parts for span in _spans(part, scheme.group_rows) for _ in range(span.count)]
+        grid = grid.repeat_interleave(torch.tensor(counts, device=grid.device), -2, output_size=rows)
+    if scheme.group_cols is not None:
+        grid = grid.repeat_interleave(scheme.group_cols, -1)[..., :cols]
+    return grid
+
+
+def dequantize(
+    q: Tensor,
+    scale: Tensor,
+    scheme: str | Scheme,
+    parts: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``q.float() * scale``, rounded once to ``dtype``."""
+    return (q.float() * expand_scale(scale, q.shape, scheme, parts)).to(dtype)
+
+
+def error_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB: 20 log10(|w| / |w - w'|) with Frobenius norms; higher is better."""
+    signal = torch.linalg.vector_norm(reference.float(), dtype=torch.float64).item()
+    noise = torch.linalg.vector_norm(reference.float() - approximation.float(), dtype=torch.float64).item()
+    if noise == 0:
+        return math.inf
+    return 20 * math.log10(signal / noise) if signal else -math.inf
