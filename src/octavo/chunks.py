@@ -1,0 +1,221 @@
+"""Cutting a plan into chunks, the units of reading, and chunks into tiles, the units of arithmetic.
+
+A chunk is a box of one piece that fits a slot. Wherever possible it holds whole scale groups, so that it can be
+quantized the moment it is read. Where that is impossible (a tensor-wide scale of a tensor larger than a slot) or would
+mean tiny reads (rows of a transposed source), the piece is read twice: all its chunks for the amax, then all again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+from . import dtypes, schemes
+from .pieces import Piece, whole
+from .plan import Placement, Plan
+from .schemes import Scheme
+
+#: a run of the file shorter than this is not worth a read of its own: such a piece is read twice instead
+_MIN_RUN_BYTES = 4096
+_ENDLESS = 1 << 62
+
+
+class Work(Enum):
+    """What happens to a chunk once it is read."""
+
+    COPY = "copy"  # place it, casting if need be
+    QUANTIZE = "quantize"  # its scale groups are complete: scale, quantize, place
+    AMAX = "amax"  # first reading of a piece whose groups span chunks
+    REREAD = "reread"  # second reading: the scales are known
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A box of one piece that fits a slot, and what to do with it."""
+
+    placement: Placement
+    work: Work
+    piece: Piece
+    nbytes: int
+    cells: tuple[slice, ...]  # its scale groups within the placement's scale grid; () when copied
+    phase: tuple[int, int]  # row and column within its scale group at which it begins
+    unit: int  # chunks of one unit share scale groups; AMAX comes before REREAD within it
+    last: bool  # no chunk of this placement follows
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A part of a chunk that fits scratch memory; cells and phase as in `Chunk`, relative to the chunk."""
+
+    box: Piece
+    cells: tuple[slice, ...]
+    phase: tuple[int, int]
+
+    def region(self, tensor: Tensor) -> Tensor:
+        return self.box.region(tensor)
+
+
+def default_slot_bytes(plan: Plan) -> int:
+    """The slot size at which chunks are efficient: a whole 128-row run of the widest matrix, within 1 to 8 MiB."""
+    widest = max((p.shape[-1] * 4 * 128 for p in plan.quantized), default=0)
+    return min(max(widest, 1 << 20), 8 << 20, max(plan.staging_bytes // 4, 1 << 16))
+
+
+def cut_plan(plan: Plan, slot_bytes: int) -> Iterator[Chunk]:
+    """All chunks in the order of reading, none larger than ``slot_bytes``."""
+    unit = 0
+    for placement in plan.placements:
+        found = list(_cut_placement(placement, slot_bytes))
+        for index, (work, piece, part, number) in enumerate(found):
+            cells, phase = _position(placement, piece, part)
+            yield Chunk(
+                placement,
+                work,
+                piece,
+                math.ceil(piece.numel * _itemsize(placement)),
+                cells,
+                phase,
+                unit + number,
+                last=index == len(found) - 1,
+            )
+        unit += max((number for *_, number in found), default=0) + 1
+
+
+@functools.lru_cache(maxsize=4096)
+def cut_tiles(shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int], limit: int) -> tuple[Tile, ...]:
+    """Cut a chunk of the given shape into tiles of at most ``limit`` elements, along group boundaries if possible."""
+    box = whole("", shape)
+    groups = (scheme.group_rows or _ENDLESS, scheme.group_cols or _ENDLESS)
+    boxes = list(_cut(box, limit, groups, (-phase[0], -phase[1])))
+    if any(b.numel > limit for b in boxes):
+        boxes = list(_cut(box, limit, (1, 1), (0, 0)))
+    return tuple(Tile(b, *_cells(b, scheme, (-phase[0], -phase[1]), 0)) for b in boxes)
+
+
+def _itemsize(placement: Placement) -> float:
+    return max((dtypes.BITS[name] for name in placement.source_dtype_names), default=8) / 8
+
+
+def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work, Piece, int, int]]:
+    """(work, piece, part, unit), the unit counted from 0 within the placement."""
+    itemsize = _itemsize(placement)
+    limit = max(1, int(slot_bytes / itemsize))
+    if placement.scheme is None:
+        yield from ((Work.COPY, c, 0, 0) for piece in placement.pieces for c in _cut(piece, limit, (1, 1), (0, 0)))
+        return
+    scheme = schemes.get(placement.scheme)
+    cols, start, unit = placement.shape[-1], 0, 0
+    for part, rows in enumerate(placement.parts):
+        groups = (scheme.group_rows or rows, scheme.group_cols or cols)
+        spanning: list[Piece] = []  # pieces that hold only parts of scale groups
+        for piece in filter(None, (_within_rows(p, start, start + rows) for p in placement.pieces)):
+            if not _holds_whole_groups(piece, groups, (start, 0), (start + rows, cols)):
+                spanning.append(piece)
+                continue
+            chunks = list(_cut(piece, limit, groups, (start, 0)))
+            if all(c.numel <= limit for c in chunks) and _runs_are_long(chunks, itemsize):
+                yield from ((Work.QUANTIZE, chunk, part, unit) for chunk in chunks)
+                continue
+            for matrix in _matrices(piece):
+                unit += 1
+                yield from _two_readings([matrix], limit, part, unit)
+        if spanning:
+            unit += 1
+            yield from _two_readings(spanning, limit, part, unit)
+        unit += 1
+        start += rows
+
+
+def _two_readings(pieces: Sequence[Piece], limit: int, part: int, unit: int) -> Iterator[tuple[Work, Piece, int, int]]:
+    chunks = [chunk for piece in pieces for chunk in _cut(piece, limit, (1, 1), (0, 0))]
+    yield from ((Work.AMAX, chunk, part, unit) for chunk in chunks)
+    yield from ((Work.REREAD, chunk, part, unit) for chunk in chunks)
+
+
+def _within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
+    low, high = max(piece.dst_off[-2], start), min(piece.dst_end[-2], stop)
+    if low >= high:
+        return None
+    return piece.narrow(len(piece.size) - 2, low - piece.dst_off[-2], high - low)
+
+
+def _holds_whole_groups(
+    piece: Piece, groups: tuple[int, int], origin: tuple[int, int], end: tuple[int, int]
+) -> bool:
+    return all(
+        (off - first) % group == 0 and (stop == last or (stop - first) % group == 0)
+        for off, stop, group, first, last in zip(
+            piece.dst_off[-2:], piece.dst_end[-2:], groups, origin, end, strict=True
+        )
+    )
+
+
+def _matrices(piece: Piece) -> Iterator[Piece]:
+    """A piece over a stack as one piece a matrix."""
+    for axis in range(len(piece.size) - 2):
+        if piece.size[axis] > 1:
+            for index in range(piece.size[axis]):
+                yield from _matrices(piece.narrow(axis, index, 1))
+            return
+    yield piece
+
+
+def _runs_are_long(chunks: Sequence[Piece], itemsize: float) -> bool:
+    lengths = ((chunk.runs()[0], chunk.numel) for chunk in chunks)
+    return all(length == numel or length * itemsize >= _MIN_RUN_BYTES for length, numel in lengths)
+
+
+def _cut(piece: Piece, limit: int, groups: tuple[int, int], origin: tuple[int, int]) -> Iterator[Piece]:
+    """Cut a piece into boxes of at most ``limit`` elements, along its outermost axis in the file first.
+
+    No group of (rows, columns), counted from ``origin``, is cut: a box may then exceed the limit, which the caller
+    checks.
+    """
+    if piece.numel <= limit:
+        yield piece
+        return
+    matrix_axes = len(piece.size) - 2
+    for axis in piece.file_order():
+        size, group, phase = piece.size[axis], 1, 0
+        if axis >= matrix_axes >= 0:
+            group = groups[axis - matrix_axes]
+            phase = (piece.dst_off[axis] - origin[axis - matrix_axes]) % group
+        if size == 1 or phase + size <= group:
+            continue  # a single group
+        fits = limit * size // piece.numel
+        step = max(group, fits // group * group)
+        start = 0
+        while start < size:
+            stop = min(size, start + step - (phase + start) % group)
+            yield from _cut(piece.narrow(axis, start, stop - start), limit, groups, origin)
+            start = stop
+        return
+    yield piece
+
+
+def _position(placement: Placement, piece: Piece, part: int) -> tuple[tuple[slice, ...], tuple[int, int]]:
+    if placement.scheme is None:
+        return (), (0, 0)
+    scheme, cols = schemes.get(placement.scheme), placement.shape[-1]
+    first_row = sum(placement.parts[:part])
+    first_cell = sum(scheme.cells(rows, cols)[0] for rows in placement.parts[:part])
+    return _cells(piece, scheme, (first_row, 0), first_cell)
+
+
+def _cells(
+    box: Piece, scheme: Scheme, origin: tuple[int, int], first_cell: int
+) -> tuple[tuple[slice, ...], tuple[int, int]]:
+    """The scale groups of a box in a grid whose groups are counted from ``origin``; and where in them it begins."""
+    cells = [slice(off, off + n) for off, n in zip(box.dst_off[:-2], box.size[:-2], strict=True)]
+    phase = []
+    for axis, group in ((-2, scheme.group_rows), (-1, scheme.group_cols)):
+        cell, inner = divmod(box.dst_off[axis] - origin[axis], group) if group else (0, 0)
+        cell += first_cell if axis == -2 else 0
+        cells.append(slice(cell, cell + schemes.count_cells(box.size[axis], group, inner)))
+        phase.append(inner)
+    return tuple(cells), (phase[0], phase[1])

@@ -1,0 +1,309 @@
+"""The plan: what each weight becomes, where each of its elements comes from, in which order bytes are read.
+
+A plan is data: immutable, printable, JSON-able, made from headers and shapes alone, before any weight byte is read. It
+checks that the pieces tile every parameter. `octavo.chunks` cuts it into the units of reading; `octavo.stream` executes
+those and decides nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import dtypes, kinds, schemes
+from .checkpoint import Checkpoint, TensorInfo
+from .errors import CoverageError, RecipeError, raise_problems
+from .pieces import Piece, coverage_problem, whole
+from .recipe import Decision, Recipe, Weight
+
+DEFAULT_STAGING_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parameter to fill (or a tensor to write), before anything is decided about it.
+
+    The last two axes of ``shape`` and ``pieces`` are [out, in], or [in, out] if ``transposed``: when quantized, it is then
+    stored the other way round, so that scale groups always run along the last axis.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # when it stays unquantized; None: the source's, byte for byte
+    kind: str
+    pieces: tuple[Piece, ...]
+    device: str = "cpu"
+    keep: str | None = None  # what it is, if it stays by default and its name does not tell
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """One parameter: its scheme or the reason for none, and the pieces that tile it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype_name: str  # as safetensors writes it; F8_E4M3 when quantized
+    source_dtype_names: tuple[str, ...]
+    scheme: str | None
+    reason: str
+    pieces: tuple[Piece, ...]
+    parts: tuple[int, ...]  # runs of rows that never share a scale group; () when unquantized
+    device: str
+    source_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return dtypes.TORCH[self.dtype_name] or torch.uint8
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * dtypes.BITS[self.dtype_name] // 8
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        assert self.scheme is not None
+        return schemes.get(self.scheme).scale_shape(self.shape, self.parts)
+
+    @property
+    def scale_grid(self) -> tuple[int, ...]:
+        """The scale's shape with its [row cells, column cells] always spelled out."""
+        assert self.scheme is not None
+        scheme = schemes.get(self.scheme)
+        *lead, _, cols = self.shape
+        rows = sum(scheme.cells(part, cols)[0] for part in self.parts)
+        return (*lead, rows, scheme.cells(1, cols)[1])
+
+    @property
+    def scale_bytes(self) -> int:
+        if self.scheme is None:
+            return 0
+        return math.prod(self.scale_shape) * schemes.get(self.scheme).scale_dtype.itemsize
+
+    @property
+    def final_bytes(self) -> int:
+        return self.nbytes + self.scale_bytes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will happen, decided. See `Plan.table` and `Plan.to_dict`.
+
+    ``placements`` are in the order of reading. ``unused`` maps checkpoint tensors that nothing needs to the reason.
+    """
+
+    source: str
+    recipe: Recipe
+    placements: tuple[Placement, ...]
+    unused: Mapping[str, str] = field(default_factory=dict)
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    other_bytes: Mapping[str, int] = field(default_factory=dict)  # device -> bytes not from the checkpoint (buffers)
+
+    # -- forecast -----------------------------------------------------------------------------------------------------
+
+    @property
+    def quantized(self) -> list[Placement]:
+        return [placement for placement in self.placements if placement.scheme]
+
+    @property
+    def kept(self) -> list[Placement]:
+        return [placement for placement in self.placements if not placement.scheme]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of the same model without quantization, in the checkpoint's dtypes."""
+        return sum(placement.source_bytes for placement in self.placements)
+
+    def final_bytes(self, device: str | None = None) -> int:
+        """Bytes that stay, on one device or on all."""
+        placed = sum(p.final_bytes for p in self.placements if device in (None, p.device))
+        return placed + sum(n for d, n in self.other_bytes.items() if device in (None, d))
+
+    def peak_bytes(self, device: str | None = None) -> int:
+        """The most bytes that are ever held there while loading."""
+        return self.final_bytes(device) + self.staging_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that will be read: the sources, and a second time those whose scale groups span chunks."""
+        from .chunks import cut_plan, default_slot_bytes
+
+        return sum(chunk.nbytes for chunk in cut_plan(self, default_slot_bytes(self)))
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*(p.device for p in self.placements), *self.other_bytes]))
+
+    # -- presentation -------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold; `Plan.diff` compares two of them."""
+        return {
+            "source": self.source,
+            "recipe": self.recipe.to_dict(),
+            "staging_bytes": self.staging_bytes,
+            "source_bytes": self.source_bytes,
+            "final_bytes": self.final_bytes(),
+            "peak_bytes": self.peak_bytes(),
+            "read_bytes": self.read_bytes,
+            "devices": {d: {"final_bytes": self.final_bytes(d), "peak_bytes": self.peak_bytes(d)} for d in self.devices},
+            "tensors": [
+                {
+                    "name": p.name,
+                    "shape": list(p.shape),
+                    "from": list(p.source_dtype_names),
+                    "to": p.dtype_name,
+                    "scheme": p.scheme,
+                    "scale_shape": list(p.scale_shape) if p.scheme else None,
+                    "reason": p.reason,
+                    "bytes": p.final_bytes,
+                    "device": p.device,
+                    "pieces": len(p.pieces),
+                }
+                for p in self.placements
+            ],
+            "unused": dict(self.unused),
+        }
+
+    def diff(self, other: Plan) -> list[str]:
+        """What changes from this plan to ``other``, a line a tensor; empty when they do the same."""
+        mine = {p.name: p for p in self.placements}
+        theirs = {p.name: p for p in other.placements}
+        lines = [f"- {name}" for name in mine if name not in theirs]
+        lines += [f"+ {name}" for name in theirs if name not in mine]
+        for name in mine.keys() & theirs.keys():
+            a, b = _summary(mine[name]), _summary(theirs[name])
+            if a != b:
+                lines.append(f"~ {name}: {a} -> {b}")
+        return sorted(lines, key=lambda line: line[2:])
+
+    def table(self) -> str:
+        """The plan for people: groups of like tensors, what becomes of them and why, and the memory forecast."""
+        from .report import plan_table
+
+        return plan_table(self)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _summary(placement: Placement) -> str:
+    return f"{placement.scheme or placement.dtype_name} {list(placement.shape)}"
+
+
+# -- making a plan ----------------------------------------------------------------------------------------------------
+
+
+def plan_checkpoint(
+    checkpoint: Checkpoint, recipe: Recipe, staging_bytes: int = DEFAULT_STAGING_BYTES, device: str = "cpu"
+) -> Plan:
+    """The plan that keeps the checkpoint's own names and shapes: for converting and iterating."""
+    targets = []
+    for info in checkpoint.tensors.values():
+        piece, kind = whole(info.name, info.shape), kinds.kind_by_name(info, checkpoint.config)
+        if kind == kinds.EXPERTS and kinds.is_transposed_stack(info, checkpoint.config):
+            kind = "expert stack stored [experts, in, out], which no FP8 checkpoint format describes"
+        dtype = dtypes.TORCH[info.dtype_name]
+        targets.append(Target(info.name, info.shape, dtype, kind, (piece,), device))
+    return make_plan(checkpoint, targets, recipe, staging_bytes)
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    targets: Iterable[Target],
+    recipe: Recipe,
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    *,
+    unused: Mapping[str, str] | None = None,
+    other_bytes: Mapping[str, int] | None = None,
+) -> Plan:
+    """Decide about every target, check coverage, and put the targets in the order in which the files hold them.
+
+    Raises:
+        RecipeError: the recipe is ambiguous here, can't be honoured, or the checkpoint is quantized already.
+        CoverageError: some target is not tiled by its pieces; all of them are named.
+    """
+    if checkpoint.quantization is not None and (recipe.scheme or recipe.targets):
+        raise RecipeError(
+            f"{checkpoint.path}: already quantized ({checkpoint.quantization}, says its config.json); quantizing twice "
+            "loses accuracy. Start from the bf16 checkpoint."
+        )
+    targets = list(targets)
+    infos = checkpoint.tensors
+    problems = []
+    for target in targets:
+        problem = coverage_problem(target.shape, target.pieces)
+        if problem:
+            problems.append(f"{target.name} {list(target.shape)}: {problem}")
+    raise_problems(CoverageError, checkpoint.path, problems)
+
+    weights = []
+    for target in targets:
+        sources = tuple(dict.fromkeys(piece.src_name for piece in target.pieces))
+        source_dtypes = {dtypes.TORCH[infos[name].dtype_name] for name in sources}
+        # of mixed sources, one that is no float makes the parameter unquantizable
+        odd = [dtype for dtype in source_dtypes if dtype not in dtypes.QUANTIZABLE]
+        dtype = odd[0] if odd else next(iter(source_dtypes), target.dtype)
+        kind = target.kind if math.prod(target.shape) else "empty"
+        weights.append(Weight(target.name, sources, dtype, kind, target.keep))
+    decisions = recipe.decide(weights)
+
+    placements = [_placement(target, decisions[target.name], infos) for target in targets]
+    first = {p.name: min(((infos[q.src_name].shard, infos[q.src_name].offset) for q in p.pieces), default=(0, 0)) for p in placements}
+    placements.sort(key=lambda p: first[p.name])
+    return Plan(
+        str(checkpoint.path), recipe, tuple(placements), dict(unused or {}), staging_bytes, dict(other_bytes or {})
+    )
+
+
+def _placement(target: Target, decision: Decision, infos: Mapping[str, TensorInfo]) -> Placement:
+    sources = dict.fromkeys(piece.src_name for piece in target.pieces)
+    names = tuple(dict.fromkeys(infos[name].dtype_name for name in sources))
+    if decision.scheme:
+        dtype_name = dtypes.NAMES[schemes.FP8]
+    elif target.dtype is None:
+        dtype_name = names[0]
+    else:
+        dtype_name = dtypes.NAMES[target.dtype]
+    shape, pieces = target.shape, target.pieces
+    if decision.scheme and target.transposed:
+        swapped = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
+        shape, pieces = tuple(shape[d] for d in swapped), tuple(piece.permute(swapped) for piece in pieces)
+    pieces = tuple(sorted(pieces, key=lambda p: (infos[p.src_name].shard, infos[p.src_name].offset, p.src_off)))
+    return Placement(
+        target.name,
+        shape,
+        dtype_name,
+        names,
+        decision.scheme,
+        decision.reason,
+        pieces,
+        _parts(shape, pieces) if decision.scheme else (),
+        target.device,
+        sum(piece.numel * dtypes.BITS[infos[piece.src_name].dtype_name] // 8 for piece in pieces),
+    )
+
+
+def _parts(shape: Sequence[int], pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """Cut the rows where one checkpoint tensor ends and another begins, across the whole width and all experts.
+
+    So each checkpoint tensor of a fused parameter (gate and up) is quantized as if alone.
+    """
+    rows = shape[-2]
+    if len({piece.src_name for piece in pieces}) == 1:
+        return (rows,)
+    sources: dict[int, set[str]] = {}
+    for piece in pieces:
+        sources.setdefault(piece.dst_off[-2], set()).add(piece.src_name)
+    cuts = {row for row in sources if not any(p.dst_off[-2] < row < p.dst_end[-2] for p in pieces)}
+    ordered = sorted(cuts | {0, rows})
+    bounds = [ordered[0]]
+    for row in ordered[1:]:
+        before = {p.src_name for p in pieces if p.dst_off[-2] < row}
+        if row == rows or not (before & {p.src_name for p in pieces if p.dst_off[-2] >= row}):
+            bounds.append(row)
+    return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))

@@ -1,0 +1,215 @@
+"""Which weights become FP8, by which scheme, and which stay.
+
+    Recipe()                                              every linear layer and expert stack, fp8_channel
+    Recipe("fp8_block", ignore=["*.self_attn.*"])         all but attention
+    Recipe(None, targets={"re:.*experts.*": "fp8_block"}) only experts
+
+A pattern is a glob over names (``*`` crosses dots), a ``re:`` regular expression (matched from the beginning of the name),
+or a plain name, which also stands for everything below it. Names are those of tensors, with or without ``.weight``.
+
+Embeddings, norms, output heads, MoE routers and shared-expert gates stay by default; a target that spells out a full
+name overrides that, a pattern does not. ``ignore`` beats patterns in ``targets``. Two targets that give a weight
+different schemes, and a pattern that matches nothing, are errors.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import dtypes, kinds, schemes
+from .errors import RecipeError, raise_problems
+
+DEFAULT_SCHEME = "fp8_channel"
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """What a recipe is asked about: a parameter, and the checkpoint tensors that make it."""
+
+    name: str
+    sources: tuple[str, ...]
+    dtype: torch.dtype | None
+    kind: str  # kinds.LINEAR, kinds.EXPERTS, or the reason why it is neither
+    keep: str | None = None  # what it is, if it stays by default and its name does not tell
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The scheme of one weight, or None; and why."""
+
+    scheme: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Immutable; see the module's docstring.
+
+    Args:
+        scheme: for every weight that nothing else names; None quantizes targets only.
+        targets: pattern -> scheme.
+        ignore: patterns of weights that stay as they are.
+
+    Raises:
+        RecipeError: for an unknown scheme or a malformed pattern.
+    """
+
+    scheme: str | None = DEFAULT_SCHEME
+    targets: tuple[tuple[str, str], ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        scheme: str | None = DEFAULT_SCHEME,
+        targets: Mapping[str, str] | Iterable[tuple[str, str]] = (),
+        ignore: Iterable[str] = (),
+    ) -> None:
+        if isinstance(ignore, str):
+            raise RecipeError(f"ignore must be a list of patterns, not the text {ignore!r}")
+        pairs = targets.items() if isinstance(targets, Mapping) else targets
+        object.__setattr__(self, "scheme", scheme)
+        object.__setattr__(self, "targets", tuple((str(p), str(s)) for p, s in pairs))
+        object.__setattr__(self, "ignore", tuple(str(p) for p in ignore))
+        for name in filter(None, (scheme, *(s for _, s in self.targets))):
+            schemes.get(name)
+        for pattern in self.patterns:
+            _check_pattern(pattern)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        return (*(p for p, _ in self.targets), *self.ignore)
+
+    @classmethod
+    def coerce(cls, scheme: str | Recipe | Mapping[str, Any] | None, ignore: Iterable[str] = ()) -> Recipe:
+        """What users give as ``scheme``: a name, a recipe, its dict form, or None for no quantization."""
+        if isinstance(scheme, Recipe):
+            recipe = scheme
+        elif isinstance(scheme, Mapping):
+            recipe = cls.from_dict(scheme)
+        else:
+            recipe = cls(scheme)
+        if isinstance(ignore, str):
+            ignore = [ignore]
+        extra = tuple(ignore)
+        return cls(recipe.scheme, recipe.targets, recipe.ignore + extra) if extra else recipe
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`; an unknown key is an error."""
+        unknown = set(data) - {"scheme", "targets", "ignore"}
+        if unknown:
+            raise RecipeError(f"unknown recipe key {sorted(unknown)[0]!r}; known: scheme, targets, ignore")
+        return cls(**data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold."""
+        return {"scheme": self.scheme, "targets": dict(self.targets), "ignore": list(self.ignore)}
+
+    def decide(self, weights: Sequence[Weight]) -> dict[str, Decision]:
+        """Parameter name -> decision, for all weights of a model or checkpoint.
+
+        Raises:
+            RecipeError: listing every ambiguity, every target that can't be honoured, every pattern without a match.
+        """
+        problems: list[str] = []
+        decisions = {}
+        matched: set[str] = set()
+        for weight in weights:
+            try:
+                decisions[weight.name] = self._decide(weight, matched)
+            except RecipeError as error:
+                problems.append(str(error))
+        for pattern in () if problems else self.patterns:
+            if pattern not in matched:
+                problems.append(f"the pattern {pattern!r} matches no tensor{_nearest(pattern, weights)}")
+        raise_problems(RecipeError, "recipe", problems)
+        return decisions
+
+    def _decide(self, weight: Weight, matched: set[str]) -> Decision:
+        ignoring = [p for p in self.ignore if _matches(p, weight)]
+        targeting = [(p, s) for p, s in self.targets if _matches(p, weight)]
+        matched.update(ignoring, (p for p, _ in targeting))
+        exact = [p for p, _ in targeting if _is_full_name(p, weight)]
+        if weight.dtype not in dtypes.QUANTIZABLE or weight.kind not in kinds.QUANTIZABLE:
+            kind = weight.kind if weight.kind not in kinds.QUANTIZABLE else _dtype_reason(weight.dtype)
+            if exact:
+                raise RecipeError(f"{weight.name}: targeted by {exact[0]!r}, but can't be quantized: {kind}")
+            return Decision(None, kinds.default_keep(weight.name) or kind)
+        if ignoring and exact:
+            raise RecipeError(f"{weight.name}: both ignored by {ignoring[0]!r} and targeted by {exact[0]!r}")
+        if ignoring:
+            return Decision(None, f"ignored by {ignoring[0]!r}")
+        if len({scheme for _, scheme in targeting}) > 1:
+            listed = ", ".join(f"{p!r} -> {s}" for p, s in targeting)
+            raise RecipeError(f"{weight.name}: matched by targets of different schemes: {listed}")
+        default = weight.keep or kinds.default_keep(weight.name)
+        if default and not exact:
+            return Decision(None, f"{default}, kept by default")
+        if targeting:
+            return Decision(targeting[0][1], f"target {targeting[0][0]!r}")
+        if self.scheme is None:
+            return Decision(None, "no target matches")
+        return Decision(self.scheme, weight.kind)
+
+
+def _dtype_reason(dtype: torch.dtype | None) -> str:
+    return f"{dtypes.short(dtype)}, not bf16, fp16 or fp32" if dtype else "a dtype that torch lacks"
+
+
+def _check_pattern(pattern: str) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise RecipeError(f"the pattern {pattern!r} is no regular expression: {error}") from error
+    elif not pattern:
+        raise RecipeError("an empty pattern")
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
+
+
+def _is_full_name(pattern: str, weight: Weight) -> bool:
+    return any(pattern in (name, kinds.module_of(name)) for name in weight.names)
+
+
+def _matches(pattern: str, weight: Weight) -> bool:
+    """Whether the pattern names this weight; one that names only some of its sources is ambiguous."""
+    if _matches_name(pattern, weight.name):
+        return True
+    hits = [name for name in weight.sources if _matches_name(pattern, name)]
+    if hits and len(hits) < len(weight.sources):
+        missed = next(name for name in weight.sources if name not in hits)
+        raise RecipeError(
+            f"{weight.name} is one parameter made of {len(weight.sources)} tensors, of which {pattern!r} matches "
+            f"{hits[0]} but not {missed}"
+        )
+    return bool(hits)
+
+
+def _matches_name(pattern: str, name: str) -> bool:
+    candidates = (name, kinds.module_of(name))
+    if pattern.startswith("re:"):
+        return any(re.match(pattern[3:], candidate) for candidate in candidates)
+    if _is_glob(pattern):
+        return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in candidates)
+    return name == pattern or name.startswith(pattern + ".")
+
+
+def _nearest(pattern: str, weights: Sequence[Weight]) -> str:
+    import difflib
+
+    names = [name for weight in weights for name in weight.names]
+    close = difflib.get_close_matches(pattern, names, 1, cutoff=0.6)
+    return f"; the nearest name is {close[0]!r}" if close else ""
