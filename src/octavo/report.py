@@ -1,0 +1,303 @@
+"""What a load or a conversion did: bytes, seconds a stage, memory over time, what stayed and why.
+
+As a table for people, a dict for machines, and a plot in which the FP8 curve rises under the line of the bf16 model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from . import dtypes
+from .errors import MissingExtraError
+from .ring import now
+
+if TYPE_CHECKING:
+    from .plan import Placement, Plan
+    from .stream import Geometry, Stream, Tally
+
+_SAMPLE_S = 0.01
+
+
+def human_bytes(count: float) -> str:
+    """12345678 -> '11.8 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024 or unit == "GiB":
+            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def rss_bytes() -> int:
+    """Resident set size of this process as the operating system sees it; 0 where it can't be asked."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+class Stages:
+    """Seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - started
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Memory at one moment."""
+
+    at_s: float
+    placed_bytes: int  # written to their final place so far
+    rss_bytes: int  # of the process, over what it was when the trace began
+    device_bytes: int  # allocated on the accelerator, over what it was when the trace began
+
+
+class Meter:
+    """Samples memory in a thread of its own while a stream runs; also drives the progress bar."""
+
+    def __init__(self, device: torch.device, progress: Callable[[int, int], None] | None) -> None:
+        self.progress = progress
+        self.samples: list[Sample] = []
+        self._device = device
+        self._stream: Stream | None = None
+        self._stop = threading.Event()
+        self._began, self._rss, self._allocated = now(), rss_bytes(), self._device_bytes()
+        self._thread = threading.Thread(target=self._run, name="octavo-meter", daemon=True)
+        self._thread.start()
+
+    def follow(self, stream: Stream) -> None:
+        """Count the bytes that this stream places."""
+        self._stream = stream
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _device_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+
+    def _run(self) -> None:
+        while not self._stop.wait(_SAMPLE_S):
+            self._sample()
+
+    def _sample(self) -> None:
+        placed = self._stream.tally.placed_bytes if self._stream else 0
+        self.samples.append(
+            Sample(now() - self._began, placed, rss_bytes() - self._rss, self._device_bytes() - self._allocated)
+        )
+
+
+@contextlib.contextmanager
+def measured(plan: Plan, progress: bool | Callable[[int, int], None] | None, title: str = "Loading") -> Iterator[Meter]:
+    """A `Meter` around a stream; with a progress bar where ``progress`` says so (see `octavo.load`)."""
+    device = next((torch.device(d) for d in plan.devices if d != "cpu"), torch.device("cpu"))
+    with progress_bar(progress, title) as callback:
+        meter = Meter(device, callback)
+        try:
+            yield meter
+        finally:
+            meter.close()
+
+
+@contextlib.contextmanager
+def progress_bar(
+    progress: bool | Callable[[int, int], None] | None, title: str
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Turn what users give as ``progress`` into a callback: theirs, that of a bar on stderr, or None."""
+    if callable(progress):
+        yield progress
+        return
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened. All bytes are bytes, all times seconds."""
+
+    source: str
+    source_bytes: int  # of the same tensors, unquantized
+    final_bytes: int  # of parameters, scales and buffers
+    staging_bytes: int  # what the ring and its scratch took
+    peak_bytes: int  # tracked: final and staging
+    rss_final_bytes: int  # of the process, over its size before the first parameter was allocated
+    rss_peak_bytes: int
+    device_peak_bytes: int  # 0 on a CPU
+    read_bytes: int
+    seconds: Mapping[str, float]  # by stage
+    read_thread_s: float  # reading, summed over threads
+    quantize_thread_s: float  # quantizing and placing, summed over threads
+    threads: int
+    quantized: Mapping[str, tuple[int, int]]  # scheme -> tensors, bytes
+    kept: Mapping[str, tuple[int, int]]  # reason -> tensors, bytes
+    unused: Mapping[str, str]  # checkpoint tensors that nothing needed -> why
+    trace: Sequence[Sample] = field(repr=False, default=())
+
+    @classmethod
+    def of(cls, plan: Plan, geometry: Geometry, tally: Tally, stages: Stages, meter: Meter) -> Report:
+        """Gather the report of one run."""
+        return cls(
+            source=plan.source,
+            source_bytes=plan.source_bytes,
+            final_bytes=plan.final_bytes(),
+            staging_bytes=geometry.staging_bytes,
+            peak_bytes=plan.final_bytes() + geometry.staging_bytes,
+            rss_final_bytes=meter.samples[-1].rss_bytes,
+            rss_peak_bytes=max(sample.rss_bytes for sample in meter.samples),
+            device_peak_bytes=max(sample.device_bytes for sample in meter.samples),
+            read_bytes=tally.read_bytes,
+            seconds=dict(stages.seconds),
+            read_thread_s=tally.read_s,
+            quantize_thread_s=tally.quantize_s,
+            threads=geometry.threads,
+            quantized=_grouped(plan.quantized, lambda p: p.scheme or ""),
+            kept=_grouped(plan.kept, lambda p: p.reason),
+            unused=dict(plan.unused),
+            trace=tuple(meter.samples),
+        )
+
+    @property
+    def total_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def read_gb_per_s(self) -> float:
+        """Source bytes a second of the streaming stage, in GB (1e9)."""
+        stream_s = self.seconds.get("stream", 0.0)
+        return self.read_bytes / stream_s / 1e9 if stream_s else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold."""
+        result = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "trace"}
+        result.update(total_s=self.total_s, read_gb_per_s=self.read_gb_per_s)
+        for name in ("quantized", "kept"):
+            result[name] = {key: {"tensors": n, "bytes": b} for key, (n, b) in result[name].items()}
+        result["trace"] = [[s.at_s, s.placed_bytes, s.rss_bytes, s.device_bytes] for s in self.trace]
+        return result
+
+    def table(self) -> str:
+        """The report for people."""
+        rows = [
+            ("unquantized", human_bytes(self.source_bytes)),
+            ("final", f"{human_bytes(self.final_bytes)} ({self.final_bytes / max(self.source_bytes, 1):.0%})"),
+            ("peak over final", f"{human_bytes(self.staging_bytes)} of staging, {self.threads} threads"),
+            ("process, final", human_bytes(self.rss_final_bytes)),
+            ("process, peak over final", human_bytes(self.rss_peak_bytes - self.final_bytes)),
+        ]
+        if self.device_peak_bytes:
+            rows.append(("device, peak over final", human_bytes(self.device_peak_bytes - self.final_bytes)))
+        rows.append(("read", f"{human_bytes(self.read_bytes)}, {self.read_gb_per_s:.2f} GB/s"))
+        rows.append(("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()) + f": {self.total_s:.2f}"))
+        rows += [(f"to {k}", _count_text(v)) for k, v in self.quantized.items()]
+        rows += [(f"kept: {k}", _count_text(v)) for k, v in self.kept.items()]
+        rows += [("not used", f"{name}: {why}") for name, why in list(self.unused.items())[:5]]
+        table = Table(show_header=False, title=self.source, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        return _to_text(table)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw memory over time as a PNG.
+
+        Raises:
+            MissingExtraError: without matplotlib.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise MissingExtraError("plot", "drawing a report") from None
+        gib = 1 << 30
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        seconds = [sample.at_s for sample in self.trace]
+        axes.axhline(self.source_bytes / gib, color="tab:red", linestyle="--", label="the model, unquantized")
+        axes.axhline(self.final_bytes / gib, color="tab:gray", linestyle=":", label="the model in FP8")
+        axes.plot(seconds, [s.placed_bytes / gib for s in self.trace], color="tab:blue", label="FP8 bytes in place")
+        if self.device_peak_bytes:
+            axes.plot(seconds, [s.device_bytes / gib for s in self.trace], color="tab:green", label="device memory")
+        else:
+            axes.plot(seconds, [s.rss_bytes / gib for s in self.trace], color="tab:green", label="process memory")
+        axes.set(xlabel="seconds", ylabel="GiB", title="Memory while loading", ylim=(0, None))
+        axes.legend(loc="center right")
+        figure.savefig(path, dpi=120)
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def plan_table(plan: Plan) -> str:
+    """What becomes of each group of like tensors and why, and the memory forecast."""
+    table = Table(title=plan.source, title_justify="left")
+    for column in ("tensors", "shape", "from", "to", "why", "count", "final"):
+        table.add_column(column, justify="right" if column in ("count", "final") else "left")
+    groups: dict[tuple[str, ...], list[Placement]] = {}
+    for p in plan.placements:
+        sources = "+".join(dtypes.short(d) if (d := dtypes.TORCH[n]) else n for n in p.source_dtype_names)
+        to = p.scheme or dtypes.short(p.dtype)
+        key = (_pattern(p.name), "x".join(map(str, p.shape)) or "scalar", sources, to, p.reason)
+        groups.setdefault(key, []).append(p)
+    for key, members in groups.items():
+        table.add_row(*key, str(len(members)), human_bytes(sum(p.final_bytes for p in members)))
+    lines = [_to_text(table)]
+    for name, why in list(plan.unused.items())[:10]:
+        lines.append(f"not used: {name}: {why}")
+    lines.append(
+        f"unquantized {human_bytes(plan.source_bytes)}, final {human_bytes(plan.final_bytes())}, "
+        f"peak at most {human_bytes(plan.peak_bytes())}, to read {human_bytes(plan.read_bytes)}"
+    )
+    return "\n".join(lines)
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _grouped(placements: Sequence[Placement], key: Callable[[Placement], str]) -> dict[str, tuple[int, int]]:
+    groups: dict[str, tuple[int, int]] = {}
+    for placement in placements:
+        count, total = groups.get(key(placement), (0, 0))
+        groups[key(placement)] = (count + 1, total + placement.final_bytes)
+    return groups
+
+
+def _count_text(counted: tuple[int, int]) -> str:
+    return f"{counted[0]:,} tensors, {human_bytes(counted[1])}"
+
+
+def _to_text(table: Table) -> str:
+    console = Console(file=StringIO(), width=140, color_system=None)
+    console.print(table)
+    output = console.file
+    assert isinstance(output, StringIO)
+    return output.getvalue().rstrip()

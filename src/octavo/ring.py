@@ -1,0 +1,223 @@
+"""The bounded reader: the only module with threads, file descriptors and pinned memory.
+
+A fixed number of worker threads take chunks in plan order. Each owns a fixed number of equal slots; it reads its chunk
+into a slot and hands it to its own ``handle`` in the same thread, while the bytes are still in that core's cache. A
+slot is reused only after ``Slot.wait``: on an accelerator, after the copy out of it has completed. So memory is bounded
+by threads x slots, whatever the sizes of tensors, and the worker with the earliest chunk always has a slot.
+
+All waiting goes through one condition, which `Ring.stop` wakes: an exception in any thread, or Ctrl-C in the caller's,
+stops every worker after its current chunk, joins them, and closes the files.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Shard
+from .errors import CheckpointError, SourceChangedError
+
+Ticket = TypeVar("Ticket")
+#: how often a waiting caller looks for Ctrl-C and reports progress
+_TICK_S = 0.1
+
+
+class Cancelled(Exception):
+    """Raised in a worker whose ring was stopped by another thread; never reaches a user."""
+
+
+class Files:
+    """Shared read-only descriptors of a checkpoint's shards, opened when first needed."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def read_into(self, shard: int, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` of the shard, or raise naming the file."""
+        descriptor = self._descriptor(shard)
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._shards[shard].path}: reading {len(view):,} bytes at {offset:,} failed: {error.strerror}"
+                ) from error
+            if count == 0:
+                raise SourceChangedError(
+                    f"{self._shards[shard].path}: ended at byte {offset + done:,} while being read; it was longer when "
+                    "opened. Run again when nothing writes to the checkpoint."
+                )
+            done += count
+
+    def _descriptor(self, shard: int) -> int:
+        with self._lock:
+            if shard not in self._descriptors:
+                self._shards[shard].check_unchanged()
+                self._descriptors[shard] = os.open(self._shards[shard].path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            return self._descriptors[shard]
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def check_unchanged(self) -> None:
+        """Raise if a shard that was read is no longer the file that was opened."""
+        for shard in self._descriptors:
+            self._shards[shard].check_unchanged()
+
+
+class Slot:
+    """A host buffer that one worker owns, and the event after which it may be overwritten."""
+
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        self.buffer: Tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        self.view = memoryview(self.buffer.numpy())
+        self.busy: torch.cuda.Event | None = None
+
+    def wait(self) -> None:
+        if self.busy is not None:
+            self.busy.synchronize()
+            self.busy = None
+
+
+class Worker(Protocol[Ticket]):
+    """What a thread of the ring runs: made inside the thread, given one ticket after another."""
+
+    def handle(self, ticket: Ticket) -> int:
+        """Do the work of one ticket; returns the bytes that count as progress."""
+
+    def close(self) -> None:
+        """Called once, in the thread, after its last ticket (also after an error)."""
+
+
+@dataclass
+class Progress:
+    """Seen by progress callbacks."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+class Ring(Generic[Ticket]):
+    """Threads that work off tickets in order. Use `run`, or `start` and `finish` around a consumer of one's own."""
+
+    def __init__(self, threads: int) -> None:
+        self._count = threads
+        self._condition = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._alive = 0
+        self._stopping = False
+        self._error: BaseException | None = None
+        self._draw = threading.Lock()
+        self.done_bytes = 0
+
+    def start(self, tickets: Iterable[Ticket], make_worker: Callable[[], Worker[Ticket]]) -> None:
+        """Start the threads; ``tickets`` is advanced by one thread at a time, and may block in `wait_for`."""
+        iterator = iter(tickets)
+        self._alive = self._count
+        self._threads = [
+            threading.Thread(target=self._work, args=(iterator, make_worker), name=f"octavo-{i}", daemon=True)
+            for i in range(self._count)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(
+        self,
+        tickets: Iterable[Ticket],
+        make_worker: Callable[[], Worker[Ticket]],
+        on_tick: Callable[[int], None] | None = None,
+    ) -> None:
+        """Work off all tickets; raises the first error of any thread, after all threads have ended."""
+        self.start(tickets, make_worker)
+        try:
+            while True:
+                with self._condition:
+                    if not self._alive:
+                        break
+                    self._condition.wait(_TICK_S)
+                if on_tick:
+                    on_tick(self.done_bytes)
+        finally:
+            self.finish()
+        if on_tick:
+            on_tick(self.done_bytes)
+
+    def finish(self) -> None:
+        """Stop, join all threads, and raise the first error of any of them."""
+        self.stop()
+        for thread in self._threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """Let every thread end after its current chunk."""
+        with self._condition:
+            self._stopping = True
+            if self._error is None:
+                self._error = error
+            self._condition.notify_all()
+
+    def wait_for(self, predicate: Callable[[], bool]) -> None:
+        """Block until ``predicate`` holds; `Cancelled` when the ring is stopped meanwhile."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._stopping or predicate())
+            if self._stopping and not predicate():
+                raise Cancelled
+
+    def update(self, change: Callable[[], None]) -> None:
+        """Change what a `wait_for` predicate reads, and wake the waiting."""
+        with self._condition:
+            change()
+            self._condition.notify_all()
+
+    @property
+    def running(self) -> bool:
+        """Whether any thread still works."""
+        return self._alive > 0
+
+    def _work(self, iterator: Iterator[Ticket], make_worker: Callable[[], Worker[Ticket]]) -> None:
+        worker: Worker[Ticket] | None = None
+        try:
+            worker = make_worker()
+            while not self._stopping:
+                with self._draw:
+                    if self._stopping:
+                        break
+                    ticket = next(iterator, None)
+                if ticket is None:
+                    break
+                count = worker.handle(ticket)
+                with self._condition:
+                    self.done_bytes += count
+        except Cancelled:
+            pass
+        except BaseException as error:
+            self.stop(error)
+        finally:
+            try:
+                if worker is not None:
+                    worker.close()
+            except BaseException as error:
+                self.stop(error)
+            with self._condition:
+                self._alive -= 1
+                self._condition.notify_all()
+
+
+def now() -> float:
+    """The clock of all stage timings, in seconds."""
+    return time.perf_counter()

@@ -1,0 +1,249 @@
+"""Where a stream's bytes go: the parameters of a model, shards on disk, or an iterator.
+
+A sink opens a `Destination` for each placement, in plan order; chunks of it may then arrive in any order and from any
+thread, each box once. Scales may be written more than once, with the same values.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import OutputError
+from .pieces import Piece, contiguous_strides
+from .plan import Placement
+from .ring import Ring
+
+
+class Destination(Protocol):
+    """Receives one placement."""
+
+    def view(self, piece: Piece) -> Tensor | None:
+        """The memory into which the box is to be quantized; None: use scratch, and call `put`."""
+
+    def put(self, piece: Piece, values: Tensor) -> None:
+        """Take the values of a box (copied before this returns); not called where `view` gave memory."""
+
+    def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
+        """Take the scales of some groups, in the scheme's stored dtype."""
+
+    def close(self) -> None:
+        """The placement is complete."""
+
+
+class Sink(Protocol):
+    """Opens destinations."""
+
+    def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
+        """Called in plan order, by one thread at a time; may block in ``ring.wait_for``."""
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Storage:
+    """A parameter's memory, in the stored layout, and that of its scale."""
+
+    weight: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def allocate(cls, placement: Placement) -> Storage:
+        """Uninitialised memory of the right shapes, dtypes and device."""
+        from . import schemes
+
+        weight = torch.empty(placement.shape, dtype=placement.dtype, device=placement.device)
+        if placement.scheme is None:
+            return cls(weight)
+        dtype = schemes.get(placement.scheme).scale_dtype
+        return cls(weight, torch.empty(placement.scale_shape, dtype=dtype, device=placement.device))
+
+
+class _Parameter:
+    def __init__(self, placement: Placement, storage: Storage) -> None:
+        self._weight = storage.weight
+        self._scale = None if storage.scale is None else storage.scale.view(placement.scale_grid)
+
+    def view(self, piece: Piece) -> Tensor:
+        return piece.region(self._weight)
+
+    def put(self, piece: Piece, values: Tensor) -> None:
+        piece.region(self._weight).copy_(values, non_blocking=True)
+
+    def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
+        assert self._scale is not None
+        self._scale[cells].copy_(values, non_blocking=True)
+
+    def close(self) -> None:
+        pass
+
+
+class ParameterSink:
+    """Writes into memory that exists: ``storages`` maps parameter names to it."""
+
+    def __init__(self, storages: Mapping[str, Storage]) -> None:
+        self._storages = storages
+
+    def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
+        return _Parameter(placement, self._storages[placement.name])
+
+
+# -- an iterator ------------------------------------------------------------------------------------------------------
+
+
+class IteratorSink:
+    """Hands finished placements, in plan order, to a consumer in another thread.
+
+    Memory runs ahead of the consumer by at most ``ahead_bytes`` (or one placement, if that is larger).
+    """
+
+    def __init__(self, ahead_bytes: int) -> None:
+        self._ahead_bytes = ahead_bytes
+        self._outstanding = 0
+        self._order: list[_Pending] = []
+
+    def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
+        size = placement.final_bytes
+        ring.wait_for(lambda: not self._outstanding or self._outstanding + size <= self._ahead_bytes)
+        pending = _Pending(placement, Storage.allocate(placement), ring)
+
+        def add() -> None:
+            self._outstanding += size
+            self._order.append(pending)
+
+        ring.update(add)
+        return pending
+
+    def take(self, ring: Ring[Any]) -> tuple[Placement, Storage] | None:
+        """The next placement; None when there are no more. Blocks until it is complete."""
+
+        def ready() -> bool:
+            return bool(self._order and self._order[0].complete) or not ring.running
+
+        ring.wait_for(ready)
+        if not self._order or not self._order[0].complete:
+            return None
+        pending = self._order[0]
+
+        def remove() -> None:
+            self._order.pop(0)
+            self._outstanding -= pending.placement.final_bytes
+
+        ring.update(remove)
+        return pending.placement, pending.storage
+
+
+class _Pending(_Parameter):
+    def __init__(self, placement: Placement, storage: Storage, ring: Ring[Any]) -> None:
+        super().__init__(placement, storage)
+        self.placement, self.storage, self._ring = placement, storage, ring
+        self.complete = False
+
+    def close(self) -> None:
+        if self.storage.weight.is_cuda:
+            torch.cuda.synchronize(self.storage.weight.device)
+
+        def finish() -> None:
+            self.complete = True
+
+        self._ring.update(finish)
+
+
+# -- a shard on disk --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where in a file a tensor's bytes begin."""
+
+    offset: int
+
+
+class ShardSink:
+    """Writes boxes to their places in one open file whose layout is known.
+
+    ``extents`` maps a placement's name to where its weight begins, ``scale_extents`` to where its scale does;
+    ``cast_scale`` turns stored scales into those of the format.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        descriptor: int,
+        extents: Mapping[str, int],
+        scale_extents: Mapping[str, int],
+        cast_scale: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.path, self._descriptor = path, descriptor
+        self._extents, self._scale_extents, self._cast_scale = extents, scale_extents, cast_scale
+        self._lock = threading.Lock()
+        self.written_bytes = 0
+
+    def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
+        return _FileRegion(self, placement)
+
+    def write_box(self, base: int, shape: tuple[int, ...], box: tuple[slice, ...], values: Tensor, bits: int) -> None:
+        """Write ``values`` to ``box`` of a row-major tensor of ``shape`` that begins at ``base``."""
+        data = values.detach().to("cpu").contiguous()
+        flat = memoryview(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else np.empty(0, np.uint8))
+        destination = Piece(
+            (0,) * len(shape),
+            tuple(s.stop - s.start for s in box),
+            "",
+            sum(s.start * n for s, n in zip(box, contiguous_strides(shape), strict=True)),
+            contiguous_strides(shape),
+        )
+        length, offsets = destination.runs()
+        run_bytes, at = length * bits // 8, 0
+        if data.numel():
+            for offset in offsets:
+                self._write(flat[at : at + run_bytes], base + offset * bits // 8)
+                at += run_bytes
+
+    def _write(self, view: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                done += os.pwrite(self._descriptor, view[done:], offset + done)
+            except OSError as error:
+                raise OutputError(
+                    f"{self.path}: writing failed: {error.strerror}. Finished shards are kept: make room and run the "
+                    "same command again to go on."
+                ) from error
+        with self._lock:
+            self.written_bytes += done
+
+
+class _FileRegion:
+    def __init__(self, sink: ShardSink, placement: Placement) -> None:
+        self._sink, self._placement = sink, placement
+
+    def view(self, piece: Piece) -> None:
+        return None
+
+    def put(self, piece: Piece, values: Tensor) -> None:
+        from . import dtypes
+
+        placement = self._placement
+        bits = dtypes.BITS[placement.dtype_name]
+        if values.dtype != placement.dtype and dtypes.TORCH[placement.dtype_name] is not None:
+            values = values.to(placement.dtype)
+        box = tuple(slice(off, off + n) for off, n in zip(piece.dst_off, piece.size, strict=True))
+        self._sink.write_box(self._sink._extents[placement.name], placement.shape, box, values, bits)
+
+    def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
+        placement = self._placement
+        cast = self._sink._cast_scale(values)
+        base = self._sink._scale_extents[placement.name]
+        self._sink.write_box(base, placement.scale_grid, cells, cast, cast.dtype.itemsize * 8)
+
+    def close(self) -> None:
+        pass
