@@ -1,0 +1,249 @@
+"""octavo as a quantizer of transformers: ``from_pretrained(path, quantization_config=OctavoConfig("fp8_channel"))``.
+
+On a bf16 checkpoint, the model is planned, swapped and streamed in the hook that runs before weights are loaded;
+transformers' own loading then finds converters that hand out what is already there, and reads nothing itself. On a
+checkpoint that ``save_pretrained`` wrote, modules are swapped and transformers loads FP8 and scales as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import modules
+from ..checkpoint import Checkpoint
+from ..errors import DeviceError, RecipeError
+from ..plan import DEFAULT_STAGING_BYTES, Plan
+from ..recipe import DEFAULT_SCHEME, Recipe
+from ..report import Report, Stages, measured
+from ..sinks import ParameterSink, Storage
+from ..stream import Stream
+from . import transformers as adapter
+
+METHOD = "octavo"
+
+
+@register_quantization_config(METHOD)
+class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What ``quantization_config`` takes.
+
+    Args:
+        scheme, targets, ignore: as in `octavo.Recipe`.
+        staging_bytes, threads: as in `octavo.load`.
+        weights: name -> [scheme, parts] of a checkpoint that is quantized already; written by ``save_pretrained``.
+    """
+
+    def __init__(
+        self,
+        scheme: str | None = DEFAULT_SCHEME,
+        targets: Mapping[str, str] | None = None,
+        ignore: tuple[str, ...] | list[str] = (),
+        staging_bytes: int = DEFAULT_STAGING_BYTES,
+        threads: int | None = None,
+        weights: Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        unknown.pop("quant_method", None)
+        if unknown:
+            raise RecipeError(f"OctavoConfig: unknown option {sorted(unknown)[0]!r}")
+        self.quant_method = METHOD
+        self.scheme, self.targets, self.ignore = scheme, dict(targets or {}), list(ignore)
+        self.staging_bytes, self.threads = staging_bytes, threads
+        self.weights = dict(weights) if weights else None
+        self.recipe  # checks it  # noqa: B018
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.scheme, self.targets, self.ignore)
+
+
+class _Hand(ConversionOps):  # type: ignore[misc]
+    """Moves nothing; a converter needs an operation."""
+
+    def convert(self, input_dict: Any, **_: Any) -> Any:
+        return input_dict
+
+    @property
+    def reverse_op(self) -> _Hand:
+        return self
+
+
+class _StreamedConverter(WeightConverter):  # type: ignore[misc]
+    """Hands out the parameters that the stream has filled; its collected readers are dropped unread."""
+
+    __slots__ = ()
+
+    def convert(
+        self,
+        layer_name: str,
+        model: Any = None,
+        config: Any = None,
+        hf_quantizer: Any = None,
+        loading_info: Any = None,
+    ) -> dict[str, torch.Tensor]:
+        self.collected_tensors.clear()
+        handed: dict[str, torch.Tensor] = hf_quantizer.hand_out(layer_name)
+        return handed
+
+
+@register_quantizer(METHOD)
+class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Streams a bf16 checkpoint into FP8, or swaps modules for one that is FP8 already."""
+
+    requires_calibration = False
+    is_trainable = False
+
+    def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.plan: Plan | None = None
+        self.storages: dict[str, Storage] = {}
+        self.report: Report | None = None
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        return False
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        return None
+
+    def _process_model_before_weight_loading(
+        self,
+        model: Any,
+        checkpoint_files: list[str] | None = None,
+        device_map: Any = None,
+        **_: Any,
+    ) -> None:
+        if self.pre_quantized:
+            for name, (scheme, parts) in (self.quantization_config.weights or {}).items():
+                _swap_saved(model, name, scheme, tuple(parts))
+            return
+        config = self.quantization_config
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise RecipeError("OctavoConfig with tensor parallel loading is not supported: serve with vLLM instead")
+        if not checkpoint_files:
+            raise RecipeError("OctavoConfig needs a checkpoint on disk to stream from")
+        stages = Stages()
+        with stages("plan"):
+            checkpoint = Checkpoint.open_files([Path(file) for file in checkpoint_files])
+            where = _placer(device_map)
+            plan = adapter.plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
+        with stages("swap"):
+            adapter.swap(model, plan)
+        with measured(plan, None) as meter:
+            with stages("allocate"):
+                self.storages = {p.name: Storage.allocate(p) for p in plan.placements}
+            with stages("stream"):
+                stream = Stream(checkpoint, plan, ParameterSink(self.storages), threads=config.threads)
+                meter.follow(stream)
+                tally = stream.run(meter.progress)
+        self.plan = plan
+        self.report = Report.of(plan, stream.geometry, tally, stages, meter)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        if self.pre_quantized:
+            return weight_conversions
+        streamed = []
+        for entry in weight_conversions:
+            if isinstance(entry, WeightConverter):
+                twin = _StreamedConverter(
+                    list(entry._original_source_patterns), list(entry._original_target_patterns)[:1], [_Hand()]
+                )
+                twin.scope_prefix, twin.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+                streamed.append(twin)
+            else:
+                streamed.append(entry)
+        return [*streamed, _StreamedConverter([r"^(.+)$"], [r"\1"], [_Hand()])]
+
+    def hand_out(self, first: str) -> dict[str, torch.Tensor]:
+        """The parameter ``first``, and whatever else was made from the same checkpoint tensors, with scales."""
+        assert self.plan is not None
+        by_name = {p.name: p for p in self.plan.placements}
+        sources = {piece.src_name for piece in by_name[first].pieces} if first in by_name else set()
+        handed = {}
+        for placement in self.plan.placements:
+            if placement.name not in self.storages or not sources & {piece.src_name for piece in placement.pieces}:
+                continue
+            storage = self.storages.pop(placement.name)
+            frozen = placement.scheme is not None or not storage.weight.is_floating_point()
+            handed[placement.name] = torch.nn.Parameter(storage.weight, requires_grad=not frozen)
+            if storage.scale is not None:
+                scale = torch.nn.Parameter(storage.scale, requires_grad=False)
+                handed[modules.scale_name(placement.name)] = scale
+        return handed
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        model._weight_conversions = []  # saved under the model's own names
+        self.quantization_config.weights = _saved_weights(model)
+        model.config.quantization_config = self.quantization_config
+        if self.report is not None:
+            model.load_report = self.report
+        self.plan, self.report = None, None
+        return model
+
+
+def mark_quantized(model: Any, recipe: Recipe) -> None:
+    """Make a model that octavo quantized known to transformers as such, so that ``save_pretrained`` works."""
+    config = OctavoConfig(recipe.scheme, dict(recipe.targets), recipe.ignore, weights=_saved_weights(model))
+    model.config.quantization_config = config
+    model.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model._weight_conversions = []
+
+
+def _saved_weights(model: Any) -> dict[str, Any]:
+    return {name: [scheme, list(parts)] for name, scheme, parts in modules.quantized_weights(model)}
+
+
+def _swap_saved(model: Any, name: str, scheme: str, parts: tuple[int, ...]) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, torch.nn.Linear):
+        modules.quantize_linear(model, path, scheme, parts)
+        return
+    shape = tuple(getattr(module, leaf).shape)
+    if module.is_transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    modules.quantize_stack(module, leaf, scheme, shape, parts)
+
+
+def _placer(device_map: Any) -> Any:
+    """transformers' ``device_map`` as a function from a parameter's name to its device."""
+    if device_map is None:
+        return "cpu"
+    if isinstance(device_map, str):
+        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+            if torch.cuda.device_count() > 1:
+                raise DeviceError(
+                    f"device_map={device_map!r} with several GPUs is not supported with OctavoConfig: name a device "
+                    "('cuda:0') or give a dict of module names to devices"
+                )
+            return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return device_map
+    places = {str(module): _device_name(device) for module, device in dict(device_map).items()}
+    if "disk" in places.values():
+        raise DeviceError("device_map with 'disk' is not supported with OctavoConfig")
+
+    def place(name: str) -> str:
+        path = name
+        while path not in places and path:
+            path = path.rpartition(".")[0]
+        if path not in places:
+            raise DeviceError(f"device_map names no device for {name}")
+        return places[path]
+
+    return place
+
+
+def _device_name(device: Any) -> str:
+    return f"cuda:{device}" if isinstance(device, int) else os.fspath(device) if isinstance(device, str) else str(device)
