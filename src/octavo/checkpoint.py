@@ -255,7 +255,7 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise ValueError("weight_map must map tensor names to file names")
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a valid index: {error or type(error).__name__}") from error
+        raise CheckpointError(f"{path}: not a valid index: {type(error).__name__}: {error}") from error
     checked = {}
     for name, file in weight_map.items():
         # a name that leaves the folder could read (or, in a conversion, write) anything

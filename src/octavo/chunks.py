@@ -144,9 +144,7 @@ def _within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
     return piece.narrow(len(piece.size) - 2, low - piece.dst_off[-2], high - low)
 
 
-def _holds_whole_groups(
-    piece: Piece, groups: tuple[int, int], origin: tuple[int, int], end: tuple[int, int]
-) -> bool:
+def _holds_whole_groups(piece: Piece, groups: tuple[int, int], origin: tuple[int, int], end: tuple[int, int]) -> bool:
     return all(
         (off - first) % group == 0 and (stop == last or (stop - first) % group == 0)
         for off, stop, group, first, last in zip(

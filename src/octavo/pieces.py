@@ -130,8 +130,8 @@ class Symbolic(torch.Tensor):
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> Symbolic:
-        self: Symbolic = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls, tuple(shape), dtype=dtype, device="meta"
+        self: Symbolic = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=dtype, device=torch.device("meta")
         )
         self.pieces = list(pieces)
         return self
@@ -139,7 +139,7 @@ class Symbolic(torch.Tensor):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Symbolic({list(self.shape)}, {len(self.pieces)} pieces)"
 
     @classmethod
@@ -148,7 +148,7 @@ class Symbolic(torch.Tensor):
         return cls(shape, dtype, [whole(name, shape)])
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         handler = _HANDLERS.get(func.overloadpacket)

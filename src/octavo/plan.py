@@ -7,8 +7,9 @@ those and decides nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +28,8 @@ DEFAULT_STAGING_BYTES = 256 << 20
 class Target:
     """A parameter to fill (or a tensor to write), before anything is decided about it.
 
-    The last two axes of ``shape`` and ``pieces`` are [out, in], or [in, out] if ``transposed``: when quantized, it is then
-    stored the other way round, so that scale groups always run along the last axis.
+    The last two axes of ``shape`` and ``pieces`` are [out, in], or [in, out] if ``transposed``: when quantized, it is
+    then stored the other way round, so that scale groups always run along the last axis.
     """
 
     name: str
@@ -150,7 +151,9 @@ class Plan:
             "final_bytes": self.final_bytes(),
             "peak_bytes": self.peak_bytes(),
             "read_bytes": self.read_bytes,
-            "devices": {d: {"final_bytes": self.final_bytes(d), "peak_bytes": self.peak_bytes(d)} for d in self.devices},
+            "devices": {
+                d: {"final_bytes": self.final_bytes(d), "peak_bytes": self.peak_bytes(d)} for d in self.devices
+            },
             "tensors": [
                 {
                     "name": p.name,
@@ -198,18 +201,26 @@ def _summary(placement: Placement) -> str:
 # -- making a plan ----------------------------------------------------------------------------------------------------
 
 
+#: (name, shape, kind, scheme) -> why whoever reads the result could not take that, or None
+Veto = Callable[[str, tuple[int, ...], str, str], str | None]
+
+
 def plan_checkpoint(
-    checkpoint: Checkpoint, recipe: Recipe, staging_bytes: int = DEFAULT_STAGING_BYTES, device: str = "cpu"
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    device: str = "cpu",
+    veto: Veto | None = None,
 ) -> Plan:
     """The plan that keeps the checkpoint's own names and shapes: for converting and iterating."""
     targets = []
     for info in checkpoint.tensors.values():
         piece, kind = whole(info.name, info.shape), kinds.kind_by_name(info, checkpoint.config)
         if kind == kinds.EXPERTS and kinds.is_transposed_stack(info, checkpoint.config):
-            kind = "expert stack stored [experts, in, out], which no FP8 checkpoint format describes"
+            kind = "expert stack stored [experts, in, out]"
         dtype = dtypes.TORCH[info.dtype_name]
         targets.append(Target(info.name, info.shape, dtype, kind, (piece,), device))
-    return make_plan(checkpoint, targets, recipe, staging_bytes)
+    return make_plan(checkpoint, targets, recipe, staging_bytes, veto=veto)
 
 
 def make_plan(
@@ -220,6 +231,7 @@ def make_plan(
     *,
     unused: Mapping[str, str] | None = None,
     other_bytes: Mapping[str, int] | None = None,
+    veto: Veto | None = None,
 ) -> Plan:
     """Decide about every target, check coverage, and put the targets in the order in which the files hold them.
 
@@ -251,9 +263,17 @@ def make_plan(
         kind = target.kind if math.prod(target.shape) else "empty"
         weights.append(Weight(target.name, sources, dtype, kind, target.keep))
     decisions = recipe.decide(weights)
+    for target in targets if veto else ():
+        scheme = decisions[target.name].scheme
+        why = veto(target.name, target.shape, target.kind, scheme) if veto and scheme else None
+        if why:
+            decisions[target.name] = Decision(None, why)
 
     placements = [_placement(target, decisions[target.name], infos) for target in targets]
-    first = {p.name: min(((infos[q.src_name].shard, infos[q.src_name].offset) for q in p.pieces), default=(0, 0)) for p in placements}
+    first = {
+        p.name: min(((infos[q.src_name].shard, infos[q.src_name].offset) for q in p.pieces), default=(0, 0))
+        for p in placements
+    }
     placements.sort(key=lambda p: first[p.name])
     return Plan(
         str(checkpoint.path), recipe, tuple(placements), dict(unused or {}), staging_bytes, dict(other_bytes or {})
@@ -306,4 +326,4 @@ def _parts(shape: Sequence[int], pieces: Sequence[Piece]) -> tuple[int, ...]:
         before = {p.src_name for p in pieces if p.dst_off[-2] < row}
         if row == rows or not (before & {p.src_name for p in pieces if p.dst_off[-2] >= row}):
             bounds.append(row)
-    return tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(b - a for a, b in itertools.pairwise(bounds))

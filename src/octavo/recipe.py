@@ -4,8 +4,9 @@
     Recipe("fp8_block", ignore=["*.self_attn.*"])         all but attention
     Recipe(None, targets={"re:.*experts.*": "fp8_block"}) only experts
 
-A pattern is a glob over names (``*`` crosses dots), a ``re:`` regular expression (matched from the beginning of the name),
-or a plain name, which also stands for everything below it. Names are those of tensors, with or without ``.weight``.
+A pattern is a glob over names (``*`` crosses dots), a ``re:`` regular expression (matched from the beginning of the
+name), or a plain name, which also stands for everything below it. Names are those of tensors, with or without
+``.weight``.
 
 Embeddings, norms, output heads, MoE routers and shared-expert gates stay by default; a target that spells out a full
 name overrides that, a pattern does not. ``ignore`` beats patterns in ``targets``. Two targets that give a weight

@@ -24,7 +24,7 @@ from .ring import now
 
 if TYPE_CHECKING:
     from .plan import Placement, Plan
-    from .stream import Geometry, Stream, Tally
+    from .stream import Geometry, Tally
 
 _SAMPLE_S = 0.01
 
@@ -79,15 +79,15 @@ class Meter:
         self.progress = progress
         self.samples: list[Sample] = []
         self._device = device
-        self._stream: Stream | None = None
+        self._tally: Tally | None = None
         self._stop = threading.Event()
         self._began, self._rss, self._allocated = now(), rss_bytes(), self._device_bytes()
         self._thread = threading.Thread(target=self._run, name="octavo-meter", daemon=True)
         self._thread.start()
 
-    def follow(self, stream: Stream) -> None:
-        """Count the bytes that this stream places."""
-        self._stream = stream
+    def follow(self, tally: Tally) -> None:
+        """Trace the bytes that are placed."""
+        self._tally = tally
 
     def close(self) -> None:
         self._stop.set()
@@ -102,7 +102,7 @@ class Meter:
             self._sample()
 
     def _sample(self) -> None:
-        placed = self._stream.tally.placed_bytes if self._stream else 0
+        placed = self._tally.placed_bytes if self._tally else 0
         self.samples.append(
             Sample(now() - self._began, placed, rss_bytes() - self._rss, self._device_bytes() - self._allocated)
         )
@@ -149,8 +149,9 @@ class Report:
     source: str
     source_bytes: int  # of the same tensors, unquantized
     final_bytes: int  # of parameters, scales and buffers
+    in_memory: bool  # whether the result is held in memory (a model) or on disk (a conversion)
     staging_bytes: int  # what the ring and its scratch took
-    peak_bytes: int  # tracked: final and staging
+    peak_bytes: int  # tracked: what is held, and staging
     rss_final_bytes: int  # of the process, over its size before the first parameter was allocated
     rss_peak_bytes: int
     device_peak_bytes: int  # 0 on a CPU
@@ -162,17 +163,30 @@ class Report:
     quantized: Mapping[str, tuple[int, int]]  # scheme -> tensors, bytes
     kept: Mapping[str, tuple[int, int]]  # reason -> tensors, bytes
     unused: Mapping[str, str]  # checkpoint tensors that nothing needed -> why
+    notes: Sequence[str] = ()  # what users should know about the result
     trace: Sequence[Sample] = field(repr=False, default=())
 
     @classmethod
-    def of(cls, plan: Plan, geometry: Geometry, tally: Tally, stages: Stages, meter: Meter) -> Report:
+    def of(
+        cls,
+        plan: Plan,
+        geometry: Geometry,
+        tally: Tally,
+        stages: Stages,
+        meter: Meter,
+        *,
+        in_memory: bool = True,
+        notes: Sequence[str] = (),
+    ) -> Report:
         """Gather the report of one run."""
+        held_bytes = plan.final_bytes() if in_memory else 0
         return cls(
             source=plan.source,
             source_bytes=plan.source_bytes,
             final_bytes=plan.final_bytes(),
+            in_memory=in_memory,
             staging_bytes=geometry.staging_bytes,
-            peak_bytes=plan.final_bytes() + geometry.staging_bytes,
+            peak_bytes=held_bytes + geometry.staging_bytes,
             rss_final_bytes=meter.samples[-1].rss_bytes,
             rss_peak_bytes=max(sample.rss_bytes for sample in meter.samples),
             device_peak_bytes=max(sample.device_bytes for sample in meter.samples),
@@ -184,6 +198,7 @@ class Report:
             quantized=_grouped(plan.quantized, lambda p: p.scheme or ""),
             kept=_grouped(plan.kept, lambda p: p.reason),
             unused=dict(plan.unused),
+            notes=tuple(notes),
             trace=tuple(meter.samples),
         )
 
@@ -211,10 +226,12 @@ class Report:
         rows = [
             ("unquantized", human_bytes(self.source_bytes)),
             ("final", f"{human_bytes(self.final_bytes)} ({self.final_bytes / max(self.source_bytes, 1):.0%})"),
-            ("peak over final", f"{human_bytes(self.staging_bytes)} of staging, {self.threads} threads"),
-            ("process, final", human_bytes(self.rss_final_bytes)),
-            ("process, peak over final", human_bytes(self.rss_peak_bytes - self.final_bytes)),
+            ("staging", f"{human_bytes(self.staging_bytes)}, {self.threads} threads"),
         ]
+        if self.in_memory:
+            rows.append(("process, peak over final", human_bytes(self.rss_peak_bytes - self.rss_final_bytes)))
+        else:
+            rows.append(("process, peak over start", human_bytes(self.rss_peak_bytes)))
         if self.device_peak_bytes:
             rows.append(("device, peak over final", human_bytes(self.device_peak_bytes - self.final_bytes)))
         rows.append(("read", f"{human_bytes(self.read_bytes)}, {self.read_gb_per_s:.2f} GB/s"))
@@ -222,6 +239,7 @@ class Report:
         rows += [(f"to {k}", _count_text(v)) for k, v in self.quantized.items()]
         rows += [(f"kept: {k}", _count_text(v)) for k, v in self.kept.items()]
         rows += [("not used", f"{name}: {why}") for name, why in list(self.unused.items())[:5]]
+        rows += [("note", note) for note in self.notes]
         table = Table(show_header=False, title=self.source, title_justify="left")
         for row in rows:
             table.add_row(*row)
@@ -267,8 +285,8 @@ def plan_table(plan: Plan) -> str:
         to = p.scheme or dtypes.short(p.dtype)
         key = (_pattern(p.name), "x".join(map(str, p.shape)) or "scalar", sources, to, p.reason)
         groups.setdefault(key, []).append(p)
-    for key, members in groups.items():
-        table.add_row(*key, str(len(members)), human_bytes(sum(p.final_bytes for p in members)))
+    for labels, members in groups.items():
+        table.add_row(*labels, str(len(members)), human_bytes(sum(p.final_bytes for p in members)))
     lines = [_to_text(table)]
     for name, why in list(plan.unused.items())[:10]:
         lines.append(f"not used: {name}: {why}")

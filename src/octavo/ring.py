@@ -25,6 +25,7 @@ from .checkpoint import Shard
 from .errors import CheckpointError, SourceChangedError
 
 Ticket = TypeVar("Ticket")
+TicketIn = TypeVar("TicketIn", contravariant=True)
 #: how often a waiting caller looks for Ctrl-C and reports progress
 _TICK_S = 0.1
 
@@ -83,7 +84,7 @@ class Slot:
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
         self.buffer: Tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-        self.view = memoryview(self.buffer.numpy())
+        self.view = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
         self.busy: torch.cuda.Event | None = None
 
     def wait(self) -> None:
@@ -92,10 +93,10 @@ class Slot:
             self.busy = None
 
 
-class Worker(Protocol[Ticket]):
+class Worker(Protocol[TicketIn]):
     """What a thread of the ring runs: made inside the thread, given one ticket after another."""
 
-    def handle(self, ticket: Ticket) -> int:
+    def handle(self, ticket: TicketIn) -> int:
         """Do the work of one ticket; returns the bytes that count as progress."""
 
     def close(self) -> None:

@@ -93,12 +93,12 @@ def get(name: str | Scheme) -> Scheme:
 
 
 class _Span(NamedTuple):
-    """A run of equally long cells: elements [start, stop), cells [cell, cell + count), ``each`` elements a cell."""
+    """A run of equally long cells: elements [start, stop), cells [cell, cell + cells), ``each`` elements a cell."""
 
     start: int
     stop: int
     cell: int
-    count: int
+    cells: int
     each: int
 
 
@@ -128,7 +128,8 @@ def _spans(length: int, group: int | None, phase: int = 0) -> list[_Span]:
 def _grouped(x: Tensor, rows: _Span, cols: _Span) -> Tensor:
     """View x[..., out, in] within the spans as [..., row cells, rows a cell, column cells, columns a cell]."""
     x = x[..., rows.start : rows.stop, cols.start : cols.stop]
-    return x.unflatten(-1, (cols.count, cols.each)).unflatten(-3, (rows.count, rows.each))
+    # splitting an axis is a view, whatever the strides
+    return x.view(*x.shape[:-2], rows.cells, rows.each, cols.cells, cols.each)
 
 
 def group_amax(
@@ -202,7 +203,7 @@ def quantize_into(
     wide.copy_(weight)
     for rows in _spans(weight.shape[-2], scheme.group_rows, phase[0]):
         for cols in _spans(weight.shape[-1], scheme.group_cols, phase[1]):
-            cells = scale[..., rows.cell : rows.cell + rows.count, cols.cell : cols.cell + cols.count]
+            cells = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
             _grouped(wide, rows, cols).div_(cells[..., :, None, :, None])
     if scheme.power_of_two:  # the other scales are rounded up: |w / scale| <= 448 already
         wide.clamp_(-FP8_MAX, FP8_MAX)
@@ -253,7 +254,7 @@ def expand_scale(
     parts = parts or (rows,)
     grid = scale.float().reshape(*lead, -1, scheme.cells(rows, cols)[1])
     if scheme.group_rows != 1:
-        counts = [span.each for part in parts for span in _spans(part, scheme.group_rows) for _ in range(span.count)]
+        counts = [span.each for part in parts for span in _spans(part, scheme.group_rows) for _ in range(span.cells)]
         grid = grid.repeat_interleave(torch.tensor(counts, device=grid.device), -2, output_size=rows)
     if scheme.group_cols is not None:
         grid = grid.repeat_interleave(scheme.group_cols, -1)[..., :cols]

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from . import dtypes, schemes
 from .errors import OutputError
 from .pieces import Piece, contiguous_strides
 from .plan import Placement
@@ -58,8 +58,6 @@ class Storage:
     @classmethod
     def allocate(cls, placement: Placement) -> Storage:
         """Uninitialised memory of the right shapes, dtypes and device."""
-        from . import schemes
-
         weight = torch.empty(placement.shape, dtype=placement.dtype, device=placement.device)
         if placement.scheme is None:
             return cls(weight)
@@ -160,13 +158,6 @@ class _Pending(_Parameter):
 # -- a shard on disk --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Where in a file a tensor's bytes begin."""
-
-    offset: int
-
-
 class ShardSink:
     """Writes boxes to their places in one open file whose layout is known.
 
@@ -192,21 +183,18 @@ class ShardSink:
 
     def write_box(self, base: int, shape: tuple[int, ...], box: tuple[slice, ...], values: Tensor, bits: int) -> None:
         """Write ``values`` to ``box`` of a row-major tensor of ``shape`` that begins at ``base``."""
+        if not values.numel():
+            return
         data = values.detach().to("cpu").contiguous()
-        flat = memoryview(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else np.empty(0, np.uint8))
-        destination = Piece(
-            (0,) * len(shape),
-            tuple(s.stop - s.start for s in box),
-            "",
-            sum(s.start * n for s, n in zip(box, contiguous_strides(shape), strict=True)),
-            contiguous_strides(shape),
-        )
-        length, offsets = destination.runs()
+        flat = memoryview(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        strides = contiguous_strides(shape)
+        origin = sum(s.start * n for s, n in zip(box, strides, strict=True))
+        region = Piece((0,) * len(shape), tuple(s.stop - s.start for s in box), "", origin, strides)
+        length, offsets = region.runs()
         run_bytes, at = length * bits // 8, 0
-        if data.numel():
-            for offset in offsets:
-                self._write(flat[at : at + run_bytes], base + offset * bits // 8)
-                at += run_bytes
+        for offset in offsets:
+            self._write(flat[at : at + run_bytes], base + offset * bits // 8)
+            at += run_bytes
 
     def _write(self, view: memoryview, offset: int) -> None:
         done = 0
@@ -230,8 +218,6 @@ class _FileRegion:
         return None
 
     def put(self, piece: Piece, values: Tensor) -> None:
-        from . import dtypes
-
         placement = self._placement
         bits = dtypes.BITS[placement.dtype_name]
         if values.dtype != placement.dtype and dtypes.TORCH[placement.dtype_name] is not None:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import dtypes, schemes
 from .checkpoint import Checkpoint
-from .errors import DeviceError, WeightError
 from .chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes
+from .errors import DeviceError, WeightError
 from .plan import Placement, Plan
 from .ring import Files, Ring, Slot, now
 from .schemes import Scheme
@@ -54,14 +54,13 @@ class Geometry:
         return self.threads * self.worker_bytes
 
     @classmethod
-    def fit(
-        cls, plan: Plan, device: torch.device, threads: int | None = None, slot_bytes: int | None = None
-    ) -> Geometry:
+    def fit(cls, plan: Plan, threads: int | None = None, slot_bytes: int | None = None) -> Geometry:
         """The largest geometry within ``plan.staging_bytes``: fewer threads first, then smaller slots.
 
         Raises:
             DeviceError: the budget is too small for a single thread.
         """
+        device = next((torch.device(d) for d in plan.devices if d != "cpu"), torch.device("cpu"))
         if plan.staging_bytes < MIN_STAGING_BYTES:
             raise DeviceError(
                 f"staging_bytes is {plan.staging_bytes:,}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed"
@@ -96,7 +95,6 @@ class Tally:
     quantize_s: float = 0.0
     read_bytes: int = 0
     placed_bytes: int = 0
-    wall_s: float = 0.0
 
 
 @dataclass
@@ -122,14 +120,14 @@ class Stream:
         *,
         threads: int | None = None,
         slot_bytes: int | None = None,
+        geometry: Geometry | None = None,
+        tally: Tally | None = None,
     ) -> None:
-        devices = {torch.device(placement.device) for placement in plan.placements} or {torch.device("cpu")}
-        accelerator = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         self.checkpoint, self.plan, self.sink = checkpoint, plan, sink
-        self.geometry = Geometry.fit(plan, accelerator, threads, slot_bytes)
+        self.geometry = geometry or Geometry.fit(plan, threads, slot_bytes)
         self.ring: Ring[Chunk] = Ring(self.geometry.threads)
         self.files = Files(checkpoint.shards)
-        self.tally = Tally()
+        self.tally = tally or Tally()  # several streams of one job share theirs
         self._states: dict[str, _State] = {}
         self._lock = threading.Lock()
 
@@ -144,14 +142,12 @@ class Stream:
         Args:
             progress: called about ten times a second, in this thread, with bytes read and bytes in all.
         """
-        started = now()
         total = self.total_bytes if progress else 0
         try:
             self.ring.run(self._tickets(), self._worker, (lambda done: progress(done, total)) if progress else None)
             self.finish()
         finally:
             self.files.close()
-        self.tally.wall_s = now() - started
         return self.tally
 
     def start(self) -> None:
@@ -242,7 +238,7 @@ class _Worker:
         if not on_cpu:
             self.staged = torch.empty(geometry.slot_bytes, dtype=torch.uint8, device=self.device)
             if self.device.type == "cuda":
-                self.queue = torch.cuda.Stream(self.device)
+                self.queue = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
                 self.queue.wait_stream(torch.cuda.default_stream(self.device))
 
     def close(self) -> None:
@@ -291,7 +287,7 @@ class _Worker:
         if self.device.type != "cpu":
             flat = self.staged[:at].copy_(flat, non_blocking=True)
             if self.queue is not None:
-                slot.busy = torch.cuda.Event()
+                slot.busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
                 slot.busy.record(self.queue)
         if dtypes.TORCH[info.dtype_name] is None:
             return flat  # carried as bytes

@@ -32,7 +32,7 @@ METHOD = "octavo"
 
 
 @register_quantization_config(METHOD)
-class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class OctavoConfig(QuantizationConfigMixin):
     """What ``quantization_config`` takes.
 
     Args:
@@ -54,21 +54,23 @@ class OctavoConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown.pop("quant_method", None)
         if unknown:
             raise RecipeError(f"OctavoConfig: unknown option {sorted(unknown)[0]!r}")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]
         self.scheme, self.targets, self.ignore = scheme, dict(targets or {}), list(ignore)
         self.staging_bytes, self.threads = staging_bytes, threads
         self.weights = dict(weights) if weights else None
-        self.recipe  # checks it  # noqa: B018
+        Recipe(self.scheme, self.targets, self.ignore)  # raises for what it can't be
 
     @property
     def recipe(self) -> Recipe:
         return Recipe(self.scheme, self.targets, self.ignore)
 
 
-class _Hand(ConversionOps):  # type: ignore[misc]
+class _Hand(ConversionOps):
     """Moves nothing; a converter needs an operation."""
 
-    def convert(self, input_dict: Any, **_: Any) -> Any:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
+    ) -> dict[str, Any]:
         return input_dict
 
     @property
@@ -76,7 +78,7 @@ class _Hand(ConversionOps):  # type: ignore[misc]
         return self
 
 
-class _StreamedConverter(WeightConverter):  # type: ignore[misc]
+class _StreamedConverter(WeightConverter):
     """Hands out the parameters that the stream has filled; its collected readers are dropped unread."""
 
     __slots__ = ()
@@ -95,7 +97,7 @@ class _StreamedConverter(WeightConverter):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
+class OctavoQuantizer(HfQuantizer):
     """Streams a bf16 checkpoint into FP8, or swaps modules for one that is FP8 already."""
 
     requires_calibration = False
@@ -103,6 +105,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.config: OctavoConfig = quantization_config
         self.plan: Plan | None = None
         self.storages: dict[str, Storage] = {}
         self.report: Report | None = None
@@ -124,10 +127,10 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         if self.pre_quantized:
-            for name, (scheme, parts) in (self.quantization_config.weights or {}).items():
+            for name, (scheme, parts) in (self.config.weights or {}).items():
                 _swap_saved(model, name, scheme, tuple(parts))
             return
-        config = self.quantization_config
+        config = self.config
         if getattr(model.config, "distributed_config", None) is not None:
             raise RecipeError("OctavoConfig with tensor parallel loading is not supported: serve with vLLM instead")
         if not checkpoint_files:
@@ -144,7 +147,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
                 self.storages = {p.name: Storage.allocate(p) for p in plan.placements}
             with stages("stream"):
                 stream = Stream(checkpoint, plan, ParameterSink(self.storages), threads=config.threads)
-                meter.follow(stream)
+                meter.follow(stream.tally)
                 tally = stream.run(meter.progress)
         self.plan = plan
         self.report = Report.of(plan, stream.geometry, tally, stages, meter)
@@ -169,7 +172,7 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
         assert self.plan is not None
         by_name = {p.name: p for p in self.plan.placements}
         sources = {piece.src_name for piece in by_name[first].pieces} if first in by_name else set()
-        handed = {}
+        handed: dict[str, torch.Tensor] = {}
         for placement in self.plan.placements:
             if placement.name not in self.storages or not sources & {piece.src_name for piece in placement.pieces}:
                 continue
@@ -183,8 +186,8 @@ class OctavoQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model._weight_conversions = []  # saved under the model's own names
-        self.quantization_config.weights = _saved_weights(model)
-        model.config.quantization_config = self.quantization_config
+        self.config.weights = _saved_weights(model)
+        model.config.quantization_config = self.config
         if self.report is not None:
             model.load_report = self.report
         self.plan, self.report = None, None
@@ -246,4 +249,6 @@ def _placer(device_map: Any) -> Any:
 
 
 def _device_name(device: Any) -> str:
-    return f"cuda:{device}" if isinstance(device, int) else os.fspath(device) if isinstance(device, str) else str(device)
+    return (
+        f"cuda:{device}" if isinstance(device, int) else os.fspath(device) if isinstance(device, str) else str(device)
+    )

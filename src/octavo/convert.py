@@ -1,0 +1,358 @@
+"""A checkpoint into an FP8 checkpoint: one shard out for each shard in, streamed, resumable, all or nothing.
+
+Everything is written into ``DST.partial``: the shards (header first, since all shapes are known; then chunks as they
+come), a manifest of those that are finished, and last the config, tokenizer files and index. Then it is renamed to
+``DST``. A run that is killed leaves no folder that looks converted; the same command goes on where it was, and notices
+if the source or the options changed in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import dtypes, formats
+from .checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from .errors import OutputError, SourceChangedError
+from .plan import DEFAULT_STAGING_BYTES, Placement, Plan
+from .recipe import Recipe
+from .report import Report, Stages, human_bytes, measured
+from .sinks import ShardSink
+from .stream import Geometry, Stream, Tally
+
+_MANIFEST = "manifest.json"
+#: raised whenever the bytes of an output could differ from those of an earlier version
+_BYTES_VERSION = 1
+_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    scheme: str | Recipe | Mapping[str, Any] | None = "fp8_channel",
+    *,
+    format: str = formats.DEFAULT,
+    ignore: Iterable[str] = (),
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    threads: int | None = None,
+    device: str = "cpu",
+    revision: str | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
+) -> Report:
+    """Convert a checkpoint to FP8, with its config, tokenizer files and index, in bounded memory.
+
+    Args:
+        src: folder, ``.safetensors`` file, or hub id.
+        dst: folder to make; it must not exist, and appears only when it is complete.
+        scheme: as for `octavo.load`.
+        format: ``compressed-tensors`` or ``fp8``; see `octavo.formats`.
+        ignore: patterns of weights to leave as they are.
+        staging_bytes: bound on memory, whatever the size of shards or tensors.
+        threads: reader threads; default: one a core.
+        device: where to quantize; the bytes are the same.
+        revision: of a hub id.
+        progress: as for `octavo.load`.
+
+    Raises:
+        OutputError: ``dst`` exists, can't be written, or is being written by another process; the disk is full.
+        SourceChangedError: the source is not what it was when an interrupted run began.
+        OctavoError: as for `octavo.load`.
+    """
+    stages = Stages()
+    recipe = Recipe.coerce(scheme, ignore)
+    with stages("open"):
+        checkpoint = Checkpoint.open(src, revision)
+    with stages("plan"):
+        plan, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
+        job = Job.prepare(checkpoint, plan, layout, Path(dst))
+    tally = Tally()
+    with job.partial_folder(), measured(plan, progress, "Converting") as meter:
+        with stages("stream"):
+            geometry = Geometry.fit(plan, threads)
+            meter.follow(tally)
+            job.write_shards(geometry, tally, meter.progress)
+        with stages("finish"):
+            job.write_rest()
+            job.publish()
+    return Report.of(plan, geometry, tally, stages, meter, in_memory=False, notes=layout.notes(plan))
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """One output file: its header, and where each tensor's bytes begin."""
+
+    name: str
+    header: bytes
+    nbytes: int
+    weights: Mapping[str, int]  # placement -> absolute offset
+    scales: Mapping[str, int]
+    tensor_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, placements: Iterable[Placement], layout: formats.Format) -> ShardLayout:
+        """Lay tensors out with the widest dtypes first, so that each is aligned to its own element."""
+        entries: list[tuple[int, str, str, tuple[int, ...], Placement, bool]] = []
+        for p in placements:
+            entries.append((dtypes.BITS[p.dtype_name], p.name, p.dtype_name, p.shape, p, False))
+            if p.scheme:
+                dtype_name, shape = layout.scale_type(p)
+                entries.append((dtypes.BITS[dtype_name], layout.scale_name(p.name), dtype_name, shape, p, True))
+        entries.sort(key=lambda entry: -entry[0])  # stable: reading order within a width
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        end = 0
+        for bits, tensor_name, dtype_name, shape, p, is_scale in entries:
+            begin, count = end, bits
+            for n in shape:
+                count *= n
+            end += count // 8
+            header[tensor_name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [begin, end]}
+            offsets[is_scale][p.name] = begin
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        base = 8 + len(text)
+        return cls(
+            name,
+            struct.pack("<Q", len(text)) + text,
+            base + end,
+            {key: base + value for key, value in offsets[False].items()},
+            {key: base + value for key, value in offsets[True].items()},
+            tuple(key for key in header if key != "__metadata__"),
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One conversion: what is to be written where, and what has been."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    layout: formats.Format
+    dst: Path
+    shards: tuple[tuple[ShardLayout, Plan], ...]
+
+    @classmethod
+    def prepare(cls, checkpoint: Checkpoint, plan: Plan, layout: formats.Format, dst: Path) -> Job:
+        dst = dst.expanduser().absolute()
+        if dst.exists():
+            raise OutputError(f"{dst}: exists already. Remove it or name another folder; octavo overwrites nothing.")
+        if not dst.parent.is_dir():
+            raise OutputError(f"{dst.parent}: no such folder to put {dst.name} into")
+        by_shard: dict[int, list[Placement]] = {number: [] for number in range(len(checkpoint.shards))}
+        for placement in plan.placements:
+            by_shard[checkpoint.tensors[placement.pieces[0].src_name].shard].append(placement)
+        shards = []
+        for number, placements in by_shard.items():
+            name = checkpoint.shards[number].path.name if len(by_shard) > 1 else SINGLE_NAME
+            layout_of = ShardLayout.of(name, placements, layout)
+            shards.append((layout_of, replace(plan, placements=tuple(placements))))
+        return cls(checkpoint, plan, layout, dst, tuple(shards))
+
+    # -- the partial folder -------------------------------------------------------------------------------------------
+
+    @property
+    def partial(self) -> Path:
+        return self.dst.with_name(self.dst.name + ".partial")
+
+    @property
+    def out(self) -> Path:
+        return self.partial / "checkpoint"
+
+    @contextlib.contextmanager
+    def partial_folder(self) -> Iterator[None]:
+        """The partial folder, made or taken up again, and locked against other processes."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise OutputError(f"{self.partial}: can't be made: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise OutputError(f"{self.partial}: another process is converting into it") from None
+            self._check_resumable()
+            self._check_room()
+            yield
+        finally:
+            os.close(lock)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between an interrupted run and its continuation."""
+        headers = hashlib.sha256()
+        for shard_layout, _ in self.shards:
+            headers.update(shard_layout.header)
+        return {
+            "bytes_version": _BYTES_VERSION,
+            "recipe": self.plan.recipe.to_dict(),
+            "format": self.layout.name,
+            "layout": headers.hexdigest(),
+            "source": {
+                "path": str(self.checkpoint.path.absolute()),
+                "shards": {shard.path.name: [shard.nbytes, shard.mtime_ns] for shard in self.checkpoint.shards},
+            },
+        }
+
+    def _manifest(self) -> dict[str, Any]:
+        try:
+            manifest = json.loads((self.partial / _MANIFEST).read_bytes())
+        except FileNotFoundError:
+            return {**self._identity(), "finished": {}}
+        except ValueError as error:
+            raise OutputError(f"{self.partial / _MANIFEST}: damaged ({error}); remove {self.partial}") from error
+        assert isinstance(manifest, dict)
+        return manifest
+
+    def _check_resumable(self) -> None:
+        manifest, wanted = self._manifest(), self._identity()
+        if manifest.get("source") != wanted["source"]:
+            raise SourceChangedError(
+                f"{self.checkpoint.path}: changed since the interrupted run that {self.partial} holds. Remove that "
+                "folder to begin anew."
+            )
+        different = [key for key in wanted if manifest.get(key) != wanted[key]]
+        if different:
+            raise OutputError(
+                f"{self.partial}: holds an interrupted conversion with another {', '.join(different)}. Give the same "
+                "options to go on with it, or remove the folder to begin anew."
+            )
+
+    def _check_room(self) -> None:
+        done = self._manifest()["finished"]
+        needed = sum(shard.nbytes for shard, _ in self.shards if shard.name not in done)
+        free = shutil.disk_usage(self.partial).free
+        if needed > free:
+            raise OutputError(
+                f"{self.dst.parent}: {human_bytes(needed)} are still to be written, {human_bytes(free)} are free. "
+                "Make room and run the same command again."
+            )
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write_shards(self, geometry: Geometry, tally: Tally, progress: Callable[[int, int], None] | None) -> None:
+        """Write all shards that the manifest does not have."""
+        manifest = self._manifest()
+        total = sum(plan.source_bytes for _, plan in self.shards)
+        before = 0
+        with ThreadPoolExecutor(1, thread_name_prefix="octavo-sync") as syncing:
+            pending: list[Future[None]] = []
+            for shard, plan in self.shards:
+                entry = manifest["finished"].get(shard.name)
+                path = self.out / shard.name
+                if entry is None or not path.is_file() or path.stat().st_size != entry:
+                    part = path.with_name(path.name + ".part")
+                    with self._created(part, shard) as descriptor:
+                        sink = ShardSink(part, descriptor, shard.weights, shard.scales, self.layout.stored_scale)
+                        stream = Stream(self.checkpoint, plan, sink, geometry=geometry, tally=tally)
+                        base, share = before, plan.source_bytes
+
+                        def shown(done: int, of: int, base: int = base, share: int = share) -> None:
+                            assert progress is not None
+                            progress(base + (done * share // of if of else share), total)
+
+                        stream.run(shown if progress else None)
+                    # the disk is waited for while the next shard is read
+                    pending.append(syncing.submit(self._finish_shard, part, path, shard, manifest))
+                before += plan.source_bytes
+            for future in pending:
+                future.result()
+
+    @contextlib.contextmanager
+    def _created(self, part: Path, shard: ShardLayout) -> Iterator[int]:
+        descriptor = -1
+        try:
+            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            # claims the room at once, so that a full disk is an error now and not after an hour
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, shard.nbytes)
+            else:
+                os.ftruncate(descriptor, shard.nbytes)
+            os.pwrite(descriptor, shard.header, 0)
+        except OSError as error:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise _disk_error(part, error) from error
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _finish_shard(self, part: Path, path: Path, shard: ShardLayout, manifest: dict[str, Any]) -> None:
+        try:
+            _sync(part)
+            os.replace(part, path)
+            manifest["finished"][shard.name] = shard.nbytes
+            _write_text(self.partial / _MANIFEST, json.dumps(manifest, indent=1))
+        except OSError as error:
+            raise _disk_error(path, error) from error
+
+    def write_rest(self) -> None:
+        """Config, tokenizer files, index."""
+        try:
+            self._copy_small_files()
+            config = dict(self.checkpoint.config)
+            if config:
+                if self.plan.quantized:
+                    config["quantization_config"] = self.layout.config(self.plan)
+                _write_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+            if len(self.shards) > 1:
+                _write_text(self.out / INDEX_NAME, self._index())
+        except OSError as error:
+            raise _disk_error(self.out, error) from error
+
+    def _copy_small_files(self) -> None:
+        if not self.checkpoint.path.is_dir() and not self.checkpoint.config:
+            return  # a lone file: what lies beside it is not ours
+        for entry in sorted(self.checkpoint.folder.iterdir()):
+            if entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_NOT_COPIED):
+                shutil.copyfile(entry, self.out / entry.name)
+
+    def _index(self) -> str:
+        total = sum(p.nbytes for p in self.plan.placements)
+        total += sum(self.layout.scale_bytes(p) for p in self.plan.quantized)
+        weight_map = {name: shard.name for shard, _ in self.shards for name in shard.tensor_names}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        return json.dumps(index, indent=2) + "\n"
+
+    def publish(self) -> None:
+        """Make the complete folder appear under its name."""
+        try:
+            _sync(self.out)
+            os.rename(self.out, self.dst)
+            _sync(self.dst.parent)
+            shutil.rmtree(self.partial)
+        except OSError as error:
+            raise _disk_error(self.dst, error) from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old or the new one."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _disk_error(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path}: writing failed: {error.strerror}. Finished shards are kept: make room and run the same command again "
+        "to go on."
+    )

@@ -1,0 +1,232 @@
+"""How consumers name and lay out FP8 weights and their scales: the only place that knows a consumer's terms.
+
+    format              scheme                                scale beside X.weight
+    compressed-tensors  fp8_channel, fp8_block, fp8_tensor    X.weight_scale, float32
+    compressed-tensors  mxfp8                                 X.weight_scale, uint8 (the e8m0 bits)
+    fp8                 fp8_block                             X.weight_scale_inv, float32
+
+``weight_scale_inv`` is no inverse: both are octavo's scale, ``w ≈ q.float() * scale``.
+
+What stock readers can't take is not written: such weights stay as they are, and the plan says why. Among them are
+stacks of experts in one 3-D tensor: every reader tried (transformers 5.17 to 5.23, compressed-tensors 0.19 and 0.20)
+takes the FP8 numbers of a stack for the weights themselves, without a word. Experts in tensors of their own are fine.
+
+Sources: compressed-tensors' ``QuantizationConfig`` (https://github.com/vllm-project/compressed-tensors) and
+transformers' ``FineGrainedFP8Config``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dtypes, schemes
+from .checkpoint import Checkpoint
+from .errors import CheckpointError, RecipeError
+from .kinds import EXPERTS, module_of
+from .plan import Placement, Plan, plan_checkpoint
+from .recipe import Recipe
+from .schemes import E8M0, Scheme
+
+DEFAULT = "compressed-tensors"
+NAMES = ("compressed-tensors", "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One consumer's conventions."""
+
+    name: str
+    scale_suffix: str  # appended to the weight's name
+    schemes: tuple[str, ...]
+
+    def veto(self, name: str, shape: tuple[int, ...], kind: str, scheme: str) -> str | None:
+        """Why stock readers of this format could not take a weight quantized so; None if they can."""
+        if kind == EXPERTS:
+            return "expert stack: stock readers take no FP8 in 3-D tensors"
+        rows, cols = shape[-2:]
+        if scheme == "mxfp8" and cols % 32:
+            return f"{cols} columns: readers of mxfp8 want a multiple of 32"
+        if self.name == "fp8" and any(side > 128 and side % 128 for side in (rows, cols)):
+            return f"{rows}x{cols}: readers of the fp8 format want sides of at most 128, or multiples of 128"
+        return None
+
+    def scale_name(self, name: str) -> str:
+        """The name of a weight's scale."""
+        return name + self.scale_suffix
+
+    def scale_type(self, placement: Placement) -> tuple[str, tuple[int, ...]]:
+        """(safetensors dtype, shape) of a placement's scale on disk."""
+        assert placement.scheme is not None
+        shape = placement.scale_shape or (1,)
+        return ("U8" if schemes.get(placement.scheme).power_of_two else "F32"), shape
+
+    def scale_bytes(self, placement: Placement) -> int:
+        dtype_name, shape = self.scale_type(placement)
+        return math.prod(shape) * dtypes.BITS[dtype_name] // 8
+
+    def stored_scale(self, scale: Tensor) -> Tensor:
+        """octavo's scale -> this format's, as written to disk or handed out."""
+        if scale.dtype == E8M0:
+            return scale.view(torch.uint8)
+        return scale.reshape(1) if scale.ndim == 0 else scale
+
+    def loaded_scale(self, stored: Tensor, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
+        """The inverse of `stored_scale`, as a grid [..., row cells, column cells]."""
+        scale = stored.view(E8M0) if scheme.power_of_two else stored
+        return scale.reshape(*shape[:-2], *scheme.cells(shape[-2], shape[-1]))
+
+    def scheme_of(self, shape: tuple[int, ...], stored: Tensor) -> Scheme:
+        """The scheme that a weight of this shape with this scale was quantized by."""
+        for name in self.schemes:
+            scheme = schemes.get(name)
+            wanted = scheme.scale_shape(shape) or (1,)
+            if tuple(stored.shape) == wanted and (stored.dtype == torch.uint8) == scheme.power_of_two:
+                return scheme
+        raise CheckpointError(
+            f"a scale {list(stored.shape)} ({dtypes.short(stored.dtype)}) beside a weight {list(shape)} is of no "
+            f"scheme that octavo writes as {self.name}"
+        )
+
+    def config(self, plan: Plan) -> dict[str, Any]:
+        """config.json's ``quantization_config``."""
+        # every module without a scale is named, and the head even when it is tied and in no file: some readers would
+        # otherwise wait for a scale there, and go on with uninitialised memory
+        ignore = sorted({"lm_head", *(module_of(p.name) for p in plan.kept if p.name.endswith(".weight"))})
+        if self.name == "fp8":
+            return {
+                "quant_method": "fp8",
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "weight_block_size": [128, 128],
+                "modules_to_not_convert": ignore,
+            }
+        groups = {
+            f"group_{number}": {"targets": targets, **_arguments(scheme, placements)}
+            for number, (scheme, targets, placements) in enumerate(_groups(plan))
+        }
+        formats = {group["format"] for group in groups.values()}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "kv_cache_scheme": None,
+            "ignore": [name for name in ignore if name not in {module_of(p.name) for p in plan.quantized}],
+            "config_groups": groups,
+        }
+
+    def notes(self, plan: Plan) -> list[str]:
+        """What users should know about who can read the result."""
+        spread = {str(p.scheme) for p in plan.quantized if _EXPERT.search(p.name)} & {"fp8_block", "mxfp8"}
+        if self.name != "compressed-tensors" or not spread:
+            return []
+        return [
+            f"transformers (up to 5.23) can't read {' and '.join(sorted(spread))} experts in compressed-tensors "
+            "checkpoints; vLLM can. For transformers, use fp8_channel, or fp8_block in the fp8 format."
+        ]
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def _groups(plan: Plan) -> list[tuple[str, list[str], list[Placement]]]:
+    """(scheme, targets, placements): classes where that is enough, names where schemes are mixed."""
+    by_scheme: dict[str, list[Placement]] = {}
+    for placement in plan.quantized:
+        assert placement.scheme is not None
+        by_scheme.setdefault(placement.scheme, []).append(placement)
+    if len(by_scheme) == 1:
+        return [(scheme, ["Linear"], placements) for scheme, placements in by_scheme.items()]
+    groups = []
+    for scheme, placements in by_scheme.items():
+        kinds = {bool(_EXPERT.search(p.name)) for p in placements}
+        others = {bool(_EXPERT.search(p.name)) for s, ps in by_scheme.items() if s != scheme for p in ps}
+        if kinds & others:
+            targets = [module_of(p.name) for p in placements]
+        else:
+            targets = [r"re:.*\.experts\.\d+\..*"] if kinds == {True} else ["Linear"]
+        groups.append((scheme, targets, placements))
+    return groups
+
+
+_CT_FORMATS = {
+    "fp8_channel": "float-quantized",
+    "fp8_block": "float-quantized",
+    "fp8_tensor": "float-quantized",
+    "mxfp8": "mxfp8-quantized",
+}
+
+
+def _arguments(scheme: str, placements: Iterable[Placement]) -> dict[str, Any]:
+    """The weights, input_activations and format of a compressed-tensors config group."""
+    base = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights: dict[str, Any] = {**base, "dynamic": False}
+    inputs: dict[str, Any] = {**base, "dynamic": True}
+    if scheme == "fp8_channel":
+        weights["strategy"], inputs["strategy"] = "channel", "token"
+    elif scheme == "fp8_tensor":
+        weights["strategy"], inputs["strategy"] = "tensor", "token"
+    elif scheme == "fp8_block":
+        weights |= {"strategy": "block", "block_structure": [128, 128]}
+        inputs |= {"strategy": "group", "group_size": 128}
+    else:
+        group = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+        weights |= group
+        inputs |= group
+    # readers can't cut ragged activations into groups: then weights alone are quantized
+    ragged = scheme == "fp8_block" and any(p.shape[-1] % 128 for p in placements)
+    return {
+        "weights": weights,
+        "input_activations": None if ragged else inputs,
+        "output_activations": None,
+        "format": _CT_FORMATS[scheme],
+    }
+
+
+_FORMATS = {
+    "compressed-tensors": Format("compressed-tensors", "_scale", ("fp8_channel", "fp8_block", "fp8_tensor", "mxfp8")),
+    "fp8": Format("fp8", "_scale_inv", ("fp8_block",)),
+}
+
+
+def get(name: str) -> Format:
+    """The format called ``name``; a `RecipeError` that lists them otherwise."""
+    if name not in _FORMATS:
+        raise RecipeError(f"unknown format {name!r}; known: {', '.join(NAMES)}")
+    return _FORMATS[name]
+
+
+def plan_for(
+    checkpoint: Checkpoint, recipe: Recipe, name: str, staging_bytes: int, device: str = "cpu"
+) -> tuple[Plan, Format]:
+    """The plan of a conversion to the format called ``name``, within what its readers can take.
+
+    Raises:
+        RecipeError: the format can't express a scheme of the recipe, or no such format exists.
+    """
+    found = get(name)
+    plan = plan_checkpoint(checkpoint, recipe, staging_bytes, device, found.veto)
+    for placement in plan.quantized:
+        if placement.scheme not in found.schemes:
+            raise RecipeError(
+                f"{placement.name}: the format {found.name!r} has no {placement.scheme}, only "
+                f"{', '.join(found.schemes)}; choose another scheme, or the format {DEFAULT!r}"
+            )
+    return plan, found
+
+
+def recognize(checkpoint: Checkpoint) -> Format | None:
+    """The format of a converted checkpoint; None if it is not quantized."""
+    config: Mapping[str, Any] | None = checkpoint.config.get("quantization_config")
+    if config is None:
+        return None
+    method = config.get("quant_method")
+    if method not in _FORMATS:
+        raise CheckpointError(f"{checkpoint.path}: quantized by {method!r}, which octavo does not write")
+    return _FORMATS[str(method)]
