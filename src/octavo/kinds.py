@@ -64,6 +64,8 @@ def kind_by_name(info: TensorInfo, config: Mapping[str, Any]) -> str:
         return LINEAR
     if len(info.shape) == 3 and (_STACK.search(module) or _GRANITE_STACK.search(module)):
         return EXPERTS
+    if info.name.endswith("bias"):
+        return "bias"
     return {0: "scalar", 1: "vector"}.get(len(info.shape), f"{len(info.shape)}-D, no expert stack")
 
 

@@ -28,10 +28,8 @@ from ..sinks import ParameterSink, Storage
 from ..stream import Stream
 from . import transformers as adapter
 
-METHOD = "octavo"
 
-
-@register_quantization_config(METHOD)
+@register_quantization_config(adapter.METHOD)
 class OctavoConfig(QuantizationConfigMixin):
     """What ``quantization_config`` takes.
 
@@ -54,7 +52,7 @@ class OctavoConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if unknown:
             raise RecipeError(f"OctavoConfig: unknown option {sorted(unknown)[0]!r}")
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = adapter.METHOD  # type: ignore[assignment]
         self.scheme, self.targets, self.ignore = scheme, dict(targets or {}), list(ignore)
         self.staging_bytes, self.threads = staging_bytes, threads
         self.weights = dict(weights) if weights else None
@@ -96,7 +94,7 @@ class _StreamedConverter(WeightConverter):
         return handed
 
 
-@register_quantizer(METHOD)
+@register_quantizer(adapter.METHOD)
 class OctavoQuantizer(HfQuantizer):
     """Streams a bf16 checkpoint into FP8, or swaps modules for one that is FP8 already."""
 
@@ -127,8 +125,7 @@ class OctavoQuantizer(HfQuantizer):
         **_: Any,
     ) -> None:
         if self.pre_quantized:
-            for name, (scheme, parts) in (self.config.weights or {}).items():
-                _swap_saved(model, name, scheme, tuple(parts))
+            swap_saved(model, self.config.weights or {})
             return
         config = self.config
         if getattr(model.config, "distributed_config", None) is not None:
@@ -200,7 +197,7 @@ def mark_quantized(model: Any, recipe: Recipe) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
     model.is_quantized = True
-    model.quantization_method = METHOD
+    model.quantization_method = adapter.METHOD
     model._weight_conversions = []
 
 
@@ -208,16 +205,18 @@ def _saved_weights(model: Any) -> dict[str, Any]:
     return {name: [scheme, list(parts)] for name, scheme, parts in modules.quantized_weights(model)}
 
 
-def _swap_saved(model: Any, name: str, scheme: str, parts: tuple[int, ...]) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(module, torch.nn.Linear):
-        modules.quantize_linear(model, path, scheme, parts)
-        return
-    shape = tuple(getattr(module, leaf).shape)
-    if module.is_transposed:
-        shape = (*shape[:-2], shape[-1], shape[-2])
-    modules.quantize_stack(module, leaf, scheme, shape, parts)
+def swap_saved(model: Any, weights: Mapping[str, Any]) -> None:
+    """Give the modules of a saved FP8 model their form: ``weights`` is name -> [scheme, parts]."""
+    for name, (scheme, parts) in weights.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if isinstance(module, torch.nn.Linear):
+            modules.quantize_linear(model, path, scheme, tuple(parts))
+            continue
+        shape = tuple(getattr(module, leaf).shape)
+        if module.is_transposed:
+            shape = (*shape[:-2], shape[-1], shape[-2])
+        modules.quantize_stack(module, leaf, scheme, shape, tuple(parts))
 
 
 def _placer(device_map: Any) -> Any:

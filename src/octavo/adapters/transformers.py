@@ -26,7 +26,14 @@ from torch import nn
 
 from .. import dtypes, kinds, modules
 from ..checkpoint import Checkpoint
-from ..errors import CheckpointError, CoverageError, DeviceError, MissingExtraError, raise_problems
+from ..errors import (
+    CheckpointError,
+    CoverageError,
+    DeviceError,
+    MissingExtraError,
+    RecipeError,
+    raise_problems,
+)
 from ..pieces import NotMovementError, Symbolic
 from ..plan import DEFAULT_STAGING_BYTES, Plan, Target, make_plan
 from ..recipe import Recipe
@@ -47,6 +54,8 @@ try:
 except ImportError as error:
     raise MissingExtraError("transformers", "loading a transformers model") from error
 
+#: what quantization_config.quant_method says of a model that octavo quantized
+METHOD = "octavo"
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -96,6 +105,7 @@ def load(
     target_device = _device(device)
     with stages("open"):
         checkpoint = Checkpoint.open(path, revision)
+        saved = _saved_recipe(checkpoint, recipe)
     with stages("skeleton"):
         model = skeleton(
             checkpoint,
@@ -105,7 +115,10 @@ def load(
             attn_implementation=attn_implementation,
         )
     with stages("plan"):
-        plan = plan_model(model, checkpoint, recipe, str(target_device), staging_bytes, strict=strict)
+        if saved:
+            _swap_saved(model, checkpoint)
+        todo = Recipe(None) if saved else recipe
+        plan = plan_model(model, checkpoint, todo, str(target_device), staging_bytes, strict=strict)
     with stages("swap"):
         swap(model, plan)
     with measured(plan, progress) as meter:
@@ -120,11 +133,29 @@ def load(
             del storages
             _finish(model, checkpoint, target_device)
     model.load_report = Report.of(plan, stream.geometry, tally, stages, meter)
-    if recipe.scheme or recipe.targets:
+    if saved or plan.quantized:
         from .quantizer import mark_quantized
 
-        mark_quantized(model, recipe)
+        mark_quantized(model, saved or recipe)
     return model
+
+
+def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:
+    """The recipe of a model that octavo quantized and ``save_pretrained`` wrote; None for any other checkpoint."""
+    if checkpoint.quantization != METHOD:
+        return None
+    from .quantizer import OctavoConfig
+
+    saved: Recipe = OctavoConfig(**checkpoint.config["quantization_config"]).recipe
+    if asked not in (saved, Recipe(), Recipe(None)):
+        raise RecipeError(f"{checkpoint.path}: saved as FP8 by another recipe ({saved}); it can't be quantized again")
+    return saved
+
+
+def _swap_saved(model: Any, checkpoint: Checkpoint) -> None:
+    from .quantizer import swap_saved
+
+    swap_saved(model, checkpoint.config["quantization_config"]["weights"])
 
 
 def make_model_plan(
@@ -374,10 +405,14 @@ def _facts(model: Any) -> dict[str, _Fact]:
         for leaf, parameter in module.named_parameters(recurse=False):
             name = prefix + leaf
             keep = "output head" if module is head else None
-            if type(module) is nn.Linear and leaf == "weight":
+            if parameter.dtype not in dtypes.QUANTIZABLE or leaf.endswith("_scale"):
+                facts[name] = _Fact("quantized already")
+            elif type(module) is nn.Linear and leaf == "weight":
                 facts[name] = _Fact(kinds.LINEAR, keep=keep)
             elif is_experts(module) and leaf in _STACKS and parameter.ndim == 3:
                 facts[name] = _Fact(kinds.EXPERTS, transposed=bool(module.is_transposed))
+            elif leaf.endswith("bias"):
+                facts[name] = _Fact("bias")
             elif parameter.ndim == 1:
                 facts[name] = _Fact("vector")
             else:
@@ -420,7 +455,7 @@ def _set(model: Any, name: str, tensor: torch.Tensor, trainable: bool = False) -
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
         return
-    parameter = nn.Parameter(tensor, requires_grad=trainable and tensor.is_floating_point())
+    parameter = nn.Parameter(tensor, requires_grad=trainable and tensor.dtype in dtypes.QUANTIZABLE)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     module._parameters[leaf] = parameter
 
