@@ -137,33 +137,44 @@ def group_amax(
 ) -> Tensor:
     """Largest magnitude of each scale group of ``weight[..., out, in]`` -> float32 [..., row cells, column cells].
 
-    Non-finite weights give non-finite results. Magnitudes are compared as integers (the bits of a float without its
-    sign are ordered as its magnitude is), several times faster than as floats on a CPU.
+    Non-finite weights give non-finite results. On a CPU, magnitudes are compared as integers (the bits of a float
+    without its sign are ordered as its magnitude is), several times faster than as floats.
 
     Args:
         weight: bf16, fp16 or fp32; any strides.
         phase: row and column of ``weight[..., 0, 0]`` within its scale group.
-        scratch: as many elements as ``weight``, same dtype; spares an allocation.
+        scratch: as many elements as ``weight``, same dtype; spares an allocation on a CPU.
     """
+    row_spans = _spans(weight.shape[-2], scheme.group_rows, phase[0])
+    col_spans = _spans(weight.shape[-1], scheme.group_cols, phase[1])
+    values = _magnitude_bits(weight, scratch) if weight.device.type == "cpu" else weight
+    bands = []
+    for rows in row_spans:
+        band = [_amax(_grouped(values, rows, cols)) for cols in col_spans]
+        bands.append(band[0] if len(band) == 1 else torch.cat(band, -1))
+    grid = bands[0] if len(bands) == 1 else torch.cat(bands, -2)
+    return grid.contiguous().view(weight.dtype).float() if weight.device.type == "cpu" else grid
+
+
+def _magnitude_bits(weight: Tensor, scratch: Tensor | None) -> Tensor:
+    """The bits without the sign, as integers."""
     integers = torch.int32 if weight.dtype == torch.float32 else torch.int16
     if scratch is None:
         bits = weight.view(integers) & torch.iinfo(integers).max
     else:
         bits = scratch.view(integers)[: weight.numel()].view(weight.shape)
         torch.bitwise_and(weight.view(integers), torch.iinfo(integers).max, out=bits)
-    row_spans = _spans(weight.shape[-2], scheme.group_rows, phase[0])
-    col_spans = _spans(weight.shape[-1], scheme.group_cols, phase[1])
-    bands = []
-    for rows in row_spans:
-        band = []
-        for cols in col_spans:
-            groups = _grouped(bits, rows, cols)
-            # rows first: reducing over an outer axis is the faster of the two
-            tall = groups.squeeze(-3) if rows.each == 1 else groups.amax(-3)
-            band.append(tall.squeeze(-1) if cols.each == 1 else tall.amax(-1))
-        bands.append(band[0] if len(band) == 1 else torch.cat(band, -1))
-    grid = bands[0] if len(bands) == 1 else torch.cat(bands, -2)
-    return grid.contiguous().view(weight.dtype).float()
+    return bits
+
+
+def _amax(groups: Tensor) -> Tensor:
+    """[..., row cells, rows a cell, column cells, columns a cell] -> [..., row cells, column cells]."""
+    if groups.is_floating_point():  # on a GPU, the one reduction that takes the magnitude on the way
+        norm: Tensor = torch.linalg.vector_norm(groups, math.inf, dim=(-3, -1), dtype=torch.float32)
+        return norm
+    # rows first: reducing over an outer axis is the faster of the two
+    tall = groups.squeeze(-3) if groups.shape[-3] == 1 else groups.amax(-3)
+    return tall.squeeze(-1) if groups.shape[-1] == 1 else tall.amax(-1)
 
 
 def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
@@ -194,20 +205,36 @@ def quantize_into(
     Args:
         scale: float32 [..., row cells, column cells], as `group_amax` and `scale_from_amax` give it.
         phase: as for `group_amax`.
-        scratch: as many float32 elements as ``weight``; spares an allocation.
+        scratch: as many float32 elements as ``weight``; spares an allocation on a CPU, elsewhere it is not used.
     """
+    spans = [
+        (rows, cols)
+        for rows in _spans(weight.shape[-2], scheme.group_rows, phase[0])
+        for cols in _spans(weight.shape[-1], scheme.group_cols, phase[1])
+    ]
+    if weight.device.type != "cpu":
+        # a GPU divides in float32 and rounds to FP8 in one kernel (on a CPU that is slower than one after the other)
+        for rows, cols in spans:
+            values, cells = _grouped(weight, rows, cols), _cells_of(scale, rows, cols)
+            if scheme.power_of_two:
+                limit = FP8_MAX * cells
+                values = torch.clamp(values, -limit, limit)
+            torch.div(values, cells, out=_grouped(out, rows, cols))
+        return
     if scratch is None:
-        wide = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    else:
-        wide = scratch[: weight.numel()].view(weight.shape)
-    wide.copy_(weight)
-    for rows in _spans(weight.shape[-2], scheme.group_rows, phase[0]):
-        for cols in _spans(weight.shape[-1], scheme.group_cols, phase[1]):
-            cells = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
-            _grouped(wide, rows, cols).div_(cells[..., :, None, :, None])
+        scratch = torch.empty(weight.numel(), dtype=torch.float32)
+    wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
+    for rows, cols in spans:
+        _grouped(wide, rows, cols).div_(_cells_of(scale, rows, cols))
     if scheme.power_of_two:  # the other scales are rounded up: |w / scale| <= 448 already
         wide.clamp_(-FP8_MAX, FP8_MAX)
     out.copy_(wide)
+
+
+def _cells_of(scale: Tensor, rows: _Span, cols: _Span) -> Tensor:
+    """The scales of the spans' groups, broadcastable to `_grouped` weights."""
+    cells = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
+    return cells[..., :, None, :, None]
 
 
 def to_stored(scale: Tensor, scheme: Scheme) -> Tensor:

@@ -25,6 +25,8 @@ from .ring import Ring
 class Destination(Protocol):
     """Receives one placement."""
 
+    scale: Tensor | None  # the scales as a grid, once written; None where they are not kept in memory
+
     def view(self, piece: Piece) -> Tensor | None:
         """The memory into which the box is to be quantized; None: use scratch, and call `put`."""
 
@@ -68,7 +70,7 @@ class Storage:
 class _Parameter:
     def __init__(self, placement: Placement, storage: Storage) -> None:
         self._weight = storage.weight
-        self._scale = None if storage.scale is None else storage.scale.view(placement.scale_grid)
+        self.scale = None if storage.scale is None else storage.scale.view(placement.scale_grid)
 
     def view(self, piece: Piece) -> Tensor:
         return piece.region(self._weight)
@@ -77,8 +79,8 @@ class _Parameter:
         piece.region(self._weight).copy_(values, non_blocking=True)
 
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
-        assert self._scale is not None
-        self._scale[cells].copy_(values, non_blocking=True)
+        assert self.scale is not None
+        self.scale[cells].copy_(values, non_blocking=True)
 
     def close(self) -> None:
         pass
@@ -211,6 +213,8 @@ class ShardSink:
 
 
 class _FileRegion:
+    scale: Tensor | None = None
+
     def __init__(self, sink: ShardSink, placement: Placement) -> None:
         self._sink, self._placement = sink, placement
 

@@ -15,19 +15,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from . import dtypes, schemes
 from .checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes
 from .errors import DeviceError, WeightError
+from .pieces import Piece
 from .plan import Placement, Plan
 from .ring import Files, Ring, Slot, now
 from .schemes import Scheme
 from .sinks import Destination, Sink
 
 MIN_STAGING_BYTES = 1 << 20
-_CPU_SCRATCH_ELEMENTS = 1 << 19
+#: elements of a tile on a CPU: what stays in a core's cache
+_SCRATCH_ELEMENTS = 1 << 19
+#: slots on an accelerator: two for each thread, large enough to hide the cost of launching a copy
+_PINNED_SLOT_BYTES = 8 << 20
 _MAX_THREADS = 16
 
 
@@ -44,10 +49,11 @@ class Geometry:
     @property
     def worker_bytes(self) -> int:
         """Staging of one thread on the host or the device, whichever is more: see `_Worker`."""
-        scratch = self.scratch_elements * 8 + self.slot_bytes
+        # a slot holds at least two bytes for each FP8 byte that comes of it
         if self.device.type == "cpu":
-            return self.slot_bytes + scratch
-        return max(self.slots_per_thread * self.slot_bytes, self.slot_bytes + scratch)
+            return self.slot_bytes + self.slot_bytes // 2 + self.scratch_elements * 8
+        # on the host, pinned slots; on the device, one copy of a slot, and what a kernel may need beside it
+        return 2 * self.slot_bytes
 
     @property
     def staging_bytes(self) -> int:
@@ -68,9 +74,9 @@ class Geometry:
         if threads is not None and threads < 1:
             raise DeviceError(f"threads is {threads}; at least 1 is needed")
         wanted = threads or min(_usable_cpus(), _MAX_THREADS)
-        size = slot_bytes or (default_slot_bytes(plan) if device.type == "cpu" else 16 << 20)
+        size = slot_bytes or (default_slot_bytes(plan) if device.type == "cpu" else _PINNED_SLOT_BYTES)
         while True:
-            scratch = size if device.type != "cpu" else min(size, _CPU_SCRATCH_ELEMENTS)
+            scratch = min(size // 2, _SCRATCH_ELEMENTS) if device.type == "cpu" else 0
             geometry = cls(wanted, 1 if device.type == "cpu" else 2, size, scratch, device)
             if geometry.staging_bytes <= plan.staging_bytes:
                 return geometry
@@ -162,8 +168,17 @@ class Stream:
             self.files.close()
 
     def finish(self) -> None:
-        """After the last chunk: the sources must still be what they were."""
+        """After the last chunk: the sources must still be what they were, and every scale finite."""
         self.files.check_unchanged()
+        if self.geometry.device.type == "cpu":
+            return
+        checked = [
+            (placement, torch.isfinite(scale.float()).all())
+            for placement in self.plan.quantized
+            if (scale := self.state(placement).destination.scale) is not None
+        ]
+        if checked and not bool(torch.stack([flag for _, flag in checked]).all()):
+            raise WeightError(_describe_nonfinite(self.checkpoint, next(p for p, flag in checked if not flag)))
 
     def _worker(self) -> _Worker:
         return _Worker(self)
@@ -231,9 +246,10 @@ class _Worker:
         on_cpu = self.device.type == "cpu"
         self.slots = [Slot(geometry.slot_bytes, pinned=not on_cpu) for _ in range(geometry.slots_per_thread)]
         self.turn = 0
-        self.wide = torch.empty(geometry.scratch_elements, dtype=torch.float32, device=self.device)
-        self.bits = torch.empty(geometry.scratch_elements, dtype=torch.float32, device=self.device)
-        self.out = torch.empty(geometry.slot_bytes, dtype=torch.uint8, device=self.device)
+        self.wide = torch.empty(geometry.scratch_elements, dtype=torch.float32)
+        self.bits = torch.empty(geometry.scratch_elements, dtype=torch.float32)
+        self.tile_elements = geometry.scratch_elements or geometry.slot_bytes
+        self.out = torch.empty(geometry.slot_bytes // 2, dtype=torch.uint8, device=self.device)
         self.queue = None
         if not on_cpu:
             self.staged = torch.empty(geometry.slot_bytes, dtype=torch.uint8, device=self.device)
@@ -304,7 +320,8 @@ class _Worker:
             amax = self.stream.wait_amax(chunk)
         else:
             amax = self._amax(x, chunk, scheme)
-            self._check_finite(amax, chunk, x)
+            if x.device.type == "cpu" or destination.scale is None:
+                self._check_finite(amax, chunk, x)  # elsewhere that would wait for the device: see Stream.finish
         if chunk.work is Work.AMAX:
             self.stream.add_amax(chunk, amax)
             return 0
@@ -312,7 +329,7 @@ class _Worker:
         destination.put_scale(chunk.cells, schemes.to_stored(scale, scheme))
         view = destination.view(piece)
         out = self.out[: piece.numel].view(schemes.FP8).view(piece.size) if view is None else view
-        for tile in cut_tiles(piece.size, scheme, chunk.phase, self.wide.numel()):
+        for tile in cut_tiles(piece.size, scheme, chunk.phase, self.tile_elements):
             schemes.quantize_into(
                 tile.region(out), tile.region(x), scale[tile.cells], scheme, phase=tile.phase, scratch=self.wide
             )
@@ -323,8 +340,11 @@ class _Worker:
     def _amax(self, x: Tensor, chunk: Chunk, scheme: Scheme) -> Tensor:
         scratch = self.bits.view(x.dtype)
         grid = [cells.stop - cells.start for cells in chunk.cells]
+        tiles = cut_tiles(chunk.piece.size, scheme, chunk.phase, self.tile_elements)
+        if len(tiles) == 1:
+            return schemes.group_amax(x, scheme, phase=chunk.phase, scratch=scratch)
         amax = torch.zeros(grid, dtype=torch.float32, device=x.device)
-        for tile in cut_tiles(chunk.piece.size, scheme, chunk.phase, self.wide.numel()):
+        for tile in tiles:
             region = amax[tile.cells]
             part = schemes.group_amax(tile.region(x), scheme, phase=tile.phase, scratch=scratch)
             region.copy_(torch.maximum(region, part))
@@ -333,12 +353,27 @@ class _Worker:
     def _check_finite(self, amax: Tensor, chunk: Chunk, x: Tensor) -> None:
         if bool(torch.isfinite(amax).all()):
             return
-        position = torch.nonzero(~torch.isfinite(x))[0].tolist()
-        value = x[tuple(position)].item()
-        where = [off + at for off, at in zip(chunk.piece.dst_off, position, strict=True)]
-        shard = self.stream.checkpoint.shard_of(chunk.piece.src_name).path.name
-        raise WeightError(
-            f"{shard}: tensor {chunk.piece.src_name!r} holds {value} (at {where} of {chunk.placement.name}): "
-            "a non-finite weight has no FP8 form. Repair the checkpoint, or keep this tensor with "
-            f"ignore=[{chunk.placement.name!r}]."
-        )
+        raise WeightError(_nonfinite(self.stream.checkpoint, chunk.piece, x, chunk.placement))
+
+
+def _nonfinite(checkpoint: Checkpoint, piece: Piece, values: Tensor, placement: Placement) -> str:
+    """The first non-finite number among the values of a piece, and what to do about it."""
+    position = torch.nonzero(~torch.isfinite(values))[0].tolist()
+    where = [off + at for off, at in zip(piece.dst_off, position, strict=True)]
+    shard = checkpoint.shard_of(piece.src_name).path.name
+    return (
+        f"{shard}: tensor {piece.src_name!r} holds {values[tuple(position)].item()} (at {where} of {placement.name}): "
+        f"a non-finite weight has no FP8 form. Repair the checkpoint, or keep this tensor with "
+        f"ignore=[{placement.name!r}]."
+    )
+
+
+def _describe_nonfinite(checkpoint: Checkpoint, placement: Placement) -> str:
+    """`_nonfinite` for a placement of which only the scales have been seen."""
+    for piece in placement.pieces:
+        with safe_open(checkpoint.shard_of(piece.src_name).path, "pt") as file:
+            source = file.get_tensor(piece.src_name)
+        values = source.reshape(-1).as_strided(piece.size, piece.src_strides, piece.src_off)
+        if not bool(torch.isfinite(values).all()):
+            return _nonfinite(checkpoint, piece, values, placement)
+    raise AssertionError(f"{placement.name}: scales are not finite, but weights are")
