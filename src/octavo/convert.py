@@ -24,11 +24,12 @@ from typing import Any
 from . import dtypes, formats
 from .checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from .errors import OutputError, SourceChangedError
+from .geometry import Geometry
 from .plan import DEFAULT_STAGING_BYTES, Placement, Plan
 from .recipe import Recipe
 from .report import Report, Stages, human_bytes, measured
 from .sinks import ShardSink
-from .stream import Geometry, Stream, Tally
+from .stream import Stream, Tally
 
 _MANIFEST = "manifest.json"
 #: raised whenever the bytes of an output could differ from those of an earlier version

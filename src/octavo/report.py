@@ -23,8 +23,9 @@ from .errors import MissingExtraError
 from .ring import now
 
 if TYPE_CHECKING:
+    from .geometry import Geometry
     from .plan import Placement, Plan
-    from .stream import Geometry, Tally
+    from .stream import Tally
 
 _SAMPLE_S = 0.01
 

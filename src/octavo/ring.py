@@ -1,17 +1,21 @@
 """The bounded reader: the only module with threads, file descriptors and pinned memory.
 
-A fixed number of worker threads take chunks in plan order. Each owns a fixed number of equal slots; it reads its chunk
-into a slot and hands it to its own ``handle`` in the same thread, while the bytes are still in that core's cache. A
-slot is reused only after ``Slot.wait``: on an accelerator, after the copy out of it has completed. So memory is bounded
-by threads x slots, whatever the sizes of tensors, and the worker with the earliest chunk always has a slot.
+A fixed number of threads take chunks in plan order and read them into a fixed number of equal slots, so memory is
+bounded whatever the sizes of tensors, and the earliest chunk always has a slot. Then, in one of two ways:
 
-All waiting goes through one condition, which `Ring.stop` wakes: an exception in any thread, or Ctrl-C in the caller's,
+- `Ring.run`: each thread owns its slots and goes on with the chunk itself, while the bytes are in its core's cache;
+- `Ring.relay`: the threads only read, and the calling thread takes the chunks over in order.
+
+A slot is reused only after ``Slot.wait``: on an accelerator, after the copy out of it has completed.
+
+`Ring.stop` wakes whatever waits: an exception in any thread, or Ctrl-C in the caller's,
 stops every worker after its current chunk, joins them, and closes the files.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -122,6 +126,7 @@ class Ring(Generic[Ticket]):
         self._stopping = False
         self._error: BaseException | None = None
         self._draw = threading.Lock()
+        self._on_stop: Callable[[], None] = lambda: None  # wakes what does not wait on the condition
         self.done_bytes = 0
 
     def start(self, tickets: Iterable[Ticket], make_worker: Callable[[], Worker[Ticket]]) -> None:
@@ -156,6 +161,67 @@ class Ring(Generic[Ticket]):
         if on_tick:
             on_tick(self.done_bytes)
 
+    def relay(
+        self,
+        tickets: Iterable[Ticket],
+        slots: Sequence[Slot],
+        read: Callable[[Ticket, Slot], int],
+        consume: Callable[[Ticket, Slot, int], None],
+        on_tick: Callable[[int], None] | None = None,
+    ) -> None:
+        """Threads ``read`` tickets into slots; the calling thread ``consume``s them, in order. Errors as for `run`.
+
+        Slots are taken in the order of the tickets, so the next one to be consumed always has one.
+        """
+        free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        full: queue.SimpleQueue[tuple[int, Ticket, Slot, int] | None] = queue.SimpleQueue()
+        for slot in slots:
+            free.put(slot)
+        numbered = _with_slots(tickets, free)
+
+        def wake() -> None:
+            for _ in range(self._count):
+                free.put(None)
+
+        self._on_stop = wake
+
+        class Reader:
+            def handle(self, ticket: tuple[int, Ticket, Slot]) -> int:
+                number, what, slot = ticket
+                slot.wait()
+                full.put((number, what, slot, read(what, slot)))
+                return 0
+
+            def close(self) -> None:
+                full.put(None)
+
+        self.start(numbered, Reader)  # type: ignore[arg-type]
+        waiting: dict[int, tuple[Ticket, Slot, int]] = {}
+        expected, ended, ticked = 0, 0, now()
+        try:
+            while ended < self._count or waiting:
+                if expected in waiting:
+                    what, slot, nbytes = waiting.pop(expected)
+                    consume(what, slot, nbytes)
+                    free.put(slot)
+                    self.done_bytes += nbytes
+                    expected += 1
+                elif ended == self._count:
+                    break  # a reader failed: `finish` raises its error
+                else:
+                    arrived = full.get()
+                    if arrived is None:
+                        ended += 1
+                    else:
+                        waiting[arrived[0]] = arrived[1:]
+                if on_tick and now() - ticked > _TICK_S:
+                    ticked = now()
+                    on_tick(self.done_bytes)
+        finally:
+            self.finish()
+        if on_tick:
+            on_tick(self.done_bytes)
+
     def finish(self) -> None:
         """Stop, join all threads, and raise the first error of any of them."""
         self.stop()
@@ -170,6 +236,7 @@ class Ring(Generic[Ticket]):
             self._stopping = True
             if self._error is None:
                 self._error = error
+            self._on_stop()
             self._condition.notify_all()
 
     def wait_for(self, predicate: Callable[[], bool]) -> None:
@@ -217,6 +284,15 @@ class Ring(Generic[Ticket]):
             with self._condition:
                 self._alive -= 1
                 self._condition.notify_all()
+
+
+def _with_slots(tickets: Iterable[Ticket], free: queue.SimpleQueue[Slot | None]) -> Iterator[tuple[int, Ticket, Slot]]:
+    """Number the tickets and give each a slot, waiting for one; ends early when the queue yields None."""
+    for number, ticket in enumerate(tickets):
+        slot = free.get()
+        if slot is None:
+            return
+        yield number, ticket, slot
 
 
 def now() -> float:

@@ -1,0 +1,76 @@
+"""How a staging budget is divided: threads, slots and scratch memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from .chunks import default_slot_bytes
+from .errors import DeviceError
+from .plan import Plan
+
+MIN_STAGING_BYTES = 1 << 20
+#: elements of a tile on a CPU: what stays in a core's cache
+_SCRATCH_ELEMENTS = 1 << 19
+#: slots on an accelerator: two for each thread, large enough to hide the cost of launching a copy
+_PINNED_SLOT_BYTES = 8 << 20
+_MAX_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How the staging budget is divided: threads, slots and scratch."""
+
+    threads: int
+    slots_per_thread: int
+    slot_bytes: int
+    scratch_elements: int
+    device: torch.device
+
+    @property
+    def worker_bytes(self) -> int:
+        """Staging of one thread on the host or the device, whichever is more: see `_Worker`."""
+        # a slot holds at least two bytes for each FP8 byte that comes of it
+        if self.device.type == "cpu":
+            return self.slot_bytes + self.slot_bytes // 2 + self.scratch_elements * 8
+        # on the host, pinned slots; on the device, one copy of a slot, and what a kernel may need beside it
+        return 2 * self.slot_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        return self.threads * self.worker_bytes
+
+    @classmethod
+    def fit(cls, plan: Plan, threads: int | None = None, slot_bytes: int | None = None) -> Geometry:
+        """The largest geometry within ``plan.staging_bytes``: fewer threads first, then smaller slots.
+
+        Raises:
+            DeviceError: the budget is too small for a single thread.
+        """
+        device = next((torch.device(d) for d in plan.devices if d != "cpu"), torch.device("cpu"))
+        if plan.staging_bytes < MIN_STAGING_BYTES:
+            raise DeviceError(
+                f"staging_bytes is {plan.staging_bytes:,}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed"
+            )
+        if threads is not None and threads < 1:
+            raise DeviceError(f"threads is {threads}; at least 1 is needed")
+        wanted = threads or min(_usable_cpus(), _MAX_THREADS)
+        size = slot_bytes or (default_slot_bytes(plan) if device.type == "cpu" else _PINNED_SLOT_BYTES)
+        while True:
+            scratch = min(size // 2, _SCRATCH_ELEMENTS) if device.type == "cpu" else 0
+            geometry = cls(wanted, 1 if device.type == "cpu" else 2, size, scratch, device)
+            if geometry.staging_bytes <= plan.staging_bytes:
+                return geometry
+            if wanted > 1 and (threads is None or size <= 1 << 16):
+                wanted -= 1
+            else:
+                size //= 2
+
+
+def _usable_cpus() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
