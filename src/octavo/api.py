@@ -112,6 +112,7 @@ def _iterate(
             handed += placement.source_bytes
             if progress:
                 progress(handed, made.source_bytes)
+        running.stop()
         running.finish()
     finally:
         running.stop()

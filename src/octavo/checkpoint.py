@@ -162,6 +162,8 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The local path of a checkpoint; a hub id is downloaded (safetensors, json and tokenizer files only)."""
     local = Path(path).expanduser()
     if local.exists():
+        if revision is not None:
+            raise CheckpointError(f"{local}: revision={revision!r} is for hub ids; this is a local path")
         return local
     text = os.fspath(path)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) or text.startswith("."):
@@ -190,11 +192,13 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
 
 def _find_files(path: Path, problems: list[str]) -> tuple[list[Path], dict[str, str] | None]:
     """The shards of ``path`` in reading order, and the index's weight map if there is one."""
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: not a .safetensors file. {_advice(path)}")
         return [path], None
     if (path / INDEX_NAME).exists():
+        if not (path / INDEX_NAME).is_file():
+            raise CheckpointError(f"{path / INDEX_NAME}: not a regular file")
         index = _read_index(path / INDEX_NAME, problems)
         files = []
         for name in sorted(set(index.values())):
@@ -204,7 +208,7 @@ def _find_files(path: Path, problems: list[str]) -> tuple[list[Path], dict[str, 
                 count = sum(file == name for file in index.values())
                 problems.append(f"{INDEX_NAME}: names {name}, which is not in the folder ({count} tensors are in it)")
         return files, index
-    if (path / SINGLE_NAME).is_file():
+    if (path / SINGLE_NAME).exists():
         return [path / SINGLE_NAME], None
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
@@ -316,6 +320,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_shard(path: Path, number: int, problems: list[str]) -> tuple[Shard | None, list[TensorInfo]]:
     """Read and validate one header; problems are appended, never raised, so that all files are heard."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError("not a regular file")
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
             prefix = file.read(8)

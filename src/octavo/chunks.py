@@ -8,7 +8,6 @@ mean tiny reads (rows of a transposed source), the piece is read twice: all its 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -77,7 +76,7 @@ def cut_plan(plan: Plan, slot_bytes: int) -> Iterator[Chunk]:
                 placement,
                 work,
                 piece,
-                math.ceil(piece.numel * _itemsize(placement)),
+                piece.numel * _itemsize(placement),
                 cells,
                 phase,
                 unit + number,
@@ -97,14 +96,14 @@ def cut_tiles(shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int], li
     return tuple(Tile(b, *_cells(b, scheme, (-phase[0], -phase[1]), 0)) for b in boxes)
 
 
-def _itemsize(placement: Placement) -> float:
-    return max((dtypes.BITS[name] for name in placement.source_dtype_names), default=8) / 8
+def _itemsize(placement: Placement) -> int:
+    return max((dtypes.moved_bits(name) for name in placement.source_dtype_names), default=8) // 8
 
 
 def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work, Piece, int, int]]:
     """(work, piece, part, unit), the unit counted from 0 within the placement."""
     itemsize = _itemsize(placement)
-    limit = max(1, int(slot_bytes / itemsize))
+    limit = max(1, slot_bytes // itemsize)
     if placement.scheme is None:
         yield from ((Work.COPY, c, 0, 0) for piece in placement.pieces for c in _cut(piece, limit, (1, 1), (0, 0)))
         return
@@ -163,7 +162,7 @@ def _matrices(piece: Piece) -> Iterator[Piece]:
     yield piece
 
 
-def _runs_are_long(chunks: Sequence[Piece], itemsize: float) -> bool:
+def _runs_are_long(chunks: Sequence[Piece], itemsize: int) -> bool:
     lengths = ((chunk.runs()[0], chunk.numel) for chunk in chunks)
     return all(length == numel or length * itemsize >= _MIN_RUN_BYTES for length, numel in lengths)
 

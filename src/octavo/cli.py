@@ -111,7 +111,7 @@ def plan(
     """
     from . import api
 
-    room = _device_memory(device_memory, device) if device_memory else None
+    room = None if device_memory is None else _device_memory(device_memory, device)
     made = api.plan(
         model,
         _chosen(scheme),
@@ -223,7 +223,7 @@ def generate(
     scheme: SchemeOption = DEFAULT_SCHEME,
     ignore: Ignore = None,
     device: Device = "cpu",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many.")] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
     staging: Staging = _STAGING,
     threads: Threads = None,
@@ -252,7 +252,7 @@ def generate(
 @app.command()
 def demo(
     scheme: SchemeOption = DEFAULT_SCHEME,
-    prompt: Annotated[str, typer.Option("--prompt", "-p")] = "What is the capital of France?",
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")] = "What is the capital of France?",
     plot: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--plot", help="Write the memory curve as a PNG here."),
@@ -273,7 +273,8 @@ def demo(
 def main() -> None:
     """Entry point: errors that a user can cause are a message and an exit code, not a traceback."""
     try:
-        app(standalone_mode=False)
+        # without standalone mode, an exit code is what the call returns
+        sys.exit(app(standalone_mode=False))
     except OctavoError as error:
         errors.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)

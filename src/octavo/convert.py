@@ -23,8 +23,8 @@ from typing import Any
 
 from . import dtypes, formats
 from .checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
-from .errors import OutputError, SourceChangedError
-from .geometry import Geometry
+from .errors import OutputError, SourceChangedError, raise_problems
+from .geometry import Geometry, usable_device
 from .plan import DEFAULT_STAGING_BYTES, Placement, Plan
 from .recipe import Recipe
 from .report import Report, Stages, human_bytes, measured
@@ -71,6 +71,7 @@ def convert(
     """
     stages = Stages()
     recipe = Recipe.coerce(scheme, ignore)
+    device = str(usable_device(device))
     with stages("open"):
         checkpoint = Checkpoint.open(src, revision)
     with stages("plan"):
@@ -100,11 +101,15 @@ class ShardLayout:
     tensor_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, name: str, placements: Iterable[Placement], layout: formats.Format) -> ShardLayout:
+    def of(
+        cls, name: str, placements: Iterable[Placement], layout: formats.Format, checkpoint: Checkpoint
+    ) -> ShardLayout:
         """Lay tensors out with the widest dtypes first, so that each is aligned to its own element."""
         entries: list[tuple[int, str, str, tuple[int, ...], Placement, bool]] = []
         for p in placements:
-            entries.append((dtypes.BITS[p.dtype_name], p.name, p.dtype_name, p.shape, p, False))
+            # planned as bytes where torch lacks the dtype; the header has its own shape
+            shape = p.shape if p.scheme else checkpoint.tensors[p.name].shape
+            entries.append((dtypes.BITS[p.dtype_name], p.name, p.dtype_name, shape, p, False))
             if p.scheme:
                 dtype_name, shape = layout.scale_type(p)
                 entries.append((dtypes.BITS[dtype_name], layout.scale_name(p.name), dtype_name, shape, p, True))
@@ -132,6 +137,16 @@ class ShardLayout:
         )
 
 
+def _check_names(plan: Plan, layout: formats.Format, dst: Path) -> None:
+    taken = {placement.name for placement in plan.placements}
+    problems = [
+        f"{layout.scale_name(p.name)} is a tensor of the source, and would be the scale of {p.name}"
+        for p in plan.quantized
+        if layout.scale_name(p.name) in taken
+    ]
+    raise_problems(OutputError, dst, problems, "Is the source quantized already?")
+
+
 @dataclass(frozen=True)
 class Job:
     """One conversion: what is to be written where, and what has been."""
@@ -145,7 +160,7 @@ class Job:
     @classmethod
     def prepare(cls, checkpoint: Checkpoint, plan: Plan, layout: formats.Format, dst: Path) -> Job:
         dst = dst.expanduser().absolute()
-        if dst.exists():
+        if os.path.lexists(dst):
             raise OutputError(f"{dst}: exists already. Remove it or name another folder; octavo overwrites nothing.")
         if not dst.parent.is_dir():
             raise OutputError(f"{dst.parent}: no such folder to put {dst.name} into")
@@ -155,8 +170,9 @@ class Job:
         shards = []
         for number, placements in by_shard.items():
             name = checkpoint.shards[number].path.name if len(by_shard) > 1 else SINGLE_NAME
-            layout_of = ShardLayout.of(name, placements, layout)
+            layout_of = ShardLayout.of(name, placements, layout, checkpoint)
             shards.append((layout_of, replace(plan, placements=tuple(placements))))
+        _check_names(plan, layout, dst)
         return cls(checkpoint, plan, layout, dst, tuple(shards))
 
     # -- the partial folder -------------------------------------------------------------------------------------------
@@ -182,7 +198,12 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise OutputError(f"{self.partial}: another process is converting into it") from None
+            if not (self.partial / _MANIFEST).exists():
+                # whatever a run left that recorded nothing can't be told from another one's
+                _empty(self.out)
+                _write_text(self.partial / _MANIFEST, json.dumps(self._manifest(), indent=1))
             self._check_resumable()
+            self._remove_strangers()
             self._check_room()
             yield
         finally:
@@ -211,8 +232,18 @@ class Job:
             return {**self._identity(), "finished": {}}
         except ValueError as error:
             raise OutputError(f"{self.partial / _MANIFEST}: damaged ({error}); remove {self.partial}") from error
+        finished = manifest.get("finished") if isinstance(manifest, dict) else None
+        if not isinstance(finished, dict) or not all(isinstance(size, int) for size in finished.values()):
+            raise OutputError(f"{self.partial / _MANIFEST}: damaged; remove {self.partial}")
         assert isinstance(manifest, dict)
         return manifest
+
+    def _remove_strangers(self) -> None:
+        """Remove all but finished shards: unfinished ones, whose room is free then, and small files, copied anew."""
+        finished = self._manifest()["finished"]
+        for entry in self.out.iterdir():
+            if entry.name not in finished:
+                entry.unlink()
 
     def _check_resumable(self) -> None:
         manifest, wanted = self._manifest(), self._identity()
@@ -334,6 +365,11 @@ class Job:
             shutil.rmtree(self.partial)
         except OSError as error:
             raise _disk_error(self.dst, error) from error
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        entry.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -39,11 +39,18 @@ BITS: dict[str, int] = {name: bits for name, (bits, _) in _TORCH_NAMES.items()}
 TORCH: dict[str, torch.dtype | None] = {
     name: getattr(torch, torch_name, None) for name, (_, torch_name) in _TORCH_NAMES.items()
 }
+#: what octavo moves: torch's dtypes, and the bytes of what torch has no dtype for
+MOVED: dict[str, torch.dtype] = {name: dtype or torch.uint8 for name, dtype in TORCH.items()}
 #: torch dtype -> safetensors name
 NAMES: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH.items() if dtype is not None}
 
 #: what octavo quantizes; everything else passes through
 QUANTIZABLE = frozenset({torch.bfloat16, torch.float16, torch.float32})
+
+
+def moved_bits(name: str) -> int:
+    """Bits of one moved element: those of a byte where torch lacks the dtype."""
+    return BITS[name] if TORCH[name] is not None else 8
 
 
 def short(dtype: torch.dtype) -> str:

@@ -211,21 +211,23 @@ def plan_for(
         RecipeError: the format can't express a scheme of the recipe, or no such format exists.
     """
     found = get(name)
-    plan = plan_checkpoint(checkpoint, recipe, staging_bytes, device, found.veto)
-    for placement in plan.quantized:
-        if placement.scheme not in found.schemes:
+    for scheme in (recipe.scheme, *(scheme for _, scheme in recipe.targets)):
+        if scheme is not None and scheme not in found.schemes:
             raise RecipeError(
-                f"{placement.name}: the format {found.name!r} has no {placement.scheme}, only "
-                f"{', '.join(found.schemes)}; choose another scheme, or the format {DEFAULT!r}"
+                f"the format {found.name!r} has no {scheme}, only {', '.join(found.schemes)}; choose another scheme, "
+                f"or the format {DEFAULT!r}"
             )
-    return plan, found
+    return plan_checkpoint(checkpoint, recipe, staging_bytes, device, found.veto), found
 
 
-def recognize(checkpoint: Checkpoint) -> Format | None:
-    """The format of a converted checkpoint; None if it is not quantized."""
+def recognize(checkpoint: Checkpoint) -> Format:
+    """The format of a converted checkpoint: by its config, or by the names of its scales if it has none."""
     config: Mapping[str, Any] | None = checkpoint.config.get("quantization_config")
     if config is None:
-        return None
+        named = [
+            found for found in _FORMATS.values() if any(n.endswith(found.scale_suffix) for n in checkpoint.tensors)
+        ]
+        return named[0] if named else _FORMATS[DEFAULT]
     method = config.get("quant_method")
     if method not in _FORMATS:
         raise CheckpointError(f"{checkpoint.path}: quantized by {method!r}, which octavo does not write")

@@ -17,6 +17,8 @@ _SCRATCH_ELEMENTS = 1 << 19
 #: slots on an accelerator: two for each thread, large enough to hide the cost of launching a copy
 _PINNED_SLOT_BYTES = 8 << 20
 _MAX_THREADS = 16
+#: where many threads are asked for with a small budget
+_MIN_SLOT_BYTES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +46,20 @@ class Geometry:
 
     @classmethod
     def fit(cls, plan: Plan, threads: int | None = None, slot_bytes: int | None = None) -> Geometry:
-        """The largest geometry within ``plan.staging_bytes``: fewer threads first, then smaller slots.
+        """The largest geometry within ``plan.staging_bytes``: fewer threads first (unless given), then smaller slots.
 
         Raises:
             DeviceError: the budget is too small for a single thread.
         """
         device = next((torch.device(d) for d in plan.devices if d != "cpu"), torch.device("cpu"))
+        if not isinstance(plan.staging_bytes, int):
+            raise DeviceError(f"staging_bytes is {plan.staging_bytes!r}, not a number of bytes")
         if plan.staging_bytes < MIN_STAGING_BYTES:
             raise DeviceError(
                 f"staging_bytes is {plan.staging_bytes:,}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed"
             )
-        if threads is not None and threads < 1:
-            raise DeviceError(f"threads is {threads}; at least 1 is needed")
+        if threads is not None and (not isinstance(threads, int) or threads < 1):
+            raise DeviceError(f"threads is {threads!r}; at least 1 is needed")
         wanted = threads or min(_usable_cpus(), _MAX_THREADS)
         size = slot_bytes or (default_slot_bytes(plan) if device.type == "cpu" else _PINNED_SLOT_BYTES)
         while True:
@@ -63,10 +67,29 @@ class Geometry:
             geometry = cls(wanted, 1 if device.type == "cpu" else 2, size, scratch, device)
             if geometry.staging_bytes <= plan.staging_bytes:
                 return geometry
-            if wanted > 1 and (threads is None or size <= 1 << 16):
+            if threads is None and wanted > 1:
                 wanted -= 1
+            elif size > _MIN_SLOT_BYTES:
+                size = max(size // 2, _MIN_SLOT_BYTES)
             else:
-                size //= 2
+                raise DeviceError(
+                    f"{wanted} threads need staging_bytes of at least {geometry.staging_bytes:,}, not "
+                    f"{plan.staging_bytes:,}; give more, or ask for fewer threads"
+                )
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device, once it is known that tensors can be on it; a `DeviceError` otherwise."""
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no weights")
+        if found.type != "cpu":
+            torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"device {str(device)!r} can't be used here: {reason}") from error
+    return found
 
 
 def _usable_cpus() -> int:

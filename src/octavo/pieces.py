@@ -65,6 +65,8 @@ class Piece(NamedTuple):
 
         Read one after another into a buffer, the stretches form a contiguous tensor whose axes are `file_order`.
         """
+        if not self.numel:
+            return 0, iter(())
         order = [d for d in self.file_order() if self.size[d] > 1]
         length = 1
         while order and self.src_strides[order[-1]] == length:
@@ -93,7 +95,10 @@ def whole(name: str, shape: Sequence[int]) -> Piece:
 def coverage_problem(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
     """What keeps ``pieces`` from tiling ``shape`` exactly, or None. Boxes are compared, not counts."""
     for piece in pieces:
-        if len(piece.size) != len(shape) or any(end > n for end, n in zip(piece.dst_end, shape, strict=True)):
+        inside = len(piece.size) == len(shape) and all(
+            off >= 0 and end <= n for off, end, n in zip(piece.dst_off, piece.dst_end, shape, strict=True)
+        )
+        if not inside:
             return f"{piece.src_name} fills {_box(piece)}, outside of {list(shape)}"
     open_boxes: list[Piece] = []
     for piece in sorted((p for p in pieces if p.numel), key=lambda p: p.dst_off):
@@ -190,6 +195,8 @@ def _cat(tensors: Sequence[Symbolic], dim: int = 0) -> Symbolic:
     dim %= tensors[0].ndim
     pieces, base = [], 0
     for t in tensors:
+        if any(a != b for d, (a, b) in enumerate(zip(t.shape, tensors[0].shape, strict=True)) if d != dim):
+            raise ValueError(f"{list(t.shape)} and {list(tensors[0].shape)} don't fit beside each other")
         pieces += [p._replace(dst_off=_put(p.dst_off, dim, p.dst_off[dim] + base)) for p in t.pieces]
         base += t.shape[dim]
     return _like(tensors[0], _put(tuple(tensors[0].shape), dim, base), pieces)

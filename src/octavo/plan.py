@@ -59,11 +59,11 @@ class Placement:
 
     @property
     def dtype(self) -> torch.dtype:
-        return dtypes.TORCH[self.dtype_name] or torch.uint8
+        return dtypes.MOVED[self.dtype_name]
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * dtypes.BITS[self.dtype_name] // 8
+        return math.prod(self.shape) * dtypes.moved_bits(self.dtype_name) // 8
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -131,9 +131,10 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read: the sources, and a second time those whose scale groups span chunks."""
-        from .chunks import cut_plan, default_slot_bytes
+        from .chunks import cut_plan
+        from .geometry import Geometry
 
-        return sum(chunk.nbytes for chunk in cut_plan(self, default_slot_bytes(self)))
+        return sum(chunk.nbytes for chunk in cut_plan(self, Geometry.fit(self).slot_bytes))
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -195,7 +196,9 @@ class Plan:
 
 
 def _summary(placement: Placement) -> str:
-    return f"{placement.scheme or placement.dtype_name} {list(placement.shape)}"
+    parts = f" in {len(placement.parts)} parts" if len(placement.parts) > 1 else ""
+    device = f" on {placement.device}" if placement.device != "cpu" else ""
+    return f"{placement.scheme or placement.dtype_name} {list(placement.shape)}{parts}{device}"
 
 
 # -- making a plan ----------------------------------------------------------------------------------------------------
@@ -215,11 +218,13 @@ def plan_checkpoint(
     """The plan that keeps the checkpoint's own names and shapes: for converting and iterating."""
     targets = []
     for info in checkpoint.tensors.values():
-        piece, kind = whole(info.name, info.shape), kinds.kind_by_name(info, checkpoint.config)
+        shape, kind = info.shape, kinds.kind_by_name(info, checkpoint.config)
         if kind == kinds.EXPERTS and kinds.is_transposed_stack(info, checkpoint.config):
             kind = "expert stack stored [experts, in, out]"
         dtype = dtypes.TORCH[info.dtype_name]
-        targets.append(Target(info.name, info.shape, dtype, kind, (piece,), device))
+        if dtype is None:
+            shape, kind = (info.nbytes,), f"{info.dtype_name}, carried as bytes"
+        targets.append(Target(info.name, shape, dtype, kind, (whole(info.name, shape),), device))
     return make_plan(checkpoint, targets, recipe, staging_bytes, veto=veto)
 
 
@@ -304,7 +309,7 @@ def _placement(target: Target, decision: Decision, infos: Mapping[str, TensorInf
         pieces,
         _parts(shape, pieces) if decision.scheme else (),
         target.device,
-        sum(piece.numel * dtypes.BITS[infos[piece.src_name].dtype_name] // 8 for piece in pieces),
+        sum(piece.numel * dtypes.moved_bits(infos[piece.src_name].dtype_name) // 8 for piece in pieces),
     )
 
 

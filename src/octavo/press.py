@@ -18,7 +18,7 @@ from . import dtypes, schemes
 from .checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_tiles
 from .errors import WeightError
-from .pieces import Piece
+from .pieces import Piece, contiguous_strides
 from .plan import Placement
 from .ring import Slot, now
 from .schemes import Scheme
@@ -49,7 +49,7 @@ class _Lane:
 class Press:
     """Quantizes and places chunks, one at a time, for one thread."""
 
-    def __init__(self, stream: Stream, lanes: int = 1) -> None:
+    def __init__(self, stream: Stream, lanes: int = 1, *, check_later: bool = False) -> None:
         geometry = stream.geometry
         self.stream, self.device = stream, geometry.device
         on_cpu = self.device.type == "cpu"
@@ -58,6 +58,7 @@ class Press:
         self.tile_elements = geometry.scratch_elements or geometry.slot_bytes
         self.lanes = [] if on_cpu else [_Lane(geometry.slot_bytes, self.device) for _ in range(lanes)]
         self.out: Tensor | None = None  # where the sink has no memory to quantize into
+        self.check_later = check_later  # finding non-finite weights at once would wait for the device
         self.turn = 0
 
     def close(self) -> None:
@@ -86,17 +87,15 @@ class Press:
     def _elements(self, chunk: Chunk, flat: Tensor) -> Tensor:
         """Bytes in file order -> a tensor of the piece's size (a view)."""
         piece, info = chunk.piece, self.stream.checkpoint.tensors[chunk.piece.src_name]
-        if dtypes.TORCH[info.dtype_name] is None:
-            return flat  # carried as bytes
         order = piece.file_order()
-        in_file = flat.view(info.dtype).view([piece.size[d] for d in order])
+        in_file = flat.view(dtypes.MOVED[info.dtype_name]).view([piece.size[d] for d in order])
         return in_file.permute([order.index(d) for d in range(len(order))])
 
     def _place(self, chunk: Chunk, x: Tensor) -> int:
         """Returns the bytes that are now in their place."""
         if chunk.work is Work.COPY:
             self.stream.state(chunk.placement).destination.put(chunk.piece, x)
-            return chunk.nbytes
+            return chunk.piece.numel * dtypes.moved_bits(chunk.placement.dtype_name) // 8
         return self._quantize(chunk, x)
 
     def _quantize(self, chunk: Chunk, x: Tensor) -> int:
@@ -108,8 +107,8 @@ class Press:
             amax = self.stream.wait_amax(chunk)
         else:
             amax = self._amax(x, chunk, scheme)
-            if x.device.type == "cpu" or destination.scale is None:
-                self._check_finite(amax, chunk, x)  # elsewhere that would wait for the device: see Stream.finish
+            if not self.check_later or destination.scale is None:
+                self._check_finite(amax, chunk, x)
         if chunk.work is Work.AMAX:
             self.stream.add_amax(chunk, amax)
             return 0
@@ -123,7 +122,7 @@ class Press:
             )
         if view is None:
             destination.put(piece, out)
-        return piece.numel + scale.numel() * scheme.scale_dtype.itemsize
+        return piece.numel
 
     def _scratch(self, piece: Piece) -> Tensor:
         if self.out is None:
@@ -151,13 +150,15 @@ class Press:
 
 
 def _nonfinite(checkpoint: Checkpoint, piece: Piece, values: Tensor, placement: Placement) -> str:
-    """The first non-finite number among the values of a piece, and what to do about it."""
+    """The first non-finite number among the values of a piece, its place in the checkpoint, and what to do about it."""
     position = torch.nonzero(~torch.isfinite(values))[0].tolist()
-    where = [off + at for off, at in zip(piece.dst_off, position, strict=True)]
-    shard = checkpoint.shard_of(piece.src_name).path.name
+    info = checkpoint.tensors[piece.src_name]
+    flat = piece.src_off + sum(at * stride for at, stride in zip(position, piece.src_strides, strict=True))
+    where = [flat // stride % n for n, stride in zip(info.shape, contiguous_strides(info.shape), strict=True)]
+    of = "" if placement.name == info.name else f", part of {placement.name}"
     return (
-        f"{shard}: tensor {piece.src_name!r} holds {values[tuple(position)].item()} (at {where} of {placement.name}): "
-        f"a non-finite weight has no FP8 form. Repair the checkpoint, or keep this tensor with "
+        f"{checkpoint.shard_of(info.name).path.name}: tensor {info.name!r} holds {values[tuple(position)].item()} "
+        f"(at {where}){of}: a non-finite weight has no FP8 form. Repair the checkpoint, or keep it with "
         f"ignore=[{placement.name!r}]."
     )
 

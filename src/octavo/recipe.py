@@ -77,11 +77,16 @@ class Recipe:
     ) -> None:
         if isinstance(ignore, str):
             raise RecipeError(f"ignore must be a list of patterns, not the text {ignore!r}")
-        pairs = targets.items() if isinstance(targets, Mapping) else targets
+        pairs = list(targets.items() if isinstance(targets, Mapping) else targets)
+        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+            raise RecipeError(f"targets must map patterns to schemes, not be {targets!r}")
+        repeated = {str(p) for p, _ in pairs if [str(q) for q, _ in pairs].count(str(p)) > 1}
+        if repeated:
+            raise RecipeError(f"the target pattern {min(repeated)!r} is given twice")
         object.__setattr__(self, "scheme", scheme)
-        object.__setattr__(self, "targets", tuple((str(p), str(s)) for p, s in pairs))
-        object.__setattr__(self, "ignore", tuple(str(p) for p in ignore))
-        for name in filter(None, (scheme, *(s for _, s in self.targets))):
+        object.__setattr__(self, "targets", tuple((str(p), s) for p, s in pairs))
+        object.__setattr__(self, "ignore", tuple(str(p) for p in ignore or ()))
+        for name in (*([] if scheme is None else [scheme]), *(s for _, s in self.targets)):
             schemes.get(name)
         for pattern in self.patterns:
             _check_pattern(pattern)
@@ -124,7 +129,7 @@ class Recipe:
         """
         problems: list[str] = []
         decisions = {}
-        matched: set[str] = set()
+        matched: dict[str, bool] = {}  # pattern -> whether a weight that can be quantized is among its matches
         for weight in weights:
             try:
                 decisions[weight.name] = self._decide(weight, matched)
@@ -133,13 +138,18 @@ class Recipe:
         for pattern in () if problems else self.patterns:
             if pattern not in matched:
                 problems.append(f"the pattern {pattern!r} matches no tensor{_nearest(pattern, weights)}")
+            elif not matched[pattern] and pattern not in self.ignore:
+                problems.append(
+                    f"the target {pattern!r} matches only weights that can't be quantized, or stay by default"
+                )
         raise_problems(RecipeError, "recipe", problems)
         return decisions
 
-    def _decide(self, weight: Weight, matched: set[str]) -> Decision:
+    def _decide(self, weight: Weight, matched: dict[str, bool]) -> Decision:
         ignoring = [p for p in self.ignore if _matches(p, weight)]
         targeting = [(p, s) for p, s in self.targets if _matches(p, weight)]
-        matched.update(ignoring, (p for p, _ in targeting))
+        for pattern in (*ignoring, *(p for p, _ in targeting)):
+            matched.setdefault(pattern, False)
         exact = [p for p, _ in targeting if _is_full_name(p, weight)]
         if weight.dtype not in dtypes.QUANTIZABLE or weight.kind not in kinds.QUANTIZABLE:
             kind = weight.kind if weight.kind not in kinds.QUANTIZABLE else _dtype_reason(weight.dtype)
@@ -149,6 +159,7 @@ class Recipe:
         if ignoring and exact:
             raise RecipeError(f"{weight.name}: both ignored by {ignoring[0]!r} and targeted by {exact[0]!r}")
         if ignoring:
+            matched.update((p, True) for p, _ in targeting)
             return Decision(None, f"ignored by {ignoring[0]!r}")
         if len({scheme for _, scheme in targeting}) > 1:
             listed = ", ".join(f"{p!r} -> {s}" for p, s in targeting)
@@ -156,6 +167,8 @@ class Recipe:
         default = weight.keep or kinds.default_keep(weight.name)
         if default and not exact:
             return Decision(None, f"{default}, kept by default")
+        for pattern, _ in targeting:
+            matched[pattern] = True
         if targeting:
             return Decision(targeting[0][1], f"target {targeting[0][0]!r}")
         if self.scheme is None:

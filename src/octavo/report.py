@@ -31,7 +31,7 @@ _SAMPLE_S = 0.01
 
 
 def human_bytes(count: float) -> str:
-    """12345678 -> '11.8 MiB'."""
+    """12345678 -> '11.77 MiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024 or unit == "GiB":
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"

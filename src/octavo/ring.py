@@ -68,7 +68,10 @@ class Files:
         with self._lock:
             if shard not in self._descriptors:
                 self._shards[shard].check_unchanged()
-                self._descriptors[shard] = os.open(self._shards[shard].path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                try:
+                    self._descriptors[shard] = os.open(self._shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{self._shards[shard].path}: can't be opened: {error.strerror}") from error
             return self._descriptors[shard]
 
     def close(self) -> None:

@@ -84,7 +84,7 @@ def get(name: str | Scheme) -> Scheme:
     """The scheme called ``name``; a `RecipeError` that lists them otherwise."""
     if isinstance(name, Scheme):
         return name
-    if name not in SCHEMES:
+    if not isinstance(name, str) or name not in SCHEMES:
         raise RecipeError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}")
     return SCHEMES[name]
 
@@ -187,8 +187,9 @@ def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
         return exponent.to(torch.uint8).view(E8M0).float()
     # a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal
     scale = amax / torch.full_like(amax, FP8_MAX)
-    scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
-    return torch.where(scale == 0, 1.0, scale)
+    rounded = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+    # 1 where the scale is 0; not a number where it is none (whose bits may overflow when rounded)
+    return torch.where(scale > 0, rounded, 1.0 + scale)
 
 
 def quantize_into(

@@ -19,7 +19,7 @@ from . import dtypes, schemes
 from .errors import OutputError
 from .pieces import Piece, contiguous_strides
 from .plan import Placement
-from .ring import Ring
+from .ring import Cancelled, Ring
 
 
 class Destination(Protocol):
@@ -128,7 +128,10 @@ class IteratorSink:
         def ready() -> bool:
             return bool(self._order and self._order[0].complete) or not ring.running
 
-        ring.wait_for(ready)
+        try:
+            ring.wait_for(ready)
+        except Cancelled:
+            return None  # `Ring.finish` raises the error that stopped it
         if not self._order or not self._order[0].complete:
             return None
         pending = self._order[0]
@@ -223,9 +226,8 @@ class _FileRegion:
 
     def put(self, piece: Piece, values: Tensor) -> None:
         placement = self._placement
-        bits = dtypes.BITS[placement.dtype_name]
-        if values.dtype != placement.dtype and dtypes.TORCH[placement.dtype_name] is not None:
-            values = values.to(placement.dtype)
+        bits = dtypes.moved_bits(placement.dtype_name)
+        values = values.to(placement.dtype)
         box = tuple(slice(off, off + n) for off, n in zip(piece.dst_off, piece.size, strict=True))
         self._sink.write_box(self._sink._extents[placement.name], placement.shape, box, values, bits)
 

@@ -72,6 +72,8 @@ class Stream:
         self.files = Files(checkpoint.shards)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._states: dict[str, _State] = {}
+        self._unchecked: list[tuple[Placement, Tensor]] = []  # scales on an accelerator, looked at once at the end
+        self._intra_op_threads = torch.get_num_threads()
         self._lock = threading.Lock()
 
     @property
@@ -94,7 +96,7 @@ class Stream:
                 self.ring.run(self._tickets(), self._worker, on_tick)
             self.finish()
         finally:
-            self.files.close()
+            self._close()
         return self.tally
 
     def start(self) -> None:
@@ -106,18 +108,17 @@ class Stream:
         try:
             self.ring.finish()
         finally:
-            self.files.close()
+            self._close()
+
+    def _close(self) -> None:
+        self.files.close()
+        # what a worker sets for itself is also what threads started later begin with
+        torch.set_num_threads(self._intra_op_threads)
 
     def finish(self) -> None:
         """After the last chunk: the sources must still be what they were, and every scale finite."""
         self.files.check_unchanged()
-        if self.geometry.device.type == "cpu":
-            return
-        checked = [
-            (placement, torch.isfinite(scale.float()).all())
-            for placement in self.plan.quantized
-            if (scale := self.state(placement).destination.scale) is not None
-        ]
+        checked = [(placement, torch.isfinite(scale.float()).all()) for placement, scale in self._unchecked]
         if checked and not bool(torch.stack([flag for _, flag in checked]).all()):
             raise WeightError(describe_nonfinite(self.checkpoint, next(p for p, flag in checked if not flag)))
 
@@ -128,7 +129,7 @@ class Stream:
         """Threads read, this thread quantizes: see `octavo.press`."""
         geometry = self.geometry
         slots = [Slot(geometry.slot_bytes, pinned=True) for _ in range(geometry.threads * geometry.slots_per_thread)]
-        press = Press(self, lanes=_LANES)
+        press = Press(self, _LANES, check_later=True)
         try:
             self.ring.relay(self._tickets(), slots, self.read, press.take, on_tick)
         finally:
@@ -173,7 +174,7 @@ class Stream:
         """Read a chunk into a slot, in file order; returns its bytes."""
         started = now()
         piece, info = chunk.piece, self.checkpoint.tensors[chunk.piece.src_name]
-        bits, at = dtypes.BITS[info.dtype_name], 0
+        bits, at = dtypes.moved_bits(info.dtype_name), 0
         if piece.numel:
             length, offsets = piece.runs()
             run_bytes = length * bits // 8
@@ -194,9 +195,13 @@ class Stream:
             self.tally.placed_bytes += placed
             finished = state.complete and state.done == state.issued
             if finished:
-                state.amax = None
+                self.tally.placed_bytes += chunk.placement.scale_bytes
         if finished:
+            state.amax = None
             state.destination.close()
+            if state.destination.scale is not None and self.geometry.device.type != "cpu":
+                self._unchecked.append((chunk.placement, state.destination.scale))
+            del state.destination  # whoever took the parameter may drop it
 
 
 class _Worker:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -89,7 +90,9 @@ def verify(
     """
     made, source = Checkpoint.open(dst), Checkpoint.open(against)
     layout = formats.recognize(made)
-    problems = [f"{name}: not in {against}" for name in made.tensors if not _known(name, made, source, layout)]
+    expected = {*source.tensors}
+    expected |= {layout.scale_name(name) for name in source.tensors if _is_quantized(name, made, source)}
+    problems = [f"{name}: not in {against}" for name in made.tensors if name not in expected]
     problems += [f"{name}: in {against}, but not here" for name in source.tensors if name not in made.tensors]
     for name in made.tensors.keys() & source.tensors.keys():
         if made.tensors[name].shape != source.tensors[name].shape:
@@ -105,23 +108,15 @@ def verify(
     return VerifyReport(tuple(results))
 
 
-def _known(name: str, made: Checkpoint, source: Checkpoint, layout: formats.Format | None) -> bool:
-    if name in source.tensors:
-        return True
-    return layout is not None and any(layout.scale_name(other) == name for other in _owners(name, layout))
+def _is_quantized(name: str, made: Checkpoint, source: Checkpoint) -> bool:
+    return name in made.tensors and made.tensors[name].dtype_name != source.tensors[name].dtype_name
 
 
-def _owners(scale_name: str, layout: formats.Format) -> Iterator[str]:
-    stem = scale_name.removesuffix(layout.scale_suffix)
-    yield stem
-    yield f"{stem}.weight"
-
-
-def _compare(name: str, made: Checkpoint, source: Checkpoint, layout: formats.Format | None) -> TensorResult:
+def _compare(name: str, made: Checkpoint, source: Checkpoint, layout: formats.Format) -> TensorResult:
     here, there = made.tensors[name], source.tensors[name]
     if here.dtype_name == there.dtype_name:
-        return TensorResult(name, None, _differing_bytes(_read(made, here), _read(source, there)), None)
-    if layout is None or layout.scale_name(name) not in made.tensors:
+        return TensorResult(name, None, _differing_file_bytes(made, here, source, there), None)
+    if layout.scale_name(name) not in made.tensors:
         raise CheckpointError(f"{made.path}: {name} is {here.dtype_name}, but has no scale beside it")
     scale = _read(made, made.tensors[layout.scale_name(name)])
     scheme = layout.scheme_of(here.shape, scale)
@@ -133,8 +128,15 @@ def _compare(name: str, made: Checkpoint, source: Checkpoint, layout: formats.Fo
             part = stored[index] if index else stored
             d, s, n = _compare_matrix(q_slice, w_slice, index, here.shape[-2:], part, scheme)
             differing, signal, noise = differing + d, signal + s, noise + n
-    db = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal else -math.inf
+    db = _ratio_db(signal, noise)
     return TensorResult(name, scheme.name, differing, db)
+
+
+def _ratio_db(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio > 0 else -math.inf  # -inf also for a damaged scale: noise without bounds
 
 
 def _compare_matrix(
@@ -181,6 +183,19 @@ def _differing_bytes(a: Tensor, b: Tensor) -> int:
         return 0
     flat_a, flat_b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
     return int((flat_a != flat_b).sum())
+
+
+def _differing_file_bytes(made: Checkpoint, here: TensorInfo, source: Checkpoint, there: TensorInfo) -> int:
+    """Bytes as they are in the files: for dtypes that torch lacks, too."""
+    differing = 0
+    with open(_file(made, here), "rb") as mine, open(_file(source, there), "rb") as theirs:
+        mine.seek(here.offset)
+        theirs.seek(there.offset)
+        for start in range(0, there.nbytes, _BLOCK_ELEMENTS):
+            count = min(_BLOCK_ELEMENTS, there.nbytes - start)
+            a, b = (np.frombuffer(file.read(count), np.uint8) for file in (mine, theirs))
+            differing += int((a != b).sum()) if len(a) == len(b) else count
+    return differing
 
 
 def _file(checkpoint: Checkpoint, info: TensorInfo) -> Path:

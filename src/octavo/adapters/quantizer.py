@@ -53,10 +53,10 @@ class OctavoConfig(QuantizationConfigMixin):
         if unknown:
             raise RecipeError(f"OctavoConfig: unknown option {sorted(unknown)[0]!r}")
         self.quant_method = adapter.METHOD  # type: ignore[assignment]
-        self.scheme, self.targets, self.ignore = scheme, dict(targets or {}), list(ignore)
+        recipe = Recipe(scheme, targets or {}, ignore)
+        self.scheme, self.targets, self.ignore = recipe.scheme, dict(recipe.targets), list(recipe.ignore)
         self.staging_bytes, self.threads = staging_bytes, threads
         self.weights = dict(weights) if weights else None
-        Recipe(self.scheme, self.targets, self.ignore)  # raises for what it can't be
 
     @property
     def recipe(self) -> Recipe:

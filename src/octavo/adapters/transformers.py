@@ -14,6 +14,7 @@ this way.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -29,12 +30,12 @@ from ..checkpoint import Checkpoint
 from ..errors import (
     CheckpointError,
     CoverageError,
-    DeviceError,
     MissingExtraError,
     RecipeError,
     raise_problems,
 )
-from ..pieces import NotMovementError, Symbolic
+from ..geometry import usable_device
+from ..pieces import NotMovementError, Symbolic, coverage_problem
 from ..plan import DEFAULT_STAGING_BYTES, Plan, Target, make_plan
 from ..recipe import Recipe
 from ..report import Report, Stages, measured
@@ -102,7 +103,7 @@ def load(
     """
     stages = Stages()
     recipe = Recipe.coerce(scheme, ignore)
-    target_device = _device(device)
+    target_device = usable_device(device)
     with stages("open"):
         checkpoint = Checkpoint.open(path, revision)
         saved = _saved_recipe(checkpoint, recipe)
@@ -174,17 +175,6 @@ def make_model_plan(
     return plan_model(model, checkpoint, recipe, device, staging_bytes, strict=strict)
 
 
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-        if found.type != "cpu":
-            torch.empty(1, device=found)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeviceError(f"device {str(device)!r} can't be used here: {reason}") from error
-    return found
-
-
 # -- skeleton ---------------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +189,7 @@ def skeleton(
     """The model with parameters on meta and buffers real, as ``from_pretrained`` would set it up."""
     folder = str(checkpoint.folder)
     if not checkpoint.config:
-        raise CheckpointError(f"{folder}: no config.json, which says what model this is")
+        raise CheckpointError(f"{folder}: no config.json (or an empty one), which would say what model this is")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean the same here
@@ -209,13 +199,19 @@ def skeleton(
     options: dict[str, Any] = {"dtype": chosen}
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
-    with init_empty_weights(include_buffers=False):
-        if hasattr(cls, "_model_mapping"):
-            model = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
-        else:
-            model = cls._from_config(config, **options)
+    try:
+        with init_empty_weights(include_buffers=False):
+            if hasattr(cls, "_model_mapping"):
+                model = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
+            else:
+                model = cls._from_config(config, **options)
+        _compute_buffers(model)
+    except Exception as error:  # what a config and options lead to is transformers' to say
+        raise CheckpointError(
+            f"{folder}: transformers can't build {getattr(cls, '__name__', cls)} from this config.json "
+            f"with {options}: {type(error).__name__}: {error}"
+        ) from error
     model.config.name_or_path = folder
-    _compute_buffers(model)
     if model.can_generate():
         with contextlib.suppress(OSError):
             model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -224,12 +220,11 @@ def skeleton(
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype, None)
-        if not isinstance(dtype, torch.dtype):
-            raise CheckpointError("dtype must be a torch dtype, the name of one, or None")
-    if isinstance(dtype, torch.dtype):
-        return dtype
+    if dtype is not None and dtype != "auto":
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if named not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise RecipeError(f"dtype must be a torch dtype that a model can compute in, or its name, not {dtype}")
+        return named
     found = getattr(config, "dtype", None)
     if isinstance(found, str):
         found = getattr(torch, found)
@@ -247,7 +242,7 @@ def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -
         return getattr(transformers, name)
     for name in getattr(config, "architectures", None) or ():
         found = getattr(transformers, name, None)
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     return transformers.AutoModelForCausalLM
 
@@ -283,6 +278,8 @@ def plan_model(
     tied = _tied(model)
     for name, tensor in expected.items():
         if name in found:
+            if not found[name].pieces and tensor.numel():
+                continue  # its missing sources have been named
             shape = tuple(found[name].shape)
             if shape != tuple(tensor.shape):
                 hint = " (transposed?)" if shape == tuple(reversed(tensor.shape)) and len(shape) == 2 else ""
@@ -290,6 +287,9 @@ def plan_model(
                 problems.append(
                     f"misshapen: {name} is {list(tensor.shape)} in the model, {sources} make it {list(shape)}{hint}"
                 )
+            elif problem := coverage_problem(shape, found[name].pieces):
+                problems.append(f"{name} {list(shape)}: {problem}")
+            problems += _wrong_dtypes(name, tensor.dtype, found[name], checkpoint)
         elif name not in tied or not ({*tied[name], name} & found.keys()):
             problems.append(f"missing: no checkpoint tensor makes {name} {list(tensor.shape)}")
     ignorable = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
@@ -357,7 +357,12 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
         job.add_tensor(name, key, pattern, Symbolic.source(key, info.shape, info.dtype))
     found: dict[str, Symbolic] = {}
     for first, job in jobs.items():
-        sources = sorted(key for keys in job.layer_targets.values() for key in keys)
+        sources = sorted((key for keys in job.layer_targets.values() for key in keys), key=dot_natural_key)
+        holes = _holes(sources) if isinstance(job, WeightConverter) else []
+        if holes:
+            problems += [f"missing: {name}, one of the tensors that make {first}" for name in holes]
+            found[first] = Symbolic(expected[first].shape, expected[first].dtype, [])
+            continue
         try:
             made = job.convert(first, model=model, config=model.config)
         except NotMovementError as error:
@@ -371,6 +376,45 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
             if name in expected:
                 found[name] = symbolic
     return found, unexpected
+
+
+def _holes(names: Iterable[str]) -> list[str]:
+    """Members that are missing from numbered series, such as one of ``experts.0.up``, ``experts.1.up``, ...
+
+    Series that are made into one parameter run alongside: each must have every number that any of them has, from 0.
+    """
+    series: dict[str, set[tuple[int, ...]]] = {}
+    for name in names:
+        parts = name.split(".")
+        template = ".".join("*" if part.isdigit() else part for part in parts)
+        series.setdefault(template, set()).add(tuple(int(part) for part in parts if part.isdigit()))
+    if len({len(numbers) for found in series.values() for numbers in found}) != 1:
+        return []  # not alongside each other
+    every = set().union(*series.values())
+    columns = [set(column) for column in zip(*every, strict=True)]
+    # a number that is the same in all names (the layer's) is no series
+    ranges = [sorted(column) if len(column) == 1 else range(max(column) + 1) for column in columns]
+    missing = []
+    for template, found in series.items():
+        for numbers in itertools.product(*ranges):
+            if numbers not in found:
+                digits = iter(numbers)
+                missing.append(".".join(str(next(digits)) if part == "*" else part for part in template.split(".")))
+    return missing
+
+
+def _wrong_dtypes(name: str, wanted: torch.dtype, symbolic: Symbolic, checkpoint: Checkpoint) -> list[str]:
+    """Sources that are no floating-point weights, where the model wants some (FP8 without its scale, say)."""
+    if wanted not in dtypes.QUANTIZABLE:
+        return []
+    plain = {*dtypes.QUANTIZABLE, torch.float64}
+    sources = {piece.src_name for piece in symbolic.pieces}
+    return [
+        f"{source} is {checkpoint.tensors[source].dtype_name}, the model wants {dtypes.short(wanted)} for {name}: "
+        "not a bf16, fp16 or fp32 checkpoint"
+        for source in sorted(sources)
+        if dtypes.TORCH[checkpoint.tensors[source].dtype_name] not in plain
+    ]
 
 
 def _tied(model: Any) -> dict[str, set[str]]:

@@ -1,0 +1,30 @@
+"""What all tests share: `helpers` on the path, hypothesis settings, and a check that nothing is left behind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+hypothesis.settings.register_profile(
+    "octavo",
+    deadline=None,  # other processes share the cores
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+)
+hypothesis.settings.load_profile("octavo")
+
+
+@pytest.fixture
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test after which threads of octavo live on, or shards are still open."""
+    from helpers import open_shards, threads_of_octavo
+
+    before = open_shards()
+    yield
+    assert threads_of_octavo() == []
+    assert open_shards() == before

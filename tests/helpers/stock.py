@@ -1,0 +1,80 @@
+"""What stock readers make of a conversion: transformers and compressed-tensors as they are, on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from octavo import schemes
+
+SUFFIXES = {"compressed-tensors": "_scale", "fp8": "_scale_inv"}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, read by safetensors itself."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def scales_of(tensors: dict[str, Tensor], format: str) -> dict[str, Tensor]:
+    """Weight's name -> its scale."""
+    suffix = SUFFIXES[format]
+    return {name: tensors[name + suffix] for name in tensors if name + suffix in tensors}
+
+
+def write_reference(source: Path, converted: Path, folder: Path, format: str, scheme: str) -> int:
+    """An unquantized checkpoint of what the conversion stands for: `schemes.dequantize` to bf16; returns how many."""
+    tensors, made = tensors_of(source), tensors_of(converted)
+    scales = scales_of(made, format)
+    for name, stored in scales.items():
+        scale = stored.view(schemes.E8M0) if scheme == "mxfp8" else stored
+        tensors[name] = schemes.dequantize(made[name], scale, scheme, dtype=torch.bfloat16)
+    folder.mkdir(parents=True)
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    return len(scales)
+
+
+def from_stock(folder: Path, *, dequantize: bool = False) -> Any:
+    """The model as transformers alone loads it; fails if a tensor of the checkpoint was not used or one was missing."""
+    import transformers
+
+    options: dict[str, Any] = {}
+    method = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("quant_method")
+    if dequantize and method == "fp8":
+        options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
+    elif dequantize and method:
+        options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    return model
+
+
+@torch.inference_mode()
+def logits_of(model: Any) -> Tensor:
+    return model(torch.arange(3, 19)[None]).logits
+
+
+def different(model: Any, reference: Any) -> list[str]:
+    """Names of the reference's parameters and buffers that the model lacks, or holds other bits of."""
+    mine, wanted = model.state_dict(), reference.state_dict()
+    return [
+        name
+        for name, tensor in wanted.items()
+        if name not in mine or mine[name].dtype != tensor.dtype or not torch.equal(_bits(mine[name]), _bits(tensor))
+    ]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

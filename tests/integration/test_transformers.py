@@ -1,0 +1,615 @@
+"""octavo and transformers: the same model, loaded both ways, down to the bit.
+
+Without quantization, every parameter and buffer must equal ``from_pretrained``'s. With it, weights must equal what
+`octavo.schemes` makes of each checkpoint tensor alone, logits those of the same model with dequantized weights, and the
+two routes (`octavo.load` and `OctavoConfig`) each other.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import octavo
+from octavo import schemes
+from octavo.modules import QuantizedLinear, quantized_weights, scale_name
+
+pytest.importorskip("transformers")
+
+from _models import (
+    ARCHITECTURES,
+    QUANTIZED,
+    SCHEMES,
+    differences,
+    distinct_bytes,
+    make_checkpoint,
+    prompt,
+    relative_error,
+    same_bits,
+    split_shards,
+    state_of,
+    tensors_of,
+)
+from transformers import AutoModelForCausalLM
+
+# how per-expert tensors of a layer are called in checkpoints: (gate, up, down)
+_PER_EXPERT = {
+    "qwen2_moe": (
+        "mlp.experts.{}.gate_proj.weight",
+        "mlp.experts.{}.up_proj.weight",
+        "mlp.experts.{}.down_proj.weight",
+    ),
+    "mixtral": tuple(f"block_sparse_moe.experts.{{}}.{w}.weight" for w in ("w1", "w3", "w2")),
+}
+_PER_EXPERT["qwen3_moe"] = _PER_EXPERT["deepseek_v3"] = _PER_EXPERT["qwen2_moe"]
+
+by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+by_quantized = pytest.mark.parametrize("architecture", QUANTIZED)
+by_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
+
+class Checkpoints:
+    """Tiny checkpoints and models loaded from them, each made once a session. Tests must not change the models."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = functools.cache(self._folder)
+        self.load = functools.cache(self._load)
+
+    def _folder(self, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        return make_checkpoint(architecture, self.root / f"{architecture}-{dtype}", dtype)
+
+    def _load(self, architecture: str, scheme: str | None, dtype: torch.dtype | None = None) -> Any:
+        return octavo.load(self.folder(architecture), scheme=scheme, dtype=dtype)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def stacks_of(model: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [found for found in quantized_weights(model) if not found[0].endswith(".weight")]
+
+
+def is_transposed(model: Any, name: str) -> bool:
+    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(prompt()).logits
+
+
+# -- without quantization ---------------------------------------------------------------------------------------------
+
+
+@by_architecture
+def test_unquantized_load_is_bit_equal_to_from_pretrained(checkpoints: Checkpoints, architecture: str) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture))
+    model = checkpoints.load(architecture, None)
+    assert type(model) is type(reference)
+    assert differences(model, reference) == []
+    assert model.generation_config.to_dict() == reference.generation_config.to_dict()
+    assert model.generation_config.max_new_tokens == 7
+    assert not model.training
+    assert torch.equal(logits(model), logits(reference))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_fp16_and_fp32_checkpoints_load_like_from_pretrained(
+    checkpoints: Checkpoints, architecture: str, dtype: torch.dtype
+) -> None:
+    folder = checkpoints.folder(architecture, dtype)
+    assert {t.dtype for t in tensors_of(folder).values() if t.ndim > 1} == {dtype}
+    assert differences(octavo.load(folder, scheme=None), AutoModelForCausalLM.from_pretrained(folder)) == []
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_dtype_override_casts_like_from_pretrained(
+    checkpoints: Checkpoints, architecture: str, dtype: torch.dtype
+) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture), dtype=dtype)
+    model = checkpoints.load(architecture, None, dtype)
+    assert model.dtype == dtype == model.config.dtype
+    assert differences(model, reference) == []
+
+
+def test_dtype_override_may_be_a_name(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.folder("llama")
+    assert octavo.load(folder, scheme=None, dtype="float16").dtype == torch.float16
+    assert octavo.load(folder, scheme=None, dtype="auto").dtype == torch.bfloat16
+
+
+@by_architecture
+def test_attention_implementation_is_honoured(checkpoints: Checkpoints, architecture: str) -> None:
+    model = octavo.load(checkpoints.folder(architecture), attn_implementation="eager")
+    assert model.config._attn_implementation == "eager"
+
+
+def test_model_class_is_honoured(checkpoints: Checkpoints) -> None:
+    from transformers import AutoModel, LlamaModel
+
+    folder = checkpoints.folder("llama")
+    reference = AutoModel.from_pretrained(folder)
+    for model_class in (AutoModel, LlamaModel):
+        # the base model has no place for the output head
+        model = octavo.load(folder, scheme=None, model_class=model_class, strict=False)
+        assert type(model) is LlamaModel
+        assert differences(model, reference) == []
+        assert list(model.load_report.unused) == ["lm_head.weight"]
+
+
+# -- what becomes of weights ------------------------------------------------------------------------------------------
+
+
+@by_quantized
+@by_scheme
+def test_quantized_weights_equal_each_checkpoint_tensor_quantized_alone(
+    checkpoints: Checkpoints, architecture: str, scheme: str
+) -> None:
+    model, source = checkpoints.load(architecture, scheme), tensors_of(checkpoints.folder(architecture))
+    state = state_of(model)
+    checked = 0
+    for name, found_scheme, parts in quantized_weights(model):
+        assert found_scheme == scheme
+        assert state[name].dtype == torch.float8_e4m3fn
+        weight, scale = state[name], state[scale_name(name)]
+        if name in source:  # one tensor, one parameter
+            tensor = source[name].transpose(-1, -2) if is_transposed(model, name) else source[name]
+            q, s = schemes.quantize(tensor, scheme)
+            assert same_bits(weight, q), name
+            assert same_bits(scale, s), name
+        elif architecture in _PER_EXPERT:
+            layer, _, leaf = name.rpartition(".mlp.experts.")
+            gate, up, down = _PER_EXPERT[architecture]
+            templates = [gate, up] if leaf == "gate_up_proj" else [down]
+            assert len(parts) == len(templates)
+            for expert in range(weight.shape[0]):
+                alone = [schemes.quantize(source[f"{layer}.{t.format(expert)}"], scheme) for t in templates]
+                assert same_bits(weight[expert], torch.cat([q for q, _ in alone])), f"{name}[{expert}]"
+                scales = torch.cat([s.reshape(-1, scale.shape[-1]) for _, s in alone])
+                assert same_bits(scale[expert], scales), f"{name}[{expert}]"
+        else:  # GraniteMoE: one stack, renamed
+            assert architecture == "granitemoe"
+            leaf = "input_linear" if name.endswith("gate_up_proj") else "output_linear"
+            renamed = f"{name.rpartition('.experts.')[0]}.{leaf}.weight"
+            q, s = schemes.quantize(source[renamed], scheme)
+            assert same_bits(weight, q)
+            assert same_bits(scale, s)
+        checked += 1
+    assert checked
+
+
+@by_quantized
+def test_every_decoder_linear_and_expert_stack_is_quantized(checkpoints: Checkpoints, architecture: str) -> None:
+    model = checkpoints.load(architecture, "fp8_channel")
+    for path, module in model.named_modules():
+        if type(module) is torch.nn.Linear:
+            leaf = path.rpartition(".")[-1]
+            assert leaf in ("lm_head", "gate", "router", "shared_expert_gate", "layer"), path
+    stacks = {name for name, *_ in stacks_of(model)}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and not name.endswith("_scale"):
+            assert name in stacks
+    assert bool(stacks) == (architecture not in ("opt", "llama", "phi3", "gemma2", "qwen3"))
+
+
+@by_quantized
+@by_scheme
+def test_fp8_model_equals_the_same_model_with_dequantized_weights(
+    checkpoints: Checkpoints, architecture: str, scheme: str
+) -> None:
+    model = checkpoints.load(architecture, scheme, torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture), dtype=torch.float32)
+    state, reference_state = state_of(model), dict(reference.named_parameters())
+    with torch.no_grad():
+        for name, found_scheme, parts in quantized_weights(model):
+            weight = schemes.dequantize(state[name], state[scale_name(name)], found_scheme, parts)
+            weight = weight.transpose(-1, -2) if is_transposed(model, name) else weight
+            target = reference_state[name]
+            # a fp8 number is within 1/16 of its own, mx groups saturate
+            assert (weight - target).abs().max() <= target.abs().max() / 8
+            target.copy_(weight)
+    assert relative_error(logits(model), logits(reference)) < 1e-5
+
+
+@by_quantized
+@by_scheme
+def test_fp8_model_stays_close_to_the_bf16_model(checkpoints: Checkpoints, architecture: str, scheme: str) -> None:
+    fp8, bf16 = logits(checkpoints.load(architecture, scheme)), logits(checkpoints.load(architecture, None))
+    assert fp8.dtype == torch.bfloat16
+    assert relative_error(fp8, bf16) < 0.2  # random weights, and routers that may choose other experts
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_moe"])
+@by_scheme
+def test_fp16_and_fp32_checkpoints_are_quantized_from_their_own_values(
+    checkpoints: Checkpoints, architecture: str, dtype: torch.dtype, scheme: str
+) -> None:
+    folder = checkpoints.folder(architecture, dtype)
+    model, source = octavo.load(folder, scheme=scheme), tensors_of(folder)
+    state = state_of(model)
+    for name, *_ in quantized_weights(model):
+        if name in source:
+            q, s = schemes.quantize(source[name], scheme)
+            assert same_bits(state[name], q)
+            assert same_bits(state[scale_name(name)], s)
+    assert logits(model).isfinite().all()
+
+
+@by_scheme
+def test_dtype_override_does_not_change_quantized_bytes(checkpoints: Checkpoints, scheme: str) -> None:
+    plain, wide = (state_of(checkpoints.load("qwen2_moe", scheme, dtype)) for dtype in (None, torch.float32))
+    for name, *_ in quantized_weights(checkpoints.load("qwen2_moe", scheme)):
+        assert same_bits(plain[name], wide[name])
+        assert same_bits(plain[scale_name(name)], wide[scale_name(name)])
+
+
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_conv1d_weights_stay_untouched(checkpoints: Checkpoints, scheme: str | None) -> None:
+    model, source = checkpoints.load("gpt2", scheme), tensors_of(checkpoints.folder("gpt2"))
+    assert list(quantized_weights(model)) == []
+    state = state_of(model)
+    for name, tensor in source.items():
+        assert same_bits(state[name if name in state else f"transformer.{name}"], tensor), name
+    reasons = " ".join(model.load_report.kept)
+    assert "Conv1D" in reasons
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gemma2", "gpt2"])
+@pytest.mark.parametrize("scheme", [None, "fp8_channel"])
+def test_tied_embeddings_share_one_storage(checkpoints: Checkpoints, architecture: str, scheme: str | None) -> None:
+    folder = checkpoints.folder(architecture)
+    assert "lm_head.weight" not in tensors_of(folder)
+    config = octavo.OctavoConfig(scheme) if scheme else None
+    for model in (
+        checkpoints.load(architecture, scheme),
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config),
+    ):
+        head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+        assert head is embedding
+        assert head.dtype == torch.bfloat16
+
+
+# -- the route through from_pretrained --------------------------------------------------------------------------------
+
+
+@by_architecture
+@by_scheme
+def test_from_pretrained_with_octavo_config_equals_load(
+    checkpoints: Checkpoints, architecture: str, scheme: str
+) -> None:
+    config = octavo.OctavoConfig(scheme)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture), quantization_config=config)
+    direct = checkpoints.load(architecture, scheme)
+    assert differences(model, direct) == []
+    assert list(quantized_weights(model)) == list(quantized_weights(direct))
+    assert torch.equal(logits(model), logits(direct))
+    assert model.load_report.final_bytes == direct.load_report.final_bytes
+    assert model.load_report.kept == direct.load_report.kept
+
+
+def test_octavo_config_honours_targets_and_ignore(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.folder("qwen2_moe")
+    targets, ignore = {"*.experts.*": "fp8_block"}, ["*.self_attn.*"]
+    config = octavo.OctavoConfig("fp8_channel", targets=targets, ignore=ignore)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    direct = octavo.load(folder, octavo.Recipe("fp8_channel", targets, ignore))
+    assert differences(model, direct) == []
+    assert {name: scheme for name, scheme, _ in quantized_weights(model)} == {
+        name: scheme for name, scheme, _ in quantized_weights(direct)
+    }
+
+
+def test_octavo_config_honours_device_map_and_dtype(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.folder("qwen2_moe")
+    for device_map in ("cpu", {"": "cpu"}):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=octavo.OctavoConfig(), device_map=device_map, dtype=torch.float32
+        )
+        assert differences(model, checkpoints.load("qwen2_moe", "fp8_channel", torch.float32)) == []
+
+
+# -- saving and loading again -----------------------------------------------------------------------------------------
+
+
+@by_architecture
+@by_scheme
+def test_saved_model_loads_again_bit_equal(
+    checkpoints: Checkpoints, architecture: str, scheme: str, tmp_path: Path
+) -> None:
+    model = checkpoints.load(architecture, scheme)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert differences(model, again) == []
+    assert sorted(quantized_weights(model)) == sorted(quantized_weights(again))
+    assert torch.equal(logits(model), logits(again))
+
+
+@by_architecture
+def test_model_saved_after_from_pretrained_loads_again_bit_equal(
+    checkpoints: Checkpoints, architecture: str, tmp_path: Path
+) -> None:
+    config = octavo.OctavoConfig("fp8_block")
+    model = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture), quantization_config=config)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert differences(model, again) == []
+    again.save_pretrained(tmp_path / "twice")
+    assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path / "twice")) == []
+
+
+def test_model_saved_in_several_shards_loads_again_bit_equal(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    model = checkpoints.load("qwen2_moe", "fp8_channel")
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path)) == []
+
+
+def test_unquantized_model_saves_what_it_was_loaded_from(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    source = checkpoints.folder("llama")
+    octavo.load(source, scheme=None).save_pretrained(tmp_path)
+    before, after = tensors_of(source), tensors_of(tmp_path)
+    assert before.keys() == after.keys()
+    assert all(same_bits(before[name], after[name]) for name in before)
+
+
+@by_architecture
+@by_scheme
+def test_saved_model_loads_again_through_octavo(
+    checkpoints: Checkpoints, architecture: str, scheme: str, tmp_path: Path
+) -> None:
+    model = checkpoints.load(architecture, scheme)
+    model.save_pretrained(tmp_path)
+    again = octavo.load(tmp_path)
+    assert differences(model, again) == []
+    assert sorted(quantized_weights(model)) == sorted(quantized_weights(again))
+    again.save_pretrained(tmp_path / "twice")
+    assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path / "twice")) == []
+
+
+# -- use --------------------------------------------------------------------------------------------------------------
+
+
+@by_architecture
+def test_generate_works(checkpoints: Checkpoints, architecture: str) -> None:
+    model = checkpoints.load(architecture, "fp8_channel")
+    ids = model.generate(prompt()[:, :8], max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert ids.shape == (2, 12)
+    with torch.no_grad():
+        last = model(ids[:, :-1]).logits[:, -1].argmax(-1)
+    assert torch.equal(ids[:, -1], last)
+
+
+def test_text_generation_pipeline_works(checkpoints: Checkpoints) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast, pipeline
+
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(260)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2", unk_token="w0")
+    generate = pipeline("text-generation", model=checkpoints.load("qwen2_moe", "fp8_channel"), tokenizer=tokenizer)
+    # the pipeline writes its settings into the model's, hence explicit ones here
+    [result] = generate("w5 w6 w7", max_new_tokens=3, do_sample=False)
+    assert result["generated_text"].startswith("w5 w6 w7")
+
+
+def test_quantized_layers_tell_their_scheme_when_printed(checkpoints: Checkpoints) -> None:
+    text = repr(checkpoints.load("llama", "fp8_block"))
+    assert "QuantizedLinear" in text
+    assert "scheme=fp8_block" in text
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+@by_architecture
+@pytest.mark.parametrize("scheme", [None, *SCHEMES])
+def test_report_counts_the_bytes_of_the_model(checkpoints: Checkpoints, architecture: str, scheme: str | None) -> None:
+    model = checkpoints.load(architecture, scheme)
+    report = model.load_report
+    assert report.final_bytes == distinct_bytes(state_of(model).values())
+    assert report.source_bytes == sum(t.nbytes for t in tensors_of(checkpoints.folder(architecture)).values())
+    assert report.read_bytes >= report.source_bytes
+    assert report.peak_bytes == report.final_bytes + report.staging_bytes
+    counted = sum(count for count, _ in (*report.quantized.values(), *report.kept.values()))
+    assert counted == len({id(p) for p in model.parameters()}) - len(list(quantized_weights(model))) + sum(
+        name in dict(model.named_buffers()) for name in model.state_dict()
+    )
+    assert report.unused == {}
+    assert set(report.quantized) <= {scheme}
+    placed = [sample.placed_bytes for sample in report.trace]
+    assert placed == sorted(placed)
+    assert set(report.seconds) >= {"open", "skeleton", "plan", "swap", "allocate", "stream", "finish"}
+    assert all(seconds >= 0 for seconds in report.seconds.values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "dtype"),
+    [
+        *((name, None) for name in ARCHITECTURES if name != "deepseek_v3"),
+        pytest.param("deepseek_v3", None),  # keeps a router bias in fp32
+        pytest.param("qwen2_moe", torch.float32),
+    ],
+)
+def test_trace_ends_with_every_byte_in_place(
+    checkpoints: Checkpoints, architecture: str, dtype: torch.dtype | None
+) -> None:
+    report = checkpoints.load(architecture, "fp8_block", dtype).load_report
+    planned = sum(size for _, size in (*report.quantized.values(), *report.kept.values()))
+    assert report.trace[-1].placed_bytes == planned
+
+
+def test_report_names_why_weights_stay(checkpoints: Checkpoints) -> None:
+    reasons = set(checkpoints.load("qwen2_moe", "fp8_channel").load_report.kept)
+    for what in ("MoE router", "embedding", "norm", "output head", "shared expert's gate"):
+        assert any(what in reason for reason in reasons), (what, reasons)
+
+
+def test_report_can_be_printed_and_turned_into_json(checkpoints: Checkpoints) -> None:
+    import json
+
+    report = checkpoints.load("qwen2_moe", "fp8_channel").load_report
+    assert json.loads(json.dumps(report.to_dict()))["final_bytes"] == report.final_bytes
+    assert "kept: norm" in str(report)
+
+
+@by_architecture
+def test_plan_forecasts_what_load_reports(checkpoints: Checkpoints, architecture: str) -> None:
+    plan = octavo.plan(checkpoints.folder(architecture), "fp8_block")
+    report = checkpoints.load(architecture, "fp8_block").load_report
+    assert plan.final_bytes() == report.final_bytes
+    assert plan.source_bytes == report.source_bytes
+    assert plan.peak_bytes() >= report.peak_bytes
+    assert {p.name for p in plan.quantized} == {
+        n for n, *_ in quantized_weights(checkpoints.load(architecture, "fp8_block"))
+    }
+
+
+def test_progress_is_told_up_to_the_end(checkpoints: Checkpoints) -> None:
+    told: list[tuple[int, int]] = []
+    model = octavo.load(checkpoints.folder("qwen2_moe"), progress=lambda done, total: told.append((done, total)))
+    assert told[-1] == (model.load_report.read_bytes,) * 2
+    assert told == sorted(told)
+
+
+# -- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def test_ignore_keeps_what_it_names(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.folder("qwen2_moe")
+    model = octavo.load(folder, ignore=["*.self_attn.*", "model.layers.0.mlp.experts"])
+    names = {name for name, *_ in quantized_weights(model)}
+    assert names
+    assert not any(".self_attn." in name for name in names)
+    assert not any(name.startswith("model.layers.0.mlp.experts") for name in names)
+    assert "model.layers.1.mlp.experts.down_proj" in names
+    assert "ignored by '*.self_attn.*'" in model.load_report.kept
+    unquantized = state_of(checkpoints.load("qwen2_moe", None))
+    for name, tensor in state_of(model).items():
+        if tensor.dtype == torch.bfloat16:
+            assert same_bits(tensor, unquantized[name]), name
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("kept", ["gate_up_proj", "down_proj"])
+def test_half_of_an_experts_module_may_stay(checkpoints: Checkpoints, architecture: str, kept: str) -> None:
+    # in fp32, where both routes differ by rounding only
+    folder = checkpoints.folder(architecture)
+    model = octavo.load(folder, ignore=[f"*.experts.{kept}"], dtype=torch.float32)
+    names = {name.rpartition(".")[-1] for name, *_ in stacks_of(model)}
+    assert names == {"gate_up_proj", "down_proj"} - {kept}
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state, reference_state = state_of(model), dict(reference.named_parameters())
+    with torch.no_grad():
+        for name, scheme, parts in quantized_weights(model):
+            weight = schemes.dequantize(state[name], state[scale_name(name)], scheme, parts)
+            reference_state[name].copy_(weight.transpose(-1, -2) if is_transposed(model, name) else weight)
+    assert relative_error(logits(model), logits(reference)) < 1e-5
+
+
+def test_targets_choose_schemes(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    recipe = octavo.Recipe(
+        "fp8_channel",
+        targets={"re:.*experts.*": "fp8_block", "model.layers.0.self_attn.q_proj": "mxfp8"},
+        ignore=["*.o_proj"],
+    )
+    model = octavo.load(checkpoints.folder("qwen2_moe"), recipe)
+    chosen = {name: scheme for name, scheme, _ in quantized_weights(model)}
+    assert chosen["model.layers.0.self_attn.q_proj.weight"] == "mxfp8"
+    assert chosen["model.layers.1.self_attn.q_proj.weight"] == "fp8_channel"
+    assert chosen["model.layers.1.mlp.experts.gate_up_proj"] == "fp8_block"
+    assert "model.layers.1.self_attn.o_proj.weight" not in chosen
+    model.save_pretrained(tmp_path)
+    assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path)) == []
+
+
+def test_recipe_without_a_scheme_quantizes_targets_only(checkpoints: Checkpoints) -> None:
+    model = octavo.load(checkpoints.folder("qwen2_moe"), octavo.Recipe(None, {"*.experts.*": "fp8_tensor"}))
+    assert {(name.split(".")[-1], scheme) for name, scheme, _ in quantized_weights(model)} == {
+        ("gate_up_proj", "fp8_tensor"),
+        ("down_proj", "fp8_tensor"),
+    }
+
+
+def test_target_that_spells_out_a_name_overrides_what_stays_by_default(checkpoints: Checkpoints) -> None:
+    model = octavo.load(checkpoints.folder("llama"), octavo.Recipe(None, {"lm_head": "fp8_channel"}))
+    assert isinstance(model.lm_head, QuantizedLinear)
+    assert logits(model).isfinite().all()
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_single_file_path_loads_like_its_folder(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.folder("llama")
+    assert differences(octavo.load(folder / "model.safetensors"), checkpoints.load("llama", "fp8_channel")) == []
+
+
+def test_path_may_be_a_string(checkpoints: Checkpoints) -> None:
+    model = octavo.load(str(checkpoints.folder("llama")))
+    assert differences(model, checkpoints.load("llama", "fp8_channel")) == []
+
+
+@by_architecture
+def test_sharded_checkpoint_loads_like_a_single_file(
+    checkpoints: Checkpoints, architecture: str, tmp_path: Path
+) -> None:
+    source = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture))
+    source.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    model = octavo.load(tmp_path, "fp8_block")
+    assert differences(model, checkpoints.load(architecture, "fp8_block")) == []
+
+
+@by_scheme
+def test_layer_split_over_shards_loads_like_a_single_file(
+    checkpoints: Checkpoints, scheme: str, tmp_path: Path
+) -> None:
+    # gate and up of the same expert, and neighbouring experts, in different files, out of order
+    def shard_of(name: str) -> int:
+        return 2 if "up_proj" in name else sum(map(ord, name)) % 2
+
+    folder = split_shards(checkpoints.folder("qwen2_moe"), tmp_path, shard_of, 3)
+    direct = checkpoints.load("qwen2_moe", scheme)
+    assert differences(octavo.load(folder, scheme), direct) == []
+    config = octavo.OctavoConfig(scheme)
+    assert differences(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config), direct) == []
+
+
+def test_shards_without_an_index_load_when_their_numbers_are_complete(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    folder = split_shards(checkpoints.folder("llama"), tmp_path, lambda name: len(name) % 2, 2)
+    (folder / "model.safetensors.index.json").unlink()
+    assert differences(octavo.load(folder), checkpoints.load("llama", "fp8_channel")) == []
+
+
+# -- what must not matter ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["qwen2_moe", "gpt_oss"])
+@by_scheme
+def test_bytes_do_not_depend_on_threads_or_staging(checkpoints: Checkpoints, architecture: str, scheme: str) -> None:
+    folder, direct = checkpoints.folder(architecture), checkpoints.load(architecture, scheme)
+    for threads, staging_bytes in ((1, 1 << 20), (7, 6 << 20), (3, 64 << 20)):
+        model = octavo.load(folder, scheme, threads=threads, staging_bytes=staging_bytes)
+        assert model.load_report.threads == threads
+        assert model.load_report.staging_bytes <= staging_bytes
+        assert differences(model, direct) == []
+
+
+def test_loading_leaves_torch_as_it_was(checkpoints: Checkpoints) -> None:
+    before = torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()
+    octavo.load(checkpoints.folder("llama"))
+    assert (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled()) == before

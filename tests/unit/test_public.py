@@ -1,0 +1,149 @@
+"""Promises to users: the public names, what importing them loads, and the texts of errors."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import octavo
+from octavo import errors
+from octavo.errors import CoverageError, MissingExtraError, OctavoError, raise_problems
+
+FUNCTIONS = ("convert", "load", "plan", "stream", "verify")
+
+
+def test_all_public_names_are_listed_and_no_others_are_visible():
+    assert octavo.__all__ == sorted(octavo.__all__, key=lambda name: (not name[0].isupper(), name))
+    assert dir(octavo) == sorted(octavo.__all__)
+    assert len(octavo.__all__) <= 10
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_function_stays_one_after_the_module_of_its_name_is_imported(name):
+    importlib.import_module(f"octavo.{name}" if name != "load" else "octavo.api")
+    for _ in range(2):
+        found = getattr(octavo, name)
+        assert callable(found)
+        assert not isinstance(found, ModuleType)
+        assert found.__doc__
+
+
+def test_every_public_name_resolves():
+    pytest.importorskip("transformers")
+    for name in octavo.__all__:
+        assert getattr(octavo, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'octavo' has no attribute 'quantize_everything'"):
+        octavo.quantize_everything  # noqa: B018
+
+
+def test_the_version_is_a_version():
+    assert re.fullmatch(r"\d+\.\d+\.\d+([a-z.]+\d*)?", octavo.__version__)
+
+
+def in_a_new_process(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_octavo_stays_light():
+    code = """
+import sys, octavo
+octavo.Recipe, octavo.plan, octavo.load, octavo.stream, octavo.convert, octavo.verify, octavo.OctavoError
+heavy = "transformers vllm matplotlib rich.progress huggingface_hub accelerate compressed_tensors typer".split()
+print(sorted(name for name in heavy if name in sys.modules))
+"""
+    assert in_a_new_process(code).strip() == "[]"
+
+
+def test_functions_and_modules_of_one_name_may_be_imported_in_any_order():
+    code = """
+import importlib, sys
+
+def forget():
+    for name in [n for n in sys.modules if n.split(".")[0] == "octavo"]:
+        del sys.modules[name]
+
+for name in ("convert", "plan", "stream", "verify"):
+    forget()
+    importlib.import_module("octavo." + name)
+    import octavo
+    assert callable(getattr(octavo, name)), name
+    forget()
+    first = getattr(importlib.import_module("octavo"), name)
+    module = importlib.import_module("octavo." + name)
+    import octavo
+    assert callable(first) and getattr(octavo, name) is first and module is not first, name
+print("fine")
+"""
+    assert in_a_new_process(code).strip() == "fine"
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_hierarchy_is_as_drawn_in_the_docstring():
+    drawn = {}
+    stack: list[tuple[int, str]] = []
+    for line in errors.__doc__.splitlines():
+        match = re.match(r"^([ │├└─]*)(\w+Error)\b", line)
+        if match:
+            depth = len(match[1])
+            while stack and stack[-1][0] >= depth:
+                stack.pop()
+            drawn[match[2]] = stack[-1][1] if stack else "Exception"
+            stack.append((depth, match[2]))
+    real = {
+        name: found.__base__.__name__
+        for name, found in vars(errors).items()
+        if isinstance(found, type) and issubclass(found, OctavoError)
+    }
+    assert drawn == real
+
+
+def test_one_problem_is_one_line():
+    with pytest.raises(CoverageError, match=r"^here: it is missing$"):
+        raise_problems(CoverageError, "here", ["it is missing"])
+
+
+def test_several_problems_are_a_list_with_advice_below():
+    with pytest.raises(CoverageError) as caught:
+        raise_problems(CoverageError, "here", ["one", "two"], "Do this.")
+    assert str(caught.value) == "here: 2 problems\n  - one\n  - two\nDo this."
+
+
+def test_many_problems_are_cut_off_and_counted():
+    with pytest.raises(CoverageError) as caught:
+        raise_problems(CoverageError, "here", [str(i) for i in range(120)])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "here: 120 problems"
+    assert lines[50:] == ["  - 49", "  - ... and 70 more"]
+
+
+def test_no_problem_is_no_error():
+    raise_problems(CoverageError, "here", [])
+
+
+def test_a_missing_extra_names_the_command_that_installs_it():
+    error = MissingExtraError("plot", "drawing a report")
+    assert str(error) == "drawing a report needs packages that are not installed: pip install 'octavo[plot]'"
+    assert error.extra == "plot"
+
+
+def test_every_extra_that_is_named_exists():
+    tomllib = pytest.importorskip("tomllib")
+    from pathlib import Path
+
+    root = Path(__file__).parents[2]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = set()
+    for file in (root / "src" / "octavo").rglob("*.py"):
+        named |= set(re.findall(r"MissingExtraError\(\s*\"(\w+)\"", file.read_text()))
+    assert named
+    assert named <= set(extras)

@@ -1,0 +1,168 @@
+"""Reports: numbers that add up, as a table, as JSON, as a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+from helpers import random_weights, run_plan, threads_of_octavo, write_checkpoint
+from octavo import report
+from octavo.checkpoint import Checkpoint
+from octavo.errors import MissingExtraError
+from octavo.plan import plan_checkpoint
+from octavo.recipe import Recipe
+from octavo.report import Report, Stages, human_bytes, measured, progress_bar
+from octavo.sinks import ParameterSink, Storage
+from octavo.stream import Stream
+
+
+@pytest.fixture
+def plan_and_report(tmp_path):
+    tensors = {
+        "model.embed_tokens.weight": random_weights((50, 96), torch.bfloat16, 0),
+        "model.layers.0.mlp.up_proj.weight": random_weights((300, 96), torch.bfloat16, 1),
+        "model.layers.1.mlp.up_proj.weight": random_weights((300, 96), torch.bfloat16, 2),
+        "model.norm.weight": random_weights((96,), torch.bfloat16, 3),
+    }
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    plan = plan_checkpoint(checkpoint, Recipe())
+    stages = Stages()
+    with measured(plan, progress=False) as meter:
+        stream = Stream(checkpoint, plan, ParameterSink({p.name: Storage.allocate(p) for p in plan.placements}))
+        meter.follow(stream.tally)
+        with stages("stream"):
+            stream.run()
+    return plan, Report.of(plan, stream.geometry, stream.tally, stages, meter, notes=["mind the gap"])
+
+
+def test_a_report_adds_up(plan_and_report):
+    plan, found = plan_and_report
+    assert found.source_bytes == plan.source_bytes == found.read_bytes
+    assert found.final_bytes == plan.final_bytes()
+    assert found.quantized == {"fp8_channel": (2, 2 * (300 * 96 + 300 * 4))}
+    assert found.kept == {"embedding, kept by default": (1, 9600), "norm": (1, 192)}
+    assert sum(n for _, n in (*found.quantized.values(), *found.kept.values())) == found.final_bytes
+    assert found.peak_bytes == found.final_bytes + found.staging_bytes
+    assert found.trace[-1].placed_bytes == found.final_bytes
+    assert found.total_s == found.seconds["stream"] > 0
+    assert found.read_gb_per_s == pytest.approx(found.read_bytes / found.seconds["stream"] / 1e9)
+    assert threads_of_octavo() == []
+
+
+def test_a_report_is_json_able(plan_and_report):
+    _, found = plan_and_report
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data["quantized"]["fp8_channel"]["tensors"] == 2
+    assert data["final_bytes"] == found.final_bytes
+    assert len(data["trace"]) == len(found.trace)
+    assert set(data) >= set(Report.__dataclass_fields__)
+
+
+def test_the_table_tells_what_became_of_what(plan_and_report):
+    plan, found = plan_and_report
+    text = str(found)
+    assert plan.source in text.replace("\n", "")
+    for words in ("to fp8_channel", "2 tensors, 58.59 KiB", "kept: embedding, kept by default", "mind the gap"):
+        assert words in text
+    assert all(len(line) <= 140 for line in text.splitlines())
+
+
+def test_the_plot_is_a_png(plan_and_report, tmp_path):
+    pytest.importorskip("matplotlib")
+    plan_and_report[1].plot(tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_plotting_without_matplotlib_names_the_extra(plan_and_report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'octavo\[plot\]'"):
+        plan_and_report[1].plot(tmp_path / "memory.png")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1,023 B"),
+        (1024, "1.00 KiB"),
+        (12345678, "11.77 MiB"),
+        (28 << 30, "28.00 GiB"),
+        (5000 << 30, "5,000.00 GiB"),
+        (-2048, "-2.00 KiB"),
+    ],
+)
+def test_bytes_are_written_for_people(count, text):
+    assert human_bytes(count) == text
+
+
+def test_the_example_of_human_bytes_is_true():
+    assert f"'{human_bytes(12345678)}'" in human_bytes.__doc__
+
+
+def test_stages_add_up():
+    stages = Stages()
+    for _ in range(2):
+        with stages("a"):
+            pass
+    with pytest.raises(ValueError, match="counted all the same"), stages("b"):
+        raise ValueError("counted all the same")
+    assert set(stages.seconds) == {"a", "b"}
+    assert min(stages.seconds.values()) > 0
+
+
+def test_a_callback_is_used_as_it_is():
+    def callback(done: int, total: int) -> None: ...
+
+    with progress_bar(callback, "Loading") as found:
+        assert found is callback
+
+
+def test_no_bar_is_drawn_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    for progress in (False, None):
+        with progress_bar(progress, "Loading") as found:
+            assert found is None
+
+
+def test_a_bar_is_drawn_on_stderr_where_it_is_wanted(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress_bar(None, "Loading") as callback:
+        callback(5 << 20, 10 << 20)
+    assert "Loading" in sys.stderr.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_failed_stream_ends_the_meter_too(tmp_path):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, {"a": torch.ones(3)}))
+    with pytest.raises(RuntimeError, match="failed"), measured(plan_checkpoint(checkpoint, Recipe()), False):
+        raise RuntimeError("failed")
+    assert threads_of_octavo() == []
+
+
+def test_resident_memory_grows_with_what_is_allocated():
+    before = report.rss_bytes()
+    block = torch.ones(16 << 20, dtype=torch.uint8)
+    assert report.rss_bytes() - before > 12 << 20
+    del block
+
+
+def test_the_table_of_a_plan_groups_layers(tmp_path):
+    checkpoint = Checkpoint.open(
+        write_checkpoint(tmp_path, {f"layers.{i}.w.weight": torch.ones(8, 8).bfloat16() for i in range(3)})
+    )
+    lines = [
+        line for line in report.plan_table(plan_checkpoint(checkpoint, Recipe())).splitlines() if "layers.*" in line
+    ]
+    assert len(lines) == 1
+    assert " 3 " in lines[0]
+    run_plan(checkpoint, plan_checkpoint(checkpoint, Recipe()))

@@ -1,0 +1,396 @@
+"""The ring: threads that end, whatever happens, and files that are closed."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import open_shards, threads_of_octavo
+from octavo.checkpoint import Shard
+from octavo.errors import CheckpointError, SourceChangedError
+from octavo.ring import Cancelled, Files, Ring, Slot
+
+pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]
+
+
+class Recorder:
+    """Makes workers that note their tickets and whether they were closed."""
+
+    def __init__(self, handle=lambda ticket: None, close=lambda: None) -> None:
+        self.tickets: list[int] = []
+        self.made: list[str] = []
+        self.closed: list[str] = []
+        self._handle, self._close = handle, close
+
+    def __call__(self):
+        recorder = self
+
+        class Worker:
+            def handle(self, ticket: int) -> int:
+                recorder.tickets.append(ticket)
+                recorder._handle(ticket)
+                return 10
+
+            def close(self) -> None:
+                recorder.closed.append(threading.current_thread().name)
+                recorder._close()
+
+        recorder.made.append(threading.current_thread().name)
+        return Worker()
+
+
+def fail_at(number: int, error: BaseException):
+    def handle(ticket: int) -> None:
+        if ticket == number:
+            raise error
+
+    return handle
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_every_ticket_is_handled_once(threads):
+    ring, workers, ticks = Ring(threads), Recorder(), []
+    ring.run(iter(range(1, 101)), workers, ticks.append)
+    assert sorted(workers.tickets) == list(range(1, 101))
+    assert ring.done_bytes == 1000
+    assert ticks[-1] == 1000
+    assert ticks == sorted(ticks)
+    assert len(workers.made) == threads
+    assert sorted(workers.closed) == sorted(workers.made)  # each in its own thread
+    assert not ring.running
+
+
+def test_one_thread_takes_tickets_in_order():
+    workers = Recorder()
+    Ring(1).run(range(1, 50), workers)
+    assert workers.tickets == list(range(1, 50))
+
+
+def test_tickets_are_drawn_by_one_thread_at_a_time():
+    drawing = threading.Lock()
+
+    def tickets():
+        for number in range(1, 200):
+            assert drawing.acquire(blocking=False)
+            time.sleep(0.0001)
+            drawing.release()
+            yield number
+
+    workers = Recorder()
+    Ring(5).run(tickets(), workers)
+    assert sorted(workers.tickets) == list(range(1, 200))
+
+
+def test_no_tickets_are_no_work():
+    workers = Recorder()
+    Ring(3).run([], workers)
+    assert workers.tickets == []
+    assert len(workers.closed) == 3
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_exception_in_a_worker_reaches_the_caller_after_all_threads_have_ended(threads):
+    workers = Recorder(fail_at(5, ValueError("at five")))
+    with pytest.raises(ValueError, match="at five"):
+        Ring(threads).run(range(1, 100_000), workers)
+    assert threads_of_octavo() == []
+    assert len(workers.closed) == threads
+    assert len(workers.tickets) < 99_999  # the others stopped
+
+
+def test_an_exception_while_drawing_tickets_reaches_the_caller():
+    def tickets():
+        yield 1
+        raise ValueError("no more tickets")
+
+    workers = Recorder()
+    with pytest.raises(ValueError, match="no more tickets"):
+        Ring(3).run(tickets(), workers)
+    assert workers.tickets == [1]
+    assert len(workers.closed) == 3
+
+
+def test_an_exception_while_making_a_worker_reaches_the_caller():
+    def make():
+        raise MemoryError("no slots")
+
+    with pytest.raises(MemoryError, match="no slots"):
+        Ring(3).run(range(1, 10), make)
+
+
+def test_an_exception_while_closing_a_worker_reaches_the_caller():
+    def close():
+        raise ValueError("the copy had failed")
+
+    with pytest.raises(ValueError, match="the copy had failed"):
+        Ring(2).run(range(1, 10), Recorder(close=close))
+
+
+def test_the_first_error_wins():
+    def close():
+        raise ValueError("afterwards")
+
+    with pytest.raises(KeyError, match="first"):
+        Ring(1).run(range(1, 10), Recorder(fail_at(3, KeyError("first")), close))
+
+
+def test_ctrl_c_in_the_caller_ends_all_threads():
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    workers = Recorder(lambda ticket: time.sleep(0.001))
+    with pytest.raises(KeyboardInterrupt):
+        Ring(4).run(range(1, 10_000_000), workers, interrupt)
+    assert threads_of_octavo() == []
+    assert len(workers.closed) == 4
+    assert 0 < len(workers.tickets) < 9_999_999
+
+
+def test_ctrl_c_ends_threads_that_wait():
+    ring = Ring(3)
+
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    def tickets():
+        yield 1
+        ring.wait_for(lambda: False)  # a sink with no room
+        yield 2
+
+    workers, started = Recorder(), time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        ring.run(tickets(), workers, interrupt)
+    assert workers.tickets == [1]
+    assert time.monotonic() - started < 3  # woken, not timed out
+
+
+def test_a_worker_that_waits_is_cancelled_when_another_fails():
+    ring, waiting, outcome = Ring(2), threading.Event(), []
+
+    def handle(ticket: int) -> None:
+        if ticket == 1:
+            waiting.set()
+            try:
+                ring.wait_for(lambda: False)
+            except Cancelled:
+                outcome.append("cancelled")
+                raise
+        else:
+            assert waiting.wait(10)
+            raise ValueError("the other one")
+
+    with pytest.raises(ValueError, match="the other one"):
+        ring.run([1, 2], Recorder(handle))
+    assert outcome == ["cancelled"]
+
+
+def test_a_worker_waits_until_another_makes_its_condition_true():
+    ring, ready = Ring(2), []
+
+    def handle(ticket: int) -> None:
+        if ticket == 1:
+            ring.wait_for(lambda: bool(ready))
+            ready.append("waited")
+        else:
+            time.sleep(0.05)
+            ring.update(lambda: ready.append("changed"))
+
+    ring.run([1, 2], Recorder(handle))
+    assert ready == ["changed", "waited"]
+
+
+def test_stopping_a_ring_in_the_background_ends_its_threads():
+    ring, workers = Ring(3), Recorder(lambda ticket: time.sleep(0.001))
+    ring.start(range(1, 10_000_000), workers)
+    while not workers.tickets:
+        time.sleep(0.001)
+    assert ring.running
+    ring.finish()
+    assert not ring.running
+    assert len(workers.closed) == 3
+
+
+def test_finishing_a_failed_ring_again_raises_again():
+    ring = Ring(2)
+    ring.start(range(1, 10), Recorder(fail_at(1, ValueError("failed"))))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="failed"):
+            ring.finish()
+
+
+# -- relay: threads read, the caller consumes -------------------------------------------------------------------------
+
+
+def relay(ring: Ring, tickets, read=lambda ticket, slot: 10, consume=lambda *_: None, on_tick=None, slots: int = 3):
+    """Returns the tickets in the order in which they were consumed."""
+    consumed = []
+
+    def take(ticket, slot, nbytes) -> None:
+        consume(ticket, slot, nbytes)
+        consumed.append(ticket)
+
+    ring.relay(tickets, [Slot(16, pinned=False) for _ in range(slots)], read, take, on_tick)
+    return consumed
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("slots", [1, 3, 20])
+def test_a_relay_hands_over_in_order_what_was_read_into_each_slot(threads, slots):
+    def read(ticket: int, slot: Slot) -> int:
+        time.sleep(0.0005 * (ticket % 3))  # later ones may be ready first
+        slot.buffer[0] = ticket
+        return 10
+
+    seen, caller, ticks, ring = [], threading.current_thread(), [], Ring(threads)
+
+    def consume(ticket: int, slot: Slot, nbytes: int) -> None:
+        assert threading.current_thread() is caller
+        seen.append((int(slot.buffer[0]), nbytes))
+
+    assert relay(ring, range(1, 101), read, consume, ticks.append, slots) == list(range(1, 101))
+    assert seen == [(ticket, 10) for ticket in range(1, 101)]
+    assert ring.done_bytes == ticks[-1] == 1000
+
+
+def test_a_relay_of_nothing_ends():
+    assert relay(Ring(3), []) == []
+
+
+@pytest.mark.parametrize("slots", [1, 20])
+def test_an_exception_of_a_reader_reaches_the_caller_of_a_relay(slots):
+    def read(ticket: int, slot: Slot) -> int:
+        if ticket == 5:
+            raise ValueError("at five")
+        return 10
+
+    with pytest.raises(ValueError, match="at five"):
+        relay(Ring(4), range(1, 100_000), read, slots=slots)
+
+
+@pytest.mark.parametrize("slots", [1, 20])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_exception_of_the_consumer_ends_the_readers(slots, error):
+    def consume(ticket: int, slot: Slot, nbytes: int) -> None:
+        if ticket == 5:
+            raise error
+
+    with pytest.raises(error):
+        relay(Ring(4), range(1, 100_000), consume=consume, slots=slots)
+
+
+def test_ctrl_c_in_a_tick_ends_a_relay():
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        relay(Ring(3), range(1, 10_000_000), on_tick=interrupt)
+
+
+def test_an_exception_while_drawing_tickets_ends_a_relay():
+    def tickets():
+        yield 1
+        raise ValueError("no more tickets")
+
+    with pytest.raises(ValueError, match="no more tickets"):
+        relay(Ring(3), tickets())
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def shard(tmp_path: Path, name: str = "a.safetensors", size: int = 1000) -> Shard:
+    path = tmp_path / name
+    path.write_bytes(bytes(i % 251 for i in range(size)))
+    stat = path.stat()
+    return Shard(path, stat.st_size, stat.st_mtime_ns)
+
+
+def read(files: Files, shard: int, offset: int, length: int) -> bytes:
+    buffer = bytearray(length)
+    files.read_into(shard, memoryview(buffer), offset)
+    return bytes(buffer)
+
+
+def test_files_are_opened_when_needed_and_closed(tmp_path):
+    files = Files([shard(tmp_path), shard(tmp_path, "b.safetensors")])
+    assert open_shards() == []
+    assert read(files, 1, 300, 50) == bytes(i % 251 for i in range(300, 350))
+    read(files, 1, 0, 1000)
+    assert open_shards() == [str(tmp_path / "b.safetensors")]
+    files.close()
+    assert open_shards() == []
+    files.close()
+
+
+def test_a_file_that_ends_early_is_an_error_that_says_where(tmp_path):
+    mine = shard(tmp_path)
+    files = Files([mine])
+    read(files, 0, 0, 1)
+    os.truncate(mine.path, 400)
+    with pytest.raises(SourceChangedError, match=r"a.safetensors: ended at byte 400 while being read"):
+        read(files, 0, 390, 50)
+    files.close()
+
+
+def test_a_file_that_changed_before_it_was_read_is_an_error(tmp_path):
+    mine = shard(tmp_path)
+    mine.path.write_bytes(b"x" * 1001)
+    with pytest.raises(SourceChangedError, match="changed since it was opened \\(1,000 bytes then, 1,001 now\\)"):
+        read(Files([mine]), 0, 0, 10)
+
+
+def test_a_file_that_disappeared_is_an_error(tmp_path):
+    mine = shard(tmp_path)
+    mine.path.unlink()
+    with pytest.raises(SourceChangedError, match="disappeared"):
+        read(Files([mine]), 0, 0, 10)
+
+
+def test_a_file_that_changed_after_it_was_read_is_an_error(tmp_path):
+    mine, other = shard(tmp_path), shard(tmp_path, "b.safetensors")
+    files = Files([mine, other])
+    read(files, 0, 0, 10)
+    os.utime(other.path, ns=(0, 0))
+    files.check_unchanged()  # never read: not this stream's business
+    os.utime(mine.path, ns=(0, 0))
+    with pytest.raises(SourceChangedError, match=r"a\.safetensors"):
+        files.check_unchanged()
+    files.close()
+
+
+def test_a_failing_read_names_the_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    files = Files([shard(tmp_path)])
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CheckpointError, match=r"a.safetensors: reading 10 bytes at 7 failed: Input/output error"):
+        read(files, 0, 7, 10)
+    files.close()
+
+
+def test_a_short_read_is_continued(tmp_path, monkeypatch):
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:3]], offset))
+    files = Files([shard(tmp_path)])
+    assert read(files, 0, 100, 50) == bytes(i % 251 for i in range(100, 150))
+    files.close()
+
+
+def test_a_slot_waits_once_for_its_event():
+    class Event:
+        count = 0
+
+        def synchronize(self) -> None:
+            self.count += 1
+
+    slot, event = Slot(16, pinned=False), Event()
+    slot.busy = event
+    slot.wait()
+    slot.wait()
+    assert event.count == 1
+    assert len(slot.view) == 16
