@@ -12,7 +12,7 @@ from _inputs import fails
 
 import octavo
 from octavo import Recipe
-from octavo.errors import CheckpointError, DeviceError, OctavoError, RecipeError
+from octavo.errors import DeviceError, OctavoError, RecipeError
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("no_weight_is_read")

@@ -1,0 +1,249 @@
+"""Random bf16 checkpoints as the hub lays them out: config.json, shards, index. No tokenizer.
+
+    python benchmarks/make_checkpoint.py llama3-8b DIR --layers 4
+
+Weights are normal with standard deviation 0.02, as models are initialised; norms are 1 and biases 0. One block of
+random numbers is written over and over, from another offset for each run of it, so the disk sets the speed and
+memory stays small. Run without arguments, it lists the shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Shapes = Iterator[tuple[str, tuple[int, ...]]]
+_BLOCK_ELEMENTS = (16 << 20) - 3  # odd, so that rows of a matrix don't repeat
+_WRITE_ELEMENTS = 1 << 19  # larger writes can be several times slower: page cache in huge folios, in some guests
+_STD = 0.02
+
+
+def _config(architecture: str, model_type: str, **options: Any) -> dict[str, Any]:
+    usual = {"torch_dtype": "bfloat16", "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
+    return {"architectures": [architecture], "model_type": model_type, **usual, **options}
+
+
+def _decoder(c: dict[str, Any], mlp: Callable[[str], Shapes], *, bias: str = "", qk_norm: bool = False) -> Shapes:
+    """A decoder in the usual names; ``bias`` says which of q, k, v and o have one."""
+    hidden, head = c["hidden_size"], c["head_dim"]
+    q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
+    yield "model.embed_tokens.weight", (c["vocab_size"], hidden)
+    for layer in range(c["num_hidden_layers"]):
+        at = f"model.layers.{layer}."
+        for name, shape in (("q", (q, hidden)), ("k", (kv, hidden)), ("v", (kv, hidden)), ("o", (hidden, q))):
+            yield f"{at}self_attn.{name}_proj.weight", shape
+            if name in bias:
+                yield f"{at}self_attn.{name}_proj.bias", shape[:1]
+        if qk_norm:
+            yield f"{at}self_attn.q_norm.weight", (head,)
+            yield f"{at}self_attn.k_norm.weight", (head,)
+        yield from mlp(at)
+        yield f"{at}input_layernorm.weight", (hidden,)
+        yield f"{at}post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (c["vocab_size"], hidden)
+
+
+def _gated(at: str, hidden: int, inner: int) -> Shapes:
+    yield f"{at}.gate_proj.weight", (inner, hidden)
+    yield f"{at}.up_proj.weight", (inner, hidden)
+    yield f"{at}.down_proj.weight", (hidden, inner)
+
+
+def llama(layers: int, vocab: int = 128256, inner: int = 14336) -> tuple[dict[str, Any], Shapes]:
+    c = _config("LlamaForCausalLM", "llama", vocab_size=vocab, hidden_size=4096, intermediate_size=inner)
+    c.update(num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=5e5)
+    return c, _decoder(c, lambda at: _gated(f"{at}mlp", 4096, inner))
+
+
+def granite_stack(layers: int) -> tuple[dict[str, Any], Shapes]:
+    """Experts stored as stacks [experts, out, in]: 2.15 GB of gate and up."""
+    c = _config("GraniteMoeForCausalLM", "granitemoe", vocab_size=4096, hidden_size=4096, intermediate_size=4096)
+    c.update(num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
+    c.update(num_local_experts=32, num_experts_per_tok=4)
+
+    def mlp(at: str) -> Shapes:
+        yield f"{at}block_sparse_moe.input_linear.weight", (32, 2 * 4096, 4096)
+        yield f"{at}block_sparse_moe.output_linear.weight", (32, 4096, 4096)
+        yield f"{at}block_sparse_moe.router.layer.weight", (32, 4096)
+
+    return c, _decoder(c, mlp)
+
+
+def gpt_oss_stack(layers: int) -> tuple[dict[str, Any], Shapes]:
+    """Experts stored as stacks [experts, in, out], gate and up interleaved: 2.12 GB of them."""
+    c = _config("GptOssForCausalLM", "gpt_oss", vocab_size=4096, hidden_size=2880, intermediate_size=2880)
+    c.update(num_hidden_layers=layers, num_attention_heads=64, num_key_value_heads=8, head_dim=64)
+    c.update(num_local_experts=64, num_experts_per_tok=4)
+
+    def mlp(at: str) -> Shapes:
+        for name, inner, outer in (("gate_up", 2880, 5760), ("down", 2880, 2880)):
+            yield f"{at}mlp.experts.{name}_proj", (64, inner, outer)
+            yield f"{at}mlp.experts.{name}_proj_bias", (64, outer)
+        yield f"{at}mlp.router.weight", (64, 2880)
+        yield f"{at}mlp.router.bias", (64,)
+        yield f"{at}self_attn.sinks", (64,)
+
+    return c, _decoder(c, mlp, bias="qkvo")
+
+
+def qwen_moe(layers: int, experts: int, inner: int, *, v3: bool) -> tuple[dict[str, Any], Shapes]:
+    kind = "Qwen3Moe" if v3 else "Qwen2Moe"
+    c = _config(f"{kind}ForCausalLM", "qwen3_moe" if v3 else "qwen2_moe", vocab_size=151936, hidden_size=2048)
+    c.update(num_hidden_layers=layers, num_attention_heads=32 if v3 else 16, num_key_value_heads=4 if v3 else 16)
+    c.update(head_dim=128, num_experts=experts, moe_intermediate_size=inner, num_experts_per_tok=8 if v3 else 4)
+    c.update(intermediate_size=6144 if v3 else 5632, rms_norm_eps=1e-6, rope_theta=1000000.0, norm_topk_prob=v3)
+    if not v3:
+        c.update(shared_expert_intermediate_size=5632)
+
+    def mlp(at: str) -> Shapes:
+        yield f"{at}mlp.gate.weight", (experts, 2048)
+        for expert in range(experts):
+            yield from _gated(f"{at}mlp.experts.{expert}", 2048, inner)
+        if not v3:
+            yield from _gated(f"{at}mlp.shared_expert", 2048, 5632)
+            yield f"{at}mlp.shared_expert_gate.weight", (1, 2048)
+
+    return c, _decoder(c, mlp, bias="" if v3 else "qkv", qk_norm=v3)
+
+
+def opt(layers: int) -> tuple[dict[str, Any], Shapes]:
+    c = {"architectures": ["OPTForCausalLM"], "model_type": "opt", "torch_dtype": "bfloat16", "vocab_size": 50272}
+    c.update(hidden_size=768, word_embed_proj_dim=768, ffn_dim=3072, num_hidden_layers=layers, num_attention_heads=12)
+    c.update(max_position_embeddings=2048, do_layer_norm_before=True, activation_function="relu")
+
+    def shapes() -> Shapes:
+        yield "model.decoder.embed_tokens.weight", (50272, 768)
+        yield "model.decoder.embed_positions.weight", (2050, 768)
+        linears = [(f"self_attn.{name}_proj", 768, 768) for name in ("q", "k", "v", "out")]
+        for layer in range(layers):
+            at = f"model.decoder.layers.{layer}."
+            for name, outer, inner in (*linears, ("fc1", 3072, 768), ("fc2", 768, 3072)):
+                yield f"{at}{name}.weight", (outer, inner)
+                yield f"{at}{name}.bias", (outer,)
+            for name in ("self_attn_layer_norm", "final_layer_norm"):
+                yield f"{at}{name}.weight", (768,)
+                yield f"{at}{name}.bias", (768,)
+        yield from ((f"model.decoder.final_layer_norm.{leaf}", (768,)) for leaf in ("weight", "bias"))
+
+    return c, shapes()
+
+
+#: name -> (layers by default, what makes its config and shapes from a number of layers)
+MODELS: dict[str, tuple[int, Callable[[int], tuple[dict[str, Any], Shapes]]]] = {
+    "llama3-8b": (32, llama),
+    "big-tensor": (1, lambda layers: llama(layers, vocab=4096, inner=131072)),  # three matrices of 1.07 GB
+    "big-stack": (1, granite_stack),
+    "big-stack-transposed": (1, gpt_oss_stack),
+    "qwen1.5-moe-a2.7b": (24, lambda layers: qwen_moe(layers, 60, 1408, v3=False)),
+    "qwen3-30b-a3b": (48, lambda layers: qwen_moe(layers, 128, 768, v3=True)),
+    "opt-125m": (12, opt),
+}
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def _random_block() -> np.ndarray:
+    """bf16 normals as uint16, the block twice over, so that any offset can be read from."""
+    bits = (np.random.default_rng(0).standard_normal(_BLOCK_ELEMENTS, dtype=np.float32) * _STD).view(np.uint32)
+    block = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)  # round to nearest, ties to even
+    return np.concatenate([block, block])
+
+
+def _values(name: str, count: int, block: np.ndarray, offsets: np.random.Generator) -> Iterator[np.ndarray]:
+    if name.endswith("bias"):
+        yield np.zeros(count, np.uint16)
+    elif "norm" in name:
+        yield np.full(count, 0x3F80, np.uint16)  # 1.0
+    else:
+        while count:
+            run, offset = min(count, _BLOCK_ELEMENTS), int(offsets.integers(_BLOCK_ELEMENTS))
+            yield block[offset : offset + run]
+            count -= run
+
+
+def _cut(shapes: Shapes, shard_bytes: int) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """Tensors to shards, of about equal size; a tensor is never cut."""
+    tensors = list(shapes)
+    total = sum(2 * math.prod(shape) for _, shape in tensors)
+    share = total / math.ceil(total / shard_bytes)
+    shards, done = [], 0
+    for name, shape in tensors:
+        if done >= share * len(shards):
+            shards.append([])
+        shards[-1].append((name, shape))
+        done += 2 * math.prod(shape)
+    return shards
+
+
+def make(model: str, folder: Path, layers: int | None = None, shard_gb: float = 2.0) -> dict[str, Any]:
+    """Write the checkpoint; a folder that has its config is taken to be complete."""
+    default_layers, build = MODELS[model]
+    layers = layers or default_layers
+    config, shapes = build(layers)
+    shards = _cut(shapes, int(shard_gb * 1e9))
+    facts = {
+        "model": model,
+        "layers": layers,
+        "tensors": sum(map(len, shards)),
+        "bytes": sum(2 * math.prod(shape) for shard in shards for _, shape in shard),
+        "shards": len(shards),
+    }
+    if (folder / "config.json").is_file():
+        return facts
+    folder.mkdir(parents=True, exist_ok=True)
+    block, offsets = _random_block(), np.random.default_rng(1)
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for tensor, shape in shard:
+            begin, end = end, end + 2 * math.prod(shape)
+            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+            weight_map[tensor] = name
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for tensor, shape in shard:
+                for values in _values(tensor, math.prod(shape), block, offsets):
+                    for start in range(0, values.size, _WRITE_ELEMENTS):
+                        file.write(values[start : start + _WRITE_ELEMENTS].data)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": facts["bytes"]}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))  # last: its presence says complete
+    return facts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", choices=MODELS)
+    parser.add_argument("folder", nargs="?", type=Path)
+    parser.add_argument("--layers", type=int, help="instead of the model's own number")
+    parser.add_argument("--shard-gb", type=float, default=2.0, help="largest shard, about, in 1e9 bytes (%(default)s)")
+    args = parser.parse_args()
+    if args.folder is None:
+        for model, (layers, build) in MODELS.items():
+            sizes = [2 * math.prod(shape) for _, shape in build(layers)[1]]
+            print(f"{model:22} {layers:3} layers {len(sizes):6,} tensors {sum(sizes) / 1e9:6.2f} GB", file=sys.stderr)
+        print(json.dumps(sorted(MODELS)))
+        return
+    started = time.perf_counter()
+    facts = make(args.model, args.folder, args.layers, args.shard_gb)
+    print(json.dumps({**facts, "seconds": round(time.perf_counter() - started, 2)}))
+
+
+if __name__ == "__main__":
+    main()
