@@ -8,6 +8,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
+
+# tests run beside each other: torch's own threads would wait for one another, far longer than they work
+torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).parent))
 

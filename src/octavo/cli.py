@@ -57,6 +57,7 @@ Ignore = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
     typer.Option("--ignore", "-i", help="Leave these as they are: a name, a glob, or re:regex. Repeatable."),
 ]
+FormatOption = Annotated[str, typer.Option("--format", "-f", help=f"Of a conversion: {' or '.join(formats.NAMES)}.")]
 Staging = Annotated[str, typer.Option("--staging", help="Memory beyond the result, at most.")]
 Threads = Annotated[Optional[int], typer.Option("--threads", help="Reader threads; default: one a core.")]  # noqa: UP045
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -101,6 +102,7 @@ def plan(
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint", help="Plan a conversion: the checkpoint's own tensors, no model.")
     ] = False,
+    format: FormatOption = formats.DEFAULT,
     json_: Json = False,
 ) -> None:
     """Say what would become of each tensor and why, and how much memory it takes. Reads headers only.
@@ -120,6 +122,7 @@ def plan(
         ignore=ignore or (),
         staging_bytes=parse_size(staging),
         model=False if checkpoint else None,
+        format=format,
     )
     fits = room is None or made.peak_bytes() <= room
     if json_:
@@ -152,9 +155,7 @@ def convert(
     src: Model,
     dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
     scheme: SchemeOption = DEFAULT_SCHEME,
-    format: Annotated[
-        str, typer.Option("--format", "-f", help=f"{' or '.join(formats.NAMES)}: how readers find scales.")
-    ] = formats.DEFAULT,
+    format: FormatOption = formats.DEFAULT,
     ignore: Ignore = None,
     threads: Threads = None,
     staging: Staging = _STAGING,
@@ -273,8 +274,11 @@ def demo(
 def main() -> None:
     """Entry point: errors that a user can cause are a message and an exit code, not a traceback."""
     try:
-        # without standalone mode, an exit code is what the call returns
-        sys.exit(app(standalone_mode=False))
+        # without standalone mode, an exit code is what the call returns; that of Ctrl-C, too
+        code = app(standalone_mode=False)
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except OctavoError as error:
         errors.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)

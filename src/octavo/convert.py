@@ -86,7 +86,7 @@ def convert(
         with stages("finish"):
             job.write_rest()
             job.publish()
-    return Report.of(plan, geometry, tally, stages, meter, in_memory=False, notes=layout.notes(plan))
+    return Report.of(plan, geometry, tally, stages, meter, in_memory=False, notes=[*layout.notes(plan), *job.notes()])
 
 
 @dataclass(frozen=True)
@@ -198,12 +198,10 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise OutputError(f"{self.partial}: another process is converting into it") from None
-            if not (self.partial / _MANIFEST).exists():
-                # whatever a run left that recorded nothing can't be told from another one's
-                _empty(self.out)
-                _write_text(self.partial / _MANIFEST, json.dumps(self._manifest(), indent=1))
-            self._check_resumable()
-            self._remove_strangers()
+            try:
+                self._take_up()
+            except OSError as error:
+                raise _disk_error(self.partial, error) from error
             self._check_room()
             yield
         finally:
@@ -238,12 +236,17 @@ class Job:
         assert isinstance(manifest, dict)
         return manifest
 
-    def _remove_strangers(self) -> None:
-        """Remove all but finished shards: unfinished ones, whose room is free then, and small files, copied anew."""
+    def _take_up(self) -> None:
+        """Go on where an interrupted run was, or begin anew where it finished nothing."""
+        if not self._manifest()["finished"]:
+            manifest = {**self._identity(), "finished": {}}
+            _write_text(self.partial / _MANIFEST, json.dumps(manifest, indent=1))
+        self._check_resumable()
+        # all but finished shards goes: unfinished ones, whose room is free then, and small files, copied anew
         finished = self._manifest()["finished"]
         for entry in self.out.iterdir():
             if entry.name not in finished:
-                entry.unlink()
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     def _check_resumable(self) -> None:
         manifest, wanted = self._manifest(), self._identity()
@@ -342,6 +345,12 @@ class Job:
         except OSError as error:
             raise _disk_error(self.out, error) from error
 
+    def notes(self) -> list[str]:
+        """What of the source's folder is not in the result."""
+        folders = [entry.name for entry in sorted(self.checkpoint.folder.iterdir()) if entry.is_dir()]
+        visible = [name for name in folders if not name.startswith(".")]
+        return [f"subfolders are not copied: {', '.join(visible)}"] if visible and self.checkpoint.path.is_dir() else []
+
     def _copy_small_files(self) -> None:
         if not self.checkpoint.path.is_dir() and not self.checkpoint.config:
             return  # a lone file: what lies beside it is not ours
@@ -365,11 +374,6 @@ class Job:
             shutil.rmtree(self.partial)
         except OSError as error:
             raise _disk_error(self.dst, error) from error
-
-
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        entry.unlink()
 
 
 def _sync(path: Path) -> None:

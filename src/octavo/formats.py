@@ -123,13 +123,21 @@ class Format:
 
     def notes(self, plan: Plan) -> list[str]:
         """What users should know about who can read the result."""
-        spread = {str(p.scheme) for p in plan.quantized if _EXPERT.search(p.name)} & {"fp8_block", "mxfp8"}
-        if self.name != "compressed-tensors" or not spread:
+        if self.name != "compressed-tensors":
             return []
-        return [
-            f"transformers (up to 5.23) can't read {' and '.join(sorted(spread))} experts in compressed-tensors "
-            "checkpoints; vLLM can. For transformers, use fp8_channel, or fp8_block in the fp8 format."
-        ]
+        notes = []
+        if len(_groups(plan)) > 1:
+            notes.append(
+                "transformers (up to 5.23) reads a checkpoint of several schemes right only without dequantize=True, "
+                "which takes the first scheme for all weights."
+            )
+        spread = {str(p.scheme) for p in plan.quantized if _EXPERT.search(p.name)} & {"fp8_block", "mxfp8"}
+        if spread:
+            notes.append(
+                f"transformers (up to 5.23) can't read {' and '.join(sorted(spread))} experts in compressed-tensors "
+                "checkpoints; vLLM can. For transformers, use fp8_channel, or fp8_block in the fp8 format."
+            )
+        return notes
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -32,6 +32,8 @@ from octavo.errors import CheckpointError, OutputError, RecipeError, SourceChang
 MIB = 1 << 20
 CONFIG = {"model_type": "llama", "hidden_size": 1024}
 SHARDS = 6
+#: one thread and small chunks, so that there are many moments to be killed at
+SLOWLY: dict[str, Any] = {"threads": 1, "staging_bytes": MIB}
 
 
 def tensors_of_size(shards: int, side: int, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -174,12 +176,20 @@ def conversions() -> Iterator[Conversions]:
 
 
 @pytest.fixture(scope="session")
-def duration(conversions: Conversions, large: Path, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Seconds that an undisturbed conversion of `large` takes in such a process."""
-    began = time.perf_counter()
-    conversions.start(large, tmp_path_factory.mktemp("timed") / "out", threads=1)
-    assert conversions.wait() == 0
-    return time.perf_counter() - began
+def writes(large: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How often an undisturbed conversion of `large` with `SLOWLY` writes to its shards."""
+    calls, original = 0, os.pwrite
+
+    def counting(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", counting)
+        octavo.convert(large, tmp_path_factory.mktemp("counted") / "out", **SLOWLY)
+    assert calls > 10 * SHARDS
+    return calls
 
 
 def resumed_is_complete(large: Path, dst: Path, finished: Path) -> None:
@@ -196,6 +206,7 @@ def resumed_is_complete(large: Path, dst: Path, finished: Path) -> None:
     # what was finished is not even read again
     share = 1 - len(recorded) / SHARDS
     assert report.read_bytes == pytest.approx(share * report.source_bytes, rel=0.01)
+    shutil.rmtree(dst)  # dozens of these would stay on the disk
 
 
 # -- killed -----------------------------------------------------------------------------------------------------------
@@ -203,45 +214,53 @@ def resumed_is_complete(large: Path, dst: Path, finished: Path) -> None:
 
 @pytest.mark.parametrize("moment", range(20))
 def test_conversion_killed_at_a_random_moment_goes_on(
-    moment: int, conversions: Conversions, duration: float, large: Path, finished: Path, tmp_path: Path
+    moment: int, conversions: Conversions, writes: int, large: Path, finished: Path, tmp_path: Path
 ) -> None:
     dst = tmp_path / "out"
-    # one in each twentieth of the time; threads=1, so that there is some
-    delay = (moment + random.Random(moment).random()) / 20 * duration
-    child = conversions.start(large, dst, threads=1)
-    time.sleep(delay)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(child, signal.SIGKILL)
-    code = conversions.wait()
-    assert code in (0, -signal.SIGKILL)
-    if dst.exists():  # killed too late, or after the last rename
-        assert same_files(dst, finished)
-    else:
-        assert code == -signal.SIGKILL
-        resumed_is_complete(large, dst, finished)
+    # one in each twentieth of the run; by then, an earlier shard may or may not be synced, renamed and recorded
+    count = 1 + int((moment + random.Random(moment).random()) / 20 * writes)
+    conversions.start(large, dst, trap=("os", "pwrite", "", count), **SLOWLY)
+    assert conversions.wait() == -signal.SIGKILL
+    assert not dst.exists()
+    resumed_is_complete(large, dst, finished)
 
 
 def test_conversion_killed_again_and_again_gets_done(
-    conversions: Conversions, duration: float, large: Path, finished: Path, tmp_path: Path
+    conversions: Conversions, writes: int, large: Path, finished: Path, tmp_path: Path
 ) -> None:
     dst, rng = tmp_path / "out", random.Random(0)
     kept: dict[str, tuple[int, int, int]] = {}
-    for _ in range(8):
-        child = conversions.start(large, dst, threads=1)
-        time.sleep(rng.uniform(0.2, 0.5) * duration)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
-        if conversions.wait() == 0 or dst.exists():
+    for _ in range(20):
+        trap = ("os", "pwrite", "", int(rng.uniform(0.1, 0.4) * writes))
+        conversions.start(large, dst, trap=trap, **SLOWLY)
+        code = conversions.wait()
+        assert dst.exists() == (code == 0)
+        now = states(dst if code == 0 else tmp_path / "out.partial" / "checkpoint")
+        assert {name: now[name] for name in kept} == kept  # never written a second time
+        if code == 0:
             break
-        manifest = tmp_path / "out.partial" / "manifest.json"
-        recorded = json.loads(manifest.read_text())["finished"] if manifest.exists() else {}
-        now = states(tmp_path / "out.partial" / "checkpoint")
-        assert all(now[name] == state for name, state in kept.items())  # never written a second time
+        assert code == -signal.SIGKILL
+        recorded = json.loads((tmp_path / "out.partial" / "manifest.json").read_text())["finished"]
+        assert set(kept) <= set(recorded)
         kept = {name: now[name] for name in recorded}
+    assert kept
+    assert same_files(dst, finished)
+
+
+@pytest.mark.parametrize("delay_ms", [0, 3, 10, 30, 60, 100, 150])
+def test_conversion_killed_from_outside_goes_on(
+    delay_ms: int, conversions: Conversions, large: Path, finished: Path, tmp_path: Path
+) -> None:
+    """As the above, at moments that are no system call's: in the midst of reading, computing, waiting for the disk."""
+    dst = tmp_path / "out"
+    child = conversions.start(large, dst, **SLOWLY)
+    time.sleep(delay_ms / 1000)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+    if conversions.wait() == 0 or dst.exists():  # it was quick: then it must be complete
+        assert same_files(dst, finished)
     else:
         resumed_is_complete(large, dst, finished)
-    assert all(states(dst)[name] == state for name, state in kept.items())
-    assert same_files(dst, finished)
 
 
 @pytest.mark.parametrize(
