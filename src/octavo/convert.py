@@ -25,6 +25,7 @@ from . import dtypes, formats
 from .checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from .errors import OutputError, SourceChangedError, raise_problems
 from .geometry import Geometry, usable_device
+from .outfile import OutFile, disk_error
 from .plan import DEFAULT_STAGING_BYTES, Placement, Plan
 from .recipe import Recipe
 from .report import Report, Stages, human_bytes, measured
@@ -201,7 +202,7 @@ class Job:
             try:
                 self._take_up()
             except OSError as error:
-                raise _disk_error(self.partial, error) from error
+                raise disk_error(self.partial, error) from error
             self._check_room()
             yield
         finally:
@@ -286,8 +287,9 @@ class Job:
                 path = self.out / shard.name
                 if entry is None or not path.is_file() or path.stat().st_size != entry:
                     part = path.with_name(path.name + ".part")
-                    with self._created(part, shard) as descriptor:
-                        sink = ShardSink(part, descriptor, shard.weights, shard.scales, self.layout.stored_scale)
+                    with OutFile(part, shard.nbytes) as file:
+                        file.write(memoryview(shard.header), 0)
+                        sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
                         stream = Stream(self.checkpoint, plan, sink, geometry=geometry, tally=tally)
                         base, share = before, plan.source_bytes
 
@@ -302,26 +304,6 @@ class Job:
             for future in pending:
                 future.result()
 
-    @contextlib.contextmanager
-    def _created(self, part: Path, shard: ShardLayout) -> Iterator[int]:
-        descriptor = -1
-        try:
-            descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-            # claims the room at once, so that a full disk is an error now and not after an hour
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(descriptor, 0, shard.nbytes)
-            else:
-                os.ftruncate(descriptor, shard.nbytes)
-            os.pwrite(descriptor, shard.header, 0)
-        except OSError as error:
-            if descriptor >= 0:
-                os.close(descriptor)
-            raise _disk_error(part, error) from error
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
     def _finish_shard(self, part: Path, path: Path, shard: ShardLayout, manifest: dict[str, Any]) -> None:
         try:
             _sync(part)
@@ -329,7 +311,7 @@ class Job:
             manifest["finished"][shard.name] = shard.nbytes
             _write_text(self.partial / _MANIFEST, json.dumps(manifest, indent=1))
         except OSError as error:
-            raise _disk_error(path, error) from error
+            raise disk_error(path, error) from error
 
     def write_rest(self) -> None:
         """Config, tokenizer files, index."""
@@ -343,7 +325,7 @@ class Job:
             if len(self.shards) > 1:
                 _write_text(self.out / INDEX_NAME, self._index())
         except OSError as error:
-            raise _disk_error(self.out, error) from error
+            raise disk_error(self.out, error) from error
 
     def notes(self) -> list[str]:
         """What of the source's folder is not in the result."""
@@ -373,7 +355,7 @@ class Job:
             _sync(self.dst.parent)
             shutil.rmtree(self.partial)
         except OSError as error:
-            raise _disk_error(self.dst, error) from error
+            raise disk_error(self.dst, error) from error
 
 
 def _sync(path: Path) -> None:
@@ -390,10 +372,3 @@ def _write_text(path: Path, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
     _sync(temporary)
     os.replace(temporary, path)
-
-
-def _disk_error(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{path}: writing failed: {error.strerror}. Finished shards are kept: make room and run the same command again "
-        "to go on."
-    )

@@ -6,8 +6,6 @@ thread, each box once. Scales may be written more than once, with the same value
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dtypes, schemes
-from .errors import OutputError
+from .outfile import OutFile
 from .pieces import Piece, contiguous_strides
 from .plan import Placement
 from .ring import Cancelled, Ring
@@ -160,15 +158,11 @@ class _Pending(_Parameter):
         self._ring.update(finish)
 
 
-#: larger writes were measured up to ten times slower on a virtual machine: see docs/log.md
-_WRITE_BYTES = 1 << 20
-
-
 # -- a shard on disk --------------------------------------------------------------------------------------------------
 
 
 class ShardSink:
-    """Writes boxes to their places in one open file whose layout is known.
+    """Writes boxes to their places in one file whose layout is known.
 
     ``extents`` maps a placement's name to where its weight begins, ``scale_extents`` to where its scale does;
     ``cast_scale`` turns stored scales into those of the format.
@@ -176,16 +170,13 @@ class ShardSink:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
-        descriptor: int,
+        file: OutFile,
         extents: Mapping[str, int],
         scale_extents: Mapping[str, int],
         cast_scale: Callable[[Tensor], Tensor],
     ) -> None:
-        self.path, self._descriptor = path, descriptor
+        self._file = file
         self._extents, self._scale_extents, self._cast_scale = extents, scale_extents, cast_scale
-        self._lock = threading.Lock()
-        self.written_bytes = 0
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
         return _FileRegion(self, placement)
@@ -202,21 +193,8 @@ class ShardSink:
         length, offsets = region.runs()
         run_bytes, at = length * bits // 8, 0
         for offset in offsets:
-            self._write(flat[at : at + run_bytes], base + offset * bits // 8)
+            self._file.write(flat[at : at + run_bytes], base + offset * bits // 8)
             at += run_bytes
-
-    def _write(self, view: memoryview, offset: int) -> None:
-        done = 0
-        while done < len(view):
-            try:
-                done += os.pwrite(self._descriptor, view[done : done + _WRITE_BYTES], offset + done)
-            except OSError as error:
-                raise OutputError(
-                    f"{self.path}: writing failed: {error.strerror}. Finished shards are kept: make room and run the "
-                    "same command again to go on."
-                ) from error
-        with self._lock:
-            self.written_bytes += done
 
 
 class _FileRegion:

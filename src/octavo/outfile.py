@@ -1,0 +1,116 @@
+"""A file of known size that several threads fill, each byte once.
+
+Long writes go past the page cache (``O_DIRECT``) where the file system allows it: filling the page cache with gigabytes
+that nobody reads again costs more than all of quantizing, and syncing comes on top. The pages at the two ends of a
+write, which it shares with its neighbours, go through the cache; a page written past it belongs to one write alone, so
+the two never meet.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import threading
+from types import TracebackType
+
+import numpy as np
+
+from .errors import OutputError
+
+#: of file offsets, lengths and memory: what any file system asks for at most
+_PAGE_BYTES = 4096
+#: shorter writes are not worth a wait for the disk
+_DIRECT_BYTES = 256 << 10
+_DIRECT_BLOCK_BYTES = 4 << 20
+#: writes through the page cache larger than this were measured up to ten times slower: see docs/log.md
+_BLOCK_BYTES = 1 << 20
+
+
+def disk_error(path: object, error: OSError) -> OutputError:
+    """What to tell a user whose disk is full or failing."""
+    return OutputError(
+        f"{path}: writing failed: {error.strerror}. Finished shards are kept: make room and run the same command again "
+        "to go on."
+    )
+
+
+class OutFile:
+    """Opened for writing, its room claimed at once, so that a full disk is an error now and not after an hour.
+
+    Raises:
+        OutputError: here and in `write`, with advice.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], nbytes: int) -> None:
+        self.path = path
+        self._buffered = self._direct = -1
+        self._blocks = threading.local()  # page-aligned memory of each writing thread
+        try:
+            self._buffered = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._buffered, 0, nbytes)
+            else:
+                os.ftruncate(self._buffered, nbytes)
+        except OSError as error:
+            self.close()
+            raise disk_error(path, error) from error
+        if hasattr(os, "O_DIRECT"):
+            try:
+                self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+            except OSError:
+                self._direct = -1  # not on this file system
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write ``data``, bytes, at ``offset``."""
+        try:
+            begin = -(-offset // _PAGE_BYTES) * _PAGE_BYTES
+            end = (offset + len(data)) // _PAGE_BYTES * _PAGE_BYTES
+            if self._direct < 0 or end - begin < _DIRECT_BYTES:
+                self._write_buffered(data, offset)
+                return
+            self._write_buffered(data[: begin - offset], offset)
+            self._write_direct(data[begin - offset : end - offset], begin)
+            self._write_buffered(data[end - offset :], end)
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+
+    def _write_buffered(self, data: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._buffered, data[done : done + _BLOCK_BYTES], offset + done)
+
+    def _write_direct(self, data: memoryview, offset: int) -> None:
+        """Both ends are on page boundaries."""
+        if not hasattr(self._blocks, "view"):
+            self._blocks.view = memoryview(mmap.mmap(-1, _DIRECT_BLOCK_BYTES))
+        block: memoryview = self._blocks.view
+        done = 0
+        while done < len(data):
+            part = data[done : done + _DIRECT_BLOCK_BYTES]
+            # numpy lets other threads run meanwhile
+            np.copyto(np.frombuffer(block[: len(part)], np.uint8), np.frombuffer(part, np.uint8))
+            try:
+                written = os.pwrite(self._direct, block[: len(part)], offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                written = 0
+            if written % _PAGE_BYTES or not written:  # the file system has other ideas of what is aligned
+                self._write_buffered(part, offset + done)
+                written = len(part)
+            done += written
+
+    def close(self) -> None:
+        for descriptor in (self._buffered, self._direct):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._buffered = self._direct = -1
+
+    def __enter__(self) -> OutFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,100 @@
+"""A file that threads fill in any order, past the page cache where that is possible."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from octavo.errors import OutputError
+from octavo.outfile import OutFile
+
+
+def fill(path, content: bytes, seed: int, threads: int = 4) -> None:
+    """Write ``content`` in shuffled pieces, from a byte to more than a block, whose ends share pages."""
+    draw = random.Random(seed)
+    cuts, at = [0], 0
+    while at < len(content):
+        at = min(len(content), at + draw.choice([1, 100, 4096, 70_001, 300_000, 1 << 20, 5 << 20]))
+        cuts.append(at)
+    pieces = list(zip(cuts, cuts[1:], strict=False))
+    draw.shuffle(pieces)
+    with OutFile(path, len(content)) as file, ThreadPoolExecutor(threads) as pool:
+        jobs = [pool.submit(file.write, memoryview(content)[a:b], a) for a, b in pieces]
+        for job in jobs:
+            job.result()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_file_holds_what_threads_wrote_in_any_order(tmp_path, seed):
+    content = random.Random(seed).randbytes(9_000_017)
+    fill(tmp_path / "file", content, seed)
+    assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has none")
+@pytest.mark.parametrize("refused", ["open", "write"])
+def test_a_file_system_without_direct_writes_gets_buffered_ones(tmp_path, monkeypatch, refused):
+    real_open, real_pwrite = os.open, os.pwrite
+    direct: set[int] = set()
+    refusals = []
+
+    def opened(path, flags, *args):
+        if flags & os.O_DIRECT and refused == "open":
+            refusals.append(path)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        descriptor = real_open(path, flags & ~os.O_DIRECT, *args)
+        if flags & os.O_DIRECT:
+            direct.add(descriptor)
+        return descriptor
+
+    def pwrite(descriptor, data, offset):
+        if descriptor in direct:
+            refusals.append(offset)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real_pwrite(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "open", opened)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    content = random.Random(1).randbytes(6_000_001)
+    fill(tmp_path / "file", content, 1)
+    monkeypatch.undo()
+    assert refusals
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def test_long_writes_are_page_aligned_where_they_go_past_the_cache(tmp_path, monkeypatch):
+    real, seen = os.pwrite, []
+
+    def pwrite(descriptor, data, offset):
+        seen.append((descriptor, offset, len(data)))
+        return real(descriptor, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with OutFile(tmp_path / "file", 3 << 20) as file:
+        if file._direct < 0:
+            pytest.skip("this file system has no direct writes")
+        direct = file._direct
+        file.write(memoryview(bytes(2_000_000)), 5)
+    past = [(offset, count) for descriptor, offset, count in seen if descriptor == direct]
+    assert past
+    assert all(offset % 4096 == 0 and count % 4096 == 0 for offset, count in past)
+    assert sum(count for *_, count in seen) == 2_000_000
+
+
+def test_a_failing_disk_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with OutFile(tmp_path / "file", 1 << 20) as file:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(
+            OutputError, match=r"file: writing failed: No space left on device\. Finished shards are kept"
+        ):
+            file.write(memoryview(bytes(600_000)), 0)
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="No such file or directory"):
+        OutFile(tmp_path / "absent" / "file", 10)
