@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -11,7 +12,8 @@ import torch
 from . import formats
 from .checkpoint import Checkpoint
 from .convert import convert
-from .errors import MissingExtraError
+from .errors import MissingExtraError, OctavoError
+from .geometry import Geometry, usable_device
 from .plan import DEFAULT_STAGING_BYTES, Plan
 from .recipe import Recipe
 from .sinks import IteratorSink
@@ -38,6 +40,7 @@ def plan(
     model: bool | None = None,
     format: str = formats.DEFAULT,
     revision: str | None = None,
+    **model_options: Any,
 ) -> Plan:
     """What `load` would do (or `convert`, with ``model=False``), from headers and shapes alone.
 
@@ -45,6 +48,7 @@ def plan(
         model: True plans for the transformers model, False for the checkpoint's own tensors; by default, for the model
             where transformers is installed and there is a config.
         format: of the conversion that is planned with ``model=False``.
+        model_options: of `load`, where the plan is for a model: strict, dtype, model_class, trust_remote_code, ...
 
     Raises:
         OctavoError: whatever `load` would find wrong before reading weights.
@@ -52,14 +56,14 @@ def plan(
     recipe = Recipe.coerce(scheme, ignore)
     if model is not False:
         try:
-            from .adapters.transformers import make_model_plan
+            from .adapters.transformers import prepare
         except MissingExtraError:
             if model:
                 raise
         else:
             if model or Checkpoint.open(path, revision).config.get("model_type"):
-                return make_model_plan(path, recipe, device, staging_bytes, revision=revision)
-    return formats.plan_for(Checkpoint.open(path, revision), recipe, format, staging_bytes, device)[0]
+                return prepare(path, recipe, str(device), staging_bytes, revision=revision, **model_options).plan
+    return formats.plan_for(Checkpoint.open(path, revision), recipe, format, staging_bytes, str(device))[0]
 
 
 def stream(
@@ -87,6 +91,7 @@ def stream(
         OctavoError: before the first tensor, whatever headers can tell; later, what only reading shows.
     """
     recipe = Recipe.coerce(scheme, ignore)
+    device = str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision)
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
     return _iterate(checkpoint, made, layout, threads, progress)
@@ -99,23 +104,32 @@ def _iterate(
     threads: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    sink = IteratorSink(made.staging_bytes)
-    running = Stream(checkpoint, made, sink, threads=threads)
+    geometry = Geometry.fit(made, threads)
+    sink = IteratorSink(made.staging_bytes - geometry.staging_bytes)
+    running = Stream(checkpoint, made, sink, geometry=geometry)
     handed = 0
+    ended = False
     running.start()
     try:
         while (taken := sink.take(running.ring)) is not None:
-            placement, storage = taken
-            yield placement.name, storage.weight
-            if storage.scale is not None:
-                yield layout.scale_name(placement.name), layout.stored_scale(storage.scale)
-            handed += placement.source_bytes
+            name, scale, nbytes = taken[0].name, taken[1].scale, taken[0].source_bytes
+            weight = taken[1].weight
+            del taken  # what the consumer drops is gone
+            yield name, weight
+            del weight
+            if scale is not None:
+                yield layout.scale_name(name), layout.stored_scale(scale)
+            del scale
+            handed += nbytes
             if progress:
                 progress(handed, made.source_bytes)
+        ended = True
         running.stop()
         running.finish()
     finally:
-        running.stop()
+        # who closes the iterator early does not care what reading ahead would have found
+        with contextlib.nullcontext() if ended else contextlib.suppress(OctavoError):
+            running.stop()
 
 
 __all__ = ["convert", "load", "plan", "stream", "verify"]

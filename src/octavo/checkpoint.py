@@ -31,7 +31,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 #: the limit of the reference implementation (safetensors' MAX_HEADER_SIZE)
 MAX_HEADER_BYTES = 100_000_000
-_SHARD_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors$")
+SHARD_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors$")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -177,7 +177,7 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
             snapshot_download(
                 text,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"],
+                allow_patterns=["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"],
                 ignore_patterns=["original/*", "consolidated*"],
             )
         )
@@ -212,7 +212,7 @@ def _find_files(path: Path, problems: list[str]) -> tuple[list[Path], dict[str, 
         return [path / SINGLE_NAME], None
     files = sorted(path.glob("*.safetensors"))
     if len(files) == 1:
-        lone = _SHARD_NAME.match(files[0].name)
+        lone = SHARD_NAME.match(files[0].name)
         if lone is None or int(lone["count"]) == 1:
             return files, None
     if files:
@@ -236,7 +236,7 @@ def _advice(path: Path) -> str:
 
 def _incomplete_numbering(files: list[Path]) -> list[str]:
     """Several files and no index: only a complete set ``x-00001-of-0000N`` is unambiguous."""
-    matches = [_SHARD_NAME.match(file.name) for file in files]
+    matches = [SHARD_NAME.match(file.name) for file in files]
     if any(match is None for match in matches):
         return [f"{len(files)} .safetensors files and no {INDEX_NAME} that says which belong together: name one file"]
     found = [match for match in matches if match]

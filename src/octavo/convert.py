@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from . import dtypes, formats
-from .checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
+from .checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
 from .errors import OutputError, SourceChangedError, raise_problems
 from .geometry import Geometry, usable_device
 from .outfile import OutFile, disk_error
@@ -35,7 +35,11 @@ from .stream import Stream, Tally
 _MANIFEST = "manifest.json"
 #: raised whenever the bytes of an output could differ from those of an earlier version
 _BYTES_VERSION = 1
-_NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
+#: weights in other forms, which can be as large as the model; and the index, which is written anew
+_NOT_COPIED = (
+    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack"),
+    *(".onnx", ".onnx_data", ".ot", ".npz", ".tflite"),
+)
 
 
 def convert(
@@ -165,6 +169,12 @@ class Job:
             raise OutputError(f"{dst}: exists already. Remove it or name another folder; octavo overwrites nothing.")
         if not dst.parent.is_dir():
             raise OutputError(f"{dst.parent}: no such folder to put {dst.name} into")
+        lone = SHARD_NAME.match(checkpoint.path.name)
+        if checkpoint.path.is_file() and lone and int(lone["count"]) > 1:
+            raise OutputError(
+                f"{checkpoint.path}: one shard of {int(lone['count'])}, of which a converted folder would look whole. "
+                f"Give the folder {checkpoint.path.parent}."
+            )
         by_shard: dict[int, list[Placement]] = {number: [] for number in range(len(checkpoint.shards))}
         for placement in plan.placements:
             by_shard[checkpoint.tensors[placement.pieces[0].src_name].shard].append(placement)
@@ -189,14 +199,19 @@ class Job:
     @contextlib.contextmanager
     def partial_folder(self) -> Iterator[None]:
         """The partial folder, made or taken up again, and locked against other processes."""
+        path = self.partial / "lock"
         try:
+            if self.partial.exists() and not path.exists() and any(self.partial.iterdir()):
+                raise OutputError(f"{self.partial}: exists, and is not octavo's. Move it, or name another target.")
             self.out.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise OutputError(f"{self.partial}: can't be made: {error.strerror}") from error
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not os.path.samestat(os.fstat(lock), os.stat(path)):
+                    raise FileNotFoundError  # that of a run which ended just now
             except OSError:
                 raise OutputError(f"{self.partial}: another process is converting into it") from None
             try:
@@ -246,8 +261,10 @@ class Job:
         # all but finished shards goes: unfinished ones, whose room is free then, and small files, copied anew
         finished = self._manifest()["finished"]
         for entry in self.out.iterdir():
+            if entry.is_dir():
+                raise OutputError(f"{entry}: a folder that octavo did not make. Move it, and run the command again.")
             if entry.name not in finished:
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+                entry.unlink()
 
     def _check_resumable(self) -> None:
         manifest, wanted = self._manifest(), self._identity()
@@ -286,28 +303,43 @@ class Job:
                 entry = manifest["finished"].get(shard.name)
                 path = self.out / shard.name
                 if entry is None or not path.is_file() or path.stat().st_size != entry:
-                    part = path.with_name(path.name + ".part")
-                    with OutFile(part, shard.nbytes) as file:
-                        file.write(memoryview(shard.header), 0)
-                        sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
-                        stream = Stream(self.checkpoint, plan, sink, geometry=geometry, tally=tally)
-                        base, share = before, plan.source_bytes
-
-                        def shown(done: int, of: int, base: int = base, share: int = share) -> None:
-                            assert progress is not None
-                            progress(base + (done * share // of if of else share), total)
-
-                        stream.run(shown if progress else None)
+                    shown = _share(progress, before, plan.source_bytes, total)
+                    file = self._write_shard(shard, plan, geometry, tally, shown)
                     # the disk is waited for while the next shard is read
-                    pending.append(syncing.submit(self._finish_shard, part, path, shard, manifest))
+                    pending.append(syncing.submit(self._finish_shard, file, shard, manifest))
                 before += plan.source_bytes
+                for future in pending:
+                    if future.done():
+                        future.result()  # raises at once what went wrong
             for future in pending:
                 future.result()
 
-    def _finish_shard(self, part: Path, path: Path, shard: ShardLayout, manifest: dict[str, Any]) -> None:
+    def _write_shard(
+        self,
+        shard: ShardLayout,
+        plan: Plan,
+        geometry: Geometry,
+        tally: Tally,
+        progress: Callable[[int, int], None] | None,
+    ) -> OutFile:
+        file = OutFile(self.out / f"{shard.name}.part", shard.nbytes)
         try:
-            _sync(part)
-            os.replace(part, path)
+            file.write(memoryview(shard.header), 0)
+            sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
+            Stream(self.checkpoint, plan, sink, geometry=geometry, tally=tally).run(progress)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    def _finish_shard(self, file: OutFile, shard: ShardLayout, manifest: dict[str, Any]) -> None:
+        path = self.out / shard.name
+        try:
+            try:
+                file.sync()
+            finally:
+                file.close()
+            os.replace(file.path, path)
             manifest["finished"][shard.name] = shard.nbytes
             _write_text(self.partial / _MANIFEST, json.dumps(manifest, indent=1))
         except OSError as error:
@@ -339,6 +371,7 @@ class Job:
         for entry in sorted(self.checkpoint.folder.iterdir()):
             if entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_NOT_COPIED):
                 shutil.copyfile(entry, self.out / entry.name)
+                _sync(self.out / entry.name)
 
     def _index(self) -> str:
         total = sum(p.nbytes for p in self.plan.placements)
@@ -352,10 +385,21 @@ class Job:
         try:
             _sync(self.out)
             os.rename(self.out, self.dst)
-            _sync(self.dst.parent)
-            shutil.rmtree(self.partial)
         except OSError as error:
             raise disk_error(self.dst, error) from error
+        # it is there: nothing that follows may say otherwise
+        with contextlib.suppress(OSError):
+            _sync(self.dst.parent)
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _share(
+    progress: Callable[[int, int], None] | None, before: int, share: int, total: int
+) -> Callable[[int, int], None] | None:
+    """Progress of one shard as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda done, of: progress(before + (done * share // of if of else share), total)
 
 
 def _sync(path: Path) -> None:

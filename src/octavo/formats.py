@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dtypes, schemes
+from . import dtypes, kinds, schemes
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError
 from .kinds import EXPERTS, module_of
@@ -98,7 +98,8 @@ class Format:
         """config.json's ``quantization_config``."""
         # every module without a scale is named, and the head even when it is tied and in no file: some readers would
         # otherwise wait for a scale there, and go on with uninitialised memory
-        ignore = sorted({"lm_head", *(module_of(p.name) for p in plan.kept if p.name.endswith(".weight"))})
+        kept = sorted({module_of(p.name) for p in plan.kept if p.name.endswith(".weight")})
+        ignore = ["lm_head", *(name for name in kept if name != "lm_head")]
         if self.name == "fp8":
             return {
                 "quant_method": "fp8",
@@ -117,7 +118,7 @@ class Format:
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "kv_cache_scheme": None,
-            "ignore": [name for name in ignore if name not in {module_of(p.name) for p in plan.quantized}],
+            "ignore": _ignore([p for p in plan.kept if p.name.endswith(".weight")], plan.quantized),
             "config_groups": groups,
         }
 
@@ -138,6 +139,21 @@ class Format:
                 "checkpoints; vLLM can. For transformers, use fp8_channel, or fp8_block in the fp8 format."
             )
         return notes
+
+
+def _ignore(kept: Iterable[Placement], quantized: Iterable[Placement]) -> list[str]:
+    """What readers must not look for a scale for.
+
+    By its name in the checkpoint; matrices also below another prefix, since readers may build the module under one
+    (``vision_tower`` as ``model.vision_tower``); and tied heads, which are in no file.
+    """
+    names = sorted({module_of(p.name) for p in kept} | {"lm_head"})
+    matrices = sorted({module_of(p.name) for p in kept if len(p.shape) == 2 and kinds.default_keep(p.name) is None})
+    prefixed = [rf"re:.*\.{re.escape(name)}$" for name in matrices]
+    heads = [rf"re:(.*\.)?{head}$" for head in kinds.TIED_HEADS]
+    taken = {module_of(p.name) for p in quantized}
+    free = [pattern for pattern in heads if not any(re.match(pattern[3:], name) for name in taken)]
+    return [name for name in names if name not in taken] + prefixed + free
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")

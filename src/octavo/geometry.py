@@ -17,6 +17,8 @@ _SCRATCH_ELEMENTS = 1 << 19
 #: slots on an accelerator: two for each thread, large enough to hide the cost of launching a copy
 _PINNED_SLOT_BYTES = 8 << 20
 _MAX_THREADS = 16
+#: streams of a GPU that copy and quantize at the same time
+LANES = 3
 #: where many threads are asked for with a small budget
 _MIN_SLOT_BYTES = 1 << 12
 
@@ -30,19 +32,22 @@ class Geometry:
     slot_bytes: int
     scratch_elements: int
     device: torch.device
+    lane_bytes: int = 0  # on a GPU: the copy of a slot, and what kernels need beside it
 
     @property
-    def worker_bytes(self) -> int:
-        """Staging of one thread on the host or the device, whichever is more: see `_Worker`."""
-        # a slot holds at least two bytes for each FP8 byte that comes of it
-        if self.device.type == "cpu":
-            return self.slot_bytes + self.slot_bytes // 2 + self.scratch_elements * 8
-        # on the host, pinned slots; on the device, one copy of a slot, and what a kernel may need beside it
-        return 2 * self.slot_bytes
+    def host_bytes(self) -> int:
+        """Slots and, on a CPU, scratch and FP8 output: at most half a slot, since sources have two bytes or more."""
+        scratch = self.slot_bytes // 2 + self.scratch_elements * 8 if self.device.type == "cpu" else 0
+        return self.threads * (self.slots_per_thread * self.slot_bytes + scratch)
+
+    @property
+    def device_bytes(self) -> int:
+        return LANES * self.lane_bytes
 
     @property
     def staging_bytes(self) -> int:
-        return self.threads * self.worker_bytes
+        """On the host or the device, whichever is more."""
+        return max(self.host_bytes, self.device_bytes)
 
     @classmethod
     def fit(cls, plan: Plan, threads: int | None = None, slot_bytes: int | None = None) -> Geometry:
@@ -51,7 +56,12 @@ class Geometry:
         Raises:
             DeviceError: the budget is too small for a single thread.
         """
-        device = next((torch.device(d) for d in plan.devices if d != "cpu"), torch.device("cpu"))
+        devices = {torch.device(p.device) for p in plan.placements} or {torch.device("cpu")}
+        if len(devices) > 1:
+            raise DeviceError(f"a model spread over {', '.join(sorted(map(str, devices)))} is not supported: name one")
+        device = next(iter(devices))
+        # clamping to what e4m3 holds takes a float32 copy of a chunk
+        lane_slots = 4 if any(p.scheme == "mxfp8" for p in plan.quantized) else 1
         if not isinstance(plan.staging_bytes, int):
             raise DeviceError(f"staging_bytes is {plan.staging_bytes!r}, not a number of bytes")
         if plan.staging_bytes < MIN_STAGING_BYTES:
@@ -64,7 +74,8 @@ class Geometry:
         size = slot_bytes or (default_slot_bytes(plan) if device.type == "cpu" else _PINNED_SLOT_BYTES)
         while True:
             scratch = min(size // 2, _SCRATCH_ELEMENTS) if device.type == "cpu" else 0
-            geometry = cls(wanted, 1 if device.type == "cpu" else 2, size, scratch, device)
+            lane = 0 if device.type == "cpu" else size * lane_slots
+            geometry = cls(wanted, 1 if device.type == "cpu" else 2, size, scratch, device, lane)
             if geometry.staging_bytes <= plan.staging_bytes:
                 return geometry
             if threads is None and wanted > 1:

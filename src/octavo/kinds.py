@@ -8,7 +8,7 @@ multiplies with is kept.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from .checkpoint import TensorInfo
@@ -18,25 +18,46 @@ EXPERTS = "experts"
 #: kinds that can be quantized; any other kind is the reason why a weight is kept
 QUANTIZABLE = frozenset({LINEAR, EXPERTS})
 
+#: output heads as transformers' models name them, the last components of a module's path
+_HEADS = (
+    r"lm_heads?(\.\d+)?|embed_out|output_layer|output|proj_out|vocab_projector|generator_lm_head|lm_loss|output_projection"
+    r"|score|classifier|qa_outputs|cls(\..*)?|predictions\.decoder|pred_layer\.proj|shared_head\.head|codec_head"
+    r"|v_head(\..*)?|value_head|reward_head|transformer\.ff_out|head"
+)
+#: of those, which are tied to the embedding in some models, and then in no file
+TIED_HEADS = (
+    r"lm_head",
+    r"proj_out",
+    r"embed_out",
+    r"predictions\.decoder",
+    r"vocab_projector",
+    r"generator_lm_head",
+    r"pred_layer\.proj",
+    r"output_projection",
+)
+
 #: (pattern over the module's name, what it is): kept by default, in a checkpoint and in a model
 DEFAULT_KEEPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), what)
     for pattern, what in (
-        (r"(^|\.)(lm_head|embed_out|output_layer|score|classifier|qa_outputs|cls)(\.|$)", "output head"),
-        (r"(^|\.)(wte|wpe|shared|relative_attention_bias|[^.]*embed[^.]*)(\.|$)", "embedding"),
+        (rf"(^|\.)({_HEADS})$", "output head"),
+        (
+            r"(^|\.)(wte|wpe|shared|relative_attention_bias|rel_pos_bias|[^.]*emb(ed[^.]*|s|_layers\.\d+)?)$",
+            "embedding",
+        ),
+        (r"(^|\.)[^.]*embeddings?\.[^.]*$", "embedding"),
         (r"(^|\.)[^.]*norm[^.]*$", "norm"),
         (r"(^|\.)(shared_expert_gate|shared_experts?\.gate)$", "shared expert's gate"),
         (r"(^|\.)(gate|[^.]*router[^.]*|switch|gating)(\.(layer|weight|wg|linear|classifier|proj))?$", "MoE router"),
     )
 )
 
-# models that keep weights as [in, out] in transformers' Conv1D
+# models that keep weights as [in, out] in transformers' Conv1D, in modules of these names
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_MODULES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
-# models that keep expert stacks as [experts, in, out]
-_TRANSPOSED_TYPES = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text", "aria", "aria_text"})
-_STACK = re.compile(r"(^|\.)([^.]*experts?[^.]*\.(.*\.)?|)(gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3|w13)$")
-_GRANITE_STACK = re.compile(r"\.(input_linear|output_linear)$")
+_STACK = re.compile(
+    r"(^|\.)[^.]*experts?[^.]*\.(.*\.)?[^.]+$|(^|\.)(gate_up_proj|down_proj|input_linear|output_linear)$"
+)
 
 
 def module_of(name: str) -> str:
@@ -53,27 +74,47 @@ def default_keep(name: str) -> str | None:
     return None
 
 
-def kind_by_name(info: TensorInfo, config: Mapping[str, Any]) -> str:
-    """The kind of a checkpoint's tensor when there is no model definition to ask."""
+def kind_by_name(info: TensorInfo, config: Mapping[str, Any], names: Collection[str] = ()) -> str:
+    """The kind of a checkpoint's tensor when there is no model definition to ask.
+
+    Args:
+        config: the checkpoint's config.json, or empty.
+        names: of all its tensors.
+    """
     module = module_of(info.name)
     if len(info.shape) == 2:
         if not info.name.endswith(".weight"):
             return "not a .weight"
-        if _model_types(config) & _CONV1D_TYPES and _CONV1D_MODULES.search(module):
+        if _is_conv1d(module, info.shape, config):
             return "Conv1D, stored [in, out]"
+        if module.endswith(".out_proj") and f"{module.removesuffix('.out_proj')}.in_proj_weight" in names:
+            return "MultiheadAttention, which reads its weight itself"
+        if info.shape[0] in _vocabulary_sizes(config):
+            return "as many rows as the vocabulary: head or embedding"
         return LINEAR
-    if len(info.shape) == 3 and (_STACK.search(module) or _GRANITE_STACK.search(module)):
+    if len(info.shape) == 3 and _STACK.search(module):
         return EXPERTS
     if info.name.endswith("bias"):
         return "bias"
     return {0: "scalar", 1: "vector"}.get(len(info.shape), f"{len(info.shape)}-D, no expert stack")
 
 
-def is_transposed_stack(info: TensorInfo, config: Mapping[str, Any]) -> bool:
-    """Whether an expert stack is stored [experts, in, out]."""
-    return len(info.shape) == 3 and bool(_model_types(config) & _TRANSPOSED_TYPES)
+def _is_conv1d(module: str, shape: Sequence[int], config: Mapping[str, Any]) -> bool:
+    if not _CONV1D_MODULES.search(module):
+        return False
+    if _values(config, "model_type") & _CONV1D_TYPES:
+        return True
+    # without a config, or with code of its own, GPT-2's names stand for GPT-2's layout
+    unknown = not config or "auto_map" in config
+    return unknown and not (module.endswith("c_attn") and shape[0] == 3 * shape[1])
 
 
-def _model_types(config: Mapping[str, Any]) -> set[str]:
-    nested: Sequence[Any] = [config, *config.values()]
-    return {str(part["model_type"]) for part in nested if isinstance(part, Mapping) and "model_type" in part}
+def _vocabulary_sizes(config: Mapping[str, Any]) -> set[Any]:
+    """Sizes too large to be anything else."""
+    return {size for size in _values(config, "vocab_size") if isinstance(size, int) and size > 20_000}
+
+
+def _values(config: Mapping[str, Any], key: str) -> set[Any]:
+    """What a config and its parts (of the text, of the vision model) say under a key."""
+    parts: Sequence[Any] = [config, *config.values()]
+    return {part[key] for part in parts if isinstance(part, Mapping) and isinstance(part.get(key), (str, int))}

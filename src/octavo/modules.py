@@ -11,6 +11,7 @@ scales that vary along a row (blocks, mx) are, and where a half-precision output
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from . import schemes
 
 _ROWS = 256
+_ROWS_ON_DEVICE = 4096
+_COMPUTE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
 # dtype -> (left shift, mask over the shifted sign-extended byte, factor): see `widen`
 _PLACES = {
     torch.bfloat16: (4, -30736, 2.0**120),  # 0x87F0: sign, 4 exponent and 3 mantissa bits; bias 127 - 7
@@ -52,21 +55,28 @@ def linear(
     """``x[..., in] @ dequantize(q[out, in]).T + bias``.
 
     The product is computed in x's dtype. Scales one a row multiply the output in float32.
+
+    Raises:
+        TypeError: x is not bf16, fp16, fp32 or fp64 (cast to the dtype of an FP8 weight, say).
     """
+    if x.dtype not in _COMPUTE:
+        raise TypeError(f"activations are {x.dtype}; FP8 weights are multiplied in bf16, fp16, fp32 or fp64")
     flat = x.reshape(-1, x.shape[-1])
-    rows = q.shape[0]
-    full = schemes.expand_scale(scale, q.shape, scheme, parts)  # float32 [out, in or 1]
-    by_row = full.shape[-1] == 1 and x.dtype != torch.float16
-    step = _ROWS if q.device.type == "cpu" else max(rows, 1)
+    rows, cols = q.shape
+    cells = schemes.row_scales(scale, (rows, cols), scheme, parts)  # float32 [out, column cells]
+    each = schemes.get(scheme).group_cols
+    by_row = each is None and x.dtype != torch.float16
+    step = _ROWS if q.device.type == "cpu" else _ROWS_ON_DEVICE
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         weight = widen(q[start:stop], x.dtype)
         if not by_row:
-            weight = (weight.float() * full[start:stop]).to(x.dtype)
+            spread = cells[start:stop] if each is None else cells[start:stop].repeat_interleave(each, -1)[:, :cols]
+            weight = (weight.float() * spread).to(x.dtype)
         out[:, start:stop] = F.linear(flat, weight)
     if by_row:
-        out = (out.float() * full.reshape(1, -1)).to(x.dtype)
+        out = (out.float() * cells.view(1, -1)).to(x.dtype)
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], rows)
@@ -94,6 +104,10 @@ class QuantizedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.weight_scale, self.scheme, self.parts, self.bias)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        _refuse_casts(self, fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"
 
@@ -106,6 +120,10 @@ class QuantizedExperts:
 
     _hf_quantized_needs_local_tp = True
     octavo_stacks: dict[str, tuple[str, tuple[int, ...]]]  # stack name -> scheme, parts
+
+    def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
+        _refuse_casts(self, fn)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [..., hidden], top_k_index and top_k_weights [tokens, k] -> [..., hidden]."""
@@ -145,12 +163,25 @@ def quantize_linear(model: nn.Module, name: str, scheme: str, parts: tuple[int, 
 def quantize_stack(experts: Any, name: str, scheme: str, shape: tuple[int, ...], parts: tuple[int, ...]) -> None:
     """Make ``experts.name`` a stack [experts, out, in] = ``shape`` in FP8, storage not yet assigned."""
     if not isinstance(experts, QuantizedExperts):
-        cls = type(experts)
-        experts.__class__ = type(f"Quantized{cls.__name__}", (QuantizedExperts, cls), {})
+        experts.__class__ = _quantized_class(type(experts))  # type: ignore[arg-type]
         experts.octavo_stacks = {}
     setattr(experts, name, _frozen(torch.empty(shape, dtype=schemes.FP8, device="meta")))
     experts.register_parameter(f"{name}_scale", _frozen(_meta_scale(shape, scheme, parts)))
     experts.octavo_stacks[name] = (scheme, parts)
+
+
+@functools.cache
+def _quantized_class(cls: type) -> type:
+    return type(f"Quantized{cls.__name__}", (QuantizedExperts, cls), {})
+
+
+def _refuse_casts(module: Any, fn: Any) -> None:
+    """``model.to(dtype)`` would turn FP8 numbers into unscaled weights: raise instead. Moving to a device is fine."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.dtype == schemes.FP8:
+            if fn(parameter.new_empty(0)).dtype != schemes.FP8:
+                raise TypeError("a model with FP8 weights can't be cast; give octavo.load the dtype for the rest of it")
+            return
 
 
 def scale_name(name: str) -> str:

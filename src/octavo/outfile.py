@@ -101,6 +101,10 @@ class OutFile:
                 written = len(part)
             done += written
 
+    def sync(self) -> None:
+        """Wait until all of it is on the disk; raises OSError."""
+        os.fsync(self._buffered)
+
     def close(self) -> None:
         for descriptor in (self._buffered, self._direct):
             if descriptor >= 0:

@@ -218,9 +218,7 @@ def plan_checkpoint(
     """The plan that keeps the checkpoint's own names and shapes: for converting and iterating."""
     targets = []
     for info in checkpoint.tensors.values():
-        shape, kind = info.shape, kinds.kind_by_name(info, checkpoint.config)
-        if kind == kinds.EXPERTS and kinds.is_transposed_stack(info, checkpoint.config):
-            kind = "expert stack stored [experts, in, out]"
+        shape, kind = info.shape, kinds.kind_by_name(info, checkpoint.config, checkpoint.tensors)
         dtype = dtypes.TORCH[info.dtype_name]
         if dtype is None:
             shape, kind = (info.nbytes,), f"{info.dtype_name}, carried as bytes"

@@ -77,7 +77,7 @@ class Recipe:
     ) -> None:
         if isinstance(ignore, str):
             raise RecipeError(f"ignore must be a list of patterns, not the text {ignore!r}")
-        pairs = list(targets.items() if isinstance(targets, Mapping) else targets)
+        pairs = list(targets.items() if isinstance(targets, Mapping) else targets or ())
         if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
             raise RecipeError(f"targets must map patterns to schemes, not be {targets!r}")
         repeated = {str(p) for p, _ in pairs if [str(q) for q, _ in pairs].count(str(p)) > 1}
@@ -200,8 +200,6 @@ def _is_full_name(pattern: str, weight: Weight) -> bool:
 
 def _matches(pattern: str, weight: Weight) -> bool:
     """Whether the pattern names this weight; one that names only some of its sources is ambiguous."""
-    if _matches_name(pattern, weight.name):
-        return True
     hits = [name for name in weight.sources if _matches_name(pattern, name)]
     if hits and len(hits) < len(weight.sources):
         missed = next(name for name in weight.sources if name not in hits)
@@ -209,7 +207,7 @@ def _matches(pattern: str, weight: Weight) -> bool:
             f"{weight.name} is one parameter made of {len(weight.sources)} tensors, of which {pattern!r} matches "
             f"{hits[0]} but not {missed}"
         )
-    return bool(hits)
+    return bool(hits) or _matches_name(pattern, weight.name)
 
 
 def _matches_name(pattern: str, name: str) -> bool:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from .stream import Tally
 
 _SAMPLE_S = 0.01
+#: a longer trace is thinned to half, and sampled half as often
+_MAX_SAMPLES = 2048
 
 
 def human_bytes(count: float) -> str:
@@ -99,8 +101,14 @@ class Meter:
         return torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
 
     def _run(self) -> None:
-        while not self._stop.wait(_SAMPLE_S):
+        interval_s = _SAMPLE_S
+        while not self._stop.wait(interval_s):
             self._sample()
+            if len(self.samples) >= _MAX_SAMPLES:
+                # the largest of each pair, so that peaks stay
+                pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
+                self.samples = [max(pair, key=lambda s: (s.rss_bytes, s.device_bytes)) for pair in pairs]
+                interval_s *= 2
 
     def _sample(self) -> None:
         placed = self._tally.placed_bytes if self._tally else 0

@@ -38,12 +38,36 @@ class Cancelled(Exception):
     """Raised in a worker whose ring was stopped by another thread; never reaches a user."""
 
 
+class SingleThreadedTorch:
+    """While any is held, threads of a ring use one torch thread each; afterwards all is as it was.
+
+    Torch has the setting for each thread, and what one thread sets is what threads started later begin with.
+    """
+
+    _lock = threading.Lock()
+    _holders = 0
+    _before = 1
+
+    def hold(self) -> None:
+        with self._lock:
+            if not SingleThreadedTorch._holders:
+                SingleThreadedTorch._before = torch.get_num_threads()
+            SingleThreadedTorch._holders += 1
+
+    def release(self) -> None:
+        with self._lock:
+            SingleThreadedTorch._holders -= 1
+            if not SingleThreadedTorch._holders:
+                torch.set_num_threads(SingleThreadedTorch._before)
+
+
 class Files:
     """Shared read-only descriptors of a checkpoint's shards, opened when first needed."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         self._descriptors: dict[int, int] = {}
+        self._read: set[int] = set()
         self._lock = threading.Lock()
 
     def read_into(self, shard: int, view: memoryview, offset: int) -> None:
@@ -68,6 +92,7 @@ class Files:
         with self._lock:
             if shard not in self._descriptors:
                 self._shards[shard].check_unchanged()
+                self._read.add(shard)
                 try:
                     self._descriptors[shard] = os.open(self._shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
@@ -82,7 +107,7 @@ class Files:
 
     def check_unchanged(self) -> None:
         """Raise if a shard that was read is no longer the file that was opened."""
-        for shard in self._descriptors:
+        for shard in self._read:
             self._shards[shard].check_unchanged()
 
 
@@ -136,12 +161,17 @@ class Ring(Generic[Ticket]):
         """Start the threads; ``tickets`` is advanced by one thread at a time, and may block in `wait_for`."""
         iterator = iter(tickets)
         self._alive = self._count
-        self._threads = [
-            threading.Thread(target=self._work, args=(iterator, make_worker), name=f"octavo-{i}", daemon=True)
-            for i in range(self._count)
-        ]
-        for thread in self._threads:
-            thread.start()
+        for number in range(self._count):
+            thread = threading.Thread(
+                target=self._work, args=(iterator, make_worker), name=f"octavo-{number}", daemon=True
+            )
+            try:
+                thread.start()
+            except BaseException:
+                with self._condition:
+                    self._alive -= self._count - number
+                raise
+            self._threads.append(thread)
 
     def run(
         self,
@@ -150,8 +180,8 @@ class Ring(Generic[Ticket]):
         on_tick: Callable[[int], None] | None = None,
     ) -> None:
         """Work off all tickets; raises the first error of any thread, after all threads have ended."""
-        self.start(tickets, make_worker)
         try:
+            self.start(tickets, make_worker)
             while True:
                 with self._condition:
                     if not self._alive:
@@ -198,10 +228,10 @@ class Ring(Generic[Ticket]):
             def close(self) -> None:
                 full.put(None)
 
-        self.start(numbered, Reader)  # type: ignore[arg-type]
         waiting: dict[int, tuple[Ticket, Slot, int]] = {}
         expected, ended, ticked = 0, 0, now()
         try:
+            self.start(numbered, Reader)  # type: ignore[arg-type]
             while ended < self._count or waiting:
                 if expected in waiting:
                     what, slot, nbytes = waiting.pop(expected)
@@ -228,10 +258,18 @@ class Ring(Generic[Ticket]):
     def finish(self) -> None:
         """Stop, join all threads, and raise the first error of any of them."""
         self.stop()
+        interrupt = None
         for thread in self._threads:
-            thread.join()
+            # a second Ctrl-C must not leave a thread behind that still reads from, or writes to, closed files
+            while thread.is_alive():
+                try:
+                    thread.join()
+                except KeyboardInterrupt as error:
+                    interrupt = error
         if self._error is not None:
             raise self._error
+        if interrupt is not None:
+            raise interrupt
 
     def stop(self, error: BaseException | None = None) -> None:
         """Let every thread end after its current chunk."""

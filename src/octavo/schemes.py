@@ -23,6 +23,7 @@ same bytes: ``phase`` says where in its group the piece begins.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -273,20 +274,29 @@ def quantize(weight: Tensor, scheme: str | Scheme, parts: Sequence[int] | None =
     return out, scale.reshape(scheme.scale_shape(weight.shape, parts))
 
 
+def row_scales(scale: Tensor, shape: Sequence[int], scheme: str | Scheme, parts: Sequence[int] | None = None) -> Tensor:
+    """Stored scales -> float32 ``[..., out, column cells]``: those of each row of the weight."""
+    scheme = get(scheme)
+    *lead, rows, cols = shape
+    grid = scale.float().reshape(*lead, -1, scheme.cells(rows, cols)[1])
+    if scheme.group_rows == 1:
+        return grid
+    return grid.index_select(-2, _cell_of_row(scheme, tuple(parts or (rows,)), grid.device))
+
+
+@functools.lru_cache(maxsize=1024)
+def _cell_of_row(scheme: Scheme, parts: tuple[int, ...], device: torch.device) -> Tensor:
+    counts = [span.each for part in parts for span in _spans(part, scheme.group_rows) for _ in range(span.cells)]
+    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+
+
 def expand_scale(
     scale: Tensor, shape: Sequence[int], scheme: str | Scheme, parts: Sequence[int] | None = None
 ) -> Tensor:
     """Stored scales -> float32, broadcastable to ``[..., out, in]`` (one row a row of the weight)."""
     scheme = get(scheme)
-    *lead, rows, cols = shape
-    parts = parts or (rows,)
-    grid = scale.float().reshape(*lead, -1, scheme.cells(rows, cols)[1])
-    if scheme.group_rows != 1:
-        counts = [span.each for part in parts for span in _spans(part, scheme.group_rows) for _ in range(span.cells)]
-        grid = grid.repeat_interleave(torch.tensor(counts, device=grid.device), -2, output_size=rows)
-    if scheme.group_cols is not None:
-        grid = grid.repeat_interleave(scheme.group_cols, -1)[..., :cols]
-    return grid
+    cells = row_scales(scale, shape, scheme, parts)
+    return cells if scheme.group_cols is None else cells.repeat_interleave(scheme.group_cols, -1)[..., : shape[-1]]
 
 
 def dequantize(

@@ -104,8 +104,9 @@ class IteratorSink:
     """
 
     def __init__(self, ahead_bytes: int) -> None:
-        self._ahead_bytes = ahead_bytes
+        self._ahead_bytes = ahead_bytes  # includes the tensor that the consumer holds
         self._outstanding = 0
+        self._held = 0  # bytes of the one that the consumer has
         self._order: list[_Pending] = []
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
@@ -123,9 +124,14 @@ class IteratorSink:
     def take(self, ring: Ring[Any]) -> tuple[Placement, Storage] | None:
         """The next placement; None when there are no more. Blocks until it is complete."""
 
+        def release() -> None:
+            self._outstanding -= self._held
+            self._held = 0
+
         def ready() -> bool:
             return bool(self._order and self._order[0].complete) or not ring.running
 
+        ring.update(release)
         try:
             ring.wait_for(ready)
         except Cancelled:
@@ -136,7 +142,7 @@ class IteratorSink:
 
         def remove() -> None:
             self._order.pop(0)
-            self._outstanding -= pending.placement.final_bytes
+            self._held = pending.placement.final_bytes
 
         ring.update(remove)
         return pending.placement, pending.storage

@@ -1,7 +1,8 @@
 """The loop: read a chunk, quantize it, place it. Executes a plan and decides nothing.
 
-Each worker thread of the ring reads a chunk into its slot, computes scales and FP8 bytes with its own scratch memory,
-and writes them where the sink says. Chunks of one parameter may finish in any order; their bytes don't depend on it.
+Threads of the ring read chunks into slots; a press computes scales and FP8 bytes, in the same thread on a CPU, in the
+caller's on a GPU, and writes them where the sink says. Chunks of one parameter may finish in any order; their bytes
+don't depend on it.
 
 Where scale groups span chunks (a tensor-wide scale, a transposed source), the plan has each chunk read twice: first for
 the amax, then, when all of the group's have been seen, to quantize.
@@ -20,14 +21,11 @@ from . import dtypes
 from .checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_plan
 from .errors import WeightError
-from .geometry import Geometry
+from .geometry import LANES, Geometry
 from .plan import Placement, Plan
 from .press import Press, describe_nonfinite
-from .ring import Files, Ring, Slot, now
+from .ring import Files, Ring, SingleThreadedTorch, Slot, now
 from .sinks import Destination, Sink
-
-#: streams of a GPU that copy and quantize at the same time
-_LANES = 3
 
 
 @dataclass
@@ -72,8 +70,9 @@ class Stream:
         self.files = Files(checkpoint.shards)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._states: dict[str, _State] = {}
+        self._check_later = False
         self._unchecked: list[tuple[Placement, Tensor]] = []  # scales on an accelerator, looked at once at the end
-        self._intra_op_threads = torch.get_num_threads()
+        self._torch = SingleThreadedTorch()
         self._lock = threading.Lock()
 
     @property
@@ -88,6 +87,7 @@ class Stream:
             progress: called about ten times a second, in this thread, with bytes read and bytes in all.
         """
         total = self.total_bytes if progress else 0
+        self._torch.hold()
         try:
             on_tick = (lambda done: progress(done, total)) if progress else None
             if self.geometry.device.type == "cuda":
@@ -101,6 +101,7 @@ class Stream:
 
     def start(self) -> None:
         """Begin in the background: for a sink whose consumer is the calling thread. `stop` must follow."""
+        self._torch.hold()
         self.ring.start(self._tickets(), self._worker)
 
     def stop(self) -> None:
@@ -112,8 +113,7 @@ class Stream:
 
     def _close(self) -> None:
         self.files.close()
-        # what a worker sets for itself is also what threads started later begin with
-        torch.set_num_threads(self._intra_op_threads)
+        self._torch.release()
 
     def finish(self) -> None:
         """After the last chunk: the sources must still be what they were, and every scale finite."""
@@ -127,9 +127,9 @@ class Stream:
 
     def _relay(self, on_tick: Callable[[int], None] | None) -> None:
         """Threads read, this thread quantizes: see `octavo.press`."""
-        geometry = self.geometry
+        geometry, self._check_later = self.geometry, True
         slots = [Slot(geometry.slot_bytes, pinned=True) for _ in range(geometry.threads * geometry.slots_per_thread)]
-        press = Press(self, _LANES, check_later=True)
+        press = Press(self, LANES, check_later=True)
         try:
             self.ring.relay(self._tickets(), slots, self.read, press.take, on_tick)
         finally:
@@ -199,7 +199,7 @@ class Stream:
         if finished:
             state.amax = None
             state.destination.close()
-            if state.destination.scale is not None and self.geometry.device.type != "cpu":
+            if self._check_later and state.destination.scale is not None:
                 self._unchecked.append((chunk.placement, state.destination.scale))
             del state.destination  # whoever took the parameter may drop it
 

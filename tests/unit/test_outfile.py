@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ def fill(path, content: bytes, seed: int, threads: int = 4) -> None:
     while at < len(content):
         at = min(len(content), at + draw.choice([1, 100, 4096, 70_001, 300_000, 1 << 20, 5 << 20]))
         cuts.append(at)
-    pieces = list(zip(cuts, cuts[1:], strict=False))
+    pieces = list(itertools.pairwise(cuts))
     draw.shuffle(pieces)
     with OutFile(path, len(content)) as file, ThreadPoolExecutor(threads) as pool:
         jobs = [pool.submit(file.write, memoryview(content)[a:b], a) for a, b in pieces]

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import modules
 from ..checkpoint import Checkpoint
 from ..errors import DeviceError, RecipeError
-from ..plan import DEFAULT_STAGING_BYTES, Plan
+from ..plan import DEFAULT_STAGING_BYTES, Placement
 from ..recipe import DEFAULT_SCHEME, Recipe
 from ..report import Report, Stages, measured
 from ..sinks import ParameterSink, Storage
@@ -57,6 +57,11 @@ class OctavoConfig(QuantizationConfigMixin):
         self.scheme, self.targets, self.ignore = recipe.scheme, dict(recipe.targets), list(recipe.ignore)
         self.staging_bytes, self.threads = staging_bytes, threads
         self.weights = dict(weights) if weights else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: not how this machine loaded it."""
+        saved: dict[str, Any] = super().to_dict()
+        return {key: value for key, value in saved.items() if key not in ("staging_bytes", "threads")}
 
     @property
     def recipe(self) -> Recipe:
@@ -104,7 +109,8 @@ class OctavoQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config: OctavoConfig = quantization_config
-        self.plan: Plan | None = None
+        self.sources: dict[str, tuple[str, ...]] = {}  # parameter -> the checkpoint tensors that make it
+        self.made_from: dict[str, list[Placement]] = {}  # and the other way round
         self.storages: dict[str, Storage] = {}
         self.report: Report | None = None
 
@@ -146,7 +152,10 @@ class OctavoQuantizer(HfQuantizer):
                 stream = Stream(checkpoint, plan, ParameterSink(self.storages), threads=config.threads)
                 meter.follow(stream.tally)
                 tally = stream.run(meter.progress)
-        self.plan = plan
+        self.sources = {p.name: tuple(dict.fromkeys(piece.src_name for piece in p.pieces)) for p in plan.placements}
+        for placement in plan.placements:
+            for source in self.sources[placement.name]:
+                self.made_from.setdefault(source, []).append(placement)
         self.report = Report.of(plan, stream.geometry, tally, stages, meter)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -166,20 +175,18 @@ class OctavoQuantizer(HfQuantizer):
 
     def hand_out(self, first: str) -> dict[str, torch.Tensor]:
         """The parameter ``first``, and whatever else was made from the same checkpoint tensors, with scales."""
-        assert self.plan is not None
-        by_name = {p.name: p for p in self.plan.placements}
-        sources = {piece.src_name for piece in by_name[first].pieces} if first in by_name else set()
         handed: dict[str, torch.Tensor] = {}
-        for placement in self.plan.placements:
-            if placement.name not in self.storages or not sources & {piece.src_name for piece in placement.pieces}:
-                continue
-            storage = self.storages.pop(placement.name)
-            frozen = placement.scheme is not None or not storage.weight.is_floating_point()
-            handed[placement.name] = torch.nn.Parameter(storage.weight, requires_grad=not frozen)
-            if storage.scale is not None:
-                scale = torch.nn.Parameter(storage.scale, requires_grad=False)
-                handed[modules.scale_name(placement.name)] = scale
+        for source in self.sources.get(first, ()):
+            for placement in self.made_from[source]:
+                if placement.name in self.storages:
+                    self._hand(placement, self.storages.pop(placement.name), handed)
         return handed
+
+    def _hand(self, placement: Placement, storage: Storage, handed: dict[str, torch.Tensor]) -> None:
+        frozen = placement.scheme is not None or not storage.weight.is_floating_point()
+        handed[placement.name] = torch.nn.Parameter(storage.weight, requires_grad=not frozen)
+        if storage.scale is not None:
+            handed[modules.scale_name(placement.name)] = torch.nn.Parameter(storage.scale, requires_grad=False)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model._weight_conversions = []  # saved under the model's own names
@@ -187,7 +194,7 @@ class OctavoQuantizer(HfQuantizer):
         model.config.quantization_config = self.config
         if self.report is not None:
             model.load_report = self.report
-        self.plan, self.report = None, None
+        self.report = None
         return model
 
 

@@ -14,6 +14,8 @@ this way.
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import itertools
 import os
 import re
@@ -104,22 +106,20 @@ def load(
     stages = Stages()
     recipe = Recipe.coerce(scheme, ignore)
     target_device = usable_device(device)
-    with stages("open"):
-        checkpoint = Checkpoint.open(path, revision)
-        saved = _saved_recipe(checkpoint, recipe)
-    with stages("skeleton"):
-        model = skeleton(
-            checkpoint,
-            dtype=dtype,
-            model_class=model_class,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
-    with stages("plan"):
-        if saved:
-            _swap_saved(model, checkpoint)
-        todo = Recipe(None) if saved else recipe
-        plan = plan_model(model, checkpoint, todo, str(target_device), staging_bytes, strict=strict)
+    prepared = prepare(
+        path,
+        recipe,
+        str(target_device),
+        staging_bytes,
+        stages=stages,
+        strict=strict,
+        revision=revision,
+        dtype=dtype,
+        model_class=model_class,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+    )
+    checkpoint, model, plan = prepared.checkpoint, prepared.model, prepared.plan
     with stages("swap"):
         swap(model, plan)
     with measured(plan, progress) as meter:
@@ -133,18 +133,64 @@ def load(
             assign(model, plan, storages)
             del storages
             _finish(model, checkpoint, target_device)
-    model.load_report = Report.of(plan, stream.geometry, tally, stages, meter)
-    if saved or plan.quantized:
+    notes = ["no weight was quantized: see what was kept, and why"] if _idle(prepared, recipe) else []
+    model.load_report = Report.of(plan, stream.geometry, tally, stages, meter, notes=notes)
+    if prepared.saved or plan.quantized:
         from .quantizer import mark_quantized
 
-        mark_quantized(model, saved or recipe)
+        mark_quantized(model, prepared.saved or recipe)
     return model
+
+
+def _idle(prepared: Prepared, recipe: Recipe) -> bool:
+    return not prepared.saved and bool(recipe.scheme or recipe.targets) and not prepared.plan.quantized
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before a weight is read."""
+
+    checkpoint: Checkpoint
+    model: Any  # on meta
+    plan: Plan
+    saved: Recipe | None  # of a model that octavo quantized and ``save_pretrained`` wrote
+
+
+def prepare(
+    path: str | os.PathLike[str],
+    recipe: Recipe,
+    device: str = "cpu",
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    *,
+    stages: Stages | None = None,
+    strict: bool = True,
+    revision: str | None = None,
+    **model_options: Any,
+) -> Prepared:
+    """Open, build the skeleton, plan: all of a load but reading weights. Options and errors as for `load`."""
+    stages = stages or Stages()
+    with stages("open"):
+        checkpoint = Checkpoint.open(path, revision)
+        saved = _saved_recipe(checkpoint, recipe)
+    with stages("skeleton"):
+        model = skeleton(checkpoint, **model_options)
+    with stages("plan"):
+        if saved:
+            _swap_saved(model, checkpoint)
+        todo = Recipe(None) if saved else recipe
+        plan = plan_model(model, checkpoint, todo, device, staging_bytes, strict=strict)
+    return Prepared(checkpoint, model, plan, saved)
 
 
 def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:
     """The recipe of a model that octavo quantized and ``save_pretrained`` wrote; None for any other checkpoint."""
-    if checkpoint.quantization != METHOD:
+    if checkpoint.quantization is None:
         return None
+    if checkpoint.quantization != METHOD:
+        raise RecipeError(
+            f"{checkpoint.path}: already quantized ({checkpoint.quantization}, says its config.json). octavo.load "
+            "takes bf16 checkpoints and what it saved itself: load this with from_pretrained. Start from the bf16 one."
+        )
     from .quantizer import OctavoConfig
 
     saved: Recipe = OctavoConfig(**checkpoint.config["quantization_config"]).recipe
@@ -156,23 +202,13 @@ def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:
 def _swap_saved(model: Any, checkpoint: Checkpoint) -> None:
     from .quantizer import swap_saved
 
-    swap_saved(model, checkpoint.config["quantization_config"]["weights"])
-
-
-def make_model_plan(
-    path: str | os.PathLike[str],
-    recipe: Recipe,
-    device: str = "cpu",
-    staging_bytes: int = DEFAULT_STAGING_BYTES,
-    *,
-    strict: bool = True,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Plan:
-    """The plan that `load` would execute; nothing but headers is read."""
-    checkpoint = Checkpoint.open(path, revision)
-    model = skeleton(checkpoint, trust_remote_code=trust_remote_code)
-    return plan_model(model, checkpoint, recipe, device, staging_bytes, strict=strict)
+    try:
+        swap_saved(model, checkpoint.config["quantization_config"]["weights"])
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: quantization_config does not fit the model: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 # -- skeleton ---------------------------------------------------------------------------------------------------------
@@ -311,6 +347,8 @@ def plan_model(
     targets = []
     for name, symbolic in found.items():
         fact = facts.get(name, _Fact("buffer"))
+        if name in tied and fact.kind in kinds.QUANTIZABLE:
+            fact = _Fact(f"tied to {min(tied[name] - {name}, default=name)}")
         dtype = torch.float32 if fp32 and fp32.search(name) else expected[name].dtype
         kind = fact.kind
         if dtype == torch.float32 and expected[name].dtype != torch.float32:
@@ -451,8 +489,10 @@ def _facts(model: Any) -> dict[str, _Fact]:
             keep = "output head" if module is head else None
             if parameter.dtype not in dtypes.QUANTIZABLE or leaf.endswith("_scale"):
                 facts[name] = _Fact("quantized already")
-            elif type(module) is nn.Linear and leaf == "weight":
-                facts[name] = _Fact(kinds.LINEAR, keep=keep)
+            elif _is_linear(module) and leaf == "weight":
+                parent, _, child = path.rpartition(".")
+                read = _reads_weight(type(model.get_submodule(parent)), child)  # type: ignore[arg-type]
+                facts[name] = _Fact("its weight is read by another module" if read else kinds.LINEAR, keep=keep)
             elif is_experts(module) and leaf in _STACKS and parameter.ndim == 3:
                 facts[name] = _Fact(kinds.EXPERTS, transposed=bool(module.is_transposed))
             elif leaf.endswith("bias"):
@@ -462,6 +502,24 @@ def _facts(model: Any) -> dict[str, _Fact]:
             else:
                 facts[name] = _Fact(f"{type(module).__name__}, not a linear layer", keep=keep)
     return facts
+
+
+#: subclasses whose forward is that of a linear layer
+_LINEAR_SUBCLASSES = frozenset({"FalconLinear"})
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or type(module).__name__ in _LINEAR_SUBCLASSES
+
+
+@functools.cache
+def _reads_weight(parent: Any, child: str) -> bool:
+    """Whether a class uses ``self.child.weight`` itself, beside calling the layer: FP8 numbers would surprise it."""
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{re.escape(child)}\.weight\b", source) is not None
 
 
 def is_experts(module: nn.Module) -> bool:
