@@ -47,15 +47,22 @@ class SingleThreadedTorch:
     _lock = threading.Lock()
     _holders = 0
     _before = 1
+    _held = False
 
     def hold(self) -> None:
         with self._lock:
+            if self._held:
+                return
+            self._held = True
             if not SingleThreadedTorch._holders:
                 SingleThreadedTorch._before = torch.get_num_threads()
             SingleThreadedTorch._holders += 1
 
     def release(self) -> None:
         with self._lock:
+            if not self._held:
+                return
+            self._held = False
             SingleThreadedTorch._holders -= 1
             if not SingleThreadedTorch._holders:
                 torch.set_num_threads(SingleThreadedTorch._before)

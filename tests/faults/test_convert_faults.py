@@ -266,11 +266,12 @@ def test_conversion_killed_from_outside_goes_on(
 @pytest.mark.parametrize(
     "trap",
     [
-        pytest.param(("octavo.convert", "_sync", "00001-of", 1), id="the first shard is written, not synced"),
+        # the manifest is synced first, then each shard and the manifest again
+        pytest.param(("os", "fsync", "", 2), id="the first shard is written, not synced"),
         pytest.param(("os", "replace", "00001-of", 1), id="the first shard is synced, not renamed"),
         pytest.param(("octavo.convert", "_write_text", _RECORDED.format(1), 1), id="it is renamed, not recorded"),
         pytest.param(("os", "replace", "manifest", 2), id="its record is written, not renamed"),
-        pytest.param(("octavo.convert", "_sync", "00006-of", 1), id="the last shard is written, not synced"),
+        pytest.param(("os", "fsync", "", 12), id="the last shard is written, not synced"),
         pytest.param(("os", "replace", "00006-of", 1), id="the last shard is synced, not renamed"),
         pytest.param(("octavo.convert", "_write_text", _RECORDED.format(6), 1), id="the last is renamed, not recorded"),
         pytest.param(("shutil", "copyfile", "tokenizer", 1), id="all shards are recorded, nothing else is written"),
@@ -722,7 +723,7 @@ def test_room_of_an_unfinished_shard_counts_as_free(
     """A run killed in its only shard has claimed that shard's room: going on needs no more than it has already."""
     source = write_checkpoint(tmp_path / "source", tensors_of_size(1, 512), 1, CONFIG)
     disk = tiny_disk(_output_kib(source, tmp_path) * 3 // 2)
-    conversions.start(source, disk / "out", trap=("octavo.convert", "_sync", "model.safetensors", 1))
+    conversions.start(source, disk / "out", trap=("os", "fsync", "", 2))
     assert conversions.wait() == -signal.SIGKILL
     octavo.convert(source, disk / "out")
     assert same_files(disk / "out", tmp_path / "measured")

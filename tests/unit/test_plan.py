@@ -161,11 +161,15 @@ def test_a_source_of_an_odd_dtype_keeps_the_whole_parameter():
     assert placement.source_dtype_names == ("BF16", "I8")
 
 
-def test_a_transposed_stack_of_a_checkpoint_is_kept_and_says_so():
-    checkpoint = headers({"model.layers.0.mlp.experts.gate_up_proj": (4, 64, 96)}, config={"model_type": "gpt_oss"})
-    (placement,) = plan_checkpoint(checkpoint, Recipe()).placements
+def test_what_its_readers_could_not_take_is_kept_and_says_so():
+    checkpoint = headers({"model.layers.0.mlp.experts.gate_up_proj": (4, 64, 96)})
+
+    def veto(name: str, shape: tuple[int, ...], kind: str, scheme: str) -> str:
+        return f"{kind} {list(shape)} can't be {scheme} here"
+
+    (placement,) = plan_checkpoint(checkpoint, Recipe(), veto=veto).placements
     assert placement.scheme is None
-    assert "[experts, in, out]" in placement.reason
+    assert placement.reason == "experts [4, 64, 96] can't be fp8_channel here"
 
 
 # -- the order of reading ---------------------------------------------------------------------------------------------

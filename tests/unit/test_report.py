@@ -151,8 +151,8 @@ def test_a_failed_stream_ends_the_meter_too(tmp_path):
 
 def test_resident_memory_grows_with_what_is_allocated():
     before = report.rss_bytes()
-    block = torch.ones(16 << 20, dtype=torch.uint8)
-    assert report.rss_bytes() - before > 12 << 20
+    block = torch.ones(256 << 20, dtype=torch.uint8)  # more than an allocator keeps at hand
+    assert report.rss_bytes() - before > 128 << 20
     del block
 
 
