@@ -276,7 +276,7 @@ class Report:
         else:
             axes.plot(seconds, [s.rss_bytes / gib for s in self.trace], color="tab:green", label="process memory")
         axes.set(xlabel="seconds", ylabel="GiB", title="Memory while loading", ylim=(0, None))
-        axes.legend(loc="center right")
+        axes.legend(loc="upper left", bbox_to_anchor=(0.0, 0.92))
         figure.savefig(path, dpi=120)
 
     def __str__(self) -> str:
