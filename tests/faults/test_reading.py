@@ -59,6 +59,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.fixture
 def after_planning(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
     """Have something happen between opening a checkpoint and reading its first weight byte."""
+    from octavo.adapters import quantizer
     from octavo.adapters import transformers as adapter
 
     original = adapter.plan_model
@@ -69,7 +70,8 @@ def after_planning(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], An
             action()
             return plan
 
-        monkeypatch.setattr(adapter, "plan_model", plan_model)
+        for module in (adapter, quantizer):
+            monkeypatch.setattr(module, "plan_model", plan_model)
 
     return arrange
 

@@ -27,6 +27,7 @@ from ..report import Report, Stages, measured
 from ..sinks import ParameterSink, Storage
 from ..stream import Stream
 from . import transformers as adapter
+from .model_plan import plan_model
 
 
 @register_quantization_config(adapter.METHOD)
@@ -142,7 +143,7 @@ class OctavoQuantizer(HfQuantizer):
         with stages("plan"):
             checkpoint = Checkpoint.open_files([Path(file) for file in checkpoint_files])
             where = _placer(device_map)
-            plan = adapter.plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
+            plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
         with stages("swap"):
             adapter.swap(model, plan)
         with measured(plan, None) as meter:

@@ -1,0 +1,95 @@
+"""A transformers model without weights: parameters on meta, buffers real, set up as ``from_pretrained`` would."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+
+from .. import dtypes
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, RecipeError
+
+
+def skeleton(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | str | None = None,
+    model_class: Any = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+) -> Any:
+    """The model with parameters on meta and buffers real, as ``from_pretrained`` would set it up."""
+    folder = str(checkpoint.folder)
+    if not checkpoint.config:
+        raise CheckpointError(f"{folder}: no config.json (or an empty one), which would say what model this is")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers raises many kinds; all mean the same here
+        raise CheckpointError(f"{folder}/config.json: transformers can't read it: {error}") from error
+    chosen = _dtype(dtype, config, checkpoint)
+    cls = model_class or _model_class(config, checkpoint, trust_remote_code)
+    options: dict[str, Any] = {"dtype": chosen}
+    if attn_implementation:
+        options["attn_implementation"] = attn_implementation
+    try:
+        with init_empty_weights(include_buffers=False):
+            if hasattr(cls, "_model_mapping"):
+                model = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
+            else:
+                model = cls._from_config(config, **options)
+        _compute_buffers(model)
+    except Exception as error:  # what a config and options lead to is transformers' to say
+        raise CheckpointError(
+            f"{folder}: transformers can't build {getattr(cls, '__name__', cls)} from this config.json "
+            f"with {options}: {type(error).__name__}: {error}"
+        ) from error
+    model.config.name_or_path = folder
+    if model.can_generate():
+        with contextlib.suppress(OSError):
+            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    model.eval()
+    return model
+
+
+def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    if dtype is not None and dtype != "auto":
+        named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if named not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise RecipeError(f"dtype must be a torch dtype that a model can compute in, or its name, not {dtype}")
+        return named
+    found = getattr(config, "dtype", None)
+    if isinstance(found, str):
+        found = getattr(torch, found)
+    if isinstance(found, torch.dtype):
+        return found
+    floats = (dtypes.TORCH[info.dtype_name] for info in checkpoint.tensors.values() if info.quantizable)
+    return next(floats, None) or torch.float32
+
+
+def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
+    """The class that the config names; the causal language model of its type where it names none."""
+    auto_map = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and auto_map:
+        name = next((n for n in ("AutoModelForCausalLM", "AutoModel") if n in auto_map), "AutoModelForCausalLM")
+        return getattr(transformers, name)
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    return transformers.AutoModelForCausalLM
+
+
+def _compute_buffers(model: Any) -> None:
+    """Recompute buffers (rotary and position tables) outside of the model's half-precision default dtype.
+
+    ``from_config`` builds them under it, ``from_pretrained`` does not: GPT-J's sines would be wrong by most of 1.
+    """
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.initialize_weights()
