@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -238,7 +239,8 @@ class Report:
             ("staging", f"{human_bytes(self.staging_bytes)}, {self.threads} threads"),
         ]
         if self.in_memory:
-            rows.append(("process, peak over final", human_bytes(self.rss_peak_bytes - self.rss_final_bytes)))
+            over = max(0, self.rss_peak_bytes - self.final_bytes)  # what it grew by, beyond the model
+            rows.append(("process, peak over final", human_bytes(over)))
         else:
             rows.append(("process, peak over start", human_bytes(self.rss_peak_bytes)))
         if self.device_peak_bytes:
@@ -323,8 +325,8 @@ def _count_text(counted: tuple[int, int]) -> str:
 
 
 def _to_text(table: Table) -> str:
-    console = Console(file=StringIO(), width=140, color_system=None)
-    console.print(table)
-    output = console.file
-    assert isinstance(output, StringIO)
-    return output.getvalue().rstrip()
+    # as wide as the terminal; 140 columns where there is none
+    width = min(140, shutil.get_terminal_size((140, 0)).columns)
+    output = StringIO()
+    Console(file=output, width=width, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
