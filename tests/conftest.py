@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 
+os.environ["COLUMNS"] = "140"  # tables are as wide as the terminal
 # tests run beside each other: torch's own threads would wait for one another, far longer than they work
 torch.set_num_threads(1)
 

@@ -289,7 +289,7 @@ def plan_table(plan: Plan) -> str:
     """What becomes of each group of like tensors and why, and the memory forecast."""
     table = Table(title=plan.source, title_justify="left")
     for column in ("tensors", "shape", "from", "to", "why", "count", "final"):
-        table.add_column(column, justify="right" if column in ("count", "final") else "left")
+        table.add_column(column, justify="right" if column in ("count", "final") else "left", overflow="fold")
     groups: dict[tuple[str, ...], list[Placement]] = {}
     for p in plan.placements:
         sources = "+".join(dtypes.short(d) if (d := dtypes.TORCH[n]) else n for n in p.source_dtype_names)
