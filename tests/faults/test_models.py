@@ -360,3 +360,10 @@ def test_failed_load_leaves_no_model_behind(fault: str, llama: Path, monkeypatch
         fails(WeightError, Q, lambda: octavo.load(llama))
     gc.collect()
     assert [ref() for ref in made] == [None]
+
+
+def test_table_that_the_model_computes_is_passed_over_and_reported(llama: Path) -> None:
+    """Older versions of models saved buffers (position_ids, inv_freq) that newer ones compute."""
+    edit_tensors(llama, lambda tensors: tensors.update({"model.rotary_emb.inv_freq": torch.ones(8)}))
+    report = octavo.load(llama).load_report
+    assert report.unused == {"model.rotary_emb.inv_freq": "the model computes this buffer"}

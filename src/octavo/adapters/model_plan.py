@@ -60,9 +60,13 @@ def plan_model(
         elif name not in tied or not ({*tied[name], name} & found.keys()):
             problems.append(f"missing: no checkpoint tensor makes {name} {list(tensor.shape)}")
     ignorable = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    # tables that older versions of a model saved, and newer ones compute (position_ids, inv_freq)
+    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers() if name not in expected}
     unused = {}
     for name in unexpected:
-        if any(pattern.search(name) for pattern in ignorable):
+        if name.rpartition(".")[2] in computed:
+            unused[name] = "the model computes this buffer"
+        elif any(pattern.search(name) for pattern in ignorable):
             unused[name] = "this architecture ignores it"
         elif not strict:
             unused[name] = "the model has no place for it (strict=False)"
