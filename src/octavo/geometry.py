@@ -56,7 +56,10 @@ class Geometry:
         Raises:
             DeviceError: the budget is too small for a single thread.
         """
-        devices = {torch.device(p.device) for p in plan.placements} or {torch.device("cpu")}
+        try:
+            devices = {torch.device(p.device) for p in plan.placements} or {torch.device("cpu")}
+        except RuntimeError as error:
+            raise DeviceError(f"no such kind of device: {str(error).splitlines()[0]}") from error
         if len(devices) > 1:
             raise DeviceError(f"a model spread over {', '.join(sorted(map(str, devices)))} is not supported: name one")
         device = next(iter(devices))

@@ -74,7 +74,9 @@ def linear(
     by_row = each is None and x.dtype != torch.float16
     on_cpu = q.device.type == "cpu"
     step = min(rows, _ROWS if on_cpu else _ROWS_ON_DEVICE)
-    scratch = torch.empty(step * cols, dtype=torch.int16) if on_cpu else None
+    # one buffer for all steps, unless each step's weight is kept for the gradient of x
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    scratch = torch.empty(step * cols, dtype=torch.int16) if on_cpu and not differentiable else None
     # one pass instead of four, where a scale times 2**120 is still a number; bf16 can hold every scale
     in_one = on_cpu and not by_row and x.dtype == torch.bfloat16 and bool(cells.max() < 2.0**7)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)

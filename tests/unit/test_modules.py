@@ -217,3 +217,12 @@ def test_a_stack_that_the_recipe_kept_is_used_as_it_is():
 def test_scales_are_named_after_their_weight():
     assert modules.scale_name("a.weight") == "a.weight_scale"
     assert modules.scale_name("experts.gate_up_proj") == "experts.gate_up_proj_scale"
+
+
+@pytest.mark.parametrize("scheme", list(schemes.SCHEMES))
+def test_gradients_reach_the_activations_of_a_layer_of_many_steps(scheme):
+    q, scale = schemes.quantize((torch.randn(300, 64) * 0.02).bfloat16(), scheme)
+    x = torch.randn(3, 64).bfloat16().requires_grad_()
+    modules.linear(x, q, scale, scheme).float().sum().backward()
+    expected = schemes.dequantize(q, scale, scheme).sum(0)
+    assert torch.allclose(x.grad[0].float(), expected, rtol=0.05, atol=0.05)
