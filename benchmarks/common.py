@@ -158,15 +158,6 @@ def warm(folder: Path) -> None:
                 pass
 
 
-def cool(folder: Path) -> None:
-    """Drop the files from the page cache: those only, and without permission to drop all of it."""
-    os.sync()
-    for path in sorted(folder.iterdir()):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
 def size(folder: Path) -> int:
     """Bytes of all files."""
     return sum(path.stat().st_size for path in folder.iterdir())

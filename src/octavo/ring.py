@@ -19,7 +19,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -140,14 +139,6 @@ class Worker(Protocol[TicketIn]):
 
     def close(self) -> None:
         """Called once, in the thread, after its last ticket (also after an error)."""
-
-
-@dataclass
-class Progress:
-    """Seen by progress callbacks."""
-
-    done_bytes: int
-    total_bytes: int
 
 
 class Ring(Generic[Ticket]):
