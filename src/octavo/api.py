@@ -12,7 +12,7 @@ import torch
 from . import formats
 from .checkpoint import Checkpoint
 from .convert import convert
-from .errors import MissingExtraError, OctavoError
+from .errors import MissingExtraError
 from .geometry import Geometry, usable_device
 from .plan import DEFAULT_STAGING_BYTES, Plan
 from .recipe import Recipe
@@ -105,31 +105,21 @@ def _iterate(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     geometry = Geometry.fit(made, threads)
-    sink = IteratorSink(made.staging_bytes - geometry.staging_bytes)
-    running = Stream(checkpoint, made, sink, geometry=geometry)
+    # on an accelerator, this thread does the work
+    sink = IteratorSink(None if geometry.lanes else made.staging_bytes - geometry.staging_bytes)
     handed = 0
-    ended = False
-    running.start()
-    try:
-        while (taken := sink.take(running.ring)) is not None:
-            name, scale, nbytes = taken[0].name, taken[1].scale, taken[0].source_bytes
-            weight = taken[1].weight
-            del taken  # what the consumer drops is gone
+    with contextlib.closing(Stream(checkpoint, made, sink, geometry=geometry).iterate()) as placed:
+        for placement, storage in placed:
+            name, weight, scale = placement.name, storage.weight, storage.scale
+            del storage  # what the consumer drops is gone
             yield name, weight
             del weight
             if scale is not None:
                 yield layout.scale_name(name), layout.stored_scale(scale)
             del scale
-            handed += nbytes
+            handed += placement.source_bytes
             if progress:
                 progress(handed, made.source_bytes)
-        ended = True
-        running.stop()
-        running.finish()
-    finally:
-        # who closes the iterator early does not care what reading ahead would have found
-        with contextlib.nullcontext() if ended else contextlib.suppress(OctavoError):
-            running.stop()
 
 
 __all__ = ["convert", "load", "plan", "stream", "verify"]

@@ -69,20 +69,19 @@ def cut_plan(plan: Plan, slot_bytes: int) -> Iterator[Chunk]:
     """All chunks in the order of reading, none larger than ``slot_bytes``."""
     unit = 0
     for placement in plan.placements:
-        found = list(_cut_placement(placement, slot_bytes))
-        for index, (work, piece, part, number) in enumerate(found):
-            cells, phase = _position(placement, piece, part)
-            yield Chunk(
-                placement,
-                work,
-                piece,
-                piece.numel * _itemsize(placement),
-                cells,
-                phase,
-                unit + number,
-                last=index == len(found) - 1,
-            )
-        unit += max((number for *_, number in found), default=0) + 1
+        for chunk in cut_placement(placement, slot_bytes, unit):
+            yield chunk
+            unit = chunk.unit
+        unit += 1
+
+
+def cut_placement(placement: Placement, slot_bytes: int, first_unit: int = 0) -> Iterator[Chunk]:
+    """The chunks of one placement; units are numbered from ``first_unit``, and don't decrease."""
+    itemsize = _itemsize(placement)
+    found = list(_cut_placement(placement, slot_bytes))
+    for left, (work, piece, part, unit) in zip(range(len(found) - 1, -1, -1), found, strict=True):
+        cells, phase = _position(placement, piece, part)
+        yield Chunk(placement, work, piece, piece.numel * itemsize, cells, phase, first_unit + unit, last=not left)
 
 
 @functools.lru_cache(maxsize=4096)

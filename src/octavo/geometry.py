@@ -17,8 +17,8 @@ _SCRATCH_ELEMENTS = 1 << 19
 #: slots on an accelerator: two for each thread, large enough to hide the cost of launching a copy
 _PINNED_SLOT_BYTES = 8 << 20
 _MAX_THREADS = 16
-#: streams of a GPU that copy and quantize at the same time
-LANES = 3
+#: streams of a GPU
+_LANES = 3
 #: where many threads are asked for with a small budget
 _MIN_SLOT_BYTES = 1 << 12
 
@@ -28,21 +28,22 @@ class Geometry:
     """How the staging budget is divided: threads, slots and scratch."""
 
     threads: int
-    slots_per_thread: int
+    slots: int
     slot_bytes: int
     scratch_elements: int
     device: torch.device
-    lane_bytes: int = 0  # on a GPU: the copy of a slot, and what kernels need beside it
+    lanes: int = 0  # on a GPU: streams that copy and quantize at the same time; 0: threads do it, on a CPU
+    lane_bytes: int = 0  # the copy of a slot, and what kernels need beside it
 
     @property
     def host_bytes(self) -> int:
         """Slots and, on a CPU, scratch and FP8 output: at most half a slot, since sources have two bytes or more."""
         scratch = self.slot_bytes // 2 + self.scratch_elements * 8 if self.device.type == "cpu" else 0
-        return self.threads * (self.slots_per_thread * self.slot_bytes + scratch)
+        return self.slots * self.slot_bytes + self.threads * scratch
 
     @property
     def device_bytes(self) -> int:
-        return LANES * self.lane_bytes
+        return self.lanes * self.lane_bytes
 
     @property
     def staging_bytes(self) -> int:
@@ -65,6 +66,7 @@ class Geometry:
         device = next(iter(devices))
         # clamping to what e4m3 holds takes a float32 copy of a chunk
         lane_slots = 4 if any(p.scheme == "mxfp8" for p in plan.quantized) else 1
+        on_cpu = device.type == "cpu"
         if not isinstance(plan.staging_bytes, int):
             raise DeviceError(f"staging_bytes is {plan.staging_bytes!r}, not a number of bytes")
         if plan.staging_bytes < MIN_STAGING_BYTES:
@@ -74,11 +76,11 @@ class Geometry:
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise DeviceError(f"threads is {threads!r}; at least 1 is needed")
         wanted = threads or min(_usable_cpus(), _MAX_THREADS)
-        size = slot_bytes or (default_slot_bytes(plan) if device.type == "cpu" else _PINNED_SLOT_BYTES)
+        size = slot_bytes or (default_slot_bytes(plan) if on_cpu else _PINNED_SLOT_BYTES)
         while True:
-            scratch = min(size // 2, _SCRATCH_ELEMENTS) if device.type == "cpu" else 0
-            lane = 0 if device.type == "cpu" else size * lane_slots
-            geometry = cls(wanted, 1 if device.type == "cpu" else 2, size, scratch, device, lane)
+            scratch = min(size // 2, _SCRATCH_ELEMENTS) if on_cpu else 0
+            lanes, lane = (0, 0) if on_cpu else (_LANES, size * lane_slots)
+            geometry = cls(wanted, wanted if on_cpu else 2 * wanted, size, scratch, device, lanes, lane)
             if geometry.staging_bytes <= plan.staging_bytes:
                 return geometry
             if threads is None and wanted > 1:

@@ -10,6 +10,7 @@ Offsets, sizes and strides are in elements.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,23 +57,44 @@ class Piece(NamedTuple):
             src_strides=tuple(self.src_strides[d] for d in dims),
         )
 
-    def file_order(self) -> list[int]:
+    def file_order(self) -> tuple[int, ...]:
         """Axes from the outermost in the file to the innermost."""
-        return sorted(range(len(self.size)), key=lambda d: (-self.src_strides[d], d))
+        return _file_order(self.src_strides)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the source holds these elements in one contiguous stretch (or they are none)."""
+        return _run(self.size, self.src_strides)[0] == self.numel
 
     def runs(self) -> tuple[int, Iterator[int]]:
         """The contiguous stretches of the source that hold this piece: their length, and their offsets in file order.
 
         Read one after another into a buffer, the stretches form a contiguous tensor whose axes are `file_order`.
         """
-        if not self.numel:
+        length, outer = _run(self.size, self.src_strides)
+        if not length:
             return 0, iter(())
-        order = [d for d in self.file_order() if self.size[d] > 1]
-        length = 1
-        while order and self.src_strides[order[-1]] == length:
-            length *= self.size[order.pop()]
-        outer = [range(0, self.size[d] * self.src_strides[d], self.src_strides[d]) for d in order]
         return length, (self.src_off + sum(steps) for steps in itertools.product(*outer))
+
+
+# a model has thousands of pieces, and few shapes of them
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_order(strides: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(strides)), key=lambda d: (-strides[d], d)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _run(size: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, tuple[range, ...]]:
+    """The longest contiguous stretch of a box, and the offsets along its other axes."""
+    if not math.prod(size):
+        return 0, ()
+    order = [d for d in _file_order(strides) if size[d] > 1]
+    length = 1
+    while order and strides[order[-1]] == length:
+        length *= size[order.pop()]
+    return length, tuple(range(0, size[d] * strides[d], strides[d]) for d in order)
 
 
 def _put(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:

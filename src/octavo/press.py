@@ -1,14 +1,12 @@
-"""What becomes of a chunk once its bytes are in host memory: copy to the device, scale, quantize, place.
+"""What becomes of a chunk on a CPU once its bytes are in memory: scale, quantize, place, in tiles that a cache holds.
 
-On a CPU each worker thread of the ring has a press of its own. On a GPU there is one, in one thread, since a dozen
-threads that launch kernels mostly wait for each other (measured: 28.6 GB took 5.5 s with sixteen, 3.7 s with four); it
-spreads chunks over a few streams (*lanes*), so that one is copied while another is quantized.
+Each worker thread of the ring has a press of its own.
 """
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -27,61 +25,22 @@ if TYPE_CHECKING:
     from .stream import Stream
 
 
-class _Lane:
-    """A stream of the device, and the memory into which it copies chunks."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self.staged = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.queue: Any = None
-        if device.type == "cuda":
-            self.queue = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self.queue.wait_stream(torch.cuda.current_stream(device))
-
-    def copy(self, slot: Slot, nbytes: int) -> Tensor:
-        """The slot's bytes on the device; the slot is busy until they have left it."""
-        staged = self.staged[:nbytes].copy_(slot.buffer[:nbytes], non_blocking=self.queue is not None)
-        if self.queue is not None:
-            slot.busy = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            slot.busy.record(self.queue)
-        return staged
-
-
 class Press:
     """Quantizes and places chunks, one at a time, for one thread."""
 
-    def __init__(self, stream: Stream, lanes: int = 1, *, check_later: bool = False) -> None:
+    def __init__(self, stream: Stream) -> None:
         geometry = stream.geometry
-        self.stream, self.device = stream, geometry.device
-        on_cpu = self.device.type == "cpu"
+        self.stream = stream
         self.wide = torch.empty(geometry.scratch_elements, dtype=torch.float32)
         self.bits = torch.empty(geometry.scratch_elements, dtype=torch.float32)
-        self.tile_elements = geometry.scratch_elements or geometry.slot_bytes
-        self.lanes = [] if on_cpu else [_Lane(geometry.slot_bytes, self.device) for _ in range(lanes)]
+        self.tile_elements = geometry.scratch_elements
         self.out: Tensor | None = None  # where the sink has no memory to quantize into
-        self.check_later = check_later  # finding non-finite weights at once would wait for the device
-        self.turn = 0
-
-    def close(self) -> None:
-        """Wait for the device."""
-        for lane in self.lanes:
-            if lane.queue is not None:
-                lane.queue.synchronize()
 
     def take(self, chunk: Chunk, slot: Slot, nbytes: int) -> None:
         """Do what the plan says with a chunk that has been read into ``slot``."""
         started = now()
         with torch.no_grad():
-            if not self.lanes:
-                placed = self._place(chunk, self._elements(chunk, slot.buffer[:nbytes]))
-            else:
-                # chunks of a group that spans several follow each other in one lane
-                spans = chunk.work in (Work.AMAX, Work.REREAD)
-                lane = self.lanes[0 if spans else self.turn]
-                self.turn = (self.turn + 1) % len(self.lanes)
-                with torch.cuda.stream(lane.queue) if lane.queue is not None else contextlib.nullcontext():
-                    placed = self._place(chunk, self._elements(chunk, lane.copy(slot, nbytes)))
-                    if spans and lane.queue is not None:
-                        lane.queue.synchronize()
+            placed = self._place(chunk, self._elements(chunk, slot.buffer[:nbytes]))
         self.stream.done(chunk, now() - started, placed)
 
     def _elements(self, chunk: Chunk, flat: Tensor) -> Tensor:
@@ -107,8 +66,7 @@ class Press:
             amax = self.stream.wait_amax(chunk)
         else:
             amax = self._amax(x, chunk, scheme)
-            if not self.check_later or destination.scale is None:
-                self._check_finite(amax, chunk, x)
+            self._check_finite(amax, chunk, x)
         if chunk.work is Work.AMAX:
             self.stream.add_amax(chunk, amax)
             return 0
@@ -127,7 +85,7 @@ class Press:
     def _scratch(self, piece: Piece) -> Tensor:
         if self.out is None:
             nbytes = self.stream.geometry.slot_bytes // 2
-            self.out = torch.empty(nbytes, dtype=schemes.FP8, device=self.device)
+            self.out = torch.empty(nbytes, dtype=schemes.FP8)
         return self.out[: piece.numel].view(piece.size)
 
     def _amax(self, x: Tensor, chunk: Chunk, scheme: Scheme) -> Tensor:
@@ -136,7 +94,7 @@ class Press:
         tiles = cut_tiles(chunk.piece.size, scheme, chunk.phase, self.tile_elements)
         if len(tiles) == 1:
             return schemes.group_amax(x, scheme, phase=chunk.phase, scratch=scratch)
-        amax = torch.zeros(grid, dtype=torch.float32, device=x.device)
+        amax = torch.zeros(grid, dtype=torch.float32)
         for tile in tiles:
             region = amax[tile.cells]
             part = schemes.group_amax(tile.region(x), scheme, phase=tile.phase, scratch=scratch)
@@ -163,12 +121,12 @@ def _nonfinite(checkpoint: Checkpoint, piece: Piece, values: Tensor, placement: 
     )
 
 
-def describe_nonfinite(checkpoint: Checkpoint, placement: Placement) -> str:
-    """`_nonfinite` for a placement of which only the scales have been seen."""
-    for piece in placement.pieces:
+def describe_nonfinite(checkpoint: Checkpoint, pieces: Iterable[tuple[Placement, Piece]]) -> str:
+    """`_nonfinite` for pieces of which only the amax has been seen: reads them again."""
+    for placement, piece in pieces:
         with safe_open(checkpoint.shard_of(piece.src_name).path, "pt") as file:
             source = file.get_tensor(piece.src_name)
         values = source.reshape(-1).as_strided(piece.size, piece.src_strides, piece.src_off)
         if not bool(torch.isfinite(values).all()):
             return _nonfinite(checkpoint, piece, values, placement)
-    raise AssertionError(f"{placement.name}: scales are not finite, but weights are")
+    raise AssertionError("an amax is not finite, but the weights are")

@@ -4,7 +4,7 @@ A fixed number of threads take chunks in plan order and read them into a fixed n
 bounded whatever the sizes of tensors, and the earliest chunk always has a slot. Then, in one of two ways:
 
 - `Ring.run`: each thread owns its slots and goes on with the chunk itself, while the bytes are in its core's cache;
-- `Ring.relay`: the threads only read, and the calling thread takes the chunks over in order.
+- `Ring.relay`: the threads only read, and the calling thread takes over in order.
 
 A slot is reused only after ``Slot.wait``: on an accelerator, after the copy out of it has completed.
 
@@ -18,8 +18,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from .errors import CheckpointError, SourceChangedError
 Ticket = TypeVar("Ticket")
 TicketIn = TypeVar("TicketIn", contravariant=True)
 #: how often a waiting caller looks for Ctrl-C and reports progress
-_TICK_S = 0.1
+TICK_S = 0.1
 
 
 class Cancelled(Exception):
@@ -123,7 +123,8 @@ class Slot:
     def __init__(self, nbytes: int, pinned: bool) -> None:
         self.buffer: Tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
         self.view = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
-        self.busy: torch.cuda.Event | None = None
+        self.busy: Any = None  # an event of the device
+        self.start = 0  # where in it the bytes that were asked for begin
 
     def wait(self) -> None:
         if self.busy is not None:
@@ -184,7 +185,7 @@ class Ring(Generic[Ticket]):
                 with self._condition:
                     if not self._alive:
                         break
-                    self._condition.wait(_TICK_S)
+                    self._condition.wait(TICK_S)
                 if on_tick:
                     on_tick(self.done_bytes)
         finally:
@@ -193,16 +194,12 @@ class Ring(Generic[Ticket]):
             on_tick(self.done_bytes)
 
     def relay(
-        self,
-        tickets: Iterable[Ticket],
-        slots: Sequence[Slot],
-        read: Callable[[Ticket, Slot], int],
-        consume: Callable[[Ticket, Slot, int], None],
-        on_tick: Callable[[int], None] | None = None,
-    ) -> None:
-        """Threads ``read`` tickets into slots; the calling thread ``consume``s them, in order. Errors as for `run`.
+        self, tickets: Iterable[Ticket], slots: Sequence[Slot], read: Callable[[Ticket, Slot], int]
+    ) -> Generator[tuple[Ticket, Slot], None, None]:
+        """Threads ``read`` tickets into slots (returning bytes read); yields tickets and their slots, in order.
 
-        Slots are taken in the order of the tickets, so the next one to be consumed always has one.
+        Slots are taken in the order of the tickets, so the next one to be yielded always has one; it is free again
+        when the next is asked for. Close the generator (`contextlib.closing`) to end the threads; errors as for `run`.
         """
         free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         full: queue.SimpleQueue[tuple[int, Ticket, Slot, int] | None] = queue.SimpleQueue()
@@ -227,13 +224,13 @@ class Ring(Generic[Ticket]):
                 full.put(None)
 
         waiting: dict[int, tuple[Ticket, Slot, int]] = {}
-        expected, ended, ticked = 0, 0, now()
+        expected, ended = 0, 0
         try:
             self.start(numbered, Reader)  # type: ignore[arg-type]
             while ended < self._count or waiting:
                 if expected in waiting:
                     what, slot, nbytes = waiting.pop(expected)
-                    consume(what, slot, nbytes)
+                    yield what, slot
                     free.put(slot)
                     self.done_bytes += nbytes
                     expected += 1
@@ -245,13 +242,8 @@ class Ring(Generic[Ticket]):
                         ended += 1
                     else:
                         waiting[arrived[0]] = arrived[1:]
-                if on_tick and now() - ticked > _TICK_S:
-                    ticked = now()
-                    on_tick(self.done_bytes)
         finally:
             self.finish()
-        if on_tick:
-            on_tick(self.done_bytes)
 
     def finish(self) -> None:
         """Stop, join all threads, and raise the first error of any of them."""

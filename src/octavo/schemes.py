@@ -108,10 +108,11 @@ def count_cells(length: int, group: int | None, phase: int = 0) -> int:
     return 1 if group is None else math.ceil((phase + length) / group)
 
 
-def _spans(length: int, group: int | None, phase: int = 0) -> list[_Span]:
+@functools.lru_cache(maxsize=4096)
+def _spans(length: int, group: int | None, phase: int = 0) -> tuple[_Span, ...]:
     """Cut an axis of which element 0 is ``phase`` into its group: a partial head, whole cells, a partial tail."""
     if group is None:
-        return [_Span(0, length, 0, 1, length)]
+        return (_Span(0, length, 0, 1, length),)
     spans = []
     head = min(length, -phase % group)
     if head:
@@ -123,7 +124,7 @@ def _spans(length: int, group: int | None, phase: int = 0) -> list[_Span]:
     start = head + whole * group
     if start < length:
         spans.append(_Span(start, length, cell + whole, 1, length - start))
-    return spans
+    return tuple(spans)
 
 
 def _grouped(x: Tensor, rows: _Span, cols: _Span) -> Tensor:
@@ -134,7 +135,12 @@ def _grouped(x: Tensor, rows: _Span, cols: _Span) -> Tensor:
 
 
 def group_amax(
-    weight: Tensor, scheme: Scheme, *, phase: tuple[int, int] = (0, 0), scratch: Tensor | None = None
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    phase: tuple[int, int] = (0, 0),
+    scratch: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Largest magnitude of each scale group of ``weight[..., out, in]`` -> float32 [..., row cells, column cells].
 
@@ -145,16 +151,21 @@ def group_amax(
         weight: bf16, fp16 or fp32; any strides.
         phase: row and column of ``weight[..., 0, 0]`` within its scale group.
         scratch: as many elements as ``weight``, same dtype; spares an allocation on a CPU.
+        out: where the result goes, if given.
     """
     row_spans = _spans(weight.shape[-2], scheme.group_rows, phase[0])
     col_spans = _spans(weight.shape[-1], scheme.group_cols, phase[1])
-    values = _magnitude_bits(weight, scratch) if weight.device.type == "cpu" else weight
+    on_cpu = weight.device.type == "cpu"
+    if not on_cpu and len(row_spans) == len(col_spans) == 1:
+        return _norm(_grouped(weight, row_spans[0], col_spans[0]), out)
+    values = _magnitude_bits(weight, scratch) if on_cpu else weight
     bands = []
     for rows in row_spans:
         band = [_amax(_grouped(values, rows, cols)) for cols in col_spans]
         bands.append(band[0] if len(band) == 1 else torch.cat(band, -1))
     grid = bands[0] if len(bands) == 1 else torch.cat(bands, -2)
-    return grid.contiguous().view(weight.dtype).float() if weight.device.type == "cpu" else grid
+    grid = grid.contiguous().view(weight.dtype).float() if on_cpu else grid
+    return grid if out is None else out.copy_(grid)
 
 
 def _magnitude_bits(weight: Tensor, scratch: Tensor | None) -> Tensor:
@@ -170,12 +181,17 @@ def _magnitude_bits(weight: Tensor, scratch: Tensor | None) -> Tensor:
 
 def _amax(groups: Tensor) -> Tensor:
     """[..., row cells, rows a cell, column cells, columns a cell] -> [..., row cells, column cells]."""
-    if groups.is_floating_point():  # on a GPU, the one reduction that takes the magnitude on the way
-        norm: Tensor = torch.linalg.vector_norm(groups, math.inf, dim=(-3, -1), dtype=torch.float32)
-        return norm
+    if groups.is_floating_point():
+        return _norm(groups)
     # rows first: reducing over an outer axis is the faster of the two
     tall = groups.squeeze(-3) if groups.shape[-3] == 1 else groups.amax(-3)
     return tall.squeeze(-1) if groups.shape[-1] == 1 else tall.amax(-1)
+
+
+def _norm(groups: Tensor, out: Tensor | None = None) -> Tensor:
+    """`_amax` of floats on a GPU: the one reduction that takes the magnitude on the way."""
+    norm: Tensor = torch.linalg.vector_norm(groups, math.inf, dim=(-3, -1), dtype=torch.float32, out=out)
+    return norm
 
 
 def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:

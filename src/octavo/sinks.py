@@ -6,6 +6,7 @@ thread, each box once. Scales may be written more than once, with the same value
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -98,20 +99,23 @@ class ParameterSink:
 
 
 class IteratorSink:
-    """Hands finished placements, in plan order, to a consumer in another thread.
+    """Hands finished placements, in plan order, to the consumer of `Stream.iterate`.
 
-    Memory runs ahead of the consumer by at most ``ahead_bytes`` (or one placement, if that is larger).
+    Memory runs ahead of the consumer by at most ``ahead_bytes`` (or one placement, if that is larger); by a block at
+    most (None) where the consumer's own thread does the work.
     """
 
-    def __init__(self, ahead_bytes: int) -> None:
+    def __init__(self, ahead_bytes: int | None) -> None:
         self._ahead_bytes = ahead_bytes  # includes the tensor that the consumer holds
         self._outstanding = 0
         self._held = 0  # bytes of the one that the consumer has
-        self._order: list[_Pending] = []
+        self._order: deque[_Pending] = deque()
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
         size = placement.final_bytes
-        ring.wait_for(lambda: not self._outstanding or self._outstanding + size <= self._ahead_bytes)
+        ahead = self._ahead_bytes
+        if ahead is not None:
+            ring.wait_for(lambda: not self._outstanding or self._outstanding + size <= ahead)
         pending = _Pending(placement, Storage.allocate(placement), ring)
 
         def add() -> None:
@@ -136,12 +140,16 @@ class IteratorSink:
             ring.wait_for(ready)
         except Cancelled:
             return None  # `Ring.finish` raises the error that stopped it
+        return self.take_ready(ring)
+
+    def take_ready(self, ring: Ring[Any]) -> tuple[Placement, Storage] | None:
+        """The next placement if it is complete."""
         if not self._order or not self._order[0].complete:
             return None
         pending = self._order[0]
 
         def remove() -> None:
-            self._order.pop(0)
+            self._order.popleft()
             self._held = pending.placement.final_bytes
 
         ring.update(remove)
@@ -155,9 +163,6 @@ class _Pending(_Parameter):
         self.complete = False
 
     def close(self) -> None:
-        if self.storage.weight.is_cuda:
-            torch.cuda.synchronize(self.storage.weight.device)
-
         def finish() -> None:
             self.complete = True
 

@@ -1,8 +1,8 @@
 """The loop: read a chunk, quantize it, place it. Executes a plan and decides nothing.
 
-Threads of the ring read chunks into slots; a press computes scales and FP8 bytes, in the same thread on a CPU, in the
-caller's on a GPU, and writes them where the sink says. Chunks of one parameter may finish in any order; their bytes
-don't depend on it.
+On a CPU, threads of the ring read chunks into slots, and a press of each computes scales and FP8 bytes and writes them
+where the sink says. On an accelerator they read blocks of chunks, and the caller's thread launches the rest. Chunks of
+one parameter may finish in any order; their bytes don't depend on it.
 
 Where scale groups span chunks (a tensor-wide scale, a transposed source), the plan has each chunk read twice: first for
 the amax, then, when all of the group's have been seen, to quantize.
@@ -10,22 +10,26 @@ the amax, then, when all of the group's have been seen, to quantize.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import dtypes
+from .blocks import Block, cut_blocks
 from .checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_plan
-from .errors import WeightError
-from .geometry import LANES, Geometry
+from .device import DevicePress
+from .errors import OctavoError
+from .geometry import Geometry
 from .plan import Placement, Plan
-from .press import Press, describe_nonfinite
-from .ring import Files, Ring, SingleThreadedTorch, Slot, now
-from .sinks import Destination, Sink
+from .press import Press
+from .ring import TICK_S, Files, Ring, SingleThreadedTorch, Slot, now
+from .sinks import Destination, IteratorSink, Sink, Storage
 
 
 @dataclass
@@ -66,19 +70,18 @@ class Stream:
     ) -> None:
         self.checkpoint, self.plan, self.sink = checkpoint, plan, sink
         self.geometry = geometry or Geometry.fit(plan, threads, slot_bytes)
-        self.ring: Ring[Chunk] = Ring(self.geometry.threads)
+        self.ring: Ring[Any] = Ring(self.geometry.threads)
         self.files = Files(checkpoint.shards)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._states: dict[str, _State] = {}
-        self._check_later = False
-        self._unchecked: list[tuple[Placement, Tensor]] = []  # scales on an accelerator, looked at once at the end
+        self._again_bytes = 0  # drawn to be read a second time
         self._torch = SingleThreadedTorch()
         self._lock = threading.Lock()
 
     @property
     def total_bytes(self) -> int:
-        """Bytes that will be read."""
-        return sum(chunk.nbytes for chunk in cut_plan(self.plan, self.geometry.slot_bytes))
+        """Bytes to be read, as far as is known: cutting tells which are read twice."""
+        return self.plan.source_bytes + self._again_bytes
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Tally:
         """Execute the plan; on any error, all threads have ended and all files are closed when it is raised.
@@ -86,54 +89,103 @@ class Stream:
         Args:
             progress: called about ten times a second, in this thread, with bytes read and bytes in all.
         """
-        total = self.total_bytes if progress else 0
+
+        def on_tick(done: int) -> None:
+            if progress:
+                progress(done, self.total_bytes)
+
         self._torch.hold()
         try:
-            on_tick = (lambda done: progress(done, total)) if progress else None
-            if self.geometry.device.type == "cuda":
-                self._relay(on_tick)
+            if self.geometry.lanes:
+                ticked = now()
+                for _ in self._blocks():
+                    if now() - ticked > TICK_S:
+                        ticked = now()
+                        on_tick(self.ring.done_bytes)
+                on_tick(self.ring.done_bytes)
             else:
-                self.ring.run(self._tickets(), self._worker, on_tick)
-            self.finish()
+                self.ring.run(self._tickets(), lambda: Worker(self), on_tick)
+            self.files.check_unchanged()
         finally:
             self._close()
         return self.tally
 
-    def start(self) -> None:
-        """Begin in the background: for a sink whose consumer is the calling thread. `stop` must follow."""
-        self._torch.hold()
-        self.ring.start(self._tickets(), self._worker)
+    def iterate(self) -> Generator[tuple[Placement, Storage], None, None]:
+        """Execute the plan, yielding each placement in plan order; the sink is an `IteratorSink`. Errors as for `run`.
 
-    def stop(self) -> None:
-        """End the threads, close the files, raise what any thread raised."""
+        Reading runs ahead of the consumer. Close the generator to end early. On an accelerator, tensors are ready for
+        what is given to the current stream from then on.
+        """
+        sink = self.sink
+        assert isinstance(sink, IteratorSink)
+        ended = False
+        self._torch.hold()
         try:
-            self.ring.finish()
+            if self.geometry.lanes:
+                with contextlib.closing(self._blocks()) as blocks:
+                    for _ in blocks:
+                        yield from iter(lambda: sink.take_ready(self.ring), None)
+            else:
+                self.ring.start(self._tickets(), lambda: Worker(self))
+                yield from iter(lambda: sink.take(self.ring), None)
+                self.ring.finish()
+            ended = True
+            self.files.check_unchanged()
         finally:
+            # who closes the iterator early does not care what reading ahead would have found
+            with contextlib.nullcontext() if ended else contextlib.suppress(OctavoError):
+                self.ring.finish()
             self._close()
 
     def _close(self) -> None:
         self.files.close()
         self._torch.release()
 
-    def finish(self) -> None:
-        """After the last chunk: the sources must still be what they were, and every scale finite."""
-        self.files.check_unchanged()
-        checked = [(placement, torch.isfinite(scale.float()).all()) for placement, scale in self._unchecked]
-        if checked and not bool(torch.stack([flag for _, flag in checked]).all()):
-            raise WeightError(describe_nonfinite(self.checkpoint, next(p for p, flag in checked if not flag)))
+    # -- on an accelerator: threads read blocks, this thread launches -------------------------------------------------
 
-    def _worker(self) -> _Worker:
-        return _Worker(self)
-
-    def _relay(self, on_tick: Callable[[int], None] | None) -> None:
-        """Threads read, this thread quantizes: see `octavo.press`."""
-        geometry, self._check_later = self.geometry, True
-        slots = [Slot(geometry.slot_bytes, pinned=True) for _ in range(geometry.threads * geometry.slots_per_thread)]
-        press = Press(self, LANES, check_later=True)
+    def _blocks(self) -> Generator[None, None, None]:
+        """Run the plan, a step a block; what is in its place then is ready for the current stream."""
+        geometry, for_iterator = self.geometry, isinstance(self.sink, IteratorSink)
+        pinned = geometry.device.type != "cpu"
+        slots = [Slot(geometry.slot_bytes, pinned) for _ in range(geometry.slots)]
+        press = DevicePress(self.checkpoint, geometry, self.sink, self.ring)
+        blocks = self._count_again(cut_blocks(self.plan, self.checkpoint.tensors, geometry.slot_bytes))
         try:
-            self.ring.relay(self._tickets(), slots, self.read, press.take, on_tick)
+            with contextlib.closing(self.ring.relay(blocks, slots, self._read_block)) as arriving:
+                for block, slot in arriving:
+                    started = now()
+                    if for_iterator:
+                        press.follow()
+                    placed = press.take(block, slot)
+                    if for_iterator:
+                        press.precede()
+                    self.tally.placed_bytes += placed
+                    self.tally.quantize_s += now() - started
+                    yield
+            press.finish()
         finally:
             press.close()
+
+    def _count_again(self, blocks: Iterator[Block]) -> Iterator[Block]:
+        for block in blocks:
+            if block.in_order:
+                self._again_bytes += sum(p.chunk.nbytes for p in block.parts if p.chunk.work is Work.AMAX)
+            yield block
+
+    def _read_block(self, block: Block, slot: Slot) -> int:
+        if block.offset is None:
+            return self.read(block.parts[0].chunk, slot)
+        started = now()
+        self.files.read_into(block.shard, slot.view[: block.nbytes], block.offset)
+        self._count_read(started, block.nbytes)
+        return block.nbytes
+
+    def _count_read(self, started: float, nbytes: int) -> None:
+        with self._lock:
+            self.tally.read_s += now() - started
+            self.tally.read_bytes += nbytes
+
+    # -- on a CPU: each thread reads and quantizes --------------------------------------------------------------------
 
     def _tickets(self) -> Iterator[Chunk]:
         """Chunks in plan order; a placement is opened in the sink just before its first."""
@@ -146,6 +198,7 @@ class Stream:
                 state.issued += 1
                 state.complete |= chunk.last
                 if chunk.work is Work.AMAX:
+                    self._again_bytes += chunk.nbytes
                     state.unread[chunk.unit] = state.unread.get(chunk.unit, 0) + 1
             yield chunk
 
@@ -181,8 +234,7 @@ class Stream:
             for offset in offsets:
                 self.files.read_into(info.shard, slot.view[at : at + run_bytes], info.offset + offset * bits // 8)
                 at += run_bytes
-        with self._lock:
-            self.tally.read_s += now() - started
+        self._count_read(started, at)
         return at
 
     def done(self, chunk: Chunk, quantize_s: float, placed: int) -> None:
@@ -191,7 +243,6 @@ class Stream:
         with self._lock:
             state.done += 1
             self.tally.quantize_s += quantize_s
-            self.tally.read_bytes += chunk.nbytes
             self.tally.placed_bytes += placed
             finished = state.complete and state.done == state.issued
             if finished:
@@ -199,12 +250,10 @@ class Stream:
         if finished:
             state.amax = None
             state.destination.close()
-            if self._check_later and state.destination.scale is not None:
-                self._unchecked.append((chunk.placement, state.destination.scale))
             del state.destination  # whoever took the parameter may drop it
 
 
-class _Worker:
+class Worker:
     """A thread of the ring that reads and quantizes: slots, and a press of its own."""
 
     def __init__(self, stream: Stream) -> None:
@@ -212,17 +261,12 @@ class _Worker:
         self.stream = stream
         # each worker is one thread of work; torch's own threads would fight over the cores
         torch.set_num_threads(1)
-        pinned = geometry.device.type == "cuda"
-        self.slots = [Slot(geometry.slot_bytes, pinned) for _ in range(geometry.slots_per_thread)]
+        self.slot = Slot(geometry.slot_bytes, pinned=False)
         self.press = Press(stream)
-        self.turn = 0
 
     def handle(self, chunk: Chunk) -> int:
-        slot = self.slots[self.turn]
-        self.turn = (self.turn + 1) % len(self.slots)
-        slot.wait()
-        self.press.take(chunk, slot, self.stream.read(chunk, slot))
+        self.press.take(chunk, self.slot, self.stream.read(chunk, self.slot))
         return chunk.nbytes
 
     def close(self) -> None:
-        self.press.close()
+        pass

@@ -41,6 +41,7 @@ class Way(NamedTuple):
     staging_bytes: int
     tile_elements: int  # of scratch memory
     min_run_bytes: int  # shorter reads are avoided by reading twice
+    lanes: int = 0  # more than 0: in blocks, as on an accelerator
 
 
 WAYS = st.builds(
@@ -50,6 +51,7 @@ WAYS = st.builds(
     st.sampled_from([1 << 20, 3 << 20, 256 << 20]),
     st.sampled_from([50, 300, 1000, 5000, 1 << 19]),
     st.sampled_from([1, 256, 4096]),
+    st.sampled_from([0, 0, 1, 3]),
 )
 
 
@@ -58,7 +60,8 @@ def streamed(folder: Path, sources: dict[str, torch.Tensor], target: Target, sch
     checkpoint = Checkpoint.open(write_checkpoint(folder, sources, shards=min(2, len(sources))))
     plan = make_plan(checkpoint, [target], Recipe(scheme), way.staging_bytes)
     fit = Geometry.fit(plan, way.threads, way.slot_bytes)
-    geometry = dataclasses.replace(fit, scratch_elements=min(fit.scratch_elements, way.tile_elements))
+    scratch = min(fit.scratch_elements, way.tile_elements)
+    geometry = dataclasses.replace(fit, scratch_elements=scratch, lanes=way.lanes)
     with mock.patch.object(chunks, "_MIN_RUN_BYTES", way.min_run_bytes):
         storages, tally = run_plan(checkpoint, plan, geometry=geometry)
     (placement,) = plan.placements

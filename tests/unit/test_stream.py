@@ -25,7 +25,7 @@ from octavo.pieces import Symbolic, whole
 from octavo.plan import Plan, Target, make_plan, plan_checkpoint
 from octavo.recipe import Recipe
 from octavo.sinks import IteratorSink, ParameterSink, Storage
-from octavo.stream import Stream, _Worker
+from octavo.stream import Stream, Worker
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(60)]
 
@@ -299,14 +299,9 @@ def test_a_file_replaced_between_opening_and_reading_is_an_error(two, tmp_path):
 
 
 def iterate(checkpoint: Checkpoint, plan: Plan, sink: IteratorSink, **options) -> Iterator[tuple[str, Storage]]:
-    stream = Stream(checkpoint, plan, sink, **options)
-    stream.start()
-    try:
-        while (taken := sink.take(stream.ring)) is not None:
-            yield taken[0].name, taken[1]
-        stream.finish()
-    finally:
-        stream.stop()
+    with closing(Stream(checkpoint, plan, sink, **options).iterate()) as placed:
+        for placement, storage in placed:
+            yield placement.name, storage
 
 
 def many(tmp_path, count: int = 12) -> tuple[Checkpoint, dict[str, torch.Tensor]]:
@@ -381,7 +376,7 @@ def test_an_error_in_a_worker_reaches_the_consumer_after_what_was_finished_befor
 
 def test_an_error_in_a_worker_comes_without_the_rings_own_exceptions(tmp_path, monkeypatch):
     """What stops the consumer's waiting is an implementation detail: it has no place in a user's traceback."""
-    monkeypatch.setattr(_Worker, "close", lambda self: time.sleep(0.3))  # the consumer wakes first
+    monkeypatch.setattr(Worker, "close", lambda self: time.sleep(0.3))  # the consumer wakes first
     weight = random_weights((64, 64), torch.bfloat16, 0)
     weight[5, 6] = math.nan
     checkpoint = one_tensor(tmp_path, weight)
@@ -408,11 +403,11 @@ def test_a_worker_takes_no_more_memory_than_its_geometry_says(checkpoint):
     plan = plan_checkpoint(checkpoint, Recipe(), 2 << 20)
     stream = Stream(checkpoint, plan, ParameterSink({}), threads=1)
     made = []
-    thread = threading.Thread(target=lambda: made.append(stream._worker()))
+    thread = threading.Thread(target=lambda: made.append(Worker(stream)))
     thread.start()
     thread.join()
     (worker,) = made
-    owned = [slot.buffer for slot in worker.slots]
+    owned = [worker.slot.buffer]
     owned += [tensor for tensor in vars(worker.press).values() if isinstance(tensor, torch.Tensor)]
     for_output = stream.geometry.slot_bytes // 2  # taken when first needed
     assert sum(tensor.nbytes for tensor in owned) + for_output == stream.geometry.host_bytes <= 2 << 20

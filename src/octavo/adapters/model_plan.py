@@ -121,7 +121,9 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
         if pattern is None:
             job, pattern = jobs.setdefault(name, WeightRenaming(key, name)), key
         else:
-            job = jobs.setdefault(name, deepcopy(by_pattern[pattern]))
+            if name not in jobs:  # copying is costly, and a stack has a hundred members
+                jobs[name] = deepcopy(by_pattern[pattern])
+            job = jobs[name]
         info = checkpoint.tensors[key]
         if isinstance(job, WeightRenaming) and job.collected_tensors:
             other = next(iter(job.collected_tensors))
