@@ -1,72 +1,192 @@
-"""Gathering chunks into blocks, the units of reading for an accelerator: runs of a file, of whatever parameters.
+"""Gathering chunks into blocks, the units of copying to an accelerator: runs of a file, of whatever parameters.
 
-There, what a chunk costs is launching its copy and its kernels, so fewer and larger reads are faster; and since all
-parameters have their memory already, nothing depends on their order. So chunks are put in the order of the file, and
-those that follow each other without a gap are read, and copied, at once.
+There, what costs is not the arithmetic but launching it (15 to 40 µs an operation, all told), thousands of times a
+model. And since all parameters have their memory already, nothing depends on their order. So chunks are put in the
+order of the file; those that follow each other without a gap make a block; and the chunks of a block that lie
+regularly, in it and in their parameter, are joined to one box: gate and up of an expert, the same of the next ones.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from . import dtypes
+from . import dtypes, schemes
 from .checkpoint import TensorInfo
 from .chunks import Chunk, Work, cut_placement
-from .plan import Plan
+from .pieces import Piece
+from .plan import Placement, Plan
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A chunk within a block."""
+class Box:
+    """Chunks of one parameter on which one operation does; ``piece`` counts offsets and strides within the block."""
 
-    chunk: Chunk
+    placement: Placement
+    work: Work
     dtype_name: str  # of the source
-    start: int  # bytes from the beginning of the block
+    piece: Piece
+    cells: tuple[slice, ...]
+    phase: tuple[int, int]
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A run of a file that fits a slot, and the chunks in it; or a lone chunk that is many runs (``offset`` None)."""
+    """What is copied at once. ``runs`` are (byte offset in the file, bytes), one after another in the block."""
 
     shard: int
-    offset: int | None  # in bytes from the start of the file
+    runs: tuple[tuple[int, int], ...]
     nbytes: int
-    parts: tuple[Part, ...]
+    boxes: tuple[Box, ...]
     in_order: bool  # some chunks share scale groups with those of other blocks: these blocks follow one another
 
 
-def cut_blocks(plan: Plan, tensors: Mapping[str, TensorInfo], slot_bytes: int) -> Iterator[Block]:
-    """All of a plan in the order of the files, no block larger than ``slot_bytes``."""
-    parts: list[Part] = []
+@dataclass(frozen=True, slots=True)
+class Read:
+    """A part of a block that fits a slot."""
+
+    block: Block
+    start: int  # in the block
+    runs: tuple[tuple[int, int], ...]
+    nbytes: int
+    last: bool
+
+
+def cut_reads(blocks: Iterable[Block], slot_bytes: int) -> Iterator[Read]:
+    """The blocks' bytes in their order, a slot at a time; tensors may be cut anywhere."""
+    for block in blocks:
+        start, room, runs = 0, slot_bytes, []
+        for offset, nbytes in block.runs:
+            while nbytes:
+                part = min(nbytes, room)
+                runs.append((offset, part))
+                offset, nbytes, room = offset + part, nbytes - part, room - part
+                if not room:
+                    end = start + slot_bytes
+                    yield Read(block, start, tuple(runs), slot_bytes, end == block.nbytes)
+                    start, room, runs = end, slot_bytes, []
+        if runs or not block.nbytes:
+            yield Read(block, start, tuple(runs), slot_bytes - room, True)
+
+
+def cut_blocks(plan: Plan, tensors: Mapping[str, TensorInfo], block_bytes: int) -> Iterator[Block]:
+    """All of a plan in the order of the files, no block larger than ``block_bytes``."""
+    boxes: list[Box] = []
     shard, start, end = -1, 0, 0
-    for at, chunk in _in_file_order(plan, tensors, slot_bytes):
-        info = tensors[chunk.piece.src_name]
-        is_run, itemsize = chunk.piece.is_run, dtypes.moved_bits(info.dtype_name) // 8
-        nbytes = chunk.piece.numel * itemsize
+    for at, chunk in _in_file_order(plan, tensors, block_bytes):
+        piece, info = chunk.piece, tensors[chunk.piece.src_name]
+        itemsize, numel = dtypes.moved_bits(info.dtype_name) // 8, piece.numel
+        nbytes, is_run = numel * itemsize, piece.run_length == numel
         # elements must be aligned within the block
-        fits = at + nbytes - start <= slot_bytes and not (at - start) % itemsize
-        if not (parts and is_run and fits and at == end and info.shard == shard):
-            if parts:
-                yield _block(shard, start, end, parts)
-            parts, shard, start, end = [], info.shard, at, at
-        if not is_run:
-            yield _block(shard, None, nbytes, [Part(chunk, info.dtype_name, 0)])
+        fits = at + nbytes - start <= block_bytes and not (at - start) % itemsize
+        if not (boxes and is_run and fits and at == end and info.shard == shard):
+            if boxes:
+                yield _block(shard, ((start, end - start),), boxes)
+            boxes, shard, start, end = [], info.shard, at, at
+        if is_run:
+            boxes.append(_box(chunk, info, piece._replace(src_off=(at - start) // itemsize)))
+            end = at + nbytes
             continue
-        parts.append(Part(chunk, info.dtype_name, at - start))
-        end = at + nbytes
-    if parts:
-        yield _block(shard, start, end, parts)
+        length, offsets = piece.runs()
+        runs = tuple((info.offset + offset * itemsize, length * itemsize) for offset in offsets)
+        yield _block(shard, runs, [_box(chunk, info, _packed(piece))])
+    if boxes:
+        yield _block(shard, ((start, end - start),), boxes)
 
 
-def _block(shard: int, start: int | None, end: int, parts: list[Part]) -> Block:
-    in_order = any(part.chunk.work in (Work.AMAX, Work.REREAD) for part in parts)
-    return Block(shard, start, end - (start or 0), tuple(parts), in_order)
+def _box(chunk: Chunk, info: TensorInfo, piece: Piece) -> Box:
+    return Box(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,))
 
 
-def _in_file_order(plan: Plan, tensors: Mapping[str, TensorInfo], slot_bytes: int) -> Iterator[tuple[int, Chunk]]:
+def _packed(piece: Piece) -> Piece:
+    """A piece whose runs have been put one after another."""
+    strides, stride = [0] * len(piece.size), 1
+    for axis in reversed(piece.file_order()):
+        strides[axis] = stride
+        stride *= piece.size[axis]
+    return piece._replace(src_off=0, src_strides=tuple(strides))
+
+
+def _block(shard: int, runs: tuple[tuple[int, int], ...], boxes: list[Box]) -> Block:
+    in_order = any(box.work in (Work.AMAX, Work.REREAD) for box in boxes)
+    return Block(shard, runs, sum(nbytes for _, nbytes in runs), tuple(join(boxes)), in_order)
+
+
+# -- joining ----------------------------------------------------------------------------------------------------------
+
+
+def join(boxes: Iterable[Box]) -> list[Box]:
+    """Join boxes that are one box of their parameter and lie evenly in the block; rows first, then experts."""
+    groups: dict[tuple[str, Work, str], list[Box]] = {}
+    for box in boxes:
+        groups.setdefault((box.placement.name, box.work, box.dtype_name), []).append(box)
+    joined: list[Box] = []
+    for group in groups.values():
+        for axis in reversed(range(len(group[0].piece.size))):
+            if len(group) == 1:
+                break
+            group = _join_along(axis, group)
+        joined += group
+    return joined
+
+
+def _join_along(axis: int, boxes: list[Box]) -> list[Box]:
+    joined = boxes[:1]
+    for box in boxes[1:]:
+        both = _joined(joined[-1], box, axis)
+        if both is None:
+            joined.append(box)
+        else:
+            joined[-1] = both
+    return joined
+
+
+def _joined(a: Box, b: Box, axis: int) -> Box | None:
+    """The box of two that are neighbours along an axis; None if they are not, or no view would show them as one."""
+    p, q = a.piece, b.piece
+    step = q.src_off - p.src_off
+    stride = step if p.size[axis] == 1 else p.src_strides[axis]
+    end = p.dst_off[axis] + p.size[axis]
+    if (
+        a.work in (Work.AMAX, Work.REREAD)
+        or step != stride * p.size[axis]
+        or step <= 0
+        or (q.size[axis] != 1 and q.src_strides[axis] != stride)
+        or q.dst_off != (*p.dst_off[:axis], end, *p.dst_off[axis + 1 :])
+    ):
+        return None
+    for other in range(len(p.size)):
+        same_stride = p.size[other] == 1 or p.src_strides[other] == q.src_strides[other]
+        if other != axis and (p.size[other] != q.size[other] or not same_stride):
+            return None
+    if a.placement.scheme is not None and not _groups_continue(a, b, axis):
+        return None
+    size = (*p.size[:axis], p.size[axis] + q.size[axis], *p.size[axis + 1 :])
+    strides = (*p.src_strides[:axis], stride, *p.src_strides[axis + 1 :])
+    cells = tuple(slice(min(s.start, t.start), max(s.stop, t.stop)) for s, t in zip(a.cells, b.cells, strict=True))
+    return replace(a, piece=p._replace(size=size, src_strides=strides), cells=cells, chunks=(*a.chunks, *b.chunks))
+
+
+def _groups_continue(a: Box, b: Box, axis: int) -> bool:
+    """Whether the scale groups of both are those of the joined box: none is shared, none is cut short between them."""
+    matrix_axis = axis - (len(a.piece.size) - 2)
+    if matrix_axis < 0:
+        return a.phase == b.phase
+    scheme = schemes.get(a.placement.scheme or "")
+    group = (scheme.group_rows, scheme.group_cols)[matrix_axis]
+    if group is None or a.cells[axis].stop != b.cells[axis].start:
+        return False
+    aligned = not (a.phase[matrix_axis] + a.piece.size[axis]) % group and not b.phase[matrix_axis]
+    return aligned and a.phase[1 - matrix_axis] == b.phase[1 - matrix_axis]
+
+
+# -- the order of the files -------------------------------------------------------------------------------------------
+
+
+def _in_file_order(plan: Plan, tensors: Mapping[str, TensorInfo], limit_bytes: int) -> Iterator[tuple[int, Chunk]]:
     """(byte offset in its file, chunk). Chunks of a unit, which share scale groups, stay together and in their order.
 
     Placements are in the order of their first bytes, so a chunk may go out once none that is not cut yet can precede
@@ -83,7 +203,7 @@ def _in_file_order(plan: Plan, tensors: Mapping[str, TensorInfo], slot_bytes: in
             *_, at, chunk = heapq.heappop(waiting)
             yield at, chunk
         units: dict[int, tuple[int, int]] = {}
-        for chunk in cut_placement(placement, slot_bytes, unit):
+        for chunk in cut_placement(placement, limit_bytes, unit):
             info = tensors[chunk.piece.src_name]
             at = info.offset + chunk.piece.src_off * dtypes.moved_bits(info.dtype_name) // 8
             place = (info.shard, at)

@@ -139,6 +139,8 @@ def _within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
     low, high = max(piece.dst_off[-2], start), min(piece.dst_end[-2], stop)
     if low >= high:
         return None
+    if high - low == piece.size[-2]:
+        return piece
     return piece.narrow(len(piece.size) - 2, low - piece.dst_off[-2], high - low)
 
 
@@ -162,7 +164,7 @@ def _matrices(piece: Piece) -> Iterator[Piece]:
 
 
 def _runs_are_long(chunks: Sequence[Piece], itemsize: int) -> bool:
-    lengths = ((chunk.runs()[0], chunk.numel) for chunk in chunks)
+    lengths = ((chunk.run_length, chunk.numel) for chunk in chunks)
     return all(length == numel or length * itemsize >= _MIN_RUN_BYTES for length, numel in lengths)
 
 

@@ -1,9 +1,9 @@
 """What becomes of a block on an accelerator: copied there at once, quantized where it is, placed.
 
 All launching is done by one thread, since a dozen that launch mostly wait for each other (measured: 28.6 GB took 5.5 s
-with sixteen, 3.7 s with four). What it costs is the number of launches: scales are computed for a block, not for a
-chunk. Blocks go round a few streams (*lanes*), so that one is copied while another is quantized. The thread never
-waits for the device: whether all weights were finite is looked at once, at the end.
+with sixteen, 3.7 s with four). What it costs is the number of launches: `octavo.blocks` keeps it small, and scales are
+computed for a whole block. Blocks go round a few streams (*lanes*), so that one is copied while another is quantized.
+The thread never waits for the device: whether all weights were finite is looked at once, at the end.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from . import dtypes, schemes
-from .blocks import Block, Part
+from .blocks import Block, Box, Read
 from .checkpoint import Checkpoint
-from .chunks import Chunk, Work
+from .chunks import Work
 from .errors import WeightError
 from .geometry import Geometry
 from .press import describe_nonfinite
@@ -69,24 +69,21 @@ class Lane:
         if self._queue is not None:
             self._queue.synchronize()
 
-    def copy(self, slot: Slot, nbytes: int) -> None:
+    def copy(self, slot: Slot, start: int, nbytes: int) -> None:
         """Copy a slot's bytes to the device; the slot is busy until they have left it."""
-        self.staged[:nbytes].copy_(slot.buffer[slot.start : slot.start + nbytes], non_blocking=True)
+        source = slot.buffer[slot.start : slot.start + nbytes]
+        self.staged[start : start + nbytes].copy_(source, non_blocking=True)
         if self._queue is not None:
             slot.busy = self._backend.Event()
             slot.busy.record(self._queue)
 
-    def elements(self, block: Block, part: Part) -> Tensor:
-        """A chunk of the block that was copied, with the axes of its parameter (a view)."""
-        piece, dtype = part.chunk.piece, dtypes.MOVED[part.dtype_name]
+    def values(self, box: Box) -> Tensor:
+        """What has been copied of a box, with the axes of its parameter (a view)."""
+        dtype = dtypes.MOVED[box.dtype_name]
         typed = self._typed.get(dtype)
         if typed is None:
             typed = self._typed[dtype] = self.staged[: self.staged.numel() // 8 * 8].view(dtype)
-        if block.offset is not None:
-            return typed.as_strided(piece.size, piece.src_strides, part.start // dtype.itemsize)
-        order = piece.file_order()
-        in_file = typed[: piece.numel].view([piece.size[d] for d in order])
-        return in_file.permute([order.index(d) for d in range(len(order))])
+        return typed.as_strided(box.piece.size, box.piece.src_strides, box.piece.src_off)
 
 
 @dataclass(slots=True)
@@ -103,34 +100,43 @@ class DevicePress:
 
     def __init__(self, checkpoint: Checkpoint, geometry: Geometry, sink: Sink, ring: Ring[Any]) -> None:
         self._checkpoint, self._device, self._sink, self._ring = checkpoint, geometry.device, sink, ring
-        self._lanes = [Lane(geometry.slot_bytes, geometry.device) for _ in range(geometry.lanes)]
+        schemes.warm_up(geometry.device)  # what all lanes share must be there before any of them
+        self._lanes = [Lane(geometry.block_bytes, geometry.device) for _ in range(geometry.lanes)]
         self._turn = 0
         self._open: dict[str, _Open] = {}
-        # the largest amax of every so many chunks, and which these are: not finite if a weight was not
+        # the largest amax of some boxes, and which these are: not finite if a weight was not
         self._worst: list[Tensor] = []
-        self._watched: list[list[Chunk]] = []
+        self._watched: list[list[Box]] = []
         self._scratch: Tensor | None = None  # where the sink has no memory to quantize into
 
-    def take(self, block: Block, slot: Slot) -> int:
-        """Do what the plan says with a block that was read into ``slot``; returns the bytes placed by it."""
-        lane = self._lanes[0 if block.in_order else self._turn]
-        self._turn = (self._turn + 1) % len(self._lanes)
-        whole: list[tuple[Chunk, Tensor]] = []
+    def take(self, read: Read, slot: Slot) -> int:
+        """Copy what was read into ``slot``; do what the plan says with a block that has come to its end.
+
+        Returns the bytes that are placed by it.
+        """
+        block = read.block
+        if not read.start:
+            self._turn = 0 if block.in_order else (self._turn + 1) % len(self._lanes)
+        lane = self._lanes[self._turn]
         with torch.no_grad(), lane:
-            lane.copy(slot, block.nbytes)
-            for part in block.parts:
-                chunk, values = part.chunk, lane.elements(block, part)
-                if chunk.work is Work.COPY:
-                    self._opened(chunk).destination.put(chunk.piece, values)
-                elif chunk.work is Work.QUANTIZE:
-                    whole.append((chunk, values))
-                elif chunk.work is Work.AMAX:
-                    self._fold(chunk, values)
-                else:
-                    self._quantize(chunk, values, self._opened(chunk).amax)
-            for scheme in dict.fromkeys(chunk.placement.scheme for chunk, _ in whole):
-                self._quantize_together([item for item in whole if item[0].placement.scheme == scheme])
-        return sum(self._done(part.chunk) for part in block.parts)
+            lane.copy(slot, read.start, read.nbytes)
+            return self._press(block, lane) if read.last else 0
+
+    def _press(self, block: Block, lane: Lane) -> int:
+        whole: dict[str, list[tuple[Box, Tensor]]] = {}
+        for box in block.boxes:
+            values = lane.values(box)
+            if box.work is Work.COPY:
+                self._opened(box).destination.put(box.piece, values)
+            elif box.work is Work.QUANTIZE:
+                whole.setdefault(box.placement.scheme or "", []).append((box, values))
+            elif box.work is Work.AMAX:
+                self._fold(box, values)
+            else:
+                self._quantize(box, values)
+        for scheme, items in whole.items():
+            self._quantize_together(items, schemes.get(scheme))
+        return sum(self._done(box) for box in block.boxes)
 
     def follow(self) -> None:
         """Let what comes next happen after what the caller's stream has been given (memory it has released)."""
@@ -149,8 +155,9 @@ class DevicePress:
             return
         finite = torch.isfinite(torch.cat(self._worst)[: len(self._watched)])
         if not bool(finite.all()):
-            chunks = self._watched[int(torch.nonzero(~finite)[0])]
-            raise WeightError(describe_nonfinite(self._checkpoint, [(c.placement, c.piece) for c in chunks]))
+            boxes = self._watched[int(torch.nonzero(~finite)[0])]
+            found = [(box.placement, chunk.piece) for box in boxes for chunk in box.chunks]
+            raise WeightError(describe_nonfinite(self._checkpoint, found))
 
     def close(self) -> None:
         for lane in self._lanes:
@@ -158,20 +165,20 @@ class DevicePress:
 
     # -- placements ---------------------------------------------------------------------------------------------------
 
-    def _opened(self, chunk: Chunk) -> _Open:
-        name = chunk.placement.name
+    def _opened(self, box: Box) -> _Open:
+        name = box.placement.name
         if name not in self._open:
-            destination = self._sink.open(chunk.placement, self._ring)
-            self._open[name] = _Open(destination, math.prod(chunk.placement.shape))
+            destination = self._sink.open(box.placement, self._ring)
+            self._open[name] = _Open(destination, math.prod(box.placement.shape))
         return self._open[name]
 
-    def _done(self, chunk: Chunk) -> int:
-        """Count a chunk; close its placement with the last one. Returns the bytes that are now in their place."""
-        if chunk.work is Work.AMAX:
+    def _done(self, box: Box) -> int:
+        """Count a box; close its placement with the last one. Returns the bytes that are now in their place."""
+        if box.work is Work.AMAX:
             return 0
-        placement, state = chunk.placement, self._opened(chunk)
-        placed = chunk.piece.numel * dtypes.moved_bits(placement.dtype_name) // 8
-        state.left -= chunk.piece.numel
+        placement, state = box.placement, self._opened(box)
+        placed = box.piece.numel * dtypes.moved_bits(placement.dtype_name) // 8
+        state.left -= box.piece.numel
         if state.left:
             return placed
         del self._open[placement.name]
@@ -180,55 +187,54 @@ class DevicePress:
 
     # -- quantizing ---------------------------------------------------------------------------------------------------
 
-    def _quantize_together(self, items: Sequence[tuple[Chunk, Tensor]]) -> None:
-        """Chunks of one scheme, each of which holds whole scale groups: the scales of all are computed at once."""
-        scheme = schemes.get(items[0][0].placement.scheme or "")
-        grids = [tuple(cells.stop - cells.start for cells in chunk.cells) for chunk, _ in items]
+    def _quantize_together(self, items: Sequence[tuple[Box, Tensor]], scheme: Scheme) -> None:
+        """Boxes that hold whole scale groups: the scales of all are computed at once."""
+        grids = [tuple(cells.stop - cells.start for cells in box.cells) for box, _ in items]
         sizes = [math.prod(grid) for grid in grids]
         amax = torch.empty(sum(sizes), dtype=torch.float32, device=self._device)
-        for (chunk, values), grid, out in zip(items, grids, torch.split(amax, sizes), strict=True):
-            schemes.group_amax(values, scheme, phase=chunk.phase, out=out.view(grid))
-        self._watch([chunk for chunk, _ in items], amax)
+        for (box, values), grid, out in zip(items, grids, torch.split(amax, sizes), strict=True):
+            schemes.group_amax(values, scheme, phase=box.phase, out=out.view(grid))
+        self._watch([box for box, _ in items], amax)
         scale = schemes.scale_from_amax(amax, scheme)
         stored = schemes.to_stored(scale, scheme)
         cut = zip(items, grids, torch.split(scale, sizes), torch.split(stored, sizes), strict=True)
-        for (chunk, values), grid, scale_part, stored_part in cut:
-            self._place(chunk, values, scale_part.view(grid), stored_part.view(grid), scheme)
+        for (box, values), grid, scale_part, stored_part in cut:
+            self._place(box, values, scale_part.view(grid), stored_part.view(grid), scheme)
 
-    def _fold(self, chunk: Chunk, values: Tensor) -> None:
-        """The first reading of a chunk whose scale groups span several."""
-        state, scheme = self._opened(chunk), schemes.get(chunk.placement.scheme or "")
-        amax = schemes.group_amax(values, scheme, phase=chunk.phase)
-        self._watch([chunk], amax)
+    def _fold(self, box: Box, values: Tensor) -> None:
+        """The first reading of a box whose scale groups span several."""
+        state, scheme = self._opened(box), schemes.get(box.placement.scheme or "")
+        amax = schemes.group_amax(values, scheme, phase=box.phase)
+        self._watch([box], amax)
         if state.amax is None:
-            state.amax = torch.zeros(chunk.placement.scale_grid, dtype=torch.float32, device=self._device)
-        region = state.amax[chunk.cells]
+            state.amax = torch.zeros(box.placement.scale_grid, dtype=torch.float32, device=self._device)
+        region = state.amax[box.cells]
         region.copy_(torch.maximum(region, amax))
 
-    def _quantize(self, chunk: Chunk, values: Tensor, amax: Tensor | None) -> None:
-        """The second reading: lanes of these are the same one, so all of the first has gone before."""
+    def _quantize(self, box: Box, values: Tensor) -> None:
+        """The second reading: it is in the same lane as the first, so all of that has gone before."""
+        amax, scheme = self._opened(box).amax, schemes.get(box.placement.scheme or "")
         assert amax is not None
-        scheme = schemes.get(chunk.placement.scheme or "")
-        scale = schemes.scale_from_amax(amax[chunk.cells], scheme)
-        self._place(chunk, values, scale, schemes.to_stored(scale, scheme), scheme)
+        scale = schemes.scale_from_amax(amax[box.cells], scheme)
+        self._place(box, values, scale, schemes.to_stored(scale, scheme), scheme)
 
-    def _place(self, chunk: Chunk, values: Tensor, scale: Tensor, stored: Tensor, scheme: Scheme) -> None:
-        destination, piece = self._opened(chunk).destination, chunk.piece
-        destination.put_scale(chunk.cells, stored)
+    def _place(self, box: Box, values: Tensor, scale: Tensor, stored: Tensor, scheme: Scheme) -> None:
+        destination, piece = self._opened(box).destination, box.piece
+        destination.put_scale(box.cells, stored)
         out = destination.view(piece)
         if out is not None:
-            schemes.quantize_into(out, values, scale, scheme, phase=chunk.phase)
+            schemes.quantize_into(out, values, scale, scheme, phase=box.phase)
             return
         if self._scratch is None:
             self._scratch = torch.empty(self._lanes[0].staged.numel() // 2, dtype=schemes.FP8, device=self._device)
         out = self._scratch[: piece.numel].view(piece.size)
-        schemes.quantize_into(out, values, scale, scheme, phase=chunk.phase)
+        schemes.quantize_into(out, values, scale, scheme, phase=box.phase)
         destination.put(piece, out)
 
-    def _watch(self, chunks: list[Chunk], amax: Tensor) -> None:
+    def _watch(self, boxes: list[Box], amax: Tensor) -> None:
         """Remember whether anything is not finite."""
         at = len(self._watched) % _PAGE
         if not at:
             self._worst.append(torch.zeros(_PAGE, dtype=torch.float32, device=self._device))
         torch.amax(amax.view(-1), 0, out=self._worst[-1][at])
-        self._watched.append(chunks)
+        self._watched.append(boxes)

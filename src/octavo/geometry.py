@@ -14,11 +14,12 @@ from .plan import Plan
 MIN_STAGING_BYTES = 1 << 20
 #: elements of a tile on a CPU: what stays in a core's cache
 _SCRATCH_ELEMENTS = 1 << 19
-#: slots on an accelerator: two for each thread, large enough to hide the cost of launching a copy
-_PINNED_SLOT_BYTES = 8 << 20
+#: slots on an accelerator: one for each thread, large enough to hide the cost of launching copies and kernels
+_PINNED_SLOT_BYTES = 16 << 20
 _MAX_THREADS = 16
-#: streams of a GPU
+#: streams of a GPU, and the slots that each copies before it quantizes
 _LANES = 3
+_SLOTS_A_BLOCK = 4
 #: where many threads are asked for with a small budget
 _MIN_SLOT_BYTES = 1 << 12
 
@@ -33,7 +34,8 @@ class Geometry:
     scratch_elements: int
     device: torch.device
     lanes: int = 0  # on a GPU: streams that copy and quantize at the same time; 0: threads do it, on a CPU
-    lane_bytes: int = 0  # the copy of a slot, and what kernels need beside it
+    block_bytes: int = 0  # what is copied and quantized at once
+    lane_bytes: int = 0  # a block, and what kernels need beside it
 
     @property
     def host_bytes(self) -> int:
@@ -79,8 +81,8 @@ class Geometry:
         size = slot_bytes or (default_slot_bytes(plan) if on_cpu else _PINNED_SLOT_BYTES)
         while True:
             scratch = min(size // 2, _SCRATCH_ELEMENTS) if on_cpu else 0
-            lanes, lane = (0, 0) if on_cpu else (_LANES, size * lane_slots)
-            geometry = cls(wanted, wanted if on_cpu else 2 * wanted, size, scratch, device, lanes, lane)
+            lanes, block = (0, 0) if on_cpu else (_LANES, size * _SLOTS_A_BLOCK // lane_slots)
+            geometry = cls(wanted, wanted, size, scratch, device, lanes, block, block * lane_slots)
             if geometry.staging_bytes <= plan.staging_bytes:
                 return geometry
             if threads is None and wanted > 1:

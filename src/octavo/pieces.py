@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Piece(NamedTuple):
 
     @property
     def dst_end(self) -> tuple[int, ...]:
-        return tuple(off + n for off, n in zip(self.dst_off, self.size, strict=True))
+        return tuple(map(operator.add, self.dst_off, self.size))
 
     def region(self, parameter: Tensor) -> Tensor:
         """The view of ``parameter`` that this piece fills."""
@@ -62,9 +63,9 @@ class Piece(NamedTuple):
         return _file_order(self.src_strides)
 
     @property
-    def is_run(self) -> bool:
-        """Whether the source holds these elements in one contiguous stretch (or they are none)."""
-        return _run(self.size, self.src_strides)[0] == self.numel
+    def run_length(self) -> int:
+        """Elements of the contiguous stretches of the source that hold this piece: all of them where it is one."""
+        return _run(self.size, self.src_strides)[0]
 
     def runs(self) -> tuple[int, Iterator[int]]:
         """The contiguous stretches of the source that hold this piece: their length, and their offsets in file order.
@@ -116,6 +117,8 @@ def whole(name: str, shape: Sequence[int]) -> Piece:
 
 def coverage_problem(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
     """What keeps ``pieces`` from tiling ``shape`` exactly, or None. Boxes are compared, not counts."""
+    if len(pieces) == 1 and pieces[0].size == shape and not any(pieces[0].dst_off):
+        return None
     for piece in pieces:
         inside = len(piece.size) == len(shape) and all(
             off >= 0 and end <= n for off, end, n in zip(piece.dst_off, piece.dst_end, shape, strict=True)

@@ -235,8 +235,12 @@ def make_plan(
     unused: Mapping[str, str] | None = None,
     other_bytes: Mapping[str, int] | None = None,
     veto: Veto | None = None,
+    covered: bool = False,
 ) -> Plan:
     """Decide about every target, check coverage, and put the targets in the order in which the files hold them.
+
+    Args:
+        covered: coverage has been checked already.
 
     Raises:
         RecipeError: the recipe is ambiguous here, can't be honoured, or the checkpoint is quantized already.
@@ -251,7 +255,7 @@ def make_plan(
     infos = checkpoint.tensors
     problems = []
     for target in targets:
-        problem = coverage_problem(target.shape, target.pieces)
+        problem = None if covered else coverage_problem(target.shape, target.pieces)
         if problem:
             problems.append(f"{target.name} {list(target.shape)}: {problem}")
     raise_problems(CoverageError, checkpoint.path, problems)

@@ -6,7 +6,7 @@ bounded whatever the sizes of tensors, and the earliest chunk always has a slot.
 - `Ring.run`: each thread owns its slots and goes on with the chunk itself, while the bytes are in its core's cache;
 - `Ring.relay`: the threads only read, and the calling thread takes over in order.
 
-A slot is reused only after ``Slot.wait``: on an accelerator, after the copy out of it has completed.
+A slot is reused only when it is idle: on an accelerator, after the copy out of it has completed.
 
 `Ring.stop` wakes whatever waits: an exception in any thread, or Ctrl-C in the caller's,
 stops every worker after its current chunk, joins them, and closes the files.
@@ -18,6 +18,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -126,7 +127,13 @@ class Slot:
         self.busy: Any = None  # an event of the device
         self.start = 0  # where in it the bytes that were asked for begin
 
+    @property
+    def idle(self) -> bool:
+        """Whether it may be overwritten."""
+        return self.busy is None or bool(self.busy.query())
+
     def wait(self) -> None:
+        """Block until it may be overwritten."""
         if self.busy is not None:
             self.busy.synchronize()
             self.busy = None
@@ -199,7 +206,9 @@ class Ring(Generic[Ticket]):
         """Threads ``read`` tickets into slots (returning bytes read); yields tickets and their slots, in order.
 
         Slots are taken in the order of the tickets, so the next one to be yielded always has one; it is free again
-        when the next is asked for. Close the generator (`contextlib.closing`) to end the threads; errors as for `run`.
+        when the next is asked for and the device has copied it. Only this thread waits for the device: a dozen that
+        do, spinning, leave the others no core. Close the generator (`contextlib.closing`) to end the threads; errors as
+        for `run`.
         """
         free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         full: queue.SimpleQueue[tuple[int, Ticket, Slot, int] | None] = queue.SimpleQueue()
@@ -216,7 +225,6 @@ class Ring(Generic[Ticket]):
         class Reader:
             def handle(self, ticket: tuple[int, Ticket, Slot]) -> int:
                 number, what, slot = ticket
-                slot.wait()
                 full.put((number, what, slot, read(what, slot)))
                 return 0
 
@@ -224,6 +232,7 @@ class Ring(Generic[Ticket]):
                 full.put(None)
 
         waiting: dict[int, tuple[Ticket, Slot, int]] = {}
+        copying: deque[Slot] = deque()
         expected, ended = 0, 0
         try:
             self.start(numbered, Reader)  # type: ignore[arg-type]
@@ -231,17 +240,21 @@ class Ring(Generic[Ticket]):
                 if expected in waiting:
                     what, slot, nbytes = waiting.pop(expected)
                     yield what, slot
-                    free.put(slot)
+                    copying.append(slot)
                     self.done_bytes += nbytes
                     expected += 1
                 elif ended == self._count:
                     break  # a reader failed: `finish` raises its error
+                elif copying and full.empty():
+                    copying[0].wait()
                 else:
                     arrived = full.get()
                     if arrived is None:
                         ended += 1
                     else:
                         waiting[arrived[0]] = arrived[1:]
+                while copying and copying[0].idle:
+                    free.put(copying.popleft())
         finally:
             self.finish()
 

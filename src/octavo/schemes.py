@@ -202,11 +202,22 @@ def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
         exponent = torch.where(amax == 0, 127, exponent)
         exponent = torch.where(torch.isfinite(amax), exponent, 255)
         return exponent.to(torch.uint8).view(E8M0).float()
-    # a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal
-    scale = amax / torch.full_like(amax, FP8_MAX)
-    rounded = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+    scale = amax / _fp8_max(amax.device)
+    positive = scale > 0
+    scale.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
     # 1 where the scale is 0; not a number where it is none (whose bits may overflow when rounded)
-    return torch.where(scale > 0, rounded, 1.0 + scale)
+    return torch.where(positive, scale, 1.0 + amax)
+
+
+def warm_up(device: torch.device) -> None:
+    """Make the constants of a device, on the current stream of it."""
+    _fp8_max(device)
+
+
+@functools.cache
+def _fp8_max(device: torch.device) -> Tensor:
+    """448 as a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal."""
+    return torch.full((), FP8_MAX, dtype=torch.float32, device=device)
 
 
 def quantize_into(

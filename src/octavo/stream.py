@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import dtypes
-from .blocks import Block, cut_blocks
+from .blocks import Block, Read, cut_blocks, cut_reads
 from .checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_plan
 from .device import DevicePress
@@ -149,14 +149,15 @@ class Stream:
         pinned = geometry.device.type != "cpu"
         slots = [Slot(geometry.slot_bytes, pinned) for _ in range(geometry.slots)]
         press = DevicePress(self.checkpoint, geometry, self.sink, self.ring)
-        blocks = self._count_again(cut_blocks(self.plan, self.checkpoint.tensors, geometry.slot_bytes))
+        blocks = self._count_again(cut_blocks(self.plan, self.checkpoint.tensors, geometry.block_bytes))
+        reads = cut_reads(blocks, geometry.slot_bytes)
         try:
-            with contextlib.closing(self.ring.relay(blocks, slots, self._read_block)) as arriving:
-                for block, slot in arriving:
+            with contextlib.closing(self.ring.relay(reads, slots, self._read_part)) as arriving:
+                for read, slot in arriving:
                     started = now()
                     if for_iterator:
                         press.follow()
-                    placed = press.take(block, slot)
+                    placed = press.take(read, slot)
                     if for_iterator:
                         press.precede()
                     self.tally.placed_bytes += placed
@@ -169,16 +170,16 @@ class Stream:
     def _count_again(self, blocks: Iterator[Block]) -> Iterator[Block]:
         for block in blocks:
             if block.in_order:
-                self._again_bytes += sum(p.chunk.nbytes for p in block.parts if p.chunk.work is Work.AMAX)
+                self._again_bytes += sum(c.nbytes for b in block.boxes if b.work is Work.AMAX for c in b.chunks)
             yield block
 
-    def _read_block(self, block: Block, slot: Slot) -> int:
-        if block.offset is None:
-            return self.read(block.parts[0].chunk, slot)
-        started = now()
-        self.files.read_into(block.shard, slot.view[: block.nbytes], block.offset)
-        self._count_read(started, block.nbytes)
-        return block.nbytes
+    def _read_part(self, read: Read, slot: Slot) -> int:
+        started, at = now(), 0
+        for offset, nbytes in read.runs:
+            self.files.read_into(read.block.shard, slot.view[at : at + nbytes], offset)
+            at += nbytes
+        self._count_read(started, at)
+        return at
 
     def _count_read(self, started: float, nbytes: int) -> None:
         with self._lock:

@@ -42,6 +42,7 @@ class Way(NamedTuple):
     tile_elements: int  # of scratch memory
     min_run_bytes: int  # shorter reads are avoided by reading twice
     lanes: int = 0  # more than 0: in blocks, as on an accelerator
+    block_slots: int = 1
 
 
 WAYS = st.builds(
@@ -52,6 +53,7 @@ WAYS = st.builds(
     st.sampled_from([50, 300, 1000, 5000, 1 << 19]),
     st.sampled_from([1, 256, 4096]),
     st.sampled_from([0, 0, 1, 3]),
+    st.sampled_from([1, 2, 5]),
 )
 
 
@@ -61,7 +63,9 @@ def streamed(folder: Path, sources: dict[str, torch.Tensor], target: Target, sch
     plan = make_plan(checkpoint, [target], Recipe(scheme), way.staging_bytes)
     fit = Geometry.fit(plan, way.threads, way.slot_bytes)
     scratch = min(fit.scratch_elements, way.tile_elements)
-    geometry = dataclasses.replace(fit, scratch_elements=scratch, lanes=way.lanes)
+    geometry = dataclasses.replace(
+        fit, scratch_elements=scratch, lanes=way.lanes, block_bytes=way.block_slots * fit.slot_bytes
+    )
     with mock.patch.object(chunks, "_MIN_RUN_BYTES", way.min_run_bytes):
         storages, tally = run_plan(checkpoint, plan, geometry=geometry)
     (placement,) = plan.placements

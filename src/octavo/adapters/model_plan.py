@@ -96,7 +96,7 @@ def plan_model(
         if name not in found:
             where = device if isinstance(device, str) else device(name)
             others[where] = others.get(where, 0) + buffer.nbytes
-    return make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others)
+    return make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
 
 
 def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict[str, Symbolic], list[str]]:
