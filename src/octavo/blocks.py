@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from . import dtypes, schemes
 from .checkpoint import TensorInfo
@@ -147,27 +147,26 @@ def _join_along(axis: int, boxes: list[Box]) -> list[Box]:
 def _joined(a: Box, b: Box, axis: int) -> Box | None:
     """The box of two that are neighbours along an axis; None if they are not, or no view would show them as one."""
     p, q = a.piece, b.piece
+    if q.dst_off[axis] != p.dst_off[axis] + p.size[axis] or a.work in (Work.AMAX, Work.REREAD):
+        return None
     step = q.src_off - p.src_off
     stride = step if p.size[axis] == 1 else p.src_strides[axis]
-    end = p.dst_off[axis] + p.size[axis]
-    if (
-        a.work in (Work.AMAX, Work.REREAD)
-        or step != stride * p.size[axis]
-        or step <= 0
-        or (q.size[axis] != 1 and q.src_strides[axis] != stride)
-        or q.dst_off != (*p.dst_off[:axis], end, *p.dst_off[axis + 1 :])
-    ):
+    if step <= 0 or step != stride * p.size[axis] or (q.size[axis] != 1 and q.src_strides[axis] != stride):
         return None
-    for other in range(len(p.size)):
-        same_stride = p.size[other] == 1 or p.src_strides[other] == q.src_strides[other]
-        if other != axis and (p.size[other] != q.size[other] or not same_stride):
+    for other, (n, m) in enumerate(zip(p.size, q.size, strict=True)):
+        if other != axis and (
+            n != m or p.dst_off[other] != q.dst_off[other] or (n != 1 and p.src_strides[other] != q.src_strides[other])
+        ):
             return None
     if a.placement.scheme is not None and not _groups_continue(a, b, axis):
         return None
     size = (*p.size[:axis], p.size[axis] + q.size[axis], *p.size[axis + 1 :])
     strides = (*p.src_strides[:axis], stride, *p.src_strides[axis + 1 :])
-    cells = tuple(slice(min(s.start, t.start), max(s.stop, t.stop)) for s, t in zip(a.cells, b.cells, strict=True))
-    return replace(a, piece=p._replace(size=size, src_strides=strides), cells=cells, chunks=(*a.chunks, *b.chunks))
+    cells = a.cells
+    if cells:
+        cells = (*cells[:axis], slice(cells[axis].start, b.cells[axis].stop), *cells[axis + 1 :])
+    piece = Piece(p.dst_off, size, p.src_name, p.src_off, strides)
+    return Box(a.placement, a.work, a.dtype_name, piece, cells, a.phase, (*a.chunks, *b.chunks))
 
 
 def _groups_continue(a: Box, b: Box, axis: int) -> bool:

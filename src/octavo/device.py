@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from .blocks import Block, Box, Read
 from .checkpoint import Checkpoint
 from .chunks import Work
 from .errors import WeightError
-from .geometry import Geometry
+from .geometry import PINNED_SLOT_BYTES, Geometry, usable_device
 from .press import describe_nonfinite
 from .ring import Ring, Slot
 from .schemes import Scheme
@@ -84,6 +85,39 @@ class Lane:
         if typed is None:
             typed = self._typed[dtype] = self.staged[: self.staged.numel() // 8 * 8].view(dtype)
         return typed.as_strided(box.piece.size, box.piece.src_strides, box.piece.src_off)
+
+
+class WarmUp:
+    """Does what the first use of a device takes (its context, pinned memory, loading kernels) beside other work.
+
+    It comes to half a second on a GPU, which building a model's skeleton and planning hide. Allocators of torch keep
+    what is released here for the stream that follows.
+    """
+
+    def __init__(self, device: torch.device, slots: int, names: Iterable[str]) -> None:
+        self._device, self._slots, self._names = device, slots, tuple(names)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="octavo-warm-up", daemon=True)
+        if device.type != "cpu":
+            self._thread.start()
+
+    def wait(self) -> None:
+        """Until it is done; raises a `DeviceError` if the device can't be used."""
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            usable_device(self._device)
+            slots = [Slot(PINNED_SLOT_BYTES, pinned=True) for _ in range(self._slots)]
+            weight = torch.zeros((256, 256), dtype=torch.bfloat16)
+            for name in self._names:
+                schemes.quantize(weight.to(self._device), name)
+            del slots
+        except BaseException as error:  # raised in `wait`
+            self._error = error
 
 
 @dataclass(slots=True)

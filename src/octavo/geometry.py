@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ MIN_STAGING_BYTES = 1 << 20
 #: elements of a tile on a CPU: what stays in a core's cache
 _SCRATCH_ELEMENTS = 1 << 19
 #: slots on an accelerator: one for each thread, large enough to hide the cost of launching copies and kernels
-_PINNED_SLOT_BYTES = 16 << 20
+PINNED_SLOT_BYTES = 16 << 20
 _MAX_THREADS = 16
 #: streams of a GPU, and the slots that each copies before it quantizes
 _LANES = 3
@@ -65,27 +66,17 @@ class Geometry:
             raise DeviceError(f"no such kind of device: {str(error).splitlines()[0]}") from error
         if len(devices) > 1:
             raise DeviceError(f"a model spread over {', '.join(sorted(map(str, devices)))} is not supported: name one")
-        device = next(iter(devices))
-        # clamping to what e4m3 holds takes a float32 copy of a chunk
-        lane_slots = 4 if any(p.scheme == "mxfp8" for p in plan.quantized) else 1
-        on_cpu = device.type == "cpu"
-        if not isinstance(plan.staging_bytes, int):
-            raise DeviceError(f"staging_bytes is {plan.staging_bytes!r}, not a number of bytes")
-        if plan.staging_bytes < MIN_STAGING_BYTES:
-            raise DeviceError(
-                f"staging_bytes is {plan.staging_bytes:,}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed"
-            )
-        if threads is not None and (not isinstance(threads, int) or threads < 1):
-            raise DeviceError(f"threads is {threads!r}; at least 1 is needed")
-        wanted = threads or min(_usable_cpus(), _MAX_THREADS)
-        size = slot_bytes or (default_slot_bytes(plan) if on_cpu else _PINNED_SLOT_BYTES)
+        _check_options(plan.staging_bytes, threads)
+        device, wanted = next(iter(devices)), threads or _default_threads()
+        size = slot_bytes or (default_slot_bytes(plan) if device.type == "cpu" else PINNED_SLOT_BYTES)
         while True:
-            scratch = min(size // 2, _SCRATCH_ELEMENTS) if on_cpu else 0
-            lanes, block = (0, 0) if on_cpu else (_LANES, size * _SLOTS_A_BLOCK // lane_slots)
-            geometry = cls(wanted, wanted, size, scratch, device, lanes, block, block * lane_slots)
+            if device.type == "cpu":
+                geometry = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
+            else:
+                geometry = cls.on_accelerator(plan, device, wanted, size)
             if geometry.staging_bytes <= plan.staging_bytes:
                 return geometry
-            if threads is None and wanted > 1:
+            if threads is None and wanted > 1 and geometry.host_bytes > plan.staging_bytes:
                 wanted -= 1
             elif size > _MIN_SLOT_BYTES:
                 size = max(size // 2, _MIN_SLOT_BYTES)
@@ -95,19 +86,54 @@ class Geometry:
                     f"{plan.staging_bytes:,}; give more, or ask for fewer threads"
                 )
 
+    @classmethod
+    def on_accelerator(cls, plan: Plan, device: torch.device, threads: int, slot_bytes: int) -> Geometry:
+        """A slot a thread, and lanes that copy a few slots each before they quantize."""
+        # clamping to what e4m3 holds takes a float32 copy of a block
+        copies = 4 if any(p.scheme == "mxfp8" for p in plan.quantized) else 1
+        block_bytes = slot_bytes * _SLOTS_A_BLOCK // copies
+        return cls(threads, threads, slot_bytes, 0, device, _LANES, block_bytes, block_bytes * copies)
 
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device, once it is known that tensors can be on it; a `DeviceError` otherwise."""
+
+def _check_options(staging_bytes: Any, threads: Any) -> None:
+    if not isinstance(staging_bytes, int):
+        raise DeviceError(f"staging_bytes is {staging_bytes!r}, not a number of bytes")
+    if staging_bytes < MIN_STAGING_BYTES:
+        raise DeviceError(f"staging_bytes is {staging_bytes:,}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed")
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise DeviceError(f"threads is {threads!r}; at least 1 is needed")
+
+
+def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.device:
+    """The device, once it is known that tensors can be on it; a `DeviceError` otherwise.
+
+    Args:
+        begin: begin to use it, which takes a third of a second on a GPU; else only look whether there is one.
+    """
     try:
         found = torch.device(device)
         if found.type == "meta":
             raise RuntimeError("it holds no weights")
-        if found.type != "cpu":
+        if found.type != "cpu" and (begin or not (found.type == "cuda" and torch.cuda.is_available())):
             torch.empty(1, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DeviceError(f"device {str(device)!r} can't be used here: {reason}") from error
     return found
+
+
+def pinned_slots(staging_bytes: int, threads: int | None) -> int:
+    """How many slots of `PINNED_SLOT_BYTES` a stream to an accelerator will take, as far as is known before planning.
+
+    Raises:
+        DeviceError: the options are no numbers, or too small.
+    """
+    _check_options(staging_bytes, threads)
+    return min(threads or _default_threads(), staging_bytes // PINNED_SLOT_BYTES)
+
+
+def _default_threads() -> int:
+    return min(_usable_cpus(), _MAX_THREADS)
 
 
 def _usable_cpus() -> int:

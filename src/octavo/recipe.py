@@ -86,10 +86,15 @@ class Recipe:
         object.__setattr__(self, "scheme", scheme)
         object.__setattr__(self, "targets", tuple((str(p), s) for p, s in pairs))
         object.__setattr__(self, "ignore", tuple(str(p) for p in ignore or ()))
-        for name in (*([] if scheme is None else [scheme]), *(s for _, s in self.targets)):
+        for name in self.schemes:
             schemes.get(name)
         for pattern in self.patterns:
             _check_pattern(pattern)
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """All that it names."""
+        return (*([] if self.scheme is None else [self.scheme]), *(s for _, s in self.targets))
 
     @property
     def patterns(self) -> tuple[str, ...]:

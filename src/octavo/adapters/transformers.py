@@ -13,8 +13,10 @@ this way.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +25,9 @@ from torch import nn
 
 from .. import dtypes, modules
 from ..checkpoint import Checkpoint
+from ..device import WarmUp
 from ..errors import CheckpointError, MissingExtraError, RecipeError
-from ..geometry import usable_device
+from ..geometry import pinned_slots, usable_device
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Recipe
 from ..report import Report, Stages, measured
@@ -41,6 +44,19 @@ except ImportError as error:
 METHOD = "octavo"
 
 
+@contextlib.contextmanager
+def _collection_paused() -> Iterator[None]:
+    """Without the cyclic garbage collector, which looks at all of a plan's many objects again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_collection_paused()
 def load(
     path: str | os.PathLike[str],
     scheme: str | Recipe | Mapping[str, Any] | None = "fp8_channel",
@@ -84,23 +100,28 @@ def load(
     """
     stages = Stages()
     recipe = Recipe.coerce(scheme, ignore)
-    target_device = usable_device(device)
-    prepared = prepare(
-        path,
-        recipe,
-        str(target_device),
-        staging_bytes,
-        stages=stages,
-        strict=strict,
-        revision=revision,
-        dtype=dtype,
-        model_class=model_class,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-    )
-    checkpoint, model, plan = prepared.checkpoint, prepared.model, prepared.plan
-    with stages("swap"):
-        swap(model, plan)
+    target_device = usable_device(device, begin=False)
+    warming = WarmUp(target_device, pinned_slots(staging_bytes, threads), recipe.schemes)
+    try:
+        prepared = prepare(
+            path,
+            recipe,
+            str(target_device),
+            staging_bytes,
+            stages=stages,
+            strict=strict,
+            revision=revision,
+            dtype=dtype,
+            model_class=model_class,
+            trust_remote_code=trust_remote_code,
+            attn_implementation=attn_implementation,
+        )
+        checkpoint, model, plan = prepared.checkpoint, prepared.model, prepared.plan
+        with stages("swap"):
+            swap(model, plan)
+    finally:
+        with stages("warm up"):
+            warming.wait()
     with measured(plan, progress) as meter:
         with stages("allocate"):
             storages = {p.name: Storage.allocate(p) for p in plan.placements}
