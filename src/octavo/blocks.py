@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from . import dtypes, schemes
 from .checkpoint import TensorInfo
@@ -20,8 +20,7 @@ from .pieces import Piece
 from .plan import Placement, Plan
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """Chunks of one parameter on which one operation does; ``piece`` counts offsets and strides within the block."""
 
     placement: Placement
@@ -33,8 +32,7 @@ class Box:
     chunks: tuple[Chunk, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """What is copied at once. ``runs`` are (byte offset in the file, bytes), one after another in the block."""
 
     shard: int
@@ -44,8 +42,7 @@ class Block:
     in_order: bool  # some chunks share scale groups with those of other blocks: these blocks follow one another
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(NamedTuple):
     """A part of a block that fits a slot."""
 
     block: Block

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -33,8 +33,7 @@ class Work(Enum):
     REREAD = "reread"  # second reading: the scales are known
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A box of one piece that fits a slot, and what to do with it."""
 
     placement: Placement
@@ -47,8 +46,7 @@ class Chunk:
     last: bool  # no chunk of this placement follows
 
 
-@dataclass(frozen=True, slots=True)
-class Tile:
+class Tile(NamedTuple):
     """A part of a chunk that fits scratch memory; cells and phase as in `Chunk`, relative to the chunk."""
 
     box: Piece
@@ -136,7 +134,7 @@ def _two_readings(pieces: Sequence[Piece], limit: int, part: int, unit: int) -> 
 
 
 def _within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
-    low, high = max(piece.dst_off[-2], start), min(piece.dst_end[-2], stop)
+    low, high = max(piece.dst_off[-2], start), min(piece.dst_off[-2] + piece.size[-2], stop)
     if low >= high:
         return None
     if high - low == piece.size[-2]:
@@ -145,12 +143,12 @@ def _within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
 
 
 def _holds_whole_groups(piece: Piece, groups: tuple[int, int], origin: tuple[int, int], end: tuple[int, int]) -> bool:
-    return all(
-        (off - first) % group == 0 and (stop == last or (stop - first) % group == 0)
-        for off, stop, group, first, last in zip(
-            piece.dst_off[-2:], piece.dst_end[-2:], groups, origin, end, strict=True
-        )
-    )
+    for axis, group, first, last in zip((-2, -1), groups, origin, end, strict=True):
+        off = piece.dst_off[axis]
+        stop = off + piece.size[axis]
+        if (off - first) % group or (stop != last and (stop - first) % group):
+            return False
+    return True
 
 
 def _matrices(piece: Piece) -> Iterator[Piece]:
@@ -199,21 +197,28 @@ def _cut(piece: Piece, limit: int, groups: tuple[int, int], origin: tuple[int, i
 def _position(placement: Placement, piece: Piece, part: int) -> tuple[tuple[slice, ...], tuple[int, int]]:
     if placement.scheme is None:
         return (), (0, 0)
-    scheme, cols = schemes.get(placement.scheme), placement.shape[-1]
-    first_row = sum(placement.parts[:part])
-    first_cell = sum(scheme.cells(rows, cols)[0] for rows in placement.parts[:part])
-    return _cells(piece, scheme, (first_row, 0), first_cell)
+    first_row, first_cell = _part_start(placement.scheme, placement.parts[:part], placement.shape[-1])
+    return _cells(piece, schemes.get(placement.scheme), (first_row, 0), first_cell)
+
+
+@functools.lru_cache(maxsize=4096)
+def _part_start(scheme: str, parts_before: tuple[int, ...], cols: int) -> tuple[int, int]:
+    """The first row of a part, and the first row of its scale groups."""
+    return sum(parts_before), sum(schemes.get(scheme).cells(rows, cols)[0] for rows in parts_before)
 
 
 def _cells(
     box: Piece, scheme: Scheme, origin: tuple[int, int], first_cell: int
 ) -> tuple[tuple[slice, ...], tuple[int, int]]:
     """The scale groups of a box in a grid whose groups are counted from ``origin``; and where in them it begins."""
-    cells = [slice(off, off + n) for off, n in zip(box.dst_off[:-2], box.size[:-2], strict=True)]
-    phase = []
-    for axis, group in ((-2, scheme.group_rows), (-1, scheme.group_cols)):
-        cell, inner = divmod(box.dst_off[axis] - origin[axis], group) if group else (0, 0)
-        cell += first_cell if axis == -2 else 0
-        cells.append(slice(cell, cell + schemes.count_cells(box.size[axis], group, inner)))
-        phase.append(inner)
-    return tuple(cells), (phase[0], phase[1])
+    row, col = box.dst_off[-2] - origin[0], box.dst_off[-1] - origin[1]
+    row_cells, row_phase = _cells_along(row, box.size[-2], scheme.group_rows, first_cell)
+    col_cells, col_phase = _cells_along(col, box.size[-1], scheme.group_cols, 0)
+    lead = (slice(off, off + n) for off, n in zip(box.dst_off[:-2], box.size, strict=False))
+    return (*lead, row_cells, col_cells), (row_phase, col_phase)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cells_along(off: int, length: int, group: int | None, first_cell: int) -> tuple[slice, int]:
+    cell, inner = divmod(off, group) if group else (0, 0)
+    return slice(first_cell + cell, first_cell + cell + schemes.count_cells(length, group, inner)), inner

@@ -75,8 +75,8 @@ class Lane:
         source = slot.buffer[slot.start : slot.start + nbytes]
         self.staged[start : start + nbytes].copy_(source, non_blocking=True)
         if self._queue is not None:
-            slot.busy = self._backend.Event()
-            slot.busy.record(self._queue)
+            slot.busy = slot.event = slot.event or self._backend.Event()
+            slot.event.record(self._queue)
 
     def values(self, box: Box) -> Tensor:
         """What has been copied of a box, with the axes of its parameter (a view)."""
@@ -152,10 +152,11 @@ class DevicePress:
         if not read.start:
             self._turn = 0 if block.in_order else (self._turn + 1) % len(self._lanes)
         lane = self._lanes[self._turn]
-        with torch.no_grad(), lane:
+        with lane:
             lane.copy(slot, read.start, read.nbytes)
             return self._press(block, lane) if read.last else 0
 
+    @torch.no_grad()
     def _press(self, block: Block, lane: Lane) -> int:
         whole: dict[str, list[tuple[Box, Tensor]]] = {}
         for box in block.boxes:
@@ -231,9 +232,13 @@ class DevicePress:
         self._watch([box for box, _ in items], amax)
         scale = schemes.scale_from_amax(amax, scheme)
         stored = schemes.to_stored(scale, scheme)
-        cut = zip(items, grids, torch.split(scale, sizes), torch.split(stored, sizes), strict=True)
-        for (box, values), grid, scale_part, stored_part in cut:
-            self._place(box, values, scale_part.view(grid), stored_part.view(grid), scheme)
+        scales = [part.view(grid) for part, grid in zip(torch.split(scale, sizes), grids, strict=True)]
+        if stored is not scale:
+            stored_scales = [part.view(grid) for part, grid in zip(torch.split(stored, sizes), grids, strict=True)]
+        else:
+            stored_scales = scales
+        for (box, values), mine, kept in zip(items, scales, stored_scales, strict=True):
+            self._place(box, values, mine, kept, scheme)
 
     def _fold(self, box: Box, values: Tensor) -> None:
         """The first reading of a box whose scale groups span several."""

@@ -89,8 +89,8 @@ class Geometry:
     @classmethod
     def on_accelerator(cls, plan: Plan, device: torch.device, threads: int, slot_bytes: int) -> Geometry:
         """A slot a thread, and lanes that copy a few slots each before they quantize."""
-        # clamping to what e4m3 holds takes a float32 copy of a block
-        copies = 4 if any(p.scheme == "mxfp8" for p in plan.quantized) else 1
+        # clamping to what e4m3 holds takes another copy of a block
+        copies = 2 if any(p.scheme == "mxfp8" for p in plan.quantized) else 1
         block_bytes = slot_bytes * _SLOTS_A_BLOCK // copies
         return cls(threads, threads, slot_bytes, 0, device, _LANES, block_bytes, block_bytes * copies)
 

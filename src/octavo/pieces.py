@@ -248,7 +248,24 @@ def _squeeze(t: Symbolic, dim: int | Sequence[int] | None = None) -> Symbolic:
 
 
 def _stack(tensors: Sequence[Symbolic], dim: int = 0) -> Symbolic:
-    return _cat([_unsqueeze(t, dim) for t in tensors], dim)
+    shape = tuple(tensors[0].shape)
+    dim %= len(shape) + 1
+    pieces = []
+    for index, t in enumerate(tensors):
+        if tuple(t.shape) != shape:
+            raise ValueError(f"{list(t.shape)} and {list(shape)} can't be stacked")
+        for p in t.pieces:
+            off, size, strides = p.dst_off, p.size, p.src_strides
+            pieces.append(
+                Piece(
+                    (*off[:dim], index, *off[dim:]),
+                    (*size[:dim], 1, *size[dim:]),
+                    p.src_name,
+                    p.src_off,
+                    (*strides[:dim], 0, *strides[dim:]),
+                )
+            )
+    return _like(tensors[0], (*shape[:dim], len(tensors), *shape[dim:]), pieces)
 
 
 def _split(t: Symbolic, size: int | Sequence[int], dim: int = 0) -> list[Symbolic]:

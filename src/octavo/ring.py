@@ -124,7 +124,8 @@ class Slot:
     def __init__(self, nbytes: int, pinned: bool) -> None:
         self.buffer: Tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
         self.view = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
-        self.busy: Any = None  # an event of the device
+        self.event: Any = None  # of the device, made when first needed
+        self.busy: Any = None  # that, until it has been waited for
         self.start = 0  # where in it the bytes that were asked for begin
 
     @property

@@ -129,7 +129,8 @@ def _spans(length: int, group: int | None, phase: int = 0) -> tuple[_Span, ...]:
 
 def _grouped(x: Tensor, rows: _Span, cols: _Span) -> Tensor:
     """View x[..., out, in] within the spans as [..., row cells, rows a cell, column cells, columns a cell]."""
-    x = x[..., rows.start : rows.stop, cols.start : cols.stop]
+    if rows.stop - rows.start != x.shape[-2] or cols.stop - cols.start != x.shape[-1]:
+        x = x[..., rows.start : rows.stop, cols.start : cols.stop]
     # splitting an axis is a view, whatever the strides
     return x.view(*x.shape[:-2], rows.cells, rows.each, cols.cells, cols.each)
 
@@ -246,7 +247,7 @@ def quantize_into(
         for rows, cols in spans:
             values, cells = _grouped(weight, rows, cols), _cells_of(scale, rows, cols)
             if scheme.power_of_two:
-                limit = FP8_MAX * cells
+                limit = (FP8_MAX * cells).to(values.dtype)  # exact, or further from 0 than any weight of the group
                 values = torch.clamp(values, -limit, limit)
             torch.div(values, cells, out=_grouped(out, rows, cols))
         return
@@ -262,8 +263,9 @@ def quantize_into(
 
 def _cells_of(scale: Tensor, rows: _Span, cols: _Span) -> Tensor:
     """The scales of the spans' groups, broadcastable to `_grouped` weights."""
-    cells = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
-    return cells[..., :, None, :, None]
+    if rows.cells != scale.shape[-2] or cols.cells != scale.shape[-1]:
+        scale = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
+    return scale[..., :, None, :, None]
 
 
 def to_stored(scale: Tensor, scheme: Scheme) -> Tensor:

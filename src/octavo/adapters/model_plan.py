@@ -132,7 +132,7 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
         job.add_tensor(name, key, pattern, Symbolic.source(key, info.shape, info.dtype))
     found: dict[str, Symbolic] = {}
     for first, job in jobs.items():
-        sources = sorted((key for keys in job.layer_targets.values() for key in keys), key=dot_natural_key)
+        sources = [key for keys in job.layer_targets.values() for key in keys]
         holes = _holes(sources) if isinstance(job, WeightConverter) else []
         if holes:
             problems += [f"missing: {name}, one of the tensors that make {first}" for name in holes]
@@ -141,10 +141,11 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
         try:
             made = job.convert(first, model=model, config=model.config)
         except NotMovementError as error:
-            problems.append(f"{first}: transformers computes it from {sources[0]}...: {error}")
+            problems.append(f"{first}: transformers computes it from {min(sources, key=dot_natural_key)}...: {error}")
             continue
         except Exception as error:  # a converter given tensors that don't fit fails in its own way
-            problems.append(f"misshapen: {', '.join(sources[:4])} can't be made into {first}: {error}")
+            some = sorted(sources, key=dot_natural_key)[:4]
+            problems.append(f"misshapen: {', '.join(some)} can't be made into {first}: {error}")
             continue
         for name, value in made.items():
             symbolic = value[0] if isinstance(value, list) else value
