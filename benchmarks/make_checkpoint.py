@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import struct
 import sys
 import time
@@ -228,6 +229,8 @@ def make(
     if (folder / "config.json").is_file():
         return facts
     folder.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(folder).free) < facts["bytes"]:
+        raise OSError(f"{folder}: {model} needs {facts['bytes'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     of = len(shards)
     names = [f"model-{n:05d}-of-{of:05d}.safetensors" for n in range(1, of + 1)] if of > 1 else ["model.safetensors"]
     block = _random_block()
