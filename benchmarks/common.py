@@ -26,6 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+IN_MEMORY = ("tmpfs", "ramfs")
 FOLDER = Path(os.environ.get("OCTAVO_BENCH_FOLDER", "/tmp/octavo-bench"))
 _BLOCK_BYTES = 8 << 20
 _SAMPLE_S = 0.01
@@ -251,6 +252,17 @@ def cached_share(folder: Path) -> float:
             del first  # or the mapping could not be closed
             resident, pages = resident + count - bytes(found).count(0), pages + count
     return resident / max(pages, 1)
+
+
+def set_cache(folder: Path, cold: bool) -> float:
+    """Warm or cool, as far as needed; returns what share is cached then."""
+    if file_system(folder) in IN_MEMORY:
+        return 1.0
+    if cold:
+        cool(folder)
+    elif cached_share(folder) < 1:
+        warm(folder)
+    return cached_share(folder)
 
 
 def size(folder: Path) -> int:

@@ -93,7 +93,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged) -> None:
     }
     rows = {}
     for way in args.ways:
-        common.warm(folder)
+        common.set_cache(folder, cold=False)
         try:
             rows[way] = run_fresh(CHILD, way, folder, args.device, json.dumps(options), timeout_s=args.timeout_s)
             say(f"{way}: {rows[way].pop('process')['wall_s']:.0f} s")

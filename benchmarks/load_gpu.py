@@ -212,7 +212,8 @@ class Budget:
         self.left_out: list[str] = []
 
     def allows(self, what: str, key: str) -> bool:
-        if self._ends is None or time.monotonic() + self._took.get(key, 0.0) < self._ends:
+        expected = self._took.get(key, max(self._took.values(), default=0.0))
+        if self._ends is None or time.monotonic() + expected < self._ends:
             return True
         self.left_out.append(what)
         say(f"{what}: left out, no time")
@@ -237,7 +238,7 @@ def run_model(
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB, {facts['tensors']:,} tensors, {time.monotonic() - began:.0f} s")
     kind = common.file_system(folder)
-    setting = kind if kind == "tmpfs" else f"{kind}, {'cold' if args.cold else 'warm'}"
+    setting = kind if kind in common.IN_MEMORY else f"{kind}, {'cold' if args.cold else 'warm'}"
     run_fresh(WARM_UP, folder, args.device, timeout_s=args.timeout_s)
     merged.add(facts, "models", model, "checkpoint")
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -250,8 +251,7 @@ def run_model(
                 rows[way] = {"skipped": why}
             elif budget.allows(f"{model} {way} {number + 1}/{args.repeats}", f"{model} {way}"):
                 began = time.monotonic()
-                common.cool(folder) if args.cold else common.warm(folder)
-                cached = common.cached_share(folder)
+                cached = common.set_cache(folder, args.cold)
                 try:
                     run = {**load_once(way, folder, args, used), "cached_share": cached}
                 except ChildError as error:
@@ -296,7 +296,7 @@ def arguments() -> argparse.Namespace:
     chosen = args.loaders or ["ceilings", *(["direct"] if args.cold else []), "octavo", "peers"]
     args.loaders = list(dict.fromkeys(way for name in chosen for way in GROUPS.get(name, (name,))))
     args.folder.mkdir(parents=True, exist_ok=True)
-    if args.cold and common.file_system(args.folder) in ("tmpfs", "ramfs"):
+    if args.cold and common.file_system(args.folder) in common.IN_MEMORY:
         parser.error(f"--cold: {args.folder} is in memory; give a --folder on a disk")
     return args
 
