@@ -127,7 +127,11 @@ def _static(model: Model, batch: int, prompt: int, new: int, how: str) -> dict[s
     cache = StaticCache(config=model.model.config, max_cache_len=prompt + 2 * WARM_STEPS + new + 1)
     token = model.model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
     answer = torch.full((batch, new), -1, device=model.device)
-    forward = torch.compile(model.model.forward, mode="reduce-overhead") if how == "compile" else model.model.forward
+    forward = (
+        torch.compile(model.model.forward, mode="reduce-overhead", dynamic=False)
+        if how == "compile"
+        else model.model.forward
+    )
 
     def step() -> None:
         logits = forward(token, past_key_values=cache, logits_to_keep=1).logits
