@@ -7,7 +7,9 @@ child, so a small parent is what makes a child's peak its own. Run alone, it pri
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
+import mmap
 import os
 import platform
 import re
@@ -17,13 +19,14 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
+IN_MEMORY = ("tmpfs", "ramfs")
 FOLDER = Path(os.environ.get("OCTAVO_BENCH_FOLDER", "/tmp/octavo-bench"))
 _BLOCK_BYTES = 8 << 20
 _SAMPLE_S = 0.01
@@ -33,7 +36,7 @@ _SAMPLE_S = 0.01
 
 
 def machine(folder: Path) -> dict[str, Any]:
-    """CPU, memory, kernel, and the storage that ``folder`` lies on."""
+    """CPU, memory, kernel, GPU where there is one, and the storage that ``folder`` lies on."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     found = re.search(r"model name\s*:\s*(.+)", cpuinfo)
     memory = re.search(r"MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text())
@@ -42,27 +45,54 @@ def machine(folder: Path) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(int(memory[1]) / (1 << 20), 1) if memory else None,
         "kernel": platform.release(),
+        **gpu(),
         "storage": _storage(folder),
         "load_average": os.getloadavg()[0],
     }
 
 
+def gpu() -> dict[str, str]:
+    """Name, memory and driver of the first GPU; nothing where there is none."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return dict(zip(("gpu", "gpu_memory", "gpu_driver"), found[0].split(", "), strict=True)) if found else {}
+
+
 def _storage(folder: Path) -> str:
-    """Device, file system and mount point of a folder."""
-    mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    device, mount, kind = max(
-        (m for m in mounts if folder.resolve().is_relative_to(m[1])), key=lambda m: len(m[1]), default=("?", "?", "?")
-    )
+    device, mount, kind = _mount(folder)
     return f"{device} {kind} at {mount}"
 
 
+def file_system(folder: Path) -> str:
+    """tmpfs, ext4, ..."""
+    return _mount(folder)[2]
+
+
+def _mount(folder: Path) -> list[str]:
+    """Device, mount point and file system of a folder."""
+    mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    found = (m for m in mounts if folder.resolve().is_relative_to(m[1]))
+    return max(found, key=lambda m: len(m[1]), default=["?", "?", "?"])
+
+
 def machine_name(facts: dict[str, Any]) -> str:
-    """'Intel(R) Xeon(R) Processor', 2 cores -> 'intel-xeon-2c': ends the names of result files."""
+    """'Intel(R) Xeon(R) Processor', 2 cores -> 'intel-xeon-2c'; 'NVIDIA H100 80GB HBM3' -> 'nvidia-h100-80gb-hbm3'.
+
+    Ends the names of result files.
+    """
+    if "gpu" in facts:
+        return "-".join(re.sub(r"[^\w\s-]", " ", facts["gpu"]).lower().split())
     words = re.sub(r"\(R\)|\(TM\)|@.*|\b(CPU|Processor)\b|[^\w\s-]", " ", facts["cpu"]).lower().split()
     return "-".join([*words, f"{facts['cores']}c"])
 
 
-def versions(packages: Iterable[str] = ("torch", "transformers", "safetensors", "numpy")) -> dict[str, str]:
+_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "instanttensor", "fastsafetensors", "numpy")
+
+
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
     """Versions of the packages that are installed beside this interpreter, and its own."""
     found = {"python": platform.python_version()}
     for package in packages:
@@ -72,7 +102,14 @@ def versions(packages: Iterable[str] = ("torch", "transformers", "safetensors", 
 
 
 def commit() -> str:
-    """The commit of this checkout, with ``+changes`` if the library differs from it."""
+    """The commit of this checkout, with ``+changes`` if the library differs from it.
+
+    A copy without git's folder is told by the variable OCTAVO_BENCH_COMMIT.
+    """
+    if told := os.environ.get("OCTAVO_BENCH_COMMIT"):
+        return told
+    if not (ROOT / ".git").exists():
+        return "unknown"
 
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
@@ -83,7 +120,8 @@ def commit() -> str:
 # -- fresh processes --------------------------------------------------------------------------------------------------
 
 _PRELUDE = """
-import json, sys, time
+import json, os, sys, time
+STARTED_S = float(os.environ["OCTAVO_BENCH_STARTED_S"])
 def result(**values): print("RESULT " + json.dumps(values), flush=True)
 """
 
@@ -92,44 +130,73 @@ class ChildError(RuntimeError):
     """A measured process failed; holds the end of its output."""
 
 
-def run_fresh(code: str, *arguments: object, python: str = sys.executable, log: bool = False) -> dict[str, Any]:
+def run_fresh(
+    code: str,
+    *arguments: object,
+    python: str = sys.executable,
+    log: bool = False,
+    timeout_s: float | None = None,
+    device_used: Callable[[], int] | None = None,
+    samples: bool = False,
+) -> dict[str, Any]:
     """Run a snippet in a process of its own, which calls ``result(name=value, ...)`` once at its end.
+
+    The snippet knows ``STARTED_S``, when it was started, on the clock of `time.perf_counter` (one for all processes).
+
+    Args:
+        timeout_s: the process is killed after that.
+        device_used: bytes in use on a device, sampled beside the process's own memory.
+        samples: whether to return the samples.
 
     Returns:
         what the snippet gave, and ``process``: wall_s (imports included), cpu_s, peak_rss_bytes as the kernel counted
         it (`os.wait4`), and, sampled, the peak of the anonymous part, which unlike mapped files can't be dropped.
+        With ``samples``, also a list of [at_s, anonymous, mapped, device]: bytes, mapped ones being files and shared
+        memory (a mapped file on tmpfs counts as shared).
+
+    Raises:
+        ChildError: it failed, or took too long.
     """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as output:
         started = time.perf_counter()
+        environment["OCTAVO_BENCH_STARTED_S"] = repr(started)
         command = [python, "-c", _PRELUDE + code, *map(str, arguments)]
         child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        sampler = _Sampler(child.pid)
+        sampler = _Sampler(child.pid, device_used)
+        killer = threading.Timer(timeout_s, child.kill) if timeout_s else None
+        if killer:
+            killer.start()
         _, status, usage = os.wait4(child.pid, 0)
         wall_s = time.perf_counter() - started
+        if killer:
+            killer.cancel()
         child.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait for it again
-        anonymous = sampler.stop()
+        trace = sampler.stop()
         output.seek(0)
         lines = output.read().splitlines()
     found = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
     if child.returncode or not found:
-        raise ChildError(f"exit code {child.returncode}: " + "\n".join(lines[-15:]))
+        late = f" (killed after {timeout_s:.0f} s)" if timeout_s and wall_s >= timeout_s else ""
+        raise ChildError(f"exit code {child.returncode}{late}: " + "\n".join(lines[-15:]))
     if log:
         print(*lines, sep="\n", file=sys.stderr)
     process = {
         "wall_s": round(wall_s, 3),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss_bytes": usage.ru_maxrss * 1024,
-        "peak_anonymous_bytes_sampled": anonymous,
+        "peak_anonymous_bytes_sampled": max((sample[1] for sample in trace), default=0),
     }
-    return {**json.loads(found[-1]), "process": process}
+    return {**json.loads(found[-1]), "process": process, **({"samples": trace} if samples else {})}
 
 
 class _Sampler:
-    """Follows the anonymous memory of another process."""
+    """Follows the memory of another process, and of a device."""
 
-    def __init__(self, pid: int) -> None:
-        self._pid, self._peak = pid, 0
+    def __init__(self, pid: int, device_used: Callable[[], int] | None = None) -> None:
+        self._pid, self._device_used = pid, device_used or (lambda: 0)
+        self._samples: list[tuple[float, int, int, int]] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -137,13 +204,15 @@ class _Sampler:
     def _run(self) -> None:
         while not self._stop.wait(_SAMPLE_S):
             with contextlib.suppress(OSError):
-                found = re.search(r"RssAnon:\s*(\d+) kB", Path(f"/proc/{self._pid}/status").read_text())
-                self._peak = max(self._peak, int(found[1]) * 1024 if found else 0)
+                text = Path(f"/proc/{self._pid}/status").read_text()
+                sizes = {key: int(kib) * 1024 for key, kib in re.findall(r"Rss(\w+):\s*(\d+) kB", text)}
+                mapped = sizes.get("File", 0) + sizes.get("Shmem", 0)
+                self._samples.append((time.perf_counter(), sizes.get("Anon", 0), mapped, self._device_used()))
 
-    def stop(self) -> int:
+    def stop(self) -> list[tuple[float, int, int, int]]:
         self._stop.set()
         self._thread.join()
-        return self._peak
+        return self._samples
 
 
 # -- page cache -------------------------------------------------------------------------------------------------------
@@ -156,6 +225,44 @@ def warm(folder: Path) -> None:
         with path.open("rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
+
+
+def cool(folder: Path) -> None:
+    """Make the page cache forget every file; where asking does not help, and the user may, the whole cache."""
+    os.sync()  # what is not yet written can't be dropped
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_share(folder) > 0.01:
+        with contextlib.suppress(OSError):
+            Path("/proc/sys/vm/drop_caches").write_text("1")
+
+
+def cached_share(folder: Path) -> float:
+    """How much of the bytes of all files the page cache holds, from 0 to 1 (``mincore``)."""
+    mincore = ctypes.CDLL(None, use_errno=True).mincore
+    resident = pages = 0
+    for path in folder.iterdir():
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
+            count = -(-len(mapped) // mmap.PAGESIZE)
+            found = (ctypes.c_ubyte * count)()
+            first = ctypes.c_ubyte.from_buffer(mapped)
+            if mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(mapped)), found):
+                raise OSError(ctypes.get_errno(), f"mincore of {path}")
+            del first  # or the mapping could not be closed
+            resident, pages = resident + count - bytes(found).count(0), pages + count
+    return resident / max(pages, 1)
+
+
+def set_cache(folder: Path, cold: bool) -> float:
+    """Warm or cool, as far as needed; returns what share is cached then."""
+    if file_system(folder) in IN_MEMORY:
+        return 1.0
+    if cold:
+        cool(folder)
+    elif cached_share(folder) < 1:
+        warm(folder)
+    return cached_share(folder)
 
 
 def size(folder: Path) -> int:
@@ -178,21 +285,96 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 def save(name: str, folder: Path, values: dict[str, Any], write: bool = True) -> None:
     """Write ``results/NAME-<machine>.json`` and print the same as one line, the last of stdout."""
-    facts = machine(folder)
-    content = {
-        "benchmark": name,
+    content = {"benchmark": name, **circumstances(folder), **values}
+    if write:
+        _write(results_path(name, content["machine"]), content)
+    print(json.dumps(content), flush=True)
+
+
+def circumstances(folder: Path) -> dict[str, Any]:
+    """What a result holds beside its values: date, commit, machine, versions."""
+    return {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "machine": facts,
+        "machine": machine(folder),
         "versions": versions(),
-        **values,
     }
-    if write:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{name}-{machine_name(facts)}.json"
-        path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def results_path(name: str, facts: dict[str, Any]) -> Path:
+    return RESULTS / f"{name}-{machine_name(facts)}.json"
+
+
+class Merged:
+    """A result file that grows by parts, each measured in a run of its own, and is written after each part.
+
+    ``runs`` says under which circumstances (date, commit, machine, versions, command) the parts that name a run were
+    measured; runs that no part names any more are dropped.
+    """
+
+    def __init__(self, name: str, folder: Path, output: Path | None, write: bool = True, **facts: Any) -> None:
+        """
+        Args:
+            output: where to write; it starts from what is there, or else from the committed result of this machine.
+        """
+        run = {**circumstances(folder), "command": " ".join(sys.argv), **facts}
+        committed = results_path(name, run["machine"])
+        self.path, self._write = output or committed, write
+        start = next((path for path in (self.path, committed) if path.is_file()), None) if write else None
+        self.content: dict[str, Any] = json.loads(start.read_text()) if start else {"benchmark": name, "runs": {}}
+        self.run = time.strftime("%Y-%m-%dT%H:%M:%S")
+        self.content["runs"][self.run] = run
+        self._parts: list[tuple[str, ...]] = []
+
+    def add(self, part: dict[str, Any], *keys: str) -> None:
+        """Put a part in its place, instead of what was there."""
+        place = self.content
+        for key in keys[:-1]:
+            place = place.setdefault(key, {})
+        place[keys[-1]] = {"run": self.run, **part}
+        self._parts.append(keys)
+        self._save()
+
+    def _save(self) -> None:
+        if self._write:
+            _write(self.path, self._pruned(), quiet=True)
+
+    def close(self, **facts: Any) -> None:
+        """Add facts about the run, and print what it measured as one line, the last of stdout."""
+        self.content["runs"][self.run] |= facts
+        self._save()
+        parts: dict[str, Any] = {}
+        for keys in self._parts:
+            place, found = parts, self.content
+            for key in keys[:-1]:
+                place, found = place.setdefault(key, {}), found[key]
+            place[keys[-1]] = found[keys[-1]]
+        if self._write:
+            say(f"wrote {self.path}")
+        content = {"benchmark": self.content["benchmark"], "runs": {self.run: self.content["runs"][self.run]}}
+        print(json.dumps({**content, **parts}), flush=True)
+
+    def _pruned(self) -> dict[str, Any]:
+        named: set[str] = set()
+
+        def look(value: Any) -> None:
+            if isinstance(value, dict):
+                if isinstance(value.get("run"), str):
+                    named.add(value["run"])
+                for inner in value.values():
+                    look(inner)
+
+        look({key: value for key, value in self.content.items() if key != "runs"})
+        return {**self.content, "runs": {key: value for key, value in self.content["runs"].items() if key in named}}
+
+
+def _write(path: Path, content: dict[str, Any], quiet: bool = False) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)
+    if not quiet:
         say(f"wrote {path}")
-    print(json.dumps(content), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python benchmarks/make_checkpoint.py llama3-8b DIR --layers 4
 
 Weights are normal with standard deviation 0.02, as models are initialised; norms are 1 and biases 0. One block of
-random numbers is written over and over, from another offset for each run of it, so the disk sets the speed and
-memory stays small. Run without arguments, it lists the shapes.
+random numbers is written over and over, from another offset for each run of it, several shards at a time, so the disk
+(or, in memory, the machine) sets the speed and memory stays small. The bytes are the same wherever and however often
+they are made. Run without arguments, it lists the shapes.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
+Shard = list[tuple[str, tuple[int, ...]]]
 _BLOCK_ELEMENTS = (16 << 20) - 3  # odd, so that rows of a matrix don't repeat
 _WRITE_ELEMENTS = 1 << 19  # larger writes can be several times slower: page cache in huge folios, in some guests
 _STD = 0.02
@@ -65,32 +70,32 @@ def llama(layers: int, vocab: int = 128256, inner: int = 14336) -> tuple[dict[st
     return c, _decoder(c, lambda at: _gated(f"{at}mlp", 4096, inner))
 
 
-def granite_stack(layers: int) -> tuple[dict[str, Any], Shapes]:
-    """Experts stored as stacks [experts, out, in]: 2.15 GB of gate and up."""
+def granite_stack(layers: int, experts: int = 32) -> tuple[dict[str, Any], Shapes]:
+    """Experts stored as stacks [experts, out, in]: 67 MB of gate and up an expert."""
     c = _config("GraniteMoeForCausalLM", "granitemoe", vocab_size=4096, hidden_size=4096, intermediate_size=4096)
     c.update(num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
-    c.update(num_local_experts=32, num_experts_per_tok=4)
+    c.update(num_local_experts=experts, num_experts_per_tok=4)
 
     def mlp(at: str) -> Shapes:
-        yield f"{at}block_sparse_moe.input_linear.weight", (32, 2 * 4096, 4096)
-        yield f"{at}block_sparse_moe.output_linear.weight", (32, 4096, 4096)
-        yield f"{at}block_sparse_moe.router.layer.weight", (32, 4096)
+        yield f"{at}block_sparse_moe.input_linear.weight", (experts, 2 * 4096, 4096)
+        yield f"{at}block_sparse_moe.output_linear.weight", (experts, 4096, 4096)
+        yield f"{at}block_sparse_moe.router.layer.weight", (experts, 4096)
 
     return c, _decoder(c, mlp)
 
 
-def gpt_oss_stack(layers: int) -> tuple[dict[str, Any], Shapes]:
-    """Experts stored as stacks [experts, in, out], gate and up interleaved: 2.12 GB of them."""
+def gpt_oss_stack(layers: int, experts: int = 64) -> tuple[dict[str, Any], Shapes]:
+    """Experts stored as stacks [experts, in, out], gate and up interleaved: 33 MB of them an expert."""
     c = _config("GptOssForCausalLM", "gpt_oss", vocab_size=4096, hidden_size=2880, intermediate_size=2880)
     c.update(num_hidden_layers=layers, num_attention_heads=64, num_key_value_heads=8, head_dim=64)
-    c.update(num_local_experts=64, num_experts_per_tok=4)
+    c.update(num_local_experts=experts, num_experts_per_tok=4)
 
     def mlp(at: str) -> Shapes:
         for name, inner, outer in (("gate_up", 2880, 5760), ("down", 2880, 2880)):
-            yield f"{at}mlp.experts.{name}_proj", (64, inner, outer)
-            yield f"{at}mlp.experts.{name}_proj_bias", (64, outer)
-        yield f"{at}mlp.router.weight", (64, 2880)
-        yield f"{at}mlp.router.bias", (64,)
+            yield f"{at}mlp.experts.{name}_proj", (experts, inner, outer)
+            yield f"{at}mlp.experts.{name}_proj_bias", (experts, outer)
+        yield f"{at}mlp.router.weight", (experts, 2880)
+        yield f"{at}mlp.router.bias", (experts,)
         yield f"{at}self_attn.sinks", (64,)
 
     return c, _decoder(c, mlp, bias="qkvo")
@@ -142,8 +147,11 @@ def opt(layers: int) -> tuple[dict[str, Any], Shapes]:
 MODELS: dict[str, tuple[int, Callable[[int], tuple[dict[str, Any], Shapes]]]] = {
     "llama3-8b": (32, llama),
     "big-tensor": (1, lambda layers: llama(layers, vocab=4096, inner=131072)),  # three matrices of 1.07 GB
-    "big-stack": (1, granite_stack),
-    "big-stack-transposed": (1, gpt_oss_stack),
+    "big-stack": (1, granite_stack),  # 2.15 GB of gate and up
+    "big-stack-transposed": (1, gpt_oss_stack),  # 2.12 GB
+    # more than 2^31 elements and 2^32 bytes in one tensor: 5.37 and 5.31 GB
+    "huge-stack": (1, lambda layers: granite_stack(layers, experts=80)),
+    "huge-stack-transposed": (1, lambda layers: gpt_oss_stack(layers, experts=160)),
     "qwen1.5-moe-a2.7b": (24, lambda layers: qwen_moe(layers, 60, 1408, v3=False)),
     "qwen3-30b-a3b": (48, lambda layers: qwen_moe(layers, 128, 768, v3=True)),
     "opt-125m": (12, opt),
@@ -172,12 +180,13 @@ def _values(name: str, count: int, block: np.ndarray, offsets: np.random.Generat
             count -= run
 
 
-def _cut(shapes: Shapes, shard_bytes: int) -> list[list[tuple[str, tuple[int, ...]]]]:
+def _cut(shapes: Shapes, shard_bytes: int) -> list[Shard]:
     """Tensors to shards, of about equal size; a tensor is never cut."""
     tensors = list(shapes)
     total = sum(2 * math.prod(shape) for _, shape in tensors)
     share = total / math.ceil(total / shard_bytes)
-    shards, done = [], 0
+    shards: list[Shard] = []
+    done = 0
     for name, shape in tensors:
         if done >= share * len(shards):
             shards.append([])
@@ -186,7 +195,25 @@ def _cut(shapes: Shapes, shard_bytes: int) -> list[list[tuple[str, tuple[int, ..
     return shards
 
 
-def make(model: str, folder: Path, layers: int | None = None, shard_gb: float = 2.0) -> dict[str, Any]:
+def _write(path: Path, shard: Shard, block: np.ndarray, offsets: np.random.Generator) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor, shape in shard:
+        begin, end = end, end + 2 * math.prod(shape)
+        header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor, shape in shard:
+            for values in _values(tensor, math.prod(shape), block, offsets):
+                for start in range(0, values.size, _WRITE_ELEMENTS):
+                    file.write(values[start : start + _WRITE_ELEMENTS].data)
+
+
+def make(
+    model: str, folder: Path, layers: int | None = None, shard_gb: float = 2.0, threads: int | None = None
+) -> dict[str, Any]:
     """Write the checkpoint; a folder that has its config is taken to be complete."""
     default_layers, build = MODELS[model]
     layers = layers or default_layers
@@ -202,25 +229,20 @@ def make(model: str, folder: Path, layers: int | None = None, shard_gb: float = 
     if (folder / "config.json").is_file():
         return facts
     folder.mkdir(parents=True, exist_ok=True)
-    block, offsets = _random_block(), np.random.default_rng(1)
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for tensor, shape in shard:
-            begin, end = end, end + 2 * math.prod(shape)
-            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-            weight_map[tensor] = name
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with (folder / name).open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for tensor, shape in shard:
-                for values in _values(tensor, math.prod(shape), block, offsets):
-                    for start in range(0, values.size, _WRITE_ELEMENTS):
-                        file.write(values[start : start + _WRITE_ELEMENTS].data)
-    if len(shards) > 1:
+    if (free := shutil.disk_usage(folder).free) < facts["bytes"]:
+        raise OSError(f"{folder}: {model} needs {facts['bytes'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    of = len(shards)
+    names = [f"model-{n:05d}-of-{of:05d}.safetensors" for n in range(1, of + 1)] if of > 1 else ["model.safetensors"]
+    block = _random_block()
+    with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:
+        jobs = [
+            pool.submit(_write, folder / name, shard, block, np.random.default_rng((1, number)))
+            for number, (name, shard) in enumerate(zip(names, shards, strict=True))
+        ]
+        for job in jobs:
+            job.result()
+    if of > 1:
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor, _ in shard}
         index = {"metadata": {"total_size": facts["bytes"]}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(config, indent=1))  # last: its presence says complete
@@ -233,6 +255,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--shard-gb", type=float, default=2.0, help="largest shard, about, in 1e9 bytes (%(default)s)")
+    parser.add_argument("--threads", type=int, help="shards written at a time (one a core, at most 16)")
     args = parser.parse_args()
     if args.folder is None:
         for model, (layers, build) in MODELS.items():
@@ -241,7 +264,7 @@ def main() -> None:
         print(json.dumps(sorted(MODELS)))
         return
     started = time.perf_counter()
-    facts = make(args.model, args.folder, args.layers, args.shard_gb)
+    facts = make(args.model, args.folder, args.layers, args.shard_gb, args.threads)
     print(json.dumps({**facts, "seconds": round(time.perf_counter() - started, 2)}))
 
 

@@ -1,0 +1,125 @@
+"""Pictures of committed results, for the docs.
+
+    python benchmarks/plot.py                           # every results/load_gpu-*.json -> docs/images/
+    python benchmarks/plot.py FILE... --into FOLDER
+
+One picture a model and setting: seconds of the load, memory beyond the final model, and the memory over time that
+octavo's report tells of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import common
+from common import say
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+IMAGES = common.ROOT / "docs" / "images"
+MIB, GIB = 1 << 20, 1 << 30
+_COLORS = {"octavo": "tab:blue", "ceiling": "lightgray", "peer": "tab:orange"}
+_CEILINGS = {
+    "copy": "pinned copy",
+    "read": "read",
+    "read-direct": "read, direct",
+    "ring": "read and copy",
+    "ring-direct": "read and copy, direct",
+}
+
+
+def _kind(way: str) -> str:
+    return "octavo" if way.startswith("octavo") else "ceiling" if way in _CEILINGS else "peer"
+
+
+def _bars(axes: Axes, values: dict[str, float], title: str, form: str) -> None:
+    """Horizontal bars, the first on top."""
+    names = [
+        _CEILINGS.get(way, way.replace("octavo-", "octavo ").replace("transformers-", "transformers "))
+        for way in values
+    ]
+    drawn = axes.barh(names, list(values.values()), color=[_COLORS[_kind(way)] for way in values])
+    axes.bar_label(drawn, fmt=form, padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _over(row: dict[str, Any]) -> float | None:
+    """Peak beyond the end in MiB: as torch counts it for models, as the driver does for what bypasses its allocator."""
+    if "model_bytes" in row and "over_bytes" in row:
+        return row["over_bytes"] / MIB
+    if "device_peak_bytes" in row:
+        return (row["device_peak_bytes"] - row["device_final_bytes"]) / MIB
+    return None
+
+
+def _curve(axes: Axes, way: str, row: dict[str, Any]) -> None:
+    columns = dict(zip(row["trace"]["columns"], zip(*row["trace"]["rows"], strict=True), strict=True))
+    on_device = bool(row["report"]["device_peak_bytes"])
+    memory = "device_bytes" if on_device else "rss_bytes"
+    axes.axhline(row["report"]["source_bytes"] / GIB, color="tab:red", linestyle="--", label="unquantized")
+    axes.axhline(row["report"]["final_bytes"] / GIB, color="tab:gray", linestyle=":", label="FP8")
+    axes.plot(columns["at_s"], [b / GIB for b in columns["placed_bytes"]], color="tab:blue", label="FP8 in place")
+    axes.plot(
+        columns["at_s"],
+        [b / GIB for b in columns[memory]],
+        color="tab:green",
+        label="device memory" if on_device else "process memory",
+    )
+    axes.set_ylim(0, None)
+    axes.set_title(f"{way.replace('-', ' ', 1)}: GiB over seconds", fontsize=10)
+    axes.legend(fontsize=8, loc="best")
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def load_picture(model: str, setting: str, facts: str, rows: dict[str, dict[str, Any]]) -> Figure | None:
+    """The picture of one model in one setting; None where nothing was measured."""
+    good = {
+        way: row for way, row in rows.items() if "load_s" in row and way != "context" and "wrong" not in row["check"]
+    }
+    if not good:
+        return None
+    seconds = {way: row.get("steady_s", row["load_s"])["median"] for way, row in good.items()}
+    over = {way: value for way, row in good.items() if _kind(way) != "ceiling" and (value := _over(row)) is not None}
+    traced = next(((way, row) for way, row in good.items() if row.get("trace", {}).get("rows")), None)
+    panels = 1 + bool(over) + bool(traced)
+    figure = Figure(figsize=(5 * panels, 0.6 + 0.3 * max(6, len(seconds))), layout="constrained")
+    axes = iter(figure.subplots(1, panels, squeeze=False)[0])
+    _bars(next(axes), seconds, "seconds to load", "%.2f")
+    if over:
+        _bars(next(axes), over, "device memory at the peak, MiB over the end", "%.0f")
+    if traced:
+        _curve(next(axes), *traced)
+    figure.suptitle(f"{model}, {setting}: {facts}", fontsize=10)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(common.RESULTS.glob("load_gpu-*.json")))
+    parser.add_argument("--into", type=Path, default=IMAGES, help="(%(default)s)")
+    args = parser.parse_args()
+    drawn = []
+    for path in args.files:
+        content = json.loads(path.read_text())
+        for model, found in content["models"].items():
+            for setting, rows in found.get("settings", {}).items():
+                machine = content["runs"][next(iter(rows.values()))["run"]]["machine"]
+                size = f"{found['checkpoint']['bytes'] / 1e9:.1f} GB on {machine.get('gpu', machine['cpu'])}"
+                if figure := load_picture(model, setting, size, rows):
+                    args.into.mkdir(parents=True, exist_ok=True)
+                    name = re.sub(r"\W+", "-", f"{path.stem} {model} {setting}")
+                    figure.savefig(args.into / f"{name}.png", dpi=110)
+                    drawn.append(f"{name}.png")
+                    say(f"drew {args.into / name}.png")
+    print(json.dumps({"drawn": drawn}))
+
+
+if __name__ == "__main__":
+    main()
