@@ -10,6 +10,7 @@ import torch
 
 from .chunks import default_slot_bytes
 from .errors import DeviceError
+from .files import PAGE
 from .plan import Plan
 
 MIN_STAGING_BYTES = 1 << 20
@@ -37,6 +38,11 @@ class Geometry:
     lanes: int = 0  # on a GPU: streams that copy and quantize at the same time; 0: threads do it, on a CPU
     block_bytes: int = 0  # what is copied and quantized at once
     lane_bytes: int = 0  # a block, and what kernels need beside it
+
+    @property
+    def read_bytes(self) -> int:
+        """What is read into a slot at once: where slots are large, room is left for aligning direct reads."""
+        return self.slot_bytes - 2 * PAGE if self.slot_bytes >= 64 * PAGE else self.slot_bytes
 
     @property
     def host_bytes(self) -> int:

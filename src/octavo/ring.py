@@ -1,4 +1,4 @@
-"""The bounded reader: the only module with threads, file descriptors and pinned memory.
+"""The bounded reader: the only module with threads and pinned memory.
 
 A fixed number of threads take chunks in plan order and read them into a fixed number of equal slots, so memory is
 bounded whatever the sizes of tensors, and the earliest chunk always has a slot. Then, in one of two ways:
@@ -9,12 +9,11 @@ bounded whatever the sizes of tensors, and the earliest chunk always has a slot.
 A slot is reused only when it is idle: on an accelerator, after the copy out of it has completed.
 
 `Ring.stop` wakes whatever waits: an exception in any thread, or Ctrl-C in the caller's,
-stops every worker after its current chunk, joins them, and closes the files.
+stops every worker after its current chunk, and joins them.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -25,8 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .checkpoint import Shard
-from .errors import CheckpointError, SourceChangedError
+from .files import PAGE
 
 Ticket = TypeVar("Ticket")
 TicketIn = TypeVar("TicketIn", contravariant=True)
@@ -68,56 +66,6 @@ class SingleThreadedTorch:
                 torch.set_num_threads(SingleThreadedTorch._before)
 
 
-class Files:
-    """Shared read-only descriptors of a checkpoint's shards, opened when first needed."""
-
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = shards
-        self._descriptors: dict[int, int] = {}
-        self._read: set[int] = set()
-        self._lock = threading.Lock()
-
-    def read_into(self, shard: int, view: memoryview, offset: int) -> None:
-        """Fill ``view`` from ``offset`` of the shard, or raise naming the file."""
-        descriptor = self._descriptor(shard)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{self._shards[shard].path}: reading {len(view):,} bytes at {offset:,} failed: {error.strerror}"
-                ) from error
-            if count == 0:
-                raise SourceChangedError(
-                    f"{self._shards[shard].path}: ended at byte {offset + done:,} while being read; it was longer when "
-                    "opened. Run again when nothing writes to the checkpoint."
-                )
-            done += count
-
-    def _descriptor(self, shard: int) -> int:
-        with self._lock:
-            if shard not in self._descriptors:
-                self._shards[shard].check_unchanged()
-                self._read.add(shard)
-                try:
-                    self._descriptors[shard] = os.open(self._shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise CheckpointError(f"{self._shards[shard].path}: can't be opened: {error.strerror}") from error
-            return self._descriptors[shard]
-
-    def close(self) -> None:
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
-
-    def check_unchanged(self) -> None:
-        """Raise if a shard that was read is no longer the file that was opened."""
-        for shard in self._read:
-            self._shards[shard].check_unchanged()
-
-
 class Slot:
     """A host buffer that one worker owns, and the event after which it may be overwritten."""
 
@@ -127,6 +75,7 @@ class Slot:
         self.event: Any = None  # of the device, made when first needed
         self.busy: Any = None  # that, until it has been waited for
         self.start = 0  # where in it the bytes that were asked for begin
+        self.aligned = not self.buffer.data_ptr() % PAGE
 
     @property
     def idle(self) -> bool:

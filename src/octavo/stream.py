@@ -24,11 +24,12 @@ from .blocks import Block, Read, cut_blocks, cut_reads
 from .checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_plan
 from .device import DevicePress
-from .errors import OctavoError
+from .errors import DeviceError, OctavoError
+from .files import Files
 from .geometry import Geometry
 from .plan import Placement, Plan
 from .press import Press
-from .ring import TICK_S, Files, Ring, SingleThreadedTorch, Slot, now
+from .ring import TICK_S, Ring, SingleThreadedTorch, Slot, now
 from .sinks import Destination, IteratorSink, Sink, Storage
 
 
@@ -67,11 +68,14 @@ class Stream:
         slot_bytes: int | None = None,
         geometry: Geometry | None = None,
         tally: Tally | None = None,
+        direct_io: bool | None = None,
     ) -> None:
         self.checkpoint, self.plan, self.sink = checkpoint, plan, sink
         self.geometry = geometry or Geometry.fit(plan, threads, slot_bytes)
         self.ring: Ring[Any] = Ring(self.geometry.threads)
-        self.files = Files(checkpoint.shards)
+        if direct_io and not self.geometry.lanes:
+            raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
+        self.files = Files(checkpoint.shards, direct_io if self.geometry.lanes else False)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._states: dict[str, _State] = {}
         self._again_bytes = 0  # drawn to be read a second time
@@ -150,7 +154,7 @@ class Stream:
         slots = [Slot(geometry.slot_bytes, pinned) for _ in range(geometry.slots)]
         press = DevicePress(self.checkpoint, geometry, self.sink, self.ring)
         blocks = self._count_again(cut_blocks(self.plan, self.checkpoint.tensors, geometry.block_bytes))
-        reads = cut_reads(blocks, geometry.slot_bytes)
+        reads = cut_reads(blocks, geometry.read_bytes)
         try:
             with contextlib.closing(self.ring.relay(reads, slots, self._read_part)) as arriving:
                 for read, slot in arriving:
@@ -174,12 +178,16 @@ class Stream:
             yield block
 
     def _read_part(self, read: Read, slot: Slot) -> int:
-        started, at = now(), 0
-        for offset, nbytes in read.runs:
-            self.files.read_into(read.block.shard, slot.view[at : at + nbytes], offset)
-            at += nbytes
-        self._count_read(started, at)
-        return at
+        started, shard = now(), read.block.shard
+        if len(read.runs) == 1 and slot.aligned:
+            slot.start = self.files.read_run(shard, slot.view, *read.runs[0])
+        else:
+            slot.start = at = 0
+            for offset, nbytes in read.runs:
+                self.files.read_into(shard, slot.view[at : at + nbytes], offset)
+                at += nbytes
+        self._count_read(started, read.nbytes)
+        return read.nbytes
 
     def _count_read(self, started: float, nbytes: int) -> None:
         with self._lock:

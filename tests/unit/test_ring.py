@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
-from helpers import open_shards, threads_of_octavo
-from octavo.checkpoint import Shard
-from octavo.errors import CheckpointError, SourceChangedError
-from octavo.ring import Cancelled, Files, Ring, Slot
+from helpers import threads_of_octavo
+from octavo.ring import Cancelled, Ring, Slot
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]
 
@@ -288,88 +284,6 @@ def test_an_exception_while_drawing_tickets_ends_a_relay():
 
     with pytest.raises(ValueError, match="no more tickets"):
         relay(Ring(3), tickets())
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def shard(tmp_path: Path, name: str = "a.safetensors", size: int = 1000) -> Shard:
-    path = tmp_path / name
-    path.write_bytes(bytes(i % 251 for i in range(size)))
-    stat = path.stat()
-    return Shard(path, stat.st_size, stat.st_mtime_ns)
-
-
-def read(files: Files, shard: int, offset: int, length: int) -> bytes:
-    buffer = bytearray(length)
-    files.read_into(shard, memoryview(buffer), offset)
-    return bytes(buffer)
-
-
-def test_files_are_opened_when_needed_and_closed(tmp_path):
-    files = Files([shard(tmp_path), shard(tmp_path, "b.safetensors")])
-    assert open_shards() == []
-    assert read(files, 1, 300, 50) == bytes(i % 251 for i in range(300, 350))
-    read(files, 1, 0, 1000)
-    assert open_shards() == [str(tmp_path / "b.safetensors")]
-    files.close()
-    assert open_shards() == []
-    files.close()
-
-
-def test_a_file_that_ends_early_is_an_error_that_says_where(tmp_path):
-    mine = shard(tmp_path)
-    files = Files([mine])
-    read(files, 0, 0, 1)
-    os.truncate(mine.path, 400)
-    with pytest.raises(SourceChangedError, match=r"a.safetensors: ended at byte 400 while being read"):
-        read(files, 0, 390, 50)
-    files.close()
-
-
-def test_a_file_that_changed_before_it_was_read_is_an_error(tmp_path):
-    mine = shard(tmp_path)
-    mine.path.write_bytes(b"x" * 1001)
-    with pytest.raises(SourceChangedError, match="changed since it was opened \\(1,000 bytes then, 1,001 now\\)"):
-        read(Files([mine]), 0, 0, 10)
-
-
-def test_a_file_that_disappeared_is_an_error(tmp_path):
-    mine = shard(tmp_path)
-    mine.path.unlink()
-    with pytest.raises(SourceChangedError, match="disappeared"):
-        read(Files([mine]), 0, 0, 10)
-
-
-def test_a_file_that_changed_after_it_was_read_is_an_error(tmp_path):
-    mine, other = shard(tmp_path), shard(tmp_path, "b.safetensors")
-    files = Files([mine, other])
-    read(files, 0, 0, 10)
-    os.utime(other.path, ns=(0, 0))
-    files.check_unchanged()  # never read: not this stream's business
-    os.utime(mine.path, ns=(0, 0))
-    with pytest.raises(SourceChangedError, match=r"a\.safetensors"):
-        files.check_unchanged()
-    files.close()
-
-
-def test_a_failing_read_names_the_file(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
-    files = Files([shard(tmp_path)])
-    monkeypatch.setattr(os, "preadv", fail)
-    with pytest.raises(CheckpointError, match=r"a.safetensors: reading 10 bytes at 7 failed: Input/output error"):
-        read(files, 0, 7, 10)
-    files.close()
-
-
-def test_a_short_read_is_continued(tmp_path, monkeypatch):
-    real = os.preadv
-    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:3]], offset))
-    files = Files([shard(tmp_path)])
-    assert read(files, 0, 100, 50) == bytes(i % 251 for i in range(100, 150))
-    files.close()
 
 
 def test_a_slot_waits_once_for_its_event():

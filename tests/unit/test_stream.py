@@ -422,3 +422,8 @@ def test_a_budget_that_is_too_small_is_an_error(checkpoint):
 def test_no_threads_are_an_error(checkpoint):
     with pytest.raises(DeviceError, match="threads is 0; at least 1 is needed"):
         Stream(checkpoint, plan_checkpoint(checkpoint, Recipe()), ParameterSink({}), threads=0)
+
+
+def test_direct_reads_to_a_cpu_are_an_error(checkpoint):
+    with pytest.raises(DeviceError, match="direct_io=True is for loading to an accelerator"):
+        Stream(checkpoint, plan_checkpoint(checkpoint, Recipe()), ParameterSink({}), direct_io=True)

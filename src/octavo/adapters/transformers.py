@@ -71,6 +71,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    direct_io: bool | None = None,
     progress: bool | Callable[[int, int], None] | None = None,
 ) -> Any:
     """Load a transformers model as FP8 while its checkpoint streams.
@@ -92,6 +93,8 @@ def load(
         revision: of a hub id.
         trust_remote_code: let the checkpoint bring its own model code, as in transformers.
         attn_implementation: as in transformers.
+        direct_io: True or False to read the files past the page cache or through it, when loading to an accelerator;
+            by default, past it where they are not cached. Loading to a CPU reads through it.
         progress: True or False to show a bar or not, or a callable given bytes read and bytes in all; by default, a
             bar where the terminal can show one.
 
@@ -126,7 +129,7 @@ def load(
         with stages("allocate"):
             storages = {p.name: Storage.allocate(p) for p in plan.placements}
         with stages("stream"):
-            stream = Stream(checkpoint, plan, ParameterSink(storages), threads=threads)
+            stream = Stream(checkpoint, plan, ParameterSink(storages), threads=threads, direct_io=direct_io)
             meter.follow(stream.tally)
             tally = stream.run(meter.progress)
         with stages("finish"):

@@ -1,0 +1,149 @@
+"""The shards' file descriptors, and how their bytes are read: through the page cache, or past it.
+
+What is in the page cache is read from there. What is not is read past it (``O_DIRECT``) into aligned memory: the kernel
+then copies nothing, and does not drop what others need. Which it is, is looked up for each file when it is opened, by
+asking for some of its pages (``mincore``); the kernel tells that of a file that one may write or owns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .checkpoint import Shard
+from .errors import CheckpointError, SourceChangedError
+
+PAGE = 4096  # what direct reads are aligned to; devices ask for no more
+#: windows of a file that are looked up, and the share of them that must be cached for a file to count as such
+_WINDOWS, _WINDOW_BYTES, _CACHED = 64, 1 << 16, 0.9
+
+
+class Files:
+    """Shared read-only descriptors of a checkpoint's shards, opened when first needed.
+
+    Args:
+        direct_io: True or False to read past the page cache or through it; None looks, for each file.
+    """
+
+    def __init__(self, shards: Sequence[Shard], direct_io: bool | None = False) -> None:
+        self._shards = shards
+        self._direct_io = direct_io
+        self._buffered: dict[int, int] = {}
+        self._direct: dict[int, int | None] = {}
+        self._read: set[int] = set()
+        self._lock = threading.Lock()
+
+    def read_into(self, shard: int, view: memoryview, offset: int) -> None:
+        """Fill ``view`` from ``offset`` of the shard, or raise naming the file."""
+        descriptor = self._open(shard)[0]
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self._shards[shard].path}: reading {len(view):,} bytes at {offset:,} failed: {error.strerror}"
+                ) from error
+            if count == 0:
+                raise SourceChangedError(
+                    f"{self._shards[shard].path}: ended at byte {offset + done:,} while being read; it was longer when "
+                    "opened. Run again when nothing writes to the checkpoint."
+                )
+            done += count
+
+    def read_run(self, shard: int, view: memoryview, offset: int, nbytes: int) -> int:
+        """Read into page-aligned memory, past the page cache if that is the way of this file.
+
+        Returns where in ``view`` the bytes begin. Its length bounds what alignment may add.
+        """
+        direct = self._open(shard)[1]
+        start = offset % PAGE
+        wanted = -(-(start + nbytes) // PAGE) * PAGE
+        done = 0
+        if direct is not None and wanted <= len(view):
+            try:
+                done = os.preadv(direct, [view[:wanted]], offset - start)
+            except OSError as error:
+                if self._direct_io:
+                    raise CheckpointError(
+                        f"{self._shards[shard].path}: direct I/O failed: {error.strerror}; direct_io=None or False "
+                        "reads through the page cache"
+                    ) from error
+        if done <= start:
+            self.read_into(shard, view[:nbytes], offset)
+            return 0
+        if done < start + nbytes:  # interrupted
+            self.read_into(shard, view[done : start + nbytes], offset - start + done)
+        return start
+
+    def _open(self, shard: int) -> tuple[int, int | None]:
+        with self._lock:
+            if shard not in self._buffered:
+                self._shards[shard].check_unchanged()
+                self._read.add(shard)
+                path = self._shards[shard].path
+                try:
+                    self._buffered[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{path}: can't be opened: {error.strerror}") from error
+                self._direct[shard] = self._open_direct(path)
+            return self._buffered[shard], self._direct[shard]
+
+    def _open_direct(self, path: Path) -> int | None:
+        if self._direct_io is False or (self._direct_io is None and cached_share(path) >= _CACHED):
+            return None
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except (OSError, AttributeError) as error:  # a file system, or an operating system, without
+            if self._direct_io:
+                raise CheckpointError(
+                    f"{path}: can't be opened for direct I/O ({error}); direct_io=None or False reads through the "
+                    "page cache"
+                ) from error
+            return None
+
+    def close(self) -> None:
+        with self._lock:
+            for descriptor in (*self._buffered.values(), *self._direct.values()):
+                if descriptor is not None:
+                    os.close(descriptor)
+            self._buffered.clear()
+            self._direct.clear()
+
+    def check_unchanged(self) -> None:
+        """Raise if a shard that was read is no longer the file that was opened."""
+        for shard in self._read:
+            self._shards[shard].check_unchanged()
+
+
+def cached_share(path: Path) -> float:
+    """About how much of a file the page cache holds, from 0 to 1; 1 where that can't be told."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            pages = np.frombuffer(mapped, dtype=np.uint8)
+            try:
+                return _resident_share(mincore, int(pages.ctypes.data), len(mapped))
+            finally:
+                del pages  # or the mapping could not be closed
+    return 1.0
+
+
+def _resident_share(mincore: ctypes._NamedFuncPointer, address: int, nbytes: int) -> float:
+    length = min(_WINDOW_BYTES, nbytes)
+    found = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
+    step = max(1, (nbytes - length) // (_WINDOWS - 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    resident = seen = 0
+    for start in range(0, nbytes - length + 1, step):
+        if mincore(ctypes.c_void_p(address + start), ctypes.c_size_t(length), found):
+            raise OSError(ctypes.get_errno(), "mincore")
+        resident += sum(page & 1 for page in found)
+        seen += len(found)
+    return resident / seen
