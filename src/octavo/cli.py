@@ -113,6 +113,8 @@ def plan(
     """
     from . import api
 
+    if device_memory == "auto" and device == "cpu":
+        device = _accelerator()
     room = None if device_memory is None else _device_memory(device_memory, device)
     made = api.plan(
         model,
@@ -124,7 +126,9 @@ def plan(
         model=False if checkpoint else None,
         format=format,
     )
-    fits = room is None or made.peak_bytes() <= room
+    # a conversion holds no model
+    peak = max(made.peak_bytes(d) - (made.final_bytes(d) if checkpoint else 0) for d in made.devices or ("cpu",))
+    fits = room is None or peak <= room
     if json_:
         extra = {} if room is None else {"device_memory_bytes": room, "fits": fits}
         _print_json({**made.to_dict(), **extra})
@@ -133,10 +137,20 @@ def plan(
         if room is not None:
             from .report import human_bytes
 
+            what = "staging, as a conversion takes" if checkpoint else "weights and staging; activations, caches on top"
             verdict = "fits" if fits else "does not fit"
-            typer.echo(f"{verdict} into {human_bytes(room)} (weights and staging; activations and caches come on top)")
+            typer.echo(f"{human_bytes(peak)} {verdict} into {human_bytes(room)} ({what})")
     if not fits:
         raise typer.Exit(1)
+
+
+def _accelerator() -> str:
+    import torch
+
+    for kind in ("cuda", "xpu"):
+        if getattr(torch, kind).is_available():
+            return kind
+    raise typer.BadParameter("auto needs a GPU here; write a size such as 24GiB")
 
 
 def _device_memory(text: str, device: str) -> int:
@@ -144,9 +158,10 @@ def _device_memory(text: str, device: str) -> int:
         return parse_size(text)
     import torch
 
-    if not torch.cuda.is_available():
-        raise typer.BadParameter("auto needs a CUDA device here; write a size such as 24GiB")
-    free, _ = torch.cuda.mem_get_info(device if device.startswith("cuda") else None)
+    from .geometry import usable_device
+
+    found = usable_device(device)
+    free, _ = getattr(torch, found.type).mem_get_info(found)
     return int(free)
 
 

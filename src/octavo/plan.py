@@ -17,7 +17,7 @@ import torch
 
 from . import dtypes, kinds, schemes
 from .checkpoint import Checkpoint, TensorInfo
-from .errors import CoverageError, RecipeError, raise_problems
+from .errors import CoverageError, DeviceError, RecipeError, raise_problems
 from .pieces import Piece, coverage_problem, whole
 from .recipe import Decision, Recipe, Weight
 
@@ -125,8 +125,17 @@ class Plan:
         return placed + sum(n for d, n in self.other_bytes.items() if device in (None, d))
 
     def peak_bytes(self, device: str | None = None) -> int:
-        """The most bytes that are ever held there while loading."""
-        return self.final_bytes(device) + self.staging_bytes
+        """The most bytes that are ever held there while loading, with as many threads as this machine has cores."""
+        from .geometry import Geometry
+
+        try:
+            geometry = Geometry.fit(self)
+        except DeviceError:  # over several devices, say: what is sure is the budget
+            return self.final_bytes(device) + self.staging_bytes
+        if device is None:
+            return self.final_bytes() + geometry.staging_bytes
+        on_host = torch.device(device).type == "cpu"
+        return self.final_bytes(device) + (geometry.host_bytes if on_host else geometry.device_bytes)
 
     @property
     def read_bytes(self) -> int:
