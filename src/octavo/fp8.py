@@ -46,38 +46,39 @@ if TYPE_CHECKING:
 _DTYPES = frozenset({torch.bfloat16, torch.float16})
 _MAX_PARTS = 4
 
-# Up to so many rows, a product is weight-only; from so many, it is the library's. Measured on an H100.
+# All measured on an H100, for weights of 4096 x 4096 and 14336 x 4096, and experts of Qwen1.5-MoE.
+# Up to so many rows, a product is weight-only, but for weights so large that the GPU takes longer than two launches;
 _FEW = 16
+_LARGE = 32 << 20
 _FEW_MX = 64
-_MANY = 512
-_MANY_BLOCK = 64
-# experts: up to so many (token, expert) pairs each has a tile of its own; from so many an expert, activations are FP8
+# from so many, it is the library's.
+_MANY = 129
+_MANY_BLOCK = 17
+# Up to so many (token, expert) pairs are a tile each; to so many are sorted by comparing each with all;
+# from so many an expert, activations are FP8.
 _PAIRS = 32
-_BUSY = 32
+_SORTED_AT_ONCE = 8192
+_BUSY = 2
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def has_units(index: int) -> bool:
     """Whether CUDA device ``index`` has FP8 units."""
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(index) >= (8, 9)
+    return torch.version.cuda is not None and _capability(index) >= (8, 9)
 
 
 @functools.cache
-def _is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index)[0] == 9
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache
 def _kernels() -> Any:
     """`octavo.kernels`, or None where there is no Triton."""
-    if not _has_triton():
+    if not _HAS_TRITON:
         return None
     from . import kernels
 
@@ -97,6 +98,8 @@ def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _layout(rows: int, cols: int, name: str, parts: tuple[int, ...]) -> _kernels_module.Layout:
     scheme = schemes.get(name)
+    if scheme.group_rows == 1:
+        parts = (rows,)
     starts, firsts = [0], [0]
     for part in parts:
         starts.append(starts[-1] + part)
@@ -115,25 +118,27 @@ def _layout(rows: int, cols: int, name: str, parts: tuple[int, ...]) -> _kernels
     )
 
 
-@functools.lru_cache(maxsize=256)
-def _tile(device: int, rows: int, wide: bool) -> _kernels_module.Tile:
-    """For products of about ``rows`` rows (an expert); ``wide``: weights are widened to half precision."""
+@functools.lru_cache(maxsize=4096)
+def _tile(device: int, rows: int, scheme: str, wide: bool, experts: bool) -> _kernels_module.Tile:
+    """For ``rows`` rows (of an expert); ``wide``: weights are widened to half precision."""
     tile = _kernels().Tile
     if wide:
-        if rows <= 16:
-            found = tile(16, 32, 256, 8, 4)
-        elif rows <= 32:
+        if rows <= 16 and not experts:
+            found = tile(16, 32, 128, 4, 6) if scheme == "mxfp8" else tile(16, 32, 256, 4, 4)
+        elif rows <= 8:
+            found = tile(16, 64, 128, 4, 5)
+        elif rows <= 16:
             found = tile(32, 64, 128, 4, 5)
-        elif rows <= 64:
-            found = tile(64, 64, 128, 4, 4)
         else:
-            found = tile(128, 128, 64, 8, 4)
-    elif rows <= 128:
-        found = tile(32 if rows <= 32 else 64, 64, 128, 4, 5)
-    elif rows <= 256:
+            found = tile(64, 64, 128, 4, 4)
+    elif rows <= 32:
+        found = tile(32, 64, 128, 4, 5) if experts or scheme == "fp8_block" else tile(32, 64, 256, 4, 4)
+    elif rows <= 128 and not experts:
+        found = tile(64, 64, 128, 4, 5)
+    elif rows <= 64 or scheme == "fp8_block":
         found = tile(64, 128, 128, 4, 4)
     else:
-        found = tile(128, 128, 128, 8, 4)
+        found = tile(128, 128, 128, 4, 3)
     shared: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
     stage = (found.rows * (2 if wide else 1) + found.cols) * found.depth
     return found._replace(stages=max(1, min(found.stages, shared // stage - 1)))  # type: ignore[no-any-return]
@@ -160,23 +165,22 @@ def _linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[in
     if not rows or not n:
         return x.new_zeros(*x.shape[:-1], n)
     x = x.contiguous()
-    by_block, power_of_two = scheme == "fp8_block", scheme == "mxfp8"
-    if rows >= (_MANY_BLOCK if by_block else _MANY) and _library_takes(x, q, scheme, parts):
+    by_block = scheme == "fp8_block"
+    many = rows >= (_MANY_BLOCK if by_block else _MANY) or (by_block and n * k >= _LARGE)
+    if many and _library_takes(x, q, scheme, parts):
         return _scaled_mm(x, q, scale, by_block, parts, bias)
     if kernels is None or len(parts) > _MAX_PARTS:
         return _weight_only(x, q, scale, scheme, parts, bias)
-    layout = _layout(n, k, scheme, tuple(parts))
-    scale = _bytes(scale)
-    device = x.get_device()
-    if power_of_two and rows > _FEW_MX:
-        return F.linear(x, kernels.widen(q, scale, layout, x.dtype), None if bias is None else bias.to(x.dtype))
+    scale, device = _bytes(scale), x.get_device()
+    if scheme == "mxfp8" and rows > _FEW_MX:
+        return F.linear(x, kernels.widen(q, scale, x.dtype), None if bias is None else bias.to(x.dtype))
+    wide = scheme == "mxfp8" or (rows <= _FEW and n * k < _LARGE)
+    layout, tile = _layout(n, k, scheme, tuple(parts)), _tile(device, rows, scheme, wide, False)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    if rows <= _FEW or power_of_two:
-        tile = _tile(device, rows, True)
-        return kernels.product(x, q, scale, layout, tile, out, bias=bias)  # type: ignore[no-any-return]
-    quantized, x_scale = (kernels.quantize_groups if by_block else kernels.quantize_rows)(x)
-    tile = _tile(device, rows, False)
-    return kernels.product(quantized, q, scale, layout, tile, out, x_scale=x_scale, bias=bias)  # type: ignore[no-any-return]
+    x_scale = None
+    if not wide:
+        x, x_scale = (kernels.quantize_groups if by_block else kernels.quantize_rows)(x)
+    return kernels.product(x, q, scale, layout, tile, out, x_scale=x_scale, bias=bias)  # type: ignore[no-any-return]
 
 
 def _library_takes(x: Tensor, q: Tensor, scheme: str, parts: Sequence[int]) -> bool:
@@ -184,7 +188,11 @@ def _library_takes(x: Tensor, q: Tensor, scheme: str, parts: Sequence[int]) -> b
         return False
     if scheme == "fp8_block":
         # cuBLAS knows 1x128 by 128x128 on Hopper only, and one regular grid of blocks
-        return hasattr(F, "scaled_mm") and _is_hopper(x.get_device()) and not any(part % 128 for part in parts[:-1])
+        return (
+            hasattr(F, "scaled_mm")
+            and _capability(x.get_device())[0] == 9
+            and not any(part % 128 for part in parts[:-1])
+        )
     return hasattr(F, "scaled_mm") or x.dtype == torch.bfloat16
 
 
@@ -268,15 +276,25 @@ def _weight_only(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequen
 
 def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids [rows] -> them sorted, their order, int32 [experts] where each expert's rows end, and the inverse order."""
+    op = torch.ops.octavo.sort_routes if torch.compiler.is_compiling() else _sort_routes
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = op(ids, experts)
+    return found
+
+
+def _sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if len(ids) <= _SORTED_AT_ONCE:
+        return _kernels().sort_routes(ids.contiguous(), experts)  # type: ignore[no-any-return]
     ids, order = ids.sort()
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=ids.device))
+    order = order.int()
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), dtype=torch.int32, device=ids.device)
     return ids, order, ends, position
 
 
 def takes_experts(parts: Iterable[Sequence[int]]) -> bool:
     """Whether `expert_linear` takes stacks of such parts, here."""
-    return _has_triton() and all(len(each) <= _MAX_PARTS for each in parts)
+    return _HAS_TRITON and all(len(each) <= _MAX_PARTS for each in parts)
 
 
 def expert_linear(
@@ -324,45 +342,22 @@ def _expert_linear(
     x = x.contiguous()
     if not rows:
         return x.new_empty(0, n)
-    busy = rows // experts
+    each = 1 if order is None else rows // experts
+    wide = scheme == "mxfp8" or order is None or each < _BUSY
     x_scale = None
-    if order is not None and scheme != "mxfp8" and busy >= _BUSY:
-        if scheme != "fp8_block" and _grouped_takes(x, q):
-            chosen = (order, top_k) if gather else ()
-            quantized, x_scale = kernels.quantize_rows(x, *chosen)
-            out = _scaled_grouped_mm(quantized, q, x_scale, _a_row(scale, parts), ends)
-            return out if bias is None else out.add_(bias[ids.clamp(max=experts - 1)])
+    if not wide:
         x, x_scale = (kernels.quantize_groups if scheme == "fp8_block" else kernels.quantize_rows)(x)
-    tile = _tile(x.get_device(), 1 if order is None else busy, x_scale is None)
-    routes = kernels.Routes(top_k, ids, order, ends, gather)
     return kernels.product(  # type: ignore[no-any-return]
         x,
         q,
         _bytes(scale),
         _layout(n, k, scheme, tuple(parts)),
-        tile,
+        _tile(x.get_device(), each, scheme, wide, True),
         torch.empty(rows, n, dtype=dtype, device=x.device),
         x_scale=x_scale,
         bias=bias,
-        routes=routes,
+        routes=kernels.Routes(top_k, ids, order, ends, gather),
     )
-
-
-def _grouped_takes(x: Tensor, q: Tensor) -> bool:
-    # row-wise scales on Hopper, results in bf16
-    sides = q.shape[1] % 16 == 0 and q.shape[2] % 16 == 0
-    return sides and x.dtype == torch.bfloat16 and _is_hopper(x.get_device())
-
-
-def _scaled_grouped_mm(a: Tensor, q: Tensor, a_scale: Tensor, scale: Tensor, ends: Tensor | None) -> Tensor:
-    b = q.transpose(-2, -1)
-    if not hasattr(F, "scaled_grouped_mm"):  # until torch 2.10 is the oldest
-        return torch._scaled_grouped_mm(a, b, a_scale, scale, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True)
-    by_row = F.ScalingType.RowWise
-    out: Tensor = F.scaled_grouped_mm(
-        a, b, a_scale, by_row, scale, by_row, offs=ends, output_dtype=torch.bfloat16, use_fast_accum=True
-    )
-    return out
 
 
 def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None) -> Tensor:
@@ -405,6 +400,13 @@ _expert_linear_op = torch.library.custom_op(
     schema="(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias, Tensor ids, "
     "Tensor? order, Tensor? ends, SymInt top_k, bool gather) -> Tensor",
 )
+_sort_routes_op = torch.library.custom_op(
+    "octavo::sort_routes",
+    _sort_routes,
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor ids, SymInt experts) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 _combine_op = torch.library.custom_op(
     "octavo::combine",
     _combine,
@@ -434,6 +436,12 @@ def _(
     gather: bool,
 ) -> Tensor:
     return x.new_empty(ids.shape[0], q.shape[1])
+
+
+@_sort_routes_op.register_fake
+def _(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order = ids.new_empty(ids.shape, dtype=torch.int32)
+    return torch.empty_like(ids), order, ids.new_empty(experts, dtype=torch.int32), torch.empty_like(order)
 
 
 @_combine_op.register_fake

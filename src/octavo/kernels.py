@@ -200,15 +200,12 @@ def _product_kernel(
     tl.store(out_at, tl.trans(acc).to(out.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
 
 
-@triton.jit(do_not_specialize=["top_k"])
-def _quantize_rows_kernel(x, order, q, scale, k, top_k, GATHER: tl.constexpr, BLOCK: tl.constexpr):
-    """One scale a row: float32 amax / 448, or 1. Row i is row order[i] // top_k of x."""
+@triton.jit
+def _quantize_rows_kernel(x, q, scale, k, BLOCK: tl.constexpr):
+    """One scale a row: float32 amax / 448, or 1."""
     row = tl.program_id(0).to(tl.int64)
-    source = row
-    if GATHER:
-        source = tl.load(order + row) // top_k
     col = tl.arange(0, BLOCK)
-    values = tl.load(x + source * k + col, mask=col < k, other=0.0).to(tl.float32)
+    values = tl.load(x + row * k + col, mask=col < k, other=0.0).to(tl.float32)
     amax = tl.max(tl.abs(values), 0)
     factor = tl.where(amax > 0, amax / 448.0, 1.0)
     tl.store(scale + row, factor)
@@ -239,35 +236,62 @@ def _combine_kernel(y, ids, weights, position, out, n, top_k, experts, SORTED: t
         pair = token * top_k + j
         row = pair
         if SORTED:
-            row = tl.load(position + pair)
+            row = tl.load(position + pair).to(tl.int64)
         mine = tl.load(ids + pair) < experts
         weight = tl.load(weights + pair).to(tl.float32)
         acc += weight * tl.load(y + row * n + col, mask=mine & (col < n), other=0.0).to(tl.float32)
     tl.store(out + token * n + col, acc.to(out.dtype.element_ty), mask=col < n)
 
 
-@triton.jit(do_not_specialize=["part_1", "part_2", "part_3", "cell_1", "cell_2", "cell_3"])
-def _widen_kernel(
-    q, scale, out, n, k, cells_k, part_1, part_2, part_3, cell_1, cell_2, cell_3,
-    MX: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_COLS: tl.constexpr, PARTS: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """out = q * scale, rounded once; 128 columns a program."""
+@triton.jit
+def _widen_kernel(q, scale, out, n, k, cells_k, BR: tl.constexpr):
+    """out = q * 2 ** (scale - 127), rounded once; 128 columns, that is 4 scales, a program."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    group = tl.program_id(1) * 4 + tl.arange(0, 4)
     mask = (row < n)[:, None] & (col < k)[None, :]
     at = row.to(tl.int64)[:, None] * k + col[None, :]
-    cell = _scale_cell(row, part_1, part_2, part_3, cell_1, cell_2, cell_3, GROUP_ROWS, PARTS)
-    group = col // GROUP_COLS if GROUP_COLS != 0 else col * 0
-    factor = tl.load(scale + (cell * cells_k)[:, None] + group[None, :], mask=mask, other=0)
-    if MX:
-        factor = tl.where(factor == 0, 0x400000, factor.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    wide = tl.load(q + at, mask=mask, other=0.0).to(tl.float32) * factor
-    tl.store(out + at, wide.to(out.dtype.element_ty), mask=mask)
+    in_grid = (row < n)[:, None] & (group < cells_k)[None, :]
+    factor = tl.load(scale + row[:, None] * cells_k + group[None, :], mask=in_grid, other=0)
+    factor = tl.where(factor == 0, 0x400000, factor.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    wide = tl.reshape(tl.load(q + at, mask=mask, other=0.0).to(tl.float32), (BR, 4, 32)) * factor[:, :, None]
+    tl.store(out + at, tl.reshape(wide, (BR, 128)).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "experts"])
+def _sort_kernel(ids, sorted_ids, order, position, ends, rows, experts, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Where each row goes when sorted by expert, by comparing it with all; the last programs count for `ends`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(rows, BLOCK)
+    if tl.program_id(0) < blocks:
+        mine = tl.load(ids + at, mask=at < rows, other=0)
+        rank = tl.zeros((BLOCK,), tl.int32)
+        for start in tl.range(0, rows, STEP, num_stages=3):
+            other_at = start + tl.arange(0, STEP)
+            other = tl.load(ids + other_at, mask=other_at < rows, other=0)
+            before = (other[None, :] < mine[:, None]) | (
+                (other[None, :] == mine[:, None]) & (other_at[None, :] < at[:, None])
+            )
+            rank += tl.sum((before & (other_at < rows)[None, :]).to(tl.int32), 1)
+        tl.store(sorted_ids + rank, mine, mask=at < rows)
+        tl.store(order + rank, at, mask=at < rows)
+        tl.store(position + at, rank, mask=at < rows)
+    else:
+        expert = at - blocks * BLOCK
+        count = tl.zeros((BLOCK,), tl.int32)
+        for start in tl.range(0, rows, STEP, num_stages=3):
+            other_at = start + tl.arange(0, STEP)
+            other = tl.load(ids + other_at, mask=other_at < rows, other=0)
+            through = (other[None, :] <= expert[:, None]) & (other_at < rows)[None, :]
+            count += tl.sum(through.to(tl.int32), 1)
+        tl.store(ends + expert, count, mask=expert < experts)
 
 
 # -- launching --------------------------------------------------------------------------------------------------------
 
 _compiled: dict[Any, Any] = {}
+# before, what a compiled kernel is launched with was another selection of its arguments
+_DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
 def _launch(
@@ -278,7 +302,7 @@ def _launch(
     others: tuple[Any, ...],
     **options: int,
 ) -> None:
-    """Launch a kernel on the current device; from the second time on past Triton's own binding of arguments.
+    """Launch a kernel on the device of the first tensor; from the second time on without Triton's binding.
 
     Args:
         key: with the device and the alignment of the tensors, all that decides which binary it is.
@@ -295,9 +319,14 @@ def _launch(
     full = (kernel, key, device, bits & 15)
     found = _compiled.get(full)
     if found is None:
-        _compiled[full] = kernel[grid](*tensors, *others, **options)
-    else:
-        found[grid](*tensors, *others)
+        binary = kernel[grid](*tensors, *others, **options)
+        if _DIRECT:
+            _compiled[full] = binary.run, binary.function, binary.packed_metadata
+        return
+    run, function, metadata = found
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    # no launch metadata, no hooks before and after
+    run(*grid, stream, function, metadata, None, None, None, *tensors, *others)
 
 
 def product(
@@ -342,8 +371,8 @@ def product(
         else:
             mode, count = SORTED, triton.next_power_of_2(experts)
             tiles_m += min(experts, rows)  # at most: an expert's last tile may be partly empty
-        key = (layout, tile, dtype, out.dtype, bias is not None and bias.dtype, mode, gather, count,
-               ids is not None and ids.dtype)  # fmt: skip
+        indices = ids.dtype if order is None else order.dtype
+        key = (layout, tile, dtype, out.dtype, bias is not None and bias.dtype, mode, gather, count, indices)
     _launch(
         _product_kernel,
         (tiles_n * tiles_m, 1, 1),
@@ -359,19 +388,19 @@ def product(
     return out
 
 
-def quantize_rows(x: Tensor, order: Tensor | None = None, top_k: int = 1) -> tuple[Tensor, Tensor]:
-    """x [..., k] -> float8_e4m3fn [rows, k] and float32 [rows]; row i is ``x[order[i] // top_k]`` if order is given."""
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., k] -> float8_e4m3fn [rows, k] and float32 [rows], one scale a row."""
     k = x.shape[-1]
-    rows = x.numel() // k if order is None else order.shape[0]
+    rows = x.numel() // k
     q = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(k)
     _launch(
         _quantize_rows_kernel,
         (rows, 1, 1),
-        (k, x.dtype, order is None),
-        (x, order, q, scale),
-        (k, top_k, order is not None, block),
+        (k, x.dtype),
+        (x, q, scale),
+        (k, block),
         num_warps=min(max(block // 1024, 1), 16),
     )
     return q, scale
@@ -399,20 +428,37 @@ def quantize_groups(x: Tensor, multiple: int = 4) -> tuple[Tensor, Tensor]:
     return q, scale
 
 
-def widen(q: Tensor, scale: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """``q[out, in] * scale``, rounded once to ``dtype``."""
-    n, k = layout.rows, layout.cols
+def widen(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``q[out, in]`` times mxfp8's scales, of which the bytes [out, ceil(in / 32)] are given, rounded to ``dtype``."""
+    n, k = q.shape
     out = torch.empty(n, k, dtype=dtype, device=q.device)
     _launch(
         _widen_kernel,
         (-(-n // 32), -(-k // 128), 1),
-        (layout, dtype),
+        (n, k, dtype),
         (q, scale, out),
-        (n, k, layout.cells[1], *layout.starts, *layout.firsts,
-         layout.power_of_two, layout.group_rows, layout.group_cols, layout.parts, 32),
+        (n, k, scale.shape[1], 32),
         num_warps=4,
-    )  # fmt: skip
+    )
     return out
+
+
+def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `fp8.sort_routes`, in one kernel, whose work grows with the square of the rows. int32, but for sorted ids."""
+    rows = len(ids)
+    sorted_ids = torch.empty_like(ids)
+    order, position = torch.empty(2, rows, dtype=torch.int32, device=ids.device)
+    ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
+    blocks = -(-rows // 32) + -(-experts // 32)
+    _launch(
+        _sort_kernel,
+        (blocks, 1, 1),
+        (ids.dtype,),
+        (ids, sorted_ids, order, position, ends),
+        (rows, experts, 32, 256),
+        num_warps=4,
+    )
+    return sorted_ids, order, ends, position
 
 
 def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None = None) -> Tensor:
@@ -426,7 +472,7 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Ten
     _launch(
         _combine_kernel,
         (tokens, -(-n // 1024), 1),
-        (n, y.dtype, ids.dtype, weights.dtype, position is None),
+        (n, y.dtype, ids.dtype, weights.dtype, position is not None and position.dtype),
         (y, ids, weights, position, out),
         (n, top_k, experts, position is not None, 1024),
         num_warps=4,
