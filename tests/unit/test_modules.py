@@ -80,6 +80,19 @@ def test_a_quantized_linear_layer_equals_one_with_dequantized_weights(scheme, dt
     assert_close(matmul.linear(x[0, 0], q, scale, scheme, parts)[None], x[0, :1], weight)
 
 
+@pytest.mark.parametrize("parts", [None, (300, 100)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_is_compiled_without_graph_breaks(scheme, parts):
+    q, scale = quantized((400, 300), scheme, parts)
+    layer = QuantizedLinear(nn.Linear(300, 400, bias=False, device="meta"), scheme, parts)
+    layer.weight, layer.weight_scale = (nn.Parameter(t, requires_grad=False) for t in (q, scale))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for rows in (2, 5):
+            x = random_weights((rows, 300), torch.bfloat16, rows)
+            assert torch.allclose(compiled(x), layer(x), rtol=2**-6, atol=1e-4)
+
+
 def test_row_scales_are_never_folded_into_bf16_weights():
     """448 and 416, times 147 / 65536, need more bits than bf16 has: folded, their difference would be 4864 / 65536."""
     q = torch.tensor([[448.0, 416.0]]).to(torch.float8_e4m3fn)
