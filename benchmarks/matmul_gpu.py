@@ -21,6 +21,7 @@ import common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.moe import grouped_mm_experts_forward
 
 from octavo import modules, schemes
 
@@ -54,6 +55,7 @@ def eager_us(calls: Calls, repeats: int) -> float:
 def graph_us(calls: Calls, repeats: int) -> float:
     """Microseconds a call of the GPU's time, replayed."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for call in calls:
             call()
@@ -127,8 +129,6 @@ class Experts(nn.Module):
         return F.silu(gate) * up
 
     def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        from transformers.integrations.moe import grouped_mm_experts_forward
-
         return grouped_mm_experts_forward(self, x, index, weights)
 
 

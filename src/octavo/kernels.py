@@ -329,6 +329,10 @@ def _launch(
     run(*grid, stream, function, metadata, None, None, None, *tensors, *others)
 
 
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
 def product(
     x: Tensor,
     q: Tensor,
@@ -369,7 +373,7 @@ def product(
         if order is None:
             mode, count, tiles_m = PAIRS, 0, rows
         else:
-            mode, count = SORTED, triton.next_power_of_2(experts)
+            mode, count = SORTED, _power_of_two(experts)
             tiles_m += min(experts, rows)  # at most: an expert's last tile may be partly empty
         indices = ids.dtype if order is None else order.dtype
         key = (layout, tile, dtype, out.dtype, bias is not None and bias.dtype, mode, gather, count, indices)
@@ -394,7 +398,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.numel() // k
     q = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(k)
+    block = _power_of_two(k)
     _launch(
         _quantize_rows_kernel,
         (rows, 1, 1),

@@ -133,6 +133,16 @@ def layer_of(scheme: str, rows: int = 384, cols: int = 640) -> modules.Quantized
     return layer
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_mxfp8_weight_is_widened_bit_by_bit(dtype, monkeypatch):
+    q, scale = quantized((400, 304), "mxfp8")
+    x, bias = random(100, 304, dtype=dtype), random(400, dtype=dtype)
+    whole = matmul.linear(x, q, scale, "mxfp8", bias=bias)
+    monkeypatch.setattr(fp8, "_WIDENED", 150 * 304)
+    assert (matmul.linear(x, q, scale, "mxfp8", bias=bias) - whole).abs().max() <= 0.02 * whole.abs().max()
+    assert_within_bounds(whole, x, schemes.dequantize(q, scale, "mxfp8"), bias)
+
+
 def test_a_weight_of_many_parts_is_multiplied_weight_only():
     parts = (50, 60, 70, 80, 124)
     q, scale = quantized((384, 640), "fp8_block", parts)
@@ -167,6 +177,7 @@ def test_a_captured_layer_computes_anew_what_it_is_given(scheme, m):
 def capture(module, *inputs):
     with torch.no_grad():
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             module(*inputs)
         torch.cuda.synchronize()
