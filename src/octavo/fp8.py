@@ -9,8 +9,6 @@
     fewer than 2 rows an expert   weight-only, one kernel        the same              the same
     more                          FP8 activations, one kernel    the same              weight-only, one kernel
 
-Weights of 32 Mi elements and more take longer to read than one kernel more to launch: FP8 from the first row on.
-
 *Weight-only*: weights are widened exactly, the product is computed in the dtype of the activations and scaled in
 float32; for mxfp8 in bf16, the power of two is folded into the weight, exactly.
 
@@ -54,9 +52,8 @@ _DTYPES = frozenset({torch.bfloat16, torch.float16})
 _MAX_PARTS = 4
 
 # All measured on an H100, for weights of 4096 x 4096 and 14336 x 4096, and experts of Qwen1.5-MoE.
-# Up to so many rows, a product is weight-only, unless the weight has so many elements;
+# Up to so many rows, a product is weight-only;
 _FEW = 16
-_LARGE = 32 << 20
 _FEW_MX = 64
 _WIDENED = 64 << 20
 # from so many, it is the library's.
@@ -176,15 +173,14 @@ def _linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[in
         return x.new_zeros(*x.shape[:-1], n)
     x = x.contiguous()
     by_block = scheme == "fp8_block"
-    many = rows >= (_MANY_BLOCK if by_block else _MANY) or (by_block and n * k >= _LARGE)
-    if many and _library_takes(x, q, scheme, parts):
+    if rows >= (_MANY_BLOCK if by_block else _MANY) and _library_takes(x, q, scheme, parts):
         return _scaled_mm(x, q, scale, by_block, parts, bias)
     if kernels is None or len(parts) > _MAX_PARTS:
         return _weight_only(x, q, scale, scheme, parts, bias)
     scale, device = _bytes(scale), x.get_device()
     if scheme == "mxfp8" and rows > _FEW_MX:
         return _widened_linear(x, q, scale, bias)
-    wide = scheme == "mxfp8" or (rows <= _FEW and n * k < _LARGE)
+    wide = scheme == "mxfp8" or rows <= _FEW
     layout, tile = _layout(n, k, scheme, tuple(parts)), _tile(device, rows, scheme, wide, False)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     x_scale = None

@@ -165,7 +165,8 @@ def _product_kernel(
             values = tl.load(x_at, mask=in_rows[None, :] & within[:, None], other=0.0)
             weight = tl.load(q_at, mask=in_cols[:, None] & within[None, :], other=0.0)
         if not FP8_X:
-            weight = weight.to(values.dtype)
+            # by way of float32: the direct instruction from fp16 to bf16 is a quarter as fast as these two together
+            weight = weight.to(tl.float16).to(tl.float32).to(values.dtype)
         if GROUP_COLS == 0:
             acc = tl.dot(weight, values, acc)
         elif FOLD:  # powers of two: exact in bf16
