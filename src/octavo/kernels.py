@@ -306,7 +306,7 @@ def _launch(
     """Launch a kernel on the device of the first tensor; from the second time on without Triton's binding.
 
     Args:
-        key: with the device and the alignment of the tensors, all that decides which binary it is.
+        key: with the device, all that decides which binary it is, where every tensor begins at 16 bytes.
     """
     bits = 0
     for tensor in tensors:
@@ -317,11 +317,11 @@ def _launch(
     if mine != device:
         with torch.cuda.device(mine):
             return _launch(kernel, grid, key, tensors, others, **options)
-    full = (kernel, key, device, bits & 15)
-    found = _compiled.get(full)
+    full = (kernel, key, device)
+    found = None if bits & 15 else _compiled.get(full)
     if found is None:
         binary = kernel[grid](*tensors, *others, **options)
-        if _DIRECT:
+        if _DIRECT and not bits & 15:
             _compiled[full] = binary.run, binary.function, binary.packed_metadata
         return
     run, function, metadata = found
@@ -452,7 +452,8 @@ def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tens
     """As `fp8.sort_routes`, in one kernel, whose work grows with the square of the rows. int32, but for sorted ids."""
     rows = len(ids)
     sorted_ids = torch.empty_like(ids)
-    order, position = torch.empty(2, rows, dtype=torch.int32, device=ids.device)
+    # both begin at 16 bytes
+    order, position = torch.empty(2, -(-rows // 4) * 4, dtype=torch.int32, device=ids.device)[:, :rows]
     ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
     blocks = -(-rows // 32) + -(-experts // 32)
     _launch(

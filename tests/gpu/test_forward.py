@@ -143,6 +143,18 @@ def test_a_large_mxfp8_weight_is_widened_bit_by_bit(dtype, monkeypatch):
     assert_within_bounds(whole, x, schemes.dequantize(q, scale, "mxfp8"), bias)
 
 
+@pytest.mark.parametrize("m", [3, 40])
+def test_operands_may_begin_anywhere(m):
+    q, scale = quantized((384, 640), "fp8_channel")
+    x, bias = random(m, 640), random(384)
+    expected = matmul.linear(x, q, scale, "fp8_channel", bias=bias)
+    shifted_x = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(m, 640)
+    shifted_bias = torch.cat([bias.new_zeros(1), bias])[1:]
+    for _ in range(2):
+        for a, b in ((x, shifted_bias), (shifted_x, bias), (x, bias)):
+            assert torch.equal(matmul.linear(a, q, scale, "fp8_channel", bias=b), expected)
+
+
 def test_a_weight_of_many_parts_is_multiplied_weight_only():
     parts = (50, 60, 70, 80, 124)
     q, scale = quantized((384, 640), "fp8_block", parts)
