@@ -452,8 +452,8 @@ def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tens
     """As `fp8.sort_routes`, in one kernel, whose work grows with the square of the rows. int32, but for sorted ids."""
     rows = len(ids)
     sorted_ids = torch.empty_like(ids)
-    # both begin at 16 bytes
-    order, position = torch.empty(2, -(-rows // 4) * 4, dtype=torch.int32, device=ids.device)[:, :rows]
+    # not halves of one: an operation's results may not share memory under torch.compile
+    order, position = (torch.empty(rows, dtype=torch.int32, device=ids.device) for _ in range(2))
     ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
     blocks = -(-rows // 32) + -(-experts // 32)
     _launch(
