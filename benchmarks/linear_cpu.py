@@ -19,7 +19,7 @@ import common
 import torch
 import torch.nn.functional as F
 
-from octavo import modules, schemes
+from octavo import matmul, schemes
 
 SIDE = 4096
 
@@ -49,10 +49,10 @@ def main() -> None:
         for name in schemes.SCHEMES:
             q, scale = schemes.quantize(weight, name)
             expected = F.linear(x, schemes.dequantize(q, scale, name, dtype=torch.bfloat16)).float()
-            error = (modules.linear(x, q, scale, name).float() - expected).norm() / expected.norm()
+            error = (matmul.linear(x, q, scale, name).float() - expected).norm() / expected.norm()
             assert error < 0.01, (name, error)
             found[f"octavo {name}"] = median_ms(
-                lambda x=x, q=q, s=scale, n=name: modules.linear(x, q, s, n), options.repeats
+                lambda x=x, q=q, s=scale, n=name: matmul.linear(x, q, s, n), options.repeats
             )
         q, scale = schemes.quantize(weight, "fp8_channel")
         found["q.to(bf16)"] = median_ms(

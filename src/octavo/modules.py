@@ -1,12 +1,6 @@
 """What runs after loading: linear layers and expert stacks that hold FP8 weights and their scales.
 
-Weight-only: activations stay bf16, fp16 or fp32, and weights are widened 128 rows at a time, exactly. On a
-CPU the widening is integer arithmetic: an e4m3 number's bits, shifted into the place of a bf16 (or fp16) number's, are
-that number times a power of two. That is several times faster than torch's own conversion, and than ``_scaled_mm``,
-which has no fast CPU kernel.
-
-Scales that are one a row multiply the *output*; they are never folded into bf16 weights, which would round them. Only
-scales that vary along a row (blocks, mx) are, and where a half-precision output could overflow (fp16).
+`matmul` computes their products, `fp8` those on a GPU with FP8 units.
 """
 
 from __future__ import annotations
@@ -19,84 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import schemes
-
-_ROWS = 128
-_ROWS_ON_DEVICE = 4096
-_COMPUTE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
-# dtype -> (left shift as a factor, mask over the shifted sign-extended byte, what the bias lacks): see `widen`
-_PLACES = {
-    torch.bfloat16: (1 << 4, -30736, 2.0**120),  # 0x87F0: sign, 4 exponent and 3 mantissa bits; bias 127 - 7
-    torch.float16: (1 << 7, -16512, 2.0**8),  # 0xBF80; bias 15 - 7
-}
-
-
-def widen(q: Tensor, dtype: torch.dtype, scratch: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """float8_e4m3fn -> bf16, fp16 or fp32, exactly, for all finite values.
-
-    Args:
-        scratch: int16, at least as many elements; the result may be a view of it.
-        scale: bf16 of q's shape, below 2**7; if given, the result is ``q * scale`` rounded once, and dtype is bf16.
-    """
-    if q.device.type != "cpu":
-        return q.to(dtype)
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
-    if half not in _PLACES:
-        return q.to(dtype)
-    shift, mask, factor = _PLACES[half]
-    scratch = torch.empty(q.numel(), dtype=torch.int16) if scratch is None else scratch[: q.numel()]
-    bits = scratch.view(q.shape).copy_(q.view(torch.int8))
-    bits.mul_(shift).bitwise_and_(mask)  # integers are multiplied faster than shifted
-    return bits.view(half).mul_(factor if scale is None else scale * factor).to(dtype)
-
-
-def linear(
-    x: Tensor,
-    q: Tensor,
-    scale: Tensor,
-    scheme: str,
-    parts: tuple[int, ...] | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """``x[..., in] @ dequantize(q[out, in]).T + bias``.
-
-    The product is computed in x's dtype. Scales one a row multiply the output in float32.
-
-    Raises:
-        TypeError: x is not bf16, fp16, fp32 or fp64 (cast to the dtype of an FP8 weight, say).
-    """
-    if x.dtype not in _COMPUTE:
-        raise TypeError(f"activations are {x.dtype}; FP8 weights are multiplied in bf16, fp16, fp32 or fp64")
-    flat = x.reshape(-1, x.shape[-1])
-    rows, cols = q.shape
-    cells = schemes.row_scales(scale, (rows, cols), scheme, parts)  # float32 [out, column cells]
-    each = schemes.get(scheme).group_cols
-    by_row = each is None and x.dtype != torch.float16
-    on_cpu = q.device.type == "cpu"
-    step = min(rows, _ROWS if on_cpu else _ROWS_ON_DEVICE)
-    # one buffer for all steps, unless each step's weight is kept for the gradient of x
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    scratch = torch.empty(step * cols, dtype=torch.int16) if on_cpu and not differentiable else None
-    # one pass instead of four, where a scale times 2**120 is still a number; bf16 can hold every scale
-    in_one = on_cpu and not by_row and x.dtype == torch.bfloat16 and bool(cells.max() < 2.0**7)
-    out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        if by_row:
-            weight = widen(q[start:stop], x.dtype, scratch)
-        else:
-            spread = cells[start:stop].to(torch.bfloat16 if in_one else torch.float32)
-            spread = spread if each is None else spread.repeat_interleave(each, -1)[:, :cols]
-            if in_one:
-                weight = widen(q[start:stop], x.dtype, scratch, spread)
-            else:
-                weight = (widen(q[start:stop], x.dtype, scratch).float() * spread).to(x.dtype)
-        out[:, start:stop] = F.linear(flat, weight)
-    if by_row:
-        out = (out.float() * cells.view(1, -1)).to(x.dtype)
-    if bias is not None:
-        out += bias
-    return out.view(*x.shape[:-1], rows)
+from . import fp8, schemes
+from .matmul import linear
 
 
 class QuantizedLinear(nn.Linear):
@@ -145,8 +63,44 @@ class QuantizedExperts:
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [..., hidden], top_k_index and top_k_weights [tokens, k] -> [..., hidden]."""
         hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         up = "gate_up_proj" if self.has_gate else "up_proj"
+        if self._takes_fp8(hidden, top_k_weights, up):
+            total: Tensor = self._forward_at_once(hidden, top_k_index, top_k_weights, up)
+        else:
+            total = self._forward_in_turn(hidden, top_k_index, top_k_weights, up)
+        return total.to(hidden_states.dtype).view(hidden_states.shape)
+
+    def _takes_fp8(self: Any, hidden: Tensor, weights: Tensor, up: str) -> bool:
+        """Whether all is quantized, and FP8 units are there for it."""
+        names = (up, "down_proj")
+        if not all(name in self.octavo_stacks for name in names):
+            return False
+        biases = [getattr(self, f"{name}_bias", None) for name in names]
+        parts = [self.octavo_stacks[name][1] for name in names]
+        return fp8.takes(hidden, getattr(self, up), weights, *biases) and fp8.takes_experts(parts)
+
+    def _forward_at_once(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: str) -> Tensor:
+        """All experts in the same few kernels; nothing waits for the routing to be known."""
+        experts, top_k = getattr(self, up).shape[0], top_k_index.shape[-1]
+        ids, order, ends, position = top_k_index.reshape(-1), None, None, None
+        if not fp8.use_pairs(len(ids)):
+            ids, order, ends, position = fp8.sort_routes(ids, experts)
+
+        def project(x: Tensor, name: str, top_k: int, gather: bool) -> Tensor:
+            scheme, parts = self.octavo_stacks[name]
+            stack, scale = getattr(self, name), getattr(self, f"{name}_scale")
+            return fp8.expert_linear(x, stack, scale, scheme, parts, self._bias(name), ids, order, ends, top_k, gather)
+
+        y = project(hidden, up, top_k, True)
+        y = self._apply_gate(y) if self.has_gate else self.act_fn(y)
+        y = project(y, "down_proj", 1, False)
+        if getattr(self, "has_post_expert_norm", False):
+            y = self.post_expert_norm(y)
+        return fp8.combine(y, top_k_index, top_k_weights, experts, position)
+
+    def _forward_in_turn(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: str) -> Tensor:
+        """Expert by expert, weight-only; waits for the routing."""
+        total = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         local_experts = getattr(self, up).shape[0]
         for expert in torch.unique(top_k_index).tolist():
             if expert >= local_experts:
@@ -158,11 +112,15 @@ class QuantizedExperts:
             if getattr(self, "has_post_expert_norm", False):
                 y = self.post_expert_norm(y)
             total.index_add_(0, token, y.float() * top_k_weights[token, position, None].float())
-        return total.to(hidden_states.dtype).view(hidden_states.shape)
+        return total
+
+    def _bias(self: Any, name: str) -> Tensor | None:
+        bias: Tensor | None = getattr(self, f"{name}_bias", None)
+        return bias if getattr(self, "has_bias", True) else None
 
     def _expert_linear(self: Any, x: Tensor, name: str, expert: int) -> Tensor:
-        stack, biases = getattr(self, name), getattr(self, f"{name}_bias", None)
-        bias = biases[expert] if biases is not None and getattr(self, "has_bias", True) else None
+        stack, biases = getattr(self, name), self._bias(name)
+        bias = None if biases is None else biases[expert]
         if name not in self.octavo_stacks:  # kept by the recipe
             weight = stack[expert]
             return F.linear(x, weight.T if self.is_transposed else weight, bias)

@@ -23,7 +23,6 @@ same bytes: ``phase`` says where in its group the piece begins.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -310,13 +309,12 @@ def row_scales(scale: Tensor, shape: Sequence[int], scheme: str | Scheme, parts:
     grid = scale.float().reshape(*lead, -1, scheme.cells(rows, cols)[1])
     if scheme.group_rows == 1:
         return grid
-    return grid.index_select(-2, _cell_of_row(scheme, tuple(parts or (rows,)), grid.device))
-
-
-@functools.lru_cache(maxsize=1024)
-def _cell_of_row(scheme: Scheme, parts: tuple[int, ...], device: torch.device) -> Tensor:
-    counts = [span.each for part in parts for span in _spans(part, scheme.group_rows) for _ in range(span.cells)]
-    return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+    found, start = [], 0
+    for part in parts or (rows,):
+        stop = start + scheme.cells(part, cols)[0]
+        found.append(grid[..., start:stop, :].repeat_interleave(scheme.group_rows or part, -2)[..., :part, :])
+        start = stop
+    return found[0] if len(found) == 1 else torch.cat(found, -2)
 
 
 def expand_scale(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import DTYPES, SCHEMES, random_weights
-from octavo import modules, schemes
+from octavo import matmul, modules, schemes
 from octavo.modules import QuantizedExperts, QuantizedLinear
 
 
@@ -28,7 +28,7 @@ def e4m3_value(code: int) -> float:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_widening_is_exact_for_every_finite_code(dtype):
     q = finite_codes()
-    wide = modules.widen(q, dtype)
+    wide = matmul.widen(q, dtype)
     assert wide.dtype == dtype
     assert wide.tolist() == [e4m3_value(c) for c in q.view(torch.uint8).tolist()]
     assert torch.equal(torch.signbit(wide), q.view(torch.int8) < 0)
@@ -38,8 +38,8 @@ def test_widening_is_exact_for_every_finite_code(dtype):
 def test_widening_leaves_the_codes_alone_and_takes_any_strides(dtype):
     q = finite_codes()[:252].view(18, 14)
     before = q.view(torch.uint8).clone()
-    assert torch.equal(modules.widen(q.t(), dtype), modules.widen(q, dtype).t())
-    assert torch.equal(modules.widen(q[3:5], dtype), modules.widen(q, dtype)[3:5])
+    assert torch.equal(matmul.widen(q.t(), dtype), matmul.widen(q, dtype).t())
+    assert torch.equal(matmul.widen(q[3:5], dtype), matmul.widen(q, dtype)[3:5])
     assert torch.equal(q.view(torch.uint8), before)
 
 
@@ -77,7 +77,20 @@ def test_a_quantized_linear_layer_equals_one_with_dequantized_weights(scheme, dt
         y = layer(x)
     assert (y.shape, y.dtype) == ((2, 7, 400), dtype)
     assert_close(y.view(14, 400), x.view(14, 300), weight, bias)
-    assert_close(modules.linear(x[0, 0], q, scale, scheme, parts)[None], x[0, :1], weight)
+    assert_close(matmul.linear(x[0, 0], q, scale, scheme, parts)[None], x[0, :1], weight)
+
+
+@pytest.mark.parametrize("parts", [None, (300, 100)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_layer_is_compiled_without_graph_breaks(scheme, parts):
+    q, scale = quantized((400, 300), scheme, parts)
+    layer = QuantizedLinear(nn.Linear(300, 400, bias=False, device="meta"), scheme, parts)
+    layer.weight, layer.weight_scale = (nn.Parameter(t, requires_grad=False) for t in (q, scale))
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        for rows in (2, 5):
+            x = random_weights((rows, 300), torch.bfloat16, rows)
+            assert torch.allclose(compiled(x), layer(x), rtol=2**-6, atol=1e-4)
 
 
 def test_row_scales_are_never_folded_into_bf16_weights():
@@ -85,20 +98,20 @@ def test_row_scales_are_never_folded_into_bf16_weights():
     q = torch.tensor([[448.0, 416.0]]).to(torch.float8_e4m3fn)
     x = torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16)
     for scheme, scale in (("fp8_channel", torch.tensor([[147 / 65536]])), ("fp8_tensor", torch.tensor(147 / 65536))):
-        assert modules.linear(x, q, scale, scheme).tolist() == [[32 * 147 / 65536]]
+        assert matmul.linear(x, q, scale, scheme).tolist() == [[32 * 147 / 65536]]
 
 
 def test_fp16_outputs_do_not_overflow_before_they_are_scaled():
     """448 * 300 is beyond fp16; scaled, it is not."""
     q = torch.full((2, 300), 448.0).to(torch.float8_e4m3fn)
     scale = torch.full((2, 1), 2.0**-10)
-    y = modules.linear(torch.ones(1, 300, dtype=torch.float16), q, scale, "fp8_channel")
+    y = matmul.linear(torch.ones(1, 300, dtype=torch.float16), q, scale, "fp8_channel")
     assert y.tolist() == [[131.25, 131.25]]
 
 
 def test_no_tokens_give_no_rows():
     q, scale = quantized((400, 300), "fp8_channel")
-    assert modules.linear(torch.empty(0, 300), q, scale, "fp8_channel").shape == (0, 400)
+    assert matmul.linear(torch.empty(0, 300), q, scale, "fp8_channel").shape == (0, 400)
 
 
 def test_a_layer_is_made_without_storage():
@@ -223,6 +236,6 @@ def test_scales_are_named_after_their_weight():
 def test_gradients_reach_the_activations_of_a_layer_of_many_steps(scheme):
     q, scale = schemes.quantize((torch.randn(300, 64) * 0.02).bfloat16(), scheme)
     x = torch.randn(3, 64).bfloat16().requires_grad_()
-    modules.linear(x, q, scale, scheme).float().sum().backward()
+    matmul.linear(x, q, scale, scheme).float().sum().backward()
     expected = schemes.dequantize(q, scale, scheme).sum(0)
     assert torch.allclose(x.grad[0].float(), expected, rtol=0.05, atol=0.05)

@@ -1,0 +1,470 @@
+"""Products on a GPU with FP8 units (NVIDIA, compute capability 8.9 and later), for bf16 and fp16 activations.
+
+    rows of x        fp8_channel, fp8_tensor         fp8_block                         mxfp8
+    up to 16         weight-only, one kernel         the same                          the same
+    more             FP8 activations, one kernel     FP8 activations, F.scaled_mm      the same, to 64
+    129 and more     FP8 activations, F.scaled_mm    the same                          widened, then F.linear
+
+    experts:
+    fewer than 2 rows an expert   weight-only, one kernel        the same              the same
+    more                          FP8 activations, one kernel    the same              weight-only, one kernel
+
+*Weight-only*: weights are widened exactly, the product is computed in the dtype of the activations and scaled in
+float32; for mxfp8 in bf16, the power of two is folded into the weight, exactly.
+
+*FP8 activations* are quantized when they come, with a scale of amax / 448 for each row, or for 128 columns of a row
+where the weight's scales vary along it (blocks). Rounding to e4m3 moves each by at most 1/16 of itself, or, if it is
+below 2**-6 of its scale, by 2**-10 of it: ``|y - y_ref| <= (1/16 + 2**-13) * |x| @ |w|.T + 2**-10 * x_scale * sum|w|``,
+and what F.linear would lose. The 2**-13 is for sums that tensor cores keep in fewer bits than float32
+(``use_fast_accum``). For normally distributed activations, the relative error of y (Frobenius) is 0.026.
+
+What F.scaled_mm doesn't take (sides that are no multiple of 16; of blocks, other GPUs than Hopper and parts that end
+within one) goes through the kernels of `kernels`. Without Triton, torch's operations quantize, and what F.scaled_mm
+doesn't take is weight-only. mxfp8 on Blackwell would need its scales swizzled; it is weight-only, too.
+
+F.scaled_grouped_mm is not used: it takes scales a row in bf16, and was at best as fast as the kernel here
+(226 and 228 µs for the products of Qwen1.5-MoE at 1024 tokens, 913 and 656 at 8192).
+
+No function here waits for the GPU or makes a shape of what lies there, so all can be captured in CUDA graphs. Under
+torch.compile each is one opaque operation (``torch.ops.octavo``), and branches on the number of rows are taken at
+run time.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import schemes
+
+if TYPE_CHECKING:
+    from . import kernels as _kernels_module
+
+_DTYPES = frozenset({torch.bfloat16, torch.float16})
+_MAX_PARTS = 4
+
+# All measured on an H100, for weights of 4096 x 4096 and 14336 x 4096, and experts of Qwen1.5-MoE.
+# Up to so many rows, a product is weight-only;
+_FEW = 16
+_FEW_MX = 64
+_WIDENED = 64 << 20
+# from so many, it is the library's.
+_MANY = 129
+_MANY_BLOCK = 17
+# Up to so many (token, expert) pairs are a tile each; to so many are sorted by comparing each with all;
+# from so many an expert, activations are FP8.
+_PAIRS = 32
+_SORTED_AT_ONCE = 8192
+_BUSY = 2
+
+
+# Triton compiles a little C for each kernel, too
+_COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None and _COMPILER is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def has_units(index: int) -> bool:
+    """Whether CUDA device ``index`` has FP8 units."""
+    return torch.version.cuda is not None and _capability(index) >= (8, 9)
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def _kernels() -> Any:
+    """`octavo.kernels`, or None where there is no Triton, or no C compiler for it."""
+    if not _HAS_TRITON:
+        return None
+    from . import kernels
+
+    return kernels
+
+
+def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
+    """Whether the functions here take these operands: on FP8 units, in half precision, no gradient asked."""
+    if x.dtype not in _DTYPES or not q.is_cuda or not has_units(q.device.index):
+        return False
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
+
+
+# -- layouts and tiles ------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(rows: int, cols: int, name: str, parts: tuple[int, ...]) -> _kernels_module.Layout:
+    scheme = schemes.get(name)
+    if scheme.group_rows == 1:
+        parts = (rows,)
+    starts, firsts = [0], [0]
+    for part in parts:
+        starts.append(starts[-1] + part)
+        firsts.append(firsts[-1] + scheme.cells(part, cols)[0])
+    padded = [*starts[1:-1], *[rows] * 3][:3]
+    return _kernels().Layout(  # type: ignore[no-any-return]
+        rows=rows,
+        cols=cols,
+        cells=(firsts[-1], scheme.cells(rows, cols)[1]),
+        group_rows=scheme.group_rows or 1 << 30,
+        group_cols=scheme.group_cols or 0,
+        power_of_two=scheme.power_of_two,
+        parts=len(parts),
+        starts=(padded[0], padded[1], padded[2]),
+        firsts=tuple([*firsts[1:-1], 0, 0, 0][:3]),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile(device: int, rows: int, scheme: str, wide: bool, experts: bool) -> _kernels_module.Tile:
+    """For ``rows`` rows (of an expert); ``wide``: weights are widened to half precision."""
+    tile = _kernels().Tile
+    if wide:
+        if rows <= 16 and not experts:
+            found = tile(16, 32, 128, 4, 6) if scheme == "mxfp8" else tile(16, 32, 256, 4, 4)
+        elif rows <= 8:
+            found = tile(16, 64, 128, 4, 5)
+        elif rows <= 16:
+            found = tile(32, 64, 128, 4, 5)
+        else:
+            found = tile(64, 64, 128, 4, 4)
+    elif rows <= 32:
+        found = tile(32, 64, 128, 4, 5) if experts or scheme == "fp8_block" else tile(32, 64, 256, 4, 4)
+    elif rows <= 128 and not experts:
+        found = tile(64, 64, 128, 4, 5)
+    elif rows <= 64 or scheme == "fp8_block":
+        found = tile(64, 128, 128, 4, 4)
+    else:
+        found = tile(128, 128, 128, 4, 3)
+    shared: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
+    stage = (found.rows * (2 if wide else 1) + found.cols) * found.depth
+    return found._replace(stages=max(1, min(found.stages, shared // stage - 1)))  # type: ignore[no-any-return]
+
+
+def _bytes(scale: Tensor) -> Tensor:
+    return scale.view(torch.uint8) if scale.dtype == schemes.E8M0 else scale
+
+
+# -- linear layers ----------------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
+    """``x[..., in] @ dequantize(q[out, in]).T + bias``, in x's dtype."""
+    if torch.compiler.is_compiling():
+        return torch.ops.octavo.linear(x, q, scale, scheme, list(parts), bias)  # type: ignore[no-any-return]
+    return _linear(x, q, scale, scheme, parts, bias)
+
+
+def _linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
+    n, k = q.shape
+    rows = x.numel() // k
+    kernels = _kernels()
+    if not rows or not n:
+        return x.new_zeros(*x.shape[:-1], n)
+    x = x.contiguous()
+    by_block = scheme == "fp8_block"
+    if rows >= (_MANY_BLOCK if by_block else _MANY) and _library_takes(x, q, scheme, parts):
+        return _scaled_mm(x, q, scale, by_block, parts, bias)
+    if kernels is None or len(parts) > _MAX_PARTS:
+        return _weight_only(x, q, scale, scheme, parts, bias)
+    scale, device = _bytes(scale), x.get_device()
+    if scheme == "mxfp8" and rows > _FEW_MX:
+        return _widened_linear(x, q, scale, bias)
+    wide = scheme == "mxfp8" or rows <= _FEW
+    layout, tile = _layout(n, k, scheme, tuple(parts)), _tile(device, rows, scheme, wide, False)
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    x_scale = None
+    if not wide:
+        x, x_scale = (kernels.quantize_groups if by_block else kernels.quantize_rows)(x)
+    return kernels.product(x, q, scale, layout, tile, out, x_scale=x_scale, bias=bias)  # type: ignore[no-any-return]
+
+
+def _widened_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """mxfp8, at most 128 MiB of the weight widened at a time."""
+    n, k = q.shape
+    bias = None if bias is None else bias.to(x.dtype)
+    step = max(1, _WIDENED // k)
+    if step >= n:
+        return F.linear(x, _kernels().widen(q, scale, x.dtype), bias)
+    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
+    for start in range(0, n, step):
+        rows = slice(start, start + step)
+        weight = _kernels().widen(q[rows], scale[rows], x.dtype)
+        out[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
+    return out
+
+
+def _library_takes(x: Tensor, q: Tensor, scheme: str, parts: Sequence[int]) -> bool:
+    if scheme == "mxfp8" or any(side % 16 for side in q.shape):
+        return False
+    if scheme == "fp8_block":
+        # cuBLAS knows 1x128 by 128x128 on Hopper only, and one regular grid of blocks
+        return (
+            hasattr(F, "scaled_mm")
+            and _capability(x.get_device())[0] == 9
+            and not any(part % 128 for part in parts[:-1])
+        )
+    return hasattr(F, "scaled_mm") or x.dtype == torch.bfloat16
+
+
+def _scaled_mm(
+    x: Tensor, q: Tensor, scale: Tensor, by_block: bool, parts: Sequence[int], bias: Tensor | None
+) -> Tensor:
+    n, k = q.shape
+    rows = x.numel() // k
+    fused = bias if bias is not None and bias.dtype == x.dtype else None
+    if by_block:
+        quantized, x_scale = _quantize_groups(x)
+        # [ceil(in / 128), ceil(out / 128)] with columns of whole 16 bytes
+        scale = F.pad(scale, (0, -scale.shape[1] % 4)).t() if scale.shape[1] % 4 else scale.t()
+        recipes = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
+        out = F.scaled_mm(
+            quantized, q.t(), x_scale.t(), recipes[0], scale, recipes[1], bias=fused, output_dtype=x.dtype
+        )[:rows]
+    else:
+        quantized, x_scale = _quantize_rows(x)
+        arguments = quantized, q.t(), x_scale.view(-1, 1), _a_row(scale, parts).view(1, -1)
+        out = _scaled_mm_by_row(*arguments, fused, x.dtype)
+    if bias is not None and fused is None:
+        out = out + bias
+    return out.view(*x.shape[:-1], n)
+
+
+def _scaled_mm_by_row(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if not hasattr(F, "scaled_mm"):  # until torch 2.10 is the oldest
+        return torch._scaled_mm(a, b, a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    by_row = F.ScalingType.RowWise
+    return F.scaled_mm(a, b, a_scale, by_row, b_scale, by_row, bias=bias, output_dtype=dtype, use_fast_accum=True)
+
+
+def _a_row(scale: Tensor, parts: Sequence[int]) -> Tensor:
+    """Stored scales of fp8_channel or fp8_tensor -> one a row, float32 [..., out]."""
+    rows = sum(parts)
+    if scale.dim() >= 2 and scale.shape[-2] == rows:
+        return scale.squeeze(-1)
+    if scale.dim() < 2:
+        return scale.reshape(1).expand(rows).contiguous()
+    each = [scale[..., i, :].expand(*scale.shape[:-2], part) for i, part in enumerate(parts)]
+    return torch.cat(each, -1)
+
+
+def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., k] -> float8_e4m3fn [rows, k], float32 [rows]."""
+    kernels = _kernels()
+    if kernels is not None:
+        return kernels.quantize_rows(x)  # type: ignore[no-any-return]
+    values = x.reshape(-1, x.shape[-1]).float()
+    scale = values.abs().amax(-1) / schemes.FP8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (values / scale[:, None]).to(schemes.FP8), scale
+
+
+def _quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., k] -> float8_e4m3fn [padded rows, k], float32 [ceil(k / 128), padded rows]; padded to a multiple of 4."""
+    kernels = _kernels()
+    if kernels is not None:
+        return kernels.quantize_groups(x)  # type: ignore[no-any-return]
+    flat = x.reshape(-1, x.shape[-1])
+    rows, k = flat.shape
+    values = F.pad(flat.float(), (0, -k % 128, 0, -rows % 4))
+    values = values.view(values.shape[0], -1, 128)
+    scale = values.abs().amax(-1) / schemes.FP8_MAX
+    scale = torch.where(scale > 0, scale, 1.0)
+    quantized = (values / scale[..., None]).flatten(-2)[:, :k].to(schemes.FP8)
+    return quantized, scale.t().contiguous()
+
+
+def _weight_only(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
+    from .matmul import weight_only
+
+    return weight_only(x, q, scale, scheme, tuple(parts), bias)
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+
+def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ids [rows] -> them sorted, their order, int32 [experts] where each expert's rows end, and the inverse order."""
+    op = torch.ops.octavo.sort_routes if torch.compiler.is_compiling() else _sort_routes
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = op(ids, experts)
+    return found
+
+
+def _sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if len(ids) <= _SORTED_AT_ONCE:
+        return _kernels().sort_routes(ids.contiguous(), experts)  # type: ignore[no-any-return]
+    ids, order = ids.sort()
+    ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
+    order = order.int()
+    position = torch.empty_like(order)
+    position[order] = torch.arange(len(order), dtype=torch.int32, device=ids.device)
+    return ids, order, ends, position
+
+
+def takes_experts(parts: Iterable[Sequence[int]]) -> bool:
+    """Whether `expert_linear` takes stacks of such parts, here."""
+    return _HAS_TRITON and all(len(each) <= _MAX_PARTS for each in parts)
+
+
+def expert_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    scheme: str,
+    parts: Sequence[int],
+    bias: Tensor | None,
+    ids: Tensor,
+    order: Tensor | None,
+    ends: Tensor | None,
+    top_k: int,
+    gather: bool,
+) -> Tensor:
+    """Row i: ``x[i // top_k] @ dequantize(q[ids[i]]).T + bias[ids[i]]``; nothing where ids[i] >= experts.
+
+    Args:
+        q: float8_e4m3fn [experts, out, in].
+        ids: [rows].
+        order, ends: as `sort_routes` gives them; ids are the sorted ones then, and so are the rows of the result.
+        gather: row i takes ``x[order[i] // top_k]``; else x is sorted as the result.
+    """
+    op = torch.ops.octavo.expert_linear if torch.compiler.is_compiling() else _expert_linear
+    y: Tensor = op(x, q, scale, scheme, list(parts), bias, ids, order, ends, top_k, gather)
+    return y
+
+
+def _expert_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    scheme: str,
+    parts: Sequence[int],
+    bias: Tensor | None,
+    ids: Tensor,
+    order: Tensor | None,
+    ends: Tensor | None,
+    top_k: int,
+    gather: bool,
+) -> Tensor:
+    kernels = _kernels()
+    experts, n, k = q.shape
+    rows, dtype = len(ids), x.dtype
+    x = x.contiguous()
+    if not rows:
+        return x.new_empty(0, n)
+    each = 1 if order is None else rows // experts
+    wide = scheme == "mxfp8" or order is None or each < _BUSY
+    x_scale = None
+    if not wide:
+        x, x_scale = (kernels.quantize_groups if scheme == "fp8_block" else kernels.quantize_rows)(x)
+    return kernels.product(  # type: ignore[no-any-return]
+        x,
+        q,
+        _bytes(scale),
+        _layout(n, k, scheme, tuple(parts)),
+        _tile(x.get_device(), each, scheme, wide, True),
+        torch.empty(rows, n, dtype=dtype, device=x.device),
+        x_scale=x_scale,
+        bias=bias,
+        routes=kernels.Routes(top_k, ids, order, ends, gather),
+    )
+
+
+def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None) -> Tensor:
+    """y [tokens * k, n], ids and weights [tokens, k] -> [tokens, n]: the weighted sum over k, where ids < experts.
+
+    Summed in float32. Row t * k + j of y is that of ids[t, j]; or row position[t * k + j], if y is sorted.
+    """
+    op = torch.ops.octavo.combine if torch.compiler.is_compiling() else _combine
+    total: Tensor = op(y, ids, weights, experts, position)
+    return total
+
+
+def _combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None) -> Tensor:
+    if not len(ids):
+        return y.new_empty(0, y.shape[1])
+    return _kernels().combine(  # type: ignore[no-any-return]
+        y.contiguous(), ids.contiguous(), weights.contiguous(), experts, position
+    )
+
+
+def use_pairs(rows: int) -> bool:
+    """Whether so few (token, expert) pairs are better not sorted."""
+    return rows <= _PAIRS
+
+
+# -- for torch.compile ------------------------------------------------------------------------------------------------
+
+_linear_op = torch.library.custom_op(
+    "octavo::linear",
+    _linear,
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias) -> Tensor",
+)
+_expert_linear_op = torch.library.custom_op(
+    "octavo::expert_linear",
+    _expert_linear,
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias, Tensor ids, "
+    "Tensor? order, Tensor? ends, SymInt top_k, bool gather) -> Tensor",
+)
+_sort_routes_op = torch.library.custom_op(
+    "octavo::sort_routes",
+    _sort_routes,
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor ids, SymInt experts) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+_combine_op = torch.library.custom_op(
+    "octavo::combine",
+    _combine,
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor y, Tensor ids, Tensor weights, SymInt experts, Tensor? position) -> Tensor",
+)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], q.shape[0])
+
+
+@_expert_linear_op.register_fake
+def _(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    scheme: str,
+    parts: Sequence[int],
+    bias: Tensor | None,
+    ids: Tensor,
+    order: Tensor | None,
+    ends: Tensor | None,
+    top_k: int,
+    gather: bool,
+) -> Tensor:
+    return x.new_empty(ids.shape[0], q.shape[1])
+
+
+@_sort_routes_op.register_fake
+def _(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order = ids.new_empty(ids.shape, dtype=torch.int32)
+    return torch.empty_like(ids), order, ids.new_empty(experts, dtype=torch.int32), torch.empty_like(order)
+
+
+@_combine_op.register_fake
+def _(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None) -> Tensor:
+    return y.new_empty(ids.shape[0], y.shape[1])

@@ -1,0 +1,486 @@
+"""Triton kernels of the forward on a GPU with FP8 units: a product with FP8 weights, and FP8 activations.
+
+Imported only where Triton is installed. Every kernel takes every scheme and any side; matrices are contiguous along
+their rows. `matmul` holds the reasons for which kernel runs when.
+
+Compiled at first use, about a second for each kernel and tile, and kept on disk by Triton (``~/.triton/cache``).
+Launches after the first go past Triton's own binding of arguments, which takes longer than a small product.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DENSE, PAIRS, SORTED = 0, 1, 2
+
+
+class Tile(NamedTuple):
+    """What one program of a product computes, ``rows`` x ``cols``, in steps of ``depth``."""
+
+    rows: int
+    cols: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Layout:
+    """Shape of a weight [..., rows, cols], and which of its scales each row takes. Compared by identity."""
+
+    rows: int
+    cols: int
+    cells: tuple[int, int]  # scales of one matrix
+    group_rows: int
+    group_cols: int  # 0: one scale a row
+    power_of_two: bool
+    parts: int
+    starts: tuple[int, int, int]  # rows at which parts 2, 3, 4 begin
+    firsts: tuple[int, int, int]  # their first cells
+
+
+class Routes(NamedTuple):
+    """Which expert each row of a product goes to."""
+
+    top_k: int  # rows of the output for each row of x
+    ids: Tensor  # [rows]: the expert of each row of the output
+    order: Tensor | None = None  # [rows]: the rows sorted by expert, if they are; ids are then sorted, too
+    ends: Tensor | None = None  # int32 [experts]: where in order each expert's rows end
+    gather: bool = False  # row i takes x[order[i] // top_k]; else x is sorted as the output is
+
+
+@triton.jit
+def _scale_cell(col, part_1, part_2, part_3, cell_1, cell_2, cell_3, GROUP_ROWS: tl.constexpr, PARTS: tl.constexpr):
+    """Weight row -> row of its scale grid. Parts 2, 3 and 4 begin at rows part_i and cells cell_i."""
+    if PARTS == 1:
+        cell = col // GROUP_ROWS
+    else:
+        begin = tl.where(col >= part_3, part_3, tl.where(col >= part_2, part_2, tl.where(col >= part_1, part_1, 0)))
+        cell = tl.where(col >= part_3, cell_3, tl.where(col >= part_2, cell_2, tl.where(col >= part_1, cell_1, 0)))
+        cell += (col - begin) // GROUP_ROWS
+    return cell
+
+
+@triton.jit(
+    do_not_specialize=[
+        "m",
+        "x_scale_stride",
+        "part_1",
+        "part_2",
+        "part_3",
+        "cell_1",
+        "cell_2",
+        "cell_3",
+        "top_k",
+        "experts",
+    ]
+)
+def _product_kernel(
+    x, x_scale, q, scale, bias, out, ids, order, ends,  # tensors; the last three of experts
+    m, n, k, x_scale_stride, cells_n, cells_k,
+    part_1, part_2, part_3, cell_1, cell_2, cell_3, top_k, experts,
+    MODE: tl.constexpr, GATHER: tl.constexpr, FP8_X: tl.constexpr, MX: tl.constexpr,
+    FOLD: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_COLS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[m, n] = x[m, k] @ (q * scale)[n, k].T + bias.
+
+    The tile is computed transposed, weights on the left: tensor cores take 64 rows from there, and 8 or more from the
+    right, so that few tokens waste little; and converted weights stay in registers.
+    """
+    pid = tl.program_id(0)
+    tiles_n = tl.cdiv(n, BN)
+    if MODE == 0:  # DENSE: eight row tiles beside each other share weights in the L2 cache
+        tiles_m = tl.cdiv(m, BM)
+        band = 8 * tiles_n
+        first = pid // band * 8
+        height = tl.minimum(tiles_m - first, 8)
+        tile_m = first + pid % band % height
+        tile_n = pid % band // height
+        rows = tile_m * BM + tl.arange(0, BM)
+        limit = m
+        x_rows = rows
+    elif MODE == 1:  # PAIRS: one row of activations a tile, whose expert is in ids
+        tile_n = pid % tiles_n
+        pair = pid // tiles_n
+        expert = tl.load(ids + pair)
+        if expert >= experts:
+            return  # another rank's
+        rows = pair + tl.arange(0, BM)
+        limit = pair + 1
+        x_rows = rows // top_k
+    else:  # SORTED: rows of one expert beside each other, tiles never shared by two
+        tile = pid // tiles_n
+        tile_n = pid % tiles_n
+        each = tl.arange(0, EXPERTS)
+        stops = tl.load(ends + each, mask=each < experts, other=0)
+        starts = tl.load(ends + each - 1, mask=(each > 0) & (each < experts), other=0)
+        tiles = tl.where(each < experts, (stops - starts + BM - 1) // BM, 0)
+        through = tl.cumsum(tiles, 0)
+        expert = tl.sum(tl.where(through <= tile, 1, 0), 0)
+        if expert >= experts:
+            return
+        here = each == expert
+        start = tl.sum(tl.where(here, starts + (tile - through + tiles) * BM, 0), 0)
+        limit = tl.sum(tl.where(here, stops, 0), 0)
+        rows = start + tl.arange(0, BM)
+        x_rows = rows
+        if GATHER:
+            x_rows = tl.load(order + rows, mask=rows < limit, other=0).to(tl.int32) // top_k
+    if MODE != 0:
+        expert = expert.to(tl.int64)
+        q += expert * n * k
+        scale += expert * cells_n * cells_k
+        if HAS_BIAS:
+            bias += expert * n
+
+    cols = tile_n * BN + tl.arange(0, BN)
+    in_rows, in_cols = rows < limit, cols < n
+    cell = _scale_cell(cols, part_1, part_2, part_3, cell_1, cell_2, cell_3, GROUP_ROWS, PARTS)
+    scale_at = scale + cell * cells_k
+    depth = tl.arange(0, BK)
+    x_at = x + x_rows.to(tl.int64)[None, :] * k + depth[:, None]
+    q_at = q + cols.to(tl.int64)[:, None] * k + depth[None, :]
+    acc = tl.zeros((BN, BM), tl.float32)
+    if GROUP_COLS != 0 and not FOLD:  # factors are loaded a step ahead of their use
+        factor = tl.load(scale_at, mask=in_cols, other=0)
+        if FP8_X and not MX:
+            x_scale += x_rows
+            x_factor = tl.load(x_scale, mask=in_rows, other=0)
+    for start_k in range(0, k, BK):
+        if EVEN:
+            values = tl.load(x_at, mask=in_rows[None, :], other=0.0)
+            weight = tl.load(q_at, mask=in_cols[:, None], other=0.0)
+        else:
+            within = depth < k - start_k
+            values = tl.load(x_at, mask=in_rows[None, :] & within[:, None], other=0.0)
+            weight = tl.load(q_at, mask=in_cols[:, None] & within[None, :], other=0.0)
+        if not FP8_X:
+            # by way of float32: the direct instruction from fp16 to bf16 is a quarter as fast as these two together
+            weight = weight.to(tl.float16).to(tl.float32).to(values.dtype)
+        if GROUP_COLS == 0:
+            acc = tl.dot(weight, values, acc)
+        elif FOLD:  # powers of two: exact in bf16
+            group = start_k // GROUP_COLS + tl.arange(0, BK // GROUP_COLS)
+            factors = tl.load(scale_at[:, None] + group[None, :], mask=in_cols[:, None] & (group < cells_k)[None, :])
+            factors = tl.where(factors == 0, 0x40, factors.to(tl.int16) << 7).to(tl.bfloat16, bitcast=True)
+            weight = tl.reshape(weight, (BN, BK // GROUP_COLS, GROUP_COLS)) * factors[:, :, None]
+            acc = tl.dot(tl.reshape(weight, (BN, BK)), values, acc)
+        else:
+            more = start_k + BK < k
+            scale_at += 1
+            following = tl.load(scale_at, mask=in_cols & more, other=0)
+            part = tl.dot(weight, values)
+            if MX:
+                factor = tl.where(factor == 0, 0x400000, factor.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+            if FP8_X and not MX:
+                x_scale += x_scale_stride
+                x_following = tl.load(x_scale, mask=in_rows & more, other=0)
+                part *= x_factor[None, :]
+                x_factor = x_following
+            acc += part * factor[:, None]
+            factor = following
+        x_at += BK
+        q_at += BK
+    if GROUP_COLS == 0:
+        acc *= tl.load(scale_at, mask=in_cols, other=0)[:, None]
+    if FP8_X and (GROUP_COLS == 0 or MX):
+        acc *= tl.load(x_scale + x_rows, mask=in_rows, other=0)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias + cols, mask=in_cols, other=0).to(tl.float32)[:, None]
+    out_at = out + rows.to(tl.int64)[:, None] * n + cols[None, :]
+    tl.store(out_at, tl.trans(acc).to(out.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
+
+
+@triton.jit
+def _quantize_rows_kernel(x, q, scale, k, BLOCK: tl.constexpr):
+    """One scale a row: float32 amax / 448, or 1."""
+    row = tl.program_id(0).to(tl.int64)
+    col = tl.arange(0, BLOCK)
+    values = tl.load(x + row * k + col, mask=col < k, other=0.0).to(tl.float32)
+    amax = tl.max(tl.abs(values), 0)
+    factor = tl.where(amax > 0, amax / 448.0, 1.0)
+    tl.store(scale + row, factor)
+    tl.store(q + row * k + col, (values / factor).to(tl.float8e4nv), mask=col < k)
+
+
+@triton.jit(do_not_specialize=["m", "padded"])
+def _quantize_groups_kernel(x, q, scale, m, padded, k, BR: tl.constexpr):
+    """One scale for 128 columns of a row, stored [k / 128, padded]; rows from m to padded become zeros."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    at = row.to(tl.int64)[:, None] * k + col[None, :]
+    values = tl.load(x + at, mask=(row < m)[:, None] & (col < k)[None, :], other=0.0).to(tl.float32)
+    amax = tl.max(tl.abs(values), 1)
+    factor = tl.where(amax > 0, amax / 448.0, 1.0)
+    tl.store(scale + tl.program_id(1) * padded + row, factor, mask=row < padded)
+    quantized = (values / factor[:, None]).to(tl.float8e4nv)
+    tl.store(q + at, quantized, mask=(row < padded)[:, None] & (col < k)[None, :])
+
+
+@triton.jit(do_not_specialize=["top_k", "experts"])
+def _combine_kernel(y, ids, weights, position, out, n, top_k, experts, SORTED: tl.constexpr, BLOCK: tl.constexpr):
+    """out[t] = sum over j of weights[t, j] * y[t * top_k + j], in float32, without experts of other ranks."""
+    token = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for j in range(top_k):
+        pair = token * top_k + j
+        row = pair
+        if SORTED:
+            row = tl.load(position + pair).to(tl.int64)
+        mine = tl.load(ids + pair) < experts
+        weight = tl.load(weights + pair).to(tl.float32)
+        acc += weight * tl.load(y + row * n + col, mask=mine & (col < n), other=0.0).to(tl.float32)
+    tl.store(out + token * n + col, acc.to(out.dtype.element_ty), mask=col < n)
+
+
+@triton.jit
+def _widen_kernel(q, scale, out, n, k, cells_k, BR: tl.constexpr):
+    """out = q * 2 ** (scale - 127), rounded once; 128 columns, that is 4 scales, a program."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    col = tl.program_id(1) * 128 + tl.arange(0, 128)
+    group = tl.program_id(1) * 4 + tl.arange(0, 4)
+    mask = (row < n)[:, None] & (col < k)[None, :]
+    at = row.to(tl.int64)[:, None] * k + col[None, :]
+    in_grid = (row < n)[:, None] & (group < cells_k)[None, :]
+    factor = tl.load(scale + row[:, None] * cells_k + group[None, :], mask=in_grid, other=0)
+    factor = tl.where(factor == 0, 0x400000, factor.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    wide = tl.reshape(tl.load(q + at, mask=mask, other=0.0).to(tl.float32), (BR, 4, 32)) * factor[:, :, None]
+    tl.store(out + at, tl.reshape(wide, (BR, 128)).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "experts"])
+def _sort_kernel(ids, sorted_ids, order, position, ends, rows, experts, BLOCK: tl.constexpr, STEP: tl.constexpr):
+    """Where each row goes when sorted by expert, by comparing it with all; the last programs count for `ends`."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(rows, BLOCK)
+    if tl.program_id(0) < blocks:
+        mine = tl.load(ids + at, mask=at < rows, other=0)
+        rank = tl.zeros((BLOCK,), tl.int32)
+        for start in tl.range(0, rows, STEP, num_stages=3):
+            other_at = start + tl.arange(0, STEP)
+            other = tl.load(ids + other_at, mask=other_at < rows, other=0)
+            before = (other[None, :] < mine[:, None]) | (
+                (other[None, :] == mine[:, None]) & (other_at[None, :] < at[:, None])
+            )
+            rank += tl.sum((before & (other_at < rows)[None, :]).to(tl.int32), 1)
+        tl.store(sorted_ids + rank, mine, mask=at < rows)
+        tl.store(order + rank, at, mask=at < rows)
+        tl.store(position + at, rank, mask=at < rows)
+    else:
+        expert = at - blocks * BLOCK
+        count = tl.zeros((BLOCK,), tl.int32)
+        for start in tl.range(0, rows, STEP, num_stages=3):
+            other_at = start + tl.arange(0, STEP)
+            other = tl.load(ids + other_at, mask=other_at < rows, other=0)
+            through = (other[None, :] <= expert[:, None]) & (other_at < rows)[None, :]
+            count += tl.sum(through.to(tl.int32), 1)
+        tl.store(ends + expert, count, mask=expert < experts)
+
+
+# -- launching --------------------------------------------------------------------------------------------------------
+
+_compiled: dict[Any, Any] = {}
+# before, what a compiled kernel is launched with was another selection of its arguments
+_DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    key: tuple[Any, ...],
+    tensors: tuple[Tensor | None, ...],
+    others: tuple[Any, ...],
+    **options: int,
+) -> None:
+    """Launch a kernel on the device of the first tensor; from the second time on without Triton's binding.
+
+    Args:
+        key: with the device, all that decides which binary it is, where every tensor begins at 16 bytes.
+    """
+    bits = 0
+    for tensor in tensors:
+        if tensor is not None:
+            bits |= tensor.data_ptr()
+    device = torch.cuda.current_device()
+    mine = tensors[0].get_device()  # type: ignore[union-attr]
+    if mine != device:
+        with torch.cuda.device(mine):
+            return _launch(kernel, grid, key, tensors, others, **options)
+    full = (kernel, key, device)
+    found = None if bits & 15 else _compiled.get(full)
+    if found is None:
+        binary = kernel[grid](*tensors, *others, **options)
+        if _DIRECT and not bits & 15:
+            _compiled[full] = binary.run, binary.function, binary.packed_metadata
+        return
+    run, function, metadata = found
+    stream = triton.runtime.driver.active.get_current_stream(device)
+    # no launch metadata, no hooks before and after
+    run(*grid, stream, function, metadata, None, None, None, *tensors, *others)
+
+
+def _power_of_two(at_least: int) -> int:
+    return 1 << (at_least - 1).bit_length()
+
+
+def product(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    layout: Layout,
+    tile: Tile,
+    out: Tensor,
+    *,
+    x_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    routes: Routes | None = None,
+) -> Tensor:
+    """``x @ dequantize(q).T + bias`` into ``out``, of experts if ``routes`` are given.
+
+    Args:
+        x: bf16 or fp16 [..., in], or float8_e4m3fn with ``x_scale``; contiguous.
+        q: float8_e4m3fn [out, in], or [experts, out, in].
+        scale: as stored; the bytes of mxfp8's.
+        x_scale: float32 [rows], or [ceil(in / 128), at least rows] under fp8_block.
+        bias: [out], or [experts, out].
+        out: [..., out]; rows are those of x or those of ``routes``.
+    """
+    n, k = layout.rows, layout.cols
+    rows = out.numel() // n
+    tiles_n = -(-n // tile.cols)
+    tiles_m = -(-rows // tile.rows)
+    dtype = x.dtype
+    fold = layout.power_of_two and dtype == torch.bfloat16
+    depth = tile.depth if fold or not layout.group_cols else layout.group_cols
+    key: tuple[Any, ...]
+    if routes is None:
+        mode, gather, count, top_k, experts = DENSE, False, 0, 1, 1
+        ids = order = ends = None
+        key = (layout, tile, dtype, out.dtype, bias is not None and bias.dtype)
+    else:
+        top_k, ids, order, ends, gather = routes
+        experts = q.shape[0]
+        if order is None:
+            mode, count, tiles_m = PAIRS, 0, rows
+        else:
+            mode, count = SORTED, _power_of_two(experts)
+            tiles_m += min(experts, rows)  # at most: an expert's last tile may be partly empty
+        indices = ids.dtype if order is None else order.dtype
+        key = (layout, tile, dtype, out.dtype, bias is not None and bias.dtype, mode, gather, count, indices)
+    _launch(
+        _product_kernel,
+        (tiles_n * tiles_m, 1, 1),
+        key,
+        (x, x_scale, q, scale, bias, out, ids, order, ends),
+        (rows, n, k, 0 if x_scale is None else x_scale.shape[-1], *layout.cells, *layout.starts, *layout.firsts,
+         top_k, experts, mode, gather, x_scale is not None, layout.power_of_two, fold,
+         layout.group_rows, layout.group_cols, layout.parts, bias is not None, count, k % depth == 0,
+         tile.rows, tile.cols, depth),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., k] -> float8_e4m3fn [rows, k] and float32 [rows], one scale a row."""
+    k = x.shape[-1]
+    rows = x.numel() // k
+    q = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = _power_of_two(k)
+    _launch(
+        _quantize_rows_kernel,
+        (rows, 1, 1),
+        (k, x.dtype),
+        (x, q, scale),
+        (k, block),
+        num_warps=min(max(block // 1024, 1), 16),
+    )
+    return q, scale
+
+
+def quantize_groups(x: Tensor, multiple: int = 4) -> tuple[Tensor, Tensor]:
+    """x [..., k] -> float8_e4m3fn [padded, k] and float32 [ceil(k / 128), padded], one scale for 128 columns of a row.
+
+    Rows are padded with zeros to a multiple: cuBLAS wants scales whose columns begin at 16 bytes.
+    """
+    k = x.shape[-1]
+    rows = x.numel() // k
+    padded = -(-rows // multiple) * multiple
+    groups = -(-k // 128)
+    q = torch.empty(padded, k, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
+    _launch(
+        _quantize_groups_kernel,
+        (-(-padded // 32), groups, 1),
+        (k, x.dtype),
+        (x, q, scale),
+        (rows, padded, k, 32),
+        num_warps=4,
+    )
+    return q, scale
+
+
+def widen(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``q[out, in]`` times mxfp8's scales, of which the bytes [out, ceil(in / 32)] are given, rounded to ``dtype``."""
+    n, k = q.shape
+    out = torch.empty(n, k, dtype=dtype, device=q.device)
+    _launch(
+        _widen_kernel,
+        (-(-n // 32), -(-k // 128), 1),
+        (n, k, dtype),
+        (q, scale, out),
+        (n, k, scale.shape[1], 32),
+        num_warps=4,
+    )
+    return out
+
+
+def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `fp8.sort_routes`, in one kernel, whose work grows with the square of the rows. int32, but for sorted ids."""
+    rows = len(ids)
+    sorted_ids = torch.empty_like(ids)
+    # not halves of one: an operation's results may not share memory under torch.compile
+    order, position = (torch.empty(rows, dtype=torch.int32, device=ids.device) for _ in range(2))
+    ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
+    blocks = -(-rows // 32) + -(-experts // 32)
+    _launch(
+        _sort_kernel,
+        (blocks, 1, 1),
+        (ids.dtype,),
+        (ids, sorted_ids, order, position, ends),
+        (rows, experts, 32, 256),
+        num_warps=4,
+    )
+    return sorted_ids, order, ends, position
+
+
+def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None = None) -> Tensor:
+    """y [tokens * k, n], weights and ids [tokens, k] -> [tokens, n]: the weighted sum over k, where ids < experts.
+
+    Row t * k + j of y belongs to ids[t, j], or row position[t * k + j].
+    """
+    tokens, top_k = ids.shape
+    n = y.shape[1]
+    out = torch.empty(tokens, n, dtype=y.dtype, device=y.device)
+    _launch(
+        _combine_kernel,
+        (tokens, -(-n // 1024), 1),
+        (n, y.dtype, ids.dtype, weights.dtype, position is not None and position.dtype),
+        (y, ids, weights, position, out),
+        (n, top_k, experts, position is not None, 1024),
+        num_warps=4,
+    )
+    return out
