@@ -20,8 +20,8 @@ _SCRATCH_ELEMENTS = 1 << 19
 PINNED_SLOT_BYTES = 16 << 20
 _MAX_THREADS = 16
 #: streams of a GPU, and the slots that each copies before it quantizes
-_LANES = 3
-_SLOTS_A_BLOCK = 4
+_LANES = 2
+_SLOTS_A_BLOCK = 6
 #: where many threads are asked for with a small budget
 _MIN_SLOT_BYTES = 1 << 12
 

@@ -23,6 +23,7 @@ same bytes: ``phase`` says where in its group the piece begins.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
