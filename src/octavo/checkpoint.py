@@ -260,30 +260,32 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
             raise ValueError("weight_map must map tensor names to file names")
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a valid index: {type(error).__name__}: {error}") from error
-    checked = {}
-    for name, file in weight_map.items():
-        # a name that leaves the folder could read (or, in a conversion, write) anything
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            problems.append(f"{path.name}: {name!r} points to {file!r}, which is no .safetensors file of this folder")
-        else:
-            checked[name] = file
+    # a name that leaves the folder could read (or, in a conversion, write) anything
+    strays = {file for file in set(weight_map.values()) if Path(file).name != file or not file.endswith(".safetensors")}
+    checked = {name: file for name, file in weight_map.items() if file not in strays}
+    problems += [
+        f"{path.name}: {name!r} points to {file!r}, which is no .safetensors file of this folder"
+        for name, file in weight_map.items()
+        if file in strays
+    ]
     if not weight_map:
         problems.append(f"{path.name}: weight_map is empty")
     return checked
 
 
 def _compare_index(index: dict[str, str], tensors: Mapping[str, TensorInfo], shards: list[Shard]) -> Iterable[str]:
-    names = {shard.path.name for shard in shards}
+    files = [shard.path.name for shard in shards]
+    names = set(files)
     for name, file in index.items():
         if file not in names:
             continue  # the absent or unreadable file has been reported
         if name not in tensors:
             yield f"{INDEX_NAME}: says {name!r} is in {file}, but its header does not have it"
-        elif shards[tensors[name].shard].path.name != file:
-            yield f"{INDEX_NAME}: says {name!r} is in {file}, found in {shards[tensors[name].shard].path.name}"
+        elif files[tensors[name].shard] != file:
+            yield f"{INDEX_NAME}: says {name!r} is in {file}, found in {files[tensors[name].shard]}"
     for name, info in tensors.items():
         if name not in index:
-            yield f"{shards[info.shard].path.name}: holds {name!r}, which {INDEX_NAME} does not name"
+            yield f"{files[info.shard]}: holds {name!r}, which {INDEX_NAME} does not name"
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:

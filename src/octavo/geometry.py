@@ -120,7 +120,9 @@ def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.de
         found = torch.device(device)
         if found.type == "meta":
             raise RuntimeError("it holds no weights")
-        if found.type != "cpu" and (begin or not (found.type == "cuda" and torch.cuda.is_available())):
+        # counting does not begin to use any (is_available does)
+        there = found.type == "cuda" and torch.cuda.device_count() > (found.index or 0)
+        if found.type != "cpu" and (begin or not there):
             torch.empty(1, device=found)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]

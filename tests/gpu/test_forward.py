@@ -317,4 +317,6 @@ def test_compiled_experts_have_no_graph_break(scheme):
         for tokens in (2, 40, 2000):
             inputs = routing(tokens)
             expected = experts(*inputs)
-            assert (compiled(*inputs).float() - expected.float()).norm() <= 0.01 * expected.float().norm()
+            # the fused gate is rounded once, not twice, which moves a few per cent of the activations by a step of FP8
+            bound = 0.01 if scheme == "mxfp8" else 0.03
+            assert (compiled(*inputs).float() - expected.float()).norm() <= bound * expected.float().norm()

@@ -24,7 +24,7 @@ from ..errors import DeviceError, RecipeError
 from ..plan import DEFAULT_STAGING_BYTES, Placement
 from ..recipe import DEFAULT_SCHEME, Recipe
 from ..report import Report, Stages, measured
-from ..sinks import ParameterSink, Storage
+from ..sinks import ParameterSink, Storage, allocate_all
 from ..stream import Stream
 from . import transformers as adapter
 from .model_plan import plan_model
@@ -148,7 +148,7 @@ class OctavoQuantizer(HfQuantizer):
             adapter.swap(model, plan)
         with measured(plan, None) as meter:
             with stages("allocate"):
-                self.storages = {p.name: Storage.allocate(p) for p in plan.placements}
+                self.storages = allocate_all(plan.placements)
             with stages("stream"):
                 stream = Stream(checkpoint, plan, ParameterSink(self.storages), threads=config.threads)
                 meter.follow(stream.tally)

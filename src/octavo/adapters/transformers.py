@@ -31,7 +31,7 @@ from ..geometry import pinned_slots, usable_device
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Recipe
 from ..report import Report, Stages, measured
-from ..sinks import ParameterSink, Storage
+from ..sinks import ParameterSink, Storage, allocate_all
 from ..stream import Stream
 
 try:
@@ -127,7 +127,7 @@ def load(
             warming.wait()
     with measured(plan, progress) as meter:
         with stages("allocate"):
-            storages = {p.name: Storage.allocate(p) for p in plan.placements}
+            storages = allocate_all(plan.placements)
         with stages("stream"):
             stream = Stream(checkpoint, plan, ParameterSink(storages), threads=threads, direct_io=direct_io)
             meter.follow(stream.tally)
