@@ -36,14 +36,22 @@ def _kind(way: str) -> str:
     return "octavo" if way.startswith("octavo") else "ceiling" if way in _CEILINGS else "peer"
 
 
-def _bars(axes: Axes, values: dict[str, float], title: str, form: str) -> None:
-    """Horizontal bars, the first on top."""
+def _bars(axes: Axes, values: dict[str, float], title: str, form: str, imports: dict[str, float] | None = None) -> None:
+    """Horizontal bars, the first on top; what importing adds to them is pale."""
     names = [
         _CEILINGS.get(way, way.replace("octavo-", "octavo ").replace("transformers-", "transformers "))
         for way in values
     ]
     drawn = axes.barh(names, list(values.values()), color=[_COLORS[_kind(way)] for way in values])
     axes.bar_label(drawn, fmt=form, padding=3, fontsize=8)
+    if imports:
+        axes.barh(
+            names,
+            list(imports.values()),
+            left=list(values.values()),
+            color=[_COLORS[_kind(way)] for way in values],
+            alpha=0.2,
+        )
     axes.invert_yaxis()
     axes.margins(x=0.15)
     axes.set_title(title, fontsize=10)
@@ -85,13 +93,15 @@ def load_picture(model: str, setting: str, facts: str, rows: dict[str, dict[str,
     }
     if not good:
         return None
+    imports = {way: row.get("imports_in_load_s", {}).get("median", 0.0) for way, row in good.items()}
     seconds = {way: row.get("steady_s", row["load_s"])["median"] for way, row in good.items()}
+    seconds = {way: value - ("steady_s" not in good[way]) * imports[way] for way, value in seconds.items()}
     over = {way: value for way, row in good.items() if _kind(way) != "ceiling" and (value := _over(row)) is not None}
     traced = next(((way, row) for way, row in good.items() if row.get("trace", {}).get("rows")), None)
     panels = 1 + bool(over) + bool(traced)
     figure = Figure(figsize=(5 * panels, 0.6 + 0.3 * max(6, len(seconds))), layout="constrained")
     axes = iter(figure.subplots(1, panels, squeeze=False)[0])
-    _bars(next(axes), seconds, "seconds to load", "%.2f")
+    _bars(next(axes), seconds, "seconds to load; pale: importing the model's code", "%.2f", imports)
     if over:
         _bars(next(axes), over, "device memory at the peak, MiB over the end", "%.0f")
     if traced:
