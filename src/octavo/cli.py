@@ -113,6 +113,8 @@ def plan(
     """
     from . import api
 
+    if format != formats.DEFAULT and not checkpoint:
+        raise typer.BadParameter("--format is for planning a conversion: add --checkpoint")
     if device_memory == "auto" and device == "cpu":
         device = _accelerator()
     room = None if device_memory is None else _device_memory(device_memory, device)
@@ -281,6 +283,8 @@ def demo(
     """
     from .demo import run
 
+    if plot is not None and not plot.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--plot {plot}: the folder {plot.parent} does not exist")
     result = run(_chosen(scheme), prompt, plot=plot, out=None if json_ else sys.stdout)
     if json_:
         _print_json(result)

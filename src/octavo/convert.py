@@ -91,7 +91,8 @@ def convert(
         with stages("finish"):
             job.write_rest()
             job.publish()
-    return Report.of(plan, geometry, tally, stages, meter, in_memory=False, notes=[*layout.notes(plan), *job.notes()])
+    notes = [*plan.notes, *layout.notes(plan), *job.notes()]
+    return Report.of(plan, geometry, tally, stages, meter, in_memory=False, notes=notes)
 
 
 @dataclass(frozen=True)

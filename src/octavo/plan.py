@@ -146,6 +146,12 @@ class Plan:
         return sum(chunk.nbytes for chunk in cut_plan(self, Geometry.fit(self).slot_bytes))
 
     @property
+    def notes(self) -> list[str]:
+        """What whoever made the plan should know."""
+        idle = bool(self.recipe.schemes) and not self.quantized
+        return ["no weight becomes FP8: see what is kept, and why"] if idle else []
+
+    @property
     def devices(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys([*(p.device for p in self.placements), *self.other_bytes]))
 

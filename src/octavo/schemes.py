@@ -86,7 +86,8 @@ def get(name: str | Scheme) -> Scheme:
     if isinstance(name, Scheme):
         return name
     if not isinstance(name, str) or name not in SCHEMES:
-        raise RecipeError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}")
+        hint = " (None is for no quantization)" if name in ("none", "bf16") else ""
+        raise RecipeError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}{hint}")
     return SCHEMES[name]
 
 

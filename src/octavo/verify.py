@@ -89,11 +89,16 @@ def verify(
         CheckpointError: the two don't hold the same tensors, or ``dst`` is in no format that octavo writes.
     """
     made, source = Checkpoint.open(dst), Checkpoint.open(against)
+    if made.path.resolve() == source.path.resolve():
+        raise CheckpointError(f"{dst}: compared with itself; name the checkpoint that it was made from")
     layout = formats.recognize(made)
     expected = {*source.tensors}
     expected |= {layout.scale_name(name) for name in source.tensors if _is_quantized(name, made, source)}
     problems = [f"{name}: not in {against}" for name in made.tensors if name not in expected]
     problems += [f"{name}: in {against}, but not here" for name in source.tensors if name not in made.tensors]
+    quantized = sum(_is_quantized(name, made, source) for name in source.tensors)
+    if quantized and made.config and "quantization_config" not in made.config:
+        problems.append(f"config.json: no quantization_config, without which {quantized} FP8 tensors are read wrong")
     for name in made.tensors.keys() & source.tensors.keys():
         if made.tensors[name].shape != source.tensors[name].shape:
             problems.append(f"{name}: {list(made.tensors[name].shape)} here, {list(source.tensors[name].shape)} there")

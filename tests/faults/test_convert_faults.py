@@ -947,6 +947,18 @@ def test_verify_finds_tensors_of_another_dtype(edit: Callable[[dict[str, Tensor]
     assert [result.name for result in octavo.verify(tmp_path / "out", source).different] == [_WEIGHT]
 
 
+def test_verify_finds_a_config_that_does_not_tell_of_fp8(small: Path, tmp_path: Path) -> None:
+    octavo.convert(small, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    fails(CheckpointError, "no quantization_config", lambda: octavo.verify(tmp_path / "out", small))
+
+
+def test_verify_does_not_compare_a_folder_with_itself(small: Path) -> None:
+    fails(CheckpointError, "compared with itself", lambda: octavo.verify(small, small))
+
+
 def test_verify_finds_weights_quantized_from_other_values(small: Path, tmp_path: Path) -> None:
     octavo.convert(small, tmp_path / "out")
     other = write_checkpoint(tmp_path / "other", {n: t * 1.5 for n, t in tensors_of_size(3, 96).items()}, 3, CONFIG)

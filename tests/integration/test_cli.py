@@ -306,6 +306,14 @@ def test_plan_for_a_device_that_is_not_here_works(llama: Path, run: Run) -> None
     assert set(found["devices"]) == {"cuda:3"}
 
 
+def test_a_format_is_for_planning_a_conversion(llama: Path, run: Run) -> None:
+    refused(run("plan", llama, "--format", "fp8"), "--format is for planning a conversion: add --checkpoint")
+
+
+def test_the_demo_looks_for_the_folder_of_its_picture_first(tmp_path: Path, run: Run) -> None:
+    refused(run("demo", "--plot", tmp_path / "missing" / "a.png"), "does not exist")
+
+
 def test_plan_names_a_pattern_that_matches_nothing(llama: Path, run: Run) -> None:
     refused(run("plan", llama, "--ignore", "model.layers.7"), "'model.layers.7' matches no tensor")
 

@@ -353,6 +353,13 @@ def test_report_counts_bytes_and_says_what_stayed(sources: Callable[[str], Path]
     assert any("vLLM can" in note for note in report.notes)
 
 
+def test_a_conversion_that_quantizes_nothing_says_so(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "in", {"model.norm.weight": random_weights((64,), torch.bfloat16, 0)})
+    note = "no weight becomes FP8: see what is kept, and why"
+    assert note in octavo.convert(source, tmp_path / "a").notes
+    assert note not in octavo.convert(source, tmp_path / "b", None).notes
+
+
 def test_progress_rises_to_all_bytes(sources: Callable[[str], Path], tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     report = octavo.convert(sources("sharded"), tmp_path / "out", progress=lambda done, of: calls.append((done, of)))

@@ -136,17 +136,13 @@ def load(
             assign(model, plan, storages)
             del storages
             _finish(model, checkpoint, target_device)
-    notes = ["no weight was quantized: see what was kept, and why"] if _idle(prepared, recipe) else []
+    notes = [] if prepared.saved else plan.notes
     model.load_report = Report.of(plan, stream.geometry, tally, stages, meter, notes=notes)
     if prepared.saved or plan.quantized:
         from .quantizer import mark_quantized
 
         mark_quantized(model, prepared.saved or recipe)
     return model
-
-
-def _idle(prepared: Prepared, recipe: Recipe) -> bool:
-    return not prepared.saved and bool(recipe.scheme or recipe.targets) and not prepared.plan.quantized
 
 
 @dataclass(frozen=True)
@@ -192,7 +188,8 @@ def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:
     if checkpoint.quantization != METHOD:
         raise RecipeError(
             f"{checkpoint.path}: already quantized ({checkpoint.quantization}, says its config.json). octavo.load "
-            "takes bf16 checkpoints and what it saved itself: load this with from_pretrained. Start from the bf16 one."
+            "takes bf16 checkpoints, and what save_pretrained made of a model that octavo loaded. Load this one with "
+            "from_pretrained, or serve it. Start from the bf16 checkpoint to quantize anew."
         )
     from .quantizer import OctavoConfig
 
