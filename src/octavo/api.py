@@ -104,7 +104,7 @@ def _iterate(
     threads: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    geometry = Geometry.fit(made, threads)
+    geometry = Geometry.fit(made, threads, handing_out=True)
     # on an accelerator, this thread does the work
     sink = IteratorSink(None if geometry.lanes else made.staging_bytes - geometry.staging_bytes)
     handed = 0

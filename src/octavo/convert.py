@@ -85,7 +85,7 @@ def convert(
     tally = Tally()
     with job.partial_folder(), measured(plan, progress, "Converting") as meter:
         with stages("stream"):
-            geometry = Geometry.fit(plan, threads)
+            geometry = Geometry.fit(plan, threads, handing_out=True)
             meter.follow(tally)
             job.write_shards(geometry, tally, meter.progress)
         with stages("finish"):

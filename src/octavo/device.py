@@ -3,7 +3,8 @@
 All launching is done by one thread, since a dozen that launch mostly wait for each other (measured: 28.6 GB took 5.5 s
 with sixteen, 3.7 s with four). What it costs is the number of launches: `octavo.blocks` keeps it small, and scales are
 computed for a whole block. Blocks go round a few streams (*lanes*), so that one is copied while another is quantized.
-The thread never waits for the device: whether all weights were finite is looked at once, at the end.
+The thread does not wait for the device: whether all weights were finite is looked at once, at the end (and by an
+iterator before it hands anything out).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .blocks import Block, Box, Read
 from .checkpoint import Checkpoint
 from .chunks import Work
 from .errors import WeightError
-from .geometry import PINNED_SLOT_BYTES, Geometry, usable_device
+from .geometry import Geometry, usable_device
 from .press import describe_nonfinite
 from .ring import Ring, Slot
 from .schemes import Scheme
@@ -38,13 +39,16 @@ class Lane:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = device
-        self.staged = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.staged = torch.empty(-(-nbytes // 8) * 8, dtype=torch.uint8, device=device)
         self._typed: dict[torch.dtype, Tensor] = {}
+        # the largest amax of some boxes each, and which these are: not finite if a weight was not
+        self._worst: list[Tensor] = []
+        self._watched: list[list[Box]] = []
+        self._checked = 0
         # torch.cuda (also for ROCm) and torch.xpu; a device without streams does one thing after the other
         self._backend: Any = getattr(torch, device.type)
-        self._queue = (
-            self._backend.Stream(device) if device.type != "cpu" and hasattr(self._backend, "Stream") else None
-        )
+        has_streams = device.type != "cpu" and hasattr(self._backend, "Stream")
+        self._queue: Any = self._backend.Stream(device) if has_streams else None
         self.follow()
 
     def __enter__(self) -> Lane:
@@ -73,7 +77,7 @@ class Lane:
     def copy(self, slot: Slot, start: int, nbytes: int) -> None:
         """Copy a slot's bytes to the device; the slot is busy until they have left it."""
         source = slot.buffer[slot.start : slot.start + nbytes]
-        self.staged[start : start + nbytes].copy_(source, non_blocking=True)
+        self.staged[start : start + nbytes].copy_(source, non_blocking=self._queue is not None)
         if self._queue is not None:
             slot.busy = slot.event = slot.event or self._backend.Event()
             slot.event.record(self._queue)
@@ -83,8 +87,26 @@ class Lane:
         dtype = dtypes.MOVED[box.dtype_name]
         typed = self._typed.get(dtype)
         if typed is None:
-            typed = self._typed[dtype] = self.staged[: self.staged.numel() // 8 * 8].view(dtype)
+            typed = self._typed[dtype] = self.staged.view(dtype)
         return typed.as_strided(box.piece.size, box.piece.src_strides, box.piece.src_off)
+
+    def watch(self, boxes: list[Box], amax: Tensor) -> None:
+        """Remember, on the device, whether anything is not finite."""
+        at = len(self._watched) % _PAGE
+        if not at:
+            self._worst.append(torch.zeros(_PAGE, dtype=torch.float32, device=self.device))
+        torch.amax(amax.view(-1), 0, out=self._worst[-1][at])
+        self._watched.append(boxes)
+
+    def suspects(self) -> list[Box]:
+        """Waits; the first boxes since the last call of which something was not finite."""
+        self.wait()
+        first, self._checked = self._checked, len(self._watched)
+        if first == self._checked:
+            return []
+        finite = torch.isfinite(torch.cat(self._worst[first // _PAGE :]))[: self._checked - first // _PAGE * _PAGE]
+        bad = torch.nonzero(~finite[first % _PAGE :])
+        return self._watched[first + int(bad[0])] if len(bad) else []
 
 
 class WarmUp:
@@ -92,31 +114,36 @@ class WarmUp:
 
     It comes to half a second on a GPU, which building a model's skeleton and planning hide. Allocators of torch keep
     what is released here for the stream that follows.
+
+    Entered, it begins; left, it waits, and raises a `DeviceError` if the device can't be used.
     """
 
-    def __init__(self, device: torch.device, slots: int, names: Iterable[str]) -> None:
-        self._device, self._slots, self._names = device, slots, tuple(names)
+    def __init__(self, device: torch.device, staging_bytes: int, threads: int | None, names: Iterable[str]) -> None:
+        self._device, self._names = device, tuple(names)
+        self._geometry = Geometry.on_accelerator(device, staging_bytes, threads) if device.type != "cpu" else None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="octavo-warm-up", daemon=True)
-        if device.type != "cpu":
+
+    def __enter__(self) -> None:
+        if self._geometry is not None:
             self._thread.start()
 
-    def wait(self) -> None:
-        """Until it is done; raises a `DeviceError` if the device can't be used."""
-        if self._thread.is_alive():
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        while self._thread.is_alive():
             self._thread.join()
-        if self._error is not None:
+        if self._error is not None and kind is None:
             raise self._error
 
     def _run(self) -> None:
         try:
+            assert self._geometry is not None
             usable_device(self._device)
-            slots = [Slot(PINNED_SLOT_BYTES, pinned=True) for _ in range(self._slots)]
+            slots = [Slot(self._geometry.slot_bytes, pinned=True) for _ in range(self._geometry.slots)]
             weight = torch.zeros((256, 256), dtype=torch.bfloat16)
             for name in self._names:
                 schemes.quantize(weight.to(self._device), name)
             del slots
-        except BaseException as error:  # raised in `wait`
+        except BaseException as error:  # raised by who waits
             self._error = error
 
 
@@ -138,10 +165,9 @@ class DevicePress:
         self._lanes = [Lane(geometry.block_bytes, geometry.device) for _ in range(geometry.lanes)]
         self._turn = 0
         self._open: dict[str, _Open] = {}
-        # the largest amax of some boxes, and which these are: not finite if a weight was not
-        self._worst: list[Tensor] = []
-        self._watched: list[list[Box]] = []
-        self._scratch: Tensor | None = None  # where the sink has no memory to quantize into
+        self._scratch: Tensor | None = (
+            None  # where the sink has no memory to quantize into (it takes the bytes at once)
+        )
 
     def take(self, read: Read, slot: Slot) -> int:
         """Copy what was read into ``slot``; do what the plan says with a block that has come to its end.
@@ -166,11 +192,11 @@ class DevicePress:
             elif box.work is Work.QUANTIZE:
                 whole.setdefault(box.placement.scheme or "", []).append((box, values))
             elif box.work is Work.AMAX:
-                self._fold(box, values)
+                self._fold(box, values, lane)
             else:
                 self._quantize(box, values)
         for scheme, items in whole.items():
-            self._quantize_together(items, schemes.get(scheme))
+            self._quantize_together(items, schemes.get(scheme), lane)
         return sum(self._done(box) for box in block.boxes)
 
     def follow(self) -> None:
@@ -183,20 +209,18 @@ class DevicePress:
         for lane in self._lanes:
             lane.precede()
 
-    def finish(self) -> None:
-        """Wait for the device; raise if a weight was not finite."""
-        self.close()
-        if not self._watched:
-            return
-        finite = torch.isfinite(torch.cat(self._worst)[: len(self._watched)])
-        if not bool(finite.all()):
-            boxes = self._watched[int(torch.nonzero(~finite)[0])]
-            found = [(box.placement, chunk.piece) for box in boxes for chunk in box.chunks]
-            raise WeightError(describe_nonfinite(self._checkpoint, found))
+    def check(self) -> None:
+        """Wait for the device; raise if a weight since the last check was not finite."""
+        for lane in self._lanes:
+            found = [(box.placement, chunk.piece) for box in lane.suspects() for chunk in box.chunks]
+            if found:
+                raise WeightError(describe_nonfinite(self._checkpoint, found))
 
     def close(self) -> None:
-        for lane in self._lanes:
-            lane.wait()
+        """Wait for the device, whatever happens meanwhile."""
+        with contextlib.ExitStack() as stack:
+            for lane in self._lanes:
+                stack.callback(lane.wait)
 
     # -- placements ---------------------------------------------------------------------------------------------------
 
@@ -222,14 +246,14 @@ class DevicePress:
 
     # -- quantizing ---------------------------------------------------------------------------------------------------
 
-    def _quantize_together(self, items: Sequence[tuple[Box, Tensor]], scheme: Scheme) -> None:
+    def _quantize_together(self, items: Sequence[tuple[Box, Tensor]], scheme: Scheme, lane: Lane) -> None:
         """Boxes that hold whole scale groups: the scales of all are computed at once."""
         grids = [tuple(cells.stop - cells.start for cells in box.cells) for box, _ in items]
         sizes = [math.prod(grid) for grid in grids]
         amax = torch.empty(sum(sizes), dtype=torch.float32, device=self._device)
         for (box, values), grid, out in zip(items, grids, torch.split(amax, sizes), strict=True):
             schemes.group_amax(values, scheme, phase=box.phase, out=out.view(grid))
-        self._watch([box for box, _ in items], amax)
+        lane.watch([box for box, _ in items], amax)
         scale = schemes.scale_from_amax(amax, scheme)
         stored = schemes.to_stored(scale, scheme)
         scales = [part.view(grid) for part, grid in zip(torch.split(scale, sizes), grids, strict=True)]
@@ -240,11 +264,11 @@ class DevicePress:
         for (box, values), mine, kept in zip(items, scales, stored_scales, strict=True):
             self._place(box, values, mine, kept, scheme)
 
-    def _fold(self, box: Box, values: Tensor) -> None:
+    def _fold(self, box: Box, values: Tensor, lane: Lane) -> None:
         """The first reading of a box whose scale groups span several."""
         state, scheme = self._opened(box), schemes.get(box.placement.scheme or "")
         amax = schemes.group_amax(values, scheme, phase=box.phase)
-        self._watch([box], amax)
+        lane.watch([box], amax)
         if state.amax is None:
             state.amax = torch.zeros(box.placement.scale_grid, dtype=torch.float32, device=self._device)
         region = state.amax[box.cells]
@@ -269,11 +293,3 @@ class DevicePress:
         out = self._scratch[: piece.numel].view(piece.size)
         schemes.quantize_into(out, values, scale, scheme, phase=box.phase)
         destination.put(piece, out)
-
-    def _watch(self, boxes: list[Box], amax: Tensor) -> None:
-        """Remember whether anything is not finite."""
-        at = len(self._watched) % _PAGE
-        if not at:
-            self._worst.append(torch.zeros(_PAGE, dtype=torch.float32, device=self._device))
-        torch.amax(amax.view(-1), 0, out=self._worst[-1][at])
-        self._watched.append(boxes)

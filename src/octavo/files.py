@@ -38,6 +38,7 @@ class Files:
         self._buffered: dict[int, int] = {}
         self._direct: dict[int, int | None] = {}
         self._read: set[int] = set()
+        self._closed = False
         self._lock = threading.Lock()
 
     def read_into(self, shard: int, view: memoryview, offset: int) -> None:
@@ -85,15 +86,18 @@ class Files:
 
     def _open(self, shard: int) -> tuple[int, int | None]:
         with self._lock:
+            path = self._shards[shard].path
+            if self._closed:
+                raise CheckpointError(f"{path}: is read no more")
             if shard not in self._buffered:
                 self._shards[shard].check_unchanged()
                 self._read.add(shard)
-                path = self._shards[shard].path
+                if shard not in self._direct:
+                    self._direct[shard] = self._open_direct(path)
                 try:
                     self._buffered[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 except OSError as error:
                     raise CheckpointError(f"{path}: can't be opened: {error.strerror}") from error
-                self._direct[shard] = self._open_direct(path)
             return self._buffered[shard], self._direct[shard]
 
     def _open_direct(self, path: Path) -> int | None:
@@ -110,7 +114,9 @@ class Files:
             return None
 
     def close(self) -> None:
+        """Close all; whoever reads afterwards gets an error."""
         with self._lock:
+            self._closed = True
             for descriptor in (*self._buffered.values(), *self._direct.values()):
                 if descriptor is not None:
                     os.close(descriptor)

@@ -17,11 +17,12 @@ MIN_STAGING_BYTES = 1 << 20
 #: elements of a tile on a CPU: what stays in a core's cache
 _SCRATCH_ELEMENTS = 1 << 19
 #: slots on an accelerator: one for each thread, large enough to hide the cost of launching copies and kernels
-PINNED_SLOT_BYTES = 16 << 20
+_PINNED_SLOT_BYTES = 16 << 20
+#: from which on they have room for reading past the page cache
+_ALIGNED_SLOT_BYTES = 64 * PAGE
 _MAX_THREADS = 16
-#: streams of a GPU, and the slots that each copies before it quantizes
-_LANES = 2
-_SLOTS_A_BLOCK = 6
+#: streams of a GPU; how many slots make a block, and how many of them a lane takes with all that quantizing needs
+_LANES, _BLOCK_SLOTS, _LANE_SLOTS = 2, 6, 8
 #: where many threads are asked for with a small budget
 _MIN_SLOT_BYTES = 1 << 12
 
@@ -42,7 +43,12 @@ class Geometry:
     @property
     def read_bytes(self) -> int:
         """What is read into a slot at once: where slots are large, room is left for aligning direct reads."""
-        return self.slot_bytes - 2 * PAGE if self.slot_bytes >= 64 * PAGE else self.slot_bytes
+        return self.slot_bytes - 2 * PAGE if self.slot_bytes >= _ALIGNED_SLOT_BYTES else self.slot_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The largest chunk."""
+        return self.block_bytes if self.lanes else self.slot_bytes
 
     @property
     def host_bytes(self) -> int:
@@ -60,8 +66,14 @@ class Geometry:
         return max(self.host_bytes, self.device_bytes)
 
     @classmethod
-    def fit(cls, plan: Plan, threads: int | None = None, slot_bytes: int | None = None) -> Geometry:
-        """The largest geometry within ``plan.staging_bytes``: fewer threads first (unless given), then smaller slots.
+    def fit(
+        cls, plan: Plan, threads: int | None = None, slot_bytes: int | None = None, *, handing_out: bool = False
+    ) -> Geometry:
+        """The largest geometry within ``plan.staging_bytes``; on a CPU, fewer threads first, then smaller slots.
+
+        Args:
+            handing_out: results are not placed in memory that is there, so a block of them needs room, too. (On a CPU,
+                an iterator's consumer gets what the geometry leaves.)
 
         Raises:
             DeviceError: the budget is too small for a single thread.
@@ -73,32 +85,53 @@ class Geometry:
         if len(devices) > 1:
             raise DeviceError(f"a model spread over {', '.join(sorted(map(str, devices)))} is not supported: name one")
         _check_options(plan.staging_bytes, threads)
-        device, wanted = next(iter(devices)), threads or _default_threads()
-        size = slot_bytes or (default_slot_bytes(plan) if device.type == "cpu" else PINNED_SLOT_BYTES)
+        device = next(iter(devices))
+        if device.type != "cpu":
+            mx = any(placement.scheme == "mxfp8" for placement in plan.quantized)
+            room = max(MIN_STAGING_BYTES, plan.staging_bytes * 2 // 3) if handing_out else plan.staging_bytes
+            return cls.on_accelerator(device, room, threads, slot_bytes, mx=mx)
+        wanted, size = threads or _default_threads(), slot_bytes or default_slot_bytes(plan)
         while True:
-            if device.type == "cpu":
-                geometry = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
-            else:
-                geometry = cls.on_accelerator(plan, device, wanted, size)
+            geometry = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
             if geometry.staging_bytes <= plan.staging_bytes:
                 return geometry
-            if threads is None and wanted > 1 and geometry.host_bytes > plan.staging_bytes:
+            if threads is None and wanted > 1:
                 wanted -= 1
             elif size > _MIN_SLOT_BYTES:
                 size = max(size // 2, _MIN_SLOT_BYTES)
             else:
-                raise DeviceError(
-                    f"{wanted} threads need staging_bytes of at least {geometry.staging_bytes:,}, not "
-                    f"{plan.staging_bytes:,}; give more, or ask for fewer threads"
-                )
+                raise DeviceError(_too_small(wanted, geometry.staging_bytes, plan.staging_bytes))
 
     @classmethod
-    def on_accelerator(cls, plan: Plan, device: torch.device, threads: int, slot_bytes: int) -> Geometry:
-        """A slot a thread, and lanes that copy a few slots each before they quantize."""
+    def on_accelerator(
+        cls,
+        device: torch.device,
+        staging_bytes: int,
+        threads: int | None = None,
+        slot_bytes: int | None = None,
+        *,
+        mx: bool = False,
+    ) -> Geometry:
+        """A slot a thread, and lanes that copy a few slots each before they quantize; smaller slots first."""
+        _check_options(staging_bytes, threads)
+        size = slot_bytes or _PINNED_SLOT_BYTES
+        while size > _MIN_SLOT_BYTES and max(_LANES * _LANE_SLOTS, threads or 0) * size > staging_bytes:
+            size = max(size // 2, _MIN_SLOT_BYTES)
+        count = threads or max(1, min(_default_threads(), staging_bytes // size))
+        read_bytes = size - 2 * PAGE if size >= _ALIGNED_SLOT_BYTES else size
         # clamping to what e4m3 holds takes another copy of a block
-        copies = 2 if any(p.scheme == "mxfp8" for p in plan.quantized) else 1
-        block_bytes = slot_bytes * _SLOTS_A_BLOCK // copies
-        return cls(threads, threads, slot_bytes, 0, device, _LANES, block_bytes, block_bytes * copies)
+        block_bytes = (_BLOCK_SLOTS // 2 if mx else _BLOCK_SLOTS) * read_bytes
+        geometry = cls(count, count, size, 0, device, _LANES, block_bytes, _LANE_SLOTS * size)
+        if geometry.staging_bytes > staging_bytes:
+            raise DeviceError(_too_small(count, geometry.staging_bytes, staging_bytes))
+        return geometry
+
+
+def _too_small(threads: int, needed_bytes: int, staging_bytes: int) -> str:
+    return (
+        f"{threads} threads need staging_bytes of at least {needed_bytes:,}, not {staging_bytes:,}; give more, or ask "
+        "for fewer threads"
+    )
 
 
 def _check_options(staging_bytes: Any, threads: Any) -> None:
@@ -111,7 +144,7 @@ def _check_options(staging_bytes: Any, threads: Any) -> None:
 
 
 def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.device:
-    """The device, once it is known that tensors can be on it; a `DeviceError` otherwise.
+    """The device, with its number, once it is known that tensors can be on it; a `DeviceError` otherwise.
 
     Args:
         begin: begin to use it, which takes a third of a second on a GPU; else only look whether there is one.
@@ -123,21 +156,13 @@ def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.de
         # counting does not begin to use any (is_available does)
         there = found.type == "cuda" and torch.cuda.device_count() > (found.index or 0)
         if found.type != "cpu" and (begin or not there):
-            torch.empty(1, device=found)
+            return torch.empty(1, device=found).device
+        if there and found.index is None:  # each thread has a current device of its own: say which is meant
+            return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
     except (RuntimeError, AssertionError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise DeviceError(f"device {str(device)!r} can't be used here: {reason}") from error
     return found
-
-
-def pinned_slots(staging_bytes: int, threads: int | None) -> int:
-    """How many slots of `PINNED_SLOT_BYTES` a stream to an accelerator will take, as far as is known before planning.
-
-    Raises:
-        DeviceError: the options are no numbers, or too small.
-    """
-    _check_options(staging_bytes, threads)
-    return min(threads or _default_threads(), staging_bytes // PINNED_SLOT_BYTES)
 
 
 def _default_threads() -> int:

@@ -143,7 +143,7 @@ class Plan:
         from .chunks import cut_plan
         from .geometry import Geometry
 
-        return sum(chunk.nbytes for chunk in cut_plan(self, Geometry.fit(self).slot_bytes))
+        return sum(chunk.nbytes for chunk in cut_plan(self, Geometry.fit(self).chunk_bytes))
 
     @property
     def notes(self) -> list[str]:

@@ -122,12 +122,14 @@ class Ring(Generic[Ticket]):
                 target=self._work, args=(iterator, make_worker), name=f"octavo-{number}", daemon=True
             )
             try:
+                self._threads.append(thread)
                 thread.start()
-            except BaseException:
+            except BaseException as error:
+                # Ctrl-C may come while `start` waits for a thread that runs already: it must be joined as the others
+                begun = isinstance(error, KeyboardInterrupt) and _has_begun(thread)
                 with self._condition:
-                    self._alive -= self._count - number
+                    self._alive -= self._count - number - begun
                 raise
-            self._threads.append(thread)
 
     def run(
         self,
@@ -278,6 +280,14 @@ class Ring(Generic[Ticket]):
             with self._condition:
                 self._alive -= 1
                 self._condition.notify_all()
+
+
+def _has_begun(thread: threading.Thread) -> bool:
+    """Whether a thread runs, or has run, whose start was interrupted; it may be about to."""
+    deadline = now() + 10 * TICK_S
+    while thread.ident is None and now() < deadline:
+        time.sleep(TICK_S / 100)
+    return thread.ident is not None
 
 
 def _with_slots(tickets: Iterable[Ticket], free: queue.SimpleQueue[Slot | None]) -> Iterator[tuple[int, Ticket, Slot]]:

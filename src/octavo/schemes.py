@@ -201,8 +201,8 @@ def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
     if scheme.power_of_two:
         # an e8m0 byte is a float's exponent field; e4m3's largest exponent is 8
         exponent = ((amax.view(torch.int32) >> 23) - 8).clamp_(min=0)
-        exponent = torch.where(amax == 0, 127, exponent)
-        exponent = torch.where(torch.isfinite(amax), exponent, 255)
+        # with a number, `where` would copy it to the device and wait
+        exponent = exponent.masked_fill_(amax == 0, 127).masked_fill_(~torch.isfinite(amax), 255)
         return exponent.to(torch.uint8).view(E8M0).float()
     scale = amax / _fp8_max(amax.device)
     positive = scale > 0
@@ -213,7 +213,7 @@ def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
 
 def warm_up(device: torch.device) -> None:
     """Make the constants of a device, on the current stream of it."""
-    _fp8_max(device)
+    _fp8_max(torch.empty(0, device=device).device)  # with the number that tensors' devices have
 
 
 @functools.cache

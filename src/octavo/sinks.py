@@ -7,8 +7,10 @@ thread, each box once. Scales may be written more than once, with the same value
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import dtypes, schemes
+from .errors import DeviceError
 from .outfile import OutFile
 from .pieces import Piece, contiguous_strides
 from .plan import Placement
@@ -70,11 +73,25 @@ class Storage:
         return cls(weight, torch.empty(placement.scale_shape, dtype=dtype, device=placement.device))
 
 
+@contextlib.contextmanager
+def enough_memory(device: torch.device, what: str) -> Iterator[None]:
+    """Turn running out of a device's memory into a `DeviceError` that says for what."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(f"{device} has not enough memory for {what}: {str(error).splitlines()[0]}") from error
+
+
 def allocate_all(placements: Sequence[Placement]) -> dict[str, Storage]:
     """`Storage.allocate` for each, by name; on a GPU, out of one reserved piece of memory."""
-    for device in dict.fromkeys(placement.device for placement in placements):
-        _reserve([p for p in placements if p.device == device], torch.device(device))
-    return {placement.name: Storage.allocate(placement) for placement in placements}
+    storages = {}
+    for name in dict.fromkeys(placement.device for placement in placements):
+        device, mine = torch.device(name), [p for p in placements if p.device == name]
+        needed_bytes = sum(placement.final_bytes for placement in mine)
+        with enough_memory(device, f"the model, {needed_bytes:,} bytes; plan --device-memory auto says what fits"):
+            _reserve(mine, device)
+            storages.update({placement.name: Storage.allocate(placement) for placement in mine})
+    return storages
 
 
 def _reserve(placements: Sequence[Placement], device: torch.device) -> None:
@@ -83,9 +100,11 @@ def _reserve(placements: Sequence[Placement], device: torch.device) -> None:
     It asks the driver for multiples of 2 MiB, and does not give what is left of one to another tensor if it is less
     than 1 MiB: of hundreds of parameters, that is 100 MiB. Out of a large block it cuts to 512 bytes.
     """
-    if device.type != "cuda":
+    settings = ",".join(os.environ.get(name, "") for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"))
+    if device.type != "cuda" or "max_split_size_mb" in settings:  # which forbids cutting large blocks
         return
-    nbytes = sum(-(-p.nbytes // _ROUND_BYTES) * _ROUND_BYTES for p in placements if p.nbytes > _SMALL_BYTES)
+    sizes = itertools.chain.from_iterable((p.nbytes, p.scale_bytes) for p in placements)
+    nbytes = sum(-(-size // _ROUND_BYTES) * _ROUND_BYTES for size in sizes if size > _SMALL_BYTES)
     with contextlib.suppress(torch.OutOfMemoryError):  # not in one piece, then; allocating them tells if not at all
         torch.empty(nbytes, dtype=torch.uint8, device=device)
 

@@ -30,7 +30,7 @@ from .geometry import Geometry
 from .plan import Placement, Plan
 from .press import Press
 from .ring import TICK_S, Ring, SingleThreadedTorch, Slot, now
-from .sinks import Destination, IteratorSink, Sink, Storage
+from .sinks import Destination, IteratorSink, Sink, Storage, enough_memory
 
 
 @dataclass
@@ -75,6 +75,8 @@ class Stream:
         self.ring: Ring[Any] = Ring(self.geometry.threads)
         if direct_io and not self.geometry.lanes:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
+        if direct_io and self.geometry.read_bytes == self.geometry.slot_bytes:
+            raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
         self.files = Files(checkpoint.shards, direct_io if self.geometry.lanes else False)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._states: dict[str, _State] = {}
@@ -102,10 +104,11 @@ class Stream:
         try:
             if self.geometry.lanes:
                 ticked = now()
-                for _ in self._blocks():
-                    if now() - ticked > TICK_S:
-                        ticked = now()
-                        on_tick(self.ring.done_bytes)
+                with contextlib.closing(self._blocks()) as blocks:
+                    for _ in blocks:
+                        if now() - ticked > TICK_S:
+                            ticked = now()
+                            on_tick(self.ring.done_bytes)
                 on_tick(self.ring.done_bytes)
             else:
                 self.ring.run(self._tickets(), lambda: Worker(self), on_tick)
@@ -123,12 +126,12 @@ class Stream:
         sink = self.sink
         assert isinstance(sink, IteratorSink)
         ended = False
+        blocks = self._blocks() if self.geometry.lanes else None
         self._torch.hold()
         try:
-            if self.geometry.lanes:
-                with contextlib.closing(self._blocks()) as blocks:
-                    for _ in blocks:
-                        yield from iter(lambda: sink.take_ready(self.ring), None)
+            if blocks is not None:
+                for _ in blocks:
+                    yield from iter(lambda: sink.take_ready(self.ring), None)
             else:
                 self.ring.start(self._tickets(), lambda: Worker(self))
                 yield from iter(lambda: sink.take(self.ring), None)
@@ -138,6 +141,8 @@ class Stream:
         finally:
             # who closes the iterator early does not care what reading ahead would have found
             with contextlib.nullcontext() if ended else contextlib.suppress(OctavoError):
+                if blocks is not None:
+                    blocks.close()
                 self.ring.finish()
             self._close()
 
@@ -150,24 +155,27 @@ class Stream:
     def _blocks(self) -> Generator[None, None, None]:
         """Run the plan, a step a block; what is in its place then is ready for the current stream."""
         geometry, for_iterator = self.geometry, isinstance(self.sink, IteratorSink)
-        pinned = geometry.device.type != "cpu"
-        slots = [Slot(geometry.slot_bytes, pinned) for _ in range(geometry.slots)]
-        press = DevicePress(self.checkpoint, geometry, self.sink, self.ring)
+        pinned = geometry.device.type in ("cuda", "xpu")
+        with enough_memory(geometry.device, "staging; a smaller staging_bytes needs less"):
+            slots = [Slot(geometry.slot_bytes, pinned) for _ in range(geometry.slots)]
+            press = DevicePress(self.checkpoint, geometry, self.sink, self.ring)
         blocks = self._count_again(cut_blocks(self.plan, self.checkpoint.tensors, geometry.block_bytes))
         reads = cut_reads(blocks, geometry.read_bytes)
         try:
             with contextlib.closing(self.ring.relay(reads, slots, self._read_part)) as arriving:
                 for read, slot in arriving:
                     started = now()
-                    if for_iterator:
+                    if for_iterator and not read.start:
                         press.follow()
                     placed = press.take(read, slot)
-                    if for_iterator:
+                    if for_iterator and read.last:
+                        press.check()
                         press.precede()
                     self.tally.placed_bytes += placed
                     self.tally.quantize_s += now() - started
                     yield
-            press.finish()
+            self.files.check_unchanged()
+            press.check()
         finally:
             press.close()
 

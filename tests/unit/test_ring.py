@@ -299,3 +299,19 @@ def test_a_slot_waits_once_for_its_event():
     slot.wait()
     assert event.count == 1
     assert len(slot.view) == 16
+
+
+def test_ctrl_c_while_threads_start_leaves_none_behind(monkeypatch):
+    start, started = threading.Thread.start, []
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        started.append(thread)
+        if len(started) == 3:
+            raise KeyboardInterrupt  # as when it comes while `start` waits
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Ring(5).run(iter(range(100_000)), Recorder(lambda _: time.sleep(0.001)))
+    assert len(started) == 3
+    assert not any(thread.is_alive() for thread in started)

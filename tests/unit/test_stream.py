@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -427,3 +428,71 @@ def test_no_threads_are_an_error(checkpoint):
 def test_direct_reads_to_a_cpu_are_an_error(checkpoint):
     with pytest.raises(DeviceError, match="direct_io=True is for loading to an accelerator"):
         Stream(checkpoint, plan_checkpoint(checkpoint, Recipe()), ParameterSink({}), direct_io=True)
+
+
+# -- in blocks, as on an accelerator ----------------------------------------------------------------------------------
+
+
+def in_blocks(plan: Plan, block_bytes: int = 1 << 16) -> Geometry:
+    return dataclasses.replace(Geometry.fit(plan, 3, 1 << 15), lanes=2, block_bytes=block_bytes)
+
+
+def test_blocks_are_iterated_over_in_plan_order(tmp_path):
+    checkpoint, tensors = many(tmp_path)
+    plan = plan_checkpoint(checkpoint, Recipe())
+    found = dict(iterate(checkpoint, plan, IteratorSink(None), geometry=in_blocks(plan)))
+    assert list(found) == [placement.name for placement in plan.placements]
+    for name, storage in found.items():
+        q, scale = schemes.quantize(tensors[name], "fp8_channel")
+        assert same_bytes(storage.weight, q)
+        assert same_bytes(storage.scale, scale)
+
+
+def test_nothing_that_is_not_finite_is_handed_out_of_a_block(tmp_path):
+    tensors = {f"{i:02d}.weight": random_weights((128, 128), torch.bfloat16, i) for i in range(12)}
+    tensors["07.weight"][3, 4] = math.nan
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    plan, seen = plan_checkpoint(checkpoint, Recipe()), []
+    placed = iterate(checkpoint, plan, IteratorSink(None), geometry=in_blocks(plan))
+    with pytest.raises(WeightError, match=r"'07\.weight' holds nan \(at \[3, 4\]\)"):
+        seen.extend(placed)
+    assert all(bool(torch.isfinite(storage.scale).all()) for _, storage in seen)
+    assert "07.weight" not in dict(seen)
+
+
+def test_closing_early_does_not_tell_what_reading_ahead_found(tmp_path):
+    checkpoint, _ = many(tmp_path)
+    plan = plan_checkpoint(checkpoint, Recipe())
+    iterator = iterate(checkpoint, plan, IteratorSink(None), geometry=in_blocks(plan))
+    next(iterator)
+    for shard in checkpoint.shards[1:]:
+        shard.path.unlink()
+    time.sleep(0.2)
+    iterator.close()
+
+
+def test_a_failing_progress_callback_ends_a_stream_in_blocks(tmp_path):
+    checkpoint, _ = many(tmp_path)
+    plan = plan_checkpoint(checkpoint, Recipe())
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(checkpoint, plan, geometry=in_blocks(plan), progress=fail)
+
+
+@pytest.mark.parametrize("scheme", schemes.SCHEMES)
+@pytest.mark.parametrize("staging_bytes", [1 << 20, 3 << 20, 24 << 20, 100 << 20, 192 << 20, 256 << 20])
+@pytest.mark.parametrize("threads", [None, 1, 40])
+def test_what_an_accelerator_takes_is_within_the_budget(tmp_path, scheme, staging_bytes, threads):
+    checkpoint = one_tensor(tmp_path, random_weights((64, 64), torch.bfloat16, 0))
+    plan = plan_checkpoint(checkpoint, Recipe(scheme), staging_bytes, "cuda:0")
+    for handing_out in (False, True):
+        fit = Geometry.fit(plan, threads, handing_out=handing_out)
+        assert fit.slots * fit.slot_bytes == fit.host_bytes <= staging_bytes
+        assert fit.lanes * fit.lane_bytes == fit.device_bytes <= staging_bytes
+        outstanding = fit.block_bytes if handing_out else 0
+        assert fit.device_bytes + outstanding <= staging_bytes or staging_bytes == 1 << 20
+        assert fit.block_bytes * (2.2 if scheme == "mxfp8" else 1.27) <= fit.lane_bytes
+        assert not fit.block_bytes % fit.read_bytes  # no block ends with a small read

@@ -21,6 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import modules
 from ..checkpoint import Checkpoint
 from ..errors import DeviceError, RecipeError
+from ..geometry import usable_device
 from ..plan import DEFAULT_STAGING_BYTES, Placement
 from ..recipe import DEFAULT_SCHEME, Recipe
 from ..report import Report, Stages, measured
@@ -239,7 +240,7 @@ def _placer(device_map: Any) -> Any:
                     "('cuda:0') or give a dict of module names to devices"
                 )
             return "cuda:0" if torch.cuda.is_available() else "cpu"
-        return device_map
+        return str(usable_device(device_map, begin=False))
     places = {str(module): _device_name(device) for module, device in dict(device_map).items()}
     if "disk" in places.values():
         raise DeviceError("device_map with 'disk' is not supported with OctavoConfig")

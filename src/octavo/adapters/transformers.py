@@ -27,7 +27,7 @@ from .. import dtypes, modules
 from ..checkpoint import Checkpoint
 from ..device import WarmUp
 from ..errors import CheckpointError, MissingExtraError, RecipeError
-from ..geometry import pinned_slots, usable_device
+from ..geometry import usable_device
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Recipe
 from ..report import Report, Stages, measured
@@ -94,7 +94,8 @@ def load(
         trust_remote_code: let the checkpoint bring its own model code, as in transformers.
         attn_implementation: as in transformers.
         direct_io: True or False to read the files past the page cache or through it, when loading to an accelerator;
-            by default, past it where they are not cached. Loading to a CPU reads through it.
+            by default, past it where they are not cached. Parts of tensors that lie scattered are always read through
+            it, and so is all that is loaded to a CPU.
         progress: True or False to show a bar or not, or a callable given bytes read and bytes in all; by default, a
             bar where the terminal can show one.
 
@@ -104,8 +105,7 @@ def load(
     stages = Stages()
     recipe = Recipe.coerce(scheme, ignore)
     target_device = usable_device(device, begin=False)
-    warming = WarmUp(target_device, pinned_slots(staging_bytes, threads), recipe.schemes)
-    try:
+    with WarmUp(target_device, staging_bytes, threads, recipe.schemes):
         prepared = prepare(
             path,
             recipe,
@@ -122,9 +122,6 @@ def load(
         checkpoint, model, plan = prepared.checkpoint, prepared.model, prepared.plan
         with stages("swap"):
             swap(model, plan)
-    finally:
-        with stages("warm up"):
-            warming.wait()
     with measured(plan, progress) as meter:
         with stages("allocate"):
             storages = allocate_all(plan.placements)
