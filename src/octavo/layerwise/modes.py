@@ -1,0 +1,223 @@
+"""What a loader does, seen from below: every operation on a parameter that is loaded, told to the session.
+
+Two modes of torch, active inside of a session and in its thread only. The *dispatch mode* sees each operation after all
+Python of a loader is done: views of an item that has no storage are made on its meta twin, writes and reads are handed
+to a `Receiver`. The *function mode* answers what never becomes an operation: the device of such a parameter, and
+``parameter.data = tensor``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..errors import LoaderError
+from .items import Inventory, Item
+
+aten = torch.ops.aten
+#: what gives a tensor all its values anew, without reading any
+_FILLS = frozenset({aten.fill_, aten.zero_})
+_RANDOM = frozenset({aten.normal_, aten.uniform_, aten.random_, aten.bernoulli_, aten.exponential_})
+_SCATTERS = frozenset({aten.index_put_, aten.index_copy_, aten.index_fill_, aten.masked_fill_})
+#: new tensors like a given one, of which only shape, dtype and device matter
+_FACTORIES = frozenset(
+    getattr(aten, name)
+    for name in (
+        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+    )
+)
+_ANSWERS: dict[str, Callable[[torch.device], Any]] = {
+    "device": lambda device: device,
+    "is_meta": lambda device: False,
+    "is_cpu": lambda device: device.type == "cpu",
+    "is_cuda": lambda device: device.type == "cuda",
+}
+_GETTERS = {getattr(torch.Tensor, name).__get__: answer for name, answer in _ANSWERS.items()}
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+class Receiver(Protocol):
+    """Takes what loaders do. Views are of the item's face, its twin, or its storage."""
+
+    inventory: Inventory
+    paused: bool  # everything passes
+
+    def copy(self, item: Item, view: Tensor, values: Tensor) -> None:
+        """``view.copy_(values)``"""
+
+    def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
+        """``view`` gets one value; ``run`` does it to a real view."""
+
+    def scatter(self, item: Item, view: Tensor, run: Callable[[Tensor], Any], mark: Callable[[Tensor], Any]) -> None:
+        """Some elements of ``view`` are set; ``mark`` sets the same elements of a boolean tensor to true."""
+
+    def overwrite(self, item: Item, view: Tensor) -> Tensor:
+        """All of ``view`` is about to be written: the real view to write to."""
+
+    def access(self, item: Item, view: Tensor) -> Tensor:
+        """``view`` is about to be read, or changed in place: the real view."""
+
+    def device_of(self, item: Item) -> torch.device:
+        """Where an item's storage goes."""
+
+    def derived(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Some operation made tensors of others."""
+
+    def mutated(self, tensor: Tensor) -> None:
+        """A tensor that is no item's is about to be written."""
+
+
+class Functions(TorchFunctionMode):
+    """Answers questions about tensors without storage."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        super().__init__()
+        self._receiver = receiver
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self._receiver.paused:
+            if (answer := _GETTERS.get(func)) is not None:
+                item = self._receiver.inventory.find(args[0])
+                if item is not None and item.virtual:
+                    return answer(self._receiver.device_of(item))
+            elif func == _SET_DATA:
+                item = self._receiver.inventory.find(args[0])
+                if item is not None and item.virtual and isinstance(args[1], Tensor):
+                    # the loader wants the tensor to become the parameter's: it is copied instead
+                    if args[0].shape != args[1].shape:
+                        raise LoaderError(
+                            f"{item.name} {list(args[0].shape)}: a loader puts a tensor of another shape in its place, "
+                            f"{list(args[1].shape)}"
+                        )
+                    torch.Tensor.copy_(args[0].detach(), args[1])
+                    return None
+        return func(*args, **kwargs)
+
+
+class Operations(TorchDispatchMode):
+    """Hands operations on items to the receiver; lets all others pass."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._receiver = receiver
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._receiver.paused:
+            return func(*args, **kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        find = self._receiver.inventory.find
+        items = {i: item for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and (item := find(leaf))}
+        if not items:
+            return self._other(func, args, kwargs, leaves)
+        written = _written(func, args, kwargs)
+        if any(leaves[i] is tensor for i in items for tensor in written):
+            return self._write(func, args, kwargs, written)
+        if func.overloadpacket in _FACTORIES:
+            device = self._receiver.device_of(items[min(items)])
+            return func(*args, **{**kwargs, "device": kwargs.get("device") or device})
+        if _is_view(func):
+            moved = [
+                items[i].on_twin(leaf) if i in items and items[i].virtual else leaf for i, leaf in enumerate(leaves)
+            ]
+            return self._call(func, moved, spec)
+        moved = [self._receiver.access(items[i], leaf) if i in items else leaf for i, leaf in enumerate(leaves)]
+        return self._call(func, moved, spec, host=True)
+
+    def _call(self, func: Any, leaves: list[Any], spec: Any, host: bool = False) -> Any:
+        args, kwargs = tree_unflatten(leaves, spec)
+        if host and _to_meta(kwargs):
+            kwargs = {**kwargs, "device": next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))}
+        return func(*args, **kwargs)
+
+    def _other(self, func: Any, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
+        """No item takes part. Copies to the device of a parameter without storage keep their data."""
+        receiver = self._receiver
+        if func.overloadpacket in (aten._to_copy, aten.scalar_tensor) and _to_meta(kwargs):
+            inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+            if not any(tensor.is_meta for tensor in inputs):
+                kwargs = {**kwargs, "device": inputs[0].device if inputs else torch.device("cpu")}
+        for tensor in _written(func, args, kwargs):
+            receiver.mutated(tensor)
+        result = func(*args, **kwargs)
+        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        outputs = tree_flatten(result)[0] if inputs else []
+        receiver.derived(inputs, [leaf for leaf in outputs if isinstance(leaf, Tensor)])
+        return result
+
+    def _write(self, func: Any, args: Any, kwargs: Any, written: Sequence[Tensor]) -> Any:
+        receiver, find, packet = self._receiver, self._receiver.inventory.find, func.overloadpacket
+        target: Any = args[0] if args else None
+        item = find(target)
+        if packet is aten.copy_ and item is not None:
+            values = args[1]
+            if (source := find(values)) is not None:
+                values = receiver.access(source, values)
+            receiver.copy(item, target, values)
+            return target
+        rest = [receiver.access(i, a) if (i := find(a)) is not None else a for a in args[1:]]
+        if packet in _FILLS and item is not None:
+            receiver.fill(item, target, lambda real: func(real, *rest, **kwargs))
+            return target
+        if packet in _SCATTERS and item is not None:
+            receiver.scatter(item, target, lambda real: func(real, *rest, **kwargs), _marker(packet, rest))
+            return target
+        overwrites = packet in _RANDOM or "out" in func._overloadname
+        swapped: dict[int, Tensor] = {}
+        for tensor in written:
+            if (found := find(tensor)) is not None:
+                real = receiver.overwrite(found, tensor) if overwrites else receiver.access(found, tensor)
+                swapped[id(tensor)] = real
+        leaves, spec = tree_flatten((args, kwargs))
+        real_leaves = []
+        for leaf in leaves:
+            if id(leaf) in swapped:
+                leaf = swapped[id(leaf)]
+            elif isinstance(leaf, Tensor) and (found := find(leaf)) is not None:
+                leaf = receiver.access(found, leaf)
+            real_leaves.append(leaf)
+        real_args, real_kwargs = tree_unflatten(real_leaves, spec)
+        func(*real_args, **real_kwargs)
+        return written[0] if len(written) == 1 else tuple(written)
+
+
+def _marker(packet: Any, rest: Sequence[Any]) -> Callable[[Tensor], Any]:
+    yes = torch.ones((), dtype=torch.bool)
+    if packet is aten.index_put_:
+        return lambda mask: mask.index_put_(tuple(rest[0]), yes)
+    if packet is aten.masked_fill_:
+        return lambda mask: mask.masked_fill_(rest[0], True)
+    return lambda mask: mask.index_fill_(rest[0], rest[1], True)
+
+
+def _to_meta(kwargs: Any) -> bool:
+    device = kwargs.get("device")
+    return device is not None and torch.device(device).type == "meta"
+
+
+def _is_view(func: Any) -> bool:
+    """Whether results share the memory of an argument that is not written."""
+    if func.overloadpacket is aten._unsafe_view:
+        return True
+    schema = func._schema
+    if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
+        return False
+    return any(r.alias_info is not None for r in schema.returns)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    """The tensors that an operation writes to."""
+    found = []
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[index] if index < len(args) else kwargs.get(argument.name)
+            found += [value] if isinstance(value, Tensor) else [v for v in value or () if isinstance(v, Tensor)]
+    return found

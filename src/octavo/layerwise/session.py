@@ -1,0 +1,432 @@
+"""A session: a model whose weight loaders run as they are, while every layer is quantized the moment it is complete.
+
+All state is here and in what it owns, none on modules. What becomes of a write is in `octavo.layerwise.intake`, of a
+layer in `octavo.layerwise.finish`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from .. import modules, schemes
+from ..errors import CoverageError, DeviceError, LoaderError, UpdateError, raise_problems
+from ..geometry import MIN_STAGING_BYTES, usable_device
+from ..plan import DEFAULT_STAGING_BYTES
+from ..recipe import Decision, Recipe
+from ..ring import now
+from .finish import LayerFinisher, Provider, on_meta, set_tensor
+from .intake import Intake
+from .items import Face, Inventory, Item, Layer, decide
+from .modes import Functions, Operations
+from .report import Event, LayerwiseReport, Ledger
+from .sources import storage_key
+from .storage import QuantizedStorage, Quantizer
+
+Pair = tuple[str, Tensor]
+#: sees each pair before the loader: returns what takes its place (a pair, or several), or None to drop it
+Transform = Callable[[str, Tensor], "Pair | Iterable[Pair] | None"]
+Finish = str | Recipe | Mapping[str, Any] | Provider | None
+
+
+class Session:
+    """See `octavo.layerwise`. A context manager; entered again after a load, it updates in place."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        finish: Finish = "fp8_channel",
+        device: str | torch.device | None = None,
+        *,
+        transform: Transform | None = None,
+        direct: bool = True,
+        duplicates: str = "error",
+        optional: Iterable[str] = (),
+        staging_bytes: int = DEFAULT_STAGING_BYTES,
+    ) -> None:
+        if duplicates not in ("error", "update"):
+            raise LoaderError(f"duplicates is {duplicates!r}, not 'error' or 'update'")
+        if not isinstance(staging_bytes, int) or staging_bytes < MIN_STAGING_BYTES:
+            raise DeviceError(f"staging_bytes is {staging_bytes!r}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed")
+        self.model, self.transform = model, transform
+        self.provider: Provider | None = None
+        if isinstance(finish, (str, Recipe, Mapping)) or finish is None:
+            self.recipe = Recipe.coerce(finish)
+        elif callable(finish):
+            self.provider, self.recipe = finish, Recipe(None)
+        else:
+            raise LoaderError(f"finish is {finish!r}: not a scheme, a recipe, a function of a layer, or None")
+        self.report, self.ledger = LayerwiseReport(), Ledger()
+        self.loaded = self.failed = self.active = False
+        self.inventory = Inventory(model, None if device is None else usable_device(device))
+        self._optional = (optional,) if isinstance(optional, str) else tuple(optional)
+        self._direct, self._duplicates = direct and self.provider is None, duplicates
+        self._quantizer = Quantizer(staging_bytes)
+        self._stack = contextlib.ExitStack()
+        self._saw_pairs = self._updating = False
+        self._began = 0.0
+        decide([item for item in self.inventory.items if not self._is_optional(item)], self.recipe)
+        self.intake = self._new_intake()
+
+    @classmethod
+    def of_loaded(cls, model: nn.Module, **options: Any) -> Session:
+        """A session whose model is loaded, its quantized layers octavo's own: entering it updates in place."""
+        session = cls(model, None, **options)
+        quantized = {name: (scheme, parts) for name, scheme, parts in modules.quantized_weights(model)}
+        floats = {p.dtype for n, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
+        half = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in floats), torch.float32)
+        for item in session.inventory.items:
+            item.settled = True
+            if item.name in quantized:
+                scheme, parts = quantized[item.name]
+                item.decision = Decision(scheme, "quantized by octavo")
+                item.quantized = QuantizedStorage(item.faces[0].tensor, schemes.get(scheme), parts)
+                item.dtype = half
+        session.loaded = True
+        return session
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def events(self) -> list[Event]:
+        """What happened, in order, since the session was last entered."""
+        return self.ledger.events
+
+    @property
+    def updating(self) -> bool:
+        """Whether this use of the session updates a model that it has loaded."""
+        return self._updating
+
+    def _new_intake(self) -> Intake:
+        return Intake(
+            self.inventory,
+            LayerFinisher(self),
+            self.ledger,
+            self._quantizer,
+            direct=self._direct,
+            duplicates=self._duplicates,
+            updating=self._updating,
+        )
+
+    def __enter__(self) -> Session:
+        if self.active:
+            raise LoaderError("this session is active already")
+        if self.failed:
+            raise LoaderError("this session's load failed, and left parameters on meta: build model and session anew")
+        self._began, self._saw_pairs, self._updating = now(), False, self.loaded
+        self.ledger.events = []
+        self.intake = self._new_intake()
+        if self.updating:
+            self._begin_update()
+        else:
+            self._begin_load()
+        with contextlib.ExitStack() as stack:
+            stack.callback(register_module_parameter_registration_hook(self._registered).remove)
+            stack.callback(self._lend_load_weights())
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(Functions(self.intake))
+            stack.enter_context(Operations(self.intake))
+            self._stack = stack.pop_all()
+        self.active = True
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if error is None:
+                self._end()
+        except BaseException as found:
+            self._leave(found)
+            if self.updating and isinstance(found, Exception):
+                raise self._failure from found
+            raise
+        self._leave(error)
+        if self.updating and isinstance(error, Exception):
+            raise self._failure from error
+
+    def _leave(self, error: BaseException | None) -> None:
+        """The model without us: loaded, or with nothing that looks loaded."""
+        self.active = False
+        self._stack.close()
+        if self.updating and error is not None:
+            self._failure = self._update_error(error)
+        self.intake.forget()
+        self.inventory.untrack()
+        for item in self.inventory.items:
+            item.make_safe()
+        self.report.total_s += now() - self._began
+        self.report.peak_bytes = self.ledger.peak_bytes
+        if self.updating:
+            self._end_update()
+        elif error is None:
+            self.loaded = True
+        else:
+            self.failed = True
+            self._abandon()
+
+    def _end(self) -> None:
+        self.intake.turn()
+        if self.transform is not None and not self._saw_pairs:
+            raise LoaderError(
+                "transform was given, but saw no pair: the loader's pairs must come through session.pairs(...), or "
+                "through model.load_weights"
+            )
+        problems = self._waiting_problems() if self.updating else self._coverage_problems()
+        advice = "" if self.updating else "Parameters that are right without a tensor can be named: optional=[...]."
+        raise_problems(CoverageError, type(self.model).__name__, problems, advice)
+        if not self.updating:
+            with self.intake.quiet():
+                for layer in self.inventory.layers:
+                    if not layer.finished:  # nothing of it was to be loaded
+                        self.intake.finish(layer)
+        self._quantizer.check()
+
+    def _coverage_problems(self) -> list[str]:
+        problems = []
+        for item in self.inventory.items:
+            if not item.gaps or (not item.required and item.untouched):
+                continue
+            what = "nothing was loaded" if item.untouched else f"nothing wrote {item.gaps}"
+            problems.append(f"{item.name} {list(item.shape)}: {what}")
+        return problems
+
+    def _waiting_problems(self) -> list[str]:
+        return [
+            f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
+            for item in self.intake.waiting
+        ]
+
+    # -- loading ------------------------------------------------------------------------------------------------------
+
+    def _is_optional(self, item: Item) -> bool:
+        return any(fnmatch.fnmatchcase(item.name, pattern) for pattern in self._optional)
+
+    def _begin_load(self) -> None:
+        """Parameters give their memory back, unless their values may be right as they are."""
+        self._check_patterns()
+        for item in self.inventory.items:
+            item.required = not self._is_optional(item) and (not item.is_buffer or item.faces[0].tensor.is_meta)
+        stays = {storage_key(item.faces[0].tensor) for item in self.inventory.items if not item.required}
+        for item in self.inventory.items:
+            face = item.faces[0].tensor
+            self.inventory.track(item, face)
+            if face.is_meta:
+                item.twin = face.detach()
+            elif storage_key(face) in stays or not face.untyped_storage().resizable():
+                item.real = face.detach()
+                self.ledger.hold(item.nbytes)
+                if item.required:
+                    self.report.notes.append(f"{item.name}: its memory is shared or not torch's own: it stays")
+            else:
+                item.twin = torch.empty_strided(item.shape, item.strides, dtype=item.dtype, device="meta")
+                self.inventory.track(item, item.twin)
+            if not item.scheme and not item.is_buffer:
+                self.report.kept[item.name] = item.decision.reason
+            for box in item.padding:
+                item.gaps.fill(box)
+        for item in self.inventory.items:
+            if item.virtual and not item.faces[0].tensor.is_meta:
+                item.give_back()
+        for layer in self.inventory.layers:  # tables that the model computes are no layer
+            layer.finished = all(item.is_buffer and not item.required for item in layer.items)
+
+    def _check_patterns(self) -> None:
+        for pattern in self._optional:
+            if not any(fnmatch.fnmatchcase(item.name, pattern) for item in self.inventory.items):
+                raise CoverageError(f"the optional pattern {pattern!r} matches no parameter")
+
+    def _abandon(self) -> None:
+        """Nothing that looks loaded: what is not finished is on meta."""
+        for item in self.inventory.items:
+            if item.settled or not item.virtual:
+                continue
+            for face in item.faces:
+                if not face.tensor.is_meta:
+                    set_tensor(item, face, on_meta(item, face))
+            item.real = item.quantized = None
+
+    def _registered(self, module: nn.Module, leaf: str, parameter: nn.Parameter | None) -> None:
+        """A loader gave a module a parameter."""
+        if self.intake.paused or parameter is None or (layer := self.inventory.layer_of(module)) is None:
+            return
+        known = self.inventory.find(parameter)
+        if known is not None and known.virtual:  # the same parameter in another place, or seen in another shape
+            known.faces = [face for face in known.faces if (face.module, face.leaf) != (module, leaf)]
+            known.faces.append(Face(module, leaf, parameter))
+            return
+        if layer.finished:
+            layer = Layer(layer.name, module, late=True)
+            self.inventory.layers.append(layer)
+        item = self.inventory.add(layer, leaf, parameter)
+        if item is None:
+            return
+        item.decision = Decision(None, "registered while loading")
+        self.report.kept[item.name] = item.decision.reason
+        self.inventory.track(item, parameter)
+        if parameter.is_meta:
+            item.twin = parameter.detach()
+            self.intake.reopen(layer)
+        else:  # the loader's own: it may hold its values already
+            item.required, item.real = False, parameter.detach()
+            self.ledger.hold(item.nbytes)
+
+    # -- pairs --------------------------------------------------------------------------------------------------------
+
+    def pairs(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        """The pairs, through ``transform``; tells the session where one ends and the next begins."""
+        return _Pairs(self, pairs)
+
+    def load(self, pairs: Iterable[Pair]) -> None:
+        """Load pairs by the parameters' own ``weight_loader``, or by a copy: for models without ``load_weights``.
+
+        Raises:
+            CoverageError: a name that the model does not have, or a shape that is not the parameter's.
+        """
+        targets = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
+        for name, tensor in self.pairs(pairs):
+            if name not in targets:
+                raise CoverageError(f"{name}: the model has no such parameter. Rename or drop it in a transform.")
+            target = targets[name]
+            loader = getattr(target, "weight_loader", None)
+            if loader is not None:
+                loader(target, tensor)
+            elif target.shape != tensor.shape:
+                raise CoverageError(f"{name} is {list(target.shape)} in the model, {list(tensor.shape)} in the source")
+            else:
+                target.data.copy_(tensor)
+
+    def dummy(self, seed: int = 0) -> None:
+        """Random weights of the right shapes, layer by layer: for benchmarks without a checkpoint.
+
+        A seed gives the same weights whatever the device. Each matrix is one tensor, of normal numbers times 0.02.
+        """
+        generator = torch.Generator().manual_seed(seed)
+
+        def pairs() -> Iterator[tuple[Tensor, Pair]]:
+            for layer in self.inventory.layers:
+                for item in layer.items:
+                    if not item.required or not item.gaps:
+                        continue
+                    target = item.faces[0].tensor.detach()
+                    for index in itertools.product(*map(range, item.shape[:-2])):
+                        values = torch.randn(item.shape[len(index) :], generator=generator) * 0.02
+                        yield target[index] if index else target, (item.name, values.to(item.dtype))
+
+        for target, (name, values) in pairs():
+            self.intake.turn()
+            self.intake.take(name, values)
+            target.copy_(values)
+        self._saw_pairs = True
+
+    def _lend_load_weights(self) -> Callable[[], None]:
+        """While the session lasts, ``model.load_weights(pairs)`` reads its pairs through the session."""
+        attributes, name = self.model.__dict__, "load_weights"
+        original = getattr(self.model, name, None)
+        if not callable(original):
+            return lambda: None
+        before = {name: attributes[name]} if name in attributes else {}
+
+        def load_weights(pairs: Iterable[Pair], *args: Any, **kwargs: Any) -> Any:
+            return original(pairs if isinstance(pairs, _Pairs) else self.pairs(pairs), *args, **kwargs)
+
+        attributes[name] = load_weights
+
+        def restore() -> None:
+            del attributes[name]
+            attributes.update(before)
+
+        return restore
+
+    def transformed(self, name: str, tensor: Tensor) -> list[Pair]:
+        """What takes a pair's place."""
+        self._saw_pairs = True
+        if self.transform is None:
+            return [(name, tensor)]
+        with self.intake.quiet():
+            made = self.transform(name, tensor)
+            if made is None:
+                return []
+            if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], str):
+                return [made]
+            return list(made)
+
+    # -- updating in place --------------------------------------------------------------------------------------------
+
+    def _begin_update(self) -> None:
+        """Loaders see high-precision parameters again; what they write goes into the FP8 storage that exists."""
+        if self.provider is not None:
+            raise LoaderError(
+                "layers that a function of yours has finished can't be updated in place: only it knows what it made of "
+                "them. Octavo's schemes can."
+            )
+        for item in self.inventory.items:
+            item.restart()
+            face = item.faces[0]
+            if item.scheme:
+                module, scale = face.module, modules.scale_name(face.leaf)
+                weight, scales = module._parameters[face.leaf], module._parameters[scale]
+                assert item.quantized is not None
+                assert weight is not None
+                assert scales is not None
+                item.installed = weight
+                # the model may have moved since
+                item.quantized.weight, item.quantized.scale, item.device = weight.data, scales.data, weight.device
+                lent = on_meta(item, face)
+                item.faces, item.twin, item.real = [face._replace(tensor=lent)], lent.detach(), None
+                self.inventory.track(item, lent)
+                set_tensor(item, face, lent)
+            else:
+                holder: Any = face.module._buffers if item.is_buffer else face.module._parameters
+                item.twin, item.real, item.required = None, holder[face.leaf].detach(), not item.is_buffer
+                self.inventory.track(item, holder[face.leaf])
+
+    def _end_update(self) -> None:
+        """The model has its FP8 parameters again: the same objects, at the same addresses."""
+        for item in self.inventory.items:
+            if item.scheme:
+                assert item.installed is not None
+                set_tensor(item, item.faces[0], item.installed)
+                item.real = None
+
+    def _update_error(self, error: BaseException) -> UpdateError:
+        new: list[str] = []
+        old: list[str] = []
+        torn: list[str] = []
+        waiting = self.intake.unfinished
+        for layer in self.inventory.layers:
+            items = [item for item in layer.items if not item.is_buffer]
+            fresh = all(not item.gaps and item not in waiting for item in items)
+            group = new if fresh else torn if any(item.changed for item in items) else old
+            group.append(str(layer))
+        text = (
+            f"the update failed: {error}\n{len(new)} layers have the new weights{_listed(new)}; {len(old)} the old ones"
+            f"{_listed(old)}; {len(torn)} some of both{_listed(torn)}. Run the whole update again."
+        )
+        return UpdateError(text, new, old, torn)
+
+
+def _listed(names: list[str]) -> str:
+    return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+
+
+class _Pairs(Iterator[Pair]):
+    """Pairs on their way to a loader."""
+
+    def __init__(self, session: Session, pairs: Iterable[Pair]) -> None:
+        self._session, self._pairs = session, iter(pairs)
+        self._ready: list[Pair] = []
+
+    def __next__(self) -> Pair:
+        self._session.intake.turn()
+        while not self._ready:
+            name, tensor = next(self._pairs)
+            self._ready = self._session.transformed(name, tensor)
+        pair = self._ready.pop(0)
+        self._session.intake.take(*pair)
+        return pair
