@@ -234,7 +234,7 @@ def test_a_change_of_what_an_earlier_tensor_wrote_needs_the_layer() -> None:
 
 def test_zeros_are_no_weights(direct: bool) -> None:
     model = nn.ModuleDict({"a": nn.Linear(64, 8)})
-    with pytest.raises(CoverageError, match=r"a.bias \[8\]: nothing was loaded"), Session(model, direct=direct):
+    with pytest.raises(CoverageError, match=r"a.bias \[8\]: nothing was loaded"), Session(model, direct=direct):  # noqa: PT012
         for parameter in model.parameters():
             parameter.data.zero_()
         model["a"].weight.data.copy_(torch.ones(8, 64))
@@ -273,7 +273,7 @@ def test_boxes_that_turn_out_to_share_groups_are_an_error_not_wrong_bytes() -> N
     """One tensor in pieces of 100 rows, other tensors between them: blocks of 128 rows were cut."""
     model = nn.ModuleDict({"a": nn.Linear(64, 200, bias=False), "b": nn.Linear(64, 8, bias=False)})
     weight = torch.randn(200, 64)
-    with pytest.raises(LoaderError, match="Load it with direct=False"), Session(model, "fp8_block"):
+    with pytest.raises(LoaderError, match="Load it with direct=False"), Session(model, "fp8_block"):  # noqa: PT012
         model["a"].weight.data[:100].copy_(weight[:100])
         model["b"].weight.data.copy_(torch.ones(8, 64))
         model["a"].weight.data[100:].copy_(weight[100:])

@@ -41,18 +41,19 @@ def layerwise(
     """A session in which a model loads itself, each layer quantized the moment it is complete.
 
     A context manager: inside, parameters have no storage until the first write to them; ``model.load_weights(pairs)``
-    works as it is, and so do ``session.load(pairs)`` and any function that is given ``session.pairs(pairs)``. When it is
-    left, boxes must have tiled every parameter. Entered again, it updates the loaded model in place. ``session.report``
-    says what each layer took, ``session.events`` what happened, in order.
+    works as it is, and so do ``session.load(pairs)`` and any function that is given ``session.pairs(pairs)``. When it
+    is left, boxes must have tiled every parameter. Entered again, it updates the loaded model in place. ``session.report``
+    says what each layer took, ``session.events`` what happened, in order. ``session.record(path)`` makes a plan of what
+    the loader would do, and ``session.stream(plan)`` carries it out.
 
     Args:
         model: any module; parameters may be on meta, or real (they give their memory back).
-        finish: what becomes of a complete layer. A scheme, a `Recipe` or its dict form: octavo quantizes. A function: it
-            is called once with each layer (a module with parameters of its own), changes it in place or returns the
-            module that takes its place. None: layers stay as loaded.
+        finish: what becomes of a complete layer. A scheme, a `Recipe` or its dict form: octavo quantizes. A function:
+            it is called once with each layer (a module with parameters of its own), and changes it in place or returns
+            the module that takes its place. None: layers stay as loaded.
         device: where the layers go; default: where their parameters are, the CPU for those on meta.
-        transform: sees each ``(name, tensor)`` before the loader; returns the pair or pairs that take its place, or None
-            to drop it.
+        transform: sees each ``(name, tensor)`` before the loader; returns the pair or pairs that take its place, or
+            None to drop it.
         direct: let writes go straight into FP8 where boxes hold whole scale groups, so that no layer exists in high
             precision. A loader that changes in place what earlier tensors wrote needs False.
         duplicates: "error", or "update" to let a later tensor win where two fill one box.

@@ -16,10 +16,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .. import schemes
 from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
-from ..plan import cut_parts
+from ..plan import Placement, cut_parts
+from ..sinks import Storage
 from .boxes import Box, Gaps, NoBoxError, trace_view
+from .finish import install, install_quantized
 from .items import Inventory, Item, Layer, offset_of
 from .report import Event, Ledger
 from .sources import Source, Sources, storage_key
@@ -268,6 +271,23 @@ class Intake:
         for layer in [layer for layer in self._pending if layer not in but]:
             self._pending.remove(layer)
             self.finish(layer)
+
+    def settle_streamed(self, placement: Placement, storage: Storage) -> None:
+        """A stream has filled an item's final storage; a layer of which that was the last is finished."""
+        item = next(item for item in self.inventory.items if item.name == placement.name)
+        if placement.scheme:
+            scheme = schemes.get(placement.scheme)
+            item.quantized = QuantizedStorage(storage.weight, scheme, placement.parts, storage.scale)
+            install_quantized(item)
+        else:
+            item.real = storage.weight
+            install(item, storage.weight)
+            self.inventory.track(item, storage.weight)
+        item.settled = True
+        item.gaps.boxes = []
+        for layer in item.layers:
+            if layer.is_complete() and not layer.finished:
+                self.finish(layer)
 
     def reopen(self, layer: Layer) -> None:
         """A complete layer got another parameter."""

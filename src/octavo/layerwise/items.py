@@ -286,7 +286,7 @@ def decide(items: Sequence[Item], recipe: Recipe) -> None:
     """Give every item its scheme, or the reason why it keeps its dtype. Errors as for `Recipe.decide`."""
     weights = []
     for item in items:
-        kind = _kind(item)
+        kind = kind_of(item)
         weights.append(Weight(item.name, (), item.dtype, kind))
         item.transposed = kind == kinds.EXPERTS and bool(getattr(item.faces[0].module, "is_transposed", False))
     decisions = recipe.decide(weights)
@@ -294,7 +294,7 @@ def decide(items: Sequence[Item], recipe: Recipe) -> None:
         item.decision = decisions[item.name]
 
 
-def _kind(item: Item) -> str:
+def kind_of(item: Item) -> str:
     """What an item is, asked from its module as far as that is torch's, else by name."""
     module, leaf = item.faces[0].module, item.faces[0].leaf
     if item.is_buffer:

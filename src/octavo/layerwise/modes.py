@@ -118,13 +118,13 @@ class Operations(TorchDispatchMode):
         items = {i: item for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and (item := find(leaf))}
         if not items:
             return self._other(func, args, kwargs, leaves)
-        written = _written(func, args, kwargs)
-        if any(leaves[i] is tensor for i in items for tensor in written):
-            return self._write(func, args, kwargs, written)
+        targets = written(func, args, kwargs)
+        if any(leaves[i] is tensor for i in items for tensor in targets):
+            return self._write(func, args, kwargs, targets)
         if func.overloadpacket in _FACTORIES:
             device = self._receiver.device_of(items[min(items)])
             return func(*args, **{**kwargs, "device": kwargs.get("device") or device})
-        if _is_view(func):
+        if is_view(func):
             moved = [
                 items[i].on_twin(leaf) if i in items and items[i].virtual else leaf for i, leaf in enumerate(leaves)
             ]
@@ -145,7 +145,7 @@ class Operations(TorchDispatchMode):
             inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             if not any(tensor.is_meta for tensor in inputs):
                 kwargs = {**kwargs, "device": inputs[0].device if inputs else torch.device("cpu")}
-        for tensor in _written(func, args, kwargs):
+        for tensor in written(func, args, kwargs):
             receiver.mutated(tensor)
         result = func(*args, **kwargs)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -153,7 +153,7 @@ class Operations(TorchDispatchMode):
         receiver.derived(inputs, [leaf for leaf in outputs if isinstance(leaf, Tensor)])
         return result
 
-    def _write(self, func: Any, args: Any, kwargs: Any, written: Sequence[Tensor]) -> Any:
+    def _write(self, func: Any, args: Any, kwargs: Any, targets: Sequence[Tensor]) -> Any:
         receiver, find, packet = self._receiver, self._receiver.inventory.find, func.overloadpacket
         target: Any = args[0] if args else None
         item = find(target)
@@ -172,7 +172,7 @@ class Operations(TorchDispatchMode):
             return target
         overwrites = packet in _RANDOM or "out" in func._overloadname
         swapped: dict[int, Tensor] = {}
-        for tensor in written:
+        for tensor in targets:
             if (found := find(tensor)) is not None:
                 real = receiver.overwrite(found, tensor) if overwrites else receiver.access(found, tensor)
                 swapped[id(tensor)] = real
@@ -186,7 +186,7 @@ class Operations(TorchDispatchMode):
             real_leaves.append(leaf)
         real_args, real_kwargs = tree_unflatten(real_leaves, spec)
         func(*real_args, **real_kwargs)
-        return written[0] if len(written) == 1 else tuple(written)
+        return targets[0] if len(targets) == 1 else tuple(targets)
 
 
 def _marker(packet: Any, rest: Sequence[Any]) -> Callable[[Tensor], Any]:
@@ -203,7 +203,7 @@ def _to_meta(kwargs: Any) -> bool:
     return device is not None and torch.device(device).type == "meta"
 
 
-def _is_view(func: Any) -> bool:
+def is_view(func: Any) -> bool:
     """Whether results share the memory of an argument that is not written."""
     if func.overloadpacket is aten._unsafe_view:
         return True
@@ -213,7 +213,7 @@ def _is_view(func: Any) -> bool:
     return any(r.alias_info is not None for r in schema.returns)
 
 
-def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     """The tensors that an operation writes to."""
     found = []
     for index, argument in enumerate(func._schema.arguments):

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,15 +19,19 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import modules, schemes
+from ..checkpoint import Checkpoint
 from ..errors import CoverageError, DeviceError, LoaderError, UpdateError, raise_problems
 from ..geometry import MIN_STAGING_BYTES, usable_device
-from ..plan import DEFAULT_STAGING_BYTES
+from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Decision, Recipe
 from ..ring import now
+from ..sinks import ParameterSink, Storage
+from ..stream import Stream
 from .finish import LayerFinisher, Provider, on_meta, set_tensor
 from .intake import Intake
 from .items import Face, Inventory, Item, Layer, decide
 from .modes import Functions, Operations
+from .record import Loader, Recording, record
 from .report import Event, LayerwiseReport, Ledger
 from .sources import storage_key
 from .storage import QuantizedStorage, Quantizer
@@ -70,6 +76,7 @@ class Session:
         self._direct, self._duplicates = direct and self.provider is None, duplicates
         self._quantizer = Quantizer(staging_bytes)
         self._stack = contextlib.ExitStack()
+        self.recording: Recording | None = None
         self._saw_pairs = self._updating = False
         self._began = 0.0
         decide([item for item in self.inventory.items if not self._is_optional(item)], self.recipe)
@@ -207,11 +214,16 @@ class Session:
     def _is_optional(self, item: Item) -> bool:
         return any(fnmatch.fnmatchcase(item.name, pattern) for pattern in self._optional)
 
-    def _begin_load(self) -> None:
-        """Parameters give their memory back, unless their values may be right as they are."""
-        self._check_patterns()
+    def _require(self) -> None:
+        for pattern in self._optional:
+            if not any(fnmatch.fnmatchcase(item.name, pattern) for item in self.inventory.items):
+                raise CoverageError(f"the optional pattern {pattern!r} matches no parameter")
         for item in self.inventory.items:
             item.required = not self._is_optional(item) and (not item.is_buffer or item.faces[0].tensor.is_meta)
+
+    def _begin_load(self) -> None:
+        """Parameters give their memory back, unless their values may be right as they are."""
+        self._require()
         stays = {storage_key(item.faces[0].tensor) for item in self.inventory.items if not item.required}
         for item in self.inventory.items:
             face = item.faces[0].tensor
@@ -235,11 +247,6 @@ class Session:
                 item.give_back()
         for layer in self.inventory.layers:  # tables that the model computes are no layer
             layer.finished = all(item.is_buffer and not item.required for item in layer.items)
-
-    def _check_patterns(self) -> None:
-        for pattern in self._optional:
-            if not any(fnmatch.fnmatchcase(item.name, pattern) for item in self.inventory.items):
-                raise CoverageError(f"the optional pattern {pattern!r} matches no parameter")
 
     def _abandon(self) -> None:
         """Nothing that looks loaded: what is not finished is on meta."""
@@ -288,18 +295,59 @@ class Session:
         Raises:
             CoverageError: a name that the model does not have, or a shape that is not the parameter's.
         """
-        targets = {**dict(self.model.named_parameters(remove_duplicate=False)), **dict(self.model.named_buffers())}
-        for name, tensor in self.pairs(pairs):
-            if name not in targets:
-                raise CoverageError(f"{name}: the model has no such parameter. Rename or drop it in a transform.")
-            target = targets[name]
-            loader = getattr(target, "weight_loader", None)
-            if loader is not None:
-                loader(target, tensor)
-            elif target.shape != tensor.shape:
-                raise CoverageError(f"{name} is {list(target.shape)} in the model, {list(tensor.shape)} in the source")
-            else:
-                target.data.copy_(tensor)
+        load_by_name(self.model, self.pairs(pairs))
+
+    # -- from a plan --------------------------------------------------------------------------------------------------
+
+    def record(self, path: str | os.PathLike[str] | Checkpoint, load: Loader | None = None) -> Plan:
+        """Run the loader once on symbols made from a checkpoint's headers: the plan of what it does on this rank.
+
+        `stream` then carries it out. ``session.recording.online`` says which parameters the loader has to load itself,
+        since it computes them, and why.
+
+        Args:
+            load: the loading function, given pairs; default: ``model.load_weights``, or by name where there is none.
+
+        Raises:
+            CoverageError: before a weight is read: whatever is missing, written twice or of another shape.
+            LoaderError: the loader needs values where there are none; or layers are finished by a function of yours.
+        """
+        if self.provider is not None or self.loaded or self.active or self.failed:
+            raise LoaderError("recording is for a session that has not loaded its model, with one of octavo's schemes")
+        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+        if load is None:
+            own = getattr(self.model, "load_weights", None)
+            load = own if callable(own) else functools.partial(load_by_name, self.model)
+        self._require()
+        self.recording = record(
+            self.inventory, checkpoint, self.recipe, load, self._transforming, self._quantizer.staging_bytes
+        )
+        return self.recording.plan
+
+    def stream(self, plan: Plan, threads: int | None = None) -> None:
+        """Load the model by a plan that `record` made: only the slices of this rank are read, straight into FP8.
+
+        Errors as for `octavo.load`, and those of loading online.
+        """
+        recording = self.recording
+        if recording is None or recording.plan is not plan:
+            raise LoaderError("this plan was not recorded by this session")
+        with self:
+            with self.intake.quiet():
+                storages = {p.name: Storage.allocate(p) for p in plan.placements}
+                self.ledger.hold(plan.final_bytes() - sum(plan.other_bytes.values()))
+                Stream(recording.checkpoint, plan, ParameterSink(storages), threads=threads).run()
+                for placement in plan.placements:
+                    self.intake.settle_streamed(placement, storages.pop(placement.name))
+            for name, why in recording.online.items():
+                self.report.notes.append(f"{name}: loaded online: {why}")
+            if recording.online_sources:
+                recording.load(self.pairs(recording.online_pairs()))
+            self._saw_pairs = True
+
+    def _transforming(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        for name, tensor in pairs:
+            yield from self.transformed(name, tensor)
 
     def dummy(self, seed: int = 0) -> None:
         """Random weights of the right shapes, layer by layer: for benchmarks without a checkpoint.
@@ -352,9 +400,8 @@ class Session:
             made = self.transform(name, tensor)
             if made is None:
                 return []
-            if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], str):
-                return [made]
-            return list(made)
+            one = isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], str)
+            return [made] if one else list(made)  # type: ignore[list-item, arg-type]
 
     # -- updating in place --------------------------------------------------------------------------------------------
 
@@ -409,6 +456,22 @@ class Session:
             f"{_listed(old)}; {len(torn)} some of both{_listed(torn)}. Run the whole update again."
         )
         return UpdateError(text, new, old, torn)
+
+
+def load_by_name(model: nn.Module, pairs: Iterable[Pair]) -> None:
+    """Each tensor to the parameter or buffer of its name, by its ``weight_loader`` or by a copy."""
+    targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, tensor in pairs:
+        if name not in targets:
+            raise CoverageError(f"{name}: the model has no such parameter. Rename or drop it in a transform.")
+        target = targets[name]
+        loader = getattr(target, "weight_loader", None)
+        if loader is not None:
+            loader(target, tensor)
+        elif target.shape != tensor.shape:
+            raise CoverageError(f"{name} is {list(target.shape)} in the model, {list(tensor.shape)} in the source")
+        else:
+            target.data.copy_(tensor)
 
 
 def _listed(names: list[str]) -> str:
