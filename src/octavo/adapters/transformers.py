@@ -25,6 +25,7 @@ from .. import dtypes, modules
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, MissingExtraError, RecipeError
 from ..geometry import usable_device
+from ..layerwise.update import Routes
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Recipe
 from ..report import Report, Stages, measured
@@ -114,6 +115,7 @@ def load(
             _finish(model, checkpoint, target_device)
     notes = ["no weight was quantized: see what was kept, and why"] if _idle(prepared, recipe) else []
     model.load_report = Report.of(plan, stream.geometry, tally, stages, meter, notes=notes)
+    model.load_routes = None if prepared.saved else Routes.of(plan, checkpoint)
     if prepared.saved or plan.quantized:
         from .quantizer import mark_quantized
 

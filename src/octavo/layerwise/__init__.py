@@ -25,6 +25,7 @@ from torch import nn
 
 from ..plan import DEFAULT_STAGING_BYTES
 from .session import Finish, Session, Transform
+from .update import update
 
 
 def layerwise(
@@ -42,9 +43,9 @@ def layerwise(
 
     A context manager: inside, parameters have no storage until the first write to them; ``model.load_weights(pairs)``
     works as it is, and so do ``session.load(pairs)`` and any function that is given ``session.pairs(pairs)``. When it
-    is left, boxes must have tiled every parameter. Entered again, it updates the loaded model in place. ``session.report``
-    says what each layer took, ``session.events`` what happened, in order. ``session.record(path)`` makes a plan of what
-    the loader would do, and ``session.stream(plan)`` carries it out.
+    is left, boxes must have tiled every parameter. Entered again, it updates the loaded model in place.
+    ``session.report`` says what each layer took, ``session.events`` what happened, in order. ``session.record(path)``
+    makes a plan of what the loader would do, and ``session.stream(plan)`` carries it out.
 
     Args:
         model: any module; parameters may be on meta, or real (they give their memory back).
@@ -79,4 +80,4 @@ def layerwise(
     )
 
 
-__all__ = ["Session", "layerwise"]
+__all__ = ["Session", "layerwise", "update"]

@@ -17,6 +17,7 @@ from ..errors import LoaderError
 from ..plan import cut_parts
 from ..ring import now
 from .items import Face, Item, Layer
+from .modes import undisturbed
 from .report import Event, LayerReport
 
 #: what users give as ``finish``: changes the layer in place, or returns the module that takes its place
@@ -132,9 +133,10 @@ class LayerFinisher:
         assert not layer.finished
         layer.finished, started, held_bytes = True, now(), session.ledger.held_bytes
         direct = session.provider is None and all(item.real is None for item in layer.items if item.scheme)
-        for item in layer.items:
-            if not item.settled:
-                self._settle(item)
+        with undisturbed():
+            for item in layer.items:
+                if not item.settled:
+                    self._settle(item)
         if session.provider is not None and not layer.late:
             for item in layer.items:
                 session.ledger.hold(-item.nbytes)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .. import schemes
+from .. import dtypes, schemes
 from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
 from ..plan import Placement, cut_parts
@@ -24,6 +24,7 @@ from ..sinks import Storage
 from .boxes import Box, Gaps, NoBoxError, trace_view
 from .finish import install, install_quantized
 from .items import Inventory, Item, Layer, offset_of
+from .modes import undisturbed
 from .report import Event, Ledger
 from .sources import Source, Sources, storage_key
 from .storage import QuantizedStorage, Quantizer, values_of
@@ -35,8 +36,8 @@ class _Held(NamedTuple):
     item: Item
     pieces: list[Piece]
     values: Tensor
-    view: Tensor
     source: Source
+    view: Tensor | None  # where a loader wrote them
 
 
 class Finisher(Protocol):
@@ -72,6 +73,7 @@ class Intake:
 
     def take(self, name: str, tensor: Tensor) -> None:
         """The loader is given a pair."""
+        self.ledger.taken_bytes += tensor.nbytes
         self.sources.take(name, tensor)
 
     def turn(self) -> None:
@@ -80,12 +82,13 @@ class Intake:
             self._flush()
             self._finish_pending()
             for item in list(self._staged.values()):
-                self.press_rest(item, each_matrix=True)
+                with undisturbed():
+                    self.press_rest(item, each_matrix=True)
         self.sources.current = None
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Operations within are our own."""
+        """Operations within pass, as those of a provider."""
         before, self.paused = self.paused, True
         try:
             yield
@@ -117,15 +120,29 @@ class Intake:
         with self.quiet():
             self._turn_to(item, source)
             values = values.expand(view.shape)
-            pieces = self._trace(item, view, source, values)
-            self._claim(item, [Box.of(piece) for piece in pieces], source)
-            if self._goes_straight(item, pieces, values):
-                self._held.append(_Held(item, pieces, values, view, source))
-                if self.sources.current is None:
-                    self._flush()  # nobody says when the tensor may change
-            else:
-                self._real(item, view).copy_(values)
-            self._wrote(item, [Box.of(piece) for piece in pieces], source, pieces)
+            self._put(item, self._trace(item, view, source, values), values, source, view)
+
+    def put(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> None:
+        """Boxes of an item, and where ``values`` holds theirs: offsets and strides are those of its storage."""
+        source = self.sources.of(values)
+        self._turn_to(item, source)
+        self._put(item, [piece._replace(src_name=source.label) for piece in pieces], values, source, None)
+
+    def _put(self, item: Item, pieces: list[Piece], values: Tensor, source: Source, view: Tensor | None) -> None:
+        boxes = [Box.of(piece) for piece in pieces]
+        self._claim(item, boxes, source)
+        if self._goes_straight(item, pieces, values):
+            self._held.append(_Held(item, pieces, values, source, view))
+            if self.sources.current is None:
+                self._flush()  # nobody says when the tensor may change
+        elif view is None:
+            self._unhold(item)
+            real = self.materialize(item)
+            for piece in pieces:
+                piece.region(real).copy_(values_of(piece, values), non_blocking=True)
+        else:
+            self._real(item, view).copy_(values)
+        self._wrote(item, boxes, source, pieces)
 
     def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
         source = self.sources.of(None)._replace(sure=True)  # no second tensor hides in one value for all
@@ -336,10 +353,20 @@ class Intake:
             self._stage(held)
 
     def _stage(self, held: _Held) -> None:
-        held.item.like(held.view, self.materialize(held.item)).copy_(held.values)
+        real = self.materialize(held.item)
+        if held.view is not None:
+            held.item.like(held.view, real).copy_(held.values)
+            return
+        for piece in held.pieces:
+            piece.region(real).copy_(values_of(piece, held.values))
 
     def _flush(self) -> None:
         """Quantize what is held."""
+        if self._held:
+            with undisturbed():
+                self._press_held()
+
+    def _press_held(self) -> None:
         while self._held:
             held = self._held[0]
             item, storage = held.item, self._storage(held.item)
@@ -359,7 +386,8 @@ class Intake:
     def _press(self, item: Item, stored: Piece, values: Tensor, what: str) -> None:
         storage = self._storage(item)
         for cut in storage.split(stored):
-            storage.put(self.quantizer, cut, values_of(cut, values), item.dtype, what)
+            dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
+            storage.put(self.quantizer, cut, values_of(cut, values), dtype, what)
             item.pressed.append(Box.of(cut))
             item.changed = True
 

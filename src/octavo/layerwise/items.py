@@ -8,7 +8,7 @@ item is *virtual*: its parameter is on meta, or has given its memory back, and v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Item:
     dtype: torch.dtype
     is_buffer: bool
     device: torch.device  # where its storage goes
+    cast: bool = True  # quantize values as the face's dtype holds them, and not as they come
     required: bool = True
     layers: list[Layer] = field(default_factory=list)
     decision: Decision = _UNDECIDED
@@ -240,6 +241,22 @@ class Inventory:
         layer.items.append(item)
         self._by_face[id(tensor)] = item
         return item
+
+    def drop(self, names: Collection[str]) -> None:
+        """Pass over parameters that nobody loads."""
+        self.items = [item for item in self.items if item.name not in names]
+        self._by_face = {key: item for key, item in self._by_face.items() if item.name not in names}
+        for layer in self.layers:
+            layer.items = [item for item in layer.items if item.name not in names]
+
+    def by_name(self) -> dict[str, Item]:
+        """Items by all of their names."""
+        found = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and (item := self._by_face.get(id(tensor))) is not None:
+                    found[f"{path}.{leaf}" if path else leaf] = item
+        return found
 
     def layer_of(self, module: nn.Module) -> Layer | None:
         """The layer of a module; a new one for a module of the model that had no parameter; None for a stranger."""

@@ -8,14 +8,14 @@ to a `Receiver`. The *function mode* answers what never becomes an operation: th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..errors import LoaderError
 from .items import Inventory, Item
@@ -41,6 +41,13 @@ _ANSWERS: dict[str, Callable[[torch.device], Any]] = {
 }
 _GETTERS = {getattr(torch.Tensor, name).__get__: answer for name, answer in _ANSWERS.items()}
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Operations within are plain: a mode that lets one pass takes longer than the operation."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 class Receiver(Protocol):
@@ -113,44 +120,45 @@ class Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._receiver.paused:
             return func(*args, **kwargs)
-        leaves, spec = tree_flatten((args, kwargs))
         find = self._receiver.inventory.find
-        items = {i: item for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and (item := find(leaf))}
+        tensors = tensors_in((args, kwargs))
+        items = {id(tensor): item for tensor in tensors if (item := find(tensor)) is not None}
         if not items:
-            return self._other(func, args, kwargs, leaves)
+            return self._other(func, args, kwargs, tensors)
         targets = written(func, args, kwargs)
-        if any(leaves[i] is tensor for i in items for tensor in targets):
+        if any(id(tensor) in items for tensor in targets):
             return self._write(func, args, kwargs, targets)
         if func.overloadpacket in _FACTORIES:
-            device = self._receiver.device_of(items[min(items)])
+            device = self._receiver.device_of(next(iter(items.values())))
             return func(*args, **{**kwargs, "device": kwargs.get("device") or device})
         if is_view(func):
-            moved = [
-                items[i].on_twin(leaf) if i in items and items[i].virtual else leaf for i, leaf in enumerate(leaves)
-            ]
-            return self._call(func, moved, spec)
-        moved = [self._receiver.access(items[i], leaf) if i in items else leaf for i, leaf in enumerate(leaves)]
-        return self._call(func, moved, spec, host=True)
 
-    def _call(self, func: Any, leaves: list[Any], spec: Any, host: bool = False) -> Any:
-        args, kwargs = tree_unflatten(leaves, spec)
-        if host and _to_meta(kwargs):
-            kwargs = {**kwargs, "device": next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))}
+            def moved(tensor: Tensor) -> Tensor:
+                item = items.get(id(tensor))
+                return tensor if item is None or not item.virtual else item.on_twin(tensor)
+
+            args, kwargs = swapped((args, kwargs), moved)
+            return func(*args, **kwargs)
+
+        def real(tensor: Tensor) -> Tensor:
+            item = items.get(id(tensor))
+            return tensor if item is None else self._receiver.access(item, tensor)
+
+        args, kwargs = swapped((args, kwargs), real)
+        if _to_meta(kwargs):
+            kwargs = {**kwargs, "device": next(iter(items.values())).device}
         return func(*args, **kwargs)
 
-    def _other(self, func: Any, args: Any, kwargs: Any, leaves: list[Any]) -> Any:
+    def _other(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
         """No item takes part. Copies to the device of a parameter without storage keep their data."""
         receiver = self._receiver
-        if func.overloadpacket in (aten._to_copy, aten.scalar_tensor) and _to_meta(kwargs):
-            inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-            if not any(tensor.is_meta for tensor in inputs):
-                kwargs = {**kwargs, "device": inputs[0].device if inputs else torch.device("cpu")}
+        to_meta = func.overloadpacket in (aten._to_copy, aten.scalar_tensor) and _to_meta(kwargs)
+        if to_meta and not any(tensor.is_meta for tensor in inputs):
+            kwargs = {**kwargs, "device": inputs[0].device if inputs else torch.device("cpu")}
         for tensor in written(func, args, kwargs):
             receiver.mutated(tensor)
         result = func(*args, **kwargs)
-        inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        outputs = tree_flatten(result)[0] if inputs else []
-        receiver.derived(inputs, [leaf for leaf in outputs if isinstance(leaf, Tensor)])
+        receiver.derived(inputs, tensors_in(result) if inputs else ())
         return result
 
     def _write(self, func: Any, args: Any, kwargs: Any, targets: Sequence[Tensor]) -> Any:
@@ -171,21 +179,18 @@ class Operations(TorchDispatchMode):
             receiver.scatter(item, target, lambda real: func(real, *rest, **kwargs), _marker(packet, rest))
             return target
         overwrites = packet in _RANDOM or "out" in func._overloadname
-        swapped: dict[int, Tensor] = {}
+        places: dict[int, Tensor] = {}
         for tensor in targets:
             if (found := find(tensor)) is not None:
-                real = receiver.overwrite(found, tensor) if overwrites else receiver.access(found, tensor)
-                swapped[id(tensor)] = real
-        leaves, spec = tree_flatten((args, kwargs))
-        real_leaves = []
-        for leaf in leaves:
-            if id(leaf) in swapped:
-                leaf = swapped[id(leaf)]
-            elif isinstance(leaf, Tensor) and (found := find(leaf)) is not None:
-                leaf = receiver.access(found, leaf)
-            real_leaves.append(leaf)
-        real_args, real_kwargs = tree_unflatten(real_leaves, spec)
-        func(*real_args, **real_kwargs)
+                places[id(tensor)] = (receiver.overwrite if overwrites else receiver.access)(found, tensor)
+
+        def real(tensor: Tensor) -> Tensor:
+            if id(tensor) in places:
+                return places[id(tensor)]
+            return tensor if (found := find(tensor)) is None else receiver.access(found, tensor)
+
+        args, kwargs = swapped((args, kwargs), real)
+        func(*args, **kwargs)
         return targets[0] if len(targets) == 1 else tuple(targets)
 
 
@@ -196,6 +201,34 @@ def _marker(packet: Any, rest: Sequence[Any]) -> Callable[[Tensor], Any]:
     if packet is aten.masked_fill_:
         return lambda mask: mask.masked_fill_(rest[0], True)
     return lambda mask: mask.index_fill_(rest[0], rest[1], True)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors among an operation's arguments or results (torch's own tree functions take several times longer)."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return []
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            found += tensors_in(value)
+    return found
+
+
+def swapped(values: Any, swap: Callable[[Tensor], Tensor]) -> Any:
+    """Arguments with other tensors in their places."""
+    if isinstance(values, Tensor):
+        return swap(values)
+    if isinstance(values, dict):
+        return {key: swapped(value, swap) for key, value in values.items()}
+    if type(values) in (list, tuple):
+        return type(values)(swapped(value, swap) for value in values)
+    return values
 
 
 def _to_meta(kwargs: Any) -> bool:

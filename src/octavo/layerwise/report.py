@@ -49,6 +49,8 @@ class LayerwiseReport:
     layers: list[LayerReport] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)  # parameter -> why it is not quantized
     notes: list[str] = field(default_factory=list)
+    updated: list[str] = field(default_factory=list)  # layers that the last update changed
+    taken_bytes: int = 0  # of the tensors that loaders were given
     peak_bytes: int = 0  # of final and high-precision storage that the session held at one time
     total_s: float = 0.0
 
@@ -68,9 +70,16 @@ class LayerwiseReport:
         """A form that JSON can hold."""
         layers = [{name: getattr(layer, name) for name in LayerReport.__slots__} for layer in self.layers]
         totals = {
-            name: getattr(self, name) for name in ("loaded_bytes", "final_bytes", "peak_bytes", "finish_s", "total_s")
+            name: getattr(self, name)
+            for name in ("loaded_bytes", "final_bytes", "peak_bytes", "taken_bytes", "finish_s", "total_s")
         }
-        return {**totals, "layers": layers, "kept": dict(self.kept), "notes": list(self.notes)}
+        return {
+            **totals,
+            "layers": layers,
+            "kept": dict(self.kept),
+            "updated": list(self.updated),
+            "notes": list(self.notes),
+        }
 
     def table(self) -> str:
         """The report for people."""
@@ -105,7 +114,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.events: list[Event] = []
-        self.held_bytes = self.peak_bytes = 0
+        self.held_bytes = self.peak_bytes = self.taken_bytes = 0
 
     def event(self, event: Event) -> None:
         self.events.append(event)

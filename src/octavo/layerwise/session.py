@@ -77,25 +77,30 @@ class Session:
         self._quantizer = Quantizer(staging_bytes)
         self._stack = contextlib.ExitStack()
         self.recording: Recording | None = None
+        self._follow = True
         self._saw_pairs = self._updating = False
         self._began = 0.0
         decide([item for item in self.inventory.items if not self._is_optional(item)], self.recipe)
         self.intake = self._new_intake()
 
     @classmethod
-    def of_loaded(cls, model: nn.Module, **options: Any) -> Session:
-        """A session whose model is loaded, its quantized layers octavo's own: entering it updates in place."""
+    def of_loaded(cls, model: nn.Module, *, follow: bool = True, **options: Any) -> Session:
+        """A session whose model is loaded, its quantized layers octavo's own: entering it updates in place.
+
+        Args:
+            follow: whether loaders are followed; else the model stays as it is, and boxes come through ``intake.put``.
+        """
         session = cls(model, None, **options)
+        session._follow = follow
         quantized = {name: (scheme, parts) for name, scheme, parts in modules.quantized_weights(model)}
-        floats = {p.dtype for n, p in model.named_parameters() if p.is_floating_point() and p.dtype.itemsize > 1}
-        half = next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in floats), torch.float32)
+        session.inventory.drop({modules.scale_name(name) for name in quantized})
         for item in session.inventory.items:
             item.settled = True
             if item.name in quantized:
                 scheme, parts = quantized[item.name]
                 item.decision = Decision(scheme, "quantized by octavo")
                 item.quantized = QuantizedStorage(item.faces[0].tensor, schemes.get(scheme), parts)
-                item.dtype = half
+                item.dtype, item.cast = torch.float32, False  # which holds whatever comes
         session.loaded = True
         return session
 
@@ -135,11 +140,12 @@ class Session:
         else:
             self._begin_load()
         with contextlib.ExitStack() as stack:
-            stack.callback(register_module_parameter_registration_hook(self._registered).remove)
-            stack.callback(self._lend_load_weights())
             stack.enter_context(torch.no_grad())
-            stack.enter_context(Functions(self.intake))
-            stack.enter_context(Operations(self.intake))
+            if self._follow:
+                stack.callback(register_module_parameter_registration_hook(self._registered).remove)
+                stack.callback(self._lend_load_weights())
+                stack.enter_context(Functions(self.intake))
+                stack.enter_context(Operations(self.intake))
             self._stack = stack.pop_all()
         self.active = True
         return self
@@ -168,8 +174,9 @@ class Session:
         for item in self.inventory.items:
             item.make_safe()
         self.report.total_s += now() - self._began
-        self.report.peak_bytes = self.ledger.peak_bytes
+        self.report.peak_bytes, self.report.taken_bytes = self.ledger.peak_bytes, self.ledger.taken_bytes
         if self.updating:
+            self.report.updated = [str(lr) for lr in self.inventory.layers if any(item.changed for item in lr.items)]
             self._end_update()
         elif error is None:
             self.loaded = True
@@ -426,8 +433,9 @@ class Session:
                 item.quantized.weight, item.quantized.scale, item.device = weight.data, scales.data, weight.device
                 lent = on_meta(item, face)
                 item.faces, item.twin, item.real = [face._replace(tensor=lent)], lent.detach(), None
-                self.inventory.track(item, lent)
-                set_tensor(item, face, lent)
+                if self._follow:
+                    self.inventory.track(item, lent)
+                    set_tensor(item, face, lent)
             else:
                 holder: Any = face.module._buffers if item.is_buffer else face.module._parameters
                 item.twin, item.real, item.required = None, holder[face.leaf].detach(), not item.is_buffer
@@ -448,6 +456,8 @@ class Session:
         waiting = self.intake.unfinished
         for layer in self.inventory.layers:
             items = [item for item in layer.items if not item.is_buffer]
+            if not items:
+                continue
             fresh = all(not item.gaps and item not in waiting for item in items)
             group = new if fresh else torn if any(item.changed for item in items) else old
             group.append(str(layer))

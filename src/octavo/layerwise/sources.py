@@ -35,18 +35,21 @@ class Sources:
     def __init__(self) -> None:
         self.current: Source | None = None
         self._of_storage: dict[int, tuple[Any, Source | None]] = {}
-        self._count = 0
+        self._count, self._purge_at = 0, 64
 
     def take(self, name: str, tensor: Tensor) -> None:
         """A loader gets a pair."""
         self._count += 1
         self.current = Source(self._count, name, True)
-        for key in [key for key, (storage, _) in self._of_storage.items() if storage.expired()]:
-            del self._of_storage[key]
+        if len(self._of_storage) > self._purge_at:
+            self._of_storage = {key: found for key, found in self._of_storage.items() if not found[0].expired()}
+            self._purge_at = 2 * len(self._of_storage) + 64
         found = storage_key(tensor)
         if found is not None:
             # of a buffer that several pairs share, values can't tell whose they are
-            self._remember(found, tensor, None if found in self._of_storage else self.current)
+            known = self._of_storage.get(found)
+            shared = known is not None and not known[0].expired()
+            self._remember(found, tensor, None if shared else self.current)
 
     def of(self, values: Tensor | None) -> Source:
         """The source of values; of those that a loader makes of nothing, the pair in hand."""
