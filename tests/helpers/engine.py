@@ -258,33 +258,33 @@ class Model(nn.Module):
         return name, ()
 
 
+def checkpoint_shapes(shape: Shape, *, moe: bool = False) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a checkpoint."""
+    yield "embed_tokens.weight", (shape.vocab, shape.hidden)
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    for number in range(shape.layers):
+        at = f"layers.{number}."
+        yield at + "input_layernorm.weight", (shape.hidden,)
+        for part, rows in (("q", q), ("k", kv), ("v", kv)):
+            yield f"{at}self_attn.{part}_proj.weight", (rows, shape.hidden)
+            yield f"{at}self_attn.{part}_proj.bias", (rows,)
+        yield at + "self_attn.o_proj.weight", (shape.hidden, q)
+        if moe:
+            yield at + "mlp.gate.weight", (shape.experts, shape.hidden)
+        for prefix in [f"experts.{i}." for i in range(shape.experts)] if moe else [""]:
+            yield f"{at}mlp.{prefix}gate_proj.weight", (shape.inner, shape.hidden)
+            yield f"{at}mlp.{prefix}up_proj.weight", (shape.inner, shape.hidden)
+            yield f"{at}mlp.{prefix}down_proj.weight", (shape.hidden, shape.inner)
+    yield "norm.weight", (shape.hidden,)
+
+
 def checkpoint(
     shape: Shape | None = None, *, moe: bool = False, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, Tensor]:
     """Random weights under the names of a checkpoint."""
-    shape = shape or Shape()
     generator = torch.Generator().manual_seed(seed)
-
-    def weights(*size: int) -> Tensor:
-        return (torch.randn(size, generator=generator) * 0.05).to(dtype)
-
-    found = {"embed_tokens.weight": weights(shape.vocab, shape.hidden)}
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    for number in range(shape.layers):
-        at = f"layers.{number}."
-        found[at + "input_layernorm.weight"] = weights(shape.hidden)
-        for part, rows in (("q", q), ("k", kv), ("v", kv)):
-            found[f"{at}self_attn.{part}_proj.weight"] = weights(rows, shape.hidden)
-            found[f"{at}self_attn.{part}_proj.bias"] = weights(rows)
-        found[at + "self_attn.o_proj.weight"] = weights(shape.hidden, q)
-        if moe:
-            found[at + "mlp.gate.weight"] = weights(shape.experts, shape.hidden)
-        for prefix in [f"experts.{i}." for i in range(shape.experts)] if moe else [""]:
-            found[f"{at}mlp.{prefix}gate_proj.weight"] = weights(shape.inner, shape.hidden)
-            found[f"{at}mlp.{prefix}up_proj.weight"] = weights(shape.inner, shape.hidden)
-            found[f"{at}mlp.{prefix}down_proj.weight"] = weights(shape.hidden, shape.inner)
-    found["norm.weight"] = weights(shape.hidden)
-    return found
+    found = checkpoint_shapes(shape or Shape(), moe=moe)
+    return {name: (torch.randn(size, generator=generator) * 0.05).to(dtype) for name, size in found}
 
 
 def fused_parts(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -414,7 +414,8 @@ def test_the_report_says_what_each_layer_took() -> None:
     assert report.final_bytes == sum(p.nbytes for p in model.parameters())
     by_name = {layer.name: layer for layer in report.layers}
     experts = by_name["layers.0.mlp.experts"]
-    assert experts.direct
+    assert experts.way == "direct"
+    assert by_name["norm"].way == "kept"
     assert experts.loaded_bytes > experts.final_bytes
     assert report.kept["layers.0.mlp.gate.weight"] == "MoE router, kept by default"
     assert report.to_dict()["layers"]

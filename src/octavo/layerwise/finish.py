@@ -122,6 +122,13 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
         yield from _plain(getattr(tensor, name))
 
 
+def _way(layer: Layer) -> str:
+    quantized = [item for item in layer.items if item.scheme]
+    if not quantized:
+        return "kept"
+    return "direct" if all(item.real is None for item in quantized) else "whole layer"
+
+
 class LayerFinisher:
     """Finishes layers of a session, and reports each."""
 
@@ -132,7 +139,7 @@ class LayerFinisher:
         session = self._session
         assert not layer.finished
         layer.finished, started, held_bytes = True, now(), session.ledger.held_bytes
-        direct = session.provider is None and all(item.real is None for item in layer.items if item.scheme)
+        way = "function" if session.provider is not None else _way(layer)
         with undisturbed():
             for item in layer.items:
                 if not item.settled:
@@ -145,7 +152,7 @@ class LayerFinisher:
             session.ledger.hold(sum(tensor.nbytes for tensor in storages(layer.module)))
         took = now() - started
         loaded, final = sum(i.nbytes for i in layer.items), sum(tensor.nbytes for tensor in storages(layer.module))
-        session.report.layers.append(LayerReport(layer.name, took, loaded, final, direct, held_bytes))
+        session.report.layers.append(LayerReport(layer.name, took, loaded, final, way, held_bytes))
         session.ledger.event(Event("finish", layer.name))
 
     def _settle(self, item: Item) -> None:

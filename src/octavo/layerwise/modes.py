@@ -109,7 +109,15 @@ class Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Operations(TorchDispatchMode):
+class PlainDispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Without torch's wrapper, whose first call imports the compiler: a second and 100 MiB, for nothing."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class Operations(PlainDispatchMode):
     """Hands operations on items to the receiver; lets all others pass."""
 
     def __init__(self, receiver: Receiver) -> None:

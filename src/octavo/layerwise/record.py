@@ -17,7 +17,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from .. import dtypes
@@ -28,7 +27,7 @@ from ..plan import Plan, Target, make_plan
 from ..recipe import Recipe
 from .boxes import Box, Gaps, trace_view
 from .items import Inventory, Item, kind_of
-from .modes import is_view, written
+from .modes import PlainDispatchMode, is_view, written
 from .sources import storage_key
 
 aten = torch.ops.aten
@@ -62,7 +61,7 @@ class Recording:
             yield name, tensor
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(PlainDispatchMode):
     """Follows symbols through a loader; nothing is read, and nothing is written to parameters."""
 
     def __init__(self, inventory: Inventory) -> None:

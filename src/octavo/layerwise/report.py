@@ -38,7 +38,7 @@ class LayerReport:
     finish_s: float
     loaded_bytes: int  # as loaded, in high precision
     final_bytes: int
-    direct: bool  # no parameter that is quantized existed in high precision
+    way: str  # direct (straight into FP8), whole layer, kept (nothing of it is quantized), or function
     held_bytes: int  # tracked by the session when the layer was finished
 
 
@@ -88,7 +88,7 @@ class LayerwiseReport:
             table.add_column(column, justify="left" if column in ("layer", "way") else "right", overflow="fold")
         for name, members in _grouped(self.layers).items():
             label = name if len(members) == 1 else f"{name} ({len(members)})"
-            way = "direct" if all(m.direct for m in members) else "whole layer"
+            way = ", ".join(dict.fromkeys(m.way for m in members))
             table.add_row(
                 label,
                 human_bytes(sum(m.loaded_bytes for m in members)),
