@@ -158,7 +158,8 @@ class LayerFinisher:
     def _settle(self, item: Item) -> None:
         intake = self._session.intake
         if item.scheme:
-            self._seal(item)
+            if item.quantized is None or item.quantized.parts is None:
+                self._seal(item)
             install_quantized(item)
         elif item.virtual:
             real = intake.materialize(item)

@@ -22,7 +22,6 @@ from ..pieces import Piece
 from ..plan import Placement, cut_parts
 from ..sinks import Storage
 from .boxes import Box, Gaps, NoBoxError, trace_view
-from .finish import install, install_quantized
 from .items import Inventory, Item, Layer, offset_of
 from .modes import undisturbed
 from .report import Event, Ledger
@@ -139,7 +138,7 @@ class Intake:
             self._unhold(item)
             real = self.materialize(item)
             for piece in pieces:
-                piece.region(real).copy_(values_of(piece, values), non_blocking=True)
+                piece.region(real).copy_(values_of(piece, values))
         else:
             self._real(item, view).copy_(values)
         self._wrote(item, boxes, source, pieces)
@@ -295,12 +294,8 @@ class Intake:
         if placement.scheme:
             scheme = schemes.get(placement.scheme)
             item.quantized = QuantizedStorage(storage.weight, scheme, placement.parts, storage.scale)
-            install_quantized(item)
         else:
             item.real = storage.weight
-            install(item, storage.weight)
-            self.inventory.track(item, storage.weight)
-        item.settled = True
         item.gaps.boxes = []
         for layer in item.layers:
             if layer.is_complete() and not layer.finished:

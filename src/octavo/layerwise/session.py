@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .. import modules, schemes
 from ..checkpoint import Checkpoint
-from ..errors import CoverageError, DeviceError, LoaderError, UpdateError, raise_problems
+from ..errors import CoverageError, DeviceError, LoaderError, UpdateError, WeightError, raise_problems
 from ..geometry import MIN_STAGING_BYTES, usable_device
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Decision, Recipe
@@ -134,6 +134,7 @@ class Session:
             raise LoaderError("this session's load failed, and left parameters on meta: build model and session anew")
         self._began, self._saw_pairs, self._updating = now(), False, self.loaded
         self.ledger.events = []
+        self._quantizer.forget()
         self.intake = self._new_intake()
         if self.updating:
             self._begin_update()
@@ -459,7 +460,10 @@ class Session:
             if not items:
                 continue
             fresh = all(not item.gaps and item not in waiting for item in items)
-            group = new if fresh else torn if any(item.changed for item in items) else old
+            # on an accelerator, what is not finite shows at the end
+            bad = isinstance(error, WeightError) and any(_is_about(error, item) for item in items)
+            changed = any(item.changed for item in items)
+            group = new if fresh and not bad else torn if changed else old
             group.append(str(layer))
         text = (
             f"the update failed: {error}\n{len(new)} layers have the new weights{_listed(new)}; {len(old)} the old ones"
@@ -482,6 +486,10 @@ def load_by_name(model: nn.Module, pairs: Iterable[Pair]) -> None:
             raise CoverageError(f"{name} is {list(target.shape)} in the model, {list(tensor.shape)} in the source")
         else:
             target.data.copy_(tensor)
+
+
+def _is_about(error: BaseException, item: Item) -> bool:
+    return str(error).partition("[")[0] == item.name
 
 
 def _listed(names: list[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import schemes
-from ..chunks import cut_tiles
+from ..chunks import Tile, cut_tiles
 from ..errors import WeightError
 from ..pieces import Piece
 from ..schemes import Scheme
@@ -30,7 +30,7 @@ class Quantizer:
     def __init__(self, staging_bytes: int) -> None:
         self.staging_bytes = staging_bytes
         self._scratch: Tensor | None = None
-        self._bits: Tensor | None = None
+        self._pinned: list[_Pinned] = []
         self._unchecked: list[tuple[str, Tensor]] = []  # flags on an accelerator: looking at each would wait for it
 
     def quantize(self, out: Tensor, values: Tensor, dtype: torch.dtype | None, scheme: Scheme, what: str) -> Tensor:
@@ -45,36 +45,42 @@ class Quantizer:
             WeightError: ``what`` holds values that are not finite.
         """
         dtype = dtype or values.dtype
+        on_cpu = out.device.type == "cpu"
         near = values.device == out.device
-        if not near and values.nbytes <= self.staging_bytes // 2:
-            values, near = values.to(out.device, non_blocking=True), True
-        limit = _TILE_ELEMENTS if out.device.type == "cpu" else max(1 << 16, self.staging_bytes // 32)
+        if not near and values.nbytes <= self.staging_bytes // 4:
+            values, near = self._sent(values, out.device), True
+        # where values are at hand, tiles bound float32 temporaries, else also what has crossed to the device
+        limit = _TILE_ELEMENTS if on_cpu else self.staging_bytes // (8 if near else 32)
         tiles = cut_tiles(tuple(out.shape), scheme, (0, 0), limit)
         *lead, rows, cols = out.shape
         grid = torch.zeros((*lead, *scheme.cells(rows, cols)), dtype=torch.float32, device=out.device)
-        whole_groups = len(tiles) == 1 or sum(grid[tile.cells].numel() for tile in tiles) == grid.numel()
-        at_once = not near and whole_groups  # each tile crosses to the device once
 
-        def amax(region: Tensor, tile_cells: tuple[slice, ...], phase: tuple[int, int]) -> None:
-            found = schemes.group_amax(region, scheme, phase=phase, scratch=self._bits_for(region))
-            grid[tile_cells] = torch.maximum(grid[tile_cells], found)
+        def tile_of(tile: Tile) -> Tensor:
+            return tile.region(values).to(out.device, dtype)
 
-        def write(region: Tensor, place: Tensor, scale: Tensor, phase: tuple[int, int]) -> None:
-            schemes.quantize_into(place, region, scale, scheme, phase=phase, scratch=self._scratch_for(region))
+        def amax(tile: Tile, region: Tensor) -> None:
+            found = schemes.group_amax(region, scheme, phase=tile.phase, scratch=self._scratch_like(region))
+            cells = grid[tile.cells]
+            torch.maximum(cells, found, out=cells)
 
-        if at_once:
+        def write(tile: Tile, region: Tensor, scale: Tensor) -> None:
+            place, scratch = tile.region(out), self._scratch_like(region, torch.float32)
+            schemes.quantize_into(place, region, scale, scheme, phase=tile.phase, scratch=scratch)
+
+        whole_groups = sum(grid[tile.cells].numel() for tile in tiles) == grid.numel()
+        if not near and whole_groups:  # each tile crosses to the device once
             for tile in tiles:
-                region = tile.region(values).to(out.device, dtype)
-                amax(region, tile.cells, tile.phase)
-                write(region, tile.region(out), schemes.scale_from_amax(grid[tile.cells], scheme), tile.phase)
-            self._check(grid, what)
+                region = tile_of(tile)
+                amax(tile, region)
+                write(tile, region, schemes.scale_from_amax(grid[tile.cells], scheme))
+            self._note(grid, what)
             return schemes.scale_from_amax(grid, scheme)
         for tile in tiles:
-            amax(tile.region(values).to(out.device, dtype), tile.cells, tile.phase)
-        self._check(grid, what)
+            amax(tile, tile_of(tile))
+        self._note(grid, what)
         scale = schemes.scale_from_amax(grid, scheme)
         for tile in tiles:
-            write(tile.region(values).to(out.device, dtype), tile.region(out), scale[tile.cells], tile.phase)
+            write(tile, tile_of(tile), scale[tile.cells])
         return scale
 
     def check(self) -> None:
@@ -83,26 +89,49 @@ class Quantizer:
         if flagged and not bool(torch.stack([flag for _, flag in flagged]).all()):
             raise WeightError(next(_nonfinite(what) for what, flag in flagged if not flag))
 
-    def _check(self, grid: Tensor, what: str) -> None:
+    def forget(self) -> None:
+        """Nothing that went before is checked."""
+        self._unchecked = []
+
+    def _note(self, grid: Tensor, what: str) -> None:
         finite = torch.isfinite(grid).all()
         if grid.device.type != "cpu":
             self._unchecked.append((what, finite))
         elif not finite:
             raise WeightError(_nonfinite(what))
 
-    def _bits_for(self, region: Tensor) -> Tensor | None:
-        if region.device.type != "cpu" or region.numel() > _TILE_ELEMENTS:
-            return None
-        if self._bits is None:
-            self._bits = torch.empty(_TILE_ELEMENTS, dtype=torch.float32)
-        return self._bits.view(region.dtype)
+    def _sent(self, values: Tensor, device: torch.device) -> Tensor:
+        """Values on the device. Those in pageable memory go through pinned buffers, two in turn."""
+        if device.type != "cuda" or values.is_pinned() or not values.numel():
+            return values.to(device)  # blocks: whoever owns the values may change them afterwards
+        if not self._pinned:
+            self._pinned = [_Pinned(self.staging_bytes // 4) for _ in range(2)]
+        self._pinned.reverse()
+        return self._pinned[0].send(values, device)
 
-    def _scratch_for(self, region: Tensor) -> Tensor | None:
+    def _scratch_like(self, region: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Memory for a tile's bits, or for its float32 values."""
         if region.device.type != "cpu" or region.numel() > _TILE_ELEMENTS:
             return None
         if self._scratch is None:
-            self._scratch = torch.empty(_TILE_ELEMENTS, dtype=torch.float32)
-        return self._scratch
+            self._scratch = torch.empty(2, _TILE_ELEMENTS, dtype=torch.float32)
+        return self._scratch[0].view(region.dtype) if dtype is None else self._scratch[1]
+
+
+class _Pinned:
+    """A pinned buffer, and the event after which it may be filled again."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def send(self, values: Tensor, device: torch.device) -> Tensor:
+        self._sent.synchronize()
+        pinned = self._buffer[: values.nbytes].view(values.dtype).view(values.shape)
+        pinned.copy_(values)
+        sent = pinned.to(device, non_blocking=True)
+        self._sent.record(torch.cuda.current_stream(device))
+        return sent
 
 
 def _nonfinite(what: str) -> str:
