@@ -15,7 +15,7 @@ from helpers.engine import Model, Rank, Shape, checkpoint
 from octavo.errors import CoverageError, LoaderError
 from octavo.layerwise import Session
 
-SHAPE = Shape(hidden=256, inner=320, heads=8, kv_heads=4, head_dim=32, experts=4, vocab=128)
+SHAPE = Shape(hidden=160, inner=208, heads=8, kv_heads=4, head_dim=24, experts=4, vocab=128)
 
 
 def online(rank: Rank, scheme: str | None, pairs: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
@@ -103,8 +103,8 @@ def test_coverage_is_checked_before_a_weight_is_read(tmp_path: Path) -> None:
     with pytest.raises(CoverageError) as caught:
         Session(Model(SHAPE), "fp8_channel").record(folder)
     text = str(caught.value)
-    assert "layers.0.mlp.gate_up_proj.weight [640, 256]: nothing would write [320:640, 0:256]" in text
-    assert "norm.weight [256]: no checkpoint tensor goes there" in text
+    assert "layers.0.mlp.gate_up_proj.weight [416, 160]: nothing would write [208:416, 0:160]" in text
+    assert "norm.weight [160]: no checkpoint tensor goes there" in text
 
 
 def test_a_box_that_two_tensors_write_is_found_from_headers(tmp_path: Path) -> None:

@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from .. import modules, schemes
 from ..checkpoint import Checkpoint
@@ -143,7 +146,8 @@ class Session:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self._follow:
-                stack.callback(register_module_parameter_registration_hook(self._registered).remove)
+                stack.callback(register_module_parameter_registration_hook(self._registered).remove)  # type: ignore[arg-type]
+                stack.callback(register_module_buffer_registration_hook(self._replaced).remove)
                 stack.callback(self._lend_load_weights())
                 stack.enter_context(Functions(self.intake))
                 stack.enter_context(Operations(self.intake))
@@ -266,21 +270,24 @@ class Session:
                     set_tensor(item, face, on_meta(item, face))
             item.real = item.quantized = None
 
-    def _registered(self, module: nn.Module, leaf: str, parameter: nn.Parameter | None) -> None:
-        """A loader gave a module a parameter."""
+    def _registered(self, module: nn.Module, leaf: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        """A loader gives a module a parameter; returns the one that takes its place, if there is one."""
         if self.intake.paused or parameter is None or (layer := self.inventory.layer_of(module)) is None:
-            return
+            return None
         known = self.inventory.find(parameter)
         if known is not None and known.virtual:  # the same parameter in another place, or seen in another shape
             known.faces = [face for face in known.faces if (face.module, face.leaf) != (module, leaf)]
             known.faces.append(Face(module, leaf, parameter))
-            return
+            return None
+        present: nn.Parameter | None = self._replaced(module, leaf, parameter)
+        if present is not None:
+            return present
         if layer.finished:
             layer = Layer(layer.name, module, late=True)
             self.inventory.layers.append(layer)
         item = self.inventory.add(layer, leaf, parameter)
         if item is None:
-            return
+            return None
         item.decision = Decision(None, "registered while loading")
         self.report.kept[item.name] = item.decision.reason
         self.inventory.track(item, parameter)
@@ -290,6 +297,21 @@ class Session:
         else:  # the loader's own: it may hold its values already
             item.required, item.real = False, parameter.detach()
             self.ledger.hold(item.nbytes)
+        return None
+
+    def _replaced(self, module: nn.Module, leaf: str, tensor: Tensor | None) -> Any:
+        """A loader puts a tensor of its own in an item's place: it is copied there instead."""
+        present = module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+        item = None if self.intake.paused or tensor is None else self.inventory.find(present)
+        if tensor is None or present is None or item is None or not item.virtual:
+            return None
+        if present.shape != tensor.shape:
+            raise LoaderError(
+                f"{item.name} {list(present.shape)}: a loader puts a tensor of another shape in its place, "
+                f"{list(tensor.shape)}"
+            )
+        self.intake.copy(item, present.detach(), tensor.detach())
+        return present
 
     # -- pairs --------------------------------------------------------------------------------------------------------
 
