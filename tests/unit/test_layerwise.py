@@ -304,6 +304,37 @@ def test_tied_parameters_stay_one_and_every_owner_is_finished() -> None:
     assert session.report.kept == {"a.weight": "tied: 2 modules share it"}
 
 
+def test_slices_of_one_storage_are_loaded_where_they_are() -> None:
+    flat = torch.zeros(3 * 64)
+    model = nn.ModuleDict({name: nn.LayerNorm(64, bias=False) for name in "abc"})
+    for index, layer in enumerate(model.values()):
+        layer.weight = nn.Parameter(flat[index * 64 : (index + 1) * 64])
+    values = {f"{name}.weight": torch.full((64,), float(index + 1)) for index, name in enumerate("abc")}
+    with Session(model, None) as session:
+        session.load(values.items())
+    assert torch.equal(flat, torch.cat(list(values.values())))
+    assert len(session.report.notes) == 3
+    with session:
+        session.load([("b.weight", torch.zeros(64))])
+    assert float(flat.sum()) == 64 * 4
+
+
+def test_parameters_that_share_memory_are_one() -> None:
+    model = nn.ModuleDict({"a": nn.LayerNorm(64, bias=False), "b": nn.LayerNorm(64, bias=False)})
+    model["b"].weight.data = model["a"].weight.data
+    with Session(model, None) as session:
+        session.load([("a.weight", torch.full((64,), 2.0))])
+    assert torch.equal(model["b"].weight, torch.full((64,), 2.0))
+    assert model["a"].weight.data_ptr() == model["b"].weight.data_ptr()
+
+
+def test_an_optional_bias_may_come_after_its_layer_was_finished() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 8), "b": nn.LayerNorm(64, bias=False)})
+    with Session(model, "fp8_channel", optional=["a.bias"]) as session:
+        session.load([("a.weight", torch.ones(8, 64)), ("b.weight", torch.ones(64)), ("a.bias", torch.arange(8.0))])
+    assert torch.equal(model["a"].bias, torch.arange(8.0))
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_bias_that_a_loader_registers_is_loaded_too(when: str) -> None:
     model = nn.ModuleDict({"a": nn.Linear(64, 8, bias=False), "b": nn.LayerNorm(64)})

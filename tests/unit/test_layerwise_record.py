@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from helpers import SCHEMES, same_bytes, write_checkpoint
 from helpers.engine import Model, Rank, Shape, checkpoint
+from octavo import schemes
 from octavo.errors import CoverageError, LoaderError
 from octavo.layerwise import Session
 
@@ -142,6 +143,32 @@ def test_a_transform_that_moves_is_part_of_the_plan_and_tensors_that_nothing_tak
     assert dict(plan.unused) == {"extra": "no parameter of this rank takes it"}
     session.stream(plan)
     assert same_bytes(model["a"].weight.data, weight.t().contiguous())
+
+
+def test_tensors_that_a_loader_joins_keep_their_parts_both_ways(tmp_path: Path) -> None:
+    """Gate and up of 100 rows each are blocks of their own, even where the loader makes one tensor of them first."""
+    gate, up = (torch.randn(100, 64, generator=torch.Generator().manual_seed(i)).bfloat16() for i in (1, 2))
+    folder = write_checkpoint(tmp_path, {"gate": gate, "up": up})
+
+    def loading(model: nn.ModuleDict) -> Any:
+        def load(pairs: Iterable[tuple[str, Tensor]]) -> None:
+            found = dict(pairs)
+            model["a"].weight.data.copy_(torch.cat([found["gate"], found["up"]]))
+
+        return load
+
+    for scheme in SCHEMES:
+        for way in ("direct", "layer", "plan"):
+            model = nn.ModuleDict({"a": nn.Linear(64, 200, bias=False, dtype=torch.bfloat16)})
+            session = Session(model, scheme, direct=way == "direct")
+            if way == "plan":
+                session.stream(session.record(folder, loading(model)))
+            else:
+                with session:
+                    loading(model)(session.pairs([("gate", gate), ("up", up)]))
+            q, scale = schemes.quantize(torch.cat([gate, up]), scheme, (100, 100))
+            assert same_bytes(model["a"].weight.data, q), (scheme, way)
+            assert same_bytes(model["a"].weight_scale.data, scale), (scheme, way)
 
 
 def test_a_checkpoint_of_another_dtype_is_cast_by_the_loader(tmp_path: Path) -> None:

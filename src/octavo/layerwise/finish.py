@@ -142,7 +142,7 @@ class LayerFinisher:
         way = "function" if session.provider is not None else _way(layer)
         with undisturbed():
             for item in layer.items:
-                if not item.settled:
+                if not item.settled and (item.required or not item.gaps):
                     self._settle(item)
         if session.provider is not None and not layer.late:
             for item in layer.items:

@@ -115,11 +115,12 @@ class Intake:
     def copy(self, item: Item, view: Tensor, values: Tensor) -> None:
         if values.is_meta and view.numel():
             raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
-        source = self.sources.of(values)
         with self.quiet():
-            self._turn_to(item, source)
-            values = values.expand(view.shape)
-            self._put(item, self._trace(item, view, source, values), values, source, view)
+            view = item.on_twin(view) if item.virtual else view
+            for place, taken, source in self.sources.split(view, values):
+                self._turn_to(item, source)
+                taken = taken.expand(place.shape)
+                self._put(item, self._trace(item, place, source, taken), taken, source, place)
 
     def put(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> None:
         """Boxes of an item, and where ``values`` holds theirs: offsets and strides are those of its storage."""
@@ -198,6 +199,9 @@ class Intake:
     def derived(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         self.sources.derived(inputs, outputs)
 
+    def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
+        self.sources.joined(tensors, dim, result)
+
     def mutated(self, tensor: Tensor) -> None:
         if self._held and any(storage_key(held.values) == storage_key(tensor) for held in self._held):
             with self.quiet():
@@ -240,12 +244,13 @@ class Intake:
 
     def _claim(self, item: Item, boxes: Sequence[Box], source: Source) -> None:
         """A box may be written once, or again by the pair that wrote it: what counts is the result."""
-        if item.settled and not self._updating and self._duplicates == "error" and item.required:
+        loose = item.is_buffer and not item.required  # a table that the loader may fill as it likes
+        if item.settled and not self._updating and self._duplicates == "error" and not loose:
             raise CoverageError(
                 f"{item.name}{''.join(map(str, boxes[:1]))}: {source.name} comes when the layer is complete and "
                 "finished. Two tensors for one box are an error; with duplicates='update' the later one wins."
             )
-        for box in boxes if item.required else ():
+        for box in () if loose else boxes:
             again = item.gaps.written(box)
             if again is None:
                 continue

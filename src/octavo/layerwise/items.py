@@ -206,6 +206,7 @@ class Inventory:
         self.layers: list[Layer] = []
         self.items: list[Item] = []
         self._by_face: dict[int, Item] = {}
+        self._by_place: dict[Any, Item] = {}
         self._by_storage: dict[int, list[tuple[Item, Any]]] = {}
         for path, module in model.named_modules():
             held = [*module._parameters.items(), *module._buffers.items()]
@@ -219,8 +220,10 @@ class Inventory:
     def add(self, layer: Layer, leaf: str, tensor: Tensor) -> Item | None:
         """A parameter or buffer of a layer; None for one that is known already, under another name."""
         face = Face(layer.module, leaf, tensor)
-        known = self._by_face.get(id(tensor))
+        place = (storage_key(tensor), offset_of(tensor), tuple(tensor.shape), tuple(tensor.stride()))
+        known = self._by_face.get(id(tensor)) or (self._by_place.get(place) if tensor.numel() else None)
         if known is not None:
+            self._by_face[id(tensor)] = known
             known.faces.append(face)
             if layer not in known.layers:
                 known.layers.append(layer)
@@ -239,7 +242,7 @@ class Inventory:
         )
         self.items.append(item)
         layer.items.append(item)
-        self._by_face[id(tensor)] = item
+        self._by_face[id(tensor)] = self._by_place[place] = item
         return item
 
     def drop(self, names: Collection[str]) -> None:

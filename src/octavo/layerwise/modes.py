@@ -77,6 +77,9 @@ class Receiver(Protocol):
     def derived(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Some operation made tensors of others."""
 
+    def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
+        """``torch.cat``."""
+
     def mutated(self, tensor: Tensor) -> None:
         """A tensor that is no item's is about to be written."""
 
@@ -166,6 +169,8 @@ class Operations(PlainDispatchMode):
         for tensor in written(func, args, kwargs):
             receiver.mutated(tensor)
         result = func(*args, **kwargs)
+        if func.overloadpacket is aten.cat:
+            receiver.joined(inputs, args[1] if len(args) > 1 else 0, result)
         receiver.derived(inputs, tensors_in(result) if inputs else ())
         return result
 

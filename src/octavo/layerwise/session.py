@@ -32,7 +32,7 @@ from ..sinks import ParameterSink, Storage
 from ..stream import Stream
 from .finish import LayerFinisher, Provider, on_meta, set_tensor
 from .intake import Intake
-from .items import Face, Inventory, Item, Layer, decide
+from .items import Face, Inventory, Item, Layer, decide, offset_of
 from .modes import Functions, Operations
 from .record import Loader, Recording, record
 from .report import Event, LayerwiseReport, Ledger
@@ -242,7 +242,7 @@ class Session:
             self.inventory.track(item, face)
             if face.is_meta:
                 item.twin = face.detach()
-            elif storage_key(face) in stays or not face.untyped_storage().resizable():
+            elif storage_key(face) in stays or not _owns_its_storage(face):
                 item.real = face.detach()
                 self.ledger.hold(item.nbytes)
                 if item.required:
@@ -461,8 +461,10 @@ class Session:
                     set_tensor(item, face, lent)
             else:
                 holder: Any = face.module._buffers if item.is_buffer else face.module._parameters
-                item.twin, item.real, item.required = None, holder[face.leaf].detach(), not item.is_buffer
-                self.inventory.track(item, holder[face.leaf])
+                tensor = holder[face.leaf]
+                item.twin, item.real, item.required = None, tensor.detach(), not item.is_buffer
+                item.offset, item.strides = offset_of(tensor), tuple(tensor.stride())
+                self.inventory.track(item, tensor)
 
     def _end_update(self) -> None:
         """The model has its FP8 parameters again: the same objects, at the same addresses."""
@@ -508,6 +510,12 @@ def load_by_name(model: nn.Module, pairs: Iterable[Pair]) -> None:
             raise CoverageError(f"{name} is {list(target.shape)} in the model, {list(tensor.shape)} in the source")
         else:
             target.data.copy_(tensor)
+
+
+def _owns_its_storage(tensor: Tensor) -> bool:
+    """Whether memory that is given back was this tensor's alone (views of one storage keep it)."""
+    storage = tensor.untyped_storage()
+    return storage.resizable() and storage.nbytes() == tensor.nbytes
 
 
 def _is_about(error: BaseException, item: Item) -> bool:

@@ -6,7 +6,7 @@ pair is numbered, and storages remember which pair their values came from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -29,12 +29,21 @@ class Source(NamedTuple):
 LOADER = Source(0, "the loader")
 
 
+class _Joined(NamedTuple):
+    """A tensor that was concatenated of several."""
+
+    shape: tuple[int, ...]
+    dim: int
+    parts: tuple[tuple[int, Source | None], ...]  # lengths along dim, and whose values
+
+
 class Sources:
     """The pair in hand, and the storages that hold values of pairs."""
 
     def __init__(self) -> None:
         self.current: Source | None = None
         self._of_storage: dict[int, tuple[Any, Source | None]] = {}
+        self._joined: dict[int, tuple[Any, _Joined]] = {}
         self._count, self._purge_at = 0, 64
 
     def take(self, name: str, tensor: Tensor) -> None:
@@ -43,6 +52,7 @@ class Sources:
         self.current = Source(self._count, name, True)
         if len(self._of_storage) > self._purge_at:
             self._of_storage = {key: found for key, found in self._of_storage.items() if not found[0].expired()}
+            self._joined = {key: found for key, found in self._joined.items() if not found[0].expired()}
             self._purge_at = 2 * len(self._of_storage) + 64
         found = storage_key(tensor)
         if found is not None:
@@ -81,11 +91,40 @@ class Sources:
                 key = storage_key(output)
                 if key is not None and key not in self._of_storage:
                     self._remember(key, output, known[1])
+                    joined = self._joined.get(storage_key(tensor) or 0)
+                    if joined is not None and joined[1].shape == tuple(output.shape):
+                        self._joined[key] = (self._of_storage[key][0], joined[1])
             return
+
+    def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
+        """``torch.cat``: its parts are still those of their pairs."""
+        known = [self._of_storage.get(storage_key(tensor) or 0) for tensor in tensors]
+        if sum(found is not None for found in known) < 2:
+            return
+        self.derived(tensors, [result])
+        key = storage_key(result)
+        if key is None or key not in self._of_storage:
+            return
+        dim %= result.ndim
+        parts = [(t.shape[dim], found and found[1]) for t, found in zip(tensors, known, strict=True) if t.numel()]
+        self._joined[key] = (self._of_storage[key][0], _Joined(tuple(result.shape), dim, tuple(parts)))
+
+    def split(self, view: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Source]]:
+        """A write, cut where values of one pair end and those of another begin."""
+        joined = self._joined.get(storage_key(values) or 0)
+        if joined is None or not joined[1].shape == tuple(values.shape) == tuple(view.shape) or values.storage_offset():
+            yield view, values, self.of(values)
+            return
+        _, dim, parts = joined[1]
+        start = 0
+        for length, source in parts:
+            yield view.narrow(dim, start, length), values.narrow(dim, start, length), source or self.of(values)
+            start += length
 
     def clear(self) -> None:
         self.current = None
         self._of_storage.clear()
+        self._joined.clear()
 
 
 def storage_key(tensor: Tensor) -> int | None:
