@@ -171,6 +171,7 @@ class LayerFinisher:
         intake = self._session.intake
         intake.press_rest(item)
         storage, _ = item.quantized_storage()
+        self._session.ledger.hold(-storage.nbytes)
         parts = cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
         odd = storage.seal(parts)
         if odd is not None:
@@ -178,8 +179,7 @@ class LayerFinisher:
                 f"{item.name}{odd}: was quantized as it came, but shares scale groups with other boxes of its tensor. "
                 "Load it with direct=False."
             )
-        assert storage.scale is not None
-        self._session.ledger.hold(storage.scale.nbytes)
+        self._session.ledger.hold(storage.nbytes)
         intake.release(item)
         for face in item.faces:  # whoever still holds the parameter holds no memory
             if item.virtual and not face.tensor.is_meta:

@@ -325,7 +325,7 @@ class Intake:
     def _storage(self, item: Item) -> QuantizedStorage:
         storage, new = item.quantized_storage()
         if new:
-            self.ledger.hold(storage.weight.nbytes)
+            self.ledger.hold(storage.nbytes)
         return storage
 
     def _real(self, item: Item, view: Tensor) -> Tensor:

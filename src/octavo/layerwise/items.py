@@ -319,6 +319,8 @@ def kind_of(item: Item) -> str:
     module, leaf = item.faces[0].module, item.faces[0].leaf
     if item.is_buffer:
         return "buffer"
+    if not item.numel:
+        return "empty"
     if len(item.faces) > 1:
         return f"tied: {len(item.faces)} modules share it"
     if type(module) is nn.Linear and leaf == "weight":

@@ -150,6 +150,14 @@ class QuantizedStorage:
     scale: Tensor | None = None
     _grids: list[tuple[Box, Tensor]] = field(default_factory=list)  # scales of boxes, while parts are not known
 
+    def __post_init__(self) -> None:
+        if self.scale is None and self.scheme.group_rows == 1:  # scales are the same whatever the parts
+            self.scale = self._empty_scale(None)
+
+    def _empty_scale(self, parts: Sequence[int] | None) -> Tensor:
+        shape = self.scheme.scale_shape(self.weight.shape, parts)
+        return torch.empty(shape, dtype=self.scheme.scale_dtype, device=self.weight.device)
+
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + (0 if self.scale is None else self.scale.nbytes)
@@ -183,7 +191,7 @@ class QuantizedStorage:
         """Quantize ``values`` of the piece's size, which holds whole scale groups."""
         box = Box.of(piece)
         grid = quantizer.quantize(piece.region(self.weight), values, dtype, self.scheme, what)
-        if self.parts is None:
+        if self.scale is None:
             self._grids.append((box, grid))
         else:
             self._store(box, grid)
@@ -195,22 +203,21 @@ class QuantizedStorage:
         for box, _ in self._grids:
             if not self.holds_groups(box):
                 return box
-        shape = self.scheme.scale_shape(self.weight.shape, self.parts)
-        self.scale = torch.empty(shape, dtype=self.scheme.scale_dtype, device=self.weight.device)
+        self.scale = self._empty_scale(self.parts) if self.scale is None else self.scale
         for box, grid in self._grids:
             self._store(box, grid)
         self._grids = []
         return None
 
     def _store(self, box: Box, grid: Tensor) -> None:
-        assert self.parts is not None
         assert self.scale is not None
         found = self._part_of(box)
         assert found is not None
         index, start, _ = found
-        *lead, _, cols = self.weight.shape
-        cell_rows = [self.scheme.cells(rows, cols)[0] for rows in self.parts]
-        row = sum(cell_rows[:index]) + (box.off[-2] - start) // (self.scheme.group_rows or self.parts[index])
+        *lead, total, cols = self.weight.shape
+        parts = self.parts or (total,)
+        cell_rows = [self.scheme.cells(rows, cols)[0] for rows in parts]
+        row = sum(cell_rows[:index]) + (box.off[-2] - start) // (self.scheme.group_rows or parts[index])
         col = box.off[-1] // (self.scheme.group_cols or cols)
         cells = self.scale.view(*lead, sum(cell_rows), self.scheme.cells(1, cols)[1])
         place = cells[(*box.slices[:-2], slice(row, row + grid.shape[-2]), slice(col, col + grid.shape[-1]))]
@@ -218,9 +225,9 @@ class QuantizedStorage:
 
     def _part_of(self, box: Box) -> tuple[int, int, int] | None:
         """The part that holds a box: its number, first row and end. Where rows have their own groups, all are one."""
-        assert self.parts is not None
         if self.scheme.group_rows == 1:
             return 0, 0, self.weight.shape[-2]
+        assert self.parts is not None
         start = 0
         for index, rows in enumerate(self.parts):
             if start <= box.off[-2] and box.end[-2] <= start + rows:
