@@ -192,3 +192,48 @@ def test_sessions_that_can_not_record_say_so(tmp_path: Path) -> None:
     plan = first.record(folder)
     with pytest.raises(LoaderError, match="not recorded by this session"):
         second.stream(plan)
+
+
+class Dequantized:
+    """Takes an FP8 checkpoint with block scales: hands on a bf16 weight when both halves have come."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, tensor: Tensor) -> Any:
+        if not name.endswith(("proj.weight", "proj.weight_scale_inv")):
+            return name, tensor
+        stem = name.removesuffix("_scale_inv")
+        if stem not in self.waiting:
+            self.waiting[stem] = tensor
+            return None
+        other = self.waiting.pop(stem)
+        weight, scale = (other, tensor) if name.endswith("_inv") else (tensor, other)
+        rows, cols = weight.shape
+        spread = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :cols]
+        return stem, (weight.float() * spread).bfloat16()
+
+
+@pytest.mark.parametrize("way", ["online", "plan"])
+def test_a_transform_dequantizes_an_fp8_source_before_the_loader_sees_it(way: str, tmp_path: Path) -> None:
+    source, plain = {}, {}
+    for name, tensor in checkpoint(SHAPE).items():
+        if not name.endswith("proj.weight"):
+            source[name] = plain[name] = tensor
+            continue
+        q, scale = schemes.quantize(tensor, "fp8_block")
+        source[name], source[f"{name}_scale_inv"] = q, scale
+        plain[name] = schemes.dequantize(q, scale, "fp8_block").bfloat16()
+    expected = online(Rank(1, 2), "fp8_channel", plain)
+    model = Model(SHAPE, Rank(1, 2))
+    session = Session(model, "fp8_channel", transform=Dequantized())
+    if way == "online":
+        with session:
+            model.load_weights(source.items())
+    else:
+        session.stream(session.record(write_checkpoint(tmp_path, source)))
+        assert session.recording is not None
+        assert "computed by" in session.recording.online["layers.0.mlp.down_proj.weight"]
+        assert "norm.weight" not in session.recording.online
+    for name, parameter in model.named_parameters():
+        assert same_bytes(parameter.data, expected[name].data), name

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from ..plan import DEFAULT_STAGING_BYTES
-from .session import Finish, Session, Transform
+from .pairs import Transform
+from .session import Finish, Session
 from .update import update
 
 

@@ -34,14 +34,12 @@ from .finish import LayerFinisher, Provider, on_meta, set_tensor
 from .intake import Intake
 from .items import Face, Inventory, Item, Layer, decide, offset_of
 from .modes import Functions, Operations
+from .pairs import Pair, Pairs, Transform, load_by_name, transformed
 from .record import Loader, Recording, record
 from .report import Event, LayerwiseReport, Ledger
 from .sources import storage_key
 from .storage import QuantizedStorage, Quantizer
 
-Pair = tuple[str, Tensor]
-#: sees each pair before the loader: returns what takes its place (a pair, or several), or None to drop it
-Transform = Callable[[str, Tensor], "Pair | Iterable[Pair] | None"]
 Finish = str | Recipe | Mapping[str, Any] | Provider | None
 
 
@@ -317,7 +315,8 @@ class Session:
 
     def pairs(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
         """The pairs, through ``transform``; tells the session where one ends and the next begins."""
-        return _Pairs(self, pairs)
+        self._saw_pairs = True
+        return Pairs(self.intake, pairs, self.transform)
 
     def load(self, pairs: Iterable[Pair]) -> None:
         """Load pairs by the parameters' own ``weight_loader``, or by a copy: for models without ``load_weights``.
@@ -377,7 +376,7 @@ class Session:
 
     def _transforming(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
         for name, tensor in pairs:
-            yield from self.transformed(name, tensor)
+            yield from transformed(self.transform, name, tensor)
 
     def dummy(self, seed: int = 0) -> None:
         """Random weights of the right shapes, layer by layer: for benchmarks without a checkpoint.
@@ -411,7 +410,7 @@ class Session:
         before = {name: attributes[name]} if name in attributes else {}
 
         def load_weights(pairs: Iterable[Pair], *args: Any, **kwargs: Any) -> Any:
-            return original(pairs if isinstance(pairs, _Pairs) else self.pairs(pairs), *args, **kwargs)
+            return original(pairs if isinstance(pairs, Pairs) else self.pairs(pairs), *args, **kwargs)
 
         attributes[name] = load_weights
 
@@ -420,18 +419,6 @@ class Session:
             attributes.update(before)
 
         return restore
-
-    def transformed(self, name: str, tensor: Tensor) -> list[Pair]:
-        """What takes a pair's place."""
-        self._saw_pairs = True
-        if self.transform is None:
-            return [(name, tensor)]
-        with self.intake.quiet():
-            made = self.transform(name, tensor)
-            if made is None:
-                return []
-            one = isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], str)
-            return [made] if one else list(made)  # type: ignore[list-item, arg-type]
 
     # -- updating in place --------------------------------------------------------------------------------------------
 
@@ -496,20 +483,8 @@ class Session:
         return UpdateError(text, new, old, torn)
 
 
-def load_by_name(model: nn.Module, pairs: Iterable[Pair]) -> None:
-    """Each tensor to the parameter or buffer of its name, by its ``weight_loader`` or by a copy."""
-    targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    for name, tensor in pairs:
-        if name not in targets:
-            raise CoverageError(f"{name}: the model has no such parameter. Rename or drop it in a transform.")
-        target = targets[name]
-        loader = getattr(target, "weight_loader", None)
-        if loader is not None:
-            loader(target, tensor)
-        elif target.shape != tensor.shape:
-            raise CoverageError(f"{name} is {list(target.shape)} in the model, {list(tensor.shape)} in the source")
-        else:
-            target.data.copy_(tensor)
+def _listed(names: list[str]) -> str:
+    return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
 
 
 def _owns_its_storage(tensor: Tensor) -> bool:
@@ -520,24 +495,3 @@ def _owns_its_storage(tensor: Tensor) -> bool:
 
 def _is_about(error: BaseException, item: Item) -> bool:
     return str(error).partition("[")[0] == item.name
-
-
-def _listed(names: list[str]) -> str:
-    return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
-
-
-class _Pairs(Iterator[Pair]):
-    """Pairs on their way to a loader."""
-
-    def __init__(self, session: Session, pairs: Iterable[Pair]) -> None:
-        self._session, self._pairs = session, iter(pairs)
-        self._ready: list[Pair] = []
-
-    def __next__(self) -> Pair:
-        self._session.intake.turn()
-        while not self._ready:
-            name, tensor = next(self._pairs)
-            self._ready = self._session.transformed(name, tensor)
-        pair = self._ready.pop(0)
-        self._session.intake.take(*pair)
-        return pair

@@ -18,8 +18,9 @@ from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from .items import Item, offset_of
+from .pairs import Pair, Transform
 from .report import LayerwiseReport
-from .session import Pair, Session, Transform
+from .session import Session
 
 
 @dataclass(frozen=True)
