@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable
 from typing import Any
 
@@ -488,6 +489,38 @@ def test_memory_never_exceeds_the_fp8_model_and_one_layer() -> None:
         largest = max(layer.loaded_bytes for layer in report.layers)
         kept = max(layer.loaded_bytes for layer in report.layers if layer.loaded_bytes == layer.final_bytes)
         assert report.peak_bytes <= final + (kept if direct else largest)
+
+
+def live_bytes() -> int:
+    """Of all storages that Python holds tensors of."""
+    found = {}
+    for tensor in gc.get_objects():
+        if issubclass(type(tensor), Tensor) and not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "layer"])
+def test_no_more_is_alive_than_what_is_promised(direct: bool) -> None:
+    """Counted from outside: every tensor that exists whenever the loader asks for another."""
+    shape = Shape(hidden=512, inner=512, experts=8, layers=4)
+    pairs = checkpoint(shape, moe=True)
+    with torch.device("meta"):
+        model = Model(shape, moe=True)
+    before, alive = live_bytes(), []
+
+    def transform(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+        alive.append(live_bytes() - before)
+        return name, tensor
+
+    with Session(model, "fp8_channel", "cpu", transform=transform, direct=direct) as session:
+        model.load_weights(pairs.items())
+    final = sum(parameter.nbytes for parameter in model.parameters())
+    scratch = 4 << 20  # of a tile: its bits and its float32 values
+    layer = 0 if direct else max(layer.loaded_bytes for layer in session.report.layers)
+    assert alive[0] == 0
+    assert max(alive) <= final + scratch + layer < sum(tensor.nbytes for tensor in pairs.values())
 
 
 def test_a_session_says_what_is_wrong_with_its_arguments() -> None:

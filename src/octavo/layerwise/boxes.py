@@ -40,11 +40,14 @@ class Box(NamedTuple):
 
     def common(self, other: Box) -> Box | None:
         """Where both overlap."""
-        low = tuple(max(a, b) for a, b in zip(self.off, other.off, strict=True))
-        high = tuple(min(a, b) for a, b in zip(self.end, other.end, strict=True))
-        if any(a >= b for a, b in zip(low, high, strict=True)):
-            return None
-        return Box(low, tuple(b - a for a, b in zip(low, high, strict=True)))
+        off, size = [], []
+        for a, n, b, m in zip(self.off, self.size, other.off, other.size, strict=True):
+            low, high = max(a, b), min(a + n, b + m)
+            if low >= high:
+                return None
+            off.append(low)
+            size.append(high - low)
+        return Box(tuple(off), tuple(size))
 
     def without(self, other: Box) -> Iterator[Box]:
         """What of this box is outside of ``other``, as disjoint boxes."""
@@ -81,11 +84,13 @@ class Gaps:
         """A part of ``box`` that is no gap any more, or None."""
         left = [box] if box.numel else []
         for gap in self.boxes:
+            if not left:
+                break
             left = [rest for part in left for rest in part.without(gap)]
         return left[0] if left else None
 
     def fill(self, box: Box) -> None:
-        self.boxes = [rest for gap in self.boxes for rest in gap.without(box)]
+        self.boxes = [rest for gap in self.boxes for rest in gap.without(box)] if box.numel else self.boxes
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, sorted(self.boxes)[:4]))

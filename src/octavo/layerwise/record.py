@@ -38,6 +38,7 @@ Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]
 class _Record:
     """What a dry run found out about one item."""
 
+    gaps: Gaps
     pieces: list[Piece] = field(default_factory=list)
     sources: set[str] = field(default_factory=set)
     breaks: str | None = None  # why its pieces don't tell its values
@@ -96,7 +97,7 @@ class Recorder(PlainDispatchMode):
         for view, item in targets:
             if not view.numel():
                 continue
-            record = self.records.setdefault(item.name, _Record())
+            record = self.records.setdefault(item.name, _Record(Gaps(item.shape)))
             values = args[1] if func.overloadpacket is aten.copy_ else None
             if isinstance(values, Symbolic):
                 self._copy(item, record, view, values)
@@ -123,11 +124,8 @@ class Recorder(PlainDispatchMode):
         except ValueError as error:
             record.breaks = str(error)
             return
-        gaps = Gaps(item.shape)
-        for known in record.pieces:
-            gaps.fill(Box.of(known))
         for piece in made:
-            if (again := gaps.written(Box.of(piece))) is not None:
+            if (again := record.gaps.written(Box.of(piece))) is not None:
                 others = {p.src_name for p in record.pieces if again.common(Box.of(p))}
                 if others == {piece.src_name}:
                     record.breaks = "the loader writes it more than once"
@@ -135,8 +133,8 @@ class Recorder(PlainDispatchMode):
                     self.problems.append(
                         f"{item.name}{again} is written twice: by {', '.join(sorted(others))}, and by {piece.src_name}"
                     )
-            gaps.fill(Box.of(piece))
-        record.pieces += made
+            record.gaps.fill(Box.of(piece))
+            record.pieces.append(piece)
         if values.dtype != item.dtype:
             record.breaks = f"cast from {dtypes.short(values.dtype)} to {dtypes.short(item.dtype)}"
 
@@ -223,12 +221,11 @@ def record(
     online, sources = _online(inventory, records, recorder.read_values)
     problems = list(recorder.problems)
     for item in inventory.items:
-        found = records.get(item.name, _Record())
-        gaps = Gaps(item.shape)
-        for box in (*map(Box.of, found.pieces), *item.padding):
-            gaps.fill(box)
-        if gaps and item.required and found.breaks is None:
-            what = f"nothing would write {gaps}" if found.pieces else "no checkpoint tensor goes there"
+        found = records.get(item.name) or _Record(Gaps(item.shape))
+        for box in item.padding:
+            found.gaps.fill(box)
+        if found.gaps and item.required and found.breaks is None:
+            what = f"nothing would write {found.gaps}" if found.pieces else "no checkpoint tensor goes there"
             problems.append(f"{item.name} {list(item.shape)}: {what}")
     raise_problems(CoverageError, f"{checkpoint.path} into {type(inventory.model).__name__}", problems)
 

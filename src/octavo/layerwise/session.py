@@ -72,7 +72,9 @@ class Session:
             raise LoaderError(f"finish is {finish!r}: not a scheme, a recipe, a function of a layer, or None")
         self.report, self.ledger = LayerwiseReport(), Ledger()
         self.loaded = self.failed = self.active = False
-        self.inventory = Inventory(model, None if device is None else usable_device(device))
+        # with its index, as tensors have it: loaders compare
+        where = None if device is None else torch.empty(0, device=usable_device(device)).device
+        self.inventory = Inventory(model, where)
         self._optional = (optional,) if isinstance(optional, str) else tuple(optional)
         self._direct, self._duplicates = direct and self.provider is None, duplicates
         self._quantizer = Quantizer(staging_bytes)
