@@ -185,6 +185,8 @@ class Session:
             self._end_update()
         elif error is None:
             self.loaded = True
+            # modules that the loader took out of the model
+            self.inventory.drop({item.name for item in self.inventory.items if item.virtual and not item.settled})
         else:
             self.failed = True
             self._abandon()
@@ -200,17 +202,28 @@ class Session:
         advice = "" if self.updating else "Parameters that are right without a tensor can be named: optional=[...]."
         raise_problems(CoverageError, type(self.model).__name__, problems, advice)
         if not self.updating:
+            self._note_strangers()
+            present = {id(module) for module in self.model.modules()}
             with self.intake.quiet():
                 for layer in self.inventory.layers:
-                    if not layer.finished:  # nothing of it was to be loaded
+                    if not layer.finished and id(layer.module) in present:  # nothing of it was to be loaded
                         self.intake.finish(layer)
         self._quantizer.check()
 
+    def _note_strangers(self) -> None:
+        """Modules that the loader built and put into the model are its own."""
+        known = {id(layer.module) for layer in self.inventory.layers}
+        for path, module in self.model.named_modules() if self.provider is None else ():
+            if id(module) not in known and any(p is not None for p in module._parameters.values()):
+                self.report.notes.append(f"{path}: a module that came while loading; it stays as it came")
+
     def _coverage_problems(self) -> list[str]:
-        problems = []
+        problems, present = [], {id(module) for module in self.model.modules()}
         for item in self.inventory.items:
             if not item.gaps or (not item.required and item.untouched):
                 continue
+            if not any(id(face.module) in present for face in item.faces):
+                continue  # the loader took the module out of the model
             what = "nothing was loaded" if item.untouched else f"nothing wrote {item.gaps}"
             problems.append(f"{item.name} {list(item.shape)}: {what}")
         return problems
