@@ -259,6 +259,7 @@ def test_a_finish_that_fails_names_the_layer() -> None:
     model = nn.ModuleDict({"a": nn.Linear(64, 8, bias=False)})
     with pytest.raises(LoaderError, match="a: finish failed: ValueError: no kernel"), Session(model, finish) as session:
         session.load([("a.weight", torch.ones(8, 64))])
+    assert model["a"].weight.is_meta
 
 
 def test_names_and_shapes_that_do_not_fit_are_said() -> None:

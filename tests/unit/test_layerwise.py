@@ -380,6 +380,12 @@ def test_declared_padding_needs_no_tensor_and_is_zero() -> None:
             q, scale = schemes.quantize(padded, scheme)
             assert same_bytes(model["a"].weight.data, q)
             assert same_bytes(model["a"].weight_scale.data, scale)
+            with session:
+                for _, w in session.pairs([("a", WEIGHT * 3)]):
+                    model["a"].weight.data[:8, :64].copy_(w)
+            q, scale = schemes.quantize(padded * 3, scheme)
+            assert same_bytes(model["a"].weight.data, q)
+            assert same_bytes(model["a"].weight_scale.data, scale)
 
 
 def test_buffers_are_loaded_where_they_are_on_meta_or_written() -> None:

@@ -140,20 +140,29 @@ class LayerFinisher:
         assert not layer.finished
         layer.finished, started, held_bytes = True, now(), session.ledger.held_bytes
         way = "function" if session.provider is not None else _way(layer)
-        with undisturbed():
-            for item in layer.items:
-                if not item.settled and (item.required or not item.gaps):
-                    self._settle(item)
-        if session.provider is not None and not layer.late:
-            for item in layer.items:
-                session.ledger.hold(-item.nbytes)
-                item.real = None
-            run_provider(session.provider, layer, session.model)
-            session.ledger.hold(sum(tensor.nbytes for tensor in storages(layer.module)))
+        try:
+            with undisturbed():
+                for item in layer.items:
+                    if not item.settled and (item.required or not item.gaps):
+                        self._settle(item)
+            if session.provider is not None and not layer.late:
+                self._provide(layer)
+        except BaseException:
+            for item in layer.items:  # whatever became of them, they are not loaded
+                item.settled = False
+            raise
         took = now() - started
         loaded, final = sum(i.nbytes for i in layer.items), sum(tensor.nbytes for tensor in storages(layer.module))
         session.report.layers.append(LayerReport(layer.name, took, loaded, final, way, held_bytes))
         session.ledger.event(Event("finish", layer.name))
+
+    def _provide(self, layer: Layer) -> None:
+        session = self._session
+        for item in layer.items:
+            session.ledger.hold(-item.nbytes)
+            item.real = None
+        run_provider(session.provider, layer, session.model)
+        session.ledger.hold(sum(tensor.nbytes for tensor in storages(layer.module)))
 
     def _settle(self, item: Item) -> None:
         intake = self._session.intake

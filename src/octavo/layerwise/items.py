@@ -106,14 +106,20 @@ class Item:
     @property
     def untouched(self) -> bool:
         """Whether nothing was written."""
-        return not self.writes and self.gaps.boxes == Gaps(self.shape).boxes
+        return not self.writes and self.gaps.boxes == self._all_gaps().boxes
 
     def is_complete(self) -> bool:
         return not self.gaps or not self.required
 
     def restart(self) -> None:
-        """Forget what was written."""
-        self.gaps, self.writes, self.pressed, self.changed = Gaps(self.shape), [], [], False
+        """Forget what was written; all but padding is to come."""
+        self.gaps, self.writes, self.pressed, self.changed = self._all_gaps(), [], [], False
+
+    def _all_gaps(self) -> Gaps:
+        gaps = Gaps(self.shape)
+        for box in self.padding:
+            gaps.fill(box)
+        return gaps
 
     def elements(self, view: Tensor) -> tuple[int, list[int], list[int]]:
         """Offset, sizes and strides of a view of this item, in its elements; a `ValueError` where that can't be."""

@@ -265,8 +265,7 @@ class Session:
                 self.inventory.track(item, item.twin)
             if not item.scheme and not item.is_buffer:
                 self.report.kept[item.name] = item.decision.reason
-            for box in item.padding:
-                item.gaps.fill(box)
+            item.restart()
         for item in self.inventory.items:
             if item.virtual and not item.faces[0].tensor.is_meta:
                 item.give_back()
