@@ -8,6 +8,7 @@ item is *virtual*: its parameter is on meta, or has given its memory back, and v
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -211,8 +212,8 @@ class Inventory:
         self.model, self._device = model, device
         self.layers: list[Layer] = []
         self.items: list[Item] = []
-        self._by_face: dict[int, Item] = {}
-        self._by_place: dict[Any, Item] = {}
+        self._by_face: dict[int, tuple[Item, Any]] = {}  # by address; the weak reference tells whose it is now
+        self._by_place: dict[Any, Item] | None = {}  # storages that parameters share, while the model is walked
         self._by_storage: dict[int, list[tuple[Item, Any]]] = {}
         for path, module in model.named_modules():
             held = [*module._parameters.items(), *module._buffers.items()]
@@ -222,14 +223,15 @@ class Inventory:
                 for leaf, tensor in held:
                     if tensor is not None:
                         self.add(layer, leaf, tensor)
+        self._by_place = None
 
     def add(self, layer: Layer, leaf: str, tensor: Tensor) -> Item | None:
         """A parameter or buffer of a layer; None for one that is known already, under another name."""
         face = Face(layer.module, leaf, tensor)
         place = (storage_key(tensor), offset_of(tensor), tuple(tensor.shape), tuple(tensor.stride()))
-        known = self._by_face.get(id(tensor)) or (self._by_place.get(place) if tensor.numel() else None)
+        known = self._of_face(tensor) or (self._by_place.get(place) if self._by_place and tensor.numel() else None)
         if known is not None:
-            self._by_face[id(tensor)] = known
+            self._by_face[id(tensor)] = known, weakref.ref(tensor)
             known.faces.append(face)
             if layer not in known.layers:
                 known.layers.append(layer)
@@ -248,13 +250,19 @@ class Inventory:
         )
         self.items.append(item)
         layer.items.append(item)
-        self._by_face[id(tensor)] = self._by_place[place] = item
+        self._by_face[id(tensor)] = item, weakref.ref(tensor)
+        if self._by_place is not None:
+            self._by_place[place] = item
         return item
+
+    def _of_face(self, tensor: Tensor) -> Item | None:
+        found = self._by_face.get(id(tensor))
+        return found[0] if found is not None and found[1]() is tensor else None
 
     def drop(self, names: Collection[str]) -> None:
         """Pass over parameters that nobody loads."""
         self.items = [item for item in self.items if item.name not in names]
-        self._by_face = {key: item for key, item in self._by_face.items() if item.name not in names}
+        self._by_face = {key: found for key, found in self._by_face.items() if found[0].name not in names}
         for layer in self.layers:
             layer.items = [item for item in layer.items if item.name not in names]
 
@@ -263,7 +271,7 @@ class Inventory:
         found = {}
         for path, module in self.model.named_modules(remove_duplicate=False):
             for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None and (item := self._by_face.get(id(tensor))) is not None:
+                if tensor is not None and (item := self._of_face(tensor)) is not None:
                     found[f"{path}.{leaf}" if path else leaf] = item
         return found
 
