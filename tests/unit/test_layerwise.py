@@ -97,6 +97,41 @@ def test_row_scales_of_column_parallel_layers_are_slices_of_the_whole(size: int)
         assert same_bytes(mine.data, whole[number * rows : (number + 1) * rows])
 
 
+@pytest.mark.parametrize("size", [2, 4])
+def test_row_parallel_ranks_have_scales_of_their_own_columns(size: int) -> None:
+    """What a rank does not see can't be in its scales: none is larger than that of the whole row, one is as large."""
+    pairs = checkpoint(WIDE)
+    name = "layers.0.self_attn.o_proj.weight"
+    _, whole = schemes.quantize(pairs[name], "fp8_channel")
+    found = []
+    for number in range(size):
+        model = Model(WIDE, Rank(number, size))
+        with Session(model, "fp8_channel"):
+            model.load_weights(pairs.items())
+        found.append(model.layers[0].self_attn.o_proj.weight_scale.data)
+    assert torch.equal(torch.stack(found).amax(0), whole)
+
+
+def test_defaults_of_torch_do_not_matter() -> None:
+    """Engines load under a default dtype of their own, and under a default device."""
+    pairs, before = checkpoint(WIDE, moe=True), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = Model(WIDE, moe=True)
+            with Session(model, "fp8_channel", "cpu") as session:
+                model.load_weights(pairs.items())
+            with session:
+                session.dummy()
+    finally:
+        torch.set_default_dtype(before)
+    again = Model(WIDE, moe=True)
+    with Session(again, "fp8_channel", "cpu") as session:
+        session.dummy()
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert same_bytes(a.data, b.data), name
+
+
 def test_on_meta_or_real_a_model_gets_the_same_bytes_and_keeps_attributes() -> None:
     pairs = checkpoint(WIDE, moe=True)
     real, meta = Model(WIDE, moe=True), Model(WIDE, moe=True).to("meta")

@@ -159,7 +159,7 @@ class Intake:
         source = self.sources.of(None)
         with self.quiet():
             self._turn_to(item, source)
-            mask = torch.zeros(view.shape, dtype=torch.bool)
+            mask = torch.zeros(view.shape, dtype=torch.bool, device="cpu")
             mark(mask)
             boxes = self._marked(item, view, mask)
             self._claim(item, boxes, source)

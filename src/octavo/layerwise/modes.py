@@ -208,7 +208,8 @@ class Operations(PlainDispatchMode):
 
 
 def _marker(packet: Any, rest: Sequence[Any]) -> Callable[[Tensor], Any]:
-    yes = torch.ones((), dtype=torch.bool)
+    yes = torch.ones((), dtype=torch.bool, device="cpu")
+    rest = swapped(list(rest), lambda tensor: tensor.cpu())
     if packet is aten.index_put_:
         return lambda mask: mask.index_put_(tuple(rest[0]), yes)
     if packet is aten.masked_fill_:

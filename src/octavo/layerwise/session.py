@@ -397,7 +397,7 @@ class Session:
 
         A seed gives the same weights whatever the device. Each matrix is one tensor, of normal numbers times 0.02.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
 
         def pairs() -> Iterator[tuple[Tensor, Pair]]:
             for layer in self.inventory.layers:
@@ -406,7 +406,8 @@ class Session:
                         continue
                     target = item.faces[0].tensor.detach()
                     for index in itertools.product(*map(range, item.shape[:-2])):
-                        values = torch.randn(item.shape[len(index) :], generator=generator) * 0.02
+                        shape = item.shape[len(index) :]
+                        values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * 0.02
                         yield target[index] if index else target, (item.name, values.to(item.dtype))
 
         for target, (name, values) in pairs():

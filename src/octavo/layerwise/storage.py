@@ -114,7 +114,7 @@ class Quantizer:
         if region.device.type != "cpu" or region.numel() > _TILE_ELEMENTS:
             return None
         if self._scratch is None:
-            self._scratch = torch.empty(2, _TILE_ELEMENTS, dtype=torch.float32)
+            self._scratch = torch.empty(2, _TILE_ELEMENTS, dtype=torch.float32, device="cpu")
         return self._scratch[0].view(region.dtype) if dtype is None else self._scratch[1]
 
 
@@ -122,7 +122,7 @@ class _Pinned:
     """A pinned buffer, and the event after which it may be filled again."""
 
     def __init__(self, nbytes: int) -> None:
-        self._buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self._buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
         self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def send(self, values: Tensor, device: torch.device) -> Tensor:
