@@ -4,18 +4,29 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from ._version import __version__ as __version__
 
-# Functions of the same names as the modules that implement them (plan, stream, convert, verify) are bound after those
-# modules, and so are what `octavo.plan` and the like mean.
-from .api import convert, load, plan, stream, verify
+# Functions of the same names as the modules that implement them (plan, stream, convert, verify, layerwise) are bound
+# after those modules, and so are what `octavo.plan` and the like mean.
+from .api import convert, layerwise, load, plan, stream, update, verify
 from .errors import OctavoError
 from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .adapters.quantizer import OctavoConfig
 
-__all__ = ["OctavoConfig", "OctavoError", "Recipe", "__version__", "convert", "load", "plan", "stream", "verify"]
+__all__ = [
+    "OctavoConfig",
+    "OctavoError",
+    "Recipe",
+    "convert",
+    "layerwise",
+    "load",
+    "plan",
+    "stream",
+    "update",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

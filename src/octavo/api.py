@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint
 from .convert import convert
 from .errors import MissingExtraError
 from .geometry import Geometry, usable_device
+from .layerwise import layerwise, update
 from .plan import DEFAULT_STAGING_BYTES, Plan
 from .recipe import Recipe
 from .sinks import IteratorSink
@@ -122,4 +123,4 @@ def _iterate(
                 progress(handed, made.source_bytes)
 
 
-__all__ = ["convert", "load", "plan", "stream", "verify"]
+__all__ = ["convert", "layerwise", "load", "plan", "stream", "update", "verify"]

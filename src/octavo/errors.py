@@ -6,6 +6,8 @@
     ├── RecipeError          an unknown scheme, an ambiguous or unmatched pattern, an option that can't be honoured
     ├── CoverageError        checkpoint and model don't fit: missing, unexpected, misshapen tensors
     ├── WeightError          a weight that can't be quantized (non-finite values)
+    ├── LoaderError          a weight loader does what can't be followed box by box
+    ├── UpdateError          an update in place failed midway; says which layers are new, which old
     ├── OutputError          the target exists, is not ours, or can't be written (disk full)
     ├── DeviceError          a device that isn't there, or too small a budget
     └── MissingExtraError    an optional package is not installed
@@ -41,6 +43,21 @@ class CoverageError(OctavoError):
 
 class WeightError(OctavoError):
     """A weight that can't be quantized."""
+
+
+class LoaderError(OctavoError):
+    """A weight loader does what can't be followed: reads before it writes, writes no boxes, writes after the end."""
+
+
+class UpdateError(OctavoError):
+    """An update in place failed midway. Running the whole update again heals.
+
+    ``new`` layers hold the update's weights, ``old`` ones those of before, ``torn`` ones some of both.
+    """
+
+    def __init__(self, message: str, new: Sequence[str], old: Sequence[str], torn: Sequence[str]) -> None:
+        super().__init__(message)
+        self.new, self.old, self.torn = tuple(new), tuple(old), tuple(torn)
 
 
 class OutputError(OctavoError):

@@ -181,7 +181,7 @@ class Symbolic(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        handler = _HANDLERS.get(func.overloadpacket)
+        handler = HANDLERS.get(func.overloadpacket)
         if handler is None:
             raise NotMovementError(f"{func} does not only move elements")
         return handler(*args, **(kwargs or {}))
@@ -415,7 +415,7 @@ def _unflatten(run: _Axis, extents: Sequence[int]) -> list[_Box]:
 
 
 _aten = torch.ops.aten
-_HANDLERS: dict[Any, Callable[..., Any]] = {
+HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.cat: _cat,
     _aten.stack: _stack,
     _aten.transpose: _transpose,

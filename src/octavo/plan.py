@@ -324,13 +324,13 @@ def _placement(target: Target, decision: Decision, infos: Mapping[str, TensorInf
         decision.scheme,
         decision.reason,
         pieces,
-        _parts(shape, pieces) if decision.scheme else (),
+        cut_parts(shape, pieces) if decision.scheme else (),
         target.device,
         sum(piece.numel * dtypes.moved_bits(infos[piece.src_name].dtype_name) // 8 for piece in pieces),
     )
 
 
-def _parts(shape: Sequence[int], pieces: Sequence[Piece]) -> tuple[int, ...]:
+def cut_parts(shape: Sequence[int], pieces: Sequence[Piece]) -> tuple[int, ...]:
     """Cut the rows where one checkpoint tensor ends and another begins, across the whole width and all experts.
 
     So each checkpoint tensor of a fused parameter (gate and up) is quantized as if alone.

@@ -14,7 +14,7 @@ import octavo
 from octavo import errors
 from octavo.errors import CoverageError, MissingExtraError, OctavoError, raise_problems
 
-FUNCTIONS = ("convert", "load", "plan", "stream", "verify")
+FUNCTIONS = ("convert", "layerwise", "load", "plan", "stream", "update", "verify")
 
 
 def test_all_public_names_are_listed_and_no_others_are_visible():
@@ -25,7 +25,7 @@ def test_all_public_names_are_listed_and_no_others_are_visible():
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_function_stays_one_after_the_module_of_its_name_is_imported(name):
-    importlib.import_module(f"octavo.{name}" if name != "load" else "octavo.api")
+    importlib.import_module(f"octavo.{name}" if name not in ("load", "update") else "octavo.api")
     for _ in range(2):
         found = getattr(octavo, name)
         assert callable(found)
@@ -56,6 +56,7 @@ def test_importing_octavo_stays_light():
     code = """
 import sys, octavo
 octavo.Recipe, octavo.plan, octavo.load, octavo.stream, octavo.convert, octavo.verify, octavo.OctavoError
+octavo.layerwise, octavo.update
 heavy = "transformers vllm matplotlib rich.progress huggingface_hub accelerate compressed_tensors typer".split()
 print(sorted(name for name in heavy if name in sys.modules))
 """
@@ -70,7 +71,7 @@ def forget():
     for name in [n for n in sys.modules if n.split(".")[0] == "octavo"]:
         del sys.modules[name]
 
-for name in ("convert", "plan", "stream", "verify"):
+for name in ("convert", "layerwise", "plan", "stream", "verify"):
     forget()
     importlib.import_module("octavo." + name)
     import octavo

@@ -22,6 +22,7 @@ from .. import modules
 from ..checkpoint import Checkpoint
 from ..errors import DeviceError, RecipeError
 from ..geometry import usable_device
+from ..layerwise.update import Routes
 from ..plan import DEFAULT_STAGING_BYTES, Placement
 from ..recipe import DEFAULT_SCHEME, Recipe
 from ..report import Report, Stages, measured
@@ -115,6 +116,7 @@ class OctavoQuantizer(HfQuantizer):
         self.made_from: dict[str, list[Placement]] = {}  # and the other way round
         self.storages: dict[str, Storage] = {}
         self.report: Report | None = None
+        self.routes: Routes | None = None
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -159,6 +161,7 @@ class OctavoQuantizer(HfQuantizer):
             for source in self.sources[placement.name]:
                 self.made_from.setdefault(source, []).append(placement)
         self.report = Report.of(plan, stream.geometry, tally, stages, meter)
+        self.routes = Routes.of(plan, checkpoint)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         if self.pre_quantized:
@@ -196,7 +199,8 @@ class OctavoQuantizer(HfQuantizer):
         model.config.quantization_config = self.config
         if self.report is not None:
             model.load_report = self.report
-        self.report = None
+            model.load_routes = self.routes
+        self.report = self.routes = None
         return model
 
 

@@ -28,6 +28,7 @@ from ..checkpoint import Checkpoint
 from ..device import WarmUp
 from ..errors import CheckpointError, MissingExtraError, RecipeError
 from ..geometry import usable_device
+from ..layerwise.update import Routes
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Recipe
 from ..report import Report, Stages, measured
@@ -135,6 +136,7 @@ def load(
             _finish(model, checkpoint, target_device)
     notes = [] if prepared.saved else plan.notes
     model.load_report = Report.of(plan, stream.geometry, tally, stages, meter, notes=notes)
+    model.load_routes = None if prepared.saved else Routes.of(plan, checkpoint)
     if prepared.saved or plan.quantized:
         from .quantizer import mark_quantized
 

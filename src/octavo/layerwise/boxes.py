@@ -1,0 +1,200 @@
+"""Which elements of a parameter a view covers, and which are still to come. Boxes are compared, never counted.
+
+A loader narrows, chunks, transposes and views a parameter before it writes. All that is left of it when the write comes
+are the view's offset, sizes and strides; `trace_view` turns them back into boxes of the parameter, and says which part
+of the written values each box takes. `Gaps` holds what has not been written, as boxes too.
+
+Offsets, sizes and strides are in elements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from ..pieces import Piece
+
+
+class Box(NamedTuple):
+    """``tensor[off : off + size]``."""
+
+    off: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        return tuple(off + n for off, n in zip(self.off, self.size, strict=True))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(a, b) for a, b in zip(self.off, self.end, strict=True))
+
+    @classmethod
+    def of(cls, piece: Piece) -> Box:
+        return cls(piece.dst_off, piece.size)
+
+    def common(self, other: Box) -> Box | None:
+        """Where both overlap."""
+        off, size = [], []
+        for a, n, b, m in zip(self.off, self.size, other.off, other.size, strict=True):
+            low, high = max(a, b), min(a + n, b + m)
+            if low >= high:
+                return None
+            off.append(low)
+            size.append(high - low)
+        return Box(tuple(off), tuple(size))
+
+    def without(self, other: Box) -> Iterator[Box]:
+        """What of this box is outside of ``other``, as disjoint boxes."""
+        inner = self.common(other)
+        if inner is None:
+            yield self
+            return
+        off, size = list(self.off), list(self.size)
+        for axis in range(len(off)):
+            low, high, end = inner.off[axis], inner.end[axis], off[axis] + size[axis]
+            if off[axis] < low:
+                yield Box(
+                    (*off[:axis], off[axis], *off[axis + 1 :]), (*size[:axis], low - off[axis], *size[axis + 1 :])
+                )
+            if high < end:
+                yield Box((*off[:axis], high, *off[axis + 1 :]), (*size[:axis], end - high, *size[axis + 1 :]))
+            off[axis], size[axis] = low, high - low
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(f"{a}:{b}" for a, b in zip(self.off, self.end, strict=True)) + "]"
+
+
+class Gaps:
+    """What of a tensor has not been written: disjoint boxes, none when it is complete."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        whole = Box((0,) * len(shape), tuple(shape))
+        self.boxes = [whole] if whole.numel else []
+
+    def __bool__(self) -> bool:
+        return bool(self.boxes)
+
+    def written(self, box: Box) -> Box | None:
+        """A part of ``box`` that is no gap any more, or None."""
+        left = [box] if box.numel else []
+        for gap in self.boxes:
+            if not left:
+                break
+            left = [rest for part in left for rest in part.without(gap)]
+        return left[0] if left else None
+
+    def fill(self, box: Box) -> None:
+        self.boxes = [rest for gap in self.boxes for rest in gap.without(box)] if box.numel else self.boxes
+
+    def __str__(self) -> str:
+        shown = ", ".join(map(str, sorted(self.boxes)[:4]))
+        return shown + (f" and {len(self.boxes) - 4} more" if len(self.boxes) > 4 else "")
+
+
+class _Dim(NamedTuple):
+    """An axis of a view: ``size`` elements, ``dst`` apart in the parameter, ``src`` apart in the written values."""
+
+    size: int
+    dst: int
+    src: int
+
+
+class NoBoxError(ValueError):
+    """A view that boxes of the parameter can't express (overlapping elements, a parameter with holes)."""
+
+
+def trace_view(
+    shape: Sequence[int],
+    strides: Sequence[int],
+    offset: int,
+    sizes: Sequence[int],
+    dst_strides: Sequence[int],
+    src_strides: Sequence[int],
+    src_off: int = 0,
+    src_name: str = "",
+) -> list[Piece]:
+    """The boxes of a parameter that a view of it covers, in order of the view, and where their values come from.
+
+    Args:
+        shape, strides: of the parameter, which must be dense (any order of axes).
+        offset, sizes, dst_strides: of the view, the offset relative to the parameter's own.
+        src_strides, src_off: of what is written to the view, axis by axis.
+
+    Raises:
+        NoBoxError: the parameter has holes, or elements of the view coincide.
+    """
+    if not math.prod(sizes):
+        return []
+    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
+    extents, steps = [shape[d] for d in order], [strides[d] for d in order]
+    inner = 1
+    for extent, step in zip(reversed(extents), reversed(steps), strict=True):
+        if step != inner:
+            raise NoBoxError(f"shape {list(shape)} with strides {list(strides)} is not dense")
+        inner *= extent
+    dims = [_Dim(*dim) for dim in zip(sizes, dst_strides, src_strides, strict=True) if dim[0] > 1]
+    if any(dim.dst <= 0 for dim in dims):
+        raise NoBoxError("the view repeats elements")
+    pieces = []
+    for off, size, src, shift in _decode(extents, steps, offset, _merged(dims), src_off):
+        whole_off, whole_size, whole_src = [0] * len(shape), [1] * len(shape), [0] * len(shape)
+        for d, a, n, s in zip(order, off, size, src, strict=True):
+            whole_off[d], whole_size[d], whole_src[d] = a, n, s
+        pieces.append(Piece(tuple(whole_off), tuple(whole_size), src_name, shift, tuple(whole_src)))
+    return pieces
+
+
+def _merged(dims: Sequence[_Dim]) -> list[_Dim]:
+    """Axes from the outermost in the parameter to the innermost; those that follow each other on both sides as one."""
+    merged: list[_Dim] = []
+    for dim in sorted(dims, key=lambda d: -d.dst):
+        if merged and merged[-1].dst == dim.size * dim.dst and merged[-1].src == dim.size * dim.src:
+            dim = _Dim(merged.pop().size * dim.size, dim.dst, dim.src)
+        merged.append(dim)
+    return merged
+
+
+_Found = tuple[list[int], list[int], list[int], int]
+
+
+def _decode(extents: list[int], steps: list[int], offset: int, dims: list[_Dim], shift: int) -> Iterator[_Found]:
+    """(offsets, sizes, source strides) along the parameter's axes, outermost first, and the source offset."""
+    start, rest = [], offset
+    for step in steps:
+        start.append(rest // step)
+        rest %= step
+    size, src, taken = [1] * len(steps), [0] * len(steps), [False] * len(steps)
+    queue = list(dims)
+    while queue:
+        dim = queue.pop(0)
+        axis = next(i for i, step in enumerate(steps) if step <= dim.dst)
+        others = [*(_Dim(size[i], steps[i], src[i]) for i in range(len(steps)) if taken[i]), *queue]
+        if dim.dst != steps[axis] or taken[axis]:  # every other row, say: each is a box of its own
+            for k in range(dim.size):
+                yield from _decode(extents, steps, offset + k * dim.dst, others, shift + k * dim.src)
+            return
+        room = extents[axis] - start[axis]
+        if dim.size <= room:
+            size[axis], src[axis], taken[axis] = dim.size, dim.src, True
+            continue
+        if axis == 0:
+            raise NoBoxError("the view reaches beyond the parameter")
+        # a run that goes on in the next row: what is left of this row, then whole rows, then the rest
+        extent = extents[axis]
+        if start[axis] == 0 and dim.size % extent == 0:
+            rows = _Dim(dim.size // extent, steps[axis - 1], dim.src * extent)
+            queue = sorted([rows, _Dim(extent, dim.dst, dim.src), *queue], key=lambda d: -d.dst)
+            continue
+        first = room if start[axis] else dim.size // extent * extent
+        for begin, count in ((0, first), (first, dim.size - first)):
+            part = [*others, _Dim(count, dim.dst, dim.src)]
+            ordered = sorted((d for d in part if d.size > 1), key=lambda d: -d.dst)
+            yield from _decode(extents, steps, offset + begin * dim.dst, ordered, shift + begin * dim.src)
+        return
+    yield start, size, src, shift

@@ -1,0 +1,195 @@
+"""What a complete layer becomes: its parameters installed in its module, in FP8 or as loaded, and the provider run.
+
+Octavo's own schemes turn ``nn.Linear`` into `octavo.modules.QuantizedLinear`, expert stacks of transformers' kind into
+`octavo.modules.QuantizedExperts`, and give any other module its FP8 weight and, beside it, ``<weight>_scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import modules
+from ..errors import LoaderError
+from ..plan import cut_parts
+from ..ring import now
+from .items import Face, Item, Layer
+from .modes import undisturbed
+from .report import Event, LayerReport
+
+#: what users give as ``finish``: changes the layer in place, or returns the module that takes its place
+Provider = Callable[[nn.Module], "nn.Module | None"]
+
+
+def install(item: Item, storage: Tensor) -> None:
+    """Give an item's modules its storage; the parameter stays the same object wherever torch can do that."""
+    made: dict[int, Tensor] = {}
+    faces = []
+    for face in item.faces:
+        new = made.get(id(face.tensor))
+        if new is None:
+            new = made[id(face.tensor)] = _with_storage(item, face, storage)
+        set_tensor(item, face, new)
+        faces.append(face._replace(tensor=new))
+    item.faces = faces
+
+
+def set_tensor(item: Item, face: Face, tensor: Tensor) -> None:
+    """Without `nn.Module.register_parameter`, which tells every hook."""
+    holder: dict[str, Any] = face.module._buffers if item.is_buffer else face.module._parameters
+    holder[face.leaf] = tensor
+
+
+def _with_storage(item: Item, face: Face, storage: Tensor) -> Tensor:
+    view = item.like(face.tensor, storage)
+    if face.tensor.device == view.device:
+        face.tensor.data = view
+        return face.tensor
+    return remade(face.tensor, view)
+
+
+def remade(like: Tensor, data: Tensor) -> Tensor:
+    """A parameter (or buffer) with other data, of the class and with the attributes of ``like``."""
+    if not isinstance(like, nn.Parameter):
+        return data
+    new: Tensor = torch.Tensor._make_subclass(type(like), data, like.requires_grad)
+    new.__dict__.update(like.__dict__)
+    return new
+
+
+def on_meta(item: Item, face: Face) -> Tensor:
+    """What loaders see of an item without high-precision storage, with the face's class and attributes."""
+    return remade(face.tensor, torch.empty_strided(item.shape, item.strides, dtype=item.dtype, device="meta"))
+
+
+def install_quantized(item: Item) -> None:
+    """Give an item's module its FP8 weight and scale, and what it needs to run with them."""
+    storage, face = item.quantized, item.faces[0]
+    assert storage is not None
+    assert storage.scale is not None
+    assert storage.parts is not None
+    assert item.scheme is not None
+    module, leaf = face.module, face.leaf
+    if type(module) is nn.Linear:
+        module.__class__ = modules.QuantizedLinear  # in place: whoever holds the layer holds the quantized one
+        module.scheme, module.parts = item.scheme, storage.parts  # type: ignore[assignment]
+    elif hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
+        modules.quantize_stack(module, leaf, item.scheme, tuple(storage.weight.shape), storage.parts)
+    weight = nn.Parameter(storage.weight, requires_grad=False)
+    weight.weight_loader = refuse  # type: ignore[attr-defined]  # a loader would cast new weights, without a scale
+    module._parameters[leaf] = weight
+    module._parameters[modules.scale_name(leaf)] = nn.Parameter(storage.scale, requires_grad=False)
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    """The weight loader of an FP8 parameter."""
+    raise LoaderError(
+        "this parameter holds FP8 numbers: a loader would overwrite them without their scale. To update it, enter "
+        "the session that loaded the model again, or call octavo.update."
+    )
+
+
+def run_provider(provider: Provider, layer: Layer, model: nn.Module) -> None:
+    """Let the provider have the layer, and take the module that it gives back, if it does."""
+    try:
+        made = provider(layer.module)
+    except Exception as error:
+        raise LoaderError(f"{layer}: finish failed: {type(error).__name__}: {error}") from error
+    if made is None or made is layer.module:
+        return
+    if not isinstance(made, nn.Module) or not layer.name:
+        raise LoaderError(f"{layer}: finish returned {type(made).__name__}, which can't take the layer's place")
+    model.set_submodule(layer.name, made)
+    layer.module = made
+
+
+def storages(module: nn.Module) -> Iterator[Tensor]:
+    """A module's own tensors; of tensor subclasses (torchao's), those within."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            yield from _plain(tensor)
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for name in flatten()[0]:
+        yield from _plain(getattr(tensor, name))
+
+
+def _way(layer: Layer) -> str:
+    quantized = [item for item in layer.items if item.scheme]
+    if not quantized:
+        return "kept"
+    return "direct" if all(item.real is None for item in quantized) else "whole layer"
+
+
+class LayerFinisher:
+    """Finishes layers of a session, and reports each."""
+
+    def __init__(self, session: Any) -> None:
+        self._session = session
+
+    def __call__(self, layer: Layer) -> None:
+        session = self._session
+        assert not layer.finished
+        layer.finished, started, held_bytes = True, now(), session.ledger.held_bytes
+        way = "function" if session.provider is not None else _way(layer)
+        try:
+            with undisturbed():
+                for item in layer.items:
+                    if not item.settled and (item.required or not item.gaps):
+                        self._settle(item)
+            if session.provider is not None and not layer.late:
+                self._provide(layer)
+        except BaseException:
+            for item in layer.items:  # whatever became of them, they are not loaded
+                item.settled = False
+            raise
+        took = now() - started
+        loaded, final = sum(i.nbytes for i in layer.items), sum(tensor.nbytes for tensor in storages(layer.module))
+        session.report.layers.append(LayerReport(layer.name, took, loaded, final, way, held_bytes))
+        session.ledger.event(Event("finish", layer.name))
+
+    def _provide(self, layer: Layer) -> None:
+        session = self._session
+        for item in layer.items:
+            session.ledger.hold(-item.nbytes)
+            item.real = None
+        run_provider(session.provider, layer, session.model)
+        session.ledger.hold(sum(tensor.nbytes for tensor in storages(layer.module)))
+
+    def _settle(self, item: Item) -> None:
+        intake = self._session.intake
+        if item.scheme:
+            if item.quantized is None or item.quantized.parts is None:
+                self._seal(item)
+            install_quantized(item)
+        elif item.virtual:
+            real = intake.materialize(item)
+            install(item, real)
+            intake.inventory.track(item, real)
+        item.settled = True
+
+    def _seal(self, item: Item) -> None:
+        intake = self._session.intake
+        intake.press_rest(item)
+        storage, _ = item.quantized_storage()
+        self._session.ledger.hold(-storage.nbytes)
+        parts = cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
+        odd = storage.seal(parts)
+        if odd is not None:
+            raise LoaderError(
+                f"{item.name}{odd}: was quantized as it came, but shares scale groups with other boxes of its tensor. "
+                "Load it with direct=False."
+            )
+        self._session.ledger.hold(storage.nbytes)
+        intake.release(item)
+        for face in item.faces:  # whoever still holds the parameter holds no memory
+            if item.virtual and not face.tensor.is_meta:
+                face.tensor.untyped_storage().resize_(0)

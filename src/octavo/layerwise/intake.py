@@ -1,0 +1,440 @@
+"""What becomes of each write of a loader: a box of an item, quantized as it comes or kept until its layer is complete.
+
+A layer is complete when boxes tile all of its items, never by a count. It is finished before anything else happens to
+the model: at the next pair that the loader takes, at the next write to another layer, or at the end; so a loader may
+change in place what it has just written. For the same reason a write that goes straight into FP8 is held until its pair
+is used up. Without pairs (a function that brings its own tensors) it is quantized at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .. import dtypes, schemes
+from ..errors import CoverageError, LoaderError
+from ..pieces import Piece
+from ..plan import Placement, cut_parts
+from ..sinks import Storage
+from .boxes import Box, Gaps, NoBoxError, trace_view
+from .items import Inventory, Item, Layer, offset_of
+from .modes import undisturbed
+from .report import Event, Ledger
+from .sources import Source, Sources, storage_key
+from .storage import QuantizedStorage, Quantizer, values_of
+
+
+class _Held(NamedTuple):
+    """A write that is to be quantized once its source is used up."""
+
+    item: Item
+    pieces: list[Piece]
+    values: Tensor
+    source: Source
+    view: Tensor | None  # where a loader wrote them
+
+
+class Finisher(Protocol):
+    """Gives a complete layer its final form."""
+
+    def __call__(self, layer: Layer) -> None: ...
+
+
+class Intake:
+    """The `octavo.layerwise.modes.Receiver` of a session."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        finish: Finisher,
+        ledger: Ledger,
+        quantizer: Quantizer,
+        *,
+        direct: bool,
+        duplicates: str,
+        updating: bool,
+    ) -> None:
+        self.inventory, self.ledger, self.quantizer = inventory, ledger, quantizer
+        self.sources = Sources()
+        self.paused = False
+        self.finish = finish
+        self._direct, self._duplicates, self._updating = direct, duplicates, updating
+        self._held: list[_Held] = []
+        self._pending: list[Layer] = []  # complete, and about to be finished
+        self._staged: dict[int, Item] = {}  # final FP8 storage exists, and high-precision storage for some of its boxes
+
+    # -- boundaries ---------------------------------------------------------------------------------------------------
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """The loader is given a pair."""
+        self.ledger.taken_bytes += tensor.nbytes
+        self.sources.take(name, tensor)
+
+    def turn(self) -> None:
+        """The loader is done with its pair."""
+        with self.quiet():
+            self._flush()
+            self._finish_pending()
+            for item in list(self._staged.values()):
+                with undisturbed():
+                    self.press_rest(item, each_matrix=True)
+        self.sources.current = None
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Operations within pass, as those of a provider."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        finally:
+            self.paused = before
+
+    def forget(self) -> None:
+        """Drop what was not carried out."""
+        self._held, self._pending = [], []
+        self._staged.clear()
+        self.sources.clear()
+
+    @property
+    def waiting(self) -> list[Item]:
+        """Items of which some boxes are neither old nor new: they wait for others of their scale groups."""
+        return list(self._staged.values())
+
+    @property
+    def unfinished(self) -> list[Item]:
+        """Items of which some boxes were written and are not in their storage."""
+        return [*self._staged.values(), *(held.item for held in self._held)]
+
+    # -- what loaders do ----------------------------------------------------------------------------------------------
+
+    def copy(self, item: Item, view: Tensor, values: Tensor) -> None:
+        if values.is_meta and view.numel():
+            raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
+        with self.quiet():
+            view = item.on_twin(view) if item.virtual else view
+            for place, taken, source in self.sources.split(view, values):
+                self._turn_to(item, source)
+                taken = taken.expand(place.shape)
+                self._put(item, self._trace(item, place, source, taken), taken, source, place)
+
+    def put(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> None:
+        """Boxes of an item, and where ``values`` holds theirs: offsets and strides are those of its storage."""
+        source = self.sources.of(values)
+        self._turn_to(item, source)
+        self._put(item, [piece._replace(src_name=source.label) for piece in pieces], values, source, None)
+
+    def _put(self, item: Item, pieces: list[Piece], values: Tensor, source: Source, view: Tensor | None) -> None:
+        boxes = [Box.of(piece) for piece in pieces]
+        self._claim(item, boxes, source)
+        if self._goes_straight(item, pieces, values):
+            self._held.append(_Held(item, pieces, values, source, view))
+            if self.sources.current is None:
+                self._flush()  # nobody says when the tensor may change
+        elif view is None:
+            self._unhold(item)
+            real = self.materialize(item)
+            for piece in pieces:
+                piece.region(real).copy_(values_of(piece, values))
+        else:
+            self._real(item, view).copy_(values)
+        self._wrote(item, boxes, source, pieces)
+
+    def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
+        source = self.sources.of(None)._replace(sure=True)  # no second tensor hides in one value for all
+        with self.quiet():
+            self._turn_to(item, source)
+            boxes = self._boxes(item, view)
+            # one value for all is how loaders begin, not what they load; for a part, it is padding
+            if item.writes or sum(box.numel for box in boxes) < item.numel:
+                self._claim(item, boxes, source)
+                self._wrote(item, boxes, source)
+            run(self._real(item, view))
+
+    def scatter(self, item: Item, view: Tensor, run: Callable[[Tensor], Any], mark: Callable[[Tensor], Any]) -> None:
+        source = self.sources.of(None)
+        with self.quiet():
+            self._turn_to(item, source)
+            mask = torch.zeros(view.shape, dtype=torch.bool, device="cpu")
+            mark(mask)
+            boxes = self._marked(item, view, mask)
+            self._claim(item, boxes, source)
+            run(self._real(item, view))
+            self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
+
+    def overwrite(self, item: Item, view: Tensor) -> Tensor:
+        source = self.sources.of(None)
+        with self.quiet():
+            self._turn_to(item, source)
+            boxes = self._boxes(item, view)
+            self._claim(item, boxes, source)
+            real = self._real(item, view)
+            self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
+            return real
+
+    def access(self, item: Item, view: Tensor) -> Tensor:
+        if not item.virtual:
+            return view
+        with self.quiet():
+            if item.settled and not item.scheme and item.real is None:
+                raise LoaderError(f"{item.name}: a loader comes back to it when its layer is finished")
+            whole_is_filled = item.real is not None and item.untouched
+            for box in self._boxes(item, view):
+                if any(box.common(gap) for gap in item.gaps.boxes) and not whole_is_filled:
+                    raise LoaderError(f"{item.name}{box}: a loader reads it before it is written")
+                if item.quantized is not None and any(self._stored(item, box).common(done) for done in item.pressed):
+                    raise LoaderError(
+                        f"{item.name}{box}: a loader reads or changes what is quantized already. With direct=False a "
+                        "layer stays in high precision until it is complete."
+                    )
+            return self._real(item, view)
+
+    def device_of(self, item: Item) -> torch.device:
+        return item.device
+
+    def derived(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        self.sources.derived(inputs, outputs)
+
+    def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
+        self.sources.joined(tensors, dim, result)
+
+    def mutated(self, tensor: Tensor) -> None:
+        if self._held and any(storage_key(held.values) == storage_key(tensor) for held in self._held):
+            with self.quiet():
+                self._flush()
+
+    # -- boxes --------------------------------------------------------------------------------------------------------
+
+    def _trace(self, item: Item, view: Tensor, source: Source, values: Tensor) -> list[Piece]:
+        try:
+            offset, sizes, strides = item.elements(view)
+            if sizes != list(values.shape):
+                raise NoBoxError(f"bits are written as {view.dtype}")
+            return trace_view(
+                item.shape, item.strides, offset, sizes, strides, values.stride(), offset_of(values), source.label
+            )
+        except ValueError as error:
+            raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
+
+    def _boxes(self, item: Item, view: Tensor) -> list[Box]:
+        try:
+            offset, sizes, strides = item.elements(view)
+            return [Box.of(p) for p in trace_view(item.shape, item.strides, offset, sizes, strides, (0,) * len(sizes))]
+        except ValueError as error:
+            raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
+
+    def _marked(self, item: Item, view: Tensor, mask: Tensor) -> list[Box]:
+        """The boxes of the marked elements: whole rows of the view, or one element each."""
+        boxes = []
+        view = item.on_twin(view) if item.virtual else view
+        for row in range(mask.shape[0]):
+            if bool(mask[row].all()):
+                boxes += self._boxes(item, view[row])
+            else:
+                boxes += [b for at in mask[row].nonzero().tolist() for b in self._boxes(item, view[(row, *at)])]
+        return boxes
+
+    def _stored(self, item: Item, box: Box) -> Box:
+        axes = item.stored_axes
+        return Box(tuple(box.off[d] for d in axes), tuple(box.size[d] for d in axes))
+
+    def _claim(self, item: Item, boxes: Sequence[Box], source: Source) -> None:
+        """A box may be written once, or again by the pair that wrote it: what counts is the result."""
+        loose = item.is_buffer and not item.required  # a table that the loader may fill as it likes
+        if item.settled and not self._updating and self._duplicates == "error" and not loose:
+            raise CoverageError(
+                f"{item.name}{''.join(map(str, boxes[:1]))}: {source.name} comes when the layer is complete and "
+                "finished. Two tensors for one box are an error; with duplicates='update' the later one wins."
+            )
+        for box in () if loose else boxes:
+            again = item.gaps.written(box)
+            if again is None:
+                continue
+            writers = {piece.src_name for piece in item.writes if again.common(Box.of(piece))}
+            if source.sure and writers <= {source.label} and not item.settled:
+                self._unhold(item)
+            elif self._duplicates == "error":
+                first = ", ".join(sorted(name.rpartition("#")[0] for name in writers)) or "padding"
+                raise CoverageError(
+                    f"{item.name}{again} is written twice: by {first}, and by {source.name}. With duplicates='update' "
+                    "the later one wins."
+                )
+            else:
+                self._flush()
+                again = self._stored(item, box)
+                item.pressed = [rest for done in item.pressed for rest in done.without(again)]
+
+    def _wrote(self, item: Item, boxes: Sequence[Box], source: Source, pieces: Sequence[Piece] = ()) -> None:
+        for box in boxes:
+            item.gaps.fill(box)
+            self.ledger.event(Event("write", item.layers[0].name, item.name, box, source.name))
+        item.writes += pieces
+        item.changed |= not item.scheme
+        for layer in item.layers:
+            if not layer.finished and layer not in self._pending and layer.is_complete():
+                self._pending.append(layer)
+
+    # -- where values go ----------------------------------------------------------------------------------------------
+
+    def _turn_to(self, item: Item, source: Source) -> None:
+        """What went before is over, unless it concerns the same source and layer."""
+        if self._held and (self._held[-1].source.number != source.number or self._held[-1].item.layers != item.layers):
+            self._flush()
+        if self._pending and not all(layer in item.layers for layer in self._pending):
+            self._flush()
+            self._finish_pending(but=item.layers)
+
+    def _finish_pending(self, but: Sequence[Layer] = ()) -> None:
+        for layer in [layer for layer in self._pending if layer not in but]:
+            self._pending.remove(layer)
+            self.finish(layer)
+
+    def settle_streamed(self, placement: Placement, storage: Storage) -> None:
+        """A stream has filled an item's final storage; a layer of which that was the last is finished."""
+        item = next(item for item in self.inventory.items if item.name == placement.name)
+        if placement.scheme:
+            scheme = schemes.get(placement.scheme)
+            item.quantized = QuantizedStorage(storage.weight, scheme, placement.parts, storage.scale)
+        else:
+            item.real = storage.weight
+        item.gaps.boxes = []
+        for layer in item.layers:
+            if layer.is_complete() and not layer.finished:
+                self.finish(layer)
+
+    def reopen(self, layer: Layer) -> None:
+        """A complete layer got another parameter."""
+        if layer in self._pending and not layer.is_complete():
+            self._pending.remove(layer)
+
+    def _goes_straight(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> bool:
+        """Whether a write is quantized without high-precision storage."""
+        if not item.scheme or item.real is not None or item.padding or not (self._direct or item.settled):
+            return False
+        if not values.dtype.is_floating_point or values.dtype.itemsize == 1:
+            return False
+        storage = self._storage(item)
+        return all(
+            storage.holds_groups(Box.of(cut)) for piece in pieces for cut in storage.split(item.as_stored(piece))
+        )
+
+    def _storage(self, item: Item) -> QuantizedStorage:
+        storage, new = item.quantized_storage()
+        if new:
+            self.ledger.hold(storage.nbytes)
+        return storage
+
+    def _real(self, item: Item, view: Tensor) -> Tensor:
+        """The view on real storage, which is allocated now if there is none."""
+        self._unhold(item)
+        if not item.virtual:
+            return view
+        return item.like(view, self.materialize(item))
+
+    def materialize(self, item: Item) -> Tensor:
+        """High-precision storage of an item."""
+        if item.real is None:
+            self.ledger.event(Event("materialize", item.layers[0].name, item.name))
+            self.ledger.hold(item.allocate().nbytes)
+            if item.settled and item.scheme:
+                self._staged[id(item)] = item
+        assert item.real is not None
+        return item.real
+
+    def _unhold(self, item: Item) -> None:
+        """Writes that were to be quantized go into high-precision storage after all: the loader changes them."""
+        mine = [held for held in self._held if held.item is item]
+        self._held = [held for held in self._held if held.item is not item]
+        for held in mine:
+            self._stage(held)
+
+    def _stage(self, held: _Held) -> None:
+        real = self.materialize(held.item)
+        if held.view is not None:
+            held.item.like(held.view, real).copy_(held.values)
+            return
+        for piece in held.pieces:
+            piece.region(real).copy_(values_of(piece, held.values))
+
+    def _flush(self) -> None:
+        """Quantize what is held."""
+        if self._held:
+            with undisturbed():
+                self._press_held()
+
+    def _press_held(self) -> None:
+        while self._held:
+            held = self._held[0]
+            item, storage = held.item, self._storage(held.item)
+            together = [item.as_stored(piece) for other in self._held if other.item is item for piece in other.pieces]
+            matrices = {piece.dst_off[:-2] for piece in together}
+            if storage.parts is None and storage.scheme.group_rows != 1 and len(matrices) < len(together):
+                # several boxes of one tensor: whether they share scale groups shows when the layer is complete
+                self._unhold(item)
+                continue
+            for piece in held.pieces:
+                self._press(
+                    item, item.as_stored(piece), held.values, f"{item.name}{Box.of(piece)}, from {held.source.name}"
+                )
+                self.ledger.event(Event("quantize", item.layers[0].name, item.name, Box.of(piece), held.source.name))
+            self._held.pop(0)
+
+    def _press(self, item: Item, stored: Piece, values: Tensor, what: str) -> None:
+        storage = self._storage(item)
+        for cut in storage.split(stored):
+            dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
+            storage.put(self.quantizer, cut, values_of(cut, values), dtype, what)
+            item.pressed.append(Box.of(cut))
+            item.changed = True
+
+    def press_rest(self, item: Item, *, each_matrix: bool = False) -> None:
+        """Quantize what is in high-precision storage, wherever all of a part of rows is there.
+
+        Args:
+            each_matrix: of a stack, do not wait for the other matrices.
+        """
+        storage = self._storage(item)
+        parts = storage.parts or cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
+        *lead, _, cols = item.stored_shape
+        left, missing = Gaps(item.stored_shape), [self._stored(item, gap) for gap in item.gaps.boxes]
+        for box in item.pressed:
+            left.fill(box)
+        matrices = itertools.product(*map(range, lead)) if each_matrix else [None]
+        waits = False
+        for matrix in matrices:
+            start, off, size = 0, matrix or (0,) * len(lead), (1,) * len(lead) if matrix else tuple(lead)
+            for rows in parts:
+                band = Box((*off, start, 0), (*size, rows, cols))
+                start += rows
+                inside = [common for box in left.boxes if (common := box.common(band))]
+                if not inside:
+                    continue
+                if any(band.common(gap) for gap in missing):
+                    waits |= any(rest for box in inside for rest in _outside(box, missing))
+                    continue
+                whole = sum(box.numel for box in inside) == band.numel
+                for box in [band] if whole else inside:
+                    assert item.real is not None
+                    values = item.real.permute(item.stored_axes)[box.slices]
+                    piece = Piece(*box, "", offset_of(values), tuple(values.stride()))
+                    self._press(item, piece, values, f"{item.name}{box}")
+        if not waits and item.settled:
+            self.release(item)
+
+    def release(self, item: Item) -> None:
+        """High-precision storage is not needed any more."""
+        self._staged.pop(id(item), None)
+        if item.real is not None:
+            self.ledger.hold(-item.real.nbytes)
+        item.real = None
+
+
+def _outside(box: Box, holes: Sequence[Box]) -> list[Box]:
+    left = [box]
+    for hole in holes:
+        left = [rest for part in left for rest in part.without(hole)]
+    return left

@@ -1,0 +1,346 @@
+"""What a session has to fill: the parameters and buffers of a model, and the layers that own them.
+
+A layer is a module that has parameters of its own. An `Item` is one of them (or a buffer): the module attributes that
+hold it (several where it is tied), the boxes that are still to come, and its storage once there is some. Until then an
+item is *virtual*: its parameter is on meta, or has given its memory back, and views of it are made on a meta twin.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .. import dtypes, kinds, schemes
+from ..checkpoint import TensorInfo
+from ..pieces import Piece
+from ..recipe import Decision, Recipe, Weight
+from .boxes import Box, Gaps
+from .sources import storage_key
+from .storage import QuantizedStorage
+
+
+class Face(NamedTuple):
+    """A module's attribute, and the tensor that loaders see there."""
+
+    module: nn.Module
+    leaf: str
+    tensor: Tensor
+
+
+_UNDECIDED = Decision(None, "")
+
+
+@dataclass(eq=False)
+class Item:
+    """One parameter or buffer, however many modules share it."""
+
+    name: str
+    faces: list[Face]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int  # of the face in its storage
+    dtype: torch.dtype
+    is_buffer: bool
+    device: torch.device  # where its storage goes
+    cast: bool = True  # quantize values as the face's dtype holds them, and not as they come
+    required: bool = True
+    layers: list[Layer] = field(default_factory=list)
+    decision: Decision = _UNDECIDED
+    transposed: bool = False  # a stack stored [..., in, out]
+    twin: Tensor | None = None  # on meta: what views are made of while the face has no storage
+    real: Tensor | None = None  # high-precision storage
+    quantized: QuantizedStorage | None = None
+    writes: list[Piece] = field(default_factory=list)  # boxes as written; src_name tells what came together
+    pressed: list[Box] = field(default_factory=list)  # boxes of the stored form that are in FP8
+    emptied: Tensor | None = None  # a parameter that gave its memory back
+    installed: Tensor | None = None  # while updating: the FP8 parameter whose place is lent
+    settled: bool = False  # in its final storage
+    changed: bool = False  # its final storage was written by the update that runs
+    gaps: Gaps = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.gaps = Gaps(self.shape)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def virtual(self) -> bool:
+        return self.twin is not None
+
+    @property
+    def scheme(self) -> str | None:
+        return self.decision.scheme
+
+    @property
+    def stored_axes(self) -> tuple[int, ...]:
+        """Axes in their order when quantized: [..., out, in], so that groups run along the last one."""
+        n = len(self.shape)
+        return (*range(n - 2), n - 1, n - 2) if self.transposed else tuple(range(n))
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return tuple(self.shape[d] for d in self.stored_axes)
+
+    def as_stored(self, piece: Piece) -> Piece:
+        """A piece of the stored form."""
+        return piece.permute(self.stored_axes) if self.transposed else piece
+
+    @property
+    def padding(self) -> list[Box]:
+        """Boxes that the layer declares as padding: ``parameter.padding = [(offsets, sizes), ...]``."""
+        declared = getattr(self.faces[0].tensor, "padding", None) or ()
+        return [Box(tuple(off), tuple(size)) for off, size in declared]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was written."""
+        return not self.writes and self.gaps.boxes == self._all_gaps().boxes
+
+    def is_complete(self) -> bool:
+        return not self.gaps or not self.required
+
+    def restart(self) -> None:
+        """Forget what was written; all but padding is to come."""
+        self.gaps, self.writes, self.pressed, self.changed = self._all_gaps(), [], [], False
+
+    def _all_gaps(self) -> Gaps:
+        gaps = Gaps(self.shape)
+        for box in self.padding:
+            gaps.fill(box)
+        return gaps
+
+    def elements(self, view: Tensor) -> tuple[int, list[int], list[int]]:
+        """Offset, sizes and strides of a view of this item, in its elements; a `ValueError` where that can't be."""
+        sizes, strides = list(view.shape), list(view.stride())
+        mine, its = self.dtype.itemsize, view.dtype.itemsize
+        if its == mine:
+            return offset_of(view) - self.offset, sizes, strides
+        at = offset_of(view) * its - self.offset * mine
+        if not sizes or strides[-1] != 1 or sizes[-1] * its % mine or at % mine:
+            raise ValueError(f"a view as {view.dtype} that holds no whole elements")
+        if any(stride * its % mine for stride in strides[:-1]):
+            raise ValueError(f"a view as {view.dtype} whose rows begin within elements")
+        sizes[-1] = sizes[-1] * its // mine
+        return at // mine, sizes, [*(stride * its // mine for stride in strides[:-1]), 1]
+
+    def like(self, view: Tensor, storage: Tensor) -> Tensor:
+        """``view``, of the face or the twin, as a view of ``storage`` that has taken its place."""
+        begin = offset_of(view) * view.dtype.itemsize - self.offset * self.dtype.itemsize
+        begin += offset_of(storage) * storage.dtype.itemsize
+        return _view(storage.untyped_storage(), view, begin // view.dtype.itemsize, storage.device)
+
+    def on_twin(self, view: Tensor) -> Tensor:
+        """The same view, of the meta twin: views of memory that was given back can't be made."""
+        assert self.twin is not None
+        if view.is_meta:
+            return view
+        return _view(self.twin.untyped_storage(), view, offset_of(view), self.twin.device)
+
+    def allocate(self) -> Tensor:
+        """High-precision storage of the face's strides; declared padding is zero, all else uninitialised."""
+        assert self.real is None
+        self.real = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+        for box in self.padding:
+            self.real[box.slices].zero_()
+        return self.real
+
+    def give_back(self) -> None:
+        """Free the memory of the face."""
+        self.emptied = self.faces[0].tensor
+        self.emptied.untyped_storage().resize_(0)
+
+    def make_safe(self) -> None:
+        """A parameter that gave its memory back, and got none: reading it must not crash, nor look like weights."""
+        tensor = self.emptied
+        if tensor is not None and self.numel and not tensor.untyped_storage().nbytes():
+            tensor.data = torch.full((), math.nan if self.dtype.is_floating_point else 0).to(tensor).expand(self.shape)
+
+    def quantized_storage(self) -> tuple[QuantizedStorage, bool]:
+        """FP8 storage, and whether it was allocated just now."""
+        if self.quantized is not None:
+            return self.quantized, False
+        assert self.scheme is not None
+        weight = torch.empty(self.stored_shape, dtype=schemes.FP8, device=self.device)
+        self.quantized = QuantizedStorage(weight, schemes.get(self.scheme))
+        return self.quantized, True
+
+
+def offset_of(tensor: Tensor) -> int:
+    """``storage_offset``, which is no symbol here."""
+    return int(tensor.storage_offset())
+
+
+def _view(storage: Any, like: Tensor, offset: int, device: torch.device) -> Tensor:
+    empty = torch.empty(0, dtype=like.dtype, device=device)
+    return empty.set_(storage, offset, like.shape, like.stride())
+
+
+@dataclass(eq=False)
+class Layer:
+    """A module with parameters of its own."""
+
+    name: str
+    module: nn.Module
+    items: list[Item] = field(default_factory=list)
+    finished: bool = False
+    late: bool = False  # a parameter that was registered after the layer had been finished
+
+    def is_complete(self) -> bool:
+        return all(item.is_complete() for item in self.items)
+
+    def __str__(self) -> str:
+        return self.name or "the model itself"
+
+
+class Inventory:
+    """All layers and items of a model, and which of them a tensor is a view of."""
+
+    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
+        self.model, self._device = model, device
+        self.layers: list[Layer] = []
+        self.items: list[Item] = []
+        self._by_face: dict[int, tuple[Item, Any]] = {}  # by address; the weak reference tells whose it is now
+        self._by_place: dict[Any, Item] | None = {}  # storages that parameters share, while the model is walked
+        self._by_storage: dict[int, list[tuple[Item, Any]]] = {}
+        for path, module in model.named_modules():
+            held = [*module._parameters.items(), *module._buffers.items()]
+            if any(tensor is not None for _, tensor in held):
+                layer = Layer(path, module)
+                self.layers.append(layer)
+                for leaf, tensor in held:
+                    if tensor is not None:
+                        self.add(layer, leaf, tensor)
+        self._by_place = None
+
+    def add(self, layer: Layer, leaf: str, tensor: Tensor) -> Item | None:
+        """A parameter or buffer of a layer; None for one that is known already, under another name."""
+        face = Face(layer.module, leaf, tensor)
+        place = (storage_key(tensor), offset_of(tensor), tuple(tensor.shape), tuple(tensor.stride()))
+        known = self._of_face(tensor) or (self._by_place.get(place) if self._by_place and tensor.numel() else None)
+        if known is not None:
+            self._by_face[id(tensor)] = known, weakref.ref(tensor)
+            known.faces.append(face)
+            if layer not in known.layers:
+                known.layers.append(layer)
+                layer.items.append(known)
+            return None
+        item = Item(
+            f"{layer.name}.{leaf}" if layer.name else leaf,
+            [face],
+            tuple(tensor.shape),
+            tuple(tensor.stride()),
+            offset_of(tensor),
+            tensor.dtype,
+            leaf in layer.module._buffers,
+            self._device or (torch.device("cpu") if tensor.is_meta else tensor.device),
+            layers=[layer],
+        )
+        self.items.append(item)
+        layer.items.append(item)
+        self._by_face[id(tensor)] = item, weakref.ref(tensor)
+        if self._by_place is not None:
+            self._by_place[place] = item
+        return item
+
+    def _of_face(self, tensor: Tensor) -> Item | None:
+        found = self._by_face.get(id(tensor))
+        return found[0] if found is not None and found[1]() is tensor else None
+
+    def drop(self, names: Collection[str]) -> None:
+        """Pass over parameters that nobody loads."""
+        self.items = [item for item in self.items if item.name not in names]
+        self._by_face = {key: found for key, found in self._by_face.items() if found[0].name not in names}
+        for layer in self.layers:
+            layer.items = [item for item in layer.items if item.name not in names]
+
+    def by_name(self) -> dict[str, Item]:
+        """Items by all of their names."""
+        found = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            for leaf, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None and (item := self._of_face(tensor)) is not None:
+                    found[f"{path}.{leaf}" if path else leaf] = item
+        return found
+
+    def layer_of(self, module: nn.Module) -> Layer | None:
+        """The layer of a module; a new one for a module of the model that had no parameter; None for a stranger."""
+        for layer in self.layers:
+            if layer.module is module and not layer.late:
+                return layer
+        for path, found in self.model.named_modules():
+            if found is module:
+                self.layers.append(Layer(path, module))
+                return self.layers[-1]
+        return None
+
+    def track(self, item: Item, tensor: Tensor) -> None:
+        """Recognise views of a tensor from now on, as long as its storage lives."""
+        key = storage_key(tensor)
+        if key is not None:
+            # the weak reference keeps the address from being used again
+            reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+            self._by_storage.setdefault(key, []).append((item, reference))
+
+    def untrack(self) -> None:
+        self._by_storage.clear()
+
+    def find(self, tensor: Any) -> Item | None:
+        """The item that a tensor is a view of."""
+        if not isinstance(tensor, Tensor) or (key := storage_key(tensor)) is None:
+            return None
+        found = self._by_storage.get(key)
+        if not found:
+            return None
+        if len(found) > 1:  # parameters that are slices of one storage
+            at = offset_of(tensor) * tensor.dtype.itemsize
+            for item, _ in found:
+                begin = item.offset * item.dtype.itemsize
+                if begin <= at < begin + max(item.nbytes, 1):
+                    return item
+        return found[0][0]
+
+
+# -- what each item is ------------------------------------------------------------------------------------------------
+
+
+def decide(items: Sequence[Item], recipe: Recipe) -> None:
+    """Give every item its scheme, or the reason why it keeps its dtype. Errors as for `Recipe.decide`."""
+    weights = []
+    for item in items:
+        kind = kind_of(item)
+        weights.append(Weight(item.name, (), item.dtype, kind))
+        item.transposed = kind == kinds.EXPERTS and bool(getattr(item.faces[0].module, "is_transposed", False))
+    decisions = recipe.decide(weights)
+    for item in items:
+        item.decision = decisions[item.name]
+
+
+def kind_of(item: Item) -> str:
+    """What an item is, asked from its module as far as that is torch's, else by name."""
+    module, leaf = item.faces[0].module, item.faces[0].leaf
+    if item.is_buffer:
+        return "buffer"
+    if not item.numel:
+        return "empty"
+    if len(item.faces) > 1:
+        return f"tied: {len(item.faces)} modules share it"
+    if type(module) is nn.Linear and leaf == "weight":
+        return kinds.LINEAR
+    if type(module).__module__.startswith("torch.nn."):
+        return "bias" if leaf.endswith("bias") else f"{type(module).__name__}, not a linear layer"
+    if item.dtype not in dtypes.QUANTIZABLE:
+        return dtypes.short(item.dtype)
+    return kinds.kind_by_name(TensorInfo(item.name, dtypes.NAMES[item.dtype], item.shape, 0, 0, 0), {})

@@ -1,0 +1,59 @@
+"""Pairs of names and tensors on their way to a loader, and the plainest of loaders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import Tensor, nn
+
+from ..errors import CoverageError
+from .intake import Intake
+
+Pair = tuple[str, Tensor]
+#: sees each pair before the loader: returns what takes its place (a pair, or several), or None to drop it
+Transform = Callable[[str, Tensor], "Pair | Iterable[Pair] | None"]
+
+
+class Pairs(Iterator[Pair]):
+    """Pairs, through a transform; tells the intake where one ends and the next begins."""
+
+    def __init__(self, intake: Intake, pairs: Iterable[Pair], transform: Transform | None) -> None:
+        self._intake, self._pairs, self._transform = intake, iter(pairs), transform
+        self._ready: list[Pair] = []
+
+    def __next__(self) -> Pair:
+        self._intake.turn()
+        while not self._ready:
+            name, tensor = next(self._pairs)
+            with self._intake.quiet():
+                self._ready = transformed(self._transform, name, tensor)
+        pair = self._ready.pop(0)
+        self._intake.take(*pair)
+        return pair
+
+
+def transformed(transform: Transform | None, name: str, tensor: Tensor) -> list[Pair]:
+    """What takes a pair's place."""
+    if transform is None:
+        return [(name, tensor)]
+    made = transform(name, tensor)
+    if made is None:
+        return []
+    one = isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], str)
+    return [made] if one else list(made)  # type: ignore[list-item, arg-type]
+
+
+def load_by_name(model: nn.Module, pairs: Iterable[Pair]) -> None:
+    """Each tensor to the parameter or buffer of its name, by its ``weight_loader`` or by a copy."""
+    targets = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, tensor in pairs:
+        if name not in targets:
+            raise CoverageError(f"{name}: the model has no such parameter. Rename or drop it in a transform.")
+        target = targets[name]
+        loader = getattr(target, "weight_loader", None)
+        if loader is not None:
+            loader(target, tensor)
+        elif target.shape != tensor.shape:
+            raise CoverageError(f"{name} is {list(target.shape)} in the model, {list(tensor.shape)} in the source")
+        else:
+            target.data.copy_(tensor)

@@ -1,0 +1,132 @@
+"""What a session did: each layer's way, its time and memory; events in order, for those who want proof."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from io import StringIO
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from ..report import human_bytes
+from .boxes import Box
+
+
+class Event(NamedTuple):
+    """Something that happened to a layer, in order.
+
+    kind    materialize     a parameter got high-precision storage
+            write           a loader wrote a box
+            quantize        a box went straight into FP8
+            finish          the layer was finished, and its high-precision storage released
+    """
+
+    kind: str
+    layer: str
+    parameter: str = ""
+    box: Box | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerReport:
+    """One layer, finished."""
+
+    name: str
+    finish_s: float
+    loaded_bytes: int  # as loaded, in high precision
+    final_bytes: int
+    way: str  # direct (straight into FP8), whole layer, kept (nothing of it is quantized), or function
+    held_bytes: int  # tracked by the session when the layer was finished
+
+
+@dataclass
+class LayerwiseReport:
+    """Bytes are bytes, times seconds."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)  # parameter -> why it is not quantized
+    notes: list[str] = field(default_factory=list)
+    updated: list[str] = field(default_factory=list)  # layers that the last update changed
+    taken_bytes: int = 0  # of the tensors that loaders were given
+    peak_bytes: int = 0  # of final and high-precision storage that the session held at one time
+    total_s: float = 0.0
+
+    @property
+    def final_bytes(self) -> int:
+        return sum(layer.final_bytes for layer in self.layers)
+
+    @property
+    def loaded_bytes(self) -> int:
+        return sum(layer.loaded_bytes for layer in self.layers)
+
+    @property
+    def finish_s(self) -> float:
+        return sum(layer.finish_s for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A form that JSON can hold."""
+        layers = [{name: getattr(layer, name) for name in LayerReport.__slots__} for layer in self.layers]
+        totals = {
+            name: getattr(self, name)
+            for name in ("loaded_bytes", "final_bytes", "peak_bytes", "taken_bytes", "finish_s", "total_s")
+        }
+        return {
+            **totals,
+            "layers": layers,
+            "kept": dict(self.kept),
+            "updated": list(self.updated),
+            "notes": list(self.notes),
+        }
+
+    def table(self) -> str:
+        """The report for people."""
+        table = Table(title="layers", title_justify="left")
+        for column in ("layer", "loaded", "final", "way", "finish"):
+            table.add_column(column, justify="left" if column in ("layer", "way") else "right", overflow="fold")
+        for name, members in _grouped(self.layers).items():
+            label = name if len(members) == 1 else f"{name} ({len(members)})"
+            way = ", ".join(dict.fromkeys(m.way for m in members))
+            table.add_row(
+                label,
+                human_bytes(sum(m.loaded_bytes for m in members)),
+                human_bytes(sum(m.final_bytes for m in members)),
+                way,
+                f"{sum(m.finish_s for m in members):.3f} s",
+            )
+        output = StringIO()
+        Console(file=output, width=120, color_system=None).print(table)
+        lines = [line.rstrip() for line in output.getvalue().rstrip().splitlines()]
+        lines.append(
+            f"loaded {human_bytes(self.loaded_bytes)}, final {human_bytes(self.final_bytes)}, peak "
+            f"{human_bytes(self.peak_bytes)}; finishing took {self.finish_s:.2f} of {self.total_s:.2f} s"
+        )
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+class Ledger:
+    """Events in order, and the bytes that a session holds."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.held_bytes = self.peak_bytes = self.taken_bytes = 0
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+
+    def hold(self, nbytes: int) -> None:
+        self.held_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+
+def _grouped(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        name = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
+        groups.setdefault(name or "the model itself", []).append(layer)
+    return groups

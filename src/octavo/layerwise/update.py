@@ -1,0 +1,106 @@
+"""New weights for a model that octavo loaded, in place: from a trainer's iterator, whole or partial, in any order.
+
+Names are those of the checkpoint that the model was loaded from, which the load has left behind as `Routes`, or the
+model's own. Each tensor is requantized into the storage that exists, to the bytes that loading it would have given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import modules
+from ..checkpoint import Checkpoint
+from ..errors import CoverageError, LoaderError
+from ..pieces import Piece
+from ..plan import DEFAULT_STAGING_BYTES, Plan
+from .items import Item, offset_of
+from .pairs import Pair, Transform
+from .report import LayerwiseReport
+from .session import Session
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Where the tensors of a checkpoint go in the model that was loaded from it."""
+
+    pieces: Mapping[str, tuple[tuple[str, Piece], ...]]  # checkpoint tensor -> (parameter as stored, piece)
+    shapes: Mapping[str, tuple[int, ...]]
+    unused: Mapping[str, str]  # checkpoint tensors that the load passed over -> why
+
+    @classmethod
+    def of(cls, plan: Plan, checkpoint: Checkpoint) -> Routes:
+        pieces: dict[str, list[tuple[str, Piece]]] = {}
+        for placement in plan.placements:
+            for piece in placement.pieces:
+                pieces.setdefault(piece.src_name, []).append((placement.name, piece))
+        shapes = {name: checkpoint.tensors[name].shape for name in pieces}
+        return cls({name: tuple(found) for name, found in pieces.items()}, shapes, dict(plan.unused))
+
+
+def update(
+    model: Any,
+    pairs: Iterable[Pair],
+    *,
+    transform: Transform | None = None,
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+) -> LayerwiseReport:
+    """Update a model in place that `octavo.load` (or ``from_pretrained`` with `OctavoConfig`) loaded.
+
+    Addresses, parameters and modules stay what they are, so captured graphs stay valid. Tensors may be on the CPU or on
+    the model's device; beside each, ``staging_bytes`` bound the memory.
+
+    Args:
+        pairs: ``(name, tensor)`` in bf16, fp16 or fp32: names of the checkpoint, or of the model's own parameters. What
+            they don't name stays as it is.
+        transform: sees each pair first; returns what takes its place, or None to drop it.
+
+    Returns:
+        what was updated, and how long it took.
+
+    Raises:
+        UpdateError: something failed midway, an unknown name or a weight that is not finite, say; it tells which layers
+            are new and which old. Running the whole update again heals.
+        LoaderError: the model holds no weights that octavo quantized.
+    """
+    if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
+        raise LoaderError("octavo.update is for a model with weights that octavo quantized: load it with octavo.load")
+    routes: Routes | None = getattr(model, "load_routes", None)
+    session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
+    items = session.inventory.by_name()
+    with session:
+        for name, tensor in session.pairs(pairs):
+            if routes is not None and name in routes.unused:
+                continue
+            if routes is not None and name in routes.pieces:
+                found, tensor = _along(routes, name, tensor), tensor.contiguous()
+            else:
+                found = [_by_own_name(name, tensor, items)]
+            begin = offset_of(tensor)
+            for parameter, piece in found:
+                session.intake.put(items[parameter], [piece._replace(src_off=begin + piece.src_off)], tensor)
+    return session.report
+
+
+def _along(routes: Routes, name: str, tensor: Tensor) -> Sequence[tuple[str, Piece]]:
+    """The boxes that a checkpoint tensor fills."""
+    if tuple(tensor.shape) != routes.shapes[name]:
+        raise CoverageError(f"{name} is {list(tensor.shape)}; it was {list(routes.shapes[name])} in the checkpoint")
+    return routes.pieces[name]
+
+
+def _by_own_name(name: str, tensor: Tensor, items: Mapping[str, Item]) -> tuple[str, Piece]:
+    """All of the model's own parameter ``name``."""
+    if name not in items:
+        raise CoverageError(f"{name}: neither the checkpoint nor the model has such a tensor. Rename or drop it.")
+    item = items[name]
+    shape, strides = tuple(tensor.shape), tuple(tensor.stride())
+    if item.scheme and len(shape) == 3 and getattr(item.faces[0].module, "is_transposed", False):
+        # stacks are stored [experts, out, in] when quantized
+        shape, strides = (shape[0], shape[2], shape[1]), (strides[0], strides[2], strides[1])
+    if shape != item.shape:
+        raise CoverageError(f"{name} is {list(item.shape)} in the model, {list(tensor.shape)} in the update")
+    return name, Piece((0,) * len(shape), shape, name, 0, strides)

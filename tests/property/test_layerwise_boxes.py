@@ -1,0 +1,88 @@
+"""Random views of a parameter: the boxes must cover what a write through the view changes, element by element."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from octavo.layerwise.boxes import Box, Gaps, trace_view
+
+
+def view_of(draw, first: torch.Tensor) -> torch.Tensor:
+    """A random view, as loaders make them."""
+    t = first
+    for _ in range(draw(st.integers(0, 5))):
+        name = draw(
+            st.sampled_from(["narrow", "select", "transpose", "flatten", "unflatten", "step", "unsqueeze", "chunk"])
+        )
+        if not t.ndim or not t.numel():
+            break
+        dim = draw(st.integers(0, t.ndim - 1))
+        n = t.shape[dim]
+        if name == "narrow":
+            start = draw(st.integers(0, n - 1))
+            t = t.narrow(dim, start, draw(st.integers(1, n - start)))
+        elif name == "select":
+            t = t.select(dim, draw(st.integers(-n, n - 1)))
+        elif name == "transpose":
+            t = t.transpose(dim, -1)
+        elif name == "flatten" and t.is_contiguous():
+            t = t.view(-1)
+        elif name == "unflatten":
+            each = draw(st.sampled_from([d for d in range(1, n + 1) if n % d == 0]))
+            t = t.unflatten(dim, (n // each, each))
+        elif name == "step":
+            t = t[(slice(None),) * dim + (slice(draw(st.integers(0, n - 1)), None, draw(st.integers(1, 3))),)]
+        elif name == "unsqueeze":
+            t = t.unsqueeze(dim)
+        elif name == "chunk":
+            t = draw(st.sampled_from(t.chunk(draw(st.integers(1, 4)), dim)))
+    return t
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_boxes_of_a_view_take_exactly_what_a_copy_to_it_writes(data):
+    shape = data.draw(st.lists(st.integers(1, 6), max_size=4))
+    order = data.draw(st.permutations(range(len(shape))))
+    stored = torch.zeros([shape[d] for d in order], dtype=torch.int64).permute(
+        [order.index(d) for d in range(len(shape))]
+    )
+    view = view_of(data.draw, stored)
+    values = torch.arange(1, view.numel() + 1).view(view.shape)
+    view.copy_(values)
+    written = stored.clone()
+    pieces = trace_view(
+        stored.shape, stored.stride(), view.storage_offset(), view.shape, view.stride(), values.stride()
+    )
+    stored.zero_()
+    gaps = Gaps(stored.shape)
+    for piece in pieces:
+        box = Box.of(piece)
+        assert gaps.written(box) is None
+        gaps.fill(box)
+        piece.region(stored).copy_(values.reshape(-1).as_strided(piece.size, piece.src_strides, piece.src_off))
+    assert torch.equal(stored, written)
+    assert sum(gap.numel for gap in gaps.boxes) == int((written == 0).sum())
+    assert bool(gaps) == bool((written == 0).any())
+
+
+@given(st.data())
+def test_gaps_are_what_no_box_has_covered(data):
+    shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    seen, gaps = torch.zeros(shape, dtype=torch.bool), Gaps(shape)
+    for _ in range(data.draw(st.integers(0, 8))):
+        off = tuple(data.draw(st.integers(0, n - 1)) for n in shape)
+        box = Box(off, tuple(data.draw(st.integers(1, n - a)) for a, n in zip(off, shape, strict=True)))
+        again = gaps.written(box)
+        assert (again is not None) == bool(seen[box.slices].any())
+        if again is not None:
+            assert bool(seen[again.slices].all())
+        gaps.fill(box)
+        seen[box.slices] = True
+    left = torch.ones(shape, dtype=torch.int64)
+    for gap in gaps.boxes:
+        left[gap.slices] -= 1
+    assert torch.equal(left == 0, ~seen)
+    assert int(left.min()) >= 0
