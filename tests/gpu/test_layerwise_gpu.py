@@ -103,3 +103,4 @@ def test_a_weight_that_is_not_finite_is_named_at_the_end() -> None:
     fresh = torch.nn.ModuleDict({"b": torch.nn.Linear(64, 8, bias=False)})
     with pytest.raises(WeightError, match=r"b.weight.*not finite"), octavo.layerwise(fresh, "fp8_channel", "cuda") as s:
         s.load([("b.weight", bad)])
+    assert fresh["b"].weight.is_meta

@@ -189,7 +189,7 @@ class Session:
             self.inventory.drop({item.name for item in self.inventory.items if item.virtual and not item.settled})
         else:
             self.failed = True
-            self._abandon()
+            self._abandon(error)
 
     def _end(self) -> None:
         self.intake.turn()
@@ -272,13 +272,14 @@ class Session:
         for layer in self.inventory.layers:  # tables that the model computes are no layer
             layer.finished = all(item.is_buffer and not item.required for item in layer.items)
 
-    def _abandon(self) -> None:
-        """Nothing that looks loaded: what is not finished is on meta."""
+    def _abandon(self, error: BaseException) -> None:
+        """Nothing that looks loaded: what is not finished, or was found to be bad at the end, is on meta."""
         for item in self.inventory.items:
-            if item.settled or not item.virtual:
+            bad = isinstance(error, WeightError) and _is_about(error, item)
+            if (item.settled and not bad) or not item.virtual:
                 continue
             for face in item.faces:
-                if not face.tensor.is_meta:
+                if bad or not face.tensor.is_meta:
                     set_tensor(item, face, on_meta(item, face))
             item.real = item.quantized = None
 
