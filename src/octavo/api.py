@@ -14,10 +14,10 @@ from .checkpoint import Checkpoint
 from .convert import convert
 from .errors import MissingExtraError, OctavoError
 from .geometry import Geometry, usable_device
-from .plan import DEFAULT_STAGING_BYTES, Plan
+from .plan import DEFAULT_STAGING_BYTES, Placement, Plan
 from .recipe import Recipe
-from .sinks import IteratorSink
-from .stream import Stream
+from .sinks import IteratorSink, Storage
+from .stream import Stream, Tally
 from .verify import verify
 
 Scheme = str | Recipe | Mapping[str, Any] | None
@@ -94,35 +94,47 @@ def stream(
     device = str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision)
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
-    return _iterate(checkpoint, made, layout, threads, progress)
+    return iterate(checkpoint, made, layout, threads=threads, progress=progress)
 
 
-def _iterate(
+def iterate(
     checkpoint: Checkpoint,
     made: Plan,
     layout: formats.Format,
-    threads: int | None,
-    progress: Callable[[int, int], None] | None,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """A plan, executed as `stream` says; ``tally`` collects bytes and seconds."""
+    handed = 0
+    for placement, storage in placed(checkpoint, made, threads, tally):
+        weight, scale = storage.weight, storage.scale
+        del storage  # what the consumer drops is gone
+        yield placement.name, weight
+        del weight
+        if scale is not None:
+            yield layout.scale_name(placement.name), layout.stored_scale(scale)
+        del scale
+        handed += placement.source_bytes
+        if progress:
+            progress(handed, made.source_bytes)
+
+
+def placed(
+    checkpoint: Checkpoint, made: Plan, threads: int | None = None, tally: Tally | None = None
+) -> Iterator[tuple[Placement, Storage]]:
+    """A plan, executed: each placement with its memory, in plan order."""
     geometry = Geometry.fit(made, threads)
     sink = IteratorSink(made.staging_bytes - geometry.staging_bytes)
-    running = Stream(checkpoint, made, sink, geometry=geometry)
-    handed = 0
+    running = Stream(checkpoint, made, sink, geometry=geometry, tally=tally)
     ended = False
     running.start()
     try:
         while (taken := sink.take(running.ring)) is not None:
-            name, scale, nbytes = taken[0].name, taken[1].scale, taken[0].source_bytes
-            weight = taken[1].weight
+            hand_over = [taken]
             del taken  # what the consumer drops is gone
-            yield name, weight
-            del weight
-            if scale is not None:
-                yield layout.scale_name(name), layout.stored_scale(scale)
-            del scale
-            handed += nbytes
-            if progress:
-                progress(handed, made.source_bytes)
+            yield hand_over.pop()
         ended = True
         running.stop()
         running.finish()

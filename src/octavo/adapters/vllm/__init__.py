@@ -1,0 +1,35 @@
+"""octavo inside vLLM: a bf16 checkpoint that looks like an FP8 one.
+
+vLLM is given the config of a compressed-tensors FP8 checkpoint and, when it loads, a stream that has ``X.weight`` in
+FP8 followed by ``X.weight_scale``, made from the bf16 checkpoint on the way. Fusing, sharding and kernels are those
+that vLLM has for FP8 checkpoints on disk. Scales are taken over whole tensors of the checkpoint, so the bytes are those
+that `octavo.convert` writes, whatever the degree of parallelism.
+
+    options    what users say
+    config     the quantization config that vLLM is given
+    tracing    dry runs of a model's ``load_weights``: which tensors land where
+    survey     from dry runs to a plan: what becomes FP8, what stays and why, whether everything is covered
+    loader     ``--load-format octavo``
+    reload     what happens when weights are loaded again
+    cpu        kernels for processors for which vLLM has none
+    versions   what differs between vLLM's versions
+
+`register` is the entry point in vLLM's plugin group ``vllm.general_plugins``; it is called in every process of vLLM.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make ``--load-format octavo`` and ``--quantization octavo_...`` known to vLLM. May be called repeatedly."""
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        return
+    from . import cpu, loader
+
+    loader.register()
+    cpu.register()
+
+
+__all__ = ["register"]

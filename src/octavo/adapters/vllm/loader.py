@@ -1,0 +1,226 @@
+"""``--load-format octavo``: a model of vLLM, filled with FP8 from a bf16 checkpoint.
+
+    config   the quantization config of a compressed-tensors checkpoint
+    model    made by vLLM, with parameters that hold FP8
+    survey   dry runs: what goes where, whether all of it is there
+    read     through octavo's ring, quantized on the model's device, into the model's own ``load_weights``
+
+Where a dry run shows that some layer has to stay unquantized, the model is made a second time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from ... import formats
+from ...api import iterate
+from ...checkpoint import Checkpoint
+from ...errors import OctavoError, RecipeError
+from ...plan import Plan, plan_checkpoint
+from ...report import Stages, measured
+from ...stream import Tally
+from . import config as quantization
+from . import reload, versions
+from .config import OctavoConfig
+from .log import describe
+from .options import LOAD_FORMAT, PREFIX, Options, scheme_of_quantization
+from .survey import Survey, Surveyor
+
+# below vLLM's own loggers, so that its settings hold for ours
+log = init_logger("vllm.octavo")
+
+
+class _MakeAnewError(Exception):
+    """Some layers have to stay unquantized, which the model that was made does not do."""
+
+    def __init__(self, keep: Mapping[str, str]) -> None:
+        super().__init__(", ".join(keep))
+        self.keep = keep
+
+
+class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
+    """Errors are `OctavoError`, raised before a weight is read, and leave no model behind."""
+
+    def __init__(self, load_config: Any) -> None:
+        # what the extra config and --quantization say together is checked when both are known
+        self.extra = load_config.model_loader_extra_config
+        inner = copy.copy(load_config)
+        inner.load_format, inner.model_loader_extra_config = "safetensors", {}
+        super().__init__(inner)
+        self.options = Options.parse(self.extra)
+        self.stages = Stages()
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
+        self.options = Options.parse(self.extra, model_config.quantization)
+        quant_config = self._quant_config(vllm_config, model_config)
+        with self.stages("plan"):
+            self.checkpoint = self._open(model_config)
+            self.plan, layout_config = self._plan(self.checkpoint)
+        kept: dict[str, str] = {}
+        with versions.layer_registry(vllm_config) as forget_layers:
+            while True:
+                quant_config.fill(layout_config, kept)
+                try:
+                    return self._make(vllm_config, model_config, prefix)
+                except _MakeAnewError as again:
+                    kept.update(again.keep)
+                forget_layers()
+                gc.collect()  # the model is held by its own cycles
+
+    def _make(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
+        try:
+            model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        except (_MakeAnewError, OctavoError):
+            raise
+        except (ValueError, NotImplementedError, AssertionError) as error:
+            if self.options.scheme != "fp8_block" or "block" not in str(error):
+                raise
+            raise RecipeError(
+                f"vLLM can't run {self.options.scheme} on this model: {error}. Use the scheme fp8_channel, or ignore "
+                "the layers."
+            ) from error
+        return model
+
+    def _quant_config(self, vllm_config: VllmConfig, model_config: ModelConfig) -> OctavoConfig:
+        """The config that vLLM made from ``--quantization``, or one made now, as vLLM would."""
+        found = vllm_config.quant_config
+        if isinstance(found, OctavoConfig):
+            return found
+        if found is not None:
+            how = "" if model_config.quantization is None else f" ({model_config.quantization})"
+            raise RecipeError(
+                f"--load-format {LOAD_FORMAT} quantizes bf16 checkpoints, and {model_config.model} is served quantized "
+                f"already{how}: leave --load-format out to serve it so, or start from the bf16 checkpoint without "
+                "--quantization."
+            )
+        model_config.quantization = PREFIX + self.options.scheme
+        made = VllmConfig._get_quantization_config(model_config, vllm_config.load_config)
+        assert isinstance(made, OctavoConfig)
+        vllm_config.quant_config = made
+        custom_ops = vllm_config.compilation_config.custom_ops
+        if made.has_blocked_weights() and "-quant_fp8" not in custom_ops and "+quant_fp8" not in custom_ops:
+            custom_ops.append("+quant_fp8")  # as vLLM does when it knows early
+        return made
+
+    # -- the checkpoint -----------------------------------------------------------------------------------------------
+
+    def _sources(self, model_config: ModelConfig, model: nn.Module | None = None) -> DefaultModelLoader.Source:
+        if tuple(getattr(model, "secondary_weights", ())):
+            raise RecipeError(
+                f"{model_config.model}: {type(model).__name__} reads several checkpoints, which octavo does not; "
+                "leave --load-format out"
+            )
+        return DefaultModelLoader.Source(
+            model_config.model,
+            model_config.revision,
+            allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
+        )
+
+    def _open(self, model_config: ModelConfig) -> Checkpoint:
+        files = versions.files_of(self, self._sources(model_config))
+        opened = Checkpoint.open(files[0].parent)
+        return opened if {shard.path for shard in opened.shards} == set(files) else Checkpoint.open_files(files)
+
+    def _plan(self, checkpoint: Checkpoint) -> tuple[Plan, Mapping[str, Any]]:
+        """The plan of all tensors, and the config of the checkpoint that they would make."""
+        layout = formats.get(formats.DEFAULT)
+        made = plan_checkpoint(checkpoint, self.options.recipe, self.options.staging_bytes)
+        return made, layout.config(made)
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
+        """Survey, then read and fill."""
+        layout = formats.get(formats.DEFAULT)
+        quant_config = get_current_vllm_config().quant_config
+        with self.stages("plan"):
+            device = str(next(model.parameters()).device)
+            plan = dataclasses.replace(
+                self.plan, placements=tuple(dataclasses.replace(p, device=device) for p in self.plan.placements)
+            )
+            found = Surveyor(model, model.load_weights, plan, layout, versions.exempt(model), quant_config.kept).run()
+            self._check(model, found, quant_config)
+        tally = Tally()
+        with measured(found.plan, self._progress()) as meter, self.stages("stream"):
+            meter.follow(tally)
+            model.load_weights(
+                iterate(
+                    self.checkpoint,
+                    found.plan,
+                    layout,
+                    threads=self.options.threads,
+                    progress=meter.progress,
+                    tally=tally,
+                )
+            )
+        for line in describe(found, self.stages, tally, meter):
+            log.info("octavo: %s", line)
+        reload.prepare(model, found.plan, layout)
+
+    def _check(self, model: nn.Module, found: Survey, quant_config: OctavoConfig) -> None:
+        """Have the model made anew, if it must be, or refuse."""
+        if not found.keep:
+            return
+        if found.refused and self.options.strict:
+            name, why = next(iter(found.refused.items()))
+            raise RecipeError(
+                f"{name} can't become FP8 in {type(model).__name__}: {why} ({len(found.refused)} tensors in all). "
+                "Without strict they stay as they are; or ignore them."
+            )
+        modules = dict(model.named_modules())
+        # vLLM's name of a layer is not always its place in the model
+        raise _MakeAnewError({quant_config.names.get(modules[m], m): why for m, why in found.keep.items()})
+
+    def _progress(self) -> bool | None:
+        if not self.load_config.use_tqdm_on_load:
+            return False
+        distributed = torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
+        return False if distributed else None
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+        """For reloading: the weights of a checkpoint, unquantized, as vLLM expects them."""
+        return reload.CheckpointWeights(self._open(model_config), model, self.options)
+
+
+def register() -> None:
+    """Make ``--load-format octavo`` and the quantizations known; what reads safetensors makes way for the latter."""
+    quantization.register()
+    versions.replace_loader(LOAD_FORMAT, lambda _: OctavoLoader)
+    for load_format in ("auto", "hf", "safetensors"):
+        versions.replace_loader(load_format, _switching)
+
+
+def _switching(loader: type[DefaultModelLoader]) -> type[DefaultModelLoader]:
+    """The loader, except where ``--quantization`` is octavo's."""
+    if issubclass(loader, _Switch):
+        return loader
+    return type(loader.__name__, (_Switch, loader), {"__module__": __name__, "__doc__": loader.__doc__})
+
+
+class _Switch:
+    """Hands a model over to `OctavoLoader` if its quantization is octavo's, and does nothing else."""
+
+    load_config: Any
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Any:
+        if scheme_of_quantization(model_config.quantization):
+            return OctavoLoader(self.load_config).load_model(vllm_config, model_config, prefix)
+        return super().load_model(vllm_config, model_config, prefix)  # type: ignore[misc]
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Any:
+        if scheme_of_quantization(model_config.quantization):
+            return OctavoLoader(self.load_config).get_all_weights(model_config, model)
+        return super().get_all_weights(model_config, model)  # type: ignore[misc]

@@ -1,0 +1,186 @@
+"""The real engine of vLLM in a process of its own: `Engine.run` starts one, asks it, and ends it.
+
+    python -m helpers.vllm_engine < job > answer
+
+A job is JSON: options of ``vllm.LLM`` and what to ask. The answer, a line of JSON on the original stdout, holds digests
+of all parameters, tokens and prompt logprobs; or the error. Nothing of vLLM is imported in the process of the tests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_COLOR": "0",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for functions that are sent to workers
+    "OMP_NUM_THREADS": "1",
+}
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [200, 100, 50, 25, 12, 6, 3]]
+LOADER = {"load_format": "octavo"}
+
+
+@dataclass
+class Answer:
+    """What an engine said, or why it did not start."""
+
+    parameters: list[dict[str, str]] = field(default_factory=list)  # of each rank: name -> digest
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[dict[str, float]]] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)  # of the steps
+    log: list[str] = field(default_factory=list)  # octavo's lines
+    error: str = ""
+    output: str = field(default="", repr=False)
+
+
+def run(model: Path | str, *, steps: list[list[Any]] | None = None, timeout: float = 300, **options: Any) -> Answer:
+    """Load ``model`` with ``vllm.LLM(**options)`` and ask for everything.
+
+    Args:
+        steps: after the first answers, each ``[name, *arguments]`` of a function below (`STEPS`).
+    """
+    parallel = options.get("tensor_parallel_size", 1) > 1
+    environment = {**os.environ, **ENVIRONMENT}
+    if parallel:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+    else:
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        options.setdefault("distributed_executor_backend", "uni")
+    job = {"model": str(model), "steps": steps or [], "options": options}
+    finished = subprocess.run(
+        [sys.executable, "-m", "helpers.vllm_engine"],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+    )
+    answers = [line for line in finished.stdout.splitlines() if line.startswith('{"parameters"')]
+    output = finished.stdout + finished.stderr
+    lines = [line.partition("octavo: ")[2] for line in output.splitlines() if "octavo: " in line]
+    if not answers:
+        return Answer(error=f"the process ended with {finished.returncode}", output=output, log=lines)
+    answer = Answer(**json.loads(answers[-1]), output=output, log=lines)
+    return answer
+
+
+# -- in the engine's process ------------------------------------------------------------------------------------------
+
+
+def digests(model: Any) -> dict[str, str]:
+    """SHA-256 of every parameter and buffer, with its dtype and shape."""
+    import torch
+
+    found = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        found[name] = f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
+    return found
+
+
+def addresses(model: Any) -> dict[str, int]:
+    return {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+
+
+class _Session:
+    def __init__(self, model: str, options: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        defaults = {
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "max_model_len": 64,
+            "max_num_seqs": 4,
+            "dtype": "bfloat16",
+            "seed": 0,
+        }
+        self.llm = LLM(model=model, **{**defaults, **options})
+
+    def parameters(self) -> list[dict[str, str]]:
+        return list(self.llm.apply_model(digests))
+
+    def addresses(self) -> list[dict[str, int]]:
+        return list(self.llm.apply_model(addresses))
+
+    def generate(self) -> tuple[list[list[int]], list[list[dict[str, float]]]]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=3, detokenize=False, ignore_eos=True)
+        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        logprobs = [
+            [{str(k): v.logprob for k, v in at.items()} for at in output.prompt_logprobs if at] for output in outputs
+        ]
+        return tokens, logprobs
+
+    # steps
+
+    def reload_path(self, path: str) -> None:
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+
+    def reload_iterator(self, path: str) -> None:
+        from safetensors.torch import load_file
+
+        weights = [pair for file in sorted(Path(path).glob("*.safetensors")) for pair in load_file(file).items()]
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+
+    def bare_load(self, path: str) -> str:
+        from safetensors.torch import load_file
+
+        weights = [pair for file in sorted(Path(path).glob("*.safetensors")) for pair in load_file(file).items()]
+        try:
+            self.llm.apply_model(lambda model: bool(model.load_weights(weights)))
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def state(self) -> dict[str, Any]:
+        tokens, logprobs = self.generate()
+        return {
+            "parameters": self.parameters(),
+            "addresses": self.addresses(),
+            "tokens": tokens,
+            "logprobs": logprobs,
+            "rss": _rss(),
+        }
+
+
+def _rss() -> int:
+    from octavo.report import rss_bytes
+
+    return rss_bytes()
+
+
+def _main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever logs to stdout does not mix with the answer
+    job = json.load(sys.stdin)
+    answer = Answer()
+    try:
+        session = _Session(job["model"], job["options"])
+        answer.parameters = session.parameters()
+        answer.tokens, answer.logprobs = session.generate()
+        for name, *arguments in job["steps"]:
+            answer.results.append(getattr(session, name)(*arguments))
+    except BaseException as error:
+        import traceback
+
+        traceback.print_exc()
+        answer.error = f"{type(error).__name__}: {error}"
+    fields = ("parameters", "tokens", "logprobs", "results", "error")
+    out.write(json.dumps({name: getattr(answer, name) for name in fields}) + "\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    _main()
