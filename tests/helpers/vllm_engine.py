@@ -1,8 +1,8 @@
-"""The real engine of vLLM in a process of its own: `Engine.run` starts one, asks it, and ends it.
+"""The real engine of vLLM in a process of its own: `run` starts one for each of its jobs, asks it, and ends it.
 
-    python -m helpers.vllm_engine < job > answer
+    python -m helpers.vllm_engine < jobs > answers
 
-A job is JSON: options of ``vllm.LLM`` and what to ask. The answer, a line of JSON on the original stdout, holds digests
+Jobs are JSON: options of ``vllm.LLM`` and what to ask. An answer, a line of JSON on the original stdout, holds digests
 of all parameters, tokens and prompt logprobs; or the error. Nothing of vLLM is imported in the process of the tests.
 """
 
@@ -13,7 +13,9 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
 }
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14], [200, 100, 50, 25, 12, 6, 3]]
-LOADER = {"load_format": "octavo"}
+_FIELDS = ("parameters", "tokens", "logprobs", "results", "error")
+_MARK = '{"parameters"'
+_NEXT = "\n-- next job --\n"
 
 
 @dataclass
@@ -42,36 +46,48 @@ class Answer:
     output: str = field(default="", repr=False)
 
 
-def run(model: Path | str, *, steps: list[list[Any]] | None = None, timeout: float = 300, **options: Any) -> Answer:
-    """Load ``model`` with ``vllm.LLM(**options)`` and ask for everything.
+@dataclass
+class Job:
+    """A model to load with ``vllm.LLM(model, **options)``.
 
-    Args:
-        steps: after the first answers, each ``[name, *arguments]`` of a function below (`STEPS`).
+    ``steps`` are taken after the first answers: each ``[name, *arguments]`` of a method of `_Session`.
     """
-    parallel = options.get("tensor_parallel_size", 1) > 1
+
+    model: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    steps: list[list[Any]] = field(default_factory=list)
+
+
+def octavo_job(model: Path, scheme: str = "fp8_channel", steps: Sequence[list[Any]] = (), **options: Any) -> Job:
+    """Through octavo."""
+    extra = {"load_format": "octavo", "model_loader_extra_config": {"scheme": scheme}}
+    return Job(model, {**extra, **options}, list(steps))
+
+
+def run(*jobs: Job, timeout: float = 300) -> list[Answer]:
+    """One engine after another, in one process (jobs of several ranks: one such job alone)."""
     environment = {**os.environ, **ENVIRONMENT}
-    if parallel:
+    if any(job.options.get("tensor_parallel_size", 1) > 1 for job in jobs):
+        assert len(jobs) == 1
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
     else:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        options.setdefault("distributed_executor_backend", "uni")
-    job = {"model": str(model), "steps": steps or [], "options": options}
     finished = subprocess.run(
         [sys.executable, "-m", "helpers.vllm_engine"],
-        input=json.dumps(job),
+        input=json.dumps([{**asdict(job), "model": str(job.model.absolute())} for job in jobs]),
         capture_output=True,
         text=True,
         timeout=timeout,
         env=environment,
         cwd=Path(__file__).parents[1],
     )
-    answers = [line for line in finished.stdout.splitlines() if line.startswith('{"parameters"')]
-    output = finished.stdout + finished.stderr
-    lines = [line.partition("octavo: ")[2] for line in output.splitlines() if "octavo: " in line]
-    if not answers:
-        return Answer(error=f"the process ended with {finished.returncode}", output=output, log=lines)
-    answer = Answer(**json.loads(answers[-1]), output=output, log=lines)
-    return answer
+    found = [Answer(**json.loads(line)) for line in finished.stdout.splitlines() if line.startswith(_MARK)]
+    logs = finished.stderr.split(_NEXT)
+    for answer, log in zip(found, logs, strict=False):
+        answer.output = log
+        answer.log = [line.partition("octavo: ")[2] for line in log.splitlines() if "octavo: " in line]
+    lost = Answer(error=f"the process ended with {finished.returncode}", output=finished.stderr)
+    return [*found, *[lost] * (len(jobs) - len(found))]
 
 
 # -- in the engine's process ------------------------------------------------------------------------------------------
@@ -104,6 +120,8 @@ class _Session:
             "dtype": "bfloat16",
             "seed": 0,
         }
+        if options.get("tensor_parallel_size", 1) == 1:
+            defaults["distributed_executor_backend"] = "uni"
         self.llm = LLM(model=model, **{**defaults, **options})
 
     def parameters(self) -> list[dict[str, str]]:
@@ -161,10 +179,7 @@ def _rss() -> int:
     return rss_bytes()
 
 
-def _main() -> None:
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever logs to stdout does not mix with the answer
-    job = json.load(sys.stdin)
+def _answer(job: dict[str, Any]) -> Answer:
     answer = Answer()
     try:
         session = _Session(job["model"], job["options"])
@@ -173,13 +188,23 @@ def _main() -> None:
         for name, *arguments in job["steps"]:
             answer.results.append(getattr(session, name)(*arguments))
     except BaseException as error:
-        import traceback
-
         traceback.print_exc()
         answer.error = f"{type(error).__name__}: {error}"
-    fields = ("parameters", "tokens", "logprobs", "results", "error")
-    out.write(json.dumps({name: getattr(answer, name) for name in fields}) + "\n")
-    out.flush()
+    return answer
+
+
+def _main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever logs to stdout does not mix with the answers
+    for job in json.load(sys.stdin):
+        answer = _answer(job)
+        out.write(json.dumps({name: getattr(answer, name) for name in _FIELDS}) + "\n")
+        out.flush()
+        sys.stderr.write(_NEXT)
+        sys.stderr.flush()
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        cleanup_dist_env_and_memory()
 
 
 if __name__ == "__main__":

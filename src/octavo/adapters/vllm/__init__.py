@@ -23,13 +23,16 @@ from __future__ import annotations
 def register() -> None:
     """Make ``--load-format octavo`` and ``--quantization octavo_...`` known to vLLM. May be called repeatedly."""
     try:
-        import vllm  # noqa: F401
+        from vllm.platforms import current_platform
     except ImportError:
         return
-    from . import cpu, loader
+    from . import loader
 
     loader.register()
-    cpu.register()
+    if current_platform.is_cpu():
+        from . import cpu
+
+        cpu.register()
 
 
 __all__ = ["register"]

@@ -2,8 +2,8 @@
 
 It is a compressed-tensors config, so that vLLM treats the model as it treats FP8 checkpoints on disk. With
 ``--quantization octavo_fp8_channel`` vLLM makes it early, before it decides about kernels and compilation, when nothing
-is known of the checkpoint yet; with ``--load-format octavo`` alone, the loader makes it. Either way, `OctavoConfig.fill`
-completes it when the headers have been read.
+is known of the checkpoint yet; with ``--load-format octavo`` alone, the loader makes it. `OctavoConfig.fill` completes
+it either way, when the headers have been read.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         self.packed_modules_mapping: dict[str, list[str]] = {}
         self.kept = dict(kept)
         self.names.clear()
+
+    def paths(self, model: nn.Module) -> dict[str, str]:
+        """The place of each layer in the model -> vLLM's name of it, which differs for experts."""
+        return {path: self.names[module] for path, module in model.named_modules() if module in self.names}
 
     def has_blocked_weights(self) -> bool:
         """Asked by vLLM when it decides about kernels."""

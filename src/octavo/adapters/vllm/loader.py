@@ -88,9 +88,9 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         except (ValueError, NotImplementedError, AssertionError) as error:
             if self.options.scheme != "fp8_block" or "block" not in str(error):
                 raise
+            why = str(error).rstrip(".")
             raise RecipeError(
-                f"vLLM can't run {self.options.scheme} on this model: {error}. Use the scheme fp8_channel, or ignore "
-                "the layers."
+                f"vLLM can't run fp8_block on this model: {why}. Use the scheme fp8_channel, or ignore the layers."
             ) from error
         return model
 
@@ -151,7 +151,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             plan = dataclasses.replace(
                 self.plan, placements=tuple(dataclasses.replace(p, device=device) for p in self.plan.placements)
             )
-            found = Surveyor(model, model.load_weights, plan, layout, versions.exempt(model), quant_config.kept).run()
+            kept = {m: quant_config.kept[n] for m, n in quant_config.paths(model).items() if n in quant_config.kept}
+            found = Surveyor(model, model.load_weights, plan, layout, versions.exempt(model), kept).run()
             self._check(model, found, quant_config)
         tally = Tally()
         with measured(found.plan, self._progress()) as meter, self.stages("stream"):
@@ -180,9 +181,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 f"{name} can't become FP8 in {type(model).__name__}: {why} ({len(found.refused)} tensors in all). "
                 "Without strict they stay as they are; or ignore them."
             )
-        modules = dict(model.named_modules())
-        # vLLM's name of a layer is not always its place in the model
-        raise _MakeAnewError({quant_config.names.get(modules[m], m): why for m, why in found.keep.items()})
+        names = quant_config.paths(model)
+        raise _MakeAnewError({names[module]: why for module, why in found.keep.items()})
 
     def _progress(self) -> bool | None:
         if not self.load_config.use_tqdm_on_load:

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import math
 import re
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -74,15 +75,14 @@ class Surveyor:
         seen = self._trace(wanted)
         reasons: dict[str, str] = {}
         if seen.failed or self._misfits(seen, wanted) or self._lacks_scale(seen, wanted):
-            plain = self._trace(frozenset())
-            if plain.failed:
-                raise CoverageError(self._refusal(plain.failed))
-            keep, reasons = self._compare(plain, wanted)
+            plain, keep, lacking = self._plain()
+            more, reasons = self._compare(plain, wanted)
+            keep.update(more)
             wanted -= reasons.keys()
-            seen, refused = self._try(wanted)
+            seen, refused = self._try(wanted, lacking)
             for name, why in refused.items():
                 for copy in plain.by_source().get(name, ()):
-                    keep.setdefault(_module(copy.target), f"{name}: {why}")
+                    keep.setdefault(_module(copy.target), why)
             if keep:
                 return Survey(self.plan, keep=keep, refused=refused)
         self._check_coverage(seen)
@@ -115,24 +115,49 @@ class Surveyor:
 
     # -- dry runs -----------------------------------------------------------------------------------------------------
 
-    def _trace(self, quantized: Collection[str]) -> Trace:
-        return trace(self.model, self.load, self._virtual(quantized))
+    def _trace(self, quantized: Collection[str], without: Collection[str] = ()) -> Trace:
+        return trace(self.model, self.load, self._virtual(quantized, without))
 
-    def _virtual(self, quantized: Collection[str]) -> Iterator[Source]:
-        """What the loader is given when these become FP8."""
+    def _virtual(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:
+        """What the loader is given when these become FP8; ``without`` those of some patterns."""
         for placement in self.plan.placements:
             name, shape = placement.name, placement.shape
+            if without and _pattern(name) in without:
+                continue
             if name in quantized:
                 yield Source(name, shape, FP8)
                 yield Source(self.layout.scale_name(name), self._scheme.scale_shape(shape) or (1,), torch.float32)
             else:
                 yield Source(name, shape, dtypes.MOVED[placement.source_dtype_names[0]])
 
-    def _try(self, wanted: frozenset[str]) -> tuple[Trace, dict[str, str]]:
+    def _plain(self) -> tuple[Trace, dict[str, str], Collection[str]]:
+        """A dry run of the checkpoint as it is; modules to keep, since in FP8 they lack a parameter; for which tensors."""
+        lacking: dict[str, tuple[str, Exception]] = {}
+        while (seen := self._trace(frozenset(), lacking.keys())).failed:
+            culprit = _pattern(seen.failed[0])
+            if culprit in lacking:
+                raise CoverageError(self._refusal(seen.failed))
+            lacking[culprit] = seen.failed
+        found, keep = seen.by_source(), {}
+        for failed in lacking.values():
+            beside = [
+                _module(copy.target)
+                for name in self._names
+                if _pattern(_module(name)) == _pattern(_module(failed[0]))
+                for copy in found.get(name, ())
+                if copy.target in self._holders
+            ]
+            if not beside:
+                raise CoverageError(self._refusal(failed))
+            why = f"in FP8, vLLM's layer has no place for {failed[0].rpartition('.')[2]}"
+            keep.update(dict.fromkeys(beside, why))
+        return seen, keep, lacking.keys()
+
+    def _try(self, wanted: frozenset[str], without: Collection[str]) -> tuple[Trace, dict[str, str]]:
         """Dry runs until one passes, without what made others fail; and what can't be taken, with the reasons."""
         refused: dict[str, str] = {}
         while True:
-            seen = self._trace(wanted - refused.keys())
+            seen = self._trace(wanted - refused.keys(), without)
             if seen.failed is None:
                 return seen, {**refused, **self._misfits(seen, wanted - refused.keys())}
             culprit = _pattern(self._origin(seen.failed[0]))
@@ -185,11 +210,11 @@ class Surveyor:
             for module in inside:
                 homes.setdefault(module, set()).add(placement.name)
             if placement.name not in wanted:
-                keep.update((module, f"{placement.name}: {placement.reason}") for module in inside)
+                keep.update(dict.fromkeys(inside, placement.reason))
             elif len(inside) < len(copies):
                 why = next((self.kept[m] for c in copies if (m := _module(c.target)) in self.kept), _KEPT_BY_VLLM)
                 stay[placement.name] = why
-                keep.update((module, f"{placement.name}: {why}") for module in inside)
+                keep.update(dict.fromkeys(inside, why))
         ignored = {p.name: p.reason for p in self.plan.kept if p.reason.startswith("ignored by")}
         problems = []
         for module in keep:
@@ -267,7 +292,7 @@ def _pattern(name: str) -> str:
 
 def _text(failed: tuple[str, Exception]) -> str:
     error = failed[1]
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
+    return textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 160, placeholder=" ...")
 
 
 # -- weights beside scales --------------------------------------------------------------------------------------------

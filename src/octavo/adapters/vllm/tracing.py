@@ -215,6 +215,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return target if sources else func(*args, **kwargs)
 
     def _note(self, target: Tensor, sources: frozenset[str], view: View | None) -> None:
+        if not target.numel():
+            return
         for name, whole in self._targets[_storage(target)]:
             box = box_of(target, whole)
             if box is not None:
