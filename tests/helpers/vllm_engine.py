@@ -8,13 +8,14 @@ of all parameters, tokens and prompt logprobs; or the error. Nothing of vLLM is 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,24 +144,38 @@ class _Session:
 
     # steps
 
-    def reload_path(self, path: str) -> None:
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+    def reload_path(self, path: str) -> str:
+        return _error(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path}))
 
-    def reload_iterator(self, path: str) -> None:
-        from safetensors.torch import load_file
-
-        weights = [pair for file in sorted(Path(path).glob("*.safetensors")) for pair in load_file(file).items()]
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    def reload_iterator(self, path: str) -> str:
+        weights = _weights(path)
+        return _error(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights}))
 
     def bare_load(self, path: str) -> str:
-        from safetensors.torch import load_file
+        weights = _weights(path)
+        return _error(lambda: self.llm.apply_model(lambda model: bool(model.load_weights(weights))))
 
-        weights = [pair for file in sorted(Path(path).glob("*.safetensors")) for pair in load_file(file).items()]
-        try:
-            self.llm.apply_model(lambda model: bool(model.load_weights(weights)))
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return ""
+    def transfer(self, path: str, tensors_at_once: int) -> str:
+        """As a trainer does, some tensors at a time; through an engine that reads a file instead of a network."""
+
+        def update() -> None:
+            self.llm.collective_rpc("start_weight_update")
+            names = [name for name, _ in _weights(path)]
+            for at in range(0, len(names), tensors_at_once):
+                info = {"path": path, "names": names[at : at + tensors_at_once]}
+                self.llm.collective_rpc("update_weights", args=(info,))
+            self.llm.collective_rpc("finish_weight_update")
+
+        return _error(update)
+
+    def reload_often(self, paths: list[str], times: int) -> list[list[Any]]:
+        """[resident bytes, tokens] after each reload of one path after another."""
+        seen = []
+        for number in range(times):
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_path": paths[number % len(paths)]})
+            gc.collect()
+            seen.append([_rss(), self.generate()[0]])
+        return seen
 
     def state(self) -> dict[str, Any]:
         tokens, logprobs = self.generate()
@@ -169,14 +184,66 @@ class _Session:
             "addresses": self.addresses(),
             "tokens": tokens,
             "logprobs": logprobs,
-            "rss": _rss(),
         }
+
+
+def _weights(path: str) -> list[tuple[str, Any]]:
+    from safetensors.torch import load_file
+
+    return [pair for file in sorted(Path(path).glob("*.safetensors")) for pair in load_file(file).items()]
+
+
+def _error(act: Callable[[], Any]) -> str:
+    try:
+        act()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def _rss() -> int:
     from octavo.report import rss_bytes
 
     return rss_bytes()
+
+
+def _register_file_transfer() -> None:
+    """A weight transfer engine of vLLM whose network is a file."""
+    from vllm.distributed.weight_transfer.base import WeightTransferEngine
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class Init:
+        pass
+
+    @dataclass
+    class Update:
+        path: str
+        names: list[str]
+
+    class FileTransfer(WeightTransferEngine):
+        init_info_cls, update_info_cls = Init, Update
+
+        def init_transfer_engine(self, init_info: Any) -> None:
+            pass
+
+        def start_weight_update(self) -> None:
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, update_info: Any) -> None:
+            self.model.load_weights([pair for pair in _weights(update_info.path) if pair[0] in update_info.names])
+
+        def update_weights(self, update_info: dict[str, Any]) -> None:
+            self.receive_weights(self.parse_update_info(update_info))
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            pass
+
+    WeightTransferEngineFactory.register_engine("file", FileTransfer)
 
 
 def _answer(job: dict[str, Any]) -> Answer:
@@ -196,6 +263,7 @@ def _answer(job: dict[str, Any]) -> Answer:
 def _main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever logs to stdout does not mix with the answers
+    _register_file_transfer()
     for job in json.load(sys.stdin):
         answer = _answer(job)
         out.write(json.dumps({name: getattr(answer, name) for name in _FIELDS}) + "\n")

@@ -91,7 +91,16 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         if prefix in self.kept:
             with self._ignoring_everything():
                 return super().get_quant_method(layer, prefix)
-        return super().get_quant_method(layer, prefix)
+        try:
+            return super().get_quant_method(layer, prefix)
+        except ValueError as error:
+            if "different quantization schemes" not in str(error):
+                raise
+            parts = self.packed_modules_mapping.get(prefix.rpartition(".")[2], ["several tensors"])
+            raise RecipeError(
+                f"vLLM fuses {', '.join(parts)} into {prefix}, and only some of them are to stay unquantized; ignore "
+                "all of them, or none"
+            ) from error
 
     @contextlib.contextmanager
     def _ignoring_everything(self) -> Iterator[None]:

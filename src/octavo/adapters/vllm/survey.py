@@ -113,6 +113,15 @@ class Surveyor:
     def _names(self) -> set[str]:
         return {placement.name for placement in self.plan.placements}
 
+    @functools.cached_property
+    def _dtype_names(self) -> dict[str, str]:
+        return {placement.name: placement.source_dtype_names[0] for placement in self.plan.placements}
+
+    @functools.cached_property
+    def _no_floats(self) -> frozenset[str]:
+        """Tensors that vLLM would take for weights, number by number: integers, and FP8 without a scale."""
+        return frozenset(n for n, dtype in self._dtype_names.items() if dtypes.TORCH[dtype] not in dtypes.QUANTIZABLE)
+
     # -- dry runs -----------------------------------------------------------------------------------------------------
 
     def _trace(self, quantized: Collection[str], without: Collection[str] = ()) -> Trace:
@@ -131,7 +140,7 @@ class Surveyor:
                 yield Source(name, shape, dtypes.MOVED[placement.source_dtype_names[0]])
 
     def _plain(self) -> tuple[Trace, dict[str, str], Collection[str]]:
-        """A dry run of the checkpoint as it is; modules to keep, since in FP8 they lack a parameter; for which tensors."""
+        """A dry run of the checkpoint as it is; modules to keep that in FP8 lack a parameter; for which tensors."""
         lacking: dict[str, tuple[str, Exception]] = {}
         while (seen := self._trace(frozenset(), lacking.keys())).failed:
             culprit = _pattern(seen.failed[0])
@@ -242,6 +251,8 @@ class Surveyor:
                 problem = f"{seen.opaque[name]} goes into it in a way that can't be followed"
             elif not copies:
                 problem = "comes from no tensor of the checkpoint"
+            elif parameter.is_floating_point() and (odd := [c.source for c in copies if c.sources & self._no_floats]):
+                problem = f"{odd[0]} goes there, which is {self._dtype_names[odd[0]]}: no bf16, fp16 or fp32"
             elif len(copies) > 1 or copies[0].size != tuple(parameter.shape):
                 problem = _uncovered(parameter, copies)
             if problem:
