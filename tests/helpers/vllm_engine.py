@@ -276,4 +276,7 @@ def _main() -> None:
 
 
 if __name__ == "__main__":
-    _main()
+    # by its name, so that workers can be sent functions of this module
+    from helpers import vllm_engine
+
+    vllm_engine._main()

@@ -322,7 +322,7 @@ class _Cut(NamedTuple):
 
 def _unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme) -> str | None:
     """What keeps scales from lying beside their weights in the model, or None."""
-    groups = (scheme.group_rows or shape[-2], scheme.group_cols or shape[-1])
+    groups = (scheme.group_rows, scheme.group_cols)
     expected, actual = set(), set()
     for copy in weights:
         cut = _cut(copy, shape, groups)
@@ -339,7 +339,7 @@ def _unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, 
     return "vLLM's loader does not cut its scale as it cuts the weight"
 
 
-def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int, int]) -> _Cut | None:
+def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | None]) -> _Cut | None:
     """None if rows or columns are permuted, or if a scale group is cut."""
     if copy.view is None or len(copy.view.size) < 2 or len(copy.size) < 2:
         return None
@@ -351,9 +351,12 @@ def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int, int]) -> _Cut | 
     for to, origin, count, group, end in zip(
         copy.start[-2:], divmod(within, k), (height, width), groups, (n, k), strict=True
     ):
-        if to % group or origin % group or (count % group and origin + count != end):
+        if group is None:  # one scale holds for the whole axis, and so for any part of it
+            spans.append((0, 0, 1))
+        elif to % group or origin % group or (count % group and origin + count != end):
             return None
-        spans.append((to // group, origin // group, math.ceil(count / group)))
+        else:
+            spans.append((to // group, origin // group, math.ceil(count / group)))
     stack = tuple(
         (size, stride // (n * k)) for size, stride in zip(copy.view.size[:-2], strides[:-2], strict=True) if size > 1
     )
