@@ -192,6 +192,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _copy(self, target: Tensor, value: Tensor) -> Tensor:
         sources = self._names(value)
         if _storage(target) in self._targets:
+            if sources and value.numel() != target.numel():  # torch would repeat a single row to fill many
+                raise RuntimeError(f"a tensor of shape {list(value.shape)} does not fill {list(target.shape)}")
             view = None
             if _storage(value) not in self._derived and sources and value.shape == target.shape:
                 view = View(int(value.storage_offset()), tuple(value.shape), value.stride())
