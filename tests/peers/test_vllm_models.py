@@ -5,7 +5,6 @@ Every parameter and buffer of the model, the tokens, and the logprobs of prompts
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ pytestmark = [
     pytest.mark.peers,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make peers-vllm"),
+    pytest.mark.usefixtures("vllm_engine"),
 ]
 
 #: architecture -> layers of vLLM that hold FP8, counted by hand: attention has two (DeepSeek: five, four of them here

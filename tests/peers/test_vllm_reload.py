@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ pytestmark = [
     pytest.mark.peers,
     pytest.mark.slow,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make peers-vllm"),
+    pytest.mark.usefixtures("vllm_engine"),
 ]
 
 

@@ -125,7 +125,19 @@ class Surveyor:
     # -- dry runs -----------------------------------------------------------------------------------------------------
 
     def _trace(self, quantized: Collection[str], without: Collection[str] = ()) -> Trace:
-        return trace(self.model, self.load, self._virtual(quantized, without))
+        seen = trace(self.model, self.load, self._virtual(quantized, without))
+        if seen.failed:
+            seen.failed = (self._culprit(*seen.failed), seen.failed[1])
+        return seen
+
+    def _culprit(self, current: str, error: Exception) -> str:
+        """The tensor that a loader refused: the one that its error names, or the last that it took."""
+        for word in map(str, re.findall(r"[\w.]+", str(error))):
+            for name in (word, word.removesuffix(self.layout.scale_suffix)):
+                named = [given for given in self._names if "." in name and f".{given}".endswith(f".{name}")]
+                if len(named) == 1:
+                    return named[0] + word[len(name) :]
+        return current
 
     def _virtual(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:
         """What the loader is given when these become FP8; ``without`` those of some patterns."""
