@@ -49,9 +49,12 @@ def _model(model: str, options: dict[str, Any]) -> Any:
 def _main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    import torch
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
+    if not torch.accelerator.is_available():
+        torch.accelerator.empty_cache = lambda: None  # as vLLM's worker does on a CPU
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)

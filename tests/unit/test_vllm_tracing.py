@@ -51,9 +51,25 @@ def test_fused_parameters_are_followed_box_by_box():
     seen = traced(Fused(), ("k", (4, 6)), ("q", (4, 6)))
     whole = View(0, (4, 6), (6, 1))
     assert seen.copies == [
-        Copy("qkv", (4, 0), (4, 6), frozenset("k"), whole),
-        Copy("qkv", (0, 0), (4, 6), frozenset("q"), whole),
+        Copy("qkv", (4, 0), (4, 6), frozenset("k"), whole, View(24, (4, 6), (6, 1))),
+        Copy("qkv", (0, 0), (4, 6), frozenset("q"), whole, View(0, (4, 6), (6, 1))),
     ]
+    assert not seen.computes
+
+
+def test_a_loader_that_reads_or_changes_parameters_is_known():
+    class Doubling(Fused):
+        def load_weights(self, weights):
+            super().load_weights(weights)
+            self.bias.data.mul_(2)
+
+    class Summing(Fused):
+        def load_weights(self, weights):
+            super().load_weights(weights)
+            self.total = self.bias.data.sum()
+
+    for model in (Doubling(), Summing()):
+        assert traced(model, ("q", (4, 6))).computes
 
 
 def test_the_model_is_as_it_was():

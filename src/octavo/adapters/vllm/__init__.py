@@ -8,6 +8,7 @@ that `octavo.convert` writes, whatever the degree of parallelism.
     options    what users say
     config     the quantization config that vLLM is given
     tracing    dry runs of a model's ``load_weights``: which tensors land where
+    placing    what octavo's stream can write into the model itself
     survey     from dry runs to a plan: what becomes FP8, what stays and why, whether everything is covered
     loader     ``--load-format octavo``
     reload     what happens when weights are loaded again

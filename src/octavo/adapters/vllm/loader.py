@@ -3,7 +3,8 @@
     config   the quantization config of a compressed-tensors checkpoint
     model    made by vLLM, with parameters that hold FP8
     survey   dry runs: what goes where, whether all of it is there
-    read     through octavo's ring, quantized on the model's device, into the model's own ``load_weights``
+    stream   through octavo's ring, quantized on the model's device, into the model's memory; what the loader computes,
+             or what is cut across scale groups, through the model's own ``load_weights``
 
 Where a dry run shows that some layer has to stay unquantized, the model is made a second time.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,14 +29,17 @@ from ...checkpoint import Checkpoint
 from ...errors import OctavoError, RecipeError
 from ...plan import Plan, plan_checkpoint
 from ...report import Stages, measured
-from ...stream import Tally
+from ...sinks import ParameterSink
+from ...stream import Stream, Tally
 from . import config as quantization
 from . import reload, versions
 from .config import OctavoConfig
 from .log import describe
 from .options import LOAD_FORMAT, PREFIX, Options, scheme_of_quantization
+from .placing import Places
 from .survey import Survey, Surveyor
 
+Progress = Callable[[int, int], None] | None
 # below vLLM's own loggers, so that its settings hold for ours
 log = init_logger("vllm.octavo")
 
@@ -154,22 +158,32 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             kept = {m: quant_config.kept[n] for m, n in quant_config.paths(model).items() if n in quant_config.kept}
             found = Surveyor(model, model.load_weights, plan, layout, versions.exempt(model), kept).run()
             self._check(model, found, quant_config)
+        assert found.places is not None
         tally = Tally()
         with measured(found.plan, self._progress()) as meter, self.stages("stream"):
             meter.follow(tally)
-            model.load_weights(
-                iterate(
-                    self.checkpoint,
-                    found.plan,
-                    layout,
-                    threads=self.options.threads,
-                    progress=meter.progress,
-                    tally=tally,
-                )
-            )
+            self._stream(model, found.places, layout, tally, meter.progress)
         for line in describe(found, self.stages, tally, meter):
             log.info("octavo: %s", line)
         reload.prepare(model, found.plan, layout)
+
+    def _stream(self, model: Any, places: Places, layout: formats.Format, tally: Tally, progress: Progress) -> None:
+        """Into the model's own memory what can go there, the rest through its loader."""
+        total = places.direct.source_bytes + places.rest.source_bytes
+        before = 0
+
+        def overall(done: int, of: int) -> None:
+            if progress:
+                progress(before + done, total)
+
+        if places.direct.placements:
+            sink = ParameterSink(places.storages)
+            Stream(self.checkpoint, places.direct, sink, threads=self.options.threads, tally=tally).run(overall)
+        before = places.direct.source_bytes
+        if places.rest.placements:
+            threads = self.options.threads
+            weights = iterate(self.checkpoint, places.rest, layout, threads=threads, progress=overall, tally=tally)
+            model.load_weights(weights)
 
     def _check(self, model: nn.Module, found: Survey, quant_config: OctavoConfig) -> None:
         """Have the model made anew, if it must be, or refuse."""

@@ -28,6 +28,7 @@ from ...formats import Format
 from ...pieces import coverage_problem
 from ...plan import Plan
 from ...schemes import FP8, Scheme
+from .placing import Places, split
 from .tracing import Copy, Source, Trace, trace
 
 Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]
@@ -39,6 +40,7 @@ class Survey:
     """The outcome of the dry runs."""
 
     plan: Plan  # of what is to be read: in file order, without what the loader has no use for
+    places: Places | None = None  # the same, in two parts; None where the model must be made anew
     layers: int = 0  # of the model that hold FP8
     unread: tuple[str, ...] = ()  # tensors that the loader passes over
     keep: Mapping[str, str] = field(default_factory=dict)  # modules that must stay unquantized after all -> why
@@ -89,7 +91,8 @@ class Surveyor:
         hit = {self._origin(name) for name in seen.by_source().keys() | seen.used}
         layers = {_module(copy.target) for copy in seen.copies if copy.target in self._holders}
         unread = tuple(p.name for p in self.plan.placements if p.name not in hit)
-        return Survey(_amend(self.plan, hit, reasons), len(layers), unread)
+        made = _amend(self.plan, hit, reasons)
+        return Survey(made, split(self.model, seen, made, self.layout), len(layers), unread)
 
     # -- names --------------------------------------------------------------------------------------------------------
 

@@ -22,14 +22,20 @@ from ...pieces import Piece, contiguous_strides
 _aten = torch.ops.aten
 #: what copies a tensor to another device, dtype or layout
 _MOVES = frozenset({_aten._to_copy.default, _aten.clone.default})
+#: what writes a constant
+_FILLS = frozenset({_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default})
 
 
 class View(NamedTuple):
-    """``as_strided`` of a source, in elements."""
+    """``as_strided`` of a tensor's memory, in elements."""
 
     offset: int
     size: tuple[int, ...]
     strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> View:
+        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class Copy:
     size: tuple[int, ...]
     sources: frozenset[str]  # empty: filled with a constant
     view: View | None  # which elements of the one source; None where they were computed or rearranged
+    into: View  # where the loader put them, in its own shape
 
     @property
     def source(self) -> str:
@@ -57,6 +64,7 @@ class Trace:
 
     copies: list[Copy] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # sources of which a value was asked for
+    computes: bool = False  # the loader reads parameters, or changes them other than by copying
     opaque: dict[str, str] = field(default_factory=dict)  # target -> a write into it that is no box
     failed: tuple[str, Exception] | None = None  # the tensor that was being loaded when the loader gave up
 
@@ -144,6 +152,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _is_view(func):
             return func(*args, **kwargs)
         sources = self._sources_of(args, kwargs)
+        if func not in _FILLS and self._touches_targets(args, kwargs):
+            self.trace.computes = True
         if _is_mutating(func):
             return self._mutate(func, args, kwargs, sources)
         if not sources:
@@ -184,6 +194,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 found |= self._names(leaf)
         return found
 
+    def _touches_targets(self, args: Sequence[Any], kwargs: Any) -> bool:
+        return any(isinstance(x, Tensor) and _storage(x) in self._targets for x in tree_leaves((args, kwargs)))
+
     def _derive(self, tensor: Tensor, sources: frozenset[str]) -> None:
         key = _storage(tensor)
         self._derived[key] = self._names(tensor) | sources
@@ -195,8 +208,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if sources and value.numel() != target.numel():  # torch would repeat a single row to fill many
                 raise RuntimeError(f"a tensor of shape {list(value.shape)} does not fill {list(target.shape)}")
             view = None
+            if _storage(value) in self._targets:
+                self.trace.computes = True
             if _storage(value) not in self._derived and sources and value.shape == target.shape:
-                view = View(int(value.storage_offset()), tuple(value.shape), value.stride())
+                view = View.of(value)
             self._note(target, sources, view)
             if not sources:
                 target.copy_(value)
@@ -222,7 +237,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, whole in self._targets[_storage(target)]:
             box = box_of(target, whole)
             if box is not None:
-                self.trace.copies.append(Copy(name, *box, sources, view))
+                self.trace.copies.append(Copy(name, *box, sources, view, View.of(target)))
                 return
         name = self._targets[_storage(target)][0][0]
         self.trace.opaque[name] = min(sources, default="a constant")
