@@ -1,9 +1,9 @@
 """From a dry run to places in the model's own memory, so that octavo's stream can write there itself.
 
-Where the loader only moves a tensor, or parts of it, the dry run has told it all: which elements go where. Such tensors
+Where the loader only moves a tensor, or rows of it, the dry run has told it all: which elements go where. Such tensors
 are streamed from the file to their place; of a tensor of which this rank has some rows, only those are read. What is
-left for the loader itself: whatever it computes, and weights that are cut across their scale groups (columns, under
-fp8_channel), of which a rank needs the scale of the whole.
+left for the loader itself: whatever it computes, and columns, which lie scattered in the file and, under fp8_channel,
+need the scale of the whole row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ... import dtypes, schemes
 from ...formats import Format
-from ...pieces import Piece
+from ...pieces import Piece, contiguous_strides
 from ...plan import Placement, Plan
 from ...sinks import Storage
 from .tracing import Copy, Trace, View
@@ -62,14 +62,14 @@ def _moved(placement: Placement, copies: list[Copy], memory: Mapping[str, Tensor
     parts: list[_Part] = []
     for number, copy in enumerate(copies):
         dtype_name = dtypes.NAMES.get(memory[copy.target].dtype)
-        if copy.view is None or dtype_name is None:
+        if copy.view is None or dtype_name is None or not _is_run(copy.view):
             return None
         parts.append((_part(placement, number, copy.view, dtype_name), copy, None))
     return parts
 
 
 def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy]) -> list[_Part] | None:
-    """A matrix, or rows or blocks of it, each with the scales that lie beside it; None where scale groups are cut."""
+    """A matrix, or rows of it, each with the scales that lie beside it; None where there is more to do than to move."""
     if len(placement.shape) != 2 or len(weights) != len(scales):
         return None
     scheme = schemes.get(str(placement.scheme))
@@ -77,17 +77,11 @@ def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy]) ->
     parts: list[_Part] = []
     for number, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
         view, cells = weight.view, scale.view
-        if view is None or cells is None or len(view.size) != 2 or len(cells.size) != 2:
+        if view is None or cells is None or len(view.size) != 2 or view.size[1] != k or not _is_run(view):
             return None
-        (row, col), (height, width) = divmod(view.offset, k), view.size
-        rows, cols = scheme.group_rows or n, scheme.group_cols or k
-        whole_groups = (
-            not (row % rows or col % cols)
-            and (height % rows == 0 or row + height == n)
-            and (width % cols == 0 or col + width == k)
-        )
-        _, across = scheme.cells(n, k)
-        beside = cells.offset == row // rows * across + col // cols and cells.size == scheme.cells(height, width)
+        row, height, group = view.offset // k, view.size[0], scheme.group_rows or n
+        whole_groups = row % group == 0 and (height % group == 0 or row + height == n)
+        beside = cells.offset == row // group * scheme.cells(n, k)[1] and cells.size == scheme.cells(height, k)
         if not (whole_groups and beside and scale.target == f"{weight.target}_scale"):
             return None
         parts.append((_part(placement, number, view, placement.dtype_name), weight, scale))
@@ -106,6 +100,12 @@ def _part(placement: Placement, number: int, view: View, dtype_name: str) -> Pla
         parts=(view.size[0],) if placement.scheme else (),
         source_bytes=piece.numel * dtypes.moved_bits(placement.source_dtype_names[0]) // 8,
     )
+
+
+def _is_run(view: View) -> bool:
+    """Whether its elements lie one after another."""
+    wanted = contiguous_strides(view.size)
+    return all(n == 1 or a == b for n, a, b in zip(view.size, view.strides, wanted, strict=True))
 
 
 def _region(memory: Mapping[str, Tensor], copy: Copy) -> Tensor:

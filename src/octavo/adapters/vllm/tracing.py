@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ...pieces import Piece, contiguous_strides
 
@@ -129,6 +128,10 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes writes into ``targets``; follows sources through views and computations by the identity of storages."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping it from being compiled takes as long as the rest
+
     def __init__(self, targets: dict[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
@@ -165,13 +168,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")}
         result = func(*args, **options)
         whole = self._whole_root(args[0]) if func in _MOVES else None
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                if whole is not None and tensor.is_contiguous():
-                    self._roots[_storage(tensor)] = whole
-                    self._kept.append(tensor)
-                else:
-                    self._derive(tensor, sources)
+        for tensor in _tensors_in((result,)):
+            if whole is not None and tensor.is_contiguous():
+                self._roots[_storage(tensor)] = whole
+                self._kept.append(tensor)
+            else:
+                self._derive(tensor, sources)
         return result
 
     def _whole_root(self, tensor: Tensor) -> str | None:
@@ -189,13 +191,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _sources_of(self, args: Sequence[Any], kwargs: Any) -> frozenset[str]:
         found: frozenset[str] = frozenset()
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                found |= self._names(leaf)
+        for tensor in _tensors_in((*args, *kwargs.values())):
+            found |= self._names(tensor)
         return found
 
     def _touches_targets(self, args: Sequence[Any], kwargs: Any) -> bool:
-        return any(isinstance(x, Tensor) and _storage(x) in self._targets for x in tree_leaves((args, kwargs)))
+        return any(_storage(tensor) in self._targets for tensor in _tensors_in((*args, *kwargs.values())))
 
     def _derive(self, tensor: Tensor, sources: frozenset[str]) -> None:
         key = _storage(tensor)
@@ -286,6 +287,15 @@ def _flat_box(part: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, 
             start[axis], size[axis] = at, count
             return tuple(start), tuple(size)
     return None
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors, and those in lists: all that operators take and give."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, Tensor))
 
 
 def _storage(tensor: Tensor) -> int:
