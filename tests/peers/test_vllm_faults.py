@@ -173,6 +173,10 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
         "contradict each other",
     ),
     "vLLM's own quantization": ({"quantization": "fp8"}, "leave --load-format out"),
+    "octavo's options without octavo": (
+        {"load_format": "auto", EXTRA: {"scheme": "fp8_block"}},
+        "is for --load-format octavo, not auto",
+    ),
     "another loader": (
         {"load_format": "runai_streamer", "quantization": "octavo_fp8_channel"},
         "use --load-format octavo",
@@ -213,3 +217,11 @@ def test_strict_refuses_what_the_loader_cant_take(tmp_path: Path) -> None:
     extra = {"load_format": "octavo", EXTRA: {"strict": True}}
     (answer,) = run(Job(folder, extra))
     assert "block_sparse_moe.input_linear.weight can't become FP8" in answer.error
+
+
+def test_pickles_are_not_opened(tmp_path: Path) -> None:
+    folder = make("llama", tmp_path / "llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    (answer,) = run(octavo_job(folder))
+    assert "pytorch_model.bin is a pickle" in answer.error

@@ -64,6 +64,22 @@ def test_two_ranks_equal_stock_vllm_on_the_converted_checkpoint(
         assert "not read: 12 (" in mine.output
 
 
+def test_the_quantization_flag_and_usual_options_on_two_ranks(tmp_path: Path) -> None:
+    source = make("opt", tmp_path / "bf16")
+    usual = {
+        "tensor_parallel_size": 2,
+        "block_size": 128,
+        "gpu_memory_utilization": 0.2,
+        "trust_remote_code": True,
+        "max_model_len": 128,
+    }
+    (mine,) = run(Job(source, {"quantization": "octavo_fp8_channel", **usual}), timeout=400)
+    (stock,) = run(Job(convert(source, "fp8_channel"), usual), timeout=400)
+    assert not mine.error, mine.output[-2500:]
+    assert mine.parameters == stock.parameters
+    assert (mine.tokens, mine.logprobs) == (stock.tokens, stock.logprobs)
+
+
 @contextlib.contextmanager
 def served(model: Path, *arguments: str) -> Iterator[str]:
     """The address of an OpenAI server; it is asked to stop, and must."""

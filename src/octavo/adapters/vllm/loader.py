@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import gc
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,20 +122,11 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     # -- the checkpoint -----------------------------------------------------------------------------------------------
 
-    def _sources(self, model_config: ModelConfig, model: nn.Module | None = None) -> DefaultModelLoader.Source:
-        if tuple(getattr(model, "secondary_weights", ())):
-            raise RecipeError(
-                f"{model_config.model}: {type(model).__name__} reads several checkpoints, which octavo does not; "
-                "leave --load-format out"
-            )
-        return DefaultModelLoader.Source(
-            model_config.model,
-            model_config.revision,
-            allow_patterns_overrides=getattr(model, "allow_patterns_overrides", None),
-        )
-
     def _open(self, model_config: ModelConfig) -> Checkpoint:
-        files = versions.files_of(self, self._sources(model_config))
+        local = Path(model_config.model)
+        if local.is_dir() and not any(local.glob("*.safetensors")):
+            return Checkpoint.open(local)  # raises, and says what it found instead
+        files = versions.files_of(self, DefaultModelLoader.Source(model_config.model, model_config.revision))
         opened = Checkpoint.open(files[0].parent)
         return opened if {shard.path for shard in opened.shards} == set(files) else Checkpoint.open_files(files)
 
@@ -150,6 +142,11 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         """Survey, then read and fill."""
         layout = formats.get(formats.DEFAULT)
         quant_config = get_current_vllm_config().quant_config
+        if tuple(getattr(model, "secondary_weights", ())):
+            raise RecipeError(
+                f"{model_config.model}: {type(model).__name__} reads several checkpoints, which octavo does not; leave "
+                "--load-format and --quantization out"
+            )
         with self.stages("plan"):
             device = str(next(model.parameters()).device)
             plan = dataclasses.replace(
@@ -229,12 +226,24 @@ class _Switch:
 
     load_config: Any
 
+    def __init__(self, load_config: Any) -> None:
+        self._given, extra = load_config, load_config.model_loader_extra_config
+        if isinstance(extra, dict) and extra.keys() & Options.names():
+            load_config = copy.copy(load_config)  # which vLLM would not know
+            load_config.model_loader_extra_config = {}
+        super().__init__(load_config)  # type: ignore[call-arg]
+
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Any:
         if scheme_of_quantization(model_config.quantization):
-            return OctavoLoader(self.load_config).load_model(vllm_config, model_config, prefix)
+            return OctavoLoader(self._given).load_model(vllm_config, model_config, prefix)
+        if self._given is not self.load_config:
+            raise RecipeError(
+                f"--model-loader-extra-config {self._given.model_loader_extra_config} is for --load-format "
+                f"{LOAD_FORMAT}, not {self._given.load_format}"
+            )
         return super().load_model(vllm_config, model_config, prefix)  # type: ignore[misc]
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Any:
         if scheme_of_quantization(model_config.quantization):
-            return OctavoLoader(self.load_config).get_all_weights(model_config, model)
+            return OctavoLoader(self._given).get_all_weights(model_config, model)
         return super().get_all_weights(model_config, model)  # type: ignore[misc]

@@ -50,6 +50,11 @@ class Options:
         return Recipe(self.scheme, ignore=self.ignore)
 
     @classmethod
+    def names(cls) -> list[str]:
+        """The keys that are known."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
     def parse(cls, extra: Any, quantization: str | None = None) -> Options:
         """What ``--model-loader-extra-config`` and ``--quantization`` say together.
 
@@ -59,10 +64,10 @@ class Options:
         given = dict(extra) if isinstance(extra, Mapping) else {} if extra is None else None
         if given is None:
             raise RecipeError(f"--model-loader-extra-config must be a JSON object, not {extra!r}")
-        known = [field.name for field in fields(cls)]
-        unknown = sorted(set(given) - set(known))
+        unknown = sorted(set(given) - set(cls.names()))
         if unknown:
-            raise RecipeError(f"--model-loader-extra-config: unknown key {unknown[0]!r}; known: {', '.join(known)}")
+            known = ", ".join(cls.names())
+            raise RecipeError(f"--model-loader-extra-config: unknown key {unknown[0]!r}; known: {known}")
         named = scheme_of_quantization(quantization)
         if named and given.setdefault("scheme", named) != named:
             raise RecipeError(
