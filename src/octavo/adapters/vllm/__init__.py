@@ -27,6 +27,10 @@ def register() -> None:
         from vllm.platforms import current_platform
     except ImportError:
         return
+    from . import versions
+
+    if not versions.is_supported():
+        return  # --load-format octavo is then unknown to vLLM, which says so
     from . import loader
 
     loader.register()

@@ -81,6 +81,12 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 try:
                     return self._make(vllm_config, model_config, prefix)
                 except _MakeAnewError as again:
+                    stubborn = next((layer for layer in again.keep if layer in kept), None)
+                    if stubborn is not None:
+                        raise RecipeError(
+                            f"{stubborn} has to stay unquantized ({kept[stubborn]}), and vLLM makes it FP8 all the "
+                            "same; leave --load-format and --quantization out"
+                        ) from None
                     kept.update(again.keep)
                 forget_layers()
                 gc.collect()  # the model is held by its own cycles

@@ -12,14 +12,13 @@ import vllm
 from torch import nn
 from vllm.model_executor import model_loader
 
-#: tested from, and up to but without
-SUPPORTED = ((0, 24), (0, 34))
+OLDEST = (0, 24)
 
 
-def version() -> tuple[int, int]:
-    """(major, minor); (0, 0) where vLLM does not know."""
+def is_supported() -> bool:
+    """Whether this vLLM is known to have what is used here; one that does not know its version counts as new."""
     found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
+    return found is None or (int(found[1]), int(found[2])) >= OLDEST
 
 
 def replace_loader(load_format: str, change: Callable[[Any], Any]) -> None:
