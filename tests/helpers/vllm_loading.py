@@ -2,7 +2,8 @@
 
     python -m helpers.vllm_loading < jobs > answers
 
-Jobs are those of `helpers.vllm_engine`; an answer holds digests of parameters, or an error.
+Jobs are those of `helpers.vllm_engine`, with steps ``["reload", path]``; an answer holds digests of parameters (and
+addresses, after each step), or an error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .vllm_engine import ENVIRONMENT, Answer, Job, digests
+from .vllm_engine import ENVIRONMENT, Answer, Job, addresses, digests
 
 
 def load(*jobs: Job, timeout: float = 300) -> list[Answer]:
@@ -35,7 +36,23 @@ def load(*jobs: Job, timeout: float = 300) -> list[Answer]:
     return [Answer(**json.loads(line), output=finished.stderr) for line in lines]
 
 
-def _model(model: str, options: dict[str, Any]) -> Any:
+def _reload(model: Any, config: Any, path: str) -> list[Any]:
+    """What `reload_weights` of vLLM's model runner does; -> digests, and whether all parameters are where they were."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    before = addresses(model)
+    config.model_config.model = path
+    with set_current_vllm_config(config):
+        weights = get_model_loader(config.load_config).get_all_weights(config.model_config, model)
+        initialize_layerwise_reload(model)
+        model.load_weights(weights)
+        finalize_layerwise_reload(model, config.model_config)
+    return [digests(model), addresses(model) == before]
+
+
+def _model(model: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
@@ -43,7 +60,7 @@ def _model(model: str, options: dict[str, Any]) -> Any:
     defaults = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 64, "dtype": "bfloat16"}
     config = EngineArgs(model=model, **{**defaults, **options}).create_engine_config()
     with set_current_vllm_config(config):
-        return get_model(vllm_config=config)
+        return get_model(vllm_config=config), config
 
 
 def _main() -> None:
@@ -59,9 +76,11 @@ def _main() -> None:
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)
     for job in json.load(sys.stdin):
-        answer: dict[str, Any] = {"parameters": [], "error": ""}
+        answer: dict[str, Any] = {"parameters": [], "error": "", "results": []}
         try:
-            answer["parameters"] = [digests(_model(job["model"], job["options"]))]
+            model, config = _model(job["model"], job["options"])
+            answer["parameters"] = [digests(model)]
+            answer["results"] = [_reload(model, config, path) for _, path in job["steps"]]
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         out.write(json.dumps(answer) + "\n")

@@ -44,6 +44,16 @@ def test_parameters_equal_those_of_the_converted_checkpoint(name: str, scheme: s
     assert mine.parameters == flagged.parameters == stock.parameters
 
 
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_reloading_equals_a_fresh_load_in_the_same_memory(scheme: str, tmp_path: Path) -> None:
+    old, new = make("llama", tmp_path / "old"), make("llama", tmp_path / "new", seed=1)
+    steps = [["reload", str(new)], ["reload", str(old)]]
+    mine, fresh = load(octavo_job(old, scheme, steps), octavo_job(new, scheme))
+    assert not mine.error, mine.error
+    assert mine.parameters != fresh.parameters
+    assert mine.results == [[fresh.parameters[0], True], [mine.parameters[0], True]]
+
+
 def test_stacks_of_experts_stay_where_the_loader_takes_no_scales(tmp_path: Path) -> None:
     (answer,) = load(octavo_job(make("granitemoe", tmp_path / "bf16")))
     assert not answer.error, answer.error
