@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from octavo.adapters.vllm.tracing import Copy, Source, View, box_of, trace
+from octavo.errors import CoverageError
 
 
 class Fused(nn.Module):
@@ -117,8 +118,26 @@ def test_a_refused_tensor_is_named_and_what_nobody_takes_is_not():
 
 
 def test_a_loader_that_replaces_parameters_is_an_error():
-    with pytest.raises(RuntimeError, match="replaces bias instead of writing into it"):
+    with pytest.raises(CoverageError, match="replaces bias instead of writing into it"):
         traced(Fused(), ("replaced", (4,)))
+
+
+def test_a_parameter_that_the_loader_makes_is_the_models():
+    class Late(Fused):
+        def load_weights(self, weights):
+            for name, weight in weights:
+                if name == "late":
+                    self.late = nn.Parameter(torch.empty(4))
+                    self.late.data[1:].copy_(weight)
+                    self.late.data[:1].fill_(0)
+                else:
+                    super().load_weights([(name, weight)])
+
+    seen = traced(Late(), ("late", (3,)), ("q", (4, 6)))
+    late, padding = seen.by_target()["late"]
+    assert (late.start, late.size, late.source) == ((1,), (3,), "late")
+    assert (padding.start, padding.size, padding.sources) == ((0,), (1,), frozenset())
+    assert seen.computes  # it makes another one each time
 
 
 @st.composite

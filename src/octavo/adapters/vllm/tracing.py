@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...errors import CoverageError
 from ...pieces import Piece, contiguous_strides
 
 _aten = torch.ops.aten
@@ -97,7 +98,7 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
     A loader that raises ends the run, and ``Trace.failed`` says where.
 
     Raises:
-        RuntimeError: the loader replaced parameters of the model instead of writing into them.
+        CoverageError: the loader put the tensors themselves into the model, instead of writing into its parameters.
     """
     before = dict(_tensors(model))
     recorder = _Recorder(before)
@@ -114,9 +115,14 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
             load(weights())
         except Exception as error:  # whatever a model's loader raises means that it does not take the tensor
             recorder.trace.failed = (current, error)
-    replaced = [name for name, tensor in _tensors(model) if before.get(name) is not tensor or tensor.is_meta]
+    made = {name: tensor for name, tensor in _tensors(model) if before.get(name) is not tensor}
+    replaced = [name for name, tensor in made.items() if tensor.is_meta]
     if replaced:
-        raise RuntimeError(f"{type(model).__name__}.load_weights replaces {replaced[0]} instead of writing into it")
+        raise CoverageError(
+            f"{type(model).__name__}.load_weights replaces {replaced[0]} instead of writing into it, which octavo "
+            "can't follow; convert the checkpoint with `octavo convert`, and serve that"
+        )
+    recorder.adopt(made)
     return recorder.trace
 
 
@@ -140,6 +146,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._targets.setdefault(_storage(tensor), []).append((name, tensor))
         self._roots: dict[int, str] = {}
         self._derived: dict[int, frozenset[str]] = {}
+        self._elsewhere: list[tuple[Tensor, frozenset[str], View | None]] = []  # writes into other memory
         self._kept: list[Tensor] = []  # a storage that is freed could lend its identity to another
 
     def source(self, source: Source) -> Tensor:
@@ -148,13 +155,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept.append(tensor)
         return tensor
 
+    def adopt(self, made: dict[str, Tensor]) -> None:
+        """Count parameters that the loader has made on the way, and what was written into them, as the model's."""
+        for name, tensor in made.items():
+            self._targets[_storage(tensor)] = [(name, tensor)]
+            self.trace.computes = True
+        for target, sources, view in self._elsewhere:
+            if _storage(target) in self._targets:
+                self._note(target, sources, view)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is _aten.copy_.default:
             return self._copy(args[0], args[1])
         if _is_view(func):
             return func(*args, **kwargs)
-        sources = self._sources_of(args, kwargs)
+        # what is filled holds no longer what it held
+        sources = self._sources_of(args[1:] if func in _FILLS else args, kwargs)
         if func not in _FILLS and self._touches_targets(args, kwargs):
             self.trace.computes = True
         if _is_mutating(func):
@@ -205,22 +222,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _copy(self, target: Tensor, value: Tensor) -> Tensor:
         sources = self._names(value)
+        if _storage(value) in self._targets:
+            self.trace.computes = True
+        followed = sources and _storage(value) not in self._derived and value.shape == target.shape
+        view = View.of(value) if followed else None
         if _storage(target) in self._targets:
             if sources and value.numel() != target.numel():  # torch would repeat a single row to fill many
                 raise RuntimeError(f"a tensor of shape {list(value.shape)} does not fill {list(target.shape)}")
-            view = None
-            if _storage(value) in self._targets:
-                self.trace.computes = True
-            if _storage(value) not in self._derived and sources and value.shape == target.shape:
-                view = View.of(value)
             self._note(target, sources, view)
-            if not sources:
-                target.copy_(value)
         elif sources:
+            self._elsewhere.append((target, sources, view))
             self._derive(target, sources)
-        else:
-            target.copy_(value)
-        return target
+        return target if sources else target.copy_(value)
 
     def _mutate(self, func: Any, args: Sequence[Any], kwargs: Any, sources: frozenset[str]) -> Any:
         target = args[0]
@@ -228,8 +241,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         if _storage(target) in self._targets:
             self._note(target, sources, None)
-        elif sources:
-            self._derive(target, sources)
+        else:
+            if sources or func in _FILLS:
+                self._elsewhere.append((target, sources, None))
+            if sources:
+                self._derive(target, sources)
         return target if sources else func(*args, **kwargs)
 
     def _note(self, target: Tensor, sources: frozenset[str], view: View | None) -> None:
