@@ -57,6 +57,8 @@ class Toy(nn.Module):
         scale = kind == "weight_scale"
         if self.down == "no scales" and scale:
             return
+        if self.down == "hoarded" and scale:
+            raise KeyError("down_proj.weight_scale")
         if self.down == "refused" and scale:
             raise ValueError("what is this?")
         if self.down == "permuted" and not scale:

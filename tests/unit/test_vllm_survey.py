@@ -101,6 +101,15 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(shapes, text):
         survey(Toy(), shapes=shapes)
 
 
+def test_a_loader_that_takes_all_tensors_first_is_asked_which_it_refused():
+    class Hoarding(Toy):
+        def load_weights(self, weights):
+            super().load_weights(list(weights))
+
+    found = survey(Hoarding(down="hoarded"))
+    assert list(found.refused) == ["down_proj.weight"]
+
+
 def test_all_that_is_missing_is_named_at_once():
     with pytest.raises(CoverageError) as caught:
         survey(Toy(), shapes={"gate_proj.weight": (256, 256)})

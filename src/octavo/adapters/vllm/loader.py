@@ -75,21 +75,21 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             self.checkpoint = self._open(model_config)
             self.plan, layout_config = self._plan(self.checkpoint)
         kept: dict[str, str] = {}
-        with versions.layer_registry(vllm_config) as forget_layers:
-            while True:
-                self.quant_config.fill(layout_config, kept)
-                try:
-                    return self._make(vllm_config, model_config, prefix)
-                except _MakeAnewError as again:
-                    stubborn = next((layer for layer in again.keep if layer in kept), None)
-                    if stubborn is not None:
-                        raise RecipeError(
-                            f"{stubborn} has to stay unquantized ({kept[stubborn]}), and vLLM makes it FP8 all the "
-                            "same; leave --load-format and --quantization out"
-                        ) from None
-                    kept.update(again.keep)
-                forget_layers()
-                gc.collect()  # the model is held by its own cycles
+        forget_layers = versions.remember_layers(vllm_config)
+        while True:
+            self.quant_config.fill(layout_config, kept)
+            try:
+                return self._make(vllm_config, model_config, prefix)
+            except _MakeAnewError as again:
+                stubborn = next((layer for layer in again.keep if layer in kept), None)
+                if stubborn is not None:
+                    raise RecipeError(
+                        f"{stubborn} has to stay unquantized ({kept[stubborn]}), and vLLM makes it FP8 all the same; "
+                        "leave --load-format and --quantization out"
+                    ) from None
+                kept.update(again.keep)
+            forget_layers()
+            gc.collect()  # the model is held by its own cycles
 
     def _make(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
         try:

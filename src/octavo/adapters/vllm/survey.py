@@ -134,12 +134,13 @@ class Surveyor:
         return seen
 
     def _culprit(self, current: str, error: Exception) -> str:
-        """The tensor that a loader refused: the one that its error names, or the last that it took."""
-        for word in map(str, re.findall(r"[\w.]+", str(error))):
-            for name in (word, word.removesuffix(self.layout.scale_suffix)):
-                named = [given for given in self._names if "." in name and f".{given}".endswith(f".{name}")]
-                if len(named) == 1:
-                    return named[0] + word[len(name) :]
+        """The tensor that a loader refused: the one that its error quotes, or the last that it took."""
+        quoted = re.search(r"'([\w.]+)'", str(error))
+        word = quoted[1] if quoted else ""
+        for name in (word, word.removesuffix(self.layout.scale_suffix)):
+            named = [given for given in self._names if "." in name and f".{given}".endswith(f".{name}")]
+            if len(named) == 1:
+                return str(named[0] + word[len(name) :])
         return current
 
     def _virtual(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:

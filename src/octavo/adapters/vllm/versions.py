@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,8 @@ def files_of(loader: Any, source: Any) -> list[Path]:
     return sorted(Path(file) for file in prepared[1])
 
 
-@contextmanager
-def layer_registry(vllm_config: Any) -> Iterator[Callable[[], None]]:
-    """Gives a function that forgets the layers which a model, made meanwhile, has registered under their names."""
+def remember_layers(vllm_config: Any) -> Callable[[], None]:
+    """A function that forgets the layers which a model, made in between, has registered under their names."""
     compilation = vllm_config.compilation_config
     layers, moe_layers = dict(compilation.static_forward_context), list(compilation.static_all_moe_layers)
 
@@ -50,7 +48,7 @@ def layer_registry(vllm_config: Any) -> Iterator[Callable[[], None]]:
         compilation.static_forward_context.update(layers)
         compilation.static_all_moe_layers[:] = moe_layers
 
-    yield forget
+    return forget
 
 
 def reloading(model: nn.Module) -> bool:
