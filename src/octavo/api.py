@@ -18,7 +18,7 @@ from .layerwise import layerwise, update
 from .plan import DEFAULT_STAGING_BYTES, Plan
 from .recipe import Recipe
 from .sinks import IteratorSink
-from .stream import Stream
+from .stream import Stream, Tally
 from .verify import verify
 
 Scheme = str | Recipe | Mapping[str, Any] | None
@@ -95,21 +95,24 @@ def stream(
     device = str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision)
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
-    return _iterate(checkpoint, made, layout, threads, progress)
+    return iterate(checkpoint, made, layout, threads=threads, progress=progress)
 
 
-def _iterate(
+def iterate(
     checkpoint: Checkpoint,
     made: Plan,
     layout: formats.Format,
-    threads: int | None,
-    progress: Callable[[int, int], None] | None,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    tally: Tally | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
+    """A plan, executed as `stream` says; ``tally`` collects bytes and seconds."""
     geometry = Geometry.fit(made, threads, handing_out=True)
     # on an accelerator, this thread does the work
     sink = IteratorSink(None if geometry.lanes else made.staging_bytes - geometry.staging_bytes)
     handed = 0
-    with contextlib.closing(Stream(checkpoint, made, sink, geometry=geometry).iterate()) as placed:
+    with contextlib.closing(Stream(checkpoint, made, sink, geometry=geometry, tally=tally).iterate()) as placed:
         for placement, storage in placed:
             name, weight, scale = placement.name, storage.weight, storage.scale
             del storage  # what the consumer drops is gone

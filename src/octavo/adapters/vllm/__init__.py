@@ -1,0 +1,43 @@
+"""octavo inside vLLM: a bf16 checkpoint that looks like an FP8 one.
+
+vLLM is given the config of a compressed-tensors FP8 checkpoint and, when it loads, a stream that has ``X.weight`` in
+FP8 followed by ``X.weight_scale``, made from the bf16 checkpoint on the way. Fusing, sharding and kernels are those
+that vLLM has for FP8 checkpoints on disk. Scales are taken over whole tensors of the checkpoint, so the bytes are those
+that `octavo.convert` writes, whatever the degree of parallelism.
+
+    options    what users say
+    config     the quantization config that vLLM is given
+    tracing    dry runs of a model's ``load_weights``: which tensors land where
+    placing    what octavo's stream can write into the model itself
+    survey     from dry runs to a plan: what becomes FP8, what stays and why, whether everything is covered
+    loader     ``--load-format octavo``
+    reload     what happens when weights are loaded again
+    cpu        kernels for processors for which vLLM has none
+    versions   what differs between vLLM's versions
+
+`register` is the entry point in vLLM's plugin group ``vllm.general_plugins``; it is called in every process of vLLM.
+"""
+
+from __future__ import annotations
+
+
+def register() -> None:
+    """Make ``--load-format octavo`` and ``--quantization octavo_...`` known to vLLM. May be called repeatedly."""
+    try:
+        from vllm.platforms import current_platform
+    except ImportError:
+        return
+    from . import versions
+
+    if not versions.is_supported():
+        return  # --load-format octavo is then unknown to vLLM, which says so
+    from . import loader
+
+    loader.register()
+    if current_platform.is_cpu():
+        from . import cpu
+
+        cpu.register()
+
+
+__all__ = ["register"]

@@ -1,0 +1,129 @@
+"""The quantization config that vLLM is given: that of the checkpoint which `octavo.convert` would write.
+
+It is a compressed-tensors config, so that vLLM treats the model as it treats FP8 checkpoints on disk. With
+``--quantization octavo_fp8_channel`` vLLM makes it early, before it decides about kernels and compilation, when nothing
+is known of the checkpoint yet; with ``--load-format octavo`` alone, the loader makes it. `OctavoConfig.fill` completes
+it either way, when the headers have been read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+
+from ...errors import RecipeError
+from .options import LOAD_FORMAT, PREFIX
+
+#: load formats that octavo takes over, or that read no weights
+_READ_BY_OCTAVO = (LOAD_FORMAT, "auto", "hf", "safetensors", "dummy")
+
+
+class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
+    """See the module's docstring; one subclass for each scheme."""
+
+    scheme = ""
+
+    def __init__(self) -> None:
+        super().__init__(target_scheme_map={}, ignore=[], quant_format="float-quantized")
+        self.kept: dict[str, str] = {}  # layers that stay unquantized, whatever the config says -> why
+        self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # layers, as vLLM calls them
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "names": None}  # layers are those of this process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.names = WeakKeyDictionary()
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> OctavoConfig:
+        raise RecipeError(
+            f"--quantization {PREFIX}{cls.scheme}: the checkpoint is already quantized "
+            f"({config.get('quant_method', 'unknown')}, says its config.json). Leave --quantization out to serve it as "
+            "it is, or start from the bf16 checkpoint."
+        )
+
+    @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> None:
+        if user_quant == PREFIX + cls.scheme:
+            cls.from_config(hf_quant_cfg)
+
+    def fill(self, config: Mapping[str, Any], kept: Mapping[str, str]) -> None:
+        """Become the config of a compressed-tensors checkpoint, anew for each model that is made with it.
+
+        Args:
+            config: a ``quantization_config``.
+            kept: layers that stay unquantized -> why.
+        """
+        parsed = CompressedTensorsConfig.from_config({**config, "ignore": list(config["ignore"])})
+        self.target_scheme_map, self.ignore = parsed.target_scheme_map, parsed.ignore
+        self.quant_format, self.config = parsed.quant_format, parsed.config
+        self.packed_modules_mapping: dict[str, list[str]] = {}
+        self.kept = dict(kept)
+        self.names.clear()
+
+    def paths(self, model: nn.Module) -> dict[str, str]:
+        """The place of each layer in the model -> vLLM's name of it, which differs for experts."""
+        return {path: self.names[module] for path, module in model.named_modules() if module in self.names}
+
+    def has_blocked_weights(self) -> bool:
+        """Asked by vLLM when it decides about kernels."""
+        return self.scheme == "fp8_block"
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
+        current = get_current_vllm_config_or_none()
+        load_format = current.load_config.load_format if current is not None else LOAD_FORMAT
+        if load_format not in _READ_BY_OCTAVO:
+            raise RecipeError(
+                f"--quantization {PREFIX}{self.scheme} quantizes what octavo reads, and --load-format {load_format} "
+                f"reads weights itself; use --load-format {LOAD_FORMAT}, or leave it out"
+            )
+        self.names[layer] = prefix
+        if prefix in self.kept:
+            with self._ignoring_everything():
+                return super().get_quant_method(layer, prefix)
+        try:
+            return super().get_quant_method(layer, prefix)
+        except ValueError as error:
+            if "different quantization schemes" not in str(error):
+                raise
+            parts = self.packed_modules_mapping.get(prefix.rpartition(".")[2], ["several tensors"])
+            raise RecipeError(
+                f"vLLM fuses {', '.join(parts)} into {prefix}, and only some of them are to stay unquantized; ignore "
+                "all of them, or none"
+            ) from error
+
+    @contextlib.contextmanager
+    def _ignoring_everything(self) -> Iterator[None]:
+        ignore, self.ignore = self.ignore, ["re:.*"]
+        try:
+            yield
+        finally:
+            self.ignore = ignore
+
+
+class OctavoFp8ChannelConfig(OctavoConfig):
+    """``--quantization octavo_fp8_channel``."""
+
+    scheme = "fp8_channel"
+
+
+class OctavoFp8BlockConfig(OctavoConfig):
+    """``--quantization octavo_fp8_block``."""
+
+    scheme = "fp8_block"
+
+
+def register() -> None:
+    """Make ``--quantization octavo_fp8_channel`` and ``octavo_fp8_block`` known."""
+    for config in (OctavoFp8ChannelConfig, OctavoFp8BlockConfig):
+        register_quantization_config(PREFIX + config.scheme)(config)

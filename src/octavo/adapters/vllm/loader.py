@@ -1,0 +1,255 @@
+"""``--load-format octavo``: a model of vLLM, filled with FP8 from a bf16 checkpoint.
+
+    config   the quantization config of a compressed-tensors checkpoint
+    model    made by vLLM, with parameters that hold FP8
+    survey   dry runs: what goes where, whether all of it is there
+    stream   through octavo's ring, quantized on the model's device, into the model's memory; what the loader computes,
+             or what is cut across scale groups, through the model's own ``load_weights``
+
+Where a dry run shows that some layer has to stay unquantized, the model is made a second time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from ... import formats
+from ...api import iterate
+from ...checkpoint import Checkpoint
+from ...errors import OctavoError, RecipeError
+from ...plan import Plan, plan_checkpoint
+from ...report import Stages, measured
+from ...sinks import ParameterSink
+from ...stream import Stream, Tally
+from . import config as quantization
+from . import reload, versions
+from .config import OctavoConfig
+from .log import describe
+from .options import LOAD_FORMAT, PREFIX, Options, scheme_of_quantization
+from .placing import Places
+from .survey import Survey, Surveyor
+
+Progress = Callable[[int, int], None] | None
+# below vLLM's own loggers, so that its settings hold for ours
+log = init_logger("vllm.octavo")
+
+
+class _MakeAnewError(Exception):
+    """Some layers have to stay unquantized, which the model that was made does not do."""
+
+    def __init__(self, keep: Mapping[str, str]) -> None:
+        super().__init__(", ".join(keep))
+        self.keep = keep
+
+
+class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
+    """Errors are `OctavoError`, raised before a weight is read, and leave no model behind."""
+
+    def __init__(self, load_config: Any) -> None:
+        # what the extra config and --quantization say together is checked when both are known
+        self.extra = load_config.model_loader_extra_config
+        inner = copy.copy(load_config)
+        inner.load_format, inner.model_loader_extra_config = "safetensors", {}
+        super().__init__(inner)
+        self.options = Options.parse(self.extra)
+        self.stages = Stages()
+
+    # -- the model ----------------------------------------------------------------------------------------------------
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
+        self.options = Options.parse(self.extra, model_config.quantization)
+        self.quant_config = self._quant_config(vllm_config, model_config)
+        with self.stages("plan"):
+            self.checkpoint = self._open(model_config)
+            self.plan, layout_config = self._plan(self.checkpoint)
+        kept: dict[str, str] = {}
+        forget_layers = versions.remember_layers(vllm_config)
+        while True:
+            self.quant_config.fill(layout_config, kept)
+            try:
+                return self._make(vllm_config, model_config, prefix)
+            except _MakeAnewError as again:
+                stubborn = next((layer for layer in again.keep if layer in kept), None)
+                if stubborn is not None:
+                    raise RecipeError(
+                        f"{stubborn} has to stay unquantized ({kept[stubborn]}), and vLLM makes it FP8 all the same; "
+                        "leave --load-format and --quantization out"
+                    ) from None
+                kept.update(again.keep)
+            forget_layers()
+            gc.collect()  # the model is held by its own cycles
+
+    def _make(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
+        try:
+            model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+        except (_MakeAnewError, OctavoError):
+            raise
+        except (ValueError, NotImplementedError, AssertionError) as error:
+            if self.options.scheme != "fp8_block" or "block" not in str(error):
+                raise
+            why = str(error).rstrip(".")
+            raise RecipeError(
+                f"vLLM can't run fp8_block on this model: {why}. Use the scheme fp8_channel, or ignore the layers."
+            ) from error
+        return model
+
+    def _quant_config(self, vllm_config: VllmConfig, model_config: ModelConfig) -> OctavoConfig:
+        """The config that vLLM made from ``--quantization``, or one made now, as vLLM would."""
+        found = vllm_config.quant_config
+        if isinstance(found, OctavoConfig):
+            return found
+        if found is not None:
+            how = "" if model_config.quantization is None else f" ({model_config.quantization})"
+            raise RecipeError(
+                f"--load-format {LOAD_FORMAT} quantizes bf16 checkpoints, and {model_config.model} is served quantized "
+                f"already{how}: leave --load-format out to serve it so, or start from the bf16 checkpoint without "
+                "--quantization."
+            )
+        model_config.quantization = PREFIX + self.options.scheme
+        made = VllmConfig._get_quantization_config(model_config, vllm_config.load_config)
+        assert isinstance(made, OctavoConfig)
+        vllm_config.quant_config = made
+        custom_ops = vllm_config.compilation_config.custom_ops
+        if made.has_blocked_weights() and "-quant_fp8" not in custom_ops and "+quant_fp8" not in custom_ops:
+            custom_ops.append("+quant_fp8")  # as vLLM does when it knows early
+        return made
+
+    # -- the checkpoint -----------------------------------------------------------------------------------------------
+
+    def _open(self, model_config: ModelConfig) -> Checkpoint:
+        local = Path(model_config.model)
+        if local.is_dir() and not any(local.glob("*.safetensors")):
+            return Checkpoint.open(local)  # raises, and says what it found instead
+        files = versions.files_of(self, DefaultModelLoader.Source(model_config.model, model_config.revision))
+        opened = Checkpoint.open(files[0].parent)
+        return opened if {shard.path for shard in opened.shards} == set(files) else Checkpoint.open_files(files)
+
+    def _plan(self, checkpoint: Checkpoint) -> tuple[Plan, Mapping[str, Any]]:
+        """The plan of all tensors, and the config of the checkpoint that they would make."""
+        layout = formats.get(formats.DEFAULT)
+        made = plan_checkpoint(checkpoint, self.options.recipe, self.options.staging_bytes)
+        return made, layout.config(made)
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def load_weights(self, model: Any, model_config: ModelConfig) -> None:
+        """Survey, then read and fill."""
+        layout = formats.get(formats.DEFAULT)
+        quant_config = self.quant_config
+        if tuple(getattr(model, "secondary_weights", ())):
+            raise RecipeError(
+                f"{model_config.model}: {type(model).__name__} reads several checkpoints, which octavo does not; leave "
+                "--load-format and --quantization out"
+            )
+        with self.stages("plan"):
+            device = str(next(model.parameters()).device)
+            plan = dataclasses.replace(
+                self.plan, placements=tuple(dataclasses.replace(p, device=device) for p in self.plan.placements)
+            )
+            kept = {m: quant_config.kept[n] for m, n in quant_config.paths(model).items() if n in quant_config.kept}
+            found = Surveyor(model, model.load_weights, plan, layout, versions.exempt(model), kept).run()
+            self._check(model, found)
+        assert found.places is not None
+        tally = Tally()
+        with measured(found.plan, self._progress()) as meter, self.stages("stream"):
+            meter.follow(tally)
+            self._stream(model, found.places, layout, tally, meter.progress)
+        for line in describe(found, self.stages, tally, meter):
+            log.info("octavo: %s", line)
+        reload.prepare(model, found.plan, layout)
+
+    def _stream(self, model: Any, places: Places, layout: formats.Format, tally: Tally, progress: Progress) -> None:
+        """Into the model's own memory what can go there, the rest through its loader."""
+        total = places.direct.source_bytes + places.rest.source_bytes
+        before = 0
+
+        def overall(done: int, of: int) -> None:
+            if progress:
+                progress(before + done, total)
+
+        if places.direct.placements:
+            sink = ParameterSink(places.storages)
+            Stream(self.checkpoint, places.direct, sink, threads=self.options.threads, tally=tally).run(overall)
+        before = places.direct.source_bytes
+        if places.rest.placements:
+            threads = self.options.threads
+            weights = iterate(self.checkpoint, places.rest, layout, threads=threads, progress=overall, tally=tally)
+            model.load_weights(weights)
+
+    def _check(self, model: nn.Module, found: Survey) -> None:
+        """Have the model made anew, if it must be, or refuse."""
+        if not found.keep:
+            return
+        if found.refused and self.options.strict:
+            name, why = next(iter(found.refused.items()))
+            raise RecipeError(
+                f"{name} can't become FP8 in {type(model).__name__}: {why} ({len(found.refused)} tensors in all). "
+                "Without strict they stay as they are; or ignore them."
+            )
+        names = self.quant_config.paths(model)
+        raise _MakeAnewError({names[module]: why for module, why in found.keep.items()})
+
+    def _progress(self) -> bool | None:
+        if not self.load_config.use_tqdm_on_load:
+            return False
+        distributed = torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
+        return False if distributed else None
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+        """For reloading: the weights of a checkpoint, unquantized, as vLLM expects them."""
+        return reload.CheckpointWeights(self._open(model_config), model, self.options)
+
+
+def register() -> None:
+    """Make ``--load-format octavo`` and the quantizations known; what reads safetensors makes way for the latter."""
+    quantization.register()
+    versions.replace_loader(LOAD_FORMAT, lambda _: OctavoLoader)
+    for load_format in ("auto", "hf", "safetensors"):
+        versions.replace_loader(load_format, _switching)
+
+
+def _switching(loader: type[DefaultModelLoader]) -> type[DefaultModelLoader]:
+    """The loader, except where ``--quantization`` is octavo's."""
+    if issubclass(loader, _Switch):
+        return loader
+    return type(loader.__name__, (_Switch, loader), {"__module__": __name__, "__doc__": loader.__doc__})
+
+
+class _Switch:
+    """Hands a model over to `OctavoLoader` if its quantization is octavo's, and does nothing else."""
+
+    load_config: Any
+
+    def __init__(self, load_config: Any) -> None:
+        self._given, extra = load_config, load_config.model_loader_extra_config
+        if isinstance(extra, dict) and extra.keys() & Options.names():
+            load_config = copy.copy(load_config)  # which vLLM would not know
+            load_config.model_loader_extra_config = {}
+        super().__init__(load_config)  # type: ignore[call-arg]
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Any:
+        if scheme_of_quantization(model_config.quantization):
+            return OctavoLoader(self._given).load_model(vllm_config, model_config, prefix)
+        if self._given is not self.load_config:
+            raise RecipeError(
+                f"--model-loader-extra-config {self._given.model_loader_extra_config} is for --load-format "
+                f"{LOAD_FORMAT}, not {self._given.load_format}"
+            )
+        return super().load_model(vllm_config, model_config, prefix)  # type: ignore[misc]
+
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Any:
+        if scheme_of_quantization(model_config.quantization):
+            return OctavoLoader(self._given).get_all_weights(model_config, model)
+        return super().get_all_weights(model_config, model)  # type: ignore[misc]

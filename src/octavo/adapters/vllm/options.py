@@ -1,0 +1,103 @@
+"""What users say: ``--model-loader-extra-config`` and ``--quantization``. Needs no vLLM.
+
+vllm serve MODEL --load-format octavo
+vllm serve MODEL --load-format octavo --model-loader-extra-config '{"scheme": "fp8_block", "ignore": ["*.down_proj"]}'
+vllm serve MODEL --quantization octavo_fp8_block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ... import schemes
+from ...errors import RecipeError
+from ...plan import DEFAULT_STAGING_BYTES
+from ...recipe import DEFAULT_SCHEME, Recipe
+
+#: the value of ``--load-format``
+LOAD_FORMAT = "octavo"
+#: ``--quantization`` is this and the scheme's name
+PREFIX = "octavo_"
+SCHEMES = ("fp8_channel", "fp8_block")
+_REFUSED = {
+    "fp8_tensor": "vLLM quantizes the parts of a fused layer a second time, to their largest scale",
+    "mxfp8": "few of vLLM's kernels take it",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """``--model-loader-extra-config``, checked.
+
+    Args:
+        scheme: ``fp8_channel`` (default) or ``fp8_block``.
+        ignore: patterns of checkpoint tensors that stay as they are; see `octavo.Recipe`.
+        staging_bytes: bound on memory beyond the model, on the host and on the device.
+        threads: that read; default: one a core, at most 16.
+        strict: refuse to start where vLLM's loader can't take a tensor in FP8, which otherwise stays as it is.
+    """
+
+    scheme: str = DEFAULT_SCHEME
+    ignore: tuple[str, ...] = ()
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    threads: int | None = None
+    strict: bool = False
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.scheme, ignore=self.ignore)
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The keys that are known."""
+        return [field.name for field in fields(cls)]
+
+    @classmethod
+    def parse(cls, extra: Any, quantization: str | None = None) -> Options:
+        """What ``--model-loader-extra-config`` and ``--quantization`` say together.
+
+        Raises:
+            RecipeError: an unknown key, a value of the wrong kind, two schemes, or one that vLLM can't run.
+        """
+        given = dict(extra) if isinstance(extra, Mapping) else {} if extra is None else None
+        if given is None:
+            raise RecipeError(f"--model-loader-extra-config must be a JSON object, not {extra!r}")
+        unknown = sorted(set(given) - set(cls.names()))
+        if unknown:
+            known = ", ".join(cls.names())
+            raise RecipeError(f"--model-loader-extra-config: unknown key {unknown[0]!r}; known: {known}")
+        named = scheme_of_quantization(quantization)
+        if named and given.setdefault("scheme", named) != named:
+            raise RecipeError(
+                f"--quantization {quantization} and the scheme {given['scheme']!r} of --model-loader-extra-config "
+                "contradict each other; give one of them"
+            )
+        check_scheme(given.get("scheme", DEFAULT_SCHEME))
+        ignore = given.get("ignore", ())
+        if isinstance(ignore, str) or not all(isinstance(pattern, str) for pattern in ignore):
+            raise RecipeError(f"--model-loader-extra-config: ignore must be a list of patterns, not {ignore!r}")
+        for name, kind, what in (("staging_bytes", int, "a number of bytes"), ("strict", bool, "true or false")):
+            if name in given and type(given[name]) is not kind:
+                raise RecipeError(f"--model-loader-extra-config: {name} must be {what}, not {given[name]!r}")
+        options = cls(**{**given, "ignore": tuple(ignore)})
+        _ = options.recipe  # finds malformed patterns
+        return options
+
+
+def check_scheme(scheme: Any) -> None:
+    """Raise a `RecipeError` that names an alternative unless vLLM can run the scheme."""
+    if scheme in SCHEMES:
+        return
+    if scheme in _REFUSED:
+        raise RecipeError(f"the scheme {scheme} is not offered in vLLM: {_REFUSED[scheme]}. Use {' or '.join(SCHEMES)}")
+    schemes.get(scheme)
+    raise AssertionError(f"{scheme} is neither offered nor refused")
+
+
+def scheme_of_quantization(quantization: str | None) -> str | None:
+    """``octavo_fp8_block`` -> ``fp8_block``; None for whatever is not octavo's."""
+    if quantization is None or not quantization.startswith(PREFIX):
+        return None
+    return quantization.removeprefix(PREFIX)

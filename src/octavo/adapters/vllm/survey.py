@@ -1,0 +1,383 @@
+"""What of a checkpoint becomes FP8 in a model of vLLM, what stays and why: decided by dry runs, before a byte is read.
+
+The recipe says what should become FP8, the model has layers that hold FP8, and its loader says which tensors go there
+and whether it takes their scales. Where the three agree, a tensor is quantized. Where vLLM keeps a layer unquantized,
+so does octavo. Where the recipe keeps a tensor that goes into a layer of FP8, or where the loader can't take a weight
+with its scale, the layer has to stay unquantized: `Survey.keep` names it, for the model to be made anew.
+
+Coverage is exact: each element of each parameter is written once, by something that the checkpoint holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import dtypes, schemes
+from ...errors import CoverageError, RecipeError, raise_problems
+from ...formats import Format
+from ...pieces import coverage_problem
+from ...plan import Plan
+from ...schemes import FP8, Scheme
+from .placing import Places, split
+from .tracing import Copy, Source, Trace, trace
+
+Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]
+_KEPT_BY_VLLM = "vLLM keeps this layer unquantized"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The outcome of the dry runs."""
+
+    plan: Plan  # of what is to be read: in file order, without what the loader has no use for
+    places: Places | None = None  # the same, in two parts; None where the model must be made anew
+    layers: int = 0  # of the model that hold FP8
+    unread: tuple[str, ...] = ()  # tensors that the loader passes over
+    keep: Mapping[str, str] = field(default_factory=dict)  # modules that must stay unquantized after all -> why
+    refused: Mapping[str, str] = field(default_factory=dict)  # of those: tensors that the loader can't take in FP8
+
+
+@dataclass(frozen=True)
+class Surveyor:
+    """Asks a model's loader about the checkpoint that ``plan`` was made for.
+
+    Args:
+        load: the model's own ``load_weights``.
+        plan: of all tensors of the checkpoint, as the recipe would have them.
+        layout: names and shapes of scales.
+        exempt: parameters that no checkpoint needs to hold.
+        kept: modules that an earlier survey wanted kept -> why.
+    """
+
+    model: nn.Module
+    load: Loader
+    plan: Plan
+    layout: Format
+    exempt: Collection[str] = ()
+    kept: Mapping[str, str] = field(default_factory=dict)
+
+    def run(self) -> Survey:
+        """Nearly always, what the recipe wants is what vLLM does, and one dry run shows it; else it takes more.
+
+        Raises:
+            CoverageError: naming all that is missing, written twice or only in part, or that the loader refuses.
+            RecipeError: only some of the tensors that vLLM fuses are to be quantized.
+        """
+        wanted = frozenset(placement.name for placement in self.plan.quantized)
+        seen = self._trace(wanted)
+        reasons: dict[str, str] = {}
+        if seen.failed or self._misfits(seen, wanted) or self._lacks_scale(seen, wanted):
+            plain, keep, lacking = self._plain()
+            more, reasons = self._compare(plain, wanted)
+            keep.update(more)
+            wanted -= reasons.keys()
+            seen, refused = self._try(wanted, lacking)
+            for name, why in refused.items():
+                for copy in plain.by_source().get(name, ()):
+                    keep.setdefault(_module(copy.target), why)
+            if keep:
+                return Survey(self.plan, keep=keep, refused=refused)
+        self._check_coverage(seen)
+        hit = {self._origin(name) for name in seen.by_source().keys() | seen.used}
+        layers = {_module(copy.target) for copy in seen.copies if copy.target in self._holders}
+        unread = tuple(p.name for p in self.plan.placements if p.name not in hit)
+        made = _amend(self.plan, hit, reasons)
+        return Survey(made, split(self.model, seen, made, self.layout), len(layers), unread)
+
+    # -- names --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _scheme(self) -> Scheme:
+        assert self.plan.recipe.scheme is not None
+        return schemes.get(self.plan.recipe.scheme)
+
+    @functools.cached_property
+    def _holders(self) -> set[str]:
+        """Parameters that hold FP8."""
+        return {name for name, parameter in self.model.named_parameters() if parameter.dtype == FP8}
+
+    def _origin(self, given: str) -> str:
+        """The weight that a tensor given to the loader is, or is the scale of."""
+        suffix = self.layout.scale_suffix
+        name = given.removesuffix(suffix)
+        return name if given.endswith(suffix) and name in self._names else given
+
+    @functools.cached_property
+    def _names(self) -> set[str]:
+        return {placement.name for placement in self.plan.placements}
+
+    @functools.cached_property
+    def _dtype_names(self) -> dict[str, str]:
+        return {placement.name: placement.source_dtype_names[0] for placement in self.plan.placements}
+
+    @functools.cached_property
+    def _no_floats(self) -> frozenset[str]:
+        """Tensors that vLLM would take for weights, number by number: integers, and FP8 without a scale."""
+        return frozenset(n for n, dtype in self._dtype_names.items() if dtypes.TORCH[dtype] not in dtypes.QUANTIZABLE)
+
+    # -- dry runs -----------------------------------------------------------------------------------------------------
+
+    def _trace(self, quantized: Collection[str], without: Collection[str] = ()) -> Trace:
+        seen = trace(self.model, self.load, self._virtual(quantized, without))
+        if seen.failed:
+            seen.failed = (self._culprit(*seen.failed), seen.failed[1])
+        return seen
+
+    def _culprit(self, current: str, error: Exception) -> str:
+        """The tensor that a loader refused: the one that its error quotes, or the last that it took."""
+        quoted = re.search(r"'([\w.]+)'", str(error))
+        word = quoted[1] if quoted else ""
+        for name in (word, word.removesuffix(self.layout.scale_suffix)):
+            named = [given for given in self._names if "." in name and f".{given}".endswith(f".{name}")]
+            if len(named) == 1:
+                return str(named[0] + word[len(name) :])
+        return current
+
+    def _virtual(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:
+        """What the loader is given when these become FP8; ``without`` those of some patterns."""
+        for placement in self.plan.placements:
+            name, shape = placement.name, placement.shape
+            if without and _pattern(name) in without:
+                continue
+            if name in quantized:
+                yield Source(name, shape, FP8)
+                yield Source(self.layout.scale_name(name), self._scheme.scale_shape(shape) or (1,), torch.float32)
+            else:
+                yield Source(name, shape, dtypes.MOVED[placement.source_dtype_names[0]])
+
+    def _plain(self) -> tuple[Trace, dict[str, str], Collection[str]]:
+        """A dry run of the checkpoint as it is; modules to keep that in FP8 lack a parameter; for which tensors."""
+        lacking: dict[str, tuple[str, Exception]] = {}
+        while (seen := self._trace(frozenset(), lacking.keys())).failed:
+            culprit = _pattern(seen.failed[0])
+            if culprit in lacking:
+                raise CoverageError(self._refusal(seen.failed))
+            lacking[culprit] = seen.failed
+        found, keep = seen.by_source(), {}
+        for failed in lacking.values():
+            beside = [
+                _module(copy.target)
+                for name in self._names
+                if _pattern(_module(name)) == _pattern(_module(failed[0]))
+                for copy in found.get(name, ())
+                if copy.target in self._holders
+            ]
+            if not beside:
+                raise CoverageError(self._refusal(failed))
+            why = f"in FP8, vLLM's layer has no place for {failed[0].rpartition('.')[2]}"
+            keep.update(dict.fromkeys(beside, why))
+        return seen, keep, lacking.keys()
+
+    def _try(self, wanted: frozenset[str], without: Collection[str]) -> tuple[Trace, dict[str, str]]:
+        """Dry runs until one passes, without what made others fail; and what can't be taken, with the reasons."""
+        refused: dict[str, str] = {}
+        while True:
+            seen = self._trace(wanted - refused.keys(), without)
+            if seen.failed is None:
+                return seen, {**refused, **self._misfits(seen, wanted - refused.keys())}
+            culprit = _pattern(self._origin(seen.failed[0]))
+            alike = [name for name in wanted - refused.keys() if _pattern(name) == culprit]
+            if not alike:
+                raise CoverageError(self._refusal(seen.failed))
+            refused.update(dict.fromkeys(alike, f"vLLM's loader does not take it with a scale ({_text(seen.failed)})"))
+
+    def _refusal(self, failed: tuple[str, Exception]) -> str:
+        return (
+            f"{self.plan.source}: {type(self.model).__name__} in vLLM does not take the tensor {failed[0]!r} "
+            f"({_text(failed)}). Nothing was read."
+        )
+
+    # -- whether weights and scales fit -------------------------------------------------------------------------------
+
+    def _lacks_scale(self, seen: Trace, wanted: Collection[str]) -> bool:
+        """Whether an unquantized tensor goes into a parameter that holds FP8."""
+        holders = self._holders
+        return any(c.target in holders and any(self._origin(n) not in wanted for n in c.sources) for c in seen.copies)
+
+    def _misfits(self, seen: Trace, wanted: Iterable[str]) -> dict[str, str]:
+        """Tensors in FP8 that don't arrive as they should -> why."""
+        found, holders = seen.by_source(), self._holders
+        shapes = {placement.name: placement.shape for placement in self.plan.quantized}
+        problems = {}
+        for name in wanted:
+            weights, scales = found.get(name, []), found.get(self.layout.scale_name(name), [])
+            if not weights and not scales:
+                continue  # the loader passes over it: another rank's experts, layers that vLLM leaves out
+            if not weights or any(copy.target not in holders for copy in weights):
+                problems[name] = _KEPT_BY_VLLM
+            elif not scales:
+                problems[name] = "vLLM's loader passes over its scale"
+            else:
+                why = _unequal(weights, scales, shapes[name], self._scheme)
+                if why:
+                    problems[name] = why
+        return problems
+
+    def _compare(self, plain: Trace, wanted: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """The recipe beside the model's layers: modules to keep -> why, and tensors to keep -> why."""
+        found, holders = plain.by_source(), self._holders
+        keep: dict[str, str] = {}
+        stay: dict[str, str] = {}
+        homes: dict[str, set[str]] = {}
+        for placement in self.plan.placements:
+            copies = found.get(placement.name, [])
+            inside = [_module(copy.target) for copy in copies if copy.target in holders]
+            for module in inside:
+                homes.setdefault(module, set()).add(placement.name)
+            if placement.name not in wanted:
+                keep.update(dict.fromkeys(inside, placement.reason))
+            elif len(inside) < len(copies):
+                why = next((self.kept[m] for c in copies if (m := _module(c.target)) in self.kept), _KEPT_BY_VLLM)
+                stay[placement.name] = why
+                keep.update(dict.fromkeys(inside, why))
+        ignored = {p.name: p.reason for p in self.plan.kept if p.reason.startswith("ignored by")}
+        problems = []
+        for module in keep:
+            named = sorted(homes[module] & ignored.keys())
+            others = sorted(homes[module] & set(wanted))
+            if named and others:
+                problems.append(
+                    f"{named[0]} is {ignored[named[0]]}, but vLLM fuses it into {module} with {others[0]}, which is to "
+                    "become FP8; ignore all of them, or none"
+                )
+        raise_problems(RecipeError, "recipe", problems)
+        return keep, stay
+
+    # -- coverage -----------------------------------------------------------------------------------------------------
+
+    def _check_coverage(self, seen: Trace) -> None:
+        written = seen.by_target()
+        problems = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.numel() == 0 or name in self.exempt:
+                continue
+            copies = written.get(name, [])
+            problem = None
+            if name in seen.opaque:
+                problem = f"{seen.opaque[name]} goes into it in a way that can't be followed"
+            elif not copies:
+                problem = "comes from no tensor of the checkpoint"
+            elif parameter.is_floating_point() and (odd := [c.source for c in copies if c.sources & self._no_floats]):
+                problem = f"{odd[0]} goes there, which is {self._dtype_names[odd[0]]}: no bf16, fp16 or fp32"
+            elif len(copies) > 1 or copies[0].size != tuple(parameter.shape):
+                problem = _uncovered(parameter, copies)
+            if problem:
+                problems.append(f"{name} {list(parameter.shape)}: {problem}")
+        advice = "Nothing was loaded. The checkpoint is incomplete, or not one of this model."
+        raise_problems(CoverageError, self.plan.source, problems, advice)
+
+
+def _uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:
+    """What keeps the copies from tiling a parameter. Constants fill the padding, or what is written later."""
+    from_checkpoint = [copy.piece() for copy in copies if copy.sources]
+    problem = coverage_problem(parameter.shape, from_checkpoint)
+    if problem and len(from_checkpoint) < len(copies):
+        constants = [copy.piece() for copy in copies if not copy.sources]
+        problem = coverage_problem(parameter.shape, [*from_checkpoint, *constants])
+    if problem and "come from no" in problem:
+        names = sorted({piece.src_name for piece in from_checkpoint})
+        problem += f" (only {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} {_go(names)} there)"
+    return problem
+
+
+def _go(names: Sequence[str]) -> str:
+    return "goes" if len(names) == 1 else "go"
+
+
+def _amend(plan: Plan, hit: Collection[str], reasons: Mapping[str, str]) -> Plan:
+    """The plan of what is read: without what nobody takes; what can't be quantized stays, with the reason."""
+    placements = []
+    for placement in plan.placements:
+        if placement.name not in hit:
+            continue
+        if placement.name in reasons:
+            names = placement.source_dtype_names
+            placement = dataclasses.replace(
+                placement, dtype_name=names[0], scheme=None, parts=(), reason=reasons[placement.name]
+            )
+        placements.append(placement)
+    return dataclasses.replace(plan, placements=tuple(placements))
+
+
+def _module(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "*", name)
+
+
+def _text(failed: tuple[str, Exception]) -> str:
+    error = failed[1]
+    return textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 160, placeholder=" ...")
+
+
+# -- weights beside scales --------------------------------------------------------------------------------------------
+
+
+class _Cut(NamedTuple):
+    """A matrix, or part of one, on its way from a source to a target; rows and columns counted in scale groups."""
+
+    target: str
+    at: tuple[int, ...]  # of the matrix within the target
+    stack: tuple[tuple[int, int], ...]  # (how many, how far apart) matrices of the source, if it is a stack
+    matrix: int  # of the source
+    rows: tuple[int, int, int]  # to, from, how many
+    cols: tuple[int, int, int]
+
+
+def _unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme) -> str | None:
+    """What keeps scales from lying beside their weights in the model, or None."""
+    groups = (scheme.group_rows, scheme.group_cols)
+    expected, actual = set(), set()
+    for copy in weights:
+        cut = _cut(copy, shape, groups)
+        if cut is None:
+            return "vLLM's loader rearranges it in a way that scales can't follow"
+        expected.add(cut._replace(target=copy.target + "_scale"))
+    for copy in scales:
+        cut = _cut(copy, scheme.scale_shape(shape) or (1, 1), (1, 1))
+        if cut is None:
+            return "vLLM's loader rearranges its scale"
+        actual.add(cut)
+    if expected == actual or _row_by_row(expected) == _row_by_row(actual):
+        return None
+    return "vLLM's loader does not cut its scale as it cuts the weight"
+
+
+def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | None]) -> _Cut | None:
+    """None if rows or columns are permuted, or if a scale group is cut."""
+    if copy.view is None or len(copy.view.size) < 2 or len(copy.size) < 2:
+        return None
+    (n, k), (height, width), strides = shape[-2:], copy.view.size[-2:], copy.view.strides
+    if (height, width) != copy.size[-2:] or (height > 1 and strides[-2] != k) or (width > 1 and strides[-1] != 1):
+        return None
+    matrix, within = divmod(copy.view.offset, n * k)
+    spans = []
+    for to, origin, count, group, end in zip(
+        copy.start[-2:], divmod(within, k), (height, width), groups, (n, k), strict=True
+    ):
+        if group is None:  # one scale holds for the whole axis, and so for any part of it
+            spans.append((0, 0, 1))
+        elif to % group or origin % group or (count % group and origin + count != end):
+            return None
+        else:
+            spans.append((to // group, origin // group, math.ceil(count / group)))
+    stack = tuple(
+        (size, stride // (n * k)) for size, stride in zip(copy.view.size[:-2], strides[:-2], strict=True) if size > 1
+    )
+    return _Cut(copy.target, copy.start[:-2], stack, matrix, spans[0], spans[1])
+
+
+def _row_by_row(cuts: Iterable[_Cut]) -> set[_Cut]:
+    return {cut._replace(rows=(cut.rows[0] + i, cut.rows[1] + i, 1)) for cut in cuts for i in range(cut.rows[2])}

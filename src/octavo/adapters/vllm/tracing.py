@@ -1,0 +1,340 @@
+"""A dry run of a model's loader: which part of which tensor is written where. Reads nothing, writes nothing.
+
+The loader (``model.load_weights`` in vLLM) is given tensors on the meta device, which have a shape and no data. Every
+copy into a parameter or buffer of the model is noted instead of done: the box that it fills, the tensors that it comes
+from, and, as long as they were only cut and permuted, which of their elements. That is the loader's own knowledge of
+names, fusing and sharding; none of it is repeated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...errors import CoverageError
+from ...pieces import Piece, contiguous_strides
+
+_aten = torch.ops.aten
+#: what copies a tensor to another device, dtype or layout
+_MOVES = frozenset({_aten._to_copy.default, _aten.clone.default})
+#: what writes a constant
+_FILLS = frozenset({_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default})
+
+
+class View(NamedTuple):
+    """``as_strided`` of a tensor's memory, in elements."""
+
+    offset: int
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> View:
+        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One write into a parameter or buffer."""
+
+    target: str
+    start: tuple[int, ...]  # the box of the target that is filled
+    size: tuple[int, ...]
+    sources: frozenset[str]  # empty: filled with a constant
+    view: View | None  # which elements of the one source; None where they were computed or rearranged
+    into: View  # where the loader put them, in its own shape
+
+    @property
+    def source(self) -> str:
+        return min(self.sources, default="a constant")
+
+    def piece(self) -> Piece:
+        """For `coverage_problem`, which looks at the target's side only."""
+        return Piece(self.start, self.size, self.source, 0, ())
+
+
+@dataclass
+class Trace:
+    """What a dry run saw."""
+
+    copies: list[Copy] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)  # sources of which a value was asked for
+    computes: bool = False  # the loader reads parameters, or changes them other than by copying
+    opaque: dict[str, str] = field(default_factory=dict)  # target -> a write into it that is no box
+    failed: tuple[str, Exception] | None = None  # the tensor that was being loaded when the loader gave up
+
+    def by_source(self) -> dict[str, list[Copy]]:
+        """Source -> its copies."""
+        found: dict[str, list[Copy]] = {}
+        for copy in self.copies:
+            for source in copy.sources:
+                found.setdefault(source, []).append(copy)
+        return found
+
+    def by_target(self) -> dict[str, list[Copy]]:
+        """Parameter or buffer -> the copies into it."""
+        found: dict[str, list[Copy]] = {}
+        for copy in self.copies:
+            found.setdefault(copy.target, []).append(copy)
+        return found
+
+
+class Source(NamedTuple):
+    """A tensor that the loader is given."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any], sources: Iterable[Source]) -> Trace:
+    """Run ``load`` on tensors without data; the model stays as it is.
+
+    A loader that raises ends the run, and ``Trace.failed`` says where.
+
+    Raises:
+        CoverageError: the loader put the tensors themselves into the model, instead of writing into its parameters.
+    """
+    before = dict(_tensors(model))
+    recorder = _Recorder(before)
+    current = ""
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        nonlocal current
+        for source in sources:
+            current = source.name
+            yield source.name, recorder.source(source)
+
+    with torch.no_grad(), recorder:
+        try:
+            load(weights())
+        except Exception as error:  # whatever a model's loader raises means that it does not take the tensor
+            recorder.trace.failed = (current, error)
+    made = {name: tensor for name, tensor in _tensors(model) if before.get(name) is not tensor}
+    replaced = [name for name, tensor in made.items() if tensor.is_meta]
+    if replaced:
+        raise CoverageError(
+            f"{type(model).__name__}.load_weights replaces {replaced[0]} instead of writing into it, which octavo "
+            "can't follow; convert the checkpoint with `octavo convert`, and serve that"
+        )
+    recorder.adopt(made)
+    return recorder.trace
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes writes into ``targets``; follows sources through views and computations by the identity of storages."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and keeping it from being compiled takes as long as the rest
+
+    def __init__(self, targets: dict[str, Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.trace = Trace()
+        self._targets: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, tensor in targets.items():
+            self._targets.setdefault(_storage(tensor), []).append((name, tensor))
+        self._roots: dict[int, str] = {}
+        self._derived: dict[int, frozenset[str]] = {}
+        self._elsewhere: list[tuple[Tensor, frozenset[str], View | None]] = []  # writes into other memory
+        self._kept: list[Tensor] = []  # a storage that is freed could lend its identity to another
+
+    def source(self, source: Source) -> Tensor:
+        tensor = torch.empty(source.shape, dtype=source.dtype, device="meta")
+        self._roots[_storage(tensor)] = source.name
+        self._kept.append(tensor)
+        return tensor
+
+    def adopt(self, made: dict[str, Tensor]) -> None:
+        """Count parameters that the loader has made on the way, and what was written into them, as the model's."""
+        for name, tensor in made.items():
+            self._targets[_storage(tensor)] = [(name, tensor)]
+            self.trace.computes = True
+        for target, sources, view in self._elsewhere:
+            if _storage(target) in self._targets:
+                self._note(target, sources, view)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is _aten.copy_.default:
+            return self._copy(args[0], args[1])
+        if _is_view(func):
+            return func(*args, **kwargs)
+        # what is filled holds no longer what it held
+        sources = self._sources_of(args[1:] if func in _FILLS else args, kwargs)
+        if func not in _FILLS and self._touches_targets(args, kwargs):
+            self.trace.computes = True
+        if _is_mutating(func):
+            return self._mutate(func, args, kwargs, sources)
+        if not sources:
+            return func(*args, **kwargs)
+        if func is _aten._local_scalar_dense.default:
+            self.trace.used |= sources
+            return 1.0 if args[0].is_floating_point() else 1
+        # what is moved to a device is still without data
+        options = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")}
+        result = func(*args, **options)
+        whole = self._whole_root(args[0]) if func in _MOVES else None
+        for tensor in _tensors_in((result,)):
+            if whole is not None and tensor.is_contiguous():
+                self._roots[_storage(tensor)] = whole
+                self._kept.append(tensor)
+            else:
+                self._derive(tensor, sources)
+        return result
+
+    def _whole_root(self, tensor: Tensor) -> str | None:
+        """The source that ``tensor`` is all of, in its own order."""
+        key = _storage(tensor)
+        whole = tensor.is_contiguous() and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
+        return self._roots.get(key) if whole and key not in self._derived else None
+
+    def _names(self, tensor: Tensor) -> frozenset[str]:
+        key = _storage(tensor)
+        derived = self._derived.get(key)
+        if derived is not None:
+            return derived
+        return frozenset((self._roots[key],)) if key in self._roots else frozenset()
+
+    def _sources_of(self, args: Sequence[Any], kwargs: Any) -> frozenset[str]:
+        found: frozenset[str] = frozenset()
+        for tensor in _tensors_in((*args, *kwargs.values())):
+            found |= self._names(tensor)
+        return found
+
+    def _touches_targets(self, args: Sequence[Any], kwargs: Any) -> bool:
+        return any(_storage(tensor) in self._targets for tensor in _tensors_in((*args, *kwargs.values())))
+
+    def _derive(self, tensor: Tensor, sources: frozenset[str]) -> None:
+        key = _storage(tensor)
+        self._derived[key] = self._names(tensor) | sources
+        self._kept.append(tensor)
+
+    def _copy(self, target: Tensor, value: Tensor) -> Tensor:
+        sources = self._names(value)
+        if _storage(value) in self._targets:
+            self.trace.computes = True
+        followed = sources and _storage(value) not in self._derived and value.shape == target.shape
+        view = View.of(value) if followed else None
+        if _storage(target) in self._targets:
+            if sources and value.numel() != target.numel():  # torch would repeat a single row to fill many
+                raise RuntimeError(f"a tensor of shape {list(value.shape)} does not fill {list(target.shape)}")
+            self._note(target, sources, view)
+        elif sources:
+            self._elsewhere.append((target, sources, view))
+            self._derive(target, sources)
+        return target if sources else target.copy_(value)
+
+    def _mutate(self, func: Any, args: Sequence[Any], kwargs: Any, sources: frozenset[str]) -> Any:
+        target = args[0]
+        if not isinstance(target, Tensor):
+            return func(*args, **kwargs)
+        if _storage(target) in self._targets:
+            self._note(target, sources, None)
+        else:
+            if sources or func in _FILLS:
+                self._elsewhere.append((target, sources, None))
+            if sources:
+                self._derive(target, sources)
+        return target if sources else func(*args, **kwargs)
+
+    def _note(self, target: Tensor, sources: frozenset[str], view: View | None) -> None:
+        if not target.numel():
+            return
+        for name, whole in self._targets[_storage(target)]:
+            box = box_of(target, whole)
+            if box is not None:
+                self.trace.copies.append(Copy(name, *box, sources, view, View.of(target)))
+                return
+        name = self._targets[_storage(target)][0][0]
+        self.trace.opaque[name] = min(sources, default="a constant")
+
+
+def box_of(part: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Start and size, along the axes of ``whole``, of the box that ``part`` is a view of; None if it is no box."""
+    if part.numel() == 0 or whole.numel() == 0:
+        return None
+    rest = int(part.storage_offset()) - int(whole.storage_offset())
+    if rest < 0:
+        return None
+    start, size = [0] * whole.ndim, [1] * whole.ndim
+    free = {}
+    strides = whole.stride()
+    for axis in sorted(range(whole.ndim), key=lambda d: -strides[d]):
+        if whole.shape[axis] > 1:
+            start[axis], rest = divmod(rest, strides[axis])
+            free[strides[axis]] = axis
+    axes = [(n, stride) for n, stride in zip(part.shape, part.stride(), strict=True) if n > 1]
+    for n, stride in axes:
+        axis = free.pop(stride, -1)
+        if axis < 0:
+            return _flat_box(part, whole)
+        size[axis] = n
+    if rest or any(a + n > end for a, n, end in zip(start, size, whole.shape, strict=True)):
+        return _flat_box(part, whole)
+    return tuple(start), tuple(size)
+
+
+def _flat_box(part: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The same for a contiguous part that is seen in another shape, where it is whole rows of an axis."""
+    if not part.is_contiguous() or not whole.is_contiguous():
+        return None
+    begin, length = int(part.storage_offset()) - int(whole.storage_offset()), part.numel()
+    for axis, stride in enumerate(contiguous_strides(whole.shape)):
+        if length % stride == 0 and begin % stride == 0:
+            outer = begin // (stride * whole.shape[axis])
+            at, count = begin // stride % whole.shape[axis], length // stride
+            if at + count > whole.shape[axis]:
+                return None
+            start, size = [0] * whole.ndim, list(whole.shape)
+            for d in range(axis - 1, -1, -1):
+                outer, start[d] = divmod(outer, whole.shape[d])
+                size[d] = 1
+            start[axis], size[axis] = at, count
+            return tuple(start), tuple(size)
+    return None
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Tensors, and those in lists: all that operators take and give."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from (item for item in value if isinstance(item, Tensor))
+
+
+def _storage(tensor: Tensor) -> int:
+    """The identity of a tensor's memory, which meta tensors have too."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+_VIEWS: dict[Any, bool] = {}
+_MUTATING: dict[Any, bool] = {}
+
+
+def _is_view(func: Any) -> bool:
+    known = _VIEWS.get(func)
+    if known is None:
+        aliases = [argument.alias_info for argument in func._schema.arguments]
+        known = any(alias is not None and not alias.is_write for alias in aliases)
+        _VIEWS[func] = known
+    return known
+
+
+def _is_mutating(func: Any) -> bool:
+    known = _MUTATING.get(func)
+    if known is None:
+        known = func._schema.is_mutable
+        _MUTATING[func] = known
+    return known

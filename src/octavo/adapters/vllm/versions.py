@@ -1,0 +1,69 @@
+"""What differs between versions of vLLM, and what has no public name in any: the only place that knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import vllm
+from torch import nn
+from vllm.model_executor import model_loader
+
+OLDEST = (0, 24)
+
+
+def is_supported() -> bool:
+    """Whether this vLLM is known to have what is used here; one that does not know its version counts as new."""
+    found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
+    return found is None or (int(found[1]), int(found[2])) >= OLDEST
+
+
+def replace_loader(load_format: str, change: Callable[[Any], Any]) -> None:
+    """Put ``change(loader)`` in the place of the loader of a load format (None: of a new one).
+
+    `register_model_loader` would warn about each one that exists.
+    """
+    known = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
+    known[load_format] = change(known.get(load_format))
+
+
+def files_of(loader: Any, source: Any) -> list[Path]:
+    """The .safetensors files of a `DefaultModelLoader.Source`; fetched, if it is a hub id."""
+    prepared = loader._prepare_weights(
+        source.model_or_path, source.subfolder, source.revision, False, source.allow_patterns_overrides
+    )
+    # (folder, files, ...): three values in 0.24, four since
+    return sorted(Path(file) for file in prepared[1])
+
+
+def remember_layers(vllm_config: Any) -> Callable[[], None]:
+    """A function that forgets the layers which a model, made in between, has registered under their names."""
+    compilation = vllm_config.compilation_config
+    layers, moe_layers = dict(compilation.static_forward_context), list(compilation.static_all_moe_layers)
+
+    def forget() -> None:
+        compilation.static_forward_context.clear()
+        compilation.static_forward_context.update(layers)
+        compilation.static_all_moe_layers[:] = moe_layers
+
+    return forget
+
+
+def reloading(model: nn.Module) -> bool:
+    """Whether vLLM is reloading this model layer by layer: parameters in checkpoint format, to be processed after."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return any(get_layerwise_info(module).can_load() for module in model.modules())
+
+
+def exempt(model: nn.Module) -> set[str]:
+    """Parameters for which no checkpoint needs to have a tensor: scales of the KV cache."""
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
+            found.update(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
+    return found

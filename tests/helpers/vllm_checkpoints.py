@@ -1,0 +1,124 @@
+"""Tiny random checkpoints of architectures that vLLM serves, with sides that block kernels take (multiples of 128)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import octavo
+
+_SMALL = {
+    "vocab_size": 260,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1}
+
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    # SmolLM2's sides and tied embeddings; block scales don't fit 576 rows
+    "smollm2": (
+        "LlamaConfig",
+        {
+            **_SMALL,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "opt": (
+        "OPTConfig",
+        {
+            "vocab_size": 260,
+            "hidden_size": 128,
+            "ffn_dim": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "word_embed_proj_dim": 128,
+        },
+    ),
+    "llama": ("LlamaConfig", _SMALL),
+    # for two ranks: each has 128 rows and columns of every matrix
+    "llama wide": (
+        "LlamaConfig",
+        {**_SMALL, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4},
+    ),
+    "qwen2_moe": ("Qwen2MoeConfig", {**_SMALL, **_EXPERTS, "shared_expert_intermediate_size": 256}),
+    "qwen2_moe wide": (
+        "Qwen2MoeConfig",
+        {
+            **_SMALL,
+            **_EXPERTS,
+            "hidden_size": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256,
+        },
+    ),
+    "qwen3_moe": ("Qwen3MoeConfig", {**_SMALL, **_EXPERTS, "head_dim": 32}),
+    "mixtral": ("MixtralConfig", {**_SMALL, "num_local_experts": 4}),
+    "deepseek_v2": (
+        "DeepseekV2Config",
+        {
+            **_SMALL,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 128,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": 64,
+        },
+    ),
+    "gemma3": ("Gemma3TextConfig", {**_SMALL, "head_dim": 32}),
+    "phi3": ("Phi3Config", {**_SMALL, "pad_token_id": 0}),
+    "granitemoe": ("GraniteMoeConfig", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_SMALL,
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+}
+
+
+def make(name: str, folder: Path, seed: int = 0) -> Path:
+    """A bf16 checkpoint with random weights, rows of different magnitudes; norms and biases are random too."""
+    import transformers
+
+    class_name, options = CONFIGS[name]
+    torch.manual_seed(seed)
+    config = getattr(transformers, class_name)(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+            if parameter.ndim >= 2:
+                parameter.mul_(1 + torch.rand(parameter.shape[-2], 1))
+    model.save_pretrained(folder)
+    return folder
+
+
+def convert(source: Path, scheme: str) -> Path:
+    """The checkpoint that octavo writes, beside its source."""
+    target = source.with_name(f"{source.name}-{scheme}")
+    octavo.convert(source, target, scheme)
+    return target

@@ -1,0 +1,91 @@
+"""Models of vLLM without its engine: loaded, never run. Works where vLLM's compiled kernels don't.
+
+    python -m helpers.vllm_loading < jobs > answers
+
+Jobs are those of `helpers.vllm_engine`, with steps ``["reload", path]``; an answer holds digests of parameters (and
+addresses, after each step), or an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .vllm_engine import ENVIRONMENT, Answer, Job, addresses, digests
+
+
+def load(*jobs: Job, timeout: float = 300) -> list[Answer]:
+    """Load one model after another, in one process."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "helpers.vllm_loading"],
+        input=json.dumps([{**asdict(job), "model": str(job.model.absolute())} for job in jobs]),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **ENVIRONMENT},
+        cwd=Path(__file__).parents[1],
+    )
+    lines = [line for line in finished.stdout.splitlines() if line.startswith('{"parameters"')]
+    assert len(lines) == len(jobs), finished.stderr[-4000:]
+    return [Answer(**json.loads(line), output=finished.stderr) for line in lines]
+
+
+def _reload(model: Any, config: Any, path: str) -> list[Any]:
+    """What `reload_weights` of vLLM's model runner does; -> digests, and whether all parameters are where they were."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    before = addresses(model)
+    config.model_config.model = path
+    with set_current_vllm_config(config):
+        weights = get_model_loader(config.load_config).get_all_weights(config.model_config, model)
+        initialize_layerwise_reload(model)
+        model.load_weights(weights)
+        finalize_layerwise_reload(model, config.model_config)
+    return [digests(model), addresses(model) == before]
+
+
+def _model(model: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    defaults = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 64, "dtype": "bfloat16"}
+    config = EngineArgs(model=model, **{**defaults, **options}).create_engine_config()
+    with set_current_vllm_config(config):
+        return get_model(vllm_config=config), config
+
+
+def _main() -> None:
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    if not torch.accelerator.is_available():
+        torch.accelerator.empty_cache = lambda: None  # as vLLM's worker does on a CPU
+    with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
+        initialize_model_parallel(1, 1)
+    for job in json.load(sys.stdin):
+        answer: dict[str, Any] = {"parameters": [], "error": "", "results": []}
+        try:
+            model, config = _model(job["model"], job["options"])
+            answer["parameters"] = [digests(model)]
+            answer["results"] = [_reload(model, config, path) for _, path in job["steps"]]
+        except Exception as error:
+            answer["error"] = f"{type(error).__name__}: {error}"
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,72 @@
+"""Toy models that load as vLLM's do: fused and sharded layers, scales beside FP8."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from octavo.schemes import FP8
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
+
+
+class Layer(nn.Module):
+    """A linear layer of vLLM: a weight [out, in] in FP8 with its scale, or in bf16."""
+
+    def __init__(self, rows, cols, scheme):
+        super().__init__()
+        self.weight = empty(rows, cols, dtype=FP8 if scheme else torch.bfloat16)
+        if scheme == "fp8_channel":
+            self.weight_scale = empty(rows, 1, dtype=torch.float32)
+        elif scheme == "fp8_block":
+            self.weight_scale = empty(-(-rows // 128), -(-cols // 128), dtype=torch.float32)
+
+
+class Toy(nn.Module):
+    """The last of ``ranks``: rows of gate_proj and up_proj, fused; columns of down_proj; a norm.
+
+    ``down`` says how down_proj is loaded: as it should be, or wrong in some way.
+    """
+
+    def __init__(self, scheme="fp8_channel", ranks=1, down="right", quantized=("gate_up_proj", "down_proj")):
+        super().__init__()
+        self.rank, self.ranks, self.down = ranks - 1, ranks, down
+        self.gate_up_proj = Layer(512 // ranks, 256, scheme if "gate_up_proj" in quantized else None)
+        self.down_proj = Layer(256, 256 // ranks, scheme if "down_proj" in quantized else None)
+        self.norm = empty(256)
+
+    def load_weights(self, weights):
+        parameters = dict(self.named_parameters())
+        for name, weight in weights:
+            layer, _, kind = name.rpartition(".")
+            if name == "norm":
+                self.norm.data.copy_(weight)
+            elif layer in ("gate_proj", "up_proj"):
+                target = parameters[f"gate_up_proj.{kind}"].data
+                rows = target.shape[0] // 2
+                mine = weight.narrow(0, self.rank * rows, rows) if len(weight) > rows else weight
+                target.narrow(0, rows * (layer == "up_proj"), rows).copy_(mine)
+            elif layer == "down_proj":
+                self.load_down(kind, weight, parameters[f"down_proj.{kind}"].data)
+            elif layer != "extra":
+                raise KeyError(name)
+
+    def load_down(self, kind, weight, target):
+        scale = kind == "weight_scale"
+        if self.down == "no scales" and scale:
+            return
+        if self.down == "hoarded" and scale:
+            raise KeyError("down_proj.weight_scale")
+        if self.down == "refused" and scale:
+            raise ValueError("what is this?")
+        if self.down == "permuted" and not scale:
+            weight = weight.view(2, 128, 256).flip(0).reshape(256, 256)
+        if self.down == "shifted" and scale:  # the scales of other rows
+            target.narrow(0, 0, 128).copy_(weight.narrow(0, 128, 128))
+            target.narrow(0, 128, 128).copy_(weight.narrow(0, 0, 128))
+            return
+        if weight.shape[1] > target.shape[1]:
+            weight = weight.narrow(1, self.rank * target.shape[1], target.shape[1])
+        target.copy_(weight)

@@ -1,0 +1,71 @@
+"""What users say to the vLLM plugin; needs no vLLM."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from octavo import Recipe
+from octavo.adapters.vllm.options import Options, scheme_of_quantization
+from octavo.errors import RecipeError
+
+
+def test_nothing_said_means_channel_scales_and_the_usual_budget():
+    options = Options.parse({})
+    assert options == Options.parse(None)
+    assert (options.scheme, options.ignore, options.staging_bytes, options.strict) == (
+        "fp8_channel",
+        (),
+        256 << 20,
+        False,
+    )
+
+
+def test_what_is_said_becomes_a_recipe():
+    options = Options.parse({"scheme": "fp8_block", "ignore": ["*.o_proj"], "staging_bytes": 1 << 22, "threads": 3})
+    assert options.recipe == Recipe("fp8_block", ignore=["*.o_proj"])
+    assert (options.staging_bytes, options.threads) == (1 << 22, 3)
+
+
+def test_the_quantization_names_the_scheme():
+    assert Options.parse({}, "octavo_fp8_block").scheme == "fp8_block"
+    assert Options.parse({"scheme": "fp8_block"}, "octavo_fp8_block").scheme == "fp8_block"
+    assert Options.parse({}, "fp8").scheme == "fp8_channel"
+    assert scheme_of_quantization("octavo_fp8_channel") == "fp8_channel"
+    assert scheme_of_quantization("compressed-tensors") is None
+
+
+@pytest.mark.parametrize(
+    ("extra", "quantization", "text"),
+    [
+        ({"sheme": "fp8_block"}, None, "unknown key 'sheme'; known: scheme, ignore, staging_bytes, threads, strict"),
+        ([], None, r"must be a JSON object, not \[\]"),
+        ({"scheme": "fp8_block"}, "octavo_fp8_channel", "contradict each other"),
+        ({"scheme": "fp8_tensor"}, None, "Use fp8_channel or fp8_block"),
+        ({"scheme": "mxfp8"}, None, "Use fp8_channel or fp8_block"),
+        ({}, "octavo_mxfp8", "Use fp8_channel or fp8_block"),
+        ({"scheme": "fp4"}, None, "unknown scheme 'fp4'"),
+        ({"ignore": "lm_head"}, None, "must be a list of patterns, not 'lm_head'"),
+        ({"ignore": ["re:("]}, None, "is no regular expression"),
+        ({"staging_bytes": "1GB"}, None, "staging_bytes must be a number of bytes, not '1GB'"),
+        ({"staging_bytes": True}, None, "staging_bytes must be a number of bytes, not True"),
+        ({"strict": "yes"}, None, "strict must be true or false, not 'yes'"),
+    ],
+)
+def test_what_makes_no_sense_is_an_error(extra, quantization, text):
+    with pytest.raises(RecipeError, match=text):
+        Options.parse(extra, quantization)
+
+
+def test_the_plugin_is_harmless_where_there_is_no_vllm():
+    code = """
+import sys
+sys.modules["vllm"] = None  # as if it were not installed
+import octavo.adapters.vllm as plugin
+assert plugin.register() is None
+print(sorted(name for name in sys.modules if name.startswith("vllm.")))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]"

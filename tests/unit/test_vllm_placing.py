@@ -1,0 +1,96 @@
+"""What is streamed into a model's own memory is what its loader would have put there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import random_weights, same_bytes, write_checkpoint
+from helpers.vllm_toys import Toy
+from octavo import Recipe, formats, schemes
+from octavo.adapters.vllm.survey import Surveyor
+from octavo.checkpoint import Checkpoint
+from octavo.plan import plan_checkpoint
+from octavo.sinks import ParameterSink
+from octavo.stream import Stream
+
+LAYOUT = formats.get("compressed-tensors")
+
+
+@pytest.fixture
+def source(tmp_path):
+    shapes = {"gate_proj.weight": (256, 256), "up_proj.weight": (256, 256), "down_proj.weight": (256, 256)}
+    tensors = {name: random_weights(shape, torch.bfloat16, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    tensors["norm"] = random_weights((256,), torch.float32, 9)
+    return tensors, Checkpoint.open(write_checkpoint(tmp_path / "bf16", tensors))
+
+
+def by_loader(model, tensors, scheme, only=None):
+    """The model's loader, given whole tensors quantized by definition."""
+    pairs = []
+    for name, tensor in tensors.items():
+        if only is not None and name not in only:
+            continue
+        if tensor.ndim == 2:
+            q, scale = schemes.quantize(tensor, scheme)
+            pairs += [(name, q), (name + "_scale", scale)]
+        else:
+            pairs.append((name, tensor))
+    model.load_weights(pairs)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_streamed_and_loaded_models_are_equal(scheme, ranks, source):
+    tensors, checkpoint = source
+    reference, model = Toy(scheme, ranks), Toy(scheme, ranks)
+    by_loader(reference, tensors, scheme)
+    for parameter in model.parameters():
+        parameter.view(torch.uint8).fill_(0x5A)
+    plan = plan_checkpoint(checkpoint, Recipe(scheme), 1 << 20)
+    places = Surveyor(model, model.load_weights, plan, LAYOUT).run().places
+    tally = Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
+    rest = [placement.name for placement in places.rest.placements]
+    # a rank's rows are streamed, and no others are read; its columns are left to the loader
+    assert rest == (["down_proj.weight"] if ranks == 2 else [])
+    rows = tensors["gate_proj.weight"].nbytes * 2 // ranks
+    columns = 0 if rest else tensors["down_proj.weight"].nbytes
+    assert tally.read_bytes == rows + columns + tensors["norm"].nbytes
+    by_loader(model, tensors, scheme, only=rest)
+    for (name, mine), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert same_bytes(mine, wanted), name
+
+
+def test_a_loader_that_computes_is_left_to_itself(source):
+    class Shifting(Toy):
+        def load_weights(self, weights):
+            super().load_weights(weights)
+            self.norm.data.add_(1)
+
+    _, checkpoint = source
+    model = Shifting()
+    places = Surveyor(model, model.load_weights, plan_checkpoint(checkpoint, Recipe()), LAYOUT).run().places
+    assert not places.direct.placements
+    assert [placement.name for placement in places.rest.placements] == list(checkpoint.tensors)
+
+
+def test_a_tensor_that_goes_to_two_places_is_streamed_to_both(source):
+    class Twice(Toy):
+        """The output head is the norm once more, to have something that is needed twice."""
+
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Parameter(torch.zeros(256, dtype=torch.bfloat16))
+
+        def load_weights(self, weights):
+            for name, weight in weights:
+                super().load_weights([(name, weight)])
+                if name == "norm":
+                    self.head.data.copy_(weight)
+
+    tensors, checkpoint = source
+    model = Twice()
+    places = Surveyor(model, model.load_weights, plan_checkpoint(checkpoint, Recipe()), LAYOUT).run().places
+    Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
+    assert torch.equal(model.head, tensors["norm"].bfloat16())
+    assert torch.equal(model.norm, model.head)

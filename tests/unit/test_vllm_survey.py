@@ -1,0 +1,145 @@
+"""From dry runs to decisions, on toy models that load as vLLM's do: fused, sharded, with scales beside FP8."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from helpers import headers
+from helpers.vllm_toys import Toy, empty
+from octavo import Recipe, formats
+from octavo.adapters.vllm.survey import Surveyor
+from octavo.errors import CoverageError, RecipeError
+from octavo.plan import plan_checkpoint
+
+LAYOUT = formats.get("compressed-tensors")
+
+
+SHAPES = {"gate_proj.weight": (256, 256), "up_proj.weight": (256, 256), "down_proj.weight": (256, 256), "norm": (256,)}
+
+
+def survey(model, scheme="fp8_channel", shapes=SHAPES, dtype="BF16", ignore=(), **options):
+    plan = plan_checkpoint(headers(shapes, dtype), Recipe(scheme, ignore=ignore))
+    return Surveyor(model, model.load_weights, plan, LAYOUT, **options).run()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_fused_and_sharded_layers_become_fp8(scheme, ranks):
+    found = survey(Toy(scheme, ranks), scheme)
+    assert not found.keep
+    assert found.layers == 2
+    assert [p.name for p in found.plan.quantized] == ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+    assert [p.name for p in found.plan.kept] == ["norm"]
+
+
+def test_what_nobody_takes_is_not_read():
+    found = survey(Toy(), shapes={"extra.weight": (64, 64), **SHAPES})
+    assert found.unread == ("extra.weight",)
+    assert "extra.weight" not in [p.name for p in found.plan.placements]
+
+
+def test_what_vllm_keeps_is_not_quantized():
+    found = survey(Toy(quantized=("gate_up_proj",)))
+    assert not found.keep
+    assert {p.name: p.reason for p in found.plan.kept}["down_proj.weight"] == "vLLM keeps this layer unquantized"
+    assert found.layers == 1
+
+
+def test_an_ignored_tensor_in_an_fp8_layer_has_the_layer_kept():
+    found = survey(Toy(), ignore=["down_proj"])
+    assert found.keep == {"down_proj": "ignored by 'down_proj'"}
+    assert not found.refused
+    again = survey(Toy(quantized=("gate_up_proj",)), ignore=["down_proj"], kept=found.keep)
+    assert {p.name: p.reason for p in again.plan.kept}["down_proj.weight"] == "ignored by 'down_proj'"
+
+
+def test_part_of_a_fused_layer_cant_be_ignored():
+    with pytest.raises(
+        RecipeError, match=r"gate_proj.weight is ignored by 'gate_proj', but vLLM fuses it into gate_up_proj"
+    ):
+        survey(Toy(), ignore=["gate_proj"])
+
+
+@pytest.mark.parametrize(
+    ("down", "why"),
+    [
+        ("no scales", "vLLM's loader passes over its scale"),
+        ("refused", "vLLM's loader does not take it with a scale (ValueError: what is this?)"),
+        ("permuted", "vLLM's loader rearranges it in a way that scales can't follow"),
+        ("shifted", "vLLM's loader does not cut its scale as it cuts the weight"),
+    ],
+)
+def test_what_the_loader_cant_take_keeps_its_layer_unquantized(down, why):
+    found = survey(Toy(down=down))
+    assert found.keep == {"down_proj": why}
+    assert found.refused == {"down_proj.weight": why}
+    again = survey(Toy(down=down, quantized=("gate_up_proj",)), kept=found.keep)
+    assert not again.keep
+    assert {p.name: p.reason for p in again.plan.kept}["down_proj.weight"] == why
+
+
+@pytest.mark.parametrize(
+    ("shapes", "text"),
+    [
+        (
+            {name: shape for name, shape in SHAPES.items() if name != "up_proj.weight"},
+            "gate_up_proj.weight [512, 256]: 65,536 of 131,072 elements come from no checkpoint tensor "
+            "(only gate_proj.weight goes there)",
+        ),
+        (
+            {name: shape for name, shape in SHAPES.items() if name != "down_proj.weight"},
+            "down_proj.weight [256, 256]: comes from no tensor of the checkpoint",
+        ),
+        ({**SHAPES, "strange.weight": (2, 2)}, "Toy in vLLM does not take the tensor 'strange.weight' (KeyError"),
+        ({**SHAPES, "up_proj.weight": (100, 256)}, "does not take the tensor 'up_proj.weight' (RuntimeError"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_name(shapes, text):
+    with pytest.raises(CoverageError, match=re.escape(text)):
+        survey(Toy(), shapes=shapes)
+
+
+def test_a_loader_that_takes_all_tensors_first_is_asked_which_it_refused():
+    class Hoarding(Toy):
+        def load_weights(self, weights):
+            super().load_weights(list(weights))
+
+    found = survey(Hoarding(down="hoarded"))
+    assert list(found.refused) == ["down_proj.weight"]
+
+
+def test_all_that_is_missing_is_named_at_once():
+    with pytest.raises(CoverageError) as caught:
+        survey(Toy(), shapes={"gate_proj.weight": (256, 256)})
+    for name in ("gate_up_proj.weight ", "gate_up_proj.weight_scale ", "down_proj.weight ", "norm "):
+        assert name in str(caught.value)
+
+
+def test_an_element_that_is_written_twice_is_an_error():
+    class Twice(Toy):
+        def load_weights(self, weights):
+            super().load_weights((name.replace("again", "down_proj"), weight) for name, weight in weights)
+
+    with pytest.raises(CoverageError, match=r"down_proj.weight \[256, 256\]: .* both fill \[0:256, 0:256\]"):
+        survey(Twice(), shapes={**SHAPES, "again.weight": (256, 256)})
+
+
+def test_parameters_that_no_checkpoint_has_are_exempt():
+    class WithCacheScale(Toy):
+        def __init__(self):
+            super().__init__()
+            self.k_scale = empty()
+
+    with pytest.raises(CoverageError, match="k_scale"):
+        survey(WithCacheScale())
+    assert survey(WithCacheScale(), exempt={"k_scale"}).layers == 2
+
+
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3"])
+def test_numbers_that_are_no_weights_are_refused(dtype):
+    """Copied into a parameter, they would be taken for weights."""
+    dtypes = dict.fromkeys(SHAPES, "BF16") | {"norm": dtype}
+    with pytest.raises(CoverageError, match=f"norm goes there, which is {dtype}"):
+        survey(Toy(), dtype=dtypes)

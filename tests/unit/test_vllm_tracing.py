@@ -1,0 +1,179 @@
+"""Dry runs of a loader, on toy models: what is noted, and that nothing is touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from octavo.adapters.vllm.tracing import Copy, Source, View, box_of, trace
+from octavo.errors import CoverageError
+
+
+class Fused(nn.Module):
+    """q, k and v in one parameter; a bias; a table that is padded with zeros; a scale that is a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Parameter(torch.full((12, 6), 7.0))
+        self.bias = nn.Parameter(torch.full((4,), 7.0))
+        self.table = nn.Parameter(torch.full((8, 6), 7.0))
+        self.register_buffer("factor", torch.full((1,), 7.0))
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            if name in "qkv":
+                at = "qkv".index(name) * 4
+                self.qkv.data[at : at + 4].copy_(weight.to("cpu"))
+            elif name == "table":
+                self.table.data[: len(weight)].copy_(weight)
+                self.table.data[len(weight) :].fill_(0)
+            elif name == "factor":
+                self.factor.fill_(weight.item())
+            elif name == "negated":
+                self.bias.data.copy_(-weight)
+            elif name == "permuted":
+                self.qkv.data.copy_(weight.view(2, 6, 6).transpose(0, 1).reshape(12, 6))
+            elif name == "rows":
+                self.qkv.data[2:6, 1:4] = weight[3:7, 2:5]
+            elif name == "replaced":
+                self.bias = nn.Parameter(weight)
+            elif name != "unused":
+                raise KeyError(name)
+
+
+def traced(model, *sources):
+    return trace(model, model.load_weights, [Source(n, s, torch.bfloat16) for n, s in sources])
+
+
+def test_fused_parameters_are_followed_box_by_box():
+    seen = traced(Fused(), ("k", (4, 6)), ("q", (4, 6)))
+    whole = View(0, (4, 6), (6, 1))
+    assert seen.copies == [
+        Copy("qkv", (4, 0), (4, 6), frozenset("k"), whole, View(24, (4, 6), (6, 1))),
+        Copy("qkv", (0, 0), (4, 6), frozenset("q"), whole, View(0, (4, 6), (6, 1))),
+    ]
+    assert not seen.computes
+
+
+def test_a_loader_that_reads_or_changes_parameters_is_known():
+    class Doubling(Fused):
+        def load_weights(self, weights):
+            super().load_weights(weights)
+            self.bias.data.mul_(2)
+
+    class Summing(Fused):
+        def load_weights(self, weights):
+            super().load_weights(weights)
+            self.total = self.bias.data.sum()
+
+    for model in (Doubling(), Summing()):
+        assert traced(model, ("q", (4, 6))).computes
+
+
+def test_the_model_is_as_it_was():
+    model = Fused()
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    traced(model, ("q", (4, 6)), ("negated", (4,)), ("permuted", (12, 6)), ("rows", (12, 6)))
+    for name, tensor in model.named_parameters():
+        assert torch.equal(tensor, before[name])
+        assert not tensor.is_meta
+
+
+def test_part_of_a_tensor_into_part_of_a_parameter():
+    (copy,) = traced(Fused(), ("rows", (12, 6))).copies
+    assert (copy.start, copy.size) == ((2, 1), (4, 3))
+    assert copy.view == View(3 * 6 + 2, (4, 3), (6, 1))
+
+
+def test_what_is_computed_or_permuted_keeps_its_name_and_loses_its_place():
+    negated, permuted = traced(Fused(), ("negated", (4,)), ("permuted", (12, 6))).copies
+    assert (negated.source, negated.view) == ("negated", None)
+    assert (permuted.source, permuted.view) == ("permuted", None)
+
+
+def test_padding_is_a_constant_and_values_that_are_asked_for_are_noted():
+    seen = traced(Fused(), ("table", (5, 6)), ("factor", (1,)))
+    table, padding, factor = seen.copies
+    assert (table.start, table.size, table.sources) == ((0, 0), (5, 6), frozenset(["table"]))
+    assert (padding.start, padding.size, padding.sources) == ((5, 0), (3, 6), frozenset())
+    assert factor.target == "factor"
+    assert seen.used == {"factor"}
+
+
+def test_a_table_without_padding_has_no_empty_write():
+    seen = traced(Fused(), ("table", (8, 6)))
+    assert [copy.size for copy in seen.copies] == [(8, 6)]
+    assert not seen.opaque
+
+
+def test_a_refused_tensor_is_named_and_what_nobody_takes_is_not():
+    seen = traced(Fused(), ("unused", (3,)), ("strange", (2, 2)), ("q", (4, 6)))
+    assert seen.failed is not None
+    assert seen.failed[0] == "strange"
+    assert isinstance(seen.failed[1], KeyError)
+    assert seen.copies == []
+
+
+def test_a_loader_that_replaces_parameters_is_an_error():
+    with pytest.raises(CoverageError, match="replaces bias instead of writing into it"):
+        traced(Fused(), ("replaced", (4,)))
+
+
+def test_a_parameter_that_the_loader_makes_is_the_models():
+    class Late(Fused):
+        def load_weights(self, weights):
+            for name, weight in weights:
+                if name == "late":
+                    self.late = nn.Parameter(torch.empty(4))
+                    self.late.data[1:].copy_(weight)
+                    self.late.data[:1].fill_(0)
+                else:
+                    super().load_weights([(name, weight)])
+
+    seen = traced(Late(), ("late", (3,)), ("q", (4, 6)))
+    late, padding = seen.by_target()["late"]
+    assert (late.start, late.size, late.source) == ((1,), (3,), "late")
+    assert (padding.start, padding.size, padding.sources) == ((0,), (1,), frozenset())
+    assert seen.computes  # it makes another one each time
+
+
+@st.composite
+def boxes(draw):
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    start = [draw(st.integers(0, n - 1)) for n in shape]
+    size = [draw(st.integers(1, n - a)) for n, a in zip(shape, start, strict=True)]
+    return tuple(shape), tuple(start), tuple(size)
+
+
+@given(boxes())
+def test_every_slice_is_found_as_the_box_it_is(given_box):
+    shape, start, size = given_box
+    whole = torch.zeros(shape)
+    part = whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+    assert box_of(part, whole) == (start, size)
+
+
+@given(boxes(), st.data())
+def test_a_box_that_is_found_holds_the_elements_of_the_view(given_box, data):
+    """Whatever view is made of a parameter: if a box is named, it is the right one."""
+    shape, start, size = given_box
+    whole = torch.arange(torch.Size(shape).numel()).view(shape)
+    part = whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
+    for _ in range(2):
+        dim = data.draw(st.integers(0, part.ndim - 1)) if part.ndim else 0
+        how = data.draw(st.sampled_from(["select", "transpose", "flat", "step"]))
+        if how == "select" and part.ndim:
+            part = part.select(dim, 0)
+        elif how == "transpose" and part.ndim > 1:
+            part = part.transpose(0, 1)
+        elif how == "flat" and part.is_contiguous():
+            part = part.view(-1)
+        elif how == "step" and part.ndim:
+            part = part[::2]
+    found = box_of(part, whole)
+    if found is not None:
+        box = whole[tuple(slice(a, a + n) for a, n in zip(*found, strict=True))]
+        assert sorted(box.flatten().tolist()) == sorted(part.flatten().tolist())
