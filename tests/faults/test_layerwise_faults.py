@@ -385,3 +385,69 @@ def test_layers_that_a_function_finished_are_not_updated() -> None:
         session.load([("a.weight", torch.ones(8, 64))])
     with pytest.raises(LoaderError, match="can't be updated in place"):
         session.__enter__()
+
+
+# -- finished weights -------------------------------------------------------------------------------------------------
+
+
+def linears(names: str = "ab", **options: Any) -> Any:
+    return nn.ModuleDict({name: nn.Linear(64, 64, bias=False, dtype=torch.bfloat16, **options) for name in names})
+
+
+def weights(seed: int, count: int = 2) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(64, 64, generator=generator).mul(10**i).bfloat16() for i in range(count)]
+
+
+def assert_channel(layer: nn.Module, weight: Tensor) -> None:
+    q, scale = schemes.quantize(weight, "fp8_channel")
+    assert same_bytes(layer.weight.data, q)
+    assert same_bytes(layer.weight_scale.data, scale)
+
+
+def test_a_second_tensor_for_a_finished_weight_is_a_duplicate_or_wins(direct: bool) -> None:
+    """The loader fetches the parameter afresh: what it finds holds FP8 numbers."""
+    first, second = weights(0)
+    names = ["a.weight", "a.weight", "b.weight"]
+
+    def load_into(model: Any, session: Session) -> None:
+        for name, tensor in session.pairs(zip(names, (first, second, first), strict=True)):
+            model.get_parameter(name).data.copy_(tensor)
+
+    with pytest.raises(CoverageError, match="complete and finished"), Session(model := linears(), direct=direct) as s:
+        load_into(model, s)
+    with Session(model := linears(), direct=direct, duplicates="update") as session:
+        load_into(model, session)
+    assert_channel(model["a"], second)
+    assert_channel(model["b"], first)
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [
+        lambda m: m["a"].weight.data.zero_(),
+        lambda m: m["b"].weight.data.copy_(m["a"].weight.data),
+        lambda m: m["b"].weight.data.copy_(m["a"].weight.data.float()),
+        lambda m: m["a"].weight_scale.data.copy_(torch.ones(64, 1)),
+        lambda m: setattr(m["b"], "weight", m["a"].weight),
+    ],
+    ids=["zero", "copied", "cast", "scale", "tied"],
+)
+def test_fp8_numbers_are_nothing_for_loaders(touch: Callable[[Any], Any]) -> None:
+    first, _ = weights(0)
+    with pytest.raises(LoaderError, match="FP8 numbers"), Session(model := linears("abc")) as session:  # noqa: PT012
+        for name, tensor in session.pairs([("a", first), ("c", first)]):
+            if name == "c":
+                touch(model)
+            model[name].weight.data.copy_(tensor)
+
+
+def test_a_parameter_that_replaces_a_finished_one_is_a_duplicate() -> None:
+    first, second = weights(0)
+    for put in (
+        lambda layer, tensor: setattr(layer, "weight", nn.Parameter(tensor, requires_grad=False)),
+        lambda layer, tensor: setattr(layer.weight, "data", tensor),
+    ):
+        with pytest.raises(CoverageError, match="complete and finished"), Session(model := linears("a")) as session:  # noqa: PT012
+            for _, tensor in session.pairs([("a", first), ("a", second)]):
+                put(model["a"], tensor)

@@ -65,8 +65,8 @@ def on_meta(item: Item, face: Face) -> Tensor:
     return remade(face.tensor, torch.empty_strided(item.shape, item.strides, dtype=item.dtype, device="meta"))
 
 
-def install_quantized(item: Item) -> None:
-    """Give an item's module its FP8 weight and scale, and what it needs to run with them."""
+def install_quantized(item: Item) -> tuple[Tensor, Tensor]:
+    """Give an item's module its FP8 weight and scale, and what it needs to run with them. Returns both."""
     storage, face = item.quantized, item.faces[0]
     assert storage is not None
     assert storage.scale is not None
@@ -82,6 +82,7 @@ def install_quantized(item: Item) -> None:
     weight.weight_loader = refuse  # type: ignore[attr-defined]  # a loader would cast new weights, without a scale
     module._parameters[leaf] = weight
     module._parameters[modules.scale_name(leaf)] = nn.Parameter(storage.scale, requires_grad=False)
+    return storage.weight, storage.scale
 
 
 def refuse(*_: Any, **__: Any) -> None:
@@ -169,7 +170,8 @@ class LayerFinisher:
         if item.scheme:
             if item.quantized is None or item.quantized.parts is None:
                 self._seal(item)
-            install_quantized(item)
+            for tensor in install_quantized(item):
+                intake.inventory.track_final(item, tensor)
         elif item.virtual:
             real = intake.materialize(item)
             install(item, real)

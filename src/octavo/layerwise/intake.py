@@ -122,6 +122,29 @@ class Intake:
                 taken = taken.expand(place.shape)
                 self._put(item, self._trace(item, place, source, taken), taken, source, place)
 
+    def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
+        storage = item.quantized
+        if storage is None or final is not storage.weight:
+            self.touch_final(item)
+            return
+        with self.quiet():
+            source, values = self.sources.of(values), values.expand(view.shape)  # noqa: F841
+            shape, offset = item.stored_shape, offset_of(view) - offset_of(final)
+            try:
+                pieces = trace_view(
+                    shape, final.stride(), offset, view.shape, view.stride(), values.stride(), offset_of(values)
+                )
+            except ValueError as error:
+                raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
+            self.put(item, [item.as_stored(piece) for piece in pieces], values)  # two axes that change places, or none
+
+    def touch_final(self, item: Item) -> None:
+        with self.quiet():
+            raise LoaderError(
+                f"{item.name}: a loader reads or changes it when its layer is finished, and would deal in FP8 numbers "
+                "without their scale. Keep the weight out of the recipe, or let the loader do so before the next tensor."  # noqa: E501
+            )
+
     def put(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> None:
         """Boxes of an item, and where ``values`` holds theirs: offsets and strides are those of its storage."""
         source = self.sources.of(values)

@@ -215,6 +215,7 @@ class Inventory:
         self._by_face: dict[int, tuple[Item, Any]] = {}  # by address; the weak reference tells whose it is now
         self._by_place: dict[Any, Item] | None = {}  # storages that parameters share, while the model is walked
         self._by_storage: dict[int, list[tuple[Item, Any]]] = {}
+        self._finals: dict[int, tuple[Item, Tensor]] = {}  # FP8 numbers and scales in their modules, by storage
         for path, module in model.named_modules():
             held = [*module._parameters.items(), *module._buffers.items()]
             if any(tensor is not None for _, tensor in held):
@@ -294,8 +295,24 @@ class Inventory:
             reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             self._by_storage.setdefault(key, []).append((item, reference))
 
+    def track_final(self, item: Item, tensor: Tensor) -> None:
+        """Recognise what a finished item became: its values are not those that loaders deal in."""
+        if (key := storage_key(tensor)) is not None:
+            self._finals[key] = item, tensor
+
+    @property
+    def has_finals(self) -> bool:
+        return bool(self._finals)
+
+    def find_final(self, tensor: Any) -> tuple[Item, Tensor] | None:
+        """The item whose FP8 numbers or scales a tensor is a view of, and the whole of them."""
+        if not self._finals or not isinstance(tensor, Tensor) or (key := storage_key(tensor)) is None:
+            return None
+        return self._finals.get(key)
+
     def untrack(self) -> None:
         self._by_storage.clear()
+        self._finals.clear()
 
     def find(self, tensor: Any) -> Item | None:
         """The item that a tensor is a view of."""

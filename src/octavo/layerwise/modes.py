@@ -65,6 +65,12 @@ class Receiver(Protocol):
     def scatter(self, item: Item, view: Tensor, run: Callable[[Tensor], Any], mark: Callable[[Tensor], Any]) -> None:
         """Some elements of ``view`` are set; ``mark`` sets the same elements of a boolean tensor to true."""
 
+    def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
+        """``view.copy_(values)``, of the form that a finished item has got."""
+
+    def touch_final(self, item: Item) -> None:
+        """A loader reads, or changes in place, what a finished item became."""
+
     def overwrite(self, item: Item, view: Tensor) -> Tensor:
         """All of ``view`` is about to be written: the real view to write to."""
 
@@ -99,8 +105,11 @@ class Functions(TorchFunctionMode):
                 if item is not None and item.virtual:
                     return answer(self._receiver.device_of(item))
             elif func == _SET_DATA:
-                item = self._receiver.inventory.find(args[0])
-                if item is not None and item.virtual and isinstance(args[1], Tensor):
+                inventory = self._receiver.inventory
+                item, final = inventory.find(args[0]), inventory.find_final(args[0])
+                if item is None and final is not None:
+                    item = final[0]
+                if item is not None and (item.virtual or final is not None) and isinstance(args[1], Tensor):
                     # the loader wants the tensor to become the parameter's: it is copied instead
                     if args[0].shape != args[1].shape:
                         raise LoaderError(
@@ -133,6 +142,8 @@ class Operations(PlainDispatchMode):
             return func(*args, **kwargs)
         find = self._receiver.inventory.find
         tensors = tensors_in((args, kwargs))
+        if self._receiver.inventory.has_finals and self._final(func, args, kwargs, tensors):
+            return args[0]
         items = {id(tensor): item for tensor in tensors if (item := find(tensor)) is not None}
         if not items:
             return self._other(func, args, kwargs, tensors)
@@ -159,6 +170,21 @@ class Operations(PlainDispatchMode):
         if _to_meta(kwargs):
             kwargs = {**kwargs, "device": next(iter(items.values())).device}
         return func(*args, **kwargs)
+
+    def _final(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
+        """Whether this was a copy to a finished item, which is done. Raises for what would deal in its FP8 numbers."""
+        receiver, find = self._receiver, self._receiver.inventory.find_final
+        finals = {id(tensor): final for tensor in tensors if (final := find(tensor)) is not None}
+        if not finals or is_view(func) or func.overloadpacket in _FACTORIES:
+            return False
+        if func.overloadpacket is aten.copy_ and id(args[0]) in finals and id(args[1]) not in finals:
+            values = args[1]
+            if (source := receiver.inventory.find(values)) is not None:
+                values = receiver.access(source, values)
+            receiver.copy_final(*finals[id(args[0])], args[0], values)
+            return True
+        receiver.touch_final(next(iter(finals.values()))[0])
+        return False
 
     def _other(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
         """No item takes part. Copies to the device of a parameter without storage keep their data."""

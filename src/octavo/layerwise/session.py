@@ -287,6 +287,14 @@ class Session:
         """A loader gives a module a parameter; returns the one that takes its place, if there is one."""
         if self.intake.paused or parameter is None or (layer := self.inventory.layer_of(module)) is None:
             return None
+        if (final := self.inventory.find_final(parameter)) is not None:
+            if parameter is module._parameters.get(leaf):
+                return None
+            name = f"{layer.name}.{leaf}" if layer.name else leaf
+            raise LoaderError(
+                f"{name}: a loader ties it to {final[0].name}, whose layer is finished, and holds FP8 numbers. Tie them "  # noqa: E501
+                "before the weights come, or keep the weight out of the recipe."
+            )
         known = self.inventory.find(parameter)
         if known is not None and known.virtual:  # the same parameter in another place, or seen in another shape
             known.faces = [face for face in known.faces if (face.module, face.leaf) != (module, leaf)]
@@ -316,14 +324,20 @@ class Session:
         """A loader puts a tensor of its own in an item's place: it is copied there instead."""
         present = module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
         item = None if self.intake.paused or tensor is None else self.inventory.find(present)
-        if tensor is None or present is None or item is None or not item.virtual:
+        final = None if self.intake.paused or tensor is None else self.inventory.find_final(present)
+        if item is None and final is not None:
+            item = final[0]
+        if tensor is None or present is None or item is None or not (item.virtual or final):
             return None
         if present.shape != tensor.shape:
             raise LoaderError(
                 f"{item.name} {list(present.shape)}: a loader puts a tensor of another shape in its place, "
                 f"{list(tensor.shape)}"
             )
-        self.intake.copy(item, present.detach(), tensor.detach())
+        if final is not None:
+            self.intake.copy_final(*final, present.detach(), tensor.detach())
+        else:
+            self.intake.copy(item, present.detach(), tensor.detach())
         return present
 
     # -- pairs --------------------------------------------------------------------------------------------------------
@@ -460,6 +474,8 @@ class Session:
                 lent = on_meta(item, face)
                 item.faces, item.twin, item.real = [face._replace(tensor=lent)], lent.detach(), None
                 if self._follow:
+                    self.inventory.track_final(item, item.quantized.weight)
+                    self.inventory.track_final(item, item.quantized.scale)
                     self.inventory.track(item, lent)
                     set_tensor(item, face, lent)
             else:
