@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -451,3 +452,41 @@ def test_a_parameter_that_replaces_a_finished_one_is_a_duplicate() -> None:
         with pytest.raises(CoverageError, match="complete and finished"), Session(model := linears("a")) as session:  # noqa: PT012
             for _, tensor in session.pairs([("a", first), ("a", second)]):
                 put(model["a"], tensor)
+
+
+# -- errors that a loader swallows ------------------------------------------------------------------------------------
+
+
+def swallowing(model: Any, session: Session, pairs: Pairs) -> None:
+    for name, tensor in session.pairs(pairs):
+        with contextlib.suppress(Exception):
+            model[name].weight.data.copy_(tensor)
+
+
+def test_an_error_that_the_loader_swallows_is_raised_at_the_end(direct: bool) -> None:
+    first, second = weights(0)
+    with (
+        pytest.raises(CoverageError, match="complete and finished"),
+        Session(model := linears("a"), direct=direct) as session,
+    ):
+        swallowing(model, session, [("a", first), ("a", second)])
+    bad = first.clone()
+    bad[0, 0] = torch.nan
+    with pytest.raises(WeightError, match="not finite"), Session(model := linears(), direct=direct) as session:
+        swallowing(model, session, [("a", bad), ("b", second)])
+    assert model["a"].weight.is_meta
+
+
+def test_a_finish_whose_error_the_loader_swallows_fails_the_load() -> None:
+    def finish(layer: nn.Module) -> None:
+        if layer is model["a"]:
+            raise ValueError("no kernel")
+
+    model = linears("abc")
+    with pytest.raises(LoaderError, match="no kernel"), Session(model, finish):  # noqa: PT012
+        with contextlib.suppress(LoaderError):
+            for name in "ab":
+                model[name].weight.data.copy_(weights(0)[0])
+        for name in "bc":
+            model[name].weight.data.copy_(weights(0)[0])
+    assert model["a"].weight.is_meta

@@ -149,6 +149,7 @@ class LayerFinisher:
             if session.provider is not None and not layer.late:
                 self._provide(layer)
         except BaseException:
+            layer.finished = False
             for item in layer.items:  # whatever became of them, they are not loaded
                 item.settled = False
             raise

@@ -62,6 +62,7 @@ class Intake:
         self.inventory, self.ledger, self.quantizer = inventory, ledger, quantizer
         self.sources = Sources()
         self.paused = False
+        self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
         self.finish = finish
         self._direct, self._duplicates, self._updating = direct, duplicates, updating
         self._held: list[_Held] = []
@@ -91,6 +92,9 @@ class Intake:
         before, self.paused = self.paused, True
         try:
             yield
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
         finally:
             self.paused = before
 

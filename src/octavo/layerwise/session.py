@@ -192,6 +192,8 @@ class Session:
             self._abandon(error)
 
     def _end(self) -> None:
+        if self.intake.failure is not None:  # which the loader has swallowed
+            raise self.intake.failure
         self.intake.turn()
         if self.transform is not None and not self._saw_pairs:
             raise LoaderError(
