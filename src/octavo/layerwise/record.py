@@ -69,7 +69,8 @@ class Recorder(PlainDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._inventory = inventory
         self.records: dict[str, _Record] = {}
-        self.read_values: dict[str, str] = {}  # source -> who asked for its values
+        self.changed: dict[str, str] = {}  # source -> what changed its values, or memory that they went to
+        self.mixed: dict[str, set[str]] = {}  # source -> those whose values may have come into its own
         self.problems: list[str] = []
         self._roots: dict[int, tuple[Any, frozenset[str], str]] = {}  # storage of computed values -> sources, by what
 
@@ -84,6 +85,10 @@ class Recorder(PlainDispatchMode):
         computed = [leaf for leaf in leaves if self._root(leaf) is not None]
         if not symbols and not computed:
             return func(*args, **kwargs)
+        if places := written(func, args, kwargs):
+            return self._change(func, leaves, places)
+        if not symbols and is_view(func):
+            return func(*args, **kwargs)  # of the same memory, which is known
         if symbols and not computed:
             handler = HANDLERS.get(func.overloadpacket)
             if handler is not None:
@@ -142,19 +147,14 @@ class Recorder(PlainDispatchMode):
         """An operation on values that nobody has: carried out on shapes alone."""
         sources, why = self._sources(leaves)
         if func.overloadpacket in (aten._local_scalar_dense, aten.equal, aten.is_nonzero):
-            for name in sources:
-                self.read_values[name] = "the loader looks at its values"
-            first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-            return 1.0 if first.dtype.is_floating_point and func.overloadpacket is aten._local_scalar_dense else True
+            raise LoaderError(_unknown(func, sources))  # what it would do with an invented value, nobody knows
         shapes = [_on_meta(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         shapes = [torch.device("meta") if isinstance(leaf, torch.device) else leaf for leaf in shapes]
         args, kwargs = tree_unflatten(shapes, spec)
         try:
             result = func(*args, **kwargs)
         except Exception as error:
-            raise LoaderError(
-                f"the loader can't be recorded: {func} needs the values of {', '.join(sorted(sources))}. Load online."
-            ) from error
+            raise LoaderError(_unknown(func, sources)) from error
 
         def remember(tensor: Tensor) -> Tensor:
             reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
@@ -167,6 +167,29 @@ class Recorder(PlainDispatchMode):
             return tensor
 
         return tree_map_only(Tensor, remember, result)
+
+    def _change(self, func: Any, leaves: list[Any], places: list[Tensor]) -> Any:
+        """Values change in place: whatever their sources make, before or after, only the loader can tell."""
+        sources, _ = self._sources(leaves)
+        why = f"changed in place by {func.overloadpacket}"
+        for name in sources:
+            self.changed.setdefault(name, why)
+            self.mixed.setdefault(name, set()).update(sources)
+        for place in places:
+            if not isinstance(place, Symbolic) and (key := storage_key(place)) is not None:
+                reference = StorageWeakRef(place.untyped_storage())  # type: ignore[no-untyped-call]
+                self._roots[key] = reference, sources, why
+        returned = len(func._schema.returns)
+        return None if not returned else places[0] if returned == 1 else tuple(places)
+
+    def sources_of(self, record: _Record) -> set[str]:
+        """The sources of a record, and those whose values came into theirs."""
+        found, queue = set(record.sources), list(record.sources)
+        while queue:
+            more = self.mixed.get(queue.pop(), set()) - found
+            found |= more
+            queue += more
+        return found
 
     def _root(self, leaf: Any) -> tuple[Any, frozenset[str], str] | None:
         if not isinstance(leaf, Tensor) or (key := storage_key(leaf)) is None:
@@ -183,6 +206,11 @@ class Recorder(PlainDispatchMode):
                 sources |= root[1]
                 why = root[2]
         return frozenset(sources), why
+
+
+def _unknown(func: Any, sources: Iterable[str]) -> str:
+    names = ", ".join(sorted(sources))
+    return f"the loader can't be recorded: {func} needs the values of {names}. Load online: session.load, or pairs."
 
 
 def _on_meta(tensor: Tensor) -> Tensor:
@@ -218,7 +246,9 @@ def record(
     finally:
         inventory.untrack()
     records = recorder.records
-    online, sources = _online(inventory, records, recorder.read_values)
+    for found in records.values():
+        found.sources = recorder.sources_of(found)
+    online, sources = _online(inventory, records, recorder.changed)
     problems = list(recorder.problems)
     for item in inventory.items:
         found = records.get(item.name) or _Record(Gaps(item.shape))
@@ -252,7 +282,7 @@ def record(
 
 
 def _online(
-    inventory: Inventory, records: Mapping[str, _Record], read_values: Mapping[str, str]
+    inventory: Inventory, records: Mapping[str, _Record], changed: Mapping[str, str]
 ) -> tuple[dict[str, str], set[str]]:
     """Parameters that the loader itself has to load, with reasons, and all the tensors that it needs for them."""
     online: dict[str, str] = {}
@@ -264,8 +294,8 @@ def _online(
             online[item.name] = found.breaks
         elif item.padding:
             online[item.name] = "it has padding"
-        elif looked := found.sources & read_values.keys():
-            online[item.name] = f"{read_values[min(looked)]} ({min(looked)})"
+        elif names := found.sources & changed.keys():
+            online[item.name] = f"{changed[min(names)]} ({min(names)})"
     while True:
         sources = {name for parameter in online for name in records[parameter].sources}
         more = {
