@@ -490,3 +490,50 @@ def test_a_finish_whose_error_the_loader_swallows_fails_the_load() -> None:
         for name in "bc":
             model[name].weight.data.copy_(weights(0)[0])
     assert model["a"].weight.is_meta
+
+
+def test_a_tensor_that_comes_after_a_function_finished_its_layer_is_not_lost() -> None:
+    def convert(layer: nn.Module) -> None:
+        layer.weight = nn.Parameter(layer.weight.data.half(), requires_grad=False)
+
+    first, second = weights(0)
+    for finish in (lambda layer: None, convert):
+        session = Session(model := linears(), finish, duplicates="update")
+        with pytest.raises(LoaderError, match="finished"), session:  # noqa: PT012
+            for name, tensor in session.pairs([("a", first), ("b", first), ("a", second)]):
+                model[name].weight.data.copy_(tensor)
+
+
+def test_an_update_that_puts_new_parameters_in_place_keeps_addresses() -> None:
+    def new(m: Any) -> list[tuple[nn.Module, Tensor]]:
+        return [(m["a"], weights(1)[0]), (m["norm"], torch.full((64,), 2.0))]
+
+    for put in (
+        lambda layer, tensor: setattr(layer, "weight", nn.Parameter(tensor, requires_grad=False)),
+        lambda layer, tensor: setattr(layer.weight, "data", tensor),
+    ):
+        model = linears("a")
+        model["norm"] = nn.LayerNorm(64, bias=False)
+        with Session(model) as session:
+            session.load([("a.weight", weights(0)[0]), ("norm.weight", torch.ones(64))])
+        before = [(p, p.data_ptr()) for p in model.parameters()]
+        with session:
+            for layer, tensor in new(model):
+                put(layer, tensor)
+        after = [(p, p.data_ptr()) for p in model.parameters()]
+        assert all(p is q and at == to for (p, at), (q, to) in zip(before, after, strict=True))
+        assert_channel(model["a"], weights(1)[0])
+        assert model["norm"].weight.eq(2).all()
+
+
+def test_an_update_that_cannot_begin_leaves_the_model_as_it_was() -> None:
+    with Session(model := linears()) as session:
+        session.load([("a.weight", weights(0)[0]), ("b.weight", weights(0)[1])])
+    scale, before = model["b"]._parameters.pop("weight_scale"), model["a"].weight
+    with pytest.raises(LoaderError, match="b.weight: the model no longer has"):  # noqa: RUF043
+        session.__enter__()
+    assert model["a"].weight is before
+    model["b"]._parameters["weight_scale"] = scale
+    with session:
+        session.load([("a.weight", weights(1)[0])])
+    assert_channel(model["a"], weights(1)[0])

@@ -162,8 +162,11 @@ class LayerFinisher:
         session = self._session
         for item in layer.items:
             session.ledger.hold(-item.nbytes)
-            item.real = None
+            item.real, item.provided = None, True
         run_provider(session.provider, layer, session.model)
+        for tensor in storages(layer.module):
+            if layer.items and session.inventory.find(tensor) is None:
+                session.inventory.track_final(layer.items[0], tensor)
         session.ledger.hold(sum(tensor.nbytes for tensor in storages(layer.module)))
 
     def _settle(self, item: Item) -> None:

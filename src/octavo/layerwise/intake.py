@@ -277,6 +277,11 @@ class Intake:
                 f"{item.name}{''.join(map(str, boxes[:1]))}: {source.name} comes when the layer is complete and "
                 "finished. Two tensors for one box are an error; with duplicates='update' the later one wins."
             )
+        if item.provided:
+            raise LoaderError(
+                f"{item.name}{''.join(map(str, boxes[:1]))}: {source.name} comes when a function of yours has finished "
+                "the layer: only it knows what it made of it. Drop the earlier tensor in a transform."
+            )
         for box in () if loose else boxes:
             again = item.gaps.written(box)
             if again is None:

@@ -61,6 +61,7 @@ class Item:
     pressed: list[Box] = field(default_factory=list)  # boxes of the stored form that are in FP8
     emptied: Tensor | None = None  # a parameter that gave its memory back
     installed: Tensor | None = None  # while updating: the FP8 parameter whose place is lent
+    provided: bool = False  # a function of the user's has finished its layer
     settled: bool = False  # in its final storage
     changed: bool = False  # its final storage was written by the update that runs
     gaps: Gaps = field(init=False)

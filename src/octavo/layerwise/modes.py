@@ -109,7 +109,7 @@ class Functions(TorchFunctionMode):
                 item, final = inventory.find(args[0]), inventory.find_final(args[0])
                 if item is None and final is not None:
                     item = final[0]
-                if item is not None and (item.virtual or final is not None) and isinstance(args[1], Tensor):
+                if item is not None and (item.virtual or item.settled) and isinstance(args[1], Tensor):
                     # the loader wants the tensor to become the parameter's: it is copied instead
                     if args[0].shape != args[1].shape:
                         raise LoaderError(

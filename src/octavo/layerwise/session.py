@@ -139,10 +139,19 @@ class Session:
         self.ledger.events = []
         self._quantizer.forget()
         self.intake = self._new_intake()
-        if self.updating:
-            self._begin_update()
-        else:
-            self._begin_load()
+        try:
+            self._begin_update() if self.updating else self._begin_load()
+            self._listen()
+        except BaseException:
+            self.inventory.untrack()
+            if self.updating:
+                self._end_update()
+            raise
+        self.active = True
+        return self
+
+    def _listen(self) -> None:
+        """See what loaders do, until the stack is closed."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self._follow:
@@ -152,8 +161,6 @@ class Session:
                 stack.enter_context(Functions(self.intake))
                 stack.enter_context(Operations(self.intake))
             self._stack = stack.pop_all()
-        self.active = True
-        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         try:
@@ -329,8 +336,10 @@ class Session:
         final = None if self.intake.paused or tensor is None else self.inventory.find_final(present)
         if item is None and final is not None:
             item = final[0]
-        if tensor is None or present is None or item is None or not (item.virtual or final):
+        if tensor is None or present is None or item is None or not (item.virtual or item.settled):
             return None
+        if self.inventory.find(tensor) is item:  # the same one, in whatever shape
+            return None if item.virtual else present
         if present.shape != tensor.shape:
             raise LoaderError(
                 f"{item.name} {list(present.shape)}: a loader puts a tensor of another shape in its place, "
@@ -462,14 +471,19 @@ class Session:
                 "them. Octavo's schemes can."
             )
         for item in self.inventory.items:
+            item.installed = None
+        for item in self.inventory.items:
             item.restart()
             face = item.faces[0]
             if item.scheme:
                 module, scale = face.module, modules.scale_name(face.leaf)
-                weight, scales = module._parameters[face.leaf], module._parameters[scale]
+                weight, scales = module._parameters.get(face.leaf), module._parameters.get(scale)
                 assert item.quantized is not None
-                assert weight is not None
-                assert scales is not None
+                if weight is None or scales is None or weight.dtype != schemes.FP8:
+                    raise LoaderError(
+                        f"{item.name}: the model no longer has its FP8 numbers and {scale}, so it can't be updated in "
+                        "place. Load it anew."
+                    )
                 item.installed = weight
                 # the model may have moved since
                 item.quantized.weight, item.quantized.scale, item.device = weight.data, scales.data, weight.device
@@ -490,8 +504,7 @@ class Session:
     def _end_update(self) -> None:
         """The model has its FP8 parameters again: the same objects, at the same addresses."""
         for item in self.inventory.items:
-            if item.scheme:
-                assert item.installed is not None
+            if item.installed is not None:
                 set_tensor(item, item.faces[0], item.installed)
                 item.real = None
 
