@@ -537,3 +537,55 @@ def test_an_update_that_cannot_begin_leaves_the_model_as_it_was() -> None:
     with session:
         session.load([("a.weight", weights(1)[0])])
     assert_channel(model["a"], weights(1)[0])
+
+
+# -- writes that come once more, and memory that holds nothing --------------------------------------------------------
+
+
+def test_a_part_of_scale_groups_that_is_written_once_more_is_not_lost(direct: bool) -> None:
+    """The loader changes the tensor between two writes: the first is quantized by then, unless layers are kept."""
+    weight = weights(0)[0]
+    expected = weight.clone()
+    expected[:, :32] += 1
+    with contextlib.ExitStack() as stack:
+        if direct:
+            stack.enter_context(pytest.raises(LoaderError, match="With direct=False"))
+        session = stack.enter_context(Session(model := linears("a"), direct=direct))
+        for _, tensor in session.pairs([("a", weight.clone())]):
+            model["a"].weight.data.copy_(tensor)
+            tensor.add_(1)
+            model["a"].weight.data[:, :32].copy_(tensor[:, :32])
+    if not direct:
+        assert_channel(model["a"], expected)
+
+
+@pytest.mark.parametrize("rows", [True, False], ids=["rows", "columns"])
+def test_a_later_tensor_for_a_part_wins_or_is_refused(rows: bool, direct: bool) -> None:
+    first, second = weights(0)
+    half = second[:32] if rows else second[:, :32]
+    with contextlib.ExitStack() as stack:
+        if not rows:
+            stack.enter_context(pytest.raises(LoaderError, match="scale groups"))
+        session = stack.enter_context(Session(model := linears("a"), direct=direct, duplicates="update"))
+        for name, tensor in session.pairs([("all", first), ("half", half)]):
+            target = model["a"].weight.data
+            (target if name == "all" else target[:32] if rows else target[:, :32]).copy_(tensor)
+    if rows:
+        assert_channel(model["a"], torch.cat([half, first[32:]]))
+
+
+def test_what_adds_to_memory_that_was_given_back_reads_it(direct: bool) -> None:
+    weight = weights(0)[0]
+    with pytest.raises(LoaderError, match="before it is written"), Session(model := linears("a"), direct=direct):
+        model["a"].weight.data.index_put_((torch.arange(64),), weight, accumulate=True)
+    with (  # noqa: PT012, RUF100
+        pytest.warns(UserWarning, match="resized"),
+        pytest.raises(LoaderError, match="torch would resize it"),
+        Session(model := linears("a"), direct=direct),
+    ):
+        torch.add(weight[:1], 1, out=model["a"].weight.data)
+
+
+def test_a_quantized_weight_that_is_registered_transposed_is_refused() -> None:
+    with pytest.raises(LoaderError, match="another shape or order of axes"), Session(model := linears("a")):
+        model["a"].weight = nn.Parameter(model["a"].weight.data.t(), requires_grad=False)

@@ -289,6 +289,7 @@ class Intake:
             writers = {piece.src_name for piece in item.writes if again.common(Box.of(piece))}
             if source.sure and writers <= {source.label} and not item.settled:
                 self._unhold(item)
+                self._rewrite(item, box)
             elif self._duplicates == "error":
                 first = ", ".join(sorted(name.rpartition("#")[0] for name in writers)) or "padding"
                 raise CoverageError(
@@ -297,8 +298,27 @@ class Intake:
                 )
             else:
                 self._flush()
-                again = self._stored(item, box)
-                item.pressed = [rest for done in item.pressed for rest in done.without(again)]
+                self._rewrite(item, box)
+
+    def _rewrite(self, item: Item, box: Box) -> None:
+        """What is in FP8 of a box gets other values, with scales of their own: only whole scale groups can."""
+        box = self._stored(item, box)
+        met = [done for done in item.pressed if done.common(box)]
+        if not met:
+            return
+        storage = self._storage(item)
+        whole = Piece(*box, "", 0, (0,) * len(box.off))
+        if storage.parts is None and storage.scheme.group_rows != 1:  # groups are those of the boxes as they came
+            fits = all(done.common(box) == done for done in met)
+        else:
+            fits = all(storage.holds_groups(Box.of(cut)) for cut in storage.split(whole))
+        if not fits:
+            raise LoaderError(
+                f"{item.name}{box}: a loader writes once more a part of scale groups that are quantized already. With "
+                "direct=False a layer stays in high precision until it is complete; what comes later still must be "
+                "written as a whole."
+            )
+        item.pressed = [rest for done in item.pressed for rest in done.without(box)]
 
     def _wrote(self, item: Item, boxes: Sequence[Box], source: Source, pieces: Sequence[Piece] = ()) -> None:
         for box in boxes:
@@ -419,6 +439,8 @@ class Intake:
         storage = self._storage(item)
         for cut in storage.split(stored):
             dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
+            if storage.parts is not None and not storage.holds_groups(Box.of(cut)):
+                raise LoaderError(f"{what}: holds parts of scale groups whose rest is quantized. Write it as a whole.")
             storage.put(self.quantizer, cut, values_of(cut, values), dtype, what)
             item.pressed.append(Box.of(cut))
             item.changed = True

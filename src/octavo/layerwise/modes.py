@@ -214,7 +214,8 @@ class Operations(PlainDispatchMode):
         if packet in _FILLS and item is not None:
             receiver.fill(item, target, lambda real: func(real, *rest, **kwargs))
             return target
-        if packet in _SCATTERS and item is not None:
+        adds = packet is aten.index_put_ and bool(args[3] if len(args) > 3 else kwargs.get("accumulate"))
+        if packet in _SCATTERS and item is not None and not adds:
             receiver.scatter(item, target, lambda real: func(real, *rest, **kwargs), _marker(packet, rest))
             return target
         overwrites = packet in _RANDOM or "out" in func._overloadname
@@ -228,8 +229,15 @@ class Operations(PlainDispatchMode):
                 return places[id(tensor)]
             return tensor if (found := find(tensor)) is None else receiver.access(found, tensor)
 
+        shapes = {id(tensor): tuple(tensor.shape) for tensor in places.values()}
         args, kwargs = swapped((args, kwargs), real)
         func(*args, **kwargs)
+        for tensor in places.values():
+            if tuple(tensor.shape) != shapes[id(tensor)]:
+                raise LoaderError(
+                    f"a loader computes {list(tensor.shape)} with {func} and out= a parameter, or a view of one, of "
+                    f"{list(shapes[id(tensor)])}: torch would resize it"
+                )
         return targets[0] if len(targets) == 1 else tuple(targets)
 
 

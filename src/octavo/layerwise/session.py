@@ -305,6 +305,11 @@ class Session:
                 "before the weights come, or keep the weight out of the recipe."
             )
         known = self.inventory.find(parameter)
+        if known is not None and known.scheme and not _seen_alike(known, parameter):
+            raise LoaderError(
+                f"{known.name}: a loader registers it in another shape or order of axes, {list(parameter.shape)}; its "
+                "scale groups run along rows as they were. Keep it out of the recipe."
+            )
         if known is not None and known.virtual:  # the same parameter in another place, or seen in another shape
             known.faces = [face for face in known.faces if (face.module, face.leaf) != (module, leaf)]
             known.faces.append(Face(module, leaf, parameter))
@@ -528,6 +533,10 @@ class Session:
             f"{_listed(old)}; {len(torn)} some of both{_listed(torn)}. Run the whole update again."
         )
         return UpdateError(text, new, old, torn)
+
+
+def _seen_alike(item: Item, tensor: Tensor) -> bool:
+    return (tuple(tensor.shape), tuple(tensor.stride())) == (item.shape, item.strides)
 
 
 def _listed(names: list[str]) -> str:
