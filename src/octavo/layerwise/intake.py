@@ -234,6 +234,9 @@ class Intake:
             with self.quiet():
                 self._flush()
 
+    def rewritten(self, tensor: Tensor, values: Sequence[Tensor]) -> None:
+        self.sources.rewritten(tensor, values)
+
     # -- boxes --------------------------------------------------------------------------------------------------------
 
     def _trace(self, item: Item, view: Tensor, source: Source, values: Tensor) -> list[Piece]:

@@ -87,7 +87,10 @@ class Receiver(Protocol):
         """``torch.cat``."""
 
     def mutated(self, tensor: Tensor) -> None:
-        """A tensor that is no item's is about to be written."""
+        """A tensor is about to be written."""
+
+    def rewritten(self, tensor: Tensor, values: Sequence[Tensor]) -> None:
+        """A tensor that is no item's was written, with these taking part."""
 
 
 class Functions(TorchFunctionMode):
@@ -192,9 +195,12 @@ class Operations(PlainDispatchMode):
         to_meta = func.overloadpacket in (aten._to_copy, aten.scalar_tensor) and _to_meta(kwargs)
         if to_meta and not any(tensor.is_meta for tensor in inputs):
             kwargs = {**kwargs, "device": inputs[0].device if inputs else torch.device("cpu")}
-        for tensor in written(func, args, kwargs):
+        targets = written(func, args, kwargs)
+        for tensor in targets:
             receiver.mutated(tensor)
         result = func(*args, **kwargs)
+        for tensor in targets:
+            receiver.rewritten(tensor, [other for other in inputs if other is not tensor])
         if func.overloadpacket is aten.cat:
             receiver.joined(inputs, args[1] if len(args) > 1 else 0, result)
         receiver.derived(inputs, tensors_in(result) if inputs else ())
@@ -204,6 +210,8 @@ class Operations(PlainDispatchMode):
         receiver, find, packet = self._receiver, self._receiver.inventory.find, func.overloadpacket
         target: Any = args[0] if args else None
         item = find(target)
+        for tensor in targets:  # a buffer of the model may be on its way to a parameter
+            receiver.mutated(tensor)
         if packet is aten.copy_ and item is not None:
             values = args[1]
             if (source := find(values)) is not None:

@@ -96,6 +96,17 @@ class Sources:
                         self._joined[key] = (self._of_storage[key][0], joined[1])
             return
 
+    def rewritten(self, tensor: Tensor, values: Sequence[Tensor]) -> None:
+        """Memory that holds values of one pair gets those of another: the other's, if all of it is written."""
+        key = storage_key(tensor)
+        known = self._of_storage.get(key or 0)
+        taken = [found for value in values if (found := self._of_storage.get(storage_key(value) or 0)) is not None]
+        if key is None or known is None or not taken or all(found[1] == known[1] for found in taken):
+            return
+        whole = tensor.nbytes == tensor.untyped_storage().nbytes() and len(taken) == 1
+        self._remember(key, tensor, taken[0][1] if whole else None)
+        self._joined.pop(key, None)
+
     def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
         """``torch.cat``: its parts are still those of their pairs."""
         known = [self._of_storage.get(storage_key(tensor) or 0) for tensor in tensors]
