@@ -6,6 +6,7 @@ child, so a small parent is what makes a child's peak its own. Run alone, it pri
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -271,6 +272,13 @@ def size(folder: Path) -> int:
 
 
 # -- results ----------------------------------------------------------------------------------------------------------
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, default: Iterable[str], known: Iterable[str]) -> None:
+    """Which checkpoints are made, and where."""
+    parser.add_argument("--models", "--model", nargs="+", default=list(default), choices=list(known), metavar="MODEL")
+    parser.add_argument("--layers", type=int, help="instead of the models' own number, to try things out")
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/octavo-bench"), help="(%(default)s)")
 
 
 def say(text: str) -> None:

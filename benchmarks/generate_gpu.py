@@ -105,11 +105,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", "--model", nargs="+", default=MODELS, choices=make_checkpoint.MODELS, metavar="MODEL"
-    )
-    parser.add_argument("--layers", type=int, help="instead of the models' own number, to try things out")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/octavo-bench"), help="(%(default)s)")
+    common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS, metavar="TASK", help=", ".join(TASKS))
     parser.add_argument("--prefill", nargs="+", type=shape, default=[(1, 8192), (4, 2048)], metavar="BATCHxLENGTH")

@@ -276,11 +276,7 @@ def run_model(
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--models", "--model", nargs="+", default=MODELS, choices=make_checkpoint.MODELS, metavar="MODEL"
-    )
-    parser.add_argument("--layers", type=int, help="instead of the models' own number, to try things out")
-    parser.add_argument("--folder", type=Path, default=Path("/dev/shm/octavo-bench"), help="(%(default)s)")
+    common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
     every = [*GROUPS, *CEILINGS, *DIRECT, *OCTAVO, *PEERS]
     parser.add_argument("--loaders", nargs="+", choices=every, metavar="LOADER", help=f"some of: {', '.join(every)}")
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")

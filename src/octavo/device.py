@@ -24,7 +24,7 @@ from .blocks import Block, Box, Read
 from .checkpoint import Checkpoint
 from .chunks import Work
 from .errors import WeightError
-from .geometry import Geometry, usable_device
+from .geometry import Geometry, check_options, usable_device
 from .press import describe_nonfinite
 from .ring import Ring, Slot
 from .schemes import Scheme
@@ -120,6 +120,7 @@ class WarmUp:
 
     def __init__(self, device: torch.device, staging_bytes: int, threads: int | None, names: Iterable[str]) -> None:
         self._device, self._names = device, tuple(names)
+        check_options(staging_bytes, threads)
         self._geometry = Geometry.on_accelerator(device, staging_bytes, threads) if device.type != "cpu" else None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="octavo-warm-up", daemon=True)

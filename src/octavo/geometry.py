@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import schemes
 from .chunks import default_slot_bytes
 from .errors import DeviceError
 from .files import PAGE
@@ -84,12 +85,12 @@ class Geometry:
             raise DeviceError(f"no such kind of device: {str(error).splitlines()[0]}") from error
         if len(devices) > 1:
             raise DeviceError(f"a model spread over {', '.join(sorted(map(str, devices)))} is not supported: name one")
-        _check_options(plan.staging_bytes, threads)
+        check_options(plan.staging_bytes, threads)
         device = next(iter(devices))
         if device.type != "cpu":
-            mx = any(placement.scheme == "mxfp8" for placement in plan.quantized)
-            room = max(MIN_STAGING_BYTES, plan.staging_bytes * 2 // 3) if handing_out else plan.staging_bytes
-            return cls.on_accelerator(device, room, threads, slot_bytes, mx=mx)
+            clamps = any(schemes.get(str(placement.scheme)).power_of_two for placement in plan.quantized)
+            room = plan.staging_bytes * 2 // 3 if handing_out else plan.staging_bytes
+            return cls.on_accelerator(device, room, threads, slot_bytes, clamps=clamps)
         wanted, size = threads or _default_threads(), slot_bytes or default_slot_bytes(plan)
         while True:
             geometry = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
@@ -110,17 +111,19 @@ class Geometry:
         threads: int | None = None,
         slot_bytes: int | None = None,
         *,
-        mx: bool = False,
+        clamps: bool = False,
     ) -> Geometry:
-        """A slot a thread, and lanes that copy a few slots each before they quantize; smaller slots first."""
-        _check_options(staging_bytes, threads)
+        """A slot a thread, and lanes that copy a few slots each before they quantize; smaller slots first.
+
+        Args:
+            clamps: some scheme clamps to what e4m3 holds, which takes another copy of a block.
+        """
         size = slot_bytes or _PINNED_SLOT_BYTES
         while size > _MIN_SLOT_BYTES and max(_LANES * _LANE_SLOTS, threads or 0) * size > staging_bytes:
             size = max(size // 2, _MIN_SLOT_BYTES)
         count = threads or max(1, min(_default_threads(), staging_bytes // size))
         read_bytes = size - 2 * PAGE if size >= _ALIGNED_SLOT_BYTES else size
-        # clamping to what e4m3 holds takes another copy of a block
-        block_bytes = (_BLOCK_SLOTS // 2 if mx else _BLOCK_SLOTS) * read_bytes
+        block_bytes = (_BLOCK_SLOTS // 2 if clamps else _BLOCK_SLOTS) * read_bytes
         geometry = cls(count, count, size, 0, device, _LANES, block_bytes, _LANE_SLOTS * size)
         if geometry.staging_bytes > staging_bytes:
             raise DeviceError(_too_small(count, geometry.staging_bytes, staging_bytes))
@@ -134,7 +137,8 @@ def _too_small(threads: int, needed_bytes: int, staging_bytes: int) -> str:
     )
 
 
-def _check_options(staging_bytes: Any, threads: Any) -> None:
+def check_options(staging_bytes: Any, threads: Any = None) -> None:
+    """Raise a `DeviceError` unless they are numbers, and large enough."""
     if not isinstance(staging_bytes, int):
         raise DeviceError(f"staging_bytes is {staging_bytes!r}, not a number of bytes")
     if staging_bytes < MIN_STAGING_BYTES:

@@ -23,8 +23,8 @@ from torch.nn.modules.module import (
 
 from .. import modules, schemes
 from ..checkpoint import Checkpoint
-from ..errors import CoverageError, DeviceError, LoaderError, UpdateError, WeightError, raise_problems
-from ..geometry import MIN_STAGING_BYTES, usable_device
+from ..errors import CoverageError, LoaderError, UpdateError, WeightError, raise_problems
+from ..geometry import check_options, usable_device
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Decision, Recipe
 from ..ring import now
@@ -60,8 +60,7 @@ class Session:
     ) -> None:
         if duplicates not in ("error", "update"):
             raise LoaderError(f"duplicates is {duplicates!r}, not 'error' or 'update'")
-        if not isinstance(staging_bytes, int) or staging_bytes < MIN_STAGING_BYTES:
-            raise DeviceError(f"staging_bytes is {staging_bytes!r}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed")
+        check_options(staging_bytes)
         self.model, self.transform = model, transform
         self.provider: Provider | None = None
         if isinstance(finish, (str, Recipe, Mapping)) or finish is None:
