@@ -71,14 +71,20 @@ _COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None and _COMPILER is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_units(index: int) -> bool:
     """Whether CUDA device ``index`` has FP8 units."""
     return torch.version.cuda is not None and _capability(index) >= (8, 9)
 
 
-@functools.cache
 def _capability(index: int) -> tuple[int, int]:
+    if torch.compiler.is_compiling():  # which takes this for a constant, and looks through no cache
+        properties = torch.cuda.get_device_properties(index)
+        return properties.major, properties.minor
+    return _capability_cached(index)
+
+
+@functools.cache
+def _capability_cached(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
