@@ -57,8 +57,8 @@ def test_importing_octavo_stays_light():
 import sys, octavo
 octavo.Recipe, octavo.plan, octavo.load, octavo.stream, octavo.convert, octavo.verify, octavo.OctavoError
 octavo.layerwise, octavo.update
-heavy = "transformers vllm matplotlib rich.progress huggingface_hub accelerate compressed_tensors typer torch._dynamo".split()
-print(sorted(name for name in heavy if name in sys.modules))
+heavy = "transformers vllm matplotlib rich.progress huggingface_hub accelerate compressed_tensors typer torch._dynamo"
+print(sorted(name for name in heavy.split() if name in sys.modules))
 """
     assert in_a_new_process(code).strip() == "[]"
 

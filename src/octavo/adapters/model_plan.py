@@ -9,9 +9,10 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -110,6 +111,8 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
     jobs: dict[str, Any] = {}
+    plain: dict[str, str] = {}
+    found: dict[str, Symbolic] = {}
     unexpected = []
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
@@ -118,22 +121,20 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
         if name not in expected:
             unexpected.append(key)
             continue
-        if pattern is None:
-            job, pattern = jobs.setdefault(name, WeightRenaming(key, name)), key
+        info = checkpoint.tensors[key]
+        source = Symbolic.source(key, info.shape, info.dtype)
+        if name in plain or (pattern is None and name in jobs):
+            other = plain.get(name) or min(itertools.chain.from_iterable(jobs[name].layer_targets.values()))
+            problems.append(f"duplicate: {other} and {key} both make {name}")
+        elif pattern is None:  # what transformers makes a renaming of, with a regular expression each
+            plain[name], found[name] = key, source
         else:
             if name not in jobs:  # copying is costly, and a stack has a hundred members
                 jobs[name] = deepcopy(by_pattern[pattern])
-            job = jobs[name]
-        info = checkpoint.tensors[key]
-        if isinstance(job, WeightRenaming) and job.collected_tensors:
-            other = next(iter(job.collected_tensors))
-            problems.append(f"duplicate: {other} and {key} both make {name}")
-            continue
-        job.add_tensor(name, key, pattern, Symbolic.source(key, info.shape, info.dtype))
-    found: dict[str, Symbolic] = {}
+            jobs[name].add_tensor(name, key, pattern, source)
     for first, job in jobs.items():
         sources = [key for keys in job.layer_targets.values() for key in keys]
-        holes = _holes(sources) if isinstance(job, WeightConverter) else []
+        holes = _holes(sources)
         if holes:
             problems += [f"missing: {name}, one of the tensors that make {first}" for name in holes]
             found[first] = Symbolic(expected[first].shape, expected[first].dtype, [])
@@ -149,7 +150,9 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
             continue
         for name, value in made.items():
             symbolic = value[0] if isinstance(value, list) else value
-            if name in expected:
+            if name in plain:
+                problems.append(f"duplicate: {plain[name]} and {min(sources, key=dot_natural_key)}... both make {name}")
+            elif name in expected:
                 found[name] = symbolic
     return found, unexpected
 
@@ -253,11 +256,22 @@ def _is_linear(module: nn.Module) -> bool:
 @functools.cache
 def _reads_weight(parent: Any, child: str) -> bool:
     """Whether a class uses ``self.child.weight`` itself, beside calling the layer: FP8 numbers would surprise it."""
+    if not any({child, "weight"} <= {*code.co_names} for code in _codes(parent)):
+        return False  # without the source, which takes a while to find
     try:
         source = inspect.getsource(parent)
     except (OSError, TypeError):
         return False
     return re.search(rf"self\.{re.escape(child)}\.weight\b", source) is not None
+
+
+def _codes(cls: Any) -> Iterator[CodeType]:
+    """The code of a class's own methods and properties, and of functions within them."""
+    members = [getattr(found, "fget", None) or getattr(found, "func", found) for found in vars(cls).values()]
+    left = [found.__code__ for found in map(inspect.unwrap, members) if inspect.isfunction(found)]
+    while left:
+        yield (code := left.pop())
+        left += (constant for constant in code.co_consts if isinstance(constant, CodeType))
 
 
 def is_experts(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from transformers.initialization import no_init_weights
 
 from .. import dtypes
 from ..checkpoint import Checkpoint
@@ -36,7 +37,7 @@ def skeleton(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             if hasattr(cls, "_model_mapping"):
                 model = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
             else:
