@@ -18,7 +18,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -109,18 +109,24 @@ class Ring(Generic[Ticket]):
         self._alive = 0
         self._stopping = False
         self._error: BaseException | None = None
-        self._draw = threading.Lock()
         self._on_stop: Callable[[], None] = lambda: None  # wakes what does not wait on the condition
         self.done_bytes = 0
 
     def start(self, tickets: Iterable[Ticket], make_worker: Callable[[], Worker[Ticket]]) -> None:
         """Start the threads; ``tickets`` is advanced by one thread at a time, and may block in `wait_for`."""
-        iterator = iter(tickets)
+        iterator, turn = iter(tickets), threading.Lock()
+
+        def draw() -> Ticket | None:
+            with turn:
+                return None if self._stopping else next(iterator, None)
+
+        self._start(draw, make_worker)
+
+    def _start(self, draw: Callable[[], Ticket | None], make_worker: Callable[[], Worker[Ticket]]) -> None:
+        """Start the threads; each calls ``draw`` for its next ticket, until that is None."""
         self._alive = self._count
         for number in range(self._count):
-            thread = threading.Thread(
-                target=self._work, args=(iterator, make_worker), name=f"octavo-{number}", daemon=True
-            )
+            thread = threading.Thread(target=self._work, args=(draw, make_worker), name=f"octavo-{number}", daemon=True)
             try:
                 self._threads.append(thread)
                 thread.start()
@@ -157,22 +163,19 @@ class Ring(Generic[Ticket]):
     ) -> Generator[tuple[Ticket, Slot], None, None]:
         """Threads ``read`` tickets into slots (returning bytes read); yields tickets and their slots, in order.
 
-        Slots are taken in the order of the tickets, so the next one to be yielded always has one; it is free again
-        when the next is asked for and the device has copied it. Only this thread waits for the device: a dozen that
-        do, spinning, leave the others no core. Close the generator (`contextlib.closing`) to end the threads; errors as
-        for `run`.
+        The calling thread gives slots to tickets in their order, so the next one to be yielded always has one; a slot
+        is free again when the next ticket is asked for and the device has copied it. Threads do nothing but read, and
+        the calling thread all else: a dozen that cut tickets, or wait for the device, leave it no turn to launch.
+        Close the generator (`contextlib.closing`) to end the threads; errors as for `run`.
         """
-        free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        todo: queue.SimpleQueue[tuple[int, Ticket, Slot] | None] = queue.SimpleQueue()
         full: queue.SimpleQueue[tuple[int, Ticket, Slot, int] | None] = queue.SimpleQueue()
-        for slot in slots:
-            free.put(slot)
-        numbered = _with_slots(tickets, free)
 
-        def wake() -> None:
+        def no_more() -> None:
             for _ in range(self._count):
-                free.put(None)
+                todo.put(None)
 
-        self._on_stop = wake
+        self._on_stop = no_more
 
         class Reader:
             def handle(self, ticket: tuple[int, Ticket, Slot]) -> int:
@@ -183,12 +186,21 @@ class Ring(Generic[Ticket]):
             def close(self) -> None:
                 full.put(None)
 
+        numbered, free = enumerate(tickets), deque(slots)
         waiting: dict[int, tuple[Ticket, Slot, int]] = {}
         copying: deque[Slot] = deque()
-        expected, ended = 0, 0
+        expected, ended, drawn = 0, 0, False
         try:
-            self.start(numbered, Reader)  # type: ignore[arg-type]
+            self._start(todo.get, Reader)  # type: ignore[arg-type]
             while ended < self._count or waiting:
+                while copying and copying[0].idle:
+                    free.append(copying.popleft())
+                while free and not drawn:
+                    if (following := next(numbered, None)) is not None:
+                        todo.put((*following, free.popleft()))
+                    else:
+                        drawn = True
+                        no_more()
                 if expected in waiting:
                     what, slot, nbytes = waiting.pop(expected)
                     yield what, slot
@@ -205,8 +217,6 @@ class Ring(Generic[Ticket]):
                         ended += 1
                     else:
                         waiting[arrived[0]] = arrived[1:]
-                while copying and copying[0].idle:
-                    free.put(copying.popleft())
         finally:
             self.finish()
 
@@ -253,17 +263,11 @@ class Ring(Generic[Ticket]):
         """Whether any thread still works."""
         return self._alive > 0
 
-    def _work(self, iterator: Iterator[Ticket], make_worker: Callable[[], Worker[Ticket]]) -> None:
+    def _work(self, draw: Callable[[], Ticket | None], make_worker: Callable[[], Worker[Ticket]]) -> None:
         worker: Worker[Ticket] | None = None
         try:
             worker = make_worker()
-            while not self._stopping:
-                with self._draw:
-                    if self._stopping:
-                        break
-                    ticket = next(iterator, None)
-                if ticket is None:
-                    break
+            while not self._stopping and (ticket := draw()) is not None:
                 count = worker.handle(ticket)
                 with self._condition:
                     self.done_bytes += count
@@ -288,15 +292,6 @@ def _has_begun(thread: threading.Thread) -> bool:
     while thread.ident is None and now() < deadline:
         time.sleep(TICK_S / 100)
     return thread.ident is not None
-
-
-def _with_slots(tickets: Iterable[Ticket], free: queue.SimpleQueue[Slot | None]) -> Iterator[tuple[int, Ticket, Slot]]:
-    """Number the tickets and give each a slot, waiting for one; ends early when the queue yields None."""
-    for number, ticket in enumerate(tickets):
-        slot = free.get()
-        if slot is None:
-            return
-        yield number, ticket, slot
 
 
 def now() -> float:
