@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ... import dtypes, schemes
 from ...formats import Format
-from ...pieces import Piece, contiguous_strides
+from ...pieces import Piece
 from ...plan import Placement, Plan
 from ...sinks import Storage
-from .tracing import Copy, Trace, View
+from .tracing import Copy, Trace, View, is_run
 
 
 class Places(NamedTuple):
@@ -62,7 +62,7 @@ def _moved(placement: Placement, copies: list[Copy], memory: Mapping[str, Tensor
     parts: list[_Part] = []
     for number, copy in enumerate(copies):
         dtype_name = dtypes.NAMES.get(memory[copy.target].dtype)
-        if copy.view is None or dtype_name is None or not _is_run(copy.view):
+        if copy.view is None or dtype_name is None or not is_run(copy.view.size, copy.view.strides):
             return None
         parts.append((_part(placement, number, copy.view, dtype_name), copy, None))
     return parts
@@ -77,7 +77,7 @@ def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy]) ->
     parts: list[_Part] = []
     for number, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
         view, cells = weight.view, scale.view
-        if view is None or cells is None or len(view.size) != 2 or view.size[1] != k or not _is_run(view):
+        if view is None or cells is None or len(view.size) != 2 or view.size[1] != k or not is_run(view.size, view.strides):
             return None
         row, height, group = view.offset // k, view.size[0], scheme.group_rows or n
         whole_groups = row % group == 0 and (height % group == 0 or row + height == n)
@@ -100,12 +100,6 @@ def _part(placement: Placement, number: int, view: View, dtype_name: str) -> Pla
         parts=(view.size[0],) if placement.scheme else (),
         source_bytes=piece.numel * dtypes.moved_bits(placement.source_dtype_names[0]) // 8,
     )
-
-
-def _is_run(view: View) -> bool:
-    """Whether its elements lie one after another."""
-    wanted = contiguous_strides(view.size)
-    return all(n == 1 or a == b for n, a, b in zip(view.size, view.strides, wanted, strict=True))
 
 
 def _region(memory: Mapping[str, Tensor], copy: Copy) -> Tensor:
