@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import time
 from typing import Any
 
 import torch
 import vllm.model_executor.model_loader as model_loader
-import vllm.v1.worker.gpu_model_runner as gpu_model_runner
 
 from octavo.report import rss_bytes
 
@@ -81,8 +81,11 @@ def _measured(get_model_loader: Any) -> Any:
     return get
 
 
-for module in (model_loader, gpu_model_runner):
-    module.get_model_loader = _measured(module.get_model_loader)
+# wherever it has been imported to; vLLM has several model runners, and what is imported later gets it from the first
+_original, _wrapped = model_loader.get_model_loader, _measured(model_loader.get_model_loader)
+for name in ("vllm.model_executor.model_loader", "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"):
+    if getattr(sys.modules.get(name), "get_model_loader", None) is _original:
+        sys.modules[name].get_model_loader = _wrapped  # type: ignore[attr-defined]
 
 
 class Meter:
@@ -94,7 +97,7 @@ class Meter:
 
     def parameter_sums(self) -> dict[str, str]:
         """Name -> dtype, shape and a sum of its bytes: the same for two models with the same bytes."""
-        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        model = self.get_model()  # type: ignore[attr-defined]
         return {name: _sum(tensor.detach()) for name, tensor in model.named_parameters()}
 
 
