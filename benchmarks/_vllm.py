@@ -53,7 +53,11 @@ def engine_options(way: str, folder: Path, options: dict[str, Any]) -> dict[str,
         "worker_extension_cls": "_vllm_worker.Meter",
     }
     if options["device"] != "cpu":
-        asked |= {"attention_backend": "TRITON_ATTN", "kv_cache_memory_bytes": options["cache_bytes"]}
+        asked |= {
+            "attention_backend": "TRITON_ATTN",
+            "kv_cache_memory_bytes": options["cache_bytes"],
+            "gpu_memory_utilization": 0.6,  # what must be free at the start; nothing is sized by it
+        }
     if options["ranks"] > 1:
         asked["disable_custom_all_reduce"] = True
     if options["graphs"]:
