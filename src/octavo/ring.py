@@ -70,7 +70,8 @@ class Slot:
     """A host buffer that one worker owns, and the event after which it may be overwritten."""
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
-        self.buffer: Tensor = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        # said, since whoever calls may have made another device the default (``with torch.device("cuda")``)
+        self.buffer: Tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self.view = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
         self.event: Any = None  # of the device, made when first needed
         self.busy: Any = None  # that, until it has been waited for

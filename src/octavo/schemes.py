@@ -253,7 +253,7 @@ def quantize_into(
             torch.div(values, cells, out=_grouped(out, rows, cols))
         return
     if scratch is None:
-        scratch = torch.empty(weight.numel(), dtype=torch.float32)
+        scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
     wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
     for rows, cols in spans:
         _grouped(wide, rows, cols).div_(_cells_of(scale, rows, cols))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,8 +18,10 @@ import octavo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _loaders
+import _vllm
 import common
 import make_checkpoint as generator
+import vllm_gpu
 
 
 def measured(way: str, folder: Path) -> dict:
@@ -104,3 +108,57 @@ def test_a_snippet_that_hangs_is_killed_and_one_that_fails_is_told():
         common.run_fresh("raise ValueError('no luck')")
     found = common.run_fresh("result(late=time.perf_counter() - STARTED_S)", samples=True)
     assert 0 < found["late"] < found["process"]["wall_s"]
+
+
+# -- vLLM -------------------------------------------------------------------------------------------------------------
+
+
+def test_vllm_finds_the_plugin_where_octavo_is_not_installed(tmp_path):
+    code = (
+        "from importlib.metadata import entry_points\n"
+        "found = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'octavo']\n"
+        "print(len(found), {e.load().__module__ for e in found})\n"
+    )
+    path = [str(_vllm.plugin_path(tmp_path)), str(common.ROOT / "src"), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
+    command = [sys.executable, "-S", "-c", code]  # without this environment's own packages, but those of PYTHONPATH
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert out.split(maxsplit=1)[1].strip() == "{'octavo.adapters.vllm'}"
+    assert int(out.split()[0]) >= 1
+    # as the package declares it
+    assert 'octavo = "octavo.adapters.vllm:register"' in (common.ROOT / "pyproject.toml").read_text()
+
+
+def answers(*logprobs: float, tokens: tuple[int, ...] = (1, 2)) -> dict:
+    return {"tokens": [list(tokens)], "logprobs": [list(logprobs)], "sums": [{"a": str(logprobs)}]}
+
+
+def test_answers_of_two_engines_are_compared():
+    same = vllm_gpu.compare(answers(-1.0, -2.0, -3.0), answers(-1.0, -2.0, -3.0))
+    assert same["equal"]
+    assert same["equal_parameters"]
+    other = vllm_gpu.compare(answers(-1.0, -2.0, -3.0), answers(-1.5, -2.5, -3.5, tokens=(1, 7)))
+    assert not other["equal"]
+    assert not other["equal_parameters"]
+    assert (other["mean_difference"], other["correlation"]) == (0.5, 1.0)
+    assert (other["same_tokens"], other["same_first_tokens"]) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(("load_s", "over_gib", "equal"), [(2.0, 0.2, True), (2.1, 0.2, True), (2.0, 0.4, False)])
+def test_promises_about_loading_into_vllm(load_s, over_gib, equal):
+    twin = {"equal": equal, "equal_parameters": None, "mean_difference": 0, "correlation": 1.0}
+    twin |= {"same_tokens": 1.0, "same_first_tokens": 1.0}
+    speed = {"prefill": {"tokens_per_s": 1.0}, "decode": {"1": {"tokens_per_s": 1.0}}, "gb_per_s": 1.0, "start_s": 1.0}
+    mine = {"load_s": load_s, "final_bytes": 1, "over_bytes": int(over_gib * vllm_gpu.GIB), **speed}
+    rows = {
+        "octavo-fp8_channel tp1": {**mine, "against": {"converted-fp8_channel": twin}},
+        "fp8_per_tensor tp1": {"load_s": 6.0, "final_bytes": 1, "over_bytes": 1, **speed},
+        "bf16 tp1": {"error": "no luck"},
+    }
+    kept = vllm_gpu.promises("octavo-fp8_channel", 1, rows)
+    assert kept == {"over": over_gib <= 0.3, "faster": load_s <= 2.0, "equal": equal}
+    rows["octavo-fp8_channel tp1"]["promises"] = kept
+    told = vllm_gpu.table(rows)
+    assert "no luck" in told
+    assert ("not as promised" in told) == (not all(kept.values()))
+    assert vllm_gpu.promises("fp8_per_tensor", 1, rows) == {}

@@ -72,6 +72,19 @@ def test_a_stream_into_parameters_gives_the_bytes_of_quantizing_each_whole(check
         assert same_bytes(found.scale, scale)
 
 
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_a_default_device_that_the_caller_has_set_changes_nothing(checkpoint, tensors, lanes):
+    """vLLM loads inside of ``with torch.device("cuda")``, where what names no device would be put there."""
+    plan = plan_checkpoint(checkpoint, Recipe("fp8_block"))
+    geometry = dataclasses.replace(Geometry.fit(plan, 3, 1 << 15), lanes=lanes, block_bytes=1 << 17)
+    with torch.device("meta"):
+        storages, _ = run_plan(checkpoint, plan, geometry=geometry)
+    for placement in plan.quantized:
+        q, scale = schemes.quantize(tensors[placement.name], "fp8_block")
+        assert same_bytes(storages[placement.name].weight, q)
+        assert same_bytes(storages[placement.name].scale, scale)
+
+
 def test_a_stream_counts_what_it_does(checkpoint):
     plan = plan_checkpoint(checkpoint, Recipe("fp8_channel"))
     _, tally = run_plan(checkpoint, plan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from helpers.vllm_toys import Toy
 from octavo import Recipe, formats, schemes
 from octavo.adapters.vllm.survey import Surveyor
 from octavo.checkpoint import Checkpoint
+from octavo.geometry import Geometry
 from octavo.plan import plan_checkpoint
 from octavo.sinks import ParameterSink
 from octavo.stream import Stream
@@ -94,3 +97,41 @@ def test_a_tensor_that_goes_to_two_places_is_streamed_to_both(source):
     Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
     assert torch.equal(model.head, tensors["norm"].bfloat16())
     assert torch.equal(model.norm, model.head)
+
+
+class Experts(torch.nn.Module):
+    """Gate and up of all experts in one parameter, as vLLM's fused layers have them."""
+
+    def __init__(self, scheme, experts=3):
+        super().__init__()
+        rows = {"fp8_channel": 1, "fp8_block": 128}[scheme]
+        self.w13 = torch.nn.Parameter(torch.empty(experts, 512, 256, dtype=schemes.FP8), requires_grad=False)
+        self.w13_scale = torch.nn.Parameter(torch.empty(experts, 512 // rows, -(-256 // 128) if rows > 1 else 1))
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            expert, half, kind = name.split(".")
+            target = self.w13.data if kind == "weight" else self.w13_scale.data
+            rows = target.shape[1] // 2
+            target[int(expert)].narrow(0, rows * (half == "up_proj"), rows).copy_(weight)
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_what_fills_one_parameter_is_one_placement_with_the_same_bytes(scheme, lanes, tmp_path):
+    names = [f"{expert}.{half}_proj.weight" for expert in (1, 0, 2) for half in ("up", "gate")]
+    tensors = {name: random_weights((256, 256), torch.bfloat16, seed) for seed, name in enumerate(names)}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors, shards=2))
+    model, reference = Experts(scheme), Experts(scheme)
+    by_loader(reference, tensors, scheme)
+    model.w13.data.view(torch.uint8).fill_(0x5A)
+    plan = plan_checkpoint(checkpoint, Recipe(scheme), 8 << 20)
+    places = Surveyor(model, model.load_weights, plan, LAYOUT).run().places
+    (placement,) = places.direct.placements
+    assert (placement.name, len(placement.pieces), placement.parts) == ("w13", 6, (256, 256))
+    assert not places.rest.placements
+    assert places.direct.source_bytes == plan.source_bytes
+    geometry = dataclasses.replace(Geometry.fit(places.direct, 2), lanes=lanes, block_bytes=1 << 20)
+    Stream(checkpoint, places.direct, ParameterSink(places.storages), geometry=geometry).run()
+    assert same_bytes(model.w13, reference.w13)
+    assert same_bytes(model.w13_scale, reference.w13_scale)

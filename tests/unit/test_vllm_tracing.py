@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from octavo.adapters.vllm.tracing import Copy, Source, View, box_of, trace
+from octavo.adapters.vllm.tracing import Copy, Source, View, Whole, trace
 from octavo.errors import CoverageError
 
 
@@ -153,7 +153,7 @@ def test_every_slice_is_found_as_the_box_it_is(given_box):
     shape, start, size = given_box
     whole = torch.zeros(shape)
     part = whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
-    assert box_of(part, whole) == (start, size)
+    assert Whole(whole).box_of(View.of(part)) == (start, size)
 
 
 @given(boxes(), st.data())
@@ -173,7 +173,7 @@ def test_a_box_that_is_found_holds_the_elements_of_the_view(given_box, data):
             part = part.view(-1)
         elif how == "step" and part.ndim:
             part = part[::2]
-    found = box_of(part, whole)
+    found = Whole(whole).box_of(View.of(part))
     if found is not None:
         box = whole[tuple(slice(a, a + n) for a, n in zip(*found, strict=True))]
         assert sorted(box.flatten().tolist()) == sorted(part.flatten().tolist())

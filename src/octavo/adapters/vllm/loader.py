@@ -11,10 +11,11 @@ Where a dry run shows that some layer has to stay unquantized, the model is made
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from ... import formats
 from ...api import iterate
 from ...checkpoint import Checkpoint
+from ...device import WarmUp
 from ...errors import OctavoError, RecipeError
 from ...plan import Plan, plan_checkpoint
 from ...report import Stages, measured
@@ -71,6 +73,11 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
         self.options = Options.parse(self.extra, model_config.quantization)
         self.quant_config = self._quant_config(vllm_config, model_config)
+        with _without_collecting(), contextlib.ExitStack() as self.warming:
+            self.warming.enter_context(self._warm_up(vllm_config))
+            return self._load_model(vllm_config, model_config, prefix)
+
+    def _load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
         with self.stages("plan"):
             self.checkpoint = self._open(model_config)
             self.plan, layout_config = self._plan(self.checkpoint)
@@ -126,6 +133,13 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             custom_ops.append("+quant_fp8")  # as vLLM does when it knows early
         return made
 
+    def _warm_up(self, vllm_config: VllmConfig) -> WarmUp:
+        """Of the device that the model goes to: pinned memory and kernels, while it is made and planned."""
+        device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())  # each thread has one of its own
+        return WarmUp(device, self.options.staging_bytes, self.options.threads, [self.options.scheme])
+
     # -- the checkpoint -----------------------------------------------------------------------------------------------
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
@@ -162,6 +176,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             found = Surveyor(model, model.load_weights, plan, layout, versions.exempt(model), kept).run()
             self._check(model, found)
         assert found.places is not None
+        self.warming.close()
         tally = Tally()
         with measured(found.plan, self._progress()) as meter, self.stages("stream"):
             meter.follow(tally)
@@ -187,6 +202,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             threads = self.options.threads
             weights = iterate(self.checkpoint, places.rest, layout, threads=threads, progress=overall, tally=tally)
             model.load_weights(weights)
+        versions.release_pinned_memory()
 
     def _check(self, model: nn.Module, found: Survey) -> None:
         """Have the model made anew, if it must be, or refuse."""
@@ -210,6 +226,22 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """For reloading: the weights of a checkpoint, unquantized, as vLLM expects them."""
         return reload.CheckpointWeights(self._open(model_config), model, self.options)
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Let Python not look for garbage meanwhile.
+
+    With vLLM and all that it imports in memory, that takes a third of a second, and the many small objects of planning
+    make Python do it again and again. What is made here holds no cycles but a model that is made anew.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def register() -> None:

@@ -4,12 +4,16 @@ Where the loader only moves a tensor, or rows of it, the dry run has told it all
 are streamed from the file to their place; of a tensor of which this rank has some rows, only those are read. What is
 left for the loader itself: whatever it computes, and columns, which lie scattered in the file and, under fp8_channel,
 need the scale of the whole row.
+
+What fills one parameter together (q, k and v; gate and up of all experts) is one placement. So an accelerator quantizes
+neighbours in one operation: what a load takes there is the number of launches.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -17,9 +21,9 @@ from torch import Tensor, nn
 from ... import dtypes, schemes
 from ...formats import Format
 from ...pieces import Piece, contiguous_strides
-from ...plan import Placement, Plan
+from ...plan import Placement, Plan, cut_parts
 from ...sinks import Storage
-from .tracing import Copy, Trace, View
+from .tracing import Copy, Trace, View, is_run
 
 
 class Places(NamedTuple):
@@ -33,9 +37,8 @@ class Places(NamedTuple):
 def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     """Which of the plan's tensors need no loader, by a dry run ``seen`` in which all went well."""
     found, memory = seen.by_source(), dict(model.named_parameters()) | dict(model.named_buffers())
-    direct: list[Placement] = []
     rest: list[Placement] = []
-    storages: dict[str, Storage] = {}
+    homes: dict[str, list[_Part]] = {}  # parameter -> what is streamed into it
     for placement in plan.placements:
         weights, scales = found.get(placement.name, []), found.get(layout.scale_name(placement.name), [])
         parts = None
@@ -44,9 +47,21 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
         if parts is None or any(str(memory[copy.target].device) != placement.device for copy in (*weights, *scales)):
             rest.append(placement)
             continue
+        for each in parts:
+            homes.setdefault(each[1].target, []).append(each)
+    direct: list[Placement] = []
+    storages: dict[str, Storage] = {}
+    for target, parts in homes.items():  # in the order of their first bytes
+        joined = _joined(target, parts, memory)
+        if joined is not None:
+            direct.append(joined[0])
+            storages[joined[0].name] = joined[1]
+            continue
         for part, weight, scale in parts:
             direct.append(part)
             storages[part.name] = Storage(_region(memory, weight), None if scale is None else _region(memory, scale))
+    order = {placement.name: number for number, placement in enumerate(plan.placements)}
+    direct.sort(key=lambda p: order[p.pieces[0].src_name])
     return Places(
         dataclasses.replace(plan, placements=tuple(direct)),
         storages,
@@ -62,7 +77,7 @@ def _moved(placement: Placement, copies: list[Copy], memory: Mapping[str, Tensor
     parts: list[_Part] = []
     for number, copy in enumerate(copies):
         dtype_name = dtypes.NAMES.get(memory[copy.target].dtype)
-        if copy.view is None or dtype_name is None or not _is_run(copy.view):
+        if copy.view is None or dtype_name is None or not is_run(copy.view.size, copy.view.strides):
             return None
         parts.append((_part(placement, number, copy.view, dtype_name), copy, None))
     return parts
@@ -77,7 +92,9 @@ def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy]) ->
     parts: list[_Part] = []
     for number, (weight, scale) in enumerate(zip(weights, scales, strict=True)):
         view, cells = weight.view, scale.view
-        if view is None or cells is None or len(view.size) != 2 or view.size[1] != k or not _is_run(view):
+        if view is None or cells is None or len(view.size) != 2 or view.size[1] != k:
+            return None
+        if not is_run(view.size, view.strides):
             return None
         row, height, group = view.offset // k, view.size[0], scheme.group_rows or n
         whole_groups = row % group == 0 and (height % group == 0 or row + height == n)
@@ -102,10 +119,41 @@ def _part(placement: Placement, number: int, view: View, dtype_name: str) -> Pla
     )
 
 
-def _is_run(view: View) -> bool:
-    """Whether its elements lie one after another."""
-    wanted = contiguous_strides(view.size)
-    return all(n == 1 or a == b for n, a, b in zip(view.size, view.strides, wanted, strict=True))
+def _joined(target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor]) -> tuple[Placement, Storage] | None:
+    """All parts of a quantized parameter as one placement; None where they are not whole rows that tile it."""
+    whole, scales = memory[target].detach(), memory.get(f"{target}_scale")
+    first = parts[0][0]
+    alike = {(part.scheme, part.source_dtype_names, scale is None) for part, _, scale in parts}
+    if len(parts) == 1 or len(alike) > 1 or first.scheme is None or scales is None or whole.ndim < 2:
+        return None
+    shape = tuple(whole.shape)
+    if not (whole.is_contiguous() and scales.is_contiguous()) or sum(math.prod(p.shape) for p, *_ in parts) != (
+        math.prod(shape)
+    ):
+        return None
+    scheme, pieces = schemes.get(first.scheme), []
+    for part, weight, scale in parts:
+        lead = len(shape) - len(part.shape)
+        if scale is None or weight.size != (*[1] * lead, *part.shape) or part.shape[1] != shape[-1]:
+            return None
+        group = scheme.group_rows or part.shape[0]
+        beside = (*weight.start[:-2], weight.start[-2] // group, 0)
+        if weight.start[-2] % group or scale.start != beside or scale.size[-2:] != scheme.cells(*part.shape):
+            return None
+        piece = part.pieces[0]
+        strides = contiguous_strides(weight.size)
+        pieces.append(Piece(weight.start, weight.size, piece.src_name, piece.src_off, strides))
+    placement = dataclasses.replace(
+        first,
+        name=target,
+        shape=shape,
+        pieces=tuple(pieces),
+        parts=cut_parts(shape, pieces),
+        source_bytes=sum(part.source_bytes for part, *_ in parts),
+    )
+    if placement.scale_grid != tuple(scales.shape):
+        return None
+    return placement, Storage(whole, scales.detach())
 
 
 def _region(memory: Mapping[str, Tensor], copy: Copy) -> Tensor:

@@ -8,6 +8,7 @@ names, fusing and sharding; none of it is repeated here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from ...errors import CoverageError
 from ...pieces import Piece, contiguous_strides
 
 _aten = torch.ops.aten
+_copy_ = _aten.copy_.default
+_NONE: frozenset[str] = frozenset()
 #: what copies a tensor to another device, dtype or layout
 _MOVES = frozenset({_aten._to_copy.default, _aten.clone.default})
 #: what writes a constant
@@ -102,13 +105,14 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
     """
     before = dict(_tensors(model))
     recorder = _Recorder(before)
+    given = [(source.name, recorder.source(source)) for source in sources]  # before it looks at every operation
     current = ""
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         nonlocal current
-        for source in sources:
-            current = source.name
-            yield source.name, recorder.source(source)
+        for name, tensor in given:
+            current = name
+            yield name, tensor
 
     with torch.no_grad(), recorder:
         try:
@@ -141,35 +145,36 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, targets: dict[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
-        self._targets: dict[int, list[tuple[str, Tensor]]] = {}
+        self._targets: dict[int, list[tuple[str, Whole]]] = {}
         for name, tensor in targets.items():
-            self._targets.setdefault(_storage(tensor), []).append((name, tensor))
-        self._roots: dict[int, str] = {}
+            self._targets.setdefault(_storage(tensor), []).append((name, Whole(tensor)))
+        self._roots: dict[int, frozenset[str]] = {}
         self._derived: dict[int, frozenset[str]] = {}
         self._elsewhere: list[tuple[Tensor, frozenset[str], View | None]] = []  # writes into other memory
         self._kept: list[Tensor] = []  # a storage that is freed could lend its identity to another
 
     def source(self, source: Source) -> Tensor:
         tensor = torch.empty(source.shape, dtype=source.dtype, device="meta")
-        self._roots[_storage(tensor)] = source.name
+        self._roots[_storage(tensor)] = frozenset((source.name,))
         self._kept.append(tensor)
         return tensor
 
     def adopt(self, made: dict[str, Tensor]) -> None:
         """Count parameters that the loader has made on the way, and what was written into them, as the model's."""
         for name, tensor in made.items():
-            self._targets[_storage(tensor)] = [(name, tensor)]
+            self._targets[_storage(tensor)] = [(name, Whole(tensor))]
             self.trace.computes = True
         for target, sources, view in self._elsewhere:
             if _storage(target) in self._targets:
                 self._note(target, sources, view)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is _aten.copy_.default:
+        # four of five are views, a fifth are copies
+        if func is _copy_:
             return self._copy(args[0], args[1])
         if _is_view(func):
-            return func(*args, **kwargs)
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
         # what is filled holds no longer what it held
         sources = self._sources_of(args[1:] if func in _FILLS else args, kwargs)
         if func not in _FILLS and self._touches_targets(args, kwargs):
@@ -193,7 +198,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._derive(tensor, sources)
         return result
 
-    def _whole_root(self, tensor: Tensor) -> str | None:
+    def _whole_root(self, tensor: Tensor) -> frozenset[str] | None:
         """The source that ``tensor`` is all of, in its own order."""
         key = _storage(tensor)
         whole = tensor.is_contiguous() and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
@@ -201,13 +206,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _names(self, tensor: Tensor) -> frozenset[str]:
         key = _storage(tensor)
-        derived = self._derived.get(key)
-        if derived is not None:
-            return derived
-        return frozenset((self._roots[key],)) if key in self._roots else frozenset()
+        return self._derived.get(key) or self._roots.get(key, _NONE)
 
     def _sources_of(self, args: Sequence[Any], kwargs: Any) -> frozenset[str]:
-        found: frozenset[str] = frozenset()
+        found = _NONE
         for tensor in _tensors_in((*args, *kwargs.values())):
             found |= self._names(tensor)
         return found
@@ -221,12 +223,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kept.append(tensor)
 
     def _copy(self, target: Tensor, value: Tensor) -> Tensor:
-        sources = self._names(value)
-        if _storage(value) in self._targets:
+        origin, home = _storage(value), _storage(target)
+        derived = self._derived.get(origin)
+        sources = derived or self._roots.get(origin, _NONE)
+        if origin in self._targets:
             self.trace.computes = True
-        followed = sources and _storage(value) not in self._derived and value.shape == target.shape
+        followed = sources and derived is None and value.shape == target.shape
         view = View.of(value) if followed else None
-        if _storage(target) in self._targets:
+        if home in self._targets:
             if sources and value.numel() != target.numel():  # torch would repeat a single row to fill many
                 raise RuntimeError(f"a tensor of shape {list(value.shape)} does not fill {list(target.shape)}")
             self._note(target, sources, view)
@@ -251,58 +255,73 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note(self, target: Tensor, sources: frozenset[str], view: View | None) -> None:
         if not target.numel():
             return
-        for name, whole in self._targets[_storage(target)]:
-            box = box_of(target, whole)
+        into, homes = View.of(target), self._targets[_storage(target)]
+        for name, whole in homes:
+            box = whole.box_of(into)
             if box is not None:
-                self.trace.copies.append(Copy(name, *box, sources, view, View.of(target)))
+                self.trace.copies.append(Copy(name, *box, sources, view, into))
                 return
-        name = self._targets[_storage(target)][0][0]
-        self.trace.opaque[name] = min(sources, default="a constant")
+        self.trace.opaque[homes[0][0]] = min(sources, default="a constant")
 
 
-def box_of(part: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Start and size, along the axes of ``whole``, of the box that ``part`` is a view of; None if it is no box."""
-    if part.numel() == 0 or whole.numel() == 0:
+class Whole:
+    """A parameter, for finding the boxes of it that views are."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.offset, self.shape, self.strides = View.of(tensor)
+        axes = range(len(self.shape))
+        #: (axis, stride) of axes with more than one element, outermost first
+        self._outer = [(d, self.strides[d]) for d in sorted(axes, key=lambda d: -self.strides[d]) if self.shape[d] > 1]
+        self._axis_of = {stride: axis for axis, stride in self._outer}
+        self._empty = 0 in self.shape
+
+    def box_of(self, part: View) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Start and size of the box, along the axes of the parameter; None if the part is none."""
+        rest = part.offset - self.offset
+        if rest < 0 or self._empty or 0 in part.size:
+            return None
+        at, start, size = rest, [0] * len(self.shape), [1] * len(self.shape)
+        for axis, stride in self._outer:
+            start[axis], rest = divmod(rest, stride)
+        taken = set()
+        for n, stride in zip(part.size, part.strides, strict=True):
+            if n > 1:
+                axis = self._axis_of.get(stride, -1)
+                if axis < 0 or axis in taken:
+                    return self._flat_box(at, part)
+                taken.add(axis)
+                size[axis] = n
+        if rest:
+            return self._flat_box(at, part)
+        for first, n, end in zip(start, size, self.shape, strict=True):
+            if first + n > end:
+                return self._flat_box(at, part)
+        return tuple(start), tuple(size)
+
+    def _flat_box(self, begin: int, part: View) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The same for a contiguous part that is seen in another shape, where it is whole rows of an axis."""
+        if not is_run(part.size, part.strides) or not is_run(self.shape, self.strides):
+            return None
+        length = math.prod(part.size)
+        for axis, stride in enumerate(contiguous_strides(self.shape)):
+            if length % stride == 0 and begin % stride == 0:
+                outer = begin // (stride * self.shape[axis])
+                at, count = begin // stride % self.shape[axis], length // stride
+                if at + count > self.shape[axis]:
+                    return None
+                start, size = [0] * len(self.shape), list(self.shape)
+                for d in range(axis - 1, -1, -1):
+                    outer, start[d] = divmod(outer, self.shape[d])
+                    size[d] = 1
+                start[axis], size[axis] = at, count
+                return tuple(start), tuple(size)
         return None
-    rest = int(part.storage_offset()) - int(whole.storage_offset())
-    if rest < 0:
-        return None
-    start, size = [0] * whole.ndim, [1] * whole.ndim
-    free = {}
-    strides = whole.stride()
-    for axis in sorted(range(whole.ndim), key=lambda d: -strides[d]):
-        if whole.shape[axis] > 1:
-            start[axis], rest = divmod(rest, strides[axis])
-            free[strides[axis]] = axis
-    axes = [(n, stride) for n, stride in zip(part.shape, part.stride(), strict=True) if n > 1]
-    for n, stride in axes:
-        axis = free.pop(stride, -1)
-        if axis < 0:
-            return _flat_box(part, whole)
-        size[axis] = n
-    if rest or any(a + n > end for a, n, end in zip(start, size, whole.shape, strict=True)):
-        return _flat_box(part, whole)
-    return tuple(start), tuple(size)
 
 
-def _flat_box(part: Tensor, whole: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The same for a contiguous part that is seen in another shape, where it is whole rows of an axis."""
-    if not part.is_contiguous() or not whole.is_contiguous():
-        return None
-    begin, length = int(part.storage_offset()) - int(whole.storage_offset()), part.numel()
-    for axis, stride in enumerate(contiguous_strides(whole.shape)):
-        if length % stride == 0 and begin % stride == 0:
-            outer = begin // (stride * whole.shape[axis])
-            at, count = begin // stride % whole.shape[axis], length // stride
-            if at + count > whole.shape[axis]:
-                return None
-            start, size = [0] * whole.ndim, list(whole.shape)
-            for d in range(axis - 1, -1, -1):
-                outer, start[d] = divmod(outer, whole.shape[d])
-                size[d] = 1
-            start[axis], size[axis] = at, count
-            return tuple(start), tuple(size)
-    return None
+def is_run(size: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether the elements of a view lie one after another."""
+    wanted = contiguous_strides(size)
+    return all(n == 1 or a == b for n, a, b in zip(size, strides, wanted, strict=True))
 
 
 def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import vllm
 from torch import nn
 from vllm.model_executor import model_loader
@@ -67,3 +68,10 @@ def exempt(model: nn.Module) -> set[str]:
         if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
             found.update(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
     return found
+
+
+def release_pinned_memory() -> None:
+    """Give back to the system what the ring's slots were: torch keeps pinned memory, and a server loads once."""
+    release = getattr(torch.accelerator, "empty_host_cache", None)  # since torch 2.10
+    if release is not None and torch.accelerator.is_available():
+        release()

@@ -1,0 +1,109 @@
+"""In every worker of vLLM: measures its loading, and answers about it. Named as ``worker_extension_cls``.
+
+Importing this module is what begins to measure: it wraps the function that gives a model runner its loader.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import time
+from typing import Any
+
+import torch
+import vllm.model_executor.model_loader as model_loader
+
+from octavo.report import rss_bytes
+
+FACTS: dict[str, Any] = {}
+_LOG: list[str] = []
+_WORDS = 1 << 24  # summed at once
+
+
+class _Keep(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _LOG.append(record.getMessage())
+
+
+logging.getLogger("vllm.octavo").addHandler(_Keep())
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _memory() -> dict[str, int]:
+    if not torch.cuda.is_available():
+        return {"allocated_bytes": 0, "reserved_bytes": 0, "allocated_peak_bytes": 0, "reserved_peak_bytes": 0}
+    return {
+        "allocated_bytes": torch.cuda.memory_allocated(),
+        "reserved_bytes": torch.cuda.memory_reserved(),
+        "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
+        "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def _timed(name: str, work: Any) -> Any:
+    @functools.wraps(work)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        _synchronize()
+        began = time.perf_counter()
+        result = work(*args, **kwargs)
+        _synchronize()
+        FACTS[name] = time.perf_counter() - began
+        return result
+
+    return run
+
+
+def _measured(get_model_loader: Any) -> Any:
+    """Loaders whose ``load_model`` and ``load_weights`` are timed, with the memory of the first."""
+
+    def get(load_config: Any) -> Any:
+        loader = get_model_loader(load_config)
+        load_model = _timed("load_s", loader.load_model)
+
+        def load(*args: Any, **kwargs: Any) -> Any:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            FACTS["before"] = _memory()
+            model = load_model(*args, **kwargs)
+            FACTS["after"] = _memory()
+            FACTS["rss_bytes"] = rss_bytes()
+            return model
+
+        loader.load_model = load
+        loader.load_weights = _timed("weights_s", loader.load_weights)
+        return loader
+
+    return get
+
+
+# wherever it has been imported to; vLLM has several model runners, and what is imported later gets it from the first
+_original, _wrapped = model_loader.get_model_loader, _measured(model_loader.get_model_loader)
+for name in ("vllm.model_executor.model_loader", "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"):
+    if getattr(sys.modules.get(name), "get_model_loader", None) is _original:
+        sys.modules[name].get_model_loader = _wrapped  # type: ignore[attr-defined]
+
+
+class Meter:
+    """What `vllm.LLM.collective_rpc` can ask of a worker."""
+
+    def load_facts(self) -> dict[str, Any]:
+        """Seconds and bytes of the load, and what octavo has logged."""
+        return {**FACTS, "log": [line for line in _LOG if line.startswith("octavo: ")]}
+
+    def parameter_sums(self) -> dict[str, str]:
+        """Name -> dtype, shape and a sum of its bytes: the same for two models with the same bytes."""
+        model = self.get_model()  # type: ignore[attr-defined]
+        return {name: _sum(tensor.detach()) for name, tensor in model.named_parameters()}
+
+
+def _sum(tensor: torch.Tensor) -> str:
+    whole = tensor.t() if tensor.ndim == 2 and not tensor.is_contiguous() else tensor  # as kernels have it
+    flat = whole.contiguous().reshape(-1).view(torch.uint8)
+    words = flat[: flat.numel() // 8 * 8].view(torch.int64)
+    total = sum(number * int(part.sum()) for number, part in enumerate(words.split(_WORDS), 1))
+    return f"{tensor.dtype} {list(tensor.shape)} {total} {flat[words.numel() * 8 :].tolist()}"

@@ -1,0 +1,334 @@
+"""How long does vLLM take until it serves FP8 from a bf16 checkpoint, and how well and fast does it answer then?
+
+    python benchmarks/vllm_gpu.py --folder /dev/shm/octavo-bench
+    python benchmarks/vllm_gpu.py --folder /dev/shm/octavo-bench --ways octavo-fp8_channel --tensor-parallel 1 2
+
+Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine in a process of its own:
+
+    bf16            vLLM as it is
+    fp8_per_...     vLLM's own online quantization: --quantization fp8_per_tensor, fp8_per_channel, fp8_per_block
+    octavo-...      --load-format octavo
+    converted-...   vLLM as it is, on the checkpoint that `octavo convert` writes
+
+    load s       of the loader's ``load_model``, in the worker: to make the model, fill it, and bring weights into the
+                 form of the kernels; "weights" is the filling alone
+    start s      of `vllm.LLM(...)`, the load in it: profiling and capturing graphs, mostly
+    final, over  allocated by torch after the load, and at the peak beyond that
+    prefill      tokens a second of prompts of which one token is asked each, all in one step
+    decode       new tokens a second, for batches; in CUDA graphs (without torch.compile) unless --eager
+
+Answers are compared with those of other ways in the same folder: the logprobs of the prompts' own tokens, and greedy
+tokens. octavo's must be equal to the converted checkpoint's, parameters included.
+
+vLLM need not find octavo installed: the plugin is made known through PYTHONPATH. Unless it is set, the environment
+variable VLLM_USE_DEEP_GEMM is 0, since DeepGEMM compiles its kernels for minutes. ``--device cpu`` tries the benchmark
+out, with the ways that vLLM can go there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import _vllm
+import common
+import make_checkpoint
+from common import ChildError, Merged, run_fresh, say
+
+MODELS = ("qwen1.5-moe-a2.7b",)
+SCHEMES = ("fp8_channel", "fp8_block")
+ONLINE = ("fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
+OCTAVO = tuple(f"octavo-{scheme}" for scheme in SCHEMES)
+CONVERTED = tuple(f"converted-{scheme}" for scheme in SCHEMES)
+WAYS = ("bf16", *ONLINE, *OCTAVO, *CONVERTED)
+DEFAULT_WAYS = ("octavo-fp8_channel", "fp8_per_tensor", "octavo-fp8_block", "bf16", "fp8_per_block")
+GIB = 1 << 30
+
+PROMISED_FASTER, PROMISED_OVER_BYTES = 3.0, int(0.3 * GIB)  # than fp8_per_tensor; of the device
+
+CHILD = """
+from pathlib import Path
+import _vllm
+way, folder, answers, options = sys.argv[1:]
+result(**_vllm.measure(way, Path(folder), Path(answers), json.loads(options)))
+"""
+
+CONVERT = """
+import octavo
+source, target, scheme = sys.argv[1:]
+began = time.perf_counter()
+octavo.convert(source, target, scheme, progress=False)
+result(seconds=time.perf_counter() - began)
+"""
+
+
+# -- one way ----------------------------------------------------------------------------------------------------------
+
+
+def condense(found: dict[str, Any], source_bytes: int) -> dict[str, Any]:
+    """A row of the result; with several ranks, the slowest and the largest."""
+    ranks = found.pop("ranks")
+    row = {key: round(max(rank[key] for rank in ranks), 3) for key in ("load_s", "weights_s") if key in ranks[0]}
+    after = [rank["after"] for rank in ranks]
+    row |= {
+        "gb_per_s": round(source_bytes / row["load_s"] / 1e9, 2),
+        "final_bytes": max(memory["allocated_bytes"] for memory in after),
+        "over_bytes": max(memory["allocated_peak_bytes"] - memory["allocated_bytes"] for memory in after),
+        "reserved_over_bytes": max(memory["reserved_peak_bytes"] - memory["allocated_bytes"] for memory in after),
+        "rss_after_load_bytes": max(rank["rss_bytes"] for rank in ranks),
+        "log": ranks[0]["log"],
+    }
+    return {**row, **found}
+
+
+def compare(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two sets of answers: how far the logprobs of the same prompts are from each other, and how many tokens agree."""
+    a, b = ([value for prompt in answers["logprobs"] for value in prompt] for answers in (mine, other))
+    tokens = [
+        (x, y) for xs, ys in zip(mine["tokens"], other["tokens"], strict=True) for x, y in zip(xs, ys, strict=True)
+    ]
+    firsts = [(xs[0], ys[0]) for xs, ys in zip(mine["tokens"], other["tokens"], strict=True)]
+    return {
+        "mean_difference": round(statistics.fmean(abs(x - y) for x, y in zip(a, b, strict=True)), 5),
+        "correlation": round(statistics.correlation(a, b), 5),
+        "same_tokens": round(statistics.fmean(x == y for x, y in tokens), 4),
+        "same_first_tokens": round(statistics.fmean(x == y for x, y in firsts), 4),
+        "equal": mine["logprobs"] == other["logprobs"] and mine["tokens"] == other["tokens"],
+        "equal_parameters": mine["sums"] == other["sums"] if mine["sums"] and other["sums"] else None,
+    }
+
+
+def against(way: str, ranks: int, folder: Path) -> dict[str, Any]:
+    """Comparisons with what else there is: bf16, vLLM's own, the converted checkpoint; with more ranks, also one."""
+    mine = json.loads(answers_path(way, ranks, folder).read_text())
+    others = [(other, ranks) for other in ("bf16", *ONLINE, *OCTAVO, *CONVERTED) if other != way]
+    found = {}
+    for other, count in [*others, *([(way, 1)] if ranks > 1 else [])]:
+        path = answers_path(other, count, folder)
+        theirs = json.loads(path.read_text()) if path.is_file() else None
+        if theirs is not None and lengths(theirs) == lengths(mine):  # asked the same
+            found[key_of(other, count) if count != ranks else other] = compare(mine, theirs)
+    return found
+
+
+def lengths(answers: dict[str, Any]) -> list[list[int]]:
+    return [[len(values) for values in answers[what]] for what in ("tokens", "logprobs")]
+
+
+def answers_path(way: str, ranks: int, folder: Path) -> Path:
+    return folder.with_name(folder.name + ".answers") / f"{key_of(way, ranks)}.json"
+
+
+def key_of(way: str, ranks: int) -> str:
+    return f"{way} tp{ranks}"
+
+
+# -- what came out ----------------------------------------------------------------------------------------------------
+
+
+def promises(way: str, ranks: int, rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """Which promises a load through octavo kept."""
+    row, kept = rows[key_of(way, ranks)], {}
+    if way not in OCTAVO or "load_s" not in row:
+        return kept
+    kept["over"] = row["over_bytes"] <= PROMISED_OVER_BYTES
+    own = rows.get(key_of("fp8_per_tensor", ranks), {})
+    if "load_s" in own:
+        kept["faster"] = own["load_s"] >= PROMISED_FASTER * row["load_s"]
+    twin = row.get("against", {}).get(way.replace("octavo", "converted"))
+    if twin:
+        kept["equal"] = twin["equal"] and twin["equal_parameters"] is not False
+    return kept
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """A line a way, and what it says of its answers below."""
+    head = ("load s", "weights", "GB/s", "start s", "final GiB", "over GiB", "prefill/s")
+    batches = list(dict.fromkeys(batch for row in rows.values() for batch in row.get("decode", {})))
+    lines = [f"{'':26}" + "".join(f"{name:>11}" for name in (*head, *(f"decode {batch}" for batch in batches)))]
+    for key, row in rows.items():
+        if "load_s" not in row:
+            lines.append(f"{key:26}{row.get('skipped') or row['error'].splitlines()[-1][:150]}")
+            continue
+        values = [row["load_s"], row.get("weights_s", math.nan), row["gb_per_s"], row["start_s"]]
+        values += [row["final_bytes"] / GIB, row["over_bytes"] / GIB]
+        cells = "".join(f"{value:11.2f}" for value in values) + f"{row['prefill']['tokens_per_s']:11,.0f}"
+        cells += "".join(
+            f"{row['decode'][batch]['tokens_per_s']:11,.0f}" for batch in batches if batch in row["decode"]
+        )
+        lines.append(f"{key:26}{cells}")
+        for other, found in row.get("against", {}).items():
+            same = "equal" if found["equal"] else f"logprobs {found['mean_difference']:.4f} apart"
+            lines.append(
+                f"{'':28}to {other}: {same}, correlation {found['correlation']:.4f}, "
+                f"{found['same_tokens']:.0%} of tokens, {found['same_first_tokens']:.0%} of first ones"
+            )
+        broken = [name for name, held in row.get("promises", {}).items() if not held]
+        if broken:
+            lines.append(f"{'':28}not as promised: {', '.join(broken)}")
+    return "\n".join(lines)
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+
+class Budget:
+    """Seconds that may pass; what would not end by then is not begun."""
+
+    def __init__(self, seconds: float | None, timeout_s: float) -> None:
+        self._ends = time.perf_counter() + seconds if seconds else math.inf
+        self._timeout_s, self._longest_s = timeout_s, 0.0
+
+    def timeout_s(self) -> float | None:
+        """How long the next process may take; None if it should not begin."""
+        left = self._ends - time.perf_counter()
+        return min(self._timeout_s, left) if left > 1.1 * self._longest_s else None
+
+    def took(self, seconds: float) -> None:
+        self._longest_s = max(self._longest_s, seconds)
+
+
+def source_of(way: str, folder: Path, merged: Merged, model: str, timeout_s: float) -> Path:
+    """The checkpoint that a way reads; converted first, where it is to be."""
+    if way not in CONVERTED:
+        return folder
+    scheme = way.removeprefix("converted-")
+    target = folder.with_name(f"{folder.name}-{scheme}")
+    if not target.is_dir():
+        found = run_fresh(CONVERT, folder, target, scheme, timeout_s=timeout_s)
+        say(f"converted to {scheme}: {found['seconds']:.1f} s")
+        merged.add(found, "models", model, f"convert-{scheme}")
+    return target
+
+
+def run_way(
+    way: str, source: Path, answers: Path, options: dict[str, Any], timeout_s: float, log: bool
+) -> dict[str, Any]:
+    return run_fresh(CHILD, way, source, answers, json.dumps(options), timeout_s=max(1, timeout_s), log=log)
+
+
+def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budget) -> bool:
+    """Every way to load a model; whether octavo's kept what they promise of their answers."""
+    folder = args.folder / (f"{model}-{args.layers}" if args.layers else model)
+    facts = make_checkpoint.make(model, folder, args.layers)
+    common.set_cache(folder, cold=False)
+    say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
+    merged.add(facts, "models", model, "checkpoint")
+    options = {
+        "device": args.device,
+        "graphs": not args.eager and args.device != "cpu",
+        "length": args.prefill[1] + 64,
+        "cache_bytes": int(args.cache_gib * GIB),
+        "compare": args.compare,
+        "prefill": args.prefill,
+        "batches": args.batches,
+        "prompt": args.prompt,
+        "new": args.new,
+        "sums": args.sums,
+        "engine": args.engine,
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
+        key, began, timeout_s = key_of(way, ranks), time.perf_counter(), budget.timeout_s()
+        answers = answers_path(way, ranks, folder)
+        answers.parent.mkdir(exist_ok=True)
+        answers.unlink(missing_ok=True)
+        if timeout_s is None:
+            rows[key] = {"skipped": "no time was left"}
+            continue
+        try:
+            source = source_of(way, folder, merged, model, timeout_s)
+            try:
+                found = run_way(way, source, answers, {**options, "ranks": ranks}, timeout_s, args.log)
+            except ChildError as error:
+                if not options["graphs"] or any("load_s" in row for row in rows.values()):
+                    raise
+                say(f"{key}: {error}\nno way has gone well yet: all without CUDA graphs, then")
+                options["graphs"] = False
+                left_s = timeout_s - (time.perf_counter() - began)
+                found = run_way(way, source, answers, {**options, "ranks": ranks}, left_s, args.log)
+            rows[key] = condense(found, facts["bytes"]) | {"graphs": options["graphs"]}
+        except ChildError as error:
+            rows[key] = {"error": str(error)[-3000:]}
+            say(f"{key}: {rows[key]['error']}")
+        judge(rows, args, folder)
+        budget.took(time.perf_counter() - began)
+        merged.add(rows[key], "models", model, key)
+        say(f"{key}: {time.perf_counter() - began:.0f} s\n{table({key: rows[key]})}")
+        for line in rows[key].get("log", []):
+            say(f"    {line}")
+    for key, row in rows.items():  # which may have been compared with ways that came later
+        merged.add(row, "models", model, key)
+    say(table(rows))
+    if args.remove:
+        for made in args.folder.glob(f"{folder.name}*"):
+            shutil.rmtree(made)
+    return not any("error" in row or row.get("promises", {}).get("equal") is False for row in rows.values())
+
+
+def judge(rows: dict[str, dict[str, Any]], args: argparse.Namespace, folder: Path) -> None:
+    """Compare the answers that there are by now, and look at promises."""
+    for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
+        row = rows.get(key_of(way, ranks), {})
+        if "load_s" in row:
+            row["against"] = against(way, ranks, folder)
+            row["promises"] = promises(way, ranks, rows)
+
+
+def pair(text: str) -> tuple[int, int]:
+    count, _, length = text.partition("x")
+    return int(count), int(length)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
+    parser.add_argument("--ways", nargs="+", default=DEFAULT_WAYS, choices=WAYS, metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument("--tensor-parallel", nargs="+", type=int, default=[1], metavar="N", help="GPUs (%(default)s)")
+    parser.add_argument("--compare", type=pair, default=(8, 128), metavar="COUNTxLENGTH", help="prompts (%(default)s)")
+    parser.add_argument("--prefill", type=pair, default=(4, 2048), metavar="COUNTxLENGTH", help="(%(default)s)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="of the decode (%(default)s)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode (%(default)s)")
+    parser.add_argument("--new", type=int, default=64, help="tokens to decode (%(default)s)")
+    parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--sums", action="store_true", help="compare all parameters, too")
+    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more options for vllm.LLM")
+    parser.add_argument("--cache-gib", type=float, default=4.0, help="KV cache (%(default)s)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries it out (%(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=240, help="for one process (%(default)s)")
+    parser.add_argument("--budget-s", type=float, help="start nothing that would not end by then")
+    parser.add_argument("--log", action="store_true", help="print what the engines print")
+    parser.add_argument("--remove", action="store_true", help="remove each checkpoint after its use")
+    parser.add_argument("--output", type=Path, help="merge into this file instead of results/vllm_gpu-<machine>.json")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if args.device != "cpu" and not common.gpu():
+        say("no GPU: nothing was measured; --device cpu --no-save tries the benchmark out")
+        print(json.dumps({"benchmark": "vllm_gpu", "skipped": "no GPU"}))
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name, value in {**_vllm.ENVIRONMENT, "VLLM_USE_DEEP_GEMM": "0"}.items():
+        os.environ.setdefault(name, value)
+    if not _vllm.plugin_is_known():
+        made = str(_vllm.plugin_path(args.folder))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
+    merged = Merged("vllm_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
+    budget = Budget(args.budget_s, args.timeout_s)
+    right = [run_model(model, args, merged, budget) for model in args.models]
+    merged.close()
+    raise SystemExit(0 if all(right) else 1)
+
+
+if __name__ == "__main__":
+    main()

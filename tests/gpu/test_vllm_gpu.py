@@ -1,0 +1,56 @@
+"""vLLM's engine on a GPU, fed by octavo, against stock vLLM on the FP8 checkpoint that octavo writes: bit for bit."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.vllm_checkpoints import convert, make
+from helpers.vllm_engine import Job, octavo_job, run
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import _vllm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.peers,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+]
+
+OPTIONS = {"attention_backend": "TRITON_ATTN", "kv_cache_memory_bytes": 1 << 28, "gpu_memory_utilization": 0.3}
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plugin is found, and nothing is compiled for minutes."""
+    path = [str(_vllm.plugin_path(tmp_path)), str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+    for name, value in {**_vllm.ENVIRONMENT, "VLLM_USE_DEEP_GEMM": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_octavo_in_vllm_equals_stock_vllm_on_the_converted_checkpoint(name: str, tmp_path: Path) -> None:
+    source = make(name, tmp_path / "bf16")
+    schemes = ["fp8_channel", "fp8_block"]
+    jobs = [
+        job
+        for scheme in schemes
+        for job in (octavo_job(source, scheme, **OPTIONS), Job(convert(source, scheme), OPTIONS))
+    ]
+    answers = run(*jobs, timeout=800)
+    for scheme, mine, stock in zip(schemes, answers[::2], answers[1::2], strict=True):
+        assert not mine.error, mine.output[-4000:]
+        assert not stock.error, stock.output[-4000:]
+        assert f"became {scheme}" in mine.log[0]
+        assert mine.parameters == stock.parameters
+        assert any("float8_e4m3fn" in digest for rank in mine.parameters for digest in rank.values())
+        assert mine.tokens == stock.tokens
+        assert mine.logprobs == stock.logprobs
