@@ -125,7 +125,8 @@ def join(boxes: Iterable[Box]) -> list[Box]:
         for axis in reversed(range(len(group[0].piece.size))):
             if len(group) == 1:
                 break
-            group = _join_along(axis, group)
+            if len({box.piece.dst_off[axis] for box in group}) > 1:  # else they are no neighbours along it
+                group = _join_along(axis, group)
         joined += group
     return joined
 

@@ -119,6 +119,18 @@ def coverage_problem(shape: Sequence[int], pieces: Sequence[Piece]) -> str | Non
     """What keeps ``pieces`` from tiling ``shape`` exactly, or None. Boxes are compared, not counts."""
     if len(pieces) == 1 and pieces[0].size == shape and not any(pieces[0].dst_off):
         return None
+    if _tiles(tuple(shape), tuple((piece.dst_off, piece.size) for piece in pieces)):
+        return None
+    return _describe_problem(shape, pieces)
+
+
+@functools.lru_cache(maxsize=256)
+def _tiles(shape: tuple[int, ...], boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> bool:
+    """Whether they tile it; the layers of a model are alike."""
+    return _describe_problem(shape, [Piece(off, size, "", 0, ()) for off, size in boxes]) is None
+
+
+def _describe_problem(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
     for piece in pieces:
         inside = len(piece.size) == len(shape) and all(
             off >= 0 and end <= n for off, end, n in zip(piece.dst_off, piece.dst_end, shape, strict=True)
