@@ -36,8 +36,8 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,35 @@ def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
 
 
+# -- for torch.compile ------------------------------------------------------------------------------------------------
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _operation(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Make a function, under torch.compile, one opaque operation: ``torch.ops.octavo.<its name>``.
+
+    Args:
+        schema: of its arguments and results, in torch's notation.
+        fake: the same function on tensors without data.
+    """
+
+    def decorate(function: Function) -> Function:
+        name = function.__name__
+        made = torch.library.custom_op(f"octavo::{name}", function, mutates_args=(), device_types="cuda", schema=schema)
+        made.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return getattr(torch.ops.octavo, name)(*args)
+            return function(*args)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
 # -- layouts and tiles ------------------------------------------------------------------------------------------------
 
 
@@ -164,14 +193,12 @@ def _bytes(scale: Tensor) -> Tensor:
 # -- linear layers ----------------------------------------------------------------------------------------------------
 
 
+@_operation(
+    "(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias) -> Tensor",
+    lambda x, q, *_: x.new_empty(*x.shape[:-1], q.shape[0]),
+)
 def linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
     """``x[..., in] @ dequantize(q[out, in]).T + bias``, in x's dtype."""
-    if torch.compiler.is_compiling():
-        return torch.ops.octavo.linear(x, q, scale, scheme, list(parts), bias)  # type: ignore[no-any-return]
-    return _linear(x, q, scale, scheme, parts, bias)
-
-
-def _linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
     n, k = q.shape
     rows = x.numel() // k
     kernels = _kernels()
@@ -301,14 +328,14 @@ def _weight_only(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequen
 # -- experts ----------------------------------------------------------------------------------------------------------
 
 
+def _fake_routes(ids: Tensor, experts: int) -> tuple[Tensor, ...]:
+    order = ids.new_empty(ids.shape, dtype=torch.int32)
+    return torch.empty_like(ids), order, ids.new_empty(experts, dtype=torch.int32), torch.empty_like(order)
+
+
+@_operation("(Tensor ids, SymInt experts) -> (Tensor, Tensor, Tensor, Tensor)", _fake_routes)
 def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids [rows] -> them sorted, their order, int32 [experts] where each expert's rows end, and the inverse order."""
-    op = torch.ops.octavo.sort_routes if torch.compiler.is_compiling() else _sort_routes
-    found: tuple[Tensor, Tensor, Tensor, Tensor] = op(ids, experts)
-    return found
-
-
-def _sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if len(ids) <= _SORTED_AT_ONCE:
         return _kernels().sort_routes(ids.contiguous(), experts)  # type: ignore[no-any-return]
     ids, order = ids.sort()
@@ -324,6 +351,11 @@ def takes_experts(parts: Iterable[Sequence[int]]) -> bool:
     return _HAS_TRITON and all(len(each) <= _MAX_PARTS for each in parts)
 
 
+@_operation(
+    "(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias, Tensor ids, Tensor? order, "
+    "Tensor? ends, SymInt top_k, bool gather) -> Tensor",
+    lambda x, q, scale, scheme, parts, bias, ids, *_: x.new_empty(ids.shape[0], q.shape[1]),
+)
 def expert_linear(
     x: Tensor,
     q: Tensor,
@@ -345,24 +377,6 @@ def expert_linear(
         order, ends: as `sort_routes` gives them; ids are the sorted ones then, and so are the rows of the result.
         gather: row i takes ``x[order[i] // top_k]``; else x is sorted as the result.
     """
-    op = torch.ops.octavo.expert_linear if torch.compiler.is_compiling() else _expert_linear
-    y: Tensor = op(x, q, scale, scheme, list(parts), bias, ids, order, ends, top_k, gather)
-    return y
-
-
-def _expert_linear(
-    x: Tensor,
-    q: Tensor,
-    scale: Tensor,
-    scheme: str,
-    parts: Sequence[int],
-    bias: Tensor | None,
-    ids: Tensor,
-    order: Tensor | None,
-    ends: Tensor | None,
-    top_k: int,
-    gather: bool,
-) -> Tensor:
     kernels = _kernels()
     experts, n, k = q.shape
     rows, dtype = len(ids), x.dtype
@@ -387,17 +401,15 @@ def _expert_linear(
     )
 
 
+@_operation(
+    "(Tensor y, Tensor ids, Tensor weights, SymInt experts, Tensor? position) -> Tensor",
+    lambda y, ids, *_: y.new_empty(ids.shape[0], y.shape[1]),
+)
 def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None) -> Tensor:
     """y [tokens * k, n], ids and weights [tokens, k] -> [tokens, n]: the weighted sum over k, where ids < experts.
 
     Summed in float32. Row t * k + j of y is that of ids[t, j]; or row position[t * k + j], if y is sorted.
     """
-    op = torch.ops.octavo.combine if torch.compiler.is_compiling() else _combine
-    total: Tensor = op(y, ids, weights, experts, position)
-    return total
-
-
-def _combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None) -> Tensor:
     if not len(ids):
         return y.new_empty(0, y.shape[1])
     return _kernels().combine(  # type: ignore[no-any-return]
@@ -408,69 +420,3 @@ def _combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Te
 def use_pairs(rows: int) -> bool:
     """Whether so few (token, expert) pairs are better not sorted."""
     return rows <= _PAIRS
-
-
-# -- for torch.compile ------------------------------------------------------------------------------------------------
-
-_linear_op = torch.library.custom_op(
-    "octavo::linear",
-    _linear,
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias) -> Tensor",
-)
-_expert_linear_op = torch.library.custom_op(
-    "octavo::expert_linear",
-    _expert_linear,
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias, Tensor ids, "
-    "Tensor? order, Tensor? ends, SymInt top_k, bool gather) -> Tensor",
-)
-_sort_routes_op = torch.library.custom_op(
-    "octavo::sort_routes",
-    _sort_routes,
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor ids, SymInt experts) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-_combine_op = torch.library.custom_op(
-    "octavo::combine",
-    _combine,
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor y, Tensor ids, Tensor weights, SymInt experts, Tensor? position) -> Tensor",
-)
-
-
-@_linear_op.register_fake
-def _(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], q.shape[0])
-
-
-@_expert_linear_op.register_fake
-def _(
-    x: Tensor,
-    q: Tensor,
-    scale: Tensor,
-    scheme: str,
-    parts: Sequence[int],
-    bias: Tensor | None,
-    ids: Tensor,
-    order: Tensor | None,
-    ends: Tensor | None,
-    top_k: int,
-    gather: bool,
-) -> Tensor:
-    return x.new_empty(ids.shape[0], q.shape[1])
-
-
-@_sort_routes_op.register_fake
-def _(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    order = ids.new_empty(ids.shape, dtype=torch.int32)
-    return torch.empty_like(ids), order, ids.new_empty(experts, dtype=torch.int32), torch.empty_like(order)
-
-
-@_combine_op.register_fake
-def _(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None) -> Tensor:
-    return y.new_empty(ids.shape[0], y.shape[1])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import random_weights
-from octavo import fp8, schemes
+from octavo import fp8, matmul, schemes
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -114,3 +114,31 @@ def test_compiled_operations_know_the_shapes_of_their_results():
         y = torch.ops.octavo.expert_linear(x[0], stack, scale, "fp8_channel", [48], None, *found[:3], 4, True)
         assert (y.shape, y.dtype) == ((20, 48), torch.float16)
         assert torch.ops.octavo.combine(y, ids.view(5, 4), torch.empty(5, 4), 7, found[3]).shape == (5, 48)
+
+
+class _Forward(torch.nn.Module):
+    """Every operation, as the modules call them."""
+
+    def forward(self, x, q, scale, stack, stack_scale, ids, weights):
+        y = matmul.linear(x, q, scale, "fp8_channel", None, None)
+        found, order, ends, position = fp8.sort_routes(ids.reshape(-1), stack.shape[0])
+        z = fp8.expert_linear(y, stack, stack_scale, "fp8_channel", (64,), None, found, order, ends, 2, True)
+        return fp8.combine(z, ids, weights, stack.shape[0], position)
+
+
+def test_under_torch_compile_each_is_one_opaque_operation(monkeypatch):
+    monkeypatch.setattr(fp8, "has_units", lambda index: True)
+    with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):  # no GPU is needed for tensors without data
+        inputs = (
+            torch.empty(5, 48, dtype=torch.bfloat16),
+            torch.empty(64, 48, dtype=schemes.FP8),
+            torch.empty(64, 1),
+            torch.empty(3, 64, 64, dtype=schemes.FP8),
+            torch.empty(3, 64, 1),
+            torch.empty(5, 2, dtype=torch.int64),
+            torch.empty(5, 2),
+        )
+        program = torch.export.export(_Forward(), inputs, strict=True)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    mine = [name.split(".")[1] for name in called if name.startswith("octavo.")]
+    assert mine == ["linear", "sort_routes", "expert_linear", "combine"]
