@@ -21,6 +21,7 @@ import _loaders
 import _vllm
 import common
 import make_checkpoint as generator
+import stream_gpu
 import vllm_gpu
 
 
@@ -162,3 +163,12 @@ def test_promises_about_loading_into_vllm(load_s, over_gib, equal):
     assert "no luck" in told
     assert ("not as promised" in told) == (not all(kept.values()))
     assert vllm_gpu.promises("fp8_per_tensor", 1, rows) == {}
+
+
+def test_a_stream_is_measured_with_and_without_its_parts(checkpoint):
+    streams = stream_gpu.Streams(checkpoint, "fp8_channel", torch.device("cpu"), 64 << 20)
+    whole = {way: streams.run(way, 2, 0.5) for way in stream_gpu.WAYS}
+    assert all(found["s"] > 0 for found in whole.values())
+    assert whole["unread"]["reading_s_all_threads"] == 0 < whole["stream"]["reading_s_all_threads"]
+    assert streams.cut()["boxes"] > 0
+    assert sys.getswitchinterval() == pytest.approx(0.005)
