@@ -62,6 +62,15 @@ def gpu() -> dict[str, str]:
     return dict(zip(("gpu", "gpu_memory", "gpu_driver"), found[0].split(", "), strict=True)) if found else {}
 
 
+def lacks_gpu(name: str, device: str = "cuda", *, tries_on_cpu: bool = True) -> bool:
+    """Whether the GPU that a benchmark asks for is not there; says so, on stdout as its result."""
+    if device == "cpu" or gpu():
+        return False
+    say("no GPU: nothing was measured" + ("; --device cpu --no-save tries the benchmark out" if tries_on_cpu else ""))
+    print(json.dumps({"benchmark": name, "skipped": "no GPU"}))
+    return True
+
+
 def _storage(folder: Path) -> str:
     device, mount, kind = _mount(folder)
     return f"{device} {kind} at {mount}"

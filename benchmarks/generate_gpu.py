@@ -123,9 +123,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if args.device != "cpu" and not common.gpu():
-        say("no GPU: nothing was measured; --device cpu --no-save tries the benchmark out")
-        print(json.dumps({"benchmark": "generate_gpu", "skipped": "no GPU"}))
+    if common.lacks_gpu("generate_gpu", args.device):
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     merged = Merged("generate_gpu", args.folder, args.output, write=not args.no_save, device=args.device)

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -299,9 +298,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if args.device != "cpu" and not common.gpu():
-        say("no GPU: nothing was measured; --device cpu --no-save tries the benchmark out")
-        print(json.dumps({"benchmark": "load_gpu", "skipped": "no GPU"}))
+    if common.lacks_gpu("load_gpu", args.device):
         return
     budget, used = Budget(args.budget_s), device_used() if args.device != "cpu" else None
     merged = Merged("load_gpu", args.folder, args.output, write=not args.no_save, device=args.device)

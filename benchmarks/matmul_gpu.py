@@ -187,6 +187,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
+    if common.lacks_gpu("matmul_gpu", tries_on_cpu=False):
+        return
     torch.manual_seed(0)
     results: dict[str, Any] = {}
     with torch.no_grad():

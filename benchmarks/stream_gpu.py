@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="merge into this file instead of results/stream_gpu-<machine>.json")
     parser.add_argument("--no-save", action="store_true")
     args = parser.parse_args()
+    if common.lacks_gpu("stream_gpu", args.device):
+        return
     device = torch.device(args.device)
     merged = common.Merged("stream_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
     gc.disable()  # as `octavo.load` does

@@ -313,9 +313,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = arguments()
-    if args.device != "cpu" and not common.gpu():
-        say("no GPU: nothing was measured; --device cpu --no-save tries the benchmark out")
-        print(json.dumps({"benchmark": "vllm_gpu", "skipped": "no GPU"}))
+    if common.lacks_gpu("vllm_gpu", args.device):
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, value in {**_vllm.ENVIRONMENT, "VLLM_USE_DEEP_GEMM": "0"}.items():
