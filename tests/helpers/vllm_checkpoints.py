@@ -101,10 +101,14 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(name: str, folder: Path, seed: int = 0) -> Path:
+    """One of `CONFIGS`."""
+    return write(*CONFIGS[name], folder, seed)
+
+
+def write(class_name: str, options: dict[str, Any], folder: Path, seed: int = 0) -> Path:
     """A bf16 checkpoint with random weights, rows of different magnitudes; norms and biases are random too."""
     import transformers
 
-    class_name, options = CONFIGS[name]
     torch.manual_seed(seed)
     config = getattr(transformers, class_name)(**options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

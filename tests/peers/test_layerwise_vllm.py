@@ -6,38 +6,16 @@ downloaded: checkpoints are tiny and random.
 
 from __future__ import annotations
 
-import os
-import socket
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # vLLM's warnings are its own
-    pytest.importorskip("vllm")
-    import transformers
-    from vllm.config import DeviceConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
-    from vllm.distributed.parallel_state import (
-        destroy_distributed_environment,
-        destroy_model_parallel,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
 import octavo
 from helpers import same_bytes
+from helpers.vllm_checkpoints import write
+from helpers.vllm_models import build, differences, one_rank, pairs_of, state_of
 from octavo import schemes
 from octavo.layerwise import Session
 
@@ -86,68 +64,21 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def vllm_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Path, Callable[[], Any]]]]:
+def vllm_models(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], tuple[Path, Callable[[], Any]]]]:
     """name -> (checkpoint folder, a function that builds vLLM's model of it, not loaded)."""
     root = tmp_path_factory.mktemp("vllm")
-    first = True
 
     def make(name: str) -> tuple[Path, Callable[[], Any]]:
-        nonlocal first
         folder = root / name
         if not folder.exists():
-            config_class, options = CONFIGS[name]
-            config = getattr(transformers, config_class)(**options)
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.02)
-            model.save_pretrained(folder)
-        model_config = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True)
-        vllm_config = VllmConfig(
-            model_config=model_config, load_config=LoadConfig(), device_config=DeviceConfig(device="cpu")
-        )
-        if first:
-            with set_current_vllm_config(vllm_config):
-                address = f"tcp://127.0.0.1:{free_port()}"
-                init_distributed_environment(1, 0, address, 0, "gloo")
-                initialize_model_parallel(1, 1)
-            first = False
+            write(*CONFIGS[name], folder)
+        return folder, lambda: build(folder)
 
-        def build() -> Any:
-            vllm_config.compilation_config.static_forward_context.clear()
-            with set_default_torch_dtype(torch.bfloat16), torch.device("cpu"):
-                return initialize_model(vllm_config)
-
-        return folder, build
-
-    yield make
-    destroy_model_parallel()
-    destroy_distributed_environment()
-
-
-def pairs_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
-
-
-def state_of(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.data for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    return sorted(
-        name for name in a.keys() | b.keys() if name not in a or name not in b or not same_bytes(a[name], b[name])
-    )
+    with one_rank():
+        yield make
 
 
 by_model = pytest.mark.parametrize("name", CONFIGS)
