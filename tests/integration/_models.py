@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import octavo
 from octavo import schemes
+from octavo.modules import quantized_weights
+
+transformers = pytest.importorskip("transformers")
 
 _SMALL = {
     "vocab_size": 260,
@@ -97,6 +101,10 @@ ARCHITECTURES = tuple(CONFIGS)
 QUANTIZED = tuple(name for name in CONFIGS if name != "gpt2")
 SCHEMES = tuple(schemes.SCHEMES)
 
+by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+by_quantized = pytest.mark.parametrize("architecture", QUANTIZED)
+by_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
 
 def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """Write a random checkpoint of architecture ``name``; every parameter (norms and biases too) is random."""
@@ -167,3 +175,31 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def prompt() -> Tensor:
     """Two rows of token ids that every vocabulary above holds: int64[2, 24]."""
     return torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def stacks_of(model: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [found for found in quantized_weights(model) if not found[0].endswith(".weight")]
+
+
+def is_transposed(model: Any, name: str) -> bool:
+    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(prompt()).logits
+
+
+class Checkpoints:
+    """Tiny checkpoints and models loaded from them, each made once a session. Tests must not change the models."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = functools.cache(self._folder)
+        self.load = functools.cache(self._load)
+
+    def _folder(self, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        return make_checkpoint(architecture, self.root / f"{architecture}-{dtype}", dtype)
+
+    def _load(self, architecture: str, scheme: str | None, dtype: torch.dtype | None = None) -> Any:
+        return octavo.load(self.folder(architecture), scheme=scheme, dtype=dtype)

@@ -8,7 +8,7 @@ use (*lazily*), and the fine-grained fp8 format is unpacked at once where there 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,15 +135,6 @@ def make_source(architecture: str, folder: Path) -> Path:
                 parameter.mul_(1 + torch.rand(parameter.shape[-2], 1))
     model.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread_of_torch() -> Iterator[None]:
-    """Tests run beside each other: torch's own threads would wait for one another fifty times longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
