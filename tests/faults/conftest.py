@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from _conversions import CONFIG, SHARDS, SLOWLY, Conversions, tensors_of_size
 from _inputs import copy_of
 
 import octavo
 from helpers import write_checkpoint
+from helpers.models import random_model
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def after_every_fault(nothing_left_behind: None) -> None:
 
 
 def _make(folder: Path, config_class: str, **options: Any) -> Path:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     sizes = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -41,9 +41,7 @@ def _make(folder: Path, config_class: str, **options: Any) -> Path:
         "max_position_embeddings": 64,
     }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**{**sizes, **heads, **options})
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    random_model(config_class, {**sizes, **heads, **options}).save_pretrained(folder)
     return folder
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from _conversions import CONFIG, cli, tensors_of_size
-from _inputs import edit_tensors, fails
+from _inputs import fails
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import octavo
 from helpers import random_weights, write_checkpoint
+from helpers.folders import edit_tensors
 from octavo.errors import CheckpointError
 
 CASES = [

@@ -15,10 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
-
-from . import same_bytes
 
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,7 +23,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM's warnings are its own
-    pytest.importorskip("vllm")
+    vllm = pytest.importorskip("vllm")
     from vllm.config import DeviceConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
     from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
@@ -35,6 +32,7 @@ with warnings.catch_warnings():
     from vllm.utils.torch_utils import set_default_torch_dtype
 
 Pairs = Iterable[tuple[str, Tensor]]
+VERSION: tuple[int, int] = vllm.__version_tuple__[:2]
 
 
 @contextlib.contextmanager
@@ -77,22 +75,3 @@ class FromPairs(BaseModelLoader):
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         model.load_weights(iter(self._pairs))
-
-
-def pairs_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint, tensor by tensor."""
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.data for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    """Names of what is not in both, or differs in dtype, shape or bits."""
-    return sorted(
-        name for name in a.keys() | b.keys() if name not in a or name not in b or not same_bytes(a[name], b[name])
-    )

@@ -29,6 +29,7 @@ from torch import Tensor
 
 import octavo
 from helpers import random_weights, same_bytes, write_checkpoint
+from helpers.models import state_of
 from octavo import dtypes, formats, schemes
 from octavo.errors import DeviceError, RecipeError
 
@@ -346,7 +347,7 @@ def test_pattern_that_matches_nothing_is_refused(sources: Callable[[str], Path],
 
 @by_scheme
 def test_loaded_linear_weights_are_the_converted_ones(scheme: str, tmp_path: Path) -> None:
-    from _models import make_checkpoint, state_of
+    from _models import make_checkpoint
 
     source = make_checkpoint("llama", tmp_path / "source")
     octavo.convert(source, tmp_path / "out", scheme)
@@ -366,7 +367,7 @@ def test_loaded_linear_weights_are_the_converted_ones(scheme: str, tmp_path: Pat
 
 @by_scheme
 def test_loaded_expert_stacks_are_the_converted_experts(scheme: str, tmp_path: Path) -> None:
-    from _models import make_checkpoint, state_of
+    from _models import make_checkpoint
 
     source = make_checkpoint("qwen3_moe", tmp_path / "source", moe_intermediate_size=160, hidden_size=64)
     octavo.convert(source, tmp_path / "out", scheme)

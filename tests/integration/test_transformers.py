@@ -15,19 +15,18 @@ from _models import (
     by_architecture,
     by_quantized,
     by_scheme,
-    differences,
     is_transposed,
     logits,
     prompt,
     relative_error,
-    same_bits,
     stacks_of,
-    state_of,
-    tensors_of,
 )
 from transformers import AutoModelForCausalLM
 
 import octavo
+from helpers import same_bytes
+from helpers.folders import tensors_of
+from helpers.models import differences, state_of
 from octavo import schemes
 from octavo.modules import quantized_weights, scale_name
 
@@ -122,8 +121,8 @@ def test_quantized_weights_equal_each_checkpoint_tensor_quantized_alone(
         if name in source:  # one tensor, one parameter
             tensor = source[name].transpose(-1, -2) if is_transposed(model, name) else source[name]
             q, s = schemes.quantize(tensor, scheme)
-            assert same_bits(weight, q), name
-            assert same_bits(scale, s), name
+            assert same_bytes(weight, q), name
+            assert same_bytes(scale, s), name
         elif architecture in _PER_EXPERT:
             layer, _, leaf = name.rpartition(".mlp.experts.")
             gate, up, down = _PER_EXPERT[architecture]
@@ -131,16 +130,16 @@ def test_quantized_weights_equal_each_checkpoint_tensor_quantized_alone(
             assert len(parts) == len(templates)
             for expert in range(weight.shape[0]):
                 alone = [schemes.quantize(source[f"{layer}.{t.format(expert)}"], scheme) for t in templates]
-                assert same_bits(weight[expert], torch.cat([q for q, _ in alone])), f"{name}[{expert}]"
+                assert same_bytes(weight[expert], torch.cat([q for q, _ in alone])), f"{name}[{expert}]"
                 scales = torch.cat([s.reshape(-1, scale.shape[-1]) for _, s in alone])
-                assert same_bits(scale[expert], scales), f"{name}[{expert}]"
+                assert same_bytes(scale[expert], scales), f"{name}[{expert}]"
         else:  # GraniteMoE: one stack, renamed
             assert architecture == "granitemoe"
             leaf = "input_linear" if name.endswith("gate_up_proj") else "output_linear"
             renamed = f"{name.rpartition('.experts.')[0]}.{leaf}.weight"
             q, s = schemes.quantize(source[renamed], scheme)
-            assert same_bits(weight, q)
-            assert same_bits(scale, s)
+            assert same_bytes(weight, q)
+            assert same_bytes(scale, s)
         checked += 1
     assert checked
 
@@ -198,8 +197,8 @@ def test_fp16_and_fp32_checkpoints_are_quantized_from_their_own_values(
     for name, *_ in quantized_weights(model):
         if name in source:
             q, s = schemes.quantize(source[name], scheme)
-            assert same_bits(state[name], q)
-            assert same_bits(state[scale_name(name)], s)
+            assert same_bytes(state[name], q)
+            assert same_bytes(state[scale_name(name)], s)
     assert logits(model).isfinite().all()
 
 
@@ -207,8 +206,8 @@ def test_fp16_and_fp32_checkpoints_are_quantized_from_their_own_values(
 def test_dtype_override_does_not_change_quantized_bytes(checkpoints: Checkpoints, scheme: str) -> None:
     plain, wide = (state_of(checkpoints.load("qwen2_moe", scheme, dtype)) for dtype in (None, torch.float32))
     for name, *_ in quantized_weights(checkpoints.load("qwen2_moe", scheme)):
-        assert same_bits(plain[name], wide[name])
-        assert same_bits(plain[scale_name(name)], wide[scale_name(name)])
+        assert same_bytes(plain[name], wide[name])
+        assert same_bytes(plain[scale_name(name)], wide[scale_name(name)])
 
 
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
@@ -217,7 +216,7 @@ def test_conv1d_weights_stay_untouched(checkpoints: Checkpoints, scheme: str | N
     assert list(quantized_weights(model)) == []
     state = state_of(model)
     for name, tensor in source.items():
-        assert same_bits(state[name if name in state else f"transformer.{name}"], tensor), name
+        assert same_bytes(state[name if name in state else f"transformer.{name}"], tensor), name
     reasons = " ".join(model.load_report.kept)
     assert "Conv1D" in reasons
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from _models import Checkpoints, by_architecture, by_scheme, differences, logits, same_bits, split_shards, tensors_of
+from _models import Checkpoints, by_architecture, by_scheme, logits
 from transformers import AutoModelForCausalLM
 
 import octavo
+from helpers import same_bytes
+from helpers.folders import split_shards, tensors_of
+from helpers.models import differences
 from octavo.modules import quantized_weights
 
 # -- saving and loading again -----------------------------------------------------------------------------------------
@@ -52,7 +55,7 @@ def test_unquantized_model_saves_what_it_was_loaded_from(checkpoints: Checkpoint
     octavo.load(source, scheme=None).save_pretrained(tmp_path)
     before, after = tensors_of(source), tensors_of(tmp_path)
     assert before.keys() == after.keys()
-    assert all(same_bits(before[name], after[name]) for name in before)
+    assert all(same_bytes(before[name], after[name]) for name in before)
 
 
 @by_architecture

@@ -11,19 +11,18 @@ from _models import (
     SCHEMES,
     Checkpoints,
     by_architecture,
-    differences,
     distinct_bytes,
     is_transposed,
     logits,
     relative_error,
-    same_bits,
     stacks_of,
-    state_of,
-    tensors_of,
 )
 from transformers import AutoModelForCausalLM
 
 import octavo
+from helpers import same_bytes
+from helpers.folders import tensors_of
+from helpers.models import differences, state_of
 from octavo import schemes
 from octavo.modules import QuantizedLinear, quantized_weights, scale_name
 
@@ -42,7 +41,7 @@ def test_ignore_keeps_what_it_names(checkpoints: Checkpoints) -> None:
     unquantized = state_of(checkpoints.load("qwen2_moe", None))
     for name, tensor in state_of(model).items():
         if tensor.dtype == torch.bfloat16:
-            assert same_bits(tensor, unquantized[name]), name
+            assert same_bytes(tensor, unquantized[name]), name
     assert logits(model).isfinite().all()
 
 

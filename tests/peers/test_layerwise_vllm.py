@@ -14,8 +14,9 @@ import pytest
 
 import octavo
 from helpers import same_bytes
-from helpers.vllm_checkpoints import write
-from helpers.vllm_models import build, differences, one_rank, pairs_of, state_of
+from helpers.folders import tensors_of
+from helpers.models import differences, random_model, state_of
+from helpers.vllm_models import build, one_rank
 from octavo import schemes
 from octavo.layerwise import Session
 
@@ -74,7 +75,7 @@ def vllm_models(
     def make(name: str) -> tuple[Path, Callable[[], Any]]:
         folder = root / name
         if not folder.exists():
-            write(*CONFIGS[name], folder)
+            random_model(*CONFIGS[name]).save_pretrained(folder)
         return folder, lambda: build(folder)
 
     with one_rank():
@@ -88,12 +89,12 @@ by_model = pytest.mark.parametrize("name", CONFIGS)
 def test_unquantized_parameters_are_those_of_vllms_own_load(name: str, vllm_models: Any) -> None:
     folder, build = vllm_models(name)
     expected = build()
-    expected.load_weights(pairs_of(folder))
+    expected.load_weights(tensors_of(folder).items())
     model = build()
     before = {key: type(parameter) for key, parameter in model.named_parameters()}
     with octavo.layerwise(model, None) as session:
-        model.load_weights(pairs_of(folder))
-    assert differences(state_of(model), state_of(expected)) == []
+        model.load_weights(tensors_of(folder).items())
+    assert differences(model, expected) == []
     assert {key: type(parameter) for key, parameter in model.named_parameters()} == before
     finished = [event.layer for event in session.events if event.kind == "finish"]
     assert len(finished) == len(set(finished))
@@ -104,12 +105,12 @@ def test_unquantized_parameters_are_those_of_vllms_own_load(name: str, vllm_mode
 def test_a_recorded_plan_gives_the_same_parameters(name: str, vllm_models: Any) -> None:
     folder, build = vllm_models(name)
     expected = build()
-    expected.load_weights(pairs_of(folder))
+    expected.load_weights(tensors_of(folder).items())
     model = build()
     session = octavo.layerwise(model, None)
     plan = session.record(folder)
     session.stream(plan)
-    assert differences(state_of(model), state_of(expected)) == []
+    assert differences(model, expected) == []
     assert session.recording is not None
     print(len(plan.placements), "planned; online:", dict(session.recording.online))
 
@@ -120,14 +121,14 @@ def test_quantized_bytes_are_the_definitions(name: str, scheme: str, vllm_models
     """Of vLLM's own parameters, fused layers in the parts that were fused; online, from a plan, and updated."""
     folder, build = vllm_models(name)
     reference = build()
-    reference.load_weights(pairs_of(folder))
+    reference.load_weights(tensors_of(folder).items())
     expected = state_of(reference)
     online, planned = build(), build()
     with octavo.layerwise(online, scheme) as session:
-        online.load_weights(pairs_of(folder))
+        online.load_weights(tensors_of(folder).items())
     recorded = octavo.layerwise(planned, scheme)
     recorded.stream(recorded.record(folder))
-    assert differences(state_of(online), state_of(planned)) == []
+    assert differences(online, planned) == []
     quantized = 0
     for item in session.inventory.items:
         if item.scheme:
@@ -146,7 +147,7 @@ def test_quantized_bytes_are_the_definitions(name: str, scheme: str, vllm_models
     assert quantized >= 8
     addresses = {key: tensor.data_ptr() for key, tensor in state_of(online).items()}
     with session:
-        online.load_weights((key, tensor * 2) for key, tensor in pairs_of(folder))
+        online.load_weights((key, tensor * 2) for key, tensor in tensors_of(folder).items())
     assert {key: tensor.data_ptr() for key, tensor in state_of(online).items()} == addresses
     for item in session.inventory.items:
         if item.scheme:
@@ -171,4 +172,4 @@ def test_vllm_counts_elements_where_we_compare_boxes(scheme: str | None, vllm_mo
         model = build()
         session = Session(model, scheme)
         with pytest.raises(octavo.OctavoError, match=text), session:
-            model.load_weights(iter(change(list(pairs_of(folder)))))
+            model.load_weights(iter(change(list(tensors_of(folder).items()))))
