@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
+from helpers.folders import split_shards
 from octavo import OctavoError
 
 INDEX = "model.safetensors.index.json"
@@ -66,14 +66,6 @@ def copy_of(folder: Path, target: Path) -> Path:
     return target
 
 
-def edit_tensors(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> Path:
-    """Let ``edit`` change the tensors of a single-file checkpoint in place."""
-    tensors = load_file(folder / MODEL)
-    edit(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / MODEL)
-    return folder
-
-
 def edit_config(folder: Path, **changes: Any) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -82,13 +74,7 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 
 def split_in_two(folder: Path) -> Path:
     """Turn a single-file checkpoint into two shards and an index: attention in the first, all else in the second."""
-    tensors = load_file(folder / MODEL)
-    (folder / MODEL).unlink()
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    weight_map = {name: names["self_attn" not in name] for name in tensors}
-    for file_name in names:
-        save_file({n: t for n, t in tensors.items() if weight_map[n] == file_name}, folder / file_name)
-    return write_index(folder, weight_map)
+    return split_shards(folder, folder, lambda name: "self_attn" not in name, 2)
 
 
 # -- expectations -----------------------------------------------------------------------------------------------------

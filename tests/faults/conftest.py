@@ -1,16 +1,19 @@
-"""Fixtures of the fault tests: sound tiny models to break, and a guard against reading weights."""
+"""Fixtures of the fault tests: sound tiny models and conversions to break, and a guard against reading weights."""
 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from _conversions import CONFIG, SHARDS, SLOWLY, Conversions, tensors_of_size
 from _inputs import copy_of
+
+import octavo
+from helpers import write_checkpoint
+from helpers.models import random_model
 
 
 @pytest.fixture
@@ -24,28 +27,12 @@ def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_running() -> Iterator[None]:
-    """After every fault, all of octavo's threads have ended and all of its files are closed."""
-    before = _open_safetensors()
-    yield
-    assert [t.name for t in threading.enumerate() if t.name.startswith("octavo")] == []
-    assert _open_safetensors() == before
-
-
-def _open_safetensors() -> list[str]:
-    found = []
-    for link in os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []:
-        try:
-            target = os.readlink(f"/proc/self/fd/{link}")
-        except OSError:
-            continue
-        if ".safetensors" in target:
-            found.append(target)
-    return sorted(found)
+def after_every_fault(nothing_left_behind: None) -> None:
+    """All of octavo's threads have ended, and all of its files are closed."""
 
 
 def _make(folder: Path, config_class: str, **options: Any) -> Path:
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     sizes = {
         "vocab_size": 96,
         "hidden_size": 32,
@@ -54,9 +41,7 @@ def _make(folder: Path, config_class: str, **options: Any) -> Path:
         "max_position_embeddings": 64,
     }
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    torch.manual_seed(0)
-    config = getattr(transformers, config_class)(**{**sizes, **heads, **options})
-    transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    random_model(config_class, {**sizes, **heads, **options}).save_pretrained(folder)
     return folder
 
 
@@ -101,3 +86,53 @@ def moe(sound: Callable[[str], Path], tmp_path: Path) -> Path:
 def gpt_oss(sound: Callable[[str], Path], tmp_path: Path) -> Path:
     """A copy of a tiny gpt-oss (expert stacks stored [experts, in, out]), to be broken."""
     return copy_of(sound("gpt_oss"), tmp_path / "gpt_oss")
+
+
+# -- conversions ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six shards of 8 MiB; not to be changed."""
+    root = tmp_path_factory.mktemp("large")
+    source = write_checkpoint(root / "source", tensors_of_size(SHARDS, 1456), SHARDS, CONFIG)
+    (source / "tokenizer.json").write_text("{}")
+    return source
+
+
+@pytest.fixture(scope="session")
+def finished(large: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What an undisturbed conversion of `large` gives."""
+    dst = tmp_path_factory.mktemp("finished") / "out"
+    octavo.convert(large, dst)
+    return dst
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """Three shards of some 40 KiB, to be broken."""
+    return write_checkpoint(tmp_path / "small", tensors_of_size(3, 96), 3, CONFIG)
+
+
+@pytest.fixture(scope="session")
+def conversions() -> Iterator[Conversions]:
+    made = Conversions()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def writes(large: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """How often an undisturbed conversion of `large` with `SLOWLY` writes to its shards."""
+    calls, original = 0, os.pwrite
+
+    def counting(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", counting)
+        octavo.convert(large, tmp_path_factory.mktemp("counted") / "out", **SLOWLY)
+    assert calls > 10 * SHARDS
+    return calls

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from _inputs import MODEL, edit_config, edit_tensors, entry, fails, split_in_two, write_raw
+from _inputs import MODEL, edit_config, entry, fails, split_in_two, write_raw
 from torch import Tensor
 
 import octavo
+from helpers.folders import edit_tensors
 from octavo.errors import CheckpointError, CoverageError, RecipeError, WeightError
 
 pytest.importorskip("transformers")

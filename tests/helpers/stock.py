@@ -7,20 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo import schemes
 
+from . import same_bytes
+from .folders import tensors_of
+
 SUFFIXES = {"compressed-tensors": "_scale", "fp8": "_scale_inv"}
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, read by safetensors itself."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
 
 
 def scales_of(tensors: dict[str, Tensor], format: str) -> dict[str, Tensor]:
@@ -69,12 +64,4 @@ def logits_of(model: Any) -> Tensor:
 def different(model: Any, reference: Any) -> list[str]:
     """Names of the reference's parameters and buffers that the model lacks, or holds other bits of."""
     mine, wanted = model.state_dict(), reference.state_dict()
-    return [
-        name
-        for name, tensor in wanted.items()
-        if name not in mine or mine[name].dtype != tensor.dtype or not torch.equal(_bits(mine[name]), _bits(tensor))
-    ]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return [name for name, tensor in wanted.items() if name not in mine or not same_bytes(mine[name], tensor)]

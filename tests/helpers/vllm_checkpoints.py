@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import octavo
+
+from .models import random_model
 
 _SMALL = {
     "vocab_size": 260,
@@ -101,19 +101,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(name: str, folder: Path, seed: int = 0) -> Path:
-    """A bf16 checkpoint with random weights, rows of different magnitudes; norms and biases are random too."""
-    import transformers
-
-    class_name, options = CONFIGS[name]
-    torch.manual_seed(seed)
-    config = getattr(transformers, class_name)(**options)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-            if parameter.ndim >= 2:
-                parameter.mul_(1 + torch.rand(parameter.shape[-2], 1))
-    model.save_pretrained(folder)
+    """A random bf16 checkpoint of one of `CONFIGS`."""
+    random_model(*CONFIGS[name], seed=seed).save_pretrained(folder)
     return folder
 
 

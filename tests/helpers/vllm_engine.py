@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .folders import tensors_of
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -66,13 +68,11 @@ def octavo_job(model: Path, scheme: str = "fp8_channel", steps: Sequence[list[An
 
 
 def run(*jobs: Job, timeout: float = 300) -> list[Answer]:
-    """One engine after another, in one process (jobs of several ranks: one such job alone)."""
-    environment = {**os.environ, **ENVIRONMENT}
-    if any(job.options.get("tensor_parallel_size", 1) > 1 for job in jobs):
-        assert len(jobs) == 1
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
-    else:
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    """One engine after another, in one process and its workers: importing vLLM takes longer than all that is asked."""
+    (ranks,) = {job.options.get("tensor_parallel_size", 1) for job in jobs}
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if ranks > 1:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(ranks))  # a core each
     finished = subprocess.run(
         [sys.executable, "-m", "helpers.vllm_engine"],
         input=json.dumps([{**asdict(job), "model": str(job.model.absolute())} for job in jobs]),
@@ -188,9 +188,7 @@ class _Session:
 
 
 def _weights(path: str) -> list[tuple[str, Any]]:
-    from safetensors.torch import load_file
-
-    return [pair for file in sorted(Path(path).glob("*.safetensors")) for pair in load_file(file).items()]
+    return list(tensors_of(Path(path)).items())
 
 
 def _error(act: Callable[[], Any]) -> str:

@@ -1,22 +1,22 @@
-"""Tiny random checkpoints of the architectures that the integration tests cover, and how to compare models.
-
-Everything is made from configs, with transformers alone; nothing is downloaded.
-"""
+"""Tiny random checkpoints of the architectures that the integration tests cover, and models loaded from them."""
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+import octavo
+from helpers.models import random_model
 from octavo import schemes
+from octavo.modules import quantized_weights
+
+pytest.importorskip("transformers")
 
 _SMALL = {
     "vocab_size": 260,
@@ -97,61 +97,18 @@ ARCHITECTURES = tuple(CONFIGS)
 QUANTIZED = tuple(name for name in CONFIGS if name != "gpt2")
 SCHEMES = tuple(schemes.SCHEMES)
 
+by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+by_quantized = pytest.mark.parametrize("architecture", QUANTIZED)
+by_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+
 
 def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
     """Write a random checkpoint of architecture ``name``; every parameter (norms and biases too) is random."""
-    config_class, options = CONFIGS[name]
-    config = getattr(transformers, config_class)(**{**options, **changes})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+    class_name, options = CONFIGS[name]
+    model = random_model(class_name, {**options, **changes}, dtype, uneven_rows=False)
     model.generation_config.max_new_tokens = 7  # something to be found again after loading
     model.save_pretrained(folder)
     return folder
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint, read by safetensors itself."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors
-
-
-def split_shards(source: Path, target: Path, shard_of: Callable[[str], int], count: int) -> Path:
-    """Copy a checkpoint into ``count`` shards and an index; ``shard_of`` says where each tensor goes."""
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.glob("*.json"):
-        (target / file.name).write_bytes(file.read_bytes())
-    tensors = tensors_of(source)
-    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    weight_map = {name: names[shard_of(name)] for name in tensors}
-    for file_name in names:
-        save_file({n: t for n, t in tensors.items() if weight_map[n] == file_name}, target / file_name)
-    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return target
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, also those that no checkpoint holds."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether dtype, shape and every byte agree (NaN and signed zeros included)."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    as_bytes = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
-    return torch.equal(*as_bytes)
-
-
-def differences(a: nn.Module, b: nn.Module) -> list[str]:
-    """The names of parameters and buffers that are not bit-equal, or only in one of two models."""
-    mine, theirs = state_of(a), state_of(b)
-    names = sorted(mine.keys() | theirs.keys())
-    return [n for n in names if n not in mine or n not in theirs or not same_bits(mine[n], theirs[n])]
 
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
@@ -167,3 +124,31 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 def prompt() -> Tensor:
     """Two rows of token ids that every vocabulary above holds: int64[2, 24]."""
     return torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+def stacks_of(model: Any) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [found for found in quantized_weights(model) if not found[0].endswith(".weight")]
+
+
+def is_transposed(model: Any, name: str) -> bool:
+    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(prompt()).logits
+
+
+class Checkpoints:
+    """Tiny checkpoints and models loaded from them, each made once a session. Tests must not change the models."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = functools.cache(self._folder)
+        self.load = functools.cache(self._load)
+
+    def _folder(self, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Path:
+        return make_checkpoint(architecture, self.root / f"{architecture}-{dtype}", dtype)
+
+    def _load(self, architecture: str, scheme: str | None, dtype: torch.dtype | None = None) -> Any:
+        return octavo.load(self.folder(architecture), scheme=scheme, dtype=dtype)

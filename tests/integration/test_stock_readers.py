@@ -5,12 +5,11 @@ Three cases that are always tried; `tests/peers/test_formats.py` has the whole t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from _models import make_checkpoint
 
 import octavo
@@ -34,15 +33,6 @@ CASES = [
 ]
 
 Written = Callable[[str, str, str, int], tuple[Path, Any]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread_of_torch() -> Iterator[None]:
-    """Tests run beside each other: torch's own threads would wait for one another fifty times longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

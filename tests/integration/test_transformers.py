@@ -7,35 +7,28 @@ two routes (`octavo.load` and `OctavoConfig`) each other.
 
 from __future__ import annotations
 
-import functools
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
-
-import octavo
-from octavo import schemes
-from octavo.modules import QuantizedLinear, quantized_weights, scale_name
-
-pytest.importorskip("transformers")
-
 from _models import (
-    ARCHITECTURES,
-    QUANTIZED,
     SCHEMES,
-    differences,
-    distinct_bytes,
-    make_checkpoint,
+    Checkpoints,
+    by_architecture,
+    by_quantized,
+    by_scheme,
+    is_transposed,
+    logits,
     prompt,
     relative_error,
-    same_bits,
-    split_shards,
-    state_of,
-    tensors_of,
+    stacks_of,
 )
 from transformers import AutoModelForCausalLM
+
+import octavo
+from helpers import same_bytes
+from helpers.folders import tensors_of
+from helpers.models import differences, state_of
+from octavo import schemes
+from octavo.modules import quantized_weights, scale_name
 
 # how per-expert tensors of a layer are called in checkpoints: (gate, up, down)
 _PER_EXPERT = {
@@ -47,43 +40,6 @@ _PER_EXPERT = {
     "mixtral": tuple(f"block_sparse_moe.experts.{{}}.{w}.weight" for w in ("w1", "w3", "w2")),
 }
 _PER_EXPERT["qwen3_moe"] = _PER_EXPERT["deepseek_v3"] = _PER_EXPERT["qwen2_moe"]
-
-by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-by_quantized = pytest.mark.parametrize("architecture", QUANTIZED)
-by_scheme = pytest.mark.parametrize("scheme", SCHEMES)
-
-
-class Checkpoints:
-    """Tiny checkpoints and models loaded from them, each made once a session. Tests must not change the models."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folder = functools.cache(self._folder)
-        self.load = functools.cache(self._load)
-
-    def _folder(self, architecture: str, dtype: torch.dtype = torch.bfloat16) -> Path:
-        return make_checkpoint(architecture, self.root / f"{architecture}-{dtype}", dtype)
-
-    def _load(self, architecture: str, scheme: str | None, dtype: torch.dtype | None = None) -> Any:
-        return octavo.load(self.folder(architecture), scheme=scheme, dtype=dtype)
-
-
-@pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
-    return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-def stacks_of(model: Any) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [found for found in quantized_weights(model) if not found[0].endswith(".weight")]
-
-
-def is_transposed(model: Any, name: str) -> bool:
-    return bool(getattr(model.get_submodule(name.rpartition(".")[0]), "is_transposed", False))
-
-
-@torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(prompt()).logits
 
 
 # -- without quantization ---------------------------------------------------------------------------------------------
@@ -165,8 +121,8 @@ def test_quantized_weights_equal_each_checkpoint_tensor_quantized_alone(
         if name in source:  # one tensor, one parameter
             tensor = source[name].transpose(-1, -2) if is_transposed(model, name) else source[name]
             q, s = schemes.quantize(tensor, scheme)
-            assert same_bits(weight, q), name
-            assert same_bits(scale, s), name
+            assert same_bytes(weight, q), name
+            assert same_bytes(scale, s), name
         elif architecture in _PER_EXPERT:
             layer, _, leaf = name.rpartition(".mlp.experts.")
             gate, up, down = _PER_EXPERT[architecture]
@@ -174,16 +130,16 @@ def test_quantized_weights_equal_each_checkpoint_tensor_quantized_alone(
             assert len(parts) == len(templates)
             for expert in range(weight.shape[0]):
                 alone = [schemes.quantize(source[f"{layer}.{t.format(expert)}"], scheme) for t in templates]
-                assert same_bits(weight[expert], torch.cat([q for q, _ in alone])), f"{name}[{expert}]"
+                assert same_bytes(weight[expert], torch.cat([q for q, _ in alone])), f"{name}[{expert}]"
                 scales = torch.cat([s.reshape(-1, scale.shape[-1]) for _, s in alone])
-                assert same_bits(scale[expert], scales), f"{name}[{expert}]"
+                assert same_bytes(scale[expert], scales), f"{name}[{expert}]"
         else:  # GraniteMoE: one stack, renamed
             assert architecture == "granitemoe"
             leaf = "input_linear" if name.endswith("gate_up_proj") else "output_linear"
             renamed = f"{name.rpartition('.experts.')[0]}.{leaf}.weight"
             q, s = schemes.quantize(source[renamed], scheme)
-            assert same_bits(weight, q)
-            assert same_bits(scale, s)
+            assert same_bytes(weight, q)
+            assert same_bytes(scale, s)
         checked += 1
     assert checked
 
@@ -241,8 +197,8 @@ def test_fp16_and_fp32_checkpoints_are_quantized_from_their_own_values(
     for name, *_ in quantized_weights(model):
         if name in source:
             q, s = schemes.quantize(source[name], scheme)
-            assert same_bits(state[name], q)
-            assert same_bits(state[scale_name(name)], s)
+            assert same_bytes(state[name], q)
+            assert same_bytes(state[scale_name(name)], s)
     assert logits(model).isfinite().all()
 
 
@@ -250,8 +206,8 @@ def test_fp16_and_fp32_checkpoints_are_quantized_from_their_own_values(
 def test_dtype_override_does_not_change_quantized_bytes(checkpoints: Checkpoints, scheme: str) -> None:
     plain, wide = (state_of(checkpoints.load("qwen2_moe", scheme, dtype)) for dtype in (None, torch.float32))
     for name, *_ in quantized_weights(checkpoints.load("qwen2_moe", scheme)):
-        assert same_bits(plain[name], wide[name])
-        assert same_bits(plain[scale_name(name)], wide[scale_name(name)])
+        assert same_bytes(plain[name], wide[name])
+        assert same_bytes(plain[scale_name(name)], wide[scale_name(name)])
 
 
 @pytest.mark.parametrize("scheme", [None, *SCHEMES])
@@ -260,7 +216,7 @@ def test_conv1d_weights_stay_untouched(checkpoints: Checkpoints, scheme: str | N
     assert list(quantized_weights(model)) == []
     state = state_of(model)
     for name, tensor in source.items():
-        assert same_bits(state[name if name in state else f"transformer.{name}"], tensor), name
+        assert same_bytes(state[name if name in state else f"transformer.{name}"], tensor), name
     reasons = " ".join(model.load_report.kept)
     assert "Conv1D" in reasons
 
@@ -319,64 +275,6 @@ def test_octavo_config_honours_device_map_and_dtype(checkpoints: Checkpoints) ->
         assert differences(model, checkpoints.load("qwen2_moe", "fp8_channel", torch.float32)) == []
 
 
-# -- saving and loading again -----------------------------------------------------------------------------------------
-
-
-@by_architecture
-@by_scheme
-def test_saved_model_loads_again_bit_equal(
-    checkpoints: Checkpoints, architecture: str, scheme: str, tmp_path: Path
-) -> None:
-    model = checkpoints.load(architecture, scheme)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert differences(model, again) == []
-    assert sorted(quantized_weights(model)) == sorted(quantized_weights(again))
-    assert torch.equal(logits(model), logits(again))
-
-
-@by_architecture
-def test_model_saved_after_from_pretrained_loads_again_bit_equal(
-    checkpoints: Checkpoints, architecture: str, tmp_path: Path
-) -> None:
-    config = octavo.OctavoConfig("fp8_block")
-    model = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture), quantization_config=config)
-    model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert differences(model, again) == []
-    again.save_pretrained(tmp_path / "twice")
-    assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path / "twice")) == []
-
-
-def test_model_saved_in_several_shards_loads_again_bit_equal(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    model = checkpoints.load("qwen2_moe", "fp8_channel")
-    model.save_pretrained(tmp_path, max_shard_size="200KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path)) == []
-
-
-def test_unquantized_model_saves_what_it_was_loaded_from(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    source = checkpoints.folder("llama")
-    octavo.load(source, scheme=None).save_pretrained(tmp_path)
-    before, after = tensors_of(source), tensors_of(tmp_path)
-    assert before.keys() == after.keys()
-    assert all(same_bits(before[name], after[name]) for name in before)
-
-
-@by_architecture
-@by_scheme
-def test_saved_model_loads_again_through_octavo(
-    checkpoints: Checkpoints, architecture: str, scheme: str, tmp_path: Path
-) -> None:
-    model = checkpoints.load(architecture, scheme)
-    model.save_pretrained(tmp_path)
-    again = octavo.load(tmp_path)
-    assert differences(model, again) == []
-    assert sorted(quantized_weights(model)) == sorted(quantized_weights(again))
-    again.save_pretrained(tmp_path / "twice")
-    assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path / "twice")) == []
-
-
 # -- use --------------------------------------------------------------------------------------------------------------
 
 
@@ -409,190 +307,6 @@ def test_quantized_layers_tell_their_scheme_when_printed(checkpoints: Checkpoint
     text = repr(checkpoints.load("llama", "fp8_block"))
     assert "QuantizedLinear" in text
     assert "scheme=fp8_block" in text
-
-
-# -- the report -------------------------------------------------------------------------------------------------------
-
-
-@by_architecture
-@pytest.mark.parametrize("scheme", [None, *SCHEMES])
-def test_report_counts_the_bytes_of_the_model(checkpoints: Checkpoints, architecture: str, scheme: str | None) -> None:
-    model = checkpoints.load(architecture, scheme)
-    report = model.load_report
-    assert report.final_bytes == distinct_bytes(state_of(model).values())
-    assert report.source_bytes == sum(t.nbytes for t in tensors_of(checkpoints.folder(architecture)).values())
-    assert report.read_bytes >= report.source_bytes
-    assert report.peak_bytes == report.final_bytes + report.staging_bytes
-    counted = sum(count for count, _ in (*report.quantized.values(), *report.kept.values()))
-    assert counted == len({id(p) for p in model.parameters()}) - len(list(quantized_weights(model))) + sum(
-        name in dict(model.named_buffers()) for name in model.state_dict()
-    )
-    assert report.unused == {}
-    assert set(report.quantized) <= {scheme}
-    placed = [sample.placed_bytes for sample in report.trace]
-    assert placed == sorted(placed)
-    assert set(report.seconds) >= {"open", "skeleton", "plan", "swap", "allocate", "stream", "finish"}
-    assert all(seconds >= 0 for seconds in report.seconds.values())
-
-
-@pytest.mark.parametrize(
-    ("architecture", "dtype"),
-    [
-        *((name, None) for name in ARCHITECTURES if name != "deepseek_v3"),
-        pytest.param("deepseek_v3", None),  # keeps a router bias in fp32
-        pytest.param("qwen2_moe", torch.float32),
-    ],
-)
-def test_trace_ends_with_every_byte_in_place(
-    checkpoints: Checkpoints, architecture: str, dtype: torch.dtype | None
-) -> None:
-    report = checkpoints.load(architecture, "fp8_block", dtype).load_report
-    planned = sum(size for _, size in (*report.quantized.values(), *report.kept.values()))
-    assert report.trace[-1].placed_bytes == planned
-
-
-def test_report_names_why_weights_stay(checkpoints: Checkpoints) -> None:
-    reasons = set(checkpoints.load("qwen2_moe", "fp8_channel").load_report.kept)
-    for what in ("MoE router", "embedding", "norm", "output head", "shared expert's gate"):
-        assert any(what in reason for reason in reasons), (what, reasons)
-
-
-def test_report_can_be_printed_and_turned_into_json(checkpoints: Checkpoints) -> None:
-    import json
-
-    report = checkpoints.load("qwen2_moe", "fp8_channel").load_report
-    assert json.loads(json.dumps(report.to_dict()))["final_bytes"] == report.final_bytes
-    assert "kept: norm" in str(report)
-
-
-@by_architecture
-def test_plan_forecasts_what_load_reports(checkpoints: Checkpoints, architecture: str) -> None:
-    plan = octavo.plan(checkpoints.folder(architecture), "fp8_block")
-    report = checkpoints.load(architecture, "fp8_block").load_report
-    assert plan.final_bytes() == report.final_bytes
-    assert plan.source_bytes == report.source_bytes
-    assert plan.peak_bytes() >= report.peak_bytes
-    assert {p.name for p in plan.quantized} == {
-        n for n, *_ in quantized_weights(checkpoints.load(architecture, "fp8_block"))
-    }
-
-
-def test_progress_is_told_up_to_the_end(checkpoints: Checkpoints) -> None:
-    told: list[tuple[int, int]] = []
-    model = octavo.load(checkpoints.folder("qwen2_moe"), progress=lambda done, total: told.append((done, total)))
-    assert told[-1] == (model.load_report.read_bytes,) * 2
-    assert told == sorted(told)
-
-
-# -- recipes ----------------------------------------------------------------------------------------------------------
-
-
-def test_ignore_keeps_what_it_names(checkpoints: Checkpoints) -> None:
-    folder = checkpoints.folder("qwen2_moe")
-    model = octavo.load(folder, ignore=["*.self_attn.*", "model.layers.0.mlp.experts"])
-    names = {name for name, *_ in quantized_weights(model)}
-    assert names
-    assert not any(".self_attn." in name for name in names)
-    assert not any(name.startswith("model.layers.0.mlp.experts") for name in names)
-    assert "model.layers.1.mlp.experts.down_proj" in names
-    assert "ignored by '*.self_attn.*'" in model.load_report.kept
-    unquantized = state_of(checkpoints.load("qwen2_moe", None))
-    for name, tensor in state_of(model).items():
-        if tensor.dtype == torch.bfloat16:
-            assert same_bits(tensor, unquantized[name]), name
-    assert logits(model).isfinite().all()
-
-
-@pytest.mark.parametrize("architecture", ["qwen2_moe", "gpt_oss"])
-@pytest.mark.parametrize("kept", ["gate_up_proj", "down_proj"])
-def test_half_of_an_experts_module_may_stay(checkpoints: Checkpoints, architecture: str, kept: str) -> None:
-    # in fp32, where both routes differ by rounding only
-    folder = checkpoints.folder(architecture)
-    model = octavo.load(folder, ignore=[f"*.experts.{kept}"], dtype=torch.float32)
-    names = {name.rpartition(".")[-1] for name, *_ in stacks_of(model)}
-    assert names == {"gate_up_proj", "down_proj"} - {kept}
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    state, reference_state = state_of(model), dict(reference.named_parameters())
-    with torch.no_grad():
-        for name, scheme, parts in quantized_weights(model):
-            weight = schemes.dequantize(state[name], state[scale_name(name)], scheme, parts)
-            reference_state[name].copy_(weight.transpose(-1, -2) if is_transposed(model, name) else weight)
-    assert relative_error(logits(model), logits(reference)) < 1e-5
-
-
-def test_targets_choose_schemes(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    recipe = octavo.Recipe(
-        "fp8_channel",
-        targets={"re:.*experts.*": "fp8_block", "model.layers.0.self_attn.q_proj": "mxfp8"},
-        ignore=["*.o_proj"],
-    )
-    model = octavo.load(checkpoints.folder("qwen2_moe"), recipe)
-    chosen = {name: scheme for name, scheme, _ in quantized_weights(model)}
-    assert chosen["model.layers.0.self_attn.q_proj.weight"] == "mxfp8"
-    assert chosen["model.layers.1.self_attn.q_proj.weight"] == "fp8_channel"
-    assert chosen["model.layers.1.mlp.experts.gate_up_proj"] == "fp8_block"
-    assert "model.layers.1.self_attn.o_proj.weight" not in chosen
-    model.save_pretrained(tmp_path)
-    assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path)) == []
-
-
-def test_recipe_without_a_scheme_quantizes_targets_only(checkpoints: Checkpoints) -> None:
-    model = octavo.load(checkpoints.folder("qwen2_moe"), octavo.Recipe(None, {"*.experts.*": "fp8_tensor"}))
-    assert {(name.split(".")[-1], scheme) for name, scheme, _ in quantized_weights(model)} == {
-        ("gate_up_proj", "fp8_tensor"),
-        ("down_proj", "fp8_tensor"),
-    }
-
-
-def test_target_that_spells_out_a_name_overrides_what_stays_by_default(checkpoints: Checkpoints) -> None:
-    model = octavo.load(checkpoints.folder("llama"), octavo.Recipe(None, {"lm_head": "fp8_channel"}))
-    assert isinstance(model.lm_head, QuantizedLinear)
-    assert logits(model).isfinite().all()
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def test_single_file_path_loads_like_its_folder(checkpoints: Checkpoints) -> None:
-    folder = checkpoints.folder("llama")
-    assert differences(octavo.load(folder / "model.safetensors"), checkpoints.load("llama", "fp8_channel")) == []
-
-
-def test_path_may_be_a_string(checkpoints: Checkpoints) -> None:
-    model = octavo.load(str(checkpoints.folder("llama")))
-    assert differences(model, checkpoints.load("llama", "fp8_channel")) == []
-
-
-@by_architecture
-def test_sharded_checkpoint_loads_like_a_single_file(
-    checkpoints: Checkpoints, architecture: str, tmp_path: Path
-) -> None:
-    source = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture))
-    source.save_pretrained(tmp_path, max_shard_size="60KB")
-    assert (tmp_path / "model.safetensors.index.json").is_file()
-    model = octavo.load(tmp_path, "fp8_block")
-    assert differences(model, checkpoints.load(architecture, "fp8_block")) == []
-
-
-@by_scheme
-def test_layer_split_over_shards_loads_like_a_single_file(
-    checkpoints: Checkpoints, scheme: str, tmp_path: Path
-) -> None:
-    # gate and up of the same expert, and neighbouring experts, in different files, out of order
-    def shard_of(name: str) -> int:
-        return 2 if "up_proj" in name else sum(map(ord, name)) % 2
-
-    folder = split_shards(checkpoints.folder("qwen2_moe"), tmp_path, shard_of, 3)
-    direct = checkpoints.load("qwen2_moe", scheme)
-    assert differences(octavo.load(folder, scheme), direct) == []
-    config = octavo.OctavoConfig(scheme)
-    assert differences(AutoModelForCausalLM.from_pretrained(folder, quantization_config=config), direct) == []
-
-
-def test_shards_without_an_index_load_when_their_numbers_are_complete(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    folder = split_shards(checkpoints.folder("llama"), tmp_path, lambda name: len(name) % 2, 2)
-    (folder / "model.safetensors.index.json").unlink()
-    assert differences(octavo.load(folder), checkpoints.load("llama", "fp8_channel")) == []
 
 
 # -- what must not matter ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ use (*lazily*), and the fine-grained fp8 format is unpacked at once where there 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,9 @@ import pytest
 import torch
 
 import octavo
-from helpers.stock import different, from_stock, logits_of, scales_of, tensors_of, write_reference
+from helpers.folders import tensors_of
+from helpers.models import random_model
+from helpers.stock import different, from_stock, logits_of, scales_of, write_reference
 from octavo import schemes
 
 transformers = pytest.importorskip("transformers")
@@ -122,30 +124,6 @@ class Written(NamedTuple):
 Write = Callable[[str, str, str], Written]
 
 
-def make_source(architecture: str, folder: Path) -> Path:
-    """Random weights, rows of different magnitudes, norms and biases random too."""
-    class_name, options = CONFIGS[architecture]
-    torch.manual_seed(0)
-    config = getattr(transformers, class_name)(**options)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
-            if parameter.ndim >= 2:
-                parameter.mul_(1 + torch.rand(parameter.shape[-2], 1))
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread_of_torch() -> Iterator[None]:
-    """Tests run beside each other: torch's own threads would wait for one another fifty times longer than they work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
     root = tmp_path_factory.mktemp("formats")
@@ -154,7 +132,8 @@ def write(tmp_path_factory: pytest.TempPathFactory) -> Write:
 
     def get(architecture: str, format: str, scheme: str) -> Written:
         if architecture not in sources:
-            sources[architecture] = make_source(architecture, root / architecture / "source")
+            sources[architecture] = root / architecture / "source"
+            random_model(*CONFIGS[architecture]).save_pretrained(sources[architecture])
         key = (architecture, format, scheme)
         if key not in made:
             source, folder = sources[architecture], root / architecture / f"{format} {scheme}"

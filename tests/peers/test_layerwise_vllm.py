@@ -6,38 +6,17 @@ downloaded: checkpoints are tiny and random.
 
 from __future__ import annotations
 
-import os
-import socket
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # vLLM's warnings are its own
-    pytest.importorskip("vllm")
-    import transformers
-    from vllm.config import DeviceConfig, LoadConfig, ModelConfig, VllmConfig, set_current_vllm_config
-    from vllm.distributed.parallel_state import (
-        destroy_distributed_environment,
-        destroy_model_parallel,
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
 import octavo
 from helpers import same_bytes
+from helpers.folders import tensors_of
+from helpers.models import differences, random_model, state_of
+from helpers.vllm_models import build, one_rank
 from octavo import schemes
 from octavo.layerwise import Session
 
@@ -86,68 +65,21 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
-def vllm_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], tuple[Path, Callable[[], Any]]]]:
+def vllm_models(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Callable[[str], tuple[Path, Callable[[], Any]]]]:
     """name -> (checkpoint folder, a function that builds vLLM's model of it, not loaded)."""
     root = tmp_path_factory.mktemp("vllm")
-    first = True
 
     def make(name: str) -> tuple[Path, Callable[[], Any]]:
-        nonlocal first
         folder = root / name
         if not folder.exists():
-            config_class, options = CONFIGS[name]
-            config = getattr(transformers, config_class)(**options)
-            torch.manual_seed(0)
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.02)
-            model.save_pretrained(folder)
-        model_config = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", enforce_eager=True)
-        vllm_config = VllmConfig(
-            model_config=model_config, load_config=LoadConfig(), device_config=DeviceConfig(device="cpu")
-        )
-        if first:
-            with set_current_vllm_config(vllm_config):
-                address = f"tcp://127.0.0.1:{free_port()}"
-                init_distributed_environment(1, 0, address, 0, "gloo")
-                initialize_model_parallel(1, 1)
-            first = False
+            random_model(*CONFIGS[name]).save_pretrained(folder)
+        return folder, lambda: build(folder)
 
-        def build() -> Any:
-            vllm_config.compilation_config.static_forward_context.clear()
-            with set_default_torch_dtype(torch.bfloat16), torch.device("cpu"):
-                return initialize_model(vllm_config)
-
-        return folder, build
-
-    yield make
-    destroy_model_parallel()
-    destroy_distributed_environment()
-
-
-def pairs_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
-
-
-def state_of(model: Any) -> dict[str, Tensor]:
-    return {name: tensor.data for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-
-
-def differences(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
-    return sorted(
-        name for name in a.keys() | b.keys() if name not in a or name not in b or not same_bytes(a[name], b[name])
-    )
+    with one_rank():
+        yield make
 
 
 by_model = pytest.mark.parametrize("name", CONFIGS)
@@ -157,12 +89,12 @@ by_model = pytest.mark.parametrize("name", CONFIGS)
 def test_unquantized_parameters_are_those_of_vllms_own_load(name: str, vllm_models: Any) -> None:
     folder, build = vllm_models(name)
     expected = build()
-    expected.load_weights(pairs_of(folder))
+    expected.load_weights(tensors_of(folder).items())
     model = build()
     before = {key: type(parameter) for key, parameter in model.named_parameters()}
     with octavo.layerwise(model, None) as session:
-        model.load_weights(pairs_of(folder))
-    assert differences(state_of(model), state_of(expected)) == []
+        model.load_weights(tensors_of(folder).items())
+    assert differences(model, expected) == []
     assert {key: type(parameter) for key, parameter in model.named_parameters()} == before
     finished = [event.layer for event in session.events if event.kind == "finish"]
     assert len(finished) == len(set(finished))
@@ -173,12 +105,12 @@ def test_unquantized_parameters_are_those_of_vllms_own_load(name: str, vllm_mode
 def test_a_recorded_plan_gives_the_same_parameters(name: str, vllm_models: Any) -> None:
     folder, build = vllm_models(name)
     expected = build()
-    expected.load_weights(pairs_of(folder))
+    expected.load_weights(tensors_of(folder).items())
     model = build()
     session = octavo.layerwise(model, None)
     plan = session.record(folder)
     session.stream(plan)
-    assert differences(state_of(model), state_of(expected)) == []
+    assert differences(model, expected) == []
     assert session.recording is not None
     print(len(plan.placements), "planned; online:", dict(session.recording.online))
 
@@ -189,14 +121,14 @@ def test_quantized_bytes_are_the_definitions(name: str, scheme: str, vllm_models
     """Of vLLM's own parameters, fused layers in the parts that were fused; online, from a plan, and updated."""
     folder, build = vllm_models(name)
     reference = build()
-    reference.load_weights(pairs_of(folder))
+    reference.load_weights(tensors_of(folder).items())
     expected = state_of(reference)
     online, planned = build(), build()
     with octavo.layerwise(online, scheme) as session:
-        online.load_weights(pairs_of(folder))
+        online.load_weights(tensors_of(folder).items())
     recorded = octavo.layerwise(planned, scheme)
     recorded.stream(recorded.record(folder))
-    assert differences(state_of(online), state_of(planned)) == []
+    assert differences(online, planned) == []
     quantized = 0
     for item in session.inventory.items:
         if item.scheme:
@@ -215,7 +147,7 @@ def test_quantized_bytes_are_the_definitions(name: str, scheme: str, vllm_models
     assert quantized >= 8
     addresses = {key: tensor.data_ptr() for key, tensor in state_of(online).items()}
     with session:
-        online.load_weights((key, tensor * 2) for key, tensor in pairs_of(folder))
+        online.load_weights((key, tensor * 2) for key, tensor in tensors_of(folder).items())
     assert {key: tensor.data_ptr() for key, tensor in state_of(online).items()} == addresses
     for item in session.inventory.items:
         if item.scheme:
@@ -240,4 +172,4 @@ def test_vllm_counts_elements_where_we_compare_boxes(scheme: str | None, vllm_mo
         model = build()
         session = Session(model, scheme)
         with pytest.raises(octavo.OctavoError, match=text), session:
-            model.load_weights(iter(change(list(pairs_of(folder)))))
+            model.load_weights(iter(change(list(tensors_of(folder).items()))))

@@ -1,8 +1,8 @@
 """The oldest transformers that pyproject.toml allows passes the same integration tests.
 
 Makes a virtual environment of its own beside the running one (whose torch, pytest and the rest it shares), installs
-that version with the older huggingface_hub that it asks for, and runs ``tests/integration/test_transformers.py`` in it.
-Kept in the cache folder, so that only the first run installs.
+that version with the older huggingface_hub that it asks for, and runs ``tests/integration/test_transformers*.py`` in
+it. Kept in the cache folder, so that only the first run installs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 OLDEST = "5.17.0"
 REPOSITORY = Path(__file__).resolve().parents[2]
-SUITE = REPOSITORY / "tests" / "integration" / "test_transformers.py"
+SUITE = sorted((REPOSITORY / "tests" / "integration").glob("test_transformers*.py"))
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 
@@ -33,7 +33,7 @@ def test_integration_tests_pass_with_the_oldest_transformers() -> None:
     found = _run(python, "-c", "import transformers; print(transformers.__version__)")
     assert found.stdout.strip() == OLDEST, found.stdout + found.stderr
     # without plug-ins of the calling run: no xdist workers inside of xdist workers
-    result = _run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(SUITE))
+    result = _run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *SUITE)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 

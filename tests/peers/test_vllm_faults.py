@@ -6,7 +6,6 @@ so that a version that does better is noticed.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers.vllm_checkpoints import make
+from helpers.folders import edit_tensors, split_shards
+from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_engine import Answer, Job, octavo_job, run
 
 pytestmark = [
@@ -30,27 +30,20 @@ Tensors = dict[str, Tensor]
 MLP = "model.layers.1.mlp."
 
 
-def edit(change: Callable[[Tensors], None]) -> Callable[[Path], None]:
+def edit(change: Callable[[Tensors], object]) -> Callable[[Path], object]:
     """A spoiler that changes the tensors of the one file."""
-
-    def spoil(folder: Path) -> None:
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-    return spoil
+    return lambda folder: edit_tensors(folder, change)
 
 
-def drop(*names: str) -> Callable[[Path], None]:
-    return edit(lambda tensors: [tensors.pop(name) for name in names] and None)
+def drop(*names: str) -> Callable[[Path], object]:
+    return edit(lambda tensors: [tensors.pop(name) for name in names])
 
 
-def rename(old: str, new: str) -> Callable[[Path], None]:
+def rename(old: str, new: str) -> Callable[[Path], object]:
     return edit(lambda tensors: tensors.update({new: tensors.pop(old)}))
 
 
-def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
+def replace(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Path], object]:
     return edit(lambda tensors: tensors.update({name: change(tensors[name])}))
 
 
@@ -70,12 +63,8 @@ def half_twice(folder: Path) -> None:
 
 
 def lose_shard(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-    weight_map = {name: names[MLP in name] for name in tensors}
-    save_file({n: t for n, t in tensors.items() if weight_map[n] == names[0]}, folder / names[0], {"format": "pt"})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    split_shards(folder, folder, lambda name: MLP in name, 2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
 
 
 def poison(tensor: Tensor) -> Tensor:
@@ -84,7 +73,7 @@ def poison(tensor: Tensor) -> Tensor:
 
 
 #: name -> (architecture, spoiler, what octavo names, whether stock vLLM 0.32 starts and answers all the same)
-SPOILED: dict[str, tuple[str, Callable[[Path], None], str, bool]] = {
+SPOILED: dict[str, tuple[str, Callable[[Path], object], str, bool]] = {
     "a layer with no weights": (
         "llama",
         drop(*(f"{MLP}{part}_proj.weight" for part in ("gate", "up", "down"))),
@@ -198,8 +187,6 @@ def test_an_option_that_cant_be_honoured_is_an_error(what: str, refusals: dict[s
 
 
 def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path) -> None:
-    from helpers.vllm_checkpoints import convert
-
     folder = convert(make("llama", tmp_path / "llama"), "fp8_channel")
     loader, flag = run(octavo_job(folder), Job(folder, {"quantization": "octavo_fp8_channel"}))
     assert "is served quantized already" in loader.error

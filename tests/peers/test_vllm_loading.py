@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.folders import edit_tensors
 from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_engine import Job, octavo_job
 from helpers.vllm_loading import load
@@ -63,12 +64,8 @@ def test_stacks_of_experts_stay_where_the_loader_takes_no_scales(tmp_path: Path)
 
 
 def test_half_a_layer_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    file = make("llama", tmp_path / "bf16") / "model.safetensors"
-    tensors = load_file(file)
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, file, {"format": "pt"})
-    (answer,) = load(octavo_job(file.parent))
+    folder = make("llama", tmp_path / "bf16")
+    edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    (answer,) = load(octavo_job(folder))
     assert "(only model.layers.1.mlp.gate_proj.weight goes there)" in answer.error
     assert not answer.parameters

@@ -21,36 +21,56 @@ from typing import Any
 import pytest
 
 from helpers.vllm_checkpoints import convert, make
-from helpers.vllm_engine import ENVIRONMENT, PROMPTS, Job, octavo_job, run
+from helpers.vllm_engine import ENVIRONMENT, PROMPTS, Answer, Job, octavo_job, run
 
 pytestmark = [
     pytest.mark.peers,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.usefixtures("vllm_engine"),
 ]
 
-EXPERT_PARALLEL = {"enable_expert_parallel": True}
+TWO = {"tensor_parallel_size": 2}
+EXPERTS = {"enable_expert_parallel": True}
+USUAL = {"block_size": 64, "gpu_memory_utilization": 0.2, "trust_remote_code": True, "max_model_len": 128}
+#: -> architecture, scheme, layers of vLLM that hold FP8 (see test_vllm_models.py), options beside two ranks
+CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "llama channel": ("llama wide", "fp8_channel", 8, {}),
+    "llama block": ("llama wide", "fp8_block", 8, {}),
+    "moe channel": ("qwen2_moe wide", "fp8_channel", 10, {}),
+    "moe block": ("qwen2_moe wide", "fp8_block", 10, {}),
+    "moe channel, experts apart": ("qwen2_moe wide", "fp8_channel", 10, EXPERTS),
+    "moe block, experts apart": ("qwen2_moe wide", "fp8_block", 10, EXPERTS),
+    "usual options": ("opt", "fp8_channel", 8, USUAL),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "scheme", "options"),
-    [
-        ("llama wide", "fp8_channel", {}),
-        ("llama wide", "fp8_block", {}),
-        ("qwen2_moe wide", "fp8_channel", {}),
-        ("qwen2_moe wide", "fp8_block", {}),
-        ("qwen2_moe wide", "fp8_channel", EXPERT_PARALLEL),
-        ("qwen2_moe wide", "fp8_block", EXPERT_PARALLEL),
-    ],
-)
+def mine_of(source: Path, scheme: str, options: dict[str, Any]) -> Job:
+    """octavo's, by its load format or, where the usual options are given, by the quantization flag."""
+    if options is USUAL:
+        return Job(source, {"quantization": f"octavo_{scheme}", **TWO, **options})
+    return octavo_job(source, scheme, **TWO, **options)
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Answer, Answer]]:
+    """Of octavo on the bf16 checkpoint and of stock vLLM on the converted one, each with two ranks."""
+    root = tmp_path_factory.mktemp("parallel")
+    sources = {name: make(name, root / name) for name in {case[0] for case in CASES.values()}}
+    converted = {pair: convert(sources[pair[0]], pair[1]) for pair in {case[:2] for case in CASES.values()}}
+    jobs = []
+    for name, scheme, _, options in CASES.values():
+        jobs += [mine_of(sources[name], scheme, options), Job(converted[name, scheme], {**TWO, **options})]
+    found = run(*jobs, timeout=1700)
+    return dict(zip(CASES, zip(found[::2], found[1::2], strict=True), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_stock_vllm_on_the_converted_checkpoint(
-    name: str, scheme: str, options: dict[str, Any], tmp_path: Path
+    case: str, answers: dict[str, tuple[Answer, Answer]]
 ) -> None:
-    source = make(name, tmp_path / "bf16")
-    two = {"tensor_parallel_size": 2, **options}
-    (mine,) = run(octavo_job(source, scheme, **two), timeout=400)
-    (stock,) = run(Job(convert(source, scheme), two), timeout=400)
+    _, scheme, layers, options = CASES[case]
+    mine, stock = answers[case]
     assert not mine.error, mine.output[-2500:]
     assert not stock.error, stock.output[-2500:]
     assert len(mine.parameters) == 2
@@ -58,26 +78,10 @@ def test_two_ranks_equal_stock_vllm_on_the_converted_checkpoint(
     assert mine.parameters == stock.parameters
     assert mine.tokens == stock.tokens
     assert mine.logprobs == stock.logprobs
-    # all of each kind of layer: qkv, o, gate_up, down; experts and a shared expert besides
-    assert f"{8 if name == 'llama wide' else 10} layers" in mine.log[0]
-    if options:  # two experts of four, each of three matrices, in two layers, are the other rank's
+    assert f"{layers} layers" in mine.log[0]
+    assert f"became {scheme}" in mine.log[0]
+    if options is EXPERTS:  # two experts of four, each of three matrices, in two layers, are the other rank's
         assert "not read: 12 (" in mine.output
-
-
-def test_the_quantization_flag_and_usual_options_on_two_ranks(tmp_path: Path) -> None:
-    source = make("opt", tmp_path / "bf16")
-    usual = {
-        "tensor_parallel_size": 2,
-        "block_size": 128,
-        "gpu_memory_utilization": 0.2,
-        "trust_remote_code": True,
-        "max_model_len": 128,
-    }
-    (mine,) = run(Job(source, {"quantization": "octavo_fp8_channel", **usual}), timeout=400)
-    (stock,) = run(Job(convert(source, "fp8_channel"), usual), timeout=400)
-    assert not mine.error, mine.output[-2500:]
-    assert mine.parameters == stock.parameters
-    assert (mine.tokens, mine.logprobs) == (stock.tokens, stock.logprobs)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from helpers.folders import edit_tensors
 from helpers.vllm_checkpoints import make
 from helpers.vllm_engine import Answer, octavo_job, run
 
@@ -56,12 +57,8 @@ def test_every_way_of_reloading_equals_a_fresh_load(name: str, scheme: str, tmp_
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_is_touched(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     old, new = make("llama", tmp_path / "old"), make("llama", tmp_path / "new", seed=1)
-    tensors = load_file(new / "model.safetensors")
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, new / "model.safetensors", {"format": "pt"})
+    edit_tensors(new, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     (mine,) = run(octavo_job(old, steps=[["reload_path", str(new)], ["state"]]))
     refusal, state = mine.results
     assert "has no model.layers.1.mlp.up_proj.weight" in refusal
