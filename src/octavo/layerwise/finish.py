@@ -188,6 +188,7 @@ class LayerFinisher:
         storage, _ = item.quantized_storage()
         self._session.ledger.hold(-storage.nbytes)
         parts = cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
+        intake.quantizer.press()
         odd = storage.seal(parts)
         if odd is not None:
             raise LoaderError(

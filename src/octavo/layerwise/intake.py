@@ -24,9 +24,10 @@ from ..sinks import Storage
 from .boxes import Box, Gaps, NoBoxError, trace_view
 from .items import Inventory, Item, Layer, offset_of
 from .modes import undisturbed
+from .quantizer import Quantizer
 from .report import Event, Ledger
 from .sources import Source, Sources, storage_key
-from .storage import QuantizedStorage, Quantizer, values_of
+from .storage import QuantizedStorage, values_of
 
 
 class _Held(NamedTuple):
@@ -162,6 +163,7 @@ class Intake:
             self._held.append(_Held(item, pieces, values, source, view))
             if self.sources.current is None:
                 self._flush()  # nobody says when the tensor may change
+                self.quantizer.settle()
         elif view is None:
             self._unhold(item)
             real = self.materialize(item)
@@ -230,9 +232,11 @@ class Intake:
         self.sources.joined(tensors, dim, result)
 
     def mutated(self, tensor: Tensor) -> None:
+        self.quantizer.settle()
         if self._held and any(storage_key(held.values) == storage_key(tensor) for held in self._held):
             with self.quiet():
                 self._flush()
+                self.quantizer.settle()
 
     def rewritten(self, tensor: Tensor, values: Sequence[Tensor]) -> None:
         self.sources.rewritten(tensor, values)
@@ -309,6 +313,7 @@ class Intake:
         met = [done for done in item.pressed if done.common(box)]
         if not met:
             return
+        self.quantizer.press()  # the former values of a box go first
         storage = self._storage(item)
         whole = Piece(*box, "", 0, (0,) * len(box.off))
         if storage.parts is None and storage.scheme.group_rows != 1:  # groups are those of the boxes as they came
@@ -353,7 +358,7 @@ class Intake:
         item = next(item for item in self.inventory.items if item.name == placement.name)
         if placement.scheme:
             scheme = schemes.get(placement.scheme)
-            item.quantized = QuantizedStorage(storage.weight, scheme, placement.parts, storage.scale)
+            item.quantized = QuantizedStorage(item.name, storage.weight, scheme, placement.parts, storage.scale)
         else:
             item.real = storage.weight
         item.gaps.boxes = []
@@ -444,7 +449,7 @@ class Intake:
             dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
             if storage.parts is not None and not storage.holds_groups(Box.of(cut)):
                 raise LoaderError(f"{what}: holds parts of scale groups whose rest is quantized. Write it as a whole.")
-            storage.put(self.quantizer, cut, values_of(cut, values), dtype, what)
+            self.quantizer.put(storage, cut, values_of(cut, values), dtype, what)
             item.pressed.append(Box.of(cut))
             item.changed = True
 

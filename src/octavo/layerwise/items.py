@@ -175,7 +175,7 @@ class Item:
             return self.quantized, False
         assert self.scheme is not None
         weight = torch.empty(self.stored_shape, dtype=schemes.FP8, device=self.device)
-        self.quantized = QuantizedStorage(weight, schemes.get(self.scheme))
+        self.quantized = QuantizedStorage(self.name, weight, schemes.get(self.scheme))
         return self.quantized, True
 
 

@@ -35,10 +35,11 @@ from .intake import Intake
 from .items import Face, Inventory, Item, Layer, decide, offset_of
 from .modes import Functions, Operations
 from .pairs import Pair, Pairs, Transform, load_by_name, transformed
+from .quantizer import Quantizer
 from .record import Loader, Recording, record
 from .report import Event, LayerwiseReport, Ledger
 from .sources import storage_key
-from .storage import QuantizedStorage, Quantizer
+from .storage import QuantizedStorage
 
 Finish = str | Recipe | Mapping[str, Any] | Provider | None
 
@@ -101,7 +102,7 @@ class Session:
             if item.name in quantized:
                 scheme, parts = quantized[item.name]
                 item.decision = Decision(scheme, "quantized by octavo")
-                item.quantized = QuantizedStorage(item.faces[0].tensor, schemes.get(scheme), parts)
+                item.quantized = QuantizedStorage(item.name, item.faces[0].tensor, schemes.get(scheme), parts)
                 item.dtype, item.cast = torch.float32, False  # which holds whatever comes
         session.loaded = True
         return session
@@ -177,6 +178,9 @@ class Session:
     def _leave(self, error: BaseException | None) -> None:
         """The model without us: loaded, or with nothing that looks loaded."""
         self.active = False
+        if error is not None:
+            with contextlib.suppress(RuntimeError):  # the error that we have comes first
+                self._quantizer.press()
         self._stack.close()
         if self.updating and error is not None:
             self._failure = self._update_error(error)
@@ -216,7 +220,8 @@ class Session:
                 for layer in self.inventory.layers:
                     if not layer.finished and id(layer.module) in present:  # nothing of it was to be loaded
                         self.intake.finish(layer)
-        self._quantizer.check()
+        with self.intake.quiet():
+            self._quantizer.check()
 
     def _note_strangers(self) -> None:
         """Modules that the loader built and put into the model are its own."""
