@@ -10,6 +10,7 @@ Offsets, sizes and strides are in elements.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ class Box(NamedTuple):
 
     @property
     def end(self) -> tuple[int, ...]:
-        return tuple(off + n for off, n in zip(self.off, self.size, strict=True))
+        return tuple(map(operator.add, self.off, self.size))
 
     @property
     def numel(self) -> int:
@@ -41,8 +42,8 @@ class Box(NamedTuple):
     def common(self, other: Box) -> Box | None:
         """Where both overlap."""
         off, size = [], []
-        for a, n, b, m in zip(self.off, self.size, other.off, other.size, strict=True):
-            low, high = max(a, b), min(a + n, b + m)
+        for a, n, b, m in zip(self.off, self.size, other.off, other.size):  # noqa: B905  # asked a million times
+            low, high = a if a > b else b, a + n if a + n < b + m else b + m
             if low >= high:
                 return None
             off.append(low)
@@ -55,9 +56,11 @@ class Box(NamedTuple):
         if inner is None:
             yield self
             return
+        if inner == self:
+            return
         off, size = list(self.off), list(self.size)
-        for axis in range(len(off)):
-            low, high, end = inner.off[axis], inner.end[axis], off[axis] + size[axis]
+        for axis, (low, high) in enumerate(zip(inner.off, inner.end, strict=True)):
+            end = off[axis] + size[axis]
             if off[axis] < low:
                 yield Box(
                     (*off[:axis], off[axis], *off[axis + 1 :]), (*size[:axis], low - off[axis], *size[axis + 1 :])

@@ -79,12 +79,13 @@ class Intake:
 
     def turn(self) -> None:
         """The loader is done with its pair."""
-        with self.quiet():
-            self._flush()
-            self._finish_pending()
-            for item in list(self._staged.values()):
-                with undisturbed():
-                    self.press_rest(item, each_matrix=True)
+        if self._held or self._pending or self._staged:
+            with self.quiet():
+                self._flush()
+                self._finish_pending()
+                for item in list(self._staged.values()):
+                    with undisturbed():
+                        self.press_rest(item, each_matrix=True)
         self.sources.current = None
 
     @contextlib.contextmanager
@@ -133,7 +134,7 @@ class Intake:
             self.touch_final(item)
             return
         with self.quiet():
-            source, values = self.sources.of(values), values.expand(view.shape)  # noqa: F841
+            source, values = self.sources.of(values), values.expand(view.shape)
             shape, offset = item.stored_shape, offset_of(view) - offset_of(final)
             try:
                 pieces = trace_view(
@@ -141,7 +142,10 @@ class Intake:
                 )
             except ValueError as error:
                 raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
-            self.put(item, [item.as_stored(piece) for piece in pieces], values)  # two axes that change places, or none
+            # two axes that change places, or none
+            pieces = [item.as_stored(piece)._replace(src_name=source.label) for piece in pieces]
+            self._turn_to(item, source)
+            self._put(item, pieces, values, source, None)
 
     def touch_final(self, item: Item) -> None:
         with self.quiet():
@@ -151,10 +155,21 @@ class Intake:
             )
 
     def put(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> None:
-        """Boxes of an item, and where ``values`` holds theirs: offsets and strides are those of its storage."""
+        """Boxes of an item, and where ``values``, which nobody changes in place, holds theirs: offsets and strides are
+        those of its storage."""
         source = self.sources.of(values)
         self._turn_to(item, source)
-        self._put(item, [piece._replace(src_name=source.label) for piece in pieces], values, source, None)
+        pieces = [piece._replace(src_name=source.label) for piece in pieces]
+        if item in self._staged.values() or not self._goes_straight(item, pieces, values):
+            self._put(item, pieces, values, source, None)
+            return
+        boxes = [Box.of(piece) for piece in pieces]
+        self._claim(item, boxes, source)
+        for piece, box in zip(pieces, boxes, strict=True):
+            event = Event("quantize", item.layers[0].name, item.name, box, source.name)
+            self._press(item, item.as_stored(piece), values, event)
+            self.ledger.event(event)
+        self._wrote(item, boxes, source, pieces)
 
     def _put(self, item: Item, pieces: list[Piece], values: Tensor, source: Source, view: Tensor | None) -> None:
         boxes = [Box.of(piece) for piece in pieces]
@@ -437,13 +452,12 @@ class Intake:
                 self._unhold(item)
                 continue
             for piece in held.pieces:
-                self._press(
-                    item, item.as_stored(piece), held.values, f"{item.name}{Box.of(piece)}, from {held.source.name}"
-                )
-                self.ledger.event(Event("quantize", item.layers[0].name, item.name, Box.of(piece), held.source.name))
+                event = Event("quantize", item.layers[0].name, item.name, Box.of(piece), held.source.name)
+                self._press(item, item.as_stored(piece), held.values, event)
+                self.ledger.event(event)
             self._held.pop(0)
 
-    def _press(self, item: Item, stored: Piece, values: Tensor, what: str) -> None:
+    def _press(self, item: Item, stored: Piece, values: Tensor, what: Event) -> None:
         storage = self._storage(item)
         for cut in storage.split(stored):
             dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
@@ -483,7 +497,7 @@ class Intake:
                     assert item.real is not None
                     values = item.real.permute(item.stored_axes)[box.slices]
                     piece = Piece(*box, "", offset_of(values), tuple(values.stride()))
-                    self._press(item, piece, values, f"{item.name}{box}")
+                    self._press(item, piece, values, Event("quantize", item.layers[0].name, item.name, box))
         if not waits and item.settled:
             self.release(item)
 

@@ -46,6 +46,9 @@ _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Operations within are plain: a mode that lets one pass takes longer than the operation."""
+    if not torch._C._len_torch_dispatch_stack():  # nobody follows them
+        yield
+        return
     with torch._C.DisableTorchFunction(), _disable_current_modes():
         yield
 

@@ -102,7 +102,9 @@ class Session:
             if item.name in quantized:
                 scheme, parts = quantized[item.name]
                 item.decision = Decision(scheme, "quantized by octavo")
-                item.quantized = QuantizedStorage(item.name, item.faces[0].tensor, schemes.get(scheme), parts)
+                module, leaf, weight = item.faces[0]
+                scale = module.get_parameter(modules.scale_name(leaf))
+                item.quantized = QuantizedStorage(item.name, weight, schemes.get(scheme), parts, scale)
                 item.dtype, item.cast = torch.float32, False  # which holds whatever comes
         session.loaded = True
         return session
@@ -178,10 +180,10 @@ class Session:
     def _leave(self, error: BaseException | None) -> None:
         """The model without us: loaded, or with nothing that looks loaded."""
         self.active = False
+        self._stack.close()
         if error is not None:
             with contextlib.suppress(RuntimeError):  # the error that we have comes first
                 self._quantizer.press()
-        self._stack.close()
         if self.updating and error is not None:
             self._failure = self._update_error(error)
         self.intake.forget()
