@@ -628,7 +628,6 @@ def test_staging_in_a_buffer_of_the_model() -> None:
     assert_channel(model["a"], weight)
 
 
-@pytest.mark.xfail(strict=True, reason="stacked, then flattened tensors are taken for one: they share scale groups")
 @pytest.mark.parametrize(
     "join", [lambda q, k: torch.stack([q, k]).flatten(0, 1), lambda q, k: torch.cat([q, q, k])[64:]]
 )
@@ -641,7 +640,6 @@ def test_tensors_that_are_joined_and_seen_otherwise_keep_their_scales(join: Call
     assert model["a"].weight_scale.numel() == 2
 
 
-@pytest.mark.xfail(strict=True, reason="memory that a loader allocates for a late parameter looks like its values")
 def test_a_late_parameter_that_is_never_loaded_is_named() -> None:
     model = linears("a")
     with pytest.raises(CoverageError, match="a.bias"), Session(model) as session:  # noqa: PT012, RUF043
@@ -658,7 +656,6 @@ def by_index(target: Tensor, start: int, tensor: Tensor) -> None:
     target[torch.arange(start, start + 64)] = tensor
 
 
-@pytest.mark.xfail(strict=True, reason="collected tensors count as one if they share a storage or go by index")
 @pytest.mark.parametrize(("write", "shared"), [(by_slice, True), (by_index, False)], ids=["storage", "index"])
 def test_tensors_that_a_loader_collects_keep_their_scales(write: Callable[..., None], shared: bool) -> None:
     q, k = weights(0)

@@ -22,12 +22,14 @@ from ..pieces import Piece
 from ..plan import Placement, cut_parts
 from ..sinks import Storage
 from .boxes import Box, Gaps, NoBoxError, trace_view
-from .items import Inventory, Item, Layer, offset_of
-from .modes import undisturbed
+from .items import Inventory, Item, Layer
+from .modes import Mark
 from .quantizer import Quantizer
 from .report import Event, Ledger
-from .sources import Source, Sources, storage_key
+from .sources import Source, Sources
 from .storage import QuantizedStorage, values_of
+from .tensors import offset_of, storage_key, undisturbed
+from .unfilled import Unfilled
 
 
 class _Held(NamedTuple):
@@ -61,7 +63,7 @@ class Intake:
         updating: bool,
     ) -> None:
         self.inventory, self.ledger, self.quantizer = inventory, ledger, quantizer
-        self.sources = Sources()
+        self.sources, self.unfilled = Sources(), Unfilled()
         self.paused = False
         self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
         self.finish = finish
@@ -74,6 +76,7 @@ class Intake:
 
     def take(self, name: str, tensor: Tensor) -> None:
         """The loader is given a pair."""
+        self.unfilled.forget(tensor)
         self.ledger.taken_bytes += tensor.nbytes
         self.sources.take(name, tensor)
 
@@ -122,6 +125,10 @@ class Intake:
         if values.is_meta and view.numel():
             raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
         with self.quiet():
+            if self.unfilled.gaps(values):
+                raise LoaderError(
+                    f"{item.name}: a loader copies memory to it that nothing was written to. Fill it first."
+                )
             view = item.on_twin(view) if item.virtual else view
             for place, taken, source in self.sources.split(view, values):
                 self._turn_to(item, source)
@@ -199,16 +206,32 @@ class Intake:
                 self._wrote(item, boxes, source)
             run(self._real(item, view))
 
-    def scatter(self, item: Item, view: Tensor, run: Callable[[Tensor], Any], mark: Callable[[Tensor], Any]) -> None:
-        source = self.sources.of(None)
+    def scatter(
+        self, item: Item, view: Tensor, values: Tensor | None, run: Callable[[Tensor], Any], mark: Mark
+    ) -> None:
         with self.quiet():
-            self._turn_to(item, source)
-            mask = torch.zeros(view.shape, dtype=torch.bool, device="cpu")
-            mark(mask)
-            boxes = self._marked(item, view, mask)
-            self._claim(item, boxes, source)
+            mask = torch.zeros(view.shape, dtype=torch.int32, device="cpu")
+            labels, sources = self._labels(values)
+            mark(mask, labels)
+            marked = [(source, self._marked(item, view, mask == n)) for n, source in enumerate(sources, 1)]
+            for source, boxes in marked:
+                self._turn_to(item, source)
+                self._claim(item, boxes, source)
             run(self._real(item, view))
-            self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
+            for source, boxes in marked:
+                self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
+
+    def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Source]]:
+        """The sources of values, and a number for each element that tells which, or one for all."""
+        one = torch.ones((), dtype=torch.int32, device="cpu")
+        if values is None or not values.ndim:
+            return one, [self.sources.of(values)]
+        labels = torch.ones(values.shape, dtype=torch.int32, device="cpu")
+        parts = self.sources.split(labels, values)
+        sources = list(dict.fromkeys(part.source for part in parts))
+        for part in parts:
+            part.place.fill_(1 + sources.index(part.source))
+        return labels, sources
 
     def overwrite(self, item: Item, view: Tensor) -> Tensor:
         source = self.sources.of(None)
@@ -240,12 +263,6 @@ class Intake:
     def device_of(self, item: Item) -> torch.device:
         return item.device
 
-    def derived(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        self.sources.derived(inputs, outputs)
-
-    def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
-        self.sources.joined(tensors, dim, result)
-
     def mutated(self, tensor: Tensor) -> None:
         self.quantizer.settle()
         if self._held and any(storage_key(held.values) == storage_key(tensor) for held in self._held):
@@ -253,8 +270,23 @@ class Intake:
                 self._flush()
                 self.quantizer.settle()
 
-    def rewritten(self, tensor: Tensor, values: Sequence[Tensor]) -> None:
-        self.sources.rewritten(tensor, values)
+    def computed(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        made: Sequence[Tensor],
+    ) -> None:
+        with self.quiet():
+            self.sources.computed(func, args, inputs, targets, made)
+            self.unfilled.computed(func, inputs, targets, made)
+
+    def escaped(self, tensor: Tensor) -> None:
+        self.unfilled.forget(tensor)
+        item = self.inventory.find(tensor)
+        if item is not None and not item.virtual:
+            item.gaps.boxes = []  # whoever writes there does not tell
 
     # -- boxes --------------------------------------------------------------------------------------------------------
 
@@ -293,6 +325,12 @@ class Intake:
 
     def _claim(self, item: Item, boxes: Sequence[Box], source: Source) -> None:
         """A box may be written once, or again by the pair that wrote it: what counts is the result."""
+        if source.mixed and item.scheme and schemes.get(item.scheme).group_rows != 1:
+            raise LoaderError(
+                f"{item.name}{''.join(map(str, boxes[:1]))}: a loader has made its values of {source.name}, in a way "
+                f"in which nobody can tell whose they are; of rows that come from different tensors {item.scheme} has "
+                "scales of their own. Copy each tensor by itself, or choose a scheme whose groups lie within rows."
+            )
         loose = item.is_buffer and not item.required  # a table that the loader may fill as it likes
         if item.settled and not self._updating and self._duplicates == "error" and not loose:
             raise CoverageError(

@@ -32,14 +32,14 @@ from ..sinks import ParameterSink, Storage
 from ..stream import Stream
 from .finish import LayerFinisher, Provider, on_meta, set_tensor
 from .intake import Intake
-from .items import Face, Inventory, Item, Layer, decide, offset_of
+from .items import Face, Inventory, Item, Layer, decide
 from .modes import Functions, Operations
 from .pairs import Pair, Pairs, Transform, load_by_name, transformed
 from .quantizer import Quantizer
 from .record import Loader, Recording, record
 from .report import Event, LayerwiseReport, Ledger
-from .sources import storage_key
 from .storage import QuantizedStorage
+from .tensors import offset_of, storage_key
 
 Finish = str | Recipe | Mapping[str, Any] | Provider | None
 
@@ -150,6 +150,7 @@ class Session:
                 self._end_update()
             raise
         self.active = True
+        self.intake.sources.following = self._follow
         return self
 
     def _listen(self) -> None:
@@ -235,7 +236,7 @@ class Session:
     def _coverage_problems(self) -> list[str]:
         problems, present = [], {id(module) for module in self.model.modules()}
         for item in self.inventory.items:
-            if not item.gaps or (not item.required and item.untouched):
+            if not item.gaps or (not item.required and item.untouched) or _has_other_memory(item):
                 continue
             if not any(id(face.module) in present for face in item.faces):
                 continue  # the loader took the module out of the model
@@ -335,9 +336,14 @@ class Session:
         if parameter.is_meta:
             item.twin = parameter.detach()
             self.intake.reopen(layer)
-        else:  # the loader's own: it may hold its values already
-            item.required, item.real = False, parameter.detach()
-            self.ledger.hold(item.nbytes)
+            return None
+        # the loader's own memory: it holds its values, or gets them
+        item.real, item.gaps.boxes = parameter.detach(), self.intake.unfilled.gaps(parameter)
+        item.required = bool(item.gaps) and not self._is_optional(item)
+        self.intake.unfilled.forget(parameter)
+        self.ledger.hold(item.nbytes)
+        if item.required:
+            self.intake.reopen(layer)
         return None
 
     def _replaced(self, module: nn.Module, leaf: str, tensor: Tensor | None) -> Any:
@@ -351,6 +357,11 @@ class Session:
             return None
         if self.inventory.find(tensor) is item:  # the same one, in whatever shape
             return None if item.virtual else present
+        if self.intake.unfilled.gaps(tensor):
+            raise LoaderError(
+                f"{item.name}: a loader puts memory in its place that nothing was written to. Fill it first, or write "
+                "to the parameter that is there."
+            )
         if present.shape != tensor.shape:
             raise LoaderError(
                 f"{item.name} {list(present.shape)}: a loader puts a tensor of another shape in its place, "
@@ -553,6 +564,12 @@ def _owns_its_storage(tensor: Tensor) -> bool:
     """Whether memory that is given back was this tensor's alone (views of one storage keep it)."""
     storage = tensor.untyped_storage()
     return storage.resizable() and storage.nbytes() == tensor.nbytes
+
+
+def _has_other_memory(item: Item) -> bool:
+    """Whether a loader gave its own parameter memory that it brought (``parameter.data = tensor``)."""
+    real = None if item.virtual else item.real
+    return real is not None and storage_key(item.faces[0].tensor) != storage_key(real)
 
 
 def _is_about(error: BaseException, item: Item) -> bool:

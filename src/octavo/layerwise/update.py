@@ -19,10 +19,11 @@ from ..checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
 from ..plan import DEFAULT_STAGING_BYTES, Plan
-from .items import Item, offset_of
+from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport
 from .session import Session
+from .tensors import offset_of
 
 
 @dataclass(frozen=True)
