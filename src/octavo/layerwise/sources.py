@@ -24,6 +24,7 @@ from .tensors import is_view, offset_of, storage_key
 aten = torch.ops.aten
 #: what puts some elements of one tensor somewhere into another
 _SCATTERS = frozenset({aten.index_put_, aten.index_copy_, aten.scatter_, aten.masked_scatter_, aten.put_})
+_COPIES = frozenset({aten.clone, aten._to_copy})
 #: regions, or parts of a write, beyond which nobody follows
 _MANY = 4096
 
@@ -191,7 +192,7 @@ class Sources:
             if packet is aten.copy_:
                 self._written(target, self._parts(target, values[0]) if values else [])
             elif "out" in func._overloadname or self._lineage(target) is None:
-                self._written(target, self._made_of(target, values))
+                self._written(target, self._made_of(func, target, values))
             elif packet in _SCATTERS:
                 known = [self.of(tensor) for tensor in (target, *values) if self._lineage(tensor) is not None]
                 self._written(target, [_Part(target, target, self._together(known))])
@@ -205,7 +206,7 @@ class Sources:
             elif packet is aten.stack:
                 parts = [p for place, t in zip(tensor.unbind(dim), inputs, strict=True) for p in self._parts(place, t)]
             else:
-                parts = self._made_of(tensor, inputs)
+                parts = self._made_of(func, tensor, inputs)
             self._written(tensor, parts)
 
     def clear(self) -> None:
@@ -260,13 +261,14 @@ class Sources:
         if not all(followed):
             self._remember(target, self._together([*sources, *([found.source] if found.source else [])]))
 
-    def _made_of(self, made: Tensor, inputs: Sequence[Tensor]) -> list[_Part]:
+    def _made_of(self, func: Any, made: Tensor, inputs: Sequence[Tensor]) -> list[_Part]:
         """What an operation made: the first input of a known pair tells whose it is, element by element if it can."""
+        by_element = torch.Tag.pointwise in func.tags or func.overloadpacket in _COPIES
         for tensor in inputs:
             found = self._lineage(tensor)
             if found is None:
                 continue
-            if not found.regions or tensor.shape == made.shape:
+            if not found.regions or (by_element and tensor.shape == made.shape):
                 return self._parts(made, tensor)
             return [_Part(made, made, self.of(tensor))]
         return []
