@@ -157,11 +157,10 @@ class Batches:
         suspects = (job for finite, jobs in checks if not finite for job in jobs)
         return next((job.what for job in suspects if not torch.isfinite(job.scales.float()).all()), None)
 
-    def forget(self) -> None:
-        """Drop what waits, and what was not asked about."""
+    def close(self) -> None:
+        """Whatever waits is dropped; nothing is copied any more, so that the memory may go."""
         if self._copies is not None:
             self._copies.synchronize()
-        self._jobs, self._checks, self._used, self._sent = [], [], 0, 0
 
     def _pinned(self) -> Tensor:
         lane = self._lanes[0]

@@ -111,10 +111,11 @@ class Quantizer:
             if what is not None:
                 raise WeightError(_nonfinite(what))
 
-    def forget(self) -> None:
-        """Drop what waits; nothing that went before is checked."""
+    def close(self) -> None:
+        """Drop what waits and what is not checked, and give back all memory."""
         for batches in self._batches.values():
-            batches.forget()
+            batches.close()
+        self._batches, self._scratch = {}, None
 
     def _batches_on(self, device: torch.device) -> Batches | None:
         if not has_batches(device):

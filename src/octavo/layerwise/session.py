@@ -139,7 +139,6 @@ class Session:
             raise LoaderError("this session's load failed, and left parameters on meta: build model and session anew")
         self._began, self._saw_pairs, self._updating = now(), False, self.loaded
         self.ledger.events = []
-        self._quantizer.forget()
         self.intake = self._new_intake()
         try:
             self._begin_update() if self.updating else self._begin_load()
@@ -191,6 +190,7 @@ class Session:
         self.inventory.untrack()
         for item in self.inventory.items:
             item.make_safe()
+        self._quantizer.close()
         self.report.total_s += now() - self._began
         self.report.peak_bytes, self.report.taken_bytes = self.ledger.peak_bytes, self.ledger.taken_bytes
         if self.updating:
