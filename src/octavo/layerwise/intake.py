@@ -109,10 +109,12 @@ class Intake:
         self._staged.clear()
         self.sources.clear()
 
-    @property
-    def waiting(self) -> list[Item]:
-        """Items of which some boxes are neither old nor new: they wait for others of their scale groups."""
-        return list(self._staged.values())
+    def waiting_problems(self) -> list[str]:
+        """What came of an update, and could not be quantized."""
+        return [
+            f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
+            for item in self._staged.values()
+        ]
 
     @property
     def unfinished(self) -> list[Item]:
