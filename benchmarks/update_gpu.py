@@ -5,8 +5,9 @@
 `octavo.update` requantizes new bf16 weights into the FP8 storage of a model that `octavo.load` loaded. The source is
 where a trainer may have it:
 
-    device      bf16 tensors on the GPU; the limit is reading them there once (a reduction of every tensor)
-    pinned      in pinned host memory; the limit is one copy of that many bytes to the device
+    device      bf16 tensors on the GPU; the limit is reading that many bytes there once
+    pinned      in pinned host memory, in a dict; the limit is one copy of that many bytes to the device
+    iterator    the same from an iterator, which may use a tensor's memory again: each copy is awaited; the same limit
     pageable    in ordinary host memory; the same limit
 
 Before anything is timed, bytes are compared with `octavo.schemes.quantize` on the CPU, for a sample of weights; after
@@ -50,11 +51,23 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def read_source(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, in ordinary memory."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118
                 found[name] = opened.get_tensor(name).clone()
+    return found
+
+
+def pinned(source: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in pinned memory, some GiB at a time: torch rounds each allocation up to a power of two."""
+    found: dict[str, Tensor] = {}
+    buffer, used = torch.empty(0, dtype=torch.uint8), 0
+    for name, tensor in source.items():
+        if used + tensor.nbytes > buffer.nbytes:
+            buffer, used = torch.empty(max(4 << 30, tensor.nbytes), dtype=torch.uint8, pin_memory=True), 0
+        found[name] = buffer[used : used + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        used += -(-tensor.nbytes // 256) * 256
     return found
 
 
@@ -106,9 +119,9 @@ def addresses(model: Any) -> dict[str, int]:
     return {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
 
 
-def timed(model: Any, make: Callable[[], Iterable[tuple[str, Tensor]]], repeats: int, staging: int) -> dict[str, Any]:
-    before, times, over = addresses(model), [], []
-    for _ in range(repeats + 1):
+def timed(model: Any, make: Callable[[], Iterable[tuple[str, Tensor]]], options: argparse.Namespace) -> dict[str, Any]:
+    before, times, over, staging = addresses(model), [], [], options.staging_bytes
+    for _ in range(options.repeats + 1):
         pairs = make()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -128,13 +141,19 @@ def copy_rate() -> float:
     return statistics.median(here.nbytes / seconds(lambda: there.copy_(here, non_blocking=True)) for _ in range(5))
 
 
+def read_rate() -> float:
+    """Bytes a second that the device reads of its memory: a sum of 4 GiB."""
+    there = torch.zeros(1 << 30, dtype=torch.float32, device="cuda")
+    return statistics.median(there.nbytes / seconds(there.sum) for _ in range(5))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen1.5-moe-a2.7b", choices=make_checkpoint.MODELS)
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--folder", type=Path, default=common.FOLDER, help="for the checkpoint (%(default)s)")
     parser.add_argument("--schemes", nargs="+", default=["fp8_channel", "fp8_block"], choices=list(schemes.SCHEMES))
-    parser.add_argument("--sources", nargs="+", default=["device", "pinned", "pageable"])
+    parser.add_argument("--sources", nargs="+", default=["device", "pinned", "iterator", "pageable"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--staging-bytes", type=int, default=DEFAULT_STAGING_BYTES)
     parser.add_argument("--no-save", action="store_true")
@@ -144,31 +163,28 @@ def main() -> None:
     source = read_source(folder)
     nbytes = sum(tensor.nbytes for tensor in source.values())
     say(f"{nbytes / 1e9:.2f} GB in {len(source):,} tensors on {torch.cuda.get_device_name()}")
-    copy_s = nbytes / copy_rate()
+    limits_s = {"device": nbytes / read_rate()}
+    limits_s.update(dict.fromkeys(("pinned", "iterator", "pageable"), nbytes / copy_rate()))
+    held = {"device": {name: tensor.cuda() for name, tensor in source.items()}, "pageable": source}
+    held["pinned"] = held["iterator"] = pinned(source) if {"pinned", "iterator"} & set(options.sources) else {}
     results: dict[str, Any] = {}
     for scheme in options.schemes:
         model = octavo.load(folder, scheme, "cuda", progress=False)
         replay, anew = captured(model)
         for where in options.sources:
-            if where == "device":
-                held = {name: tensor.cuda() for name, tensor in source.items()}
-                limit_s = min(seconds(lambda held=held: [t.amax() for t in held.values()]) for _ in range(3))
-            else:
-                held = {n: t.pin_memory() for n, t in source.items()} if where == "pinned" else source
-                limit_s = copy_s
             # other weights than those that were loaded, so that an update that does nothing fails
-            octavo.update(model, ((name, tensor * 1.25) for name, tensor in source.items()))
+            octavo.update(model, ((name, tensor * 1.25) for name, tensor in held["device"].items()))
             compared = check_bytes(model, source, scheme, 1.25)
             assert torch.equal(replay(), anew())
-            found = timed(model, lambda held=held: iter(held.items()), options.repeats, options.staging_bytes)
+            pairs = held[where].items()
+            found = timed(model, lambda: iter(pairs) if where == "iterator" else pairs, options)  # noqa: B023
             compared += check_bytes(model, source, scheme, 1.0)
             assert torch.equal(replay(), anew())
-            del held
-            found.update(limit_s=round(limit_s, 3), compared=compared)
-            found["over_limit"] = round(found["update_s"]["median"] / limit_s, 2)
+            found.update(limit_s=round(limits_s[where], 4), compared=compared)
+            found["over_limit"] = round(found["update_s"]["median"] / limits_s[where], 2)
             results[f"{scheme} {where}"] = found
             say(
-                f"{scheme:12} {where:9} {found['update_s']['median']:.3f} s, limit {limit_s:.3f} s "
+                f"{scheme:12} {where:9} {found['update_s']['median']:.3f} s, limit {found['limit_s']:.3f} s "
                 f"({found['over_limit']} x), over the model {found['over_model_bytes'] / MIB:.0f} MiB"
             )
         del model, replay, anew

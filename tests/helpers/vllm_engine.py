@@ -25,6 +25,7 @@ from .folders import tensors_of
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",  # whatever other tests of the same process want: octavo's lines are looked at
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_COLOR": "0",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for functions that are sent to workers

@@ -9,7 +9,9 @@ Offsets, sizes and strides are in elements.
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,7 +26,7 @@ class Box(NamedTuple):
 
     @property
     def end(self) -> tuple[int, ...]:
-        return tuple(off + n for off, n in zip(self.off, self.size, strict=True))
+        return tuple(map(operator.add, self.off, self.size))
 
     @property
     def numel(self) -> int:
@@ -41,8 +43,8 @@ class Box(NamedTuple):
     def common(self, other: Box) -> Box | None:
         """Where both overlap."""
         off, size = [], []
-        for a, n, b, m in zip(self.off, self.size, other.off, other.size, strict=True):
-            low, high = max(a, b), min(a + n, b + m)
+        for a, n, b, m in zip(self.off, self.size, other.off, other.size):  # noqa: B905  # asked a million times
+            low, high = a if a > b else b, a + n if a + n < b + m else b + m
             if low >= high:
                 return None
             off.append(low)
@@ -55,9 +57,11 @@ class Box(NamedTuple):
         if inner is None:
             yield self
             return
+        if inner == self:
+            return
         off, size = list(self.off), list(self.size)
-        for axis in range(len(off)):
-            low, high, end = inner.off[axis], inner.end[axis], off[axis] + size[axis]
+        for axis, (low, high) in enumerate(zip(inner.off, inner.end, strict=True)):
+            end = off[axis] + size[axis]
             if off[axis] < low:
                 yield Box(
                     (*off[:axis], off[axis], *off[axis + 1 :]), (*size[:axis], low - off[axis], *size[axis + 1 :])
@@ -148,6 +152,49 @@ def trace_view(
             whole_off[d], whole_size[d], whole_src[d] = a, n, s
         pieces.append(Piece(tuple(whole_off), tuple(whole_size), src_name, shift, tuple(whole_src)))
     return pieces
+
+
+#: rows of a layout: more than any storage has
+_ROWS = 1 << 48
+
+
+def embed(sizes: Sequence[int], strides: Sequence[int], offset: int) -> tuple[tuple[int, ...], Box] | None:
+    """A view of a storage as a box: of the dense layout of the storage that the view's strides describe.
+
+    Returns:
+        the strides of the layout, and the box; None where no layout shows the view as one (elements that coincide, axes
+        that don't divide each other).
+    """
+    dims = _merged([_Dim(n, stride, stride) for n, stride in zip(sizes, strides, strict=True) if n > 1])
+    layout = [dim.dst for dim in dims]
+    if not layout or layout[-1] != 1:
+        dims, layout = [*dims, _Dim(1, 1, 1)], [*layout, 1]
+    if any(not inner or outer % inner for outer, inner in itertools.pairwise(layout)):
+        return None
+    start, rest = [], offset
+    for step in layout:
+        start.append(rest // step)
+        rest %= step
+    for at, dim, extent in zip(start[1:], dims[1:], _extents(layout)[1:], strict=True):
+        if at + dim.size > extent:
+            return None
+    return tuple(layout), Box(tuple(start), tuple(dim.size for dim in dims))
+
+
+def trace_in(
+    layout: Sequence[int],
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    offset: int,
+    src_strides: Sequence[int],
+    src_off: int,
+) -> list[Piece]:
+    """`trace_view` of a view of a storage, in a layout of `embed`."""
+    return trace_view(_extents(layout), layout, offset, sizes, strides, src_strides, src_off)
+
+
+def _extents(layout: Sequence[int]) -> list[int]:
+    return [_ROWS, *(outer // inner for outer, inner in itertools.pairwise(layout))]
 
 
 def _merged(dims: Sequence[_Dim]) -> list[_Dim]:

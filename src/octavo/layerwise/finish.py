@@ -17,8 +17,8 @@ from ..errors import LoaderError
 from ..plan import cut_parts
 from ..ring import now
 from .items import Face, Item, Layer
-from .modes import undisturbed
 from .report import Event, LayerReport
+from .tensors import undisturbed
 
 #: what users give as ``finish``: changes the layer in place, or returns the module that takes its place
 Provider = Callable[[nn.Module], "nn.Module | None"]
@@ -188,6 +188,7 @@ class LayerFinisher:
         storage, _ = item.quantized_storage()
         self._session.ledger.hold(-storage.nbytes)
         parts = cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
+        intake.quantizer.press()
         odd = storage.seal(parts)
         if odd is not None:
             raise LoaderError(

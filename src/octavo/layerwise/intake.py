@@ -22,11 +22,14 @@ from ..pieces import Piece
 from ..plan import Placement, cut_parts
 from ..sinks import Storage
 from .boxes import Box, Gaps, NoBoxError, trace_view
-from .items import Inventory, Item, Layer, offset_of
-from .modes import undisturbed
+from .items import Inventory, Item, Layer
+from .modes import Mark
+from .quantizer import Quantizer
 from .report import Event, Ledger
-from .sources import Source, Sources, storage_key
-from .storage import QuantizedStorage, Quantizer, values_of
+from .sources import Source, Sources
+from .storage import QuantizedStorage, values_of
+from .tensors import offset_of, storage_key, undisturbed
+from .unfilled import Unfilled
 
 
 class _Held(NamedTuple):
@@ -60,7 +63,7 @@ class Intake:
         updating: bool,
     ) -> None:
         self.inventory, self.ledger, self.quantizer = inventory, ledger, quantizer
-        self.sources = Sources()
+        self.sources, self.unfilled = Sources(), Unfilled()
         self.paused = False
         self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
         self.finish = finish
@@ -73,17 +76,19 @@ class Intake:
 
     def take(self, name: str, tensor: Tensor) -> None:
         """The loader is given a pair."""
+        self.unfilled.forget(tensor)
         self.ledger.taken_bytes += tensor.nbytes
         self.sources.take(name, tensor)
 
     def turn(self) -> None:
         """The loader is done with its pair."""
-        with self.quiet():
-            self._flush()
-            self._finish_pending()
-            for item in list(self._staged.values()):
-                with undisturbed():
-                    self.press_rest(item, each_matrix=True)
+        if self._held or self._pending or self._staged:
+            with self.quiet():
+                self._flush()
+                self._finish_pending()
+                for item in list(self._staged.values()):
+                    with undisturbed():
+                        self.press_rest(item, each_matrix=True)
         self.sources.current = None
 
     @contextlib.contextmanager
@@ -104,10 +109,12 @@ class Intake:
         self._staged.clear()
         self.sources.clear()
 
-    @property
-    def waiting(self) -> list[Item]:
-        """Items of which some boxes are neither old nor new: they wait for others of their scale groups."""
-        return list(self._staged.values())
+    def waiting_problems(self) -> list[str]:
+        """What came of an update, and could not be quantized."""
+        return [
+            f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
+            for item in self._staged.values()
+        ]
 
     @property
     def unfinished(self) -> list[Item]:
@@ -120,6 +127,10 @@ class Intake:
         if values.is_meta and view.numel():
             raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
         with self.quiet():
+            if self.unfilled.gaps(values):
+                raise LoaderError(
+                    f"{item.name}: a loader copies memory to it that nothing was written to. Fill it first."
+                )
             view = item.on_twin(view) if item.virtual else view
             for place, taken, source in self.sources.split(view, values):
                 self._turn_to(item, source)
@@ -132,7 +143,7 @@ class Intake:
             self.touch_final(item)
             return
         with self.quiet():
-            source, values = self.sources.of(values), values.expand(view.shape)  # noqa: F841
+            source, values = self.sources.of(values), values.expand(view.shape)
             shape, offset = item.stored_shape, offset_of(view) - offset_of(final)
             try:
                 pieces = trace_view(
@@ -140,7 +151,10 @@ class Intake:
                 )
             except ValueError as error:
                 raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
-            self.put(item, [item.as_stored(piece) for piece in pieces], values)  # two axes that change places, or none
+            # two axes that change places, or none
+            pieces = [item.as_stored(piece)._replace(src_name=source.label) for piece in pieces]
+            self._turn_to(item, source)
+            self._put(item, pieces, values, source, None)
 
     def touch_final(self, item: Item) -> None:
         with self.quiet():
@@ -150,10 +164,21 @@ class Intake:
             )
 
     def put(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> None:
-        """Boxes of an item, and where ``values`` holds theirs: offsets and strides are those of its storage."""
+        """Boxes of an item, and where ``values``, which nobody changes in place, holds theirs: offsets and strides are
+        those of its storage."""
         source = self.sources.of(values)
         self._turn_to(item, source)
-        self._put(item, [piece._replace(src_name=source.label) for piece in pieces], values, source, None)
+        pieces = [piece._replace(src_name=source.label) for piece in pieces]
+        if item in self._staged.values() or not self._goes_straight(item, pieces, values):
+            self._put(item, pieces, values, source, None)
+            return
+        boxes = [Box.of(piece) for piece in pieces]
+        self._claim(item, boxes, source)
+        for piece, box in zip(pieces, boxes, strict=True):
+            event = Event("quantize", item.layers[0].name, item.name, box, source.name)
+            self._press(item, item.as_stored(piece), values, event)
+            self.ledger.event(event)
+        self._wrote(item, boxes, source, pieces)
 
     def _put(self, item: Item, pieces: list[Piece], values: Tensor, source: Source, view: Tensor | None) -> None:
         boxes = [Box.of(piece) for piece in pieces]
@@ -162,6 +187,7 @@ class Intake:
             self._held.append(_Held(item, pieces, values, source, view))
             if self.sources.current is None:
                 self._flush()  # nobody says when the tensor may change
+                self.quantizer.settle()
         elif view is None:
             self._unhold(item)
             real = self.materialize(item)
@@ -182,16 +208,32 @@ class Intake:
                 self._wrote(item, boxes, source)
             run(self._real(item, view))
 
-    def scatter(self, item: Item, view: Tensor, run: Callable[[Tensor], Any], mark: Callable[[Tensor], Any]) -> None:
-        source = self.sources.of(None)
+    def scatter(
+        self, item: Item, view: Tensor, values: Tensor | None, run: Callable[[Tensor], Any], mark: Mark
+    ) -> None:
         with self.quiet():
-            self._turn_to(item, source)
-            mask = torch.zeros(view.shape, dtype=torch.bool, device="cpu")
-            mark(mask)
-            boxes = self._marked(item, view, mask)
-            self._claim(item, boxes, source)
+            mask = torch.zeros(view.shape, dtype=torch.int32, device="cpu")
+            labels, sources = self._labels(values)
+            mark(mask, labels)
+            marked = [(source, self._marked(item, view, mask == n)) for n, source in enumerate(sources, 1)]
+            for source, boxes in marked:
+                self._turn_to(item, source)
+                self._claim(item, boxes, source)
             run(self._real(item, view))
-            self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
+            for source, boxes in marked:
+                self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
+
+    def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Source]]:
+        """The sources of values, and a number for each element that tells which, or one for all."""
+        one = torch.ones((), dtype=torch.int32, device="cpu")
+        if values is None or not values.ndim:
+            return one, [self.sources.of(values)]
+        labels = torch.ones(values.shape, dtype=torch.int32, device="cpu")
+        parts = self.sources.split(labels, values)
+        sources = list(dict.fromkeys(part.source for part in parts))
+        for part in parts:
+            part.place.fill_(1 + sources.index(part.source))
+        return labels, sources
 
     def overwrite(self, item: Item, view: Tensor) -> Tensor:
         source = self.sources.of(None)
@@ -223,19 +265,30 @@ class Intake:
     def device_of(self, item: Item) -> torch.device:
         return item.device
 
-    def derived(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        self.sources.derived(inputs, outputs)
-
-    def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
-        self.sources.joined(tensors, dim, result)
-
     def mutated(self, tensor: Tensor) -> None:
+        self.quantizer.settle()
         if self._held and any(storage_key(held.values) == storage_key(tensor) for held in self._held):
             with self.quiet():
                 self._flush()
+                self.quantizer.settle()
 
-    def rewritten(self, tensor: Tensor, values: Sequence[Tensor]) -> None:
-        self.sources.rewritten(tensor, values)
+    def computed(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        made: Sequence[Tensor],
+    ) -> None:
+        with self.quiet():
+            self.sources.computed(func, args, inputs, targets, made)
+            self.unfilled.computed(func, inputs, targets, made)
+
+    def escaped(self, tensor: Tensor) -> None:
+        self.unfilled.forget(tensor)
+        item = self.inventory.find(tensor)
+        if item is not None and not item.virtual:
+            item.gaps.boxes = []  # whoever writes there does not tell
 
     # -- boxes --------------------------------------------------------------------------------------------------------
 
@@ -274,6 +327,12 @@ class Intake:
 
     def _claim(self, item: Item, boxes: Sequence[Box], source: Source) -> None:
         """A box may be written once, or again by the pair that wrote it: what counts is the result."""
+        if source.mixed and item.scheme and schemes.get(item.scheme).group_rows != 1:
+            raise LoaderError(
+                f"{item.name}{''.join(map(str, boxes[:1]))}: a loader has made its values of {source.name}, in a way "
+                f"in which nobody can tell whose they are; of rows that come from different tensors {item.scheme} has "
+                "scales of their own. Copy each tensor by itself, or choose a scheme whose groups lie within rows."
+            )
         loose = item.is_buffer and not item.required  # a table that the loader may fill as it likes
         if item.settled and not self._updating and self._duplicates == "error" and not loose:
             raise CoverageError(
@@ -309,6 +368,7 @@ class Intake:
         met = [done for done in item.pressed if done.common(box)]
         if not met:
             return
+        self.quantizer.press()  # the former values of a box go first
         storage = self._storage(item)
         whole = Piece(*box, "", 0, (0,) * len(box.off))
         if storage.parts is None and storage.scheme.group_rows != 1:  # groups are those of the boxes as they came
@@ -353,7 +413,7 @@ class Intake:
         item = next(item for item in self.inventory.items if item.name == placement.name)
         if placement.scheme:
             scheme = schemes.get(placement.scheme)
-            item.quantized = QuantizedStorage(storage.weight, scheme, placement.parts, storage.scale)
+            item.quantized = QuantizedStorage(item.name, storage.weight, scheme, placement.parts, storage.scale)
         else:
             item.real = storage.weight
         item.gaps.boxes = []
@@ -432,19 +492,18 @@ class Intake:
                 self._unhold(item)
                 continue
             for piece in held.pieces:
-                self._press(
-                    item, item.as_stored(piece), held.values, f"{item.name}{Box.of(piece)}, from {held.source.name}"
-                )
-                self.ledger.event(Event("quantize", item.layers[0].name, item.name, Box.of(piece), held.source.name))
+                event = Event("quantize", item.layers[0].name, item.name, Box.of(piece), held.source.name)
+                self._press(item, item.as_stored(piece), held.values, event)
+                self.ledger.event(event)
             self._held.pop(0)
 
-    def _press(self, item: Item, stored: Piece, values: Tensor, what: str) -> None:
+    def _press(self, item: Item, stored: Piece, values: Tensor, what: Event) -> None:
         storage = self._storage(item)
         for cut in storage.split(stored):
             dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
             if storage.parts is not None and not storage.holds_groups(Box.of(cut)):
                 raise LoaderError(f"{what}: holds parts of scale groups whose rest is quantized. Write it as a whole.")
-            storage.put(self.quantizer, cut, values_of(cut, values), dtype, what)
+            self.quantizer.put(storage, cut, values_of(cut, values), dtype, what)
             item.pressed.append(Box.of(cut))
             item.changed = True
 
@@ -478,7 +537,7 @@ class Intake:
                     assert item.real is not None
                     values = item.real.permute(item.stored_axes)[box.slices]
                     piece = Piece(*box, "", offset_of(values), tuple(values.stride()))
-                    self._press(item, piece, values, f"{item.name}{box}")
+                    self._press(item, piece, values, Event("quantize", item.layers[0].name, item.name, box))
         if not waits and item.settled:
             self.release(item)
 

@@ -22,8 +22,8 @@ from ..checkpoint import TensorInfo
 from ..pieces import Piece
 from ..recipe import Decision, Recipe, Weight
 from .boxes import Box, Gaps
-from .sources import storage_key
 from .storage import QuantizedStorage
+from .tensors import offset_of, storage_key, view_on
 
 
 class Face(NamedTuple):
@@ -141,14 +141,14 @@ class Item:
         """``view``, of the face or the twin, as a view of ``storage`` that has taken its place."""
         begin = offset_of(view) * view.dtype.itemsize - self.offset * self.dtype.itemsize
         begin += offset_of(storage) * storage.dtype.itemsize
-        return _view(storage.untyped_storage(), view, begin // view.dtype.itemsize, storage.device)
+        return view_on(storage.untyped_storage(), view, begin // view.dtype.itemsize, storage.device)
 
     def on_twin(self, view: Tensor) -> Tensor:
         """The same view, of the meta twin: views of memory that was given back can't be made."""
         assert self.twin is not None
         if view.is_meta:
             return view
-        return _view(self.twin.untyped_storage(), view, offset_of(view), self.twin.device)
+        return view_on(self.twin.untyped_storage(), view, offset_of(view), self.twin.device)
 
     def allocate(self) -> Tensor:
         """High-precision storage of the face's strides; declared padding is zero, all else uninitialised."""
@@ -175,18 +175,8 @@ class Item:
             return self.quantized, False
         assert self.scheme is not None
         weight = torch.empty(self.stored_shape, dtype=schemes.FP8, device=self.device)
-        self.quantized = QuantizedStorage(weight, schemes.get(self.scheme))
+        self.quantized = QuantizedStorage(self.name, weight, schemes.get(self.scheme))
         return self.quantized, True
-
-
-def offset_of(tensor: Tensor) -> int:
-    """``storage_offset``, which is no symbol here."""
-    return int(tensor.storage_offset())
-
-
-def _view(storage: Any, like: Tensor, offset: int, device: torch.device) -> Tensor:
-    empty = torch.empty(0, dtype=like.dtype, device=device)
-    return empty.set_(storage, offset, like.shape, like.stride())
 
 
 @dataclass(eq=False)

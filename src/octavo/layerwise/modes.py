@@ -8,23 +8,24 @@ to a `Receiver`. The *function mode* answers what never becomes an operation: th
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from ..errors import LoaderError
 from .items import Inventory, Item
+from .tensors import PlainDispatchMode, is_view, swapped, tensors_in, written
 
 aten = torch.ops.aten
 #: what gives a tensor all its values anew, without reading any
 _FILLS = frozenset({aten.fill_, aten.zero_})
 _RANDOM = frozenset({aten.normal_, aten.uniform_, aten.random_, aten.bernoulli_, aten.exponential_})
 _SCATTERS = frozenset({aten.index_put_, aten.index_copy_, aten.index_fill_, aten.masked_fill_})
+#: which of their arguments, after the tensor that they write, holds a value for each element
+_VALUES = {aten.index_put_: 1, aten.index_copy_: 2}
 #: new tensors like a given one, of which only shape, dtype and device matter
 _FACTORIES = frozenset(
     getattr(aten, name)
@@ -40,14 +41,13 @@ _ANSWERS: dict[str, Callable[[torch.device], Any]] = {
     "is_cuda": lambda device: device.type == "cuda",
 }
 _GETTERS = {getattr(torch.Tensor, name).__get__: answer for name, answer in _ANSWERS.items()}
+#: what gives a tensor's memory to code that is not torch's
+_ESCAPES = frozenset({torch.Tensor.numpy, torch.Tensor.data_ptr, torch.Tensor.__array__, torch.Tensor.__dlpack__})
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Operations within are plain: a mode that lets one pass takes longer than the operation."""
-    with torch._C.DisableTorchFunction(), _disable_current_modes():
-        yield
+#: sets the elements of an integer tensor that an operation sets, to labels of the shape of its values, or to one
+Mark = Callable[[Tensor, Tensor], None]
 
 
 class Receiver(Protocol):
@@ -62,8 +62,10 @@ class Receiver(Protocol):
     def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
         """``view`` gets one value; ``run`` does it to a real view."""
 
-    def scatter(self, item: Item, view: Tensor, run: Callable[[Tensor], Any], mark: Callable[[Tensor], Any]) -> None:
-        """Some elements of ``view`` are set; ``mark`` sets the same elements of a boolean tensor to true."""
+    def scatter(
+        self, item: Item, view: Tensor, values: Tensor | None, run: Callable[[Tensor], Any], mark: Mark
+    ) -> None:
+        """Some elements of ``view`` are set to those of ``values``, or to one value."""
 
     def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
         """``view.copy_(values)``, of the form that a finished item has got."""
@@ -80,17 +82,21 @@ class Receiver(Protocol):
     def device_of(self, item: Item) -> torch.device:
         """Where an item's storage goes."""
 
-    def derived(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """Some operation made tensors of others."""
-
-    def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
-        """``torch.cat``."""
-
     def mutated(self, tensor: Tensor) -> None:
         """A tensor is about to be written."""
 
-    def rewritten(self, tensor: Tensor, values: Sequence[Tensor]) -> None:
-        """A tensor that is no item's was written, with these taking part."""
+    def computed(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        made: Sequence[Tensor],
+    ) -> None:
+        """An operation in which no item took part: it wrote ``targets``, some of its inputs, and made tensors."""
+
+    def escaped(self, tensor: Tensor) -> None:
+        """A tensor's memory goes to where no operation is seen."""
 
 
 class Functions(TorchFunctionMode):
@@ -107,6 +113,8 @@ class Functions(TorchFunctionMode):
                 item = self._receiver.inventory.find(args[0])
                 if item is not None and item.virtual:
                     return answer(self._receiver.device_of(item))
+            elif func in _ESCAPES:
+                self._receiver.escaped(args[0])
             elif func == _SET_DATA:
                 inventory = self._receiver.inventory
                 item, final = inventory.find(args[0]), inventory.find_final(args[0])
@@ -122,14 +130,6 @@ class Functions(TorchFunctionMode):
                     torch.Tensor.copy_(args[0].detach(), args[1])
                     return None
         return func(*args, **kwargs)
-
-
-class PlainDispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Without torch's wrapper, whose first call imports the compiler: a second and 100 MiB, for nothing."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
 
 
 class Operations(PlainDispatchMode):
@@ -199,11 +199,7 @@ class Operations(PlainDispatchMode):
         for tensor in targets:
             receiver.mutated(tensor)
         result = func(*args, **kwargs)
-        for tensor in targets:
-            receiver.rewritten(tensor, [other for other in inputs if other is not tensor])
-        if func.overloadpacket is aten.cat:
-            receiver.joined(inputs, args[1] if len(args) > 1 else 0, result)
-        receiver.derived(inputs, tensors_in(result) if inputs else ())
+        receiver.computed(func, args, inputs, targets, tensors_in(result))
         return result
 
     def _write(self, func: Any, args: Any, kwargs: Any, targets: Sequence[Tensor]) -> Any:
@@ -224,7 +220,9 @@ class Operations(PlainDispatchMode):
             return target
         adds = packet is aten.index_put_ and bool(args[3] if len(args) > 3 else kwargs.get("accumulate"))
         if packet in _SCATTERS and item is not None and not adds:
-            receiver.scatter(item, target, lambda real: func(real, *rest, **kwargs), _marker(packet, rest))
+            at = _VALUES.get(packet, -1)
+            values = rest[at] if 0 <= at < len(rest) else None
+            receiver.scatter(item, target, values, lambda real: func(real, *rest, **kwargs), _marker(packet, rest))
             return target
         overwrites = packet in _RANDOM or "out" in func._overloadname
         places: dict[int, Tensor] = {}
@@ -249,64 +247,21 @@ class Operations(PlainDispatchMode):
         return targets[0] if len(targets) == 1 else tuple(targets)
 
 
-def _marker(packet: Any, rest: Sequence[Any]) -> Callable[[Tensor], Any]:
-    yes = torch.ones((), dtype=torch.bool, device="cpu")
-    rest = swapped(list(rest), lambda tensor: tensor.cpu())
-    if packet is aten.index_put_:
-        return lambda mask: mask.index_put_(tuple(rest[0]), yes)
-    if packet is aten.masked_fill_:
-        return lambda mask: mask.masked_fill_(rest[0], True)
-    return lambda mask: mask.index_fill_(rest[0], rest[1], True)
+def _marker(packet: Any, rest: Sequence[Any]) -> Mark:
+    def mark(mask: Tensor, labels: Tensor) -> None:
+        there = swapped(list(rest[:2]), lambda tensor: tensor.cpu())
+        if packet is aten.index_put_:
+            mask.index_put_(tuple(there[0]), labels)
+        elif packet is aten.masked_fill_:
+            mask.masked_fill_(there[0], labels)
+        elif labels.ndim:
+            mask.index_copy_(there[0], there[1], labels)
+        else:
+            mask.index_fill_(there[0], there[1], labels)
 
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """All tensors among an operation's arguments or results (torch's own tree functions take several times longer)."""
-    if isinstance(values, Tensor):
-        return [values]
-    if isinstance(values, dict):
-        values = values.values()
-    elif not isinstance(values, (list, tuple)):
-        return []
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple, dict)):
-            found += tensors_in(value)
-    return found
-
-
-def swapped(values: Any, swap: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments with other tensors in their places."""
-    if isinstance(values, Tensor):
-        return swap(values)
-    if isinstance(values, dict):
-        return {key: swapped(value, swap) for key, value in values.items()}
-    if type(values) in (list, tuple):
-        return type(values)(swapped(value, swap) for value in values)
-    return values
+    return mark
 
 
 def _to_meta(kwargs: Any) -> bool:
     device = kwargs.get("device")
     return device is not None and torch.device(device).type == "meta"
-
-
-def is_view(func: Any) -> bool:
-    """Whether results share the memory of an argument that is not written."""
-    if func.overloadpacket is aten._unsafe_view:
-        return True
-    schema = func._schema
-    if any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments):
-        return False
-    return any(r.alias_info is not None for r in schema.returns)
-
-
-def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operation writes to."""
-    found = []
-    for index, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[index] if index < len(args) else kwargs.get(argument.name)
-            found += [value] if isinstance(value, Tensor) else [v for v in value or () if isinstance(v, Tensor)]
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor, nn
@@ -14,15 +15,22 @@ Pair = tuple[str, Tensor]
 Transform = Callable[[str, Tensor], "Pair | Iterable[Pair] | None"]
 
 
+_AT_REST: tuple[type, ...] = (list, tuple, type({}.items()), type(OrderedDict().items()))
+
+
 class Pairs(Iterator[Pair]):
     """Pairs, through a transform; tells the intake where one ends and the next begins."""
 
     def __init__(self, intake: Intake, pairs: Iterable[Pair], transform: Transform | None) -> None:
         self._intake, self._pairs, self._transform = intake, iter(pairs), transform
         self._ready: list[Pair] = []
+        # where no code runs between two pairs, nobody changes a tensor meanwhile
+        self._at_rest = transform is None and type(pairs) in _AT_REST
 
     def __next__(self) -> Pair:
         self._intake.turn()
+        if not self._at_rest:
+            self._intake.quantizer.settle()
         while not self._ready:
             name, tensor = next(self._pairs)
             with self._intake.quiet():

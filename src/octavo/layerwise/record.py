@@ -27,8 +27,7 @@ from ..plan import Plan, Target, make_plan
 from ..recipe import Recipe
 from .boxes import Box, Gaps, trace_view
 from .items import Inventory, Item, kind_of
-from .modes import PlainDispatchMode, is_view, written
-from .sources import storage_key
+from .tensors import PlainDispatchMode, is_view, storage_key, written
 
 aten = torch.ops.aten
 Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]

@@ -29,6 +29,10 @@ class Event(NamedTuple):
     box: Box | None = None
     source: str = ""
 
+    def __str__(self) -> str:
+        """What it happened to."""
+        return f"{self.parameter}{self.box or ''}" + (f", from {self.source}" if self.source else "")
+
 
 @dataclass(frozen=True, slots=True)
 class LayerReport:

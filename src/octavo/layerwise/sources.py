@@ -1,16 +1,32 @@
 """Whose values a write carries: the pair that a loader took, followed through what it makes of it.
 
 Names alone would not do: loaders may collect pairs before they write, and a checkpoint may hold a name twice. So every
-pair is numbered, and storages remember which pair their values came from.
+pair is numbered, and storages remember which pair their values came from. A storage that holds values of several (of
+``torch.cat``, of staging memory, of a bucket in which tensors arrive) remembers *regions*: boxes of layouts of it.
+Whatever view of it is written is cut where one region ends and another begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..pieces import Piece
+from .boxes import Box, NoBoxError, embed, trace_in
+from .tensors import is_view, offset_of, storage_key
+
+aten = torch.ops.aten
+#: what puts some elements of one tensor somewhere into another
+_SCATTERS = frozenset({aten.index_put_, aten.index_copy_, aten.scatter_, aten.masked_scatter_, aten.put_})
+_COPIES = frozenset({aten.clone, aten._to_copy})
+#: regions, or parts of a write, beyond which nobody follows
+_MANY = 4096
 
 
 class Source(NamedTuple):
@@ -19,6 +35,7 @@ class Source(NamedTuple):
     number: int
     name: str
     sure: bool = False  # the values are known to be that pair's, and not only to have come after it
+    mixed: bool = False  # values of several pairs, and nobody knows which are whose
 
     @property
     def label(self) -> str:
@@ -29,12 +46,85 @@ class Source(NamedTuple):
 LOADER = Source(0, "the loader")
 
 
-class _Joined(NamedTuple):
-    """A tensor that was concatenated of several."""
+class _Region(NamedTuple):
+    """A box of a storage, in the layout that strides describe (see `octavo.layerwise.boxes.embed`)."""
 
-    shape: tuple[int, ...]
-    dim: int
-    parts: tuple[tuple[int, Source | None], ...]  # lengths along dim, and whose values
+    strides: tuple[int, ...]
+    box: Box
+    source: Source
+
+    def is_near(self, sizes: Sequence[int], strides: Sequence[int], offset: int) -> bool:
+        """Whether a view's first and last elements are not both before the region, or both behind it."""
+        begin, end = sum(map(operator.mul, self.box.off, self.strides)), offset + _reach(sizes, strides)
+        return bool(begin <= end and offset <= begin + _reach(self.box.size, self.strides))
+
+
+def _reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    return sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+
+
+@dataclass(slots=True)
+class _Lineage:
+    """Whose values a storage holds."""
+
+    reference: Any
+    itemsize: int
+    source: Source | None  # of what is in no region; None: nobody knows
+    regions: list[_Region] = field(default_factory=list)  # later ones lie over earlier ones
+    first: tuple[Any, ...] | None = None  # sizes, strides and offset of the tensor that brought the values
+
+    def add(self, tensor: Tensor, source: Source) -> bool:
+        """A view of the storage holds values of a source from now on; False if regions can't say so."""
+        found = embed(tensor.shape, tensor.stride(), offset_of(tensor)) if tensor.itemsize == self.itemsize else None
+        if found is None or len(self.regions) > _MANY:
+            return False
+        layout, box = found
+        self.regions = [r for r in self.regions if r.strides != layout or box.common(r.box) != r.box]
+        self.regions.append(_Region(layout, box, source))
+        return True
+
+
+class _Span(NamedTuple):
+    """Views of the same shape, of values and of their place: sizes, and strides and offset of each."""
+
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    place_strides: tuple[int, ...]
+    place_offset: int
+
+    def within(self, layout: tuple[int, ...], box: Box) -> tuple[list[_Span], list[_Span]]:
+        """What lies in a box of a layout of the values' storage, and what does not; whole where that is all of it."""
+        inside, outside = [], []
+        for piece in trace_in(layout, self.sizes, self.strides, self.offset, self.place_strides, self.place_offset):
+            found = Box.of(piece)
+            common = found.common(box)
+            if common is not None:
+                inside.append(_span(piece, common, layout))
+            outside += [_span(piece, rest, layout) for rest in found.without(box)]
+        return (inside, outside) if inside and outside else ([self], []) if inside else ([], [self])
+
+
+def _span(piece: Piece, box: Box, layout: tuple[int, ...]) -> _Span:
+    steps = zip(box.off, piece.dst_off, piece.src_strides, strict=True)
+    place_offset = piece.src_off + sum((a - b) * stride for a, b, stride in steps)
+    return _Span(box.size, layout, sum(map(operator.mul, box.off, layout)), piece.src_strides, place_offset)
+
+
+class Part(NamedTuple):
+    """Values of one source, and their place: views of the same shape."""
+
+    place: Tensor
+    values: Tensor
+    source: Source
+
+
+class _Part(NamedTuple):
+    """The same; None where nobody knows whose values they are."""
+
+    place: Tensor
+    values: Tensor
+    source: Source | None
 
 
 class Sources:
@@ -42,105 +132,182 @@ class Sources:
 
     def __init__(self) -> None:
         self.current: Source | None = None
-        self._of_storage: dict[int, tuple[Any, Source | None]] = {}
-        self._joined: dict[int, tuple[Any, _Joined]] = {}
+        self.following = True  # whether somebody tells what becomes of values; else all are those of the pair in hand
+        self._known: dict[int, _Lineage] = {}
         self._count, self._purge_at = 0, 64
 
     def take(self, name: str, tensor: Tensor) -> None:
         """A loader gets a pair."""
         self._count += 1
         self.current = Source(self._count, name, True)
-        if len(self._of_storage) > self._purge_at:
-            self._of_storage = {key: found for key, found in self._of_storage.items() if not found[0].expired()}
-            self._joined = {key: found for key, found in self._joined.items() if not found[0].expired()}
-            self._purge_at = 2 * len(self._of_storage) + 64
-        found = storage_key(tensor)
-        if found is not None:
-            # of a buffer that several pairs share, values can't tell whose they are
-            known = self._of_storage.get(found)
-            shared = known is not None and not known[0].expired()
-            self._remember(found, tensor, None if shared else self.current)
+        if not self.following or storage_key(tensor) is None:
+            return
+        if len(self._known) > self._purge_at:
+            self._known = {key: found for key, found in self._known.items() if not found.reference.expired()}
+            self._purge_at = 2 * len(self._known) + 64
+        found = self._lineage(tensor)
+        if found is None:
+            self._remember(tensor, self.current).first = (tensor.shape, tensor.stride(), offset_of(tensor))
+            return
+        if not found.regions and found.source is not None:  # until now, nobody had to know where
+            place = embed(*found.first) if found.first is not None else None
+            found.regions = [_Region(*place, found.source)] if place is not None else []
+        found.source = None
+        # of memory that pairs share at different times, values can't tell whose they are
+        shared = any(part.source for part in self._cut(found, tensor, tensor))
+        if not found.add(tensor, self.current._replace(sure=not shared)):
+            found.regions = []
 
     def of(self, values: Tensor | None) -> Source:
         """The source of values; of those that a loader makes of nothing, the pair in hand."""
-        key = None if values is None else storage_key(values)
-        if key is not None and (known := self._of_storage.get(key)) is not None and known[1] is not None:
-            return known[1]
-        if self.current is not None:
-            return self.current._replace(sure=False)
-        if key is None or values is None:
-            return LOADER
-        self._count += 1
-        source = Source(self._count, "an unnamed tensor")
-        self._remember(key, values, source)
-        return source
+        found = None if values is None else self._lineage(values)
+        if found is None or values is None:
+            return self._in_hand(values)
+        if not found.regions:
+            return found.source or self._in_hand(values)
+        return self._together([part.source or self._in_hand(values) for part in self._cut(found, values, values)])
 
-    def _remember(self, key: int, tensor: Tensor, source: Source | None) -> None:
-        reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self._of_storage[key] = (reference, source)
-
-    def derived(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """An operation made tensors of others: the first input of a known pair tells whose they are."""
-        if not self._of_storage or not outputs:
-            return
-        for tensor in inputs:
-            known = self._of_storage.get(storage_key(tensor) or 0)
-            if known is None:
-                continue
-            for output in outputs:
-                key = storage_key(output)
-                if key is not None and key not in self._of_storage:
-                    self._remember(key, output, known[1])
-                    joined = self._joined.get(storage_key(tensor) or 0)
-                    if joined is not None and joined[1].shape == tuple(output.shape):
-                        self._joined[key] = (self._of_storage[key][0], joined[1])
-            return
-
-    def rewritten(self, tensor: Tensor, values: Sequence[Tensor]) -> None:
-        """Memory that holds values of one pair gets those of another: the other's, if all of it is written."""
-        key = storage_key(tensor)
-        known = self._of_storage.get(key or 0)
-        taken = [found for value in values if (found := self._of_storage.get(storage_key(value) or 0)) is not None]
-        if key is None or known is None or not taken or all(found[1] == known[1] for found in taken):
-            return
-        whole = tensor.nbytes == tensor.untyped_storage().nbytes() and len(taken) == 1
-        self._remember(key, tensor, taken[0][1] if whole else None)
-        self._joined.pop(key, None)
-
-    def joined(self, tensors: Sequence[Tensor], dim: int, result: Tensor) -> None:
-        """``torch.cat``: its parts are still those of their pairs."""
-        known = [self._of_storage.get(storage_key(tensor) or 0) for tensor in tensors]
-        if sum(found is not None for found in known) < 2:
-            return
-        self.derived(tensors, [result])
-        key = storage_key(result)
-        if key is None or key not in self._of_storage:
-            return
-        dim %= result.ndim
-        parts = [(t.shape[dim], found and found[1]) for t, found in zip(tensors, known, strict=True) if t.numel()]
-        self._joined[key] = (self._of_storage[key][0], _Joined(tuple(result.shape), dim, tuple(parts)))
-
-    def split(self, view: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor, Source]]:
+    def split(self, place: Tensor, values: Tensor) -> list[Part]:
         """A write, cut where values of one pair end and those of another begin."""
-        joined = self._joined.get(storage_key(values) or 0)
-        if joined is None or not joined[1].shape == tuple(values.shape) == tuple(view.shape) or values.storage_offset():
-            yield view, values, self.of(values)
+        found = self._lineage(values)
+        if found is None or not found.regions:
+            return [Part(place, values, self.of(values))]
+        parts = self._cut(found, place, values.expand(place.shape))
+        return [Part(part.place, part.values, part.source or self._in_hand(values)) for part in parts]
+
+    def computed(
+        self,
+        func: Any,
+        args: Sequence[Any],
+        inputs: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        made: Sequence[Tensor],
+    ) -> None:
+        """An operation in which no item took part: it wrote ``targets``, some of its inputs, and made tensors."""
+        if not self._known:
             return
-        _, dim, parts = joined[1]
-        start = 0
-        for length, source in parts:
-            yield view.narrow(dim, start, length), values.narrow(dim, start, length), source or self.of(values)
-            start += length
+        packet = func.overloadpacket
+        for target in targets:
+            values = [tensor for tensor in inputs if tensor is not target]
+            if packet is aten.copy_:
+                self._written(target, self._parts(target, values[0]) if values else [])
+            elif "out" in func._overloadname or self._lineage(target) is None:
+                self._written(target, self._made_of(func, target, values))
+            elif packet in _SCATTERS:
+                known = [self.of(tensor) for tensor in (target, *values) if self._lineage(tensor) is not None]
+                self._written(target, [_Part(target, target, self._together(known))])
+        for tensor in made if not targets and not is_view(func) else ():
+            if storage_key(tensor) is None or self._lineage(tensor) is not None:
+                continue
+            dim = (args[1] if len(args) > 1 else 0) if packet in (aten.cat, aten.stack) else 0
+            if packet is aten.cat:
+                places = torch.split(tensor, [t.shape[dim] if t.ndim == tensor.ndim else 0 for t in inputs], dim)
+                parts = [part for place, t in zip(places, inputs, strict=True) for part in self._parts(place, t)]
+            elif packet is aten.stack:
+                parts = [p for place, t in zip(tensor.unbind(dim), inputs, strict=True) for p in self._parts(place, t)]
+            else:
+                parts = self._made_of(func, tensor, inputs)
+            self._written(tensor, parts)
 
     def clear(self) -> None:
         self.current = None
-        self._of_storage.clear()
-        self._joined.clear()
+        self._known.clear()
 
+    # -- storages -----------------------------------------------------------------------------------------------------
 
-def storage_key(tensor: Tensor) -> int | None:
-    """What tensors that share memory have in common; None for subclasses with storages of their own kind."""
-    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return None
-    key: int = tensor.untyped_storage()._cdata
-    return key
+    def _lineage(self, tensor: Tensor) -> _Lineage | None:
+        key = storage_key(tensor) if self._known else None
+        return None if key is None else self._known.get(key)
+
+    def _remember(self, tensor: Tensor, source: Source | None) -> _Lineage:
+        reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        found = self._known[storage_key(tensor) or 0] = _Lineage(reference, tensor.itemsize, source)
+        return found
+
+    def _in_hand(self, values: Tensor | None) -> Source:
+        """The source of values that nobody knows: it is the pair in hand, or the tensor itself."""
+        if self.current is not None:
+            return self.current._replace(sure=False)
+        if values is None or storage_key(values) is None:
+            return LOADER
+        self._count += 1
+        source = Source(self._count, "an unnamed tensor")
+        if self._lineage(values) is None:
+            self._remember(values, source)
+        return source
+
+    def _together(self, sources: Iterable[Source]) -> Source:
+        """One for all: the one that they are, or one that tells that nobody knows."""
+        found = list(dict.fromkeys(sources))
+        if len(found) == 1:
+            return found[0]
+        self._count += 1
+        return Source(self._count, ", ".join(dict.fromkeys(source.name for source in found)), mixed=True)
+
+    def _written(self, target: Tensor, parts: Sequence[_Part]) -> None:
+        """Memory gets values of sources."""
+        known = [(part.place, part.source) for part in parts if part.source is not None]
+        if not known or storage_key(target) is None:
+            return
+        whole = target.nbytes == target.untyped_storage().nbytes()
+        sources = list(dict.fromkeys(source for _, source in known))
+        found = self._lineage(target)
+        if len(sources) == 1 and (whole or found is None):
+            self._remember(target, sources[0])
+            return
+        if whole or found is None:
+            found = self._remember(target, sources[0])
+        followed = [found.add(place, source) for place, source in known]
+        if not all(followed):
+            self._remember(target, self._together([*sources, *([found.source] if found.source else [])]))
+
+    def _made_of(self, func: Any, made: Tensor, inputs: Sequence[Tensor]) -> list[_Part]:
+        """What an operation made: the first input of a known pair tells whose it is, element by element if it can."""
+        by_element = torch.Tag.pointwise in func.tags or func.overloadpacket in _COPIES
+        for tensor in inputs:
+            found = self._lineage(tensor)
+            if found is None:
+                continue
+            if not found.regions or (by_element and tensor.shape == made.shape):
+                return self._parts(made, tensor)
+            return [_Part(made, made, self.of(tensor))]
+        return []
+
+    def _parts(self, place: Tensor, values: Tensor) -> list[_Part]:
+        found = self._lineage(values)
+        if found is None:
+            return []
+        return (
+            self._cut(found, place, values.expand(place.shape))
+            if found.regions
+            else [_Part(place, place, found.source)]
+        )
+
+    def _cut(self, found: _Lineage, place: Tensor, values: Tensor) -> list[_Part]:
+        """Values of a storage, cut along its regions, and their places."""
+        view = tuple(values.shape), values.stride(), offset_of(values)
+        near = [region for region in found.regions if values.itemsize != found.itemsize or region.is_near(*view)]
+        spans: list[tuple[_Span, Source | None]] = []
+        rest = [_Span(*view, place.stride(), offset_of(place))]
+        try:
+            if values.itemsize != found.itemsize:
+                raise NoBoxError("other elements")
+            for region in reversed(near):
+                both = [span.within(region.strides, region.box) for span in rest]
+                spans += [(span, region.source) for inside, _ in both for span in inside]
+                rest = [span for _, outside in both for span in outside]
+                if len(spans) + len(rest) > _MANY:
+                    raise NoBoxError("too many parts")
+        except NoBoxError:
+            return [_Part(place, values, self._together([region.source for region in near]) if near else found.source)]
+        spans += [(span, found.source) for span in rest]
+        if len({source for _, source in spans}) <= 1:
+            return [_Part(place, values, spans[0][1] if spans else found.source)]
+        return [
+            _Part(
+                place.as_strided(span.sizes, span.place_strides, span.place_offset),
+                values.as_strided(span.sizes, span.strides, span.offset),
+                source,
+            )
+            for span, source in spans
+        ]

@@ -6,7 +6,9 @@ model's own. Each tensor is requantized into the storage that exists, to the byt
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +19,11 @@ from ..checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
 from ..plan import DEFAULT_STAGING_BYTES, Plan
-from .items import Item, offset_of
+from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport
 from .session import Session
+from .tensors import offset_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def update(
 
     Args:
         pairs: ``(name, tensor)`` in bf16, fp16 or fp32: names of the checkpoint, or of the model's own parameters. What
-            they don't name stays as it is.
+            they don't name stays as it is. An iterator may use the memory of a tensor again once it is asked for the
+            next; from a list or a dict's ``items()``, copies from pinned memory need not be awaited one by one.
         transform: sees each pair first; returns what takes its place, or None to drop it.
 
     Returns:
@@ -68,6 +72,13 @@ def update(
     """
     if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
         raise LoaderError("octavo.update is for a model with weights that octavo quantized: load it with octavo.load")
+    with _young_garbage_only():
+        return _update(model, pairs, transform, staging_bytes)
+
+
+def _update(
+    model: nn.Module, pairs: Iterable[Pair], transform: Transform | None, staging_bytes: int
+) -> LayerwiseReport:
     routes: Routes | None = getattr(model, "load_routes", None)
     session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
     items = session.inventory.by_name()
@@ -83,6 +94,19 @@ def update(
             for parameter, piece in found:
                 session.intake.put(items[parameter], [piece._replace(src_off=begin + piece.src_off)], tensor)
     return session.report
+
+
+@contextlib.contextmanager
+def _young_garbage_only() -> Iterator[None]:
+    """The cyclic garbage collector looks only at what comes from now on, not at all objects again and again."""
+    mine = not gc.get_freeze_count()
+    if mine:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if mine:
+            gc.unfreeze()
 
 
 def _along(routes: Routes, name: str, tensor: Tensor) -> Sequence[tuple[str, Piece]]:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import CoverageError
+from ...layerwise.tensors import PlainDispatchMode, is_view, tensors_in
 from ...pieces import Piece, contiguous_strides
 
 _aten = torch.ops.aten
@@ -135,12 +135,8 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(PlainDispatchMode):
     """Notes writes into ``targets``; follows sources through views and computations by the identity of storages."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and keeping it from being compiled takes as long as the rest
 
     def __init__(self, targets: dict[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -172,14 +168,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # four of five are views, a fifth are copies
         if func is _copy_:
             return self._copy(args[0], args[1])
-        if _is_view(func):
+        if is_view(func):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         # what is filled holds no longer what it held
         sources = self._sources_of(args[1:] if func in _FILLS else args, kwargs)
         if func not in _FILLS and self._touches_targets(args, kwargs):
             self.trace.computes = True
-        if _is_mutating(func):
+        if func._schema.is_mutable:
             return self._mutate(func, args, kwargs, sources)
         if not sources:
             return func(*args, **kwargs)
@@ -190,7 +186,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")}
         result = func(*args, **options)
         whole = self._whole_root(args[0]) if func in _MOVES else None
-        for tensor in _tensors_in((result,)):
+        for tensor in tensors_in(result):
             if whole is not None and tensor.is_contiguous():
                 self._roots[_storage(tensor)] = whole
                 self._kept.append(tensor)
@@ -210,12 +206,12 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _sources_of(self, args: Sequence[Any], kwargs: Any) -> frozenset[str]:
         found = _NONE
-        for tensor in _tensors_in((*args, *kwargs.values())):
+        for tensor in tensors_in((args, kwargs)):
             found |= self._names(tensor)
         return found
 
     def _touches_targets(self, args: Sequence[Any], kwargs: Any) -> bool:
-        return any(_storage(tensor) in self._targets for tensor in _tensors_in((*args, *kwargs.values())))
+        return any(_storage(tensor) in self._targets for tensor in tensors_in((args, kwargs)))
 
     def _derive(self, tensor: Tensor, sources: frozenset[str]) -> None:
         key = _storage(tensor)
@@ -324,36 +320,6 @@ def is_run(size: Sequence[int], strides: Sequence[int]) -> bool:
     return all(n == 1 or a == b for n, a, b in zip(size, strides, wanted, strict=True))
 
 
-def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Tensors, and those in lists: all that operators take and give."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from (item for item in value if isinstance(item, Tensor))
-
-
 def _storage(tensor: Tensor) -> int:
     """The identity of a tensor's memory, which meta tensors have too."""
     return int(tensor.untyped_storage()._cdata)
-
-
-_VIEWS: dict[Any, bool] = {}
-_MUTATING: dict[Any, bool] = {}
-
-
-def _is_view(func: Any) -> bool:
-    known = _VIEWS.get(func)
-    if known is None:
-        aliases = [argument.alias_info for argument in func._schema.arguments]
-        known = any(alias is not None and not alias.is_write for alias in aliases)
-        _VIEWS[func] = known
-    return known
-
-
-def _is_mutating(func: Any) -> bool:
-    known = _MUTATING.get(func)
-    if known is None:
-        known = func._schema.is_mutable
-        _MUTATING[func] = known
-    return known

@@ -1,0 +1,233 @@
+"""Quantizing on an accelerator: values wait in its memory, and many are quantized at once.
+
+There, what costs is launching, some 10 µs an operation: tensor by tensor, a model of thousands takes seconds for what
+is a tenth of one of arithmetic. So a value that comes is copied, and nothing else; its owner may change it once
+`Batches.settle` has returned. When a batch is full, boxes that lie regularly in it and in their parameter are joined
+(`octavo.blocks`), and the scales of all are computed together.
+
+Values in pageable memory go through pinned memory, which is sent a few MiB at a time. What comes from the host is
+copied on a stream of its own, while the batch before is quantized.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dtypes, schemes
+from ..blocks import Box as Joinable
+from ..blocks import join
+from ..chunks import Work
+from ..pieces import Piece
+from ..schemes import Scheme
+from .boxes import Box
+from .storage import QuantizedStorage
+
+#: values begin at multiples of it: any dtype can be viewed, and tensors of one shape lie evenly
+_ALIGNED_BYTES = 16
+#: pinned memory is sent when so much of it is filled
+_SEND_BYTES = 8 << 20
+#: a batch's share of the budget: there are two, clamping takes as much as one, and scales need room
+_SHARE = 4
+
+
+class _Job(NamedTuple):
+    """A box whose values wait. ``piece`` counts offsets and strides within the batch, in elements of ``dtype``."""
+
+    storage: QuantizedStorage
+    piece: Piece
+    dtype: torch.dtype
+    grid: Tensor | None  # where its scales go, if they have no place in the storage yet
+    what: object
+
+    @property
+    def scales(self) -> Tensor:
+        return self.storage.scale_place(Box.of(self.piece)) if self.grid is None else self.grid
+
+
+class _Lane:
+    """The memory of a batch, on the device and, once it is needed, pinned on the host."""
+
+    def __init__(self, nbytes: int, device: torch.device, backend: Any) -> None:
+        self.staged = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.typed = functools.cache(self.staged.view)
+        self.pinned: Tensor | None = None
+        self.copying = False  # some of the batch comes on the stream of copies
+        self.sending = False  # pinned memory may still be read by the copies of the batch before
+        if backend is not None:
+            self.copied, self.free = backend.Event(), backend.Event()
+            self.free.record(backend.current_stream(device))
+
+
+class Batches:
+    """Takes values of boxes that hold whole scale groups, for weights on one device."""
+
+    def __init__(self, device: torch.device, staging_bytes: int) -> None:
+        self.limit_bytes = staging_bytes // _SHARE // _ALIGNED_BYTES * _ALIGNED_BYTES  # the most that `put` takes
+        self._device = device
+        # a device without streams does one thing after another
+        backend: Any = None if device.type == "cpu" else getattr(torch, device.type)
+        self._backend: Any = backend if hasattr(backend, "Stream") else None
+        self._copies: Any = None if self._backend is None else self._backend.Stream(device)
+        self._lanes = [_Lane(self.limit_bytes, device, self._backend) for _ in range(2)]
+        schemes.warm_up(device)
+        self._jobs: list[_Job] = []
+        self._used = self._sent = 0  # bytes of the batch that hold values; those of them that have left the host
+        self._unsettled = False
+        self._checks: list[tuple[Tensor, list[_Job]]] = []  # whether all was finite, which only the device knows yet
+
+    def put(self, storage: QuantizedStorage, piece: Piece, values: Tensor, dtype: torch.dtype, what: object) -> None:
+        """Take ``values``, of the piece's size and strides, to quantize them in ``dtype`` later."""
+        nbytes = piece.numel * dtype.itemsize
+        if self._used + nbytes > self.limit_bytes:
+            self.press()
+        begin, strides = self._used, _packed(piece.size, piece.src_strides)  # memory is copied as it lies
+        packed = Piece(piece.dst_off, piece.size, "", begin // dtype.itemsize, strides)
+        end = min(self.limit_bytes, -(-(begin + nbytes) // _ALIGNED_BYTES) * _ALIGNED_BYTES)
+        if self._backend is None or values.device.type != "cpu":
+            self._send()
+            # on the caller's stream, as is whatever the values' owner does before and after
+            _view(self._lanes[0].typed(dtype), packed).copy_(values)
+            self._sent = end
+        elif values.dtype == dtype and values.stride() == strides and values.is_pinned():
+            self._send()
+            with self._copying():
+                _view(self._lanes[0].typed(dtype), packed).copy_(values, non_blocking=True)
+            self._sent, self._unsettled = end, True
+        else:
+            _view(self._pinned().view(dtype), packed).copy_(values)
+        self._used = end
+        if end - self._sent >= _SEND_BYTES:
+            self._send()
+        grid = storage.scale_place(Box.of(piece)) if storage.scale is None else None
+        self._jobs.append(_Job(storage, packed, dtype, grid, what))
+
+    def settle(self) -> None:
+        """Wait until no value that was put is needed any more."""
+        if self._unsettled:
+            self._copies.synchronize()
+            self._unsettled = False
+
+    def press(self) -> None:
+        """Quantize what waits."""
+        if not self._jobs:
+            return
+        self._send()
+        lane, jobs = self._lanes[0], self._jobs
+        if lane.copying:
+            lane.copied.record(self._copies)
+            self._backend.current_stream(self._device).wait_event(lane.copied)
+        self._jobs, self._used, self._sent = [], 0, 0
+        lane.copying, lane.sending = False, lane.pinned is not None
+        storages = {job.storage.name: job.storage for job in jobs}
+        found: dict[Scheme, list[_Task]] = {}
+        for box in join(_joinable(job) for job in jobs if job.grid is None):
+            storage = storages[box.placement.name]
+            values = _view(lane.typed(dtypes.MOVED[box.dtype_name]), box.piece)
+            found.setdefault(storage.scheme, []).append(
+                _Task(values, box.piece.region(storage.weight), storage.grid[box.cells])
+            )
+        for job in jobs:
+            if job.grid is not None:
+                values = _view(lane.typed(job.dtype), job.piece)
+                found.setdefault(job.storage.scheme, []).append(
+                    _Task(values, job.piece.region(job.storage.weight), job.grid)
+                )
+        finite = [_quantize(tasks, scheme) for scheme, tasks in found.items()]
+        self._checks.append((finite[0] if len(finite) == 1 else torch.stack(finite).all(), jobs))
+        if self._backend is not None:
+            lane.free.record(self._backend.current_stream(self._device))
+        self._lanes.reverse()
+
+    def watch(self, finite: Tensor, storage: QuantizedStorage, piece: Piece, what: object) -> None:
+        """Ask at the end about a box that was quantized without us, too."""
+        self._checks.append((finite, [_Job(storage, piece, storage.weight.dtype, None, what)]))
+
+    def suspect(self) -> object | None:
+        """Wait; what was not finite, if anything, since this was asked before."""
+        self.press()
+        checks, self._checks = self._checks, []
+        if not checks or bool(torch.stack([finite for finite, _ in checks]).all()):
+            return None
+        # what is not finite has scales that are not, unless other values have taken its place
+        suspects = (job for finite, jobs in checks if not finite for job in jobs)
+        return next((job.what for job in suspects if not torch.isfinite(job.scales.float()).all()), None)
+
+    def close(self) -> None:
+        """Whatever waits is dropped; nothing is copied any more, so that the memory may go."""
+        if self._copies is not None:
+            self._copies.synchronize()
+
+    def _pinned(self) -> Tensor:
+        lane = self._lanes[0]
+        if lane.pinned is None:
+            lane.pinned = torch.empty(self.limit_bytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        if lane.sending:
+            lane.copied.synchronize()
+            lane.sending = False
+        return lane.pinned
+
+    def _send(self) -> None:
+        """Send what waits in pinned memory."""
+        lane, filled = self._lanes[0], slice(self._sent, self._used)
+        if filled.start < filled.stop:
+            assert lane.pinned is not None
+            with self._copying():
+                lane.staged[filled].copy_(lane.pinned[filled], non_blocking=True)
+            self._sent = self._used
+
+    def _copying(self) -> Any:
+        """On the stream of copies, once the batch's memory is free."""
+        lane = self._lanes[0]
+        if not lane.copying:
+            self._copies.wait_event(lane.free)
+            lane.copying = True
+        return self._backend.stream(self._copies)
+
+
+class _Task(NamedTuple):
+    """Values in a batch, and where their FP8 numbers and scales go."""
+
+    values: Tensor
+    out: Tensor
+    scales: Tensor
+
+
+def _quantize(tasks: Sequence[_Task], scheme: Scheme) -> Tensor:
+    """All of them, their scales together; returns whether all values were finite, a boolean on the device."""
+    shapes = [task.scales.shape for task in tasks]
+    sizes = [shape.numel() for shape in shapes]
+    amax = torch.empty(sum(sizes), dtype=torch.float32, device=tasks[0].values.device)
+    for task, shape, out in zip(tasks, shapes, torch.split(amax, sizes), strict=True):
+        schemes.group_amax(task.values, scheme, out=out.view(shape))
+    scale = schemes.scale_from_amax(amax, scheme)
+    stored = schemes.to_stored(scale, scheme)
+    scales = zip(torch.split(scale, sizes), torch.split(stored, sizes), strict=True)
+    for task, shape, (mine, kept) in zip(tasks, shapes, scales, strict=True):
+        schemes.quantize_into(task.out, task.values, mine.view(shape), scheme)
+        task.scales.copy_(kept.view(shape))
+    return torch.isfinite(amax).all()
+
+
+def _joinable(job: _Job) -> Joinable:
+    cells = job.storage.cells(Box.of(job.piece))
+    return Joinable(job.storage.placement, Work.QUANTIZE, dtypes.NAMES[job.dtype], job.piece, cells, (0, 0), ())
+
+
+def _view(memory: Tensor, piece: Piece) -> Tensor:
+    return memory.as_strided(piece.size, piece.src_strides, piece.src_off)
+
+
+@functools.lru_cache(maxsize=4096)
+def _packed(size: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides without holes, of axes in the same order: where there are none, those that are given."""
+    packed, stride = list(strides), 1
+    for axis in sorted(range(len(size)), key=lambda d: (strides[d], -d)):
+        if size[axis] != 1:
+            packed[axis] = stride
+            stride *= size[axis]
+    return tuple(packed)

@@ -1,0 +1,149 @@
+"""High-precision values of a box to FP8, in bounded memory.
+
+The bytes are those of `octavo.schemes.quantize` of the whole parameter with its parts, whatever the boxes: each box
+must hold whole scale groups. On a CPU, nothing is written before a box's scales are known to be finite. On an
+accelerator nobody waits to learn that, and boxes are quantized many at a time (`octavo.layerwise.batches`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+
+import torch
+from torch import Tensor
+
+from .. import schemes
+from ..chunks import Tile, cut_tiles
+from ..errors import WeightError
+from ..pieces import Piece
+from ..schemes import Scheme
+from .batches import Batches
+from .boxes import Box
+from .storage import QuantizedStorage
+
+#: elements of a tile on a CPU: what stays in a core's cache
+_TILE_ELEMENTS = 1 << 19
+
+
+def has_batches(device: torch.device) -> bool:
+    """Whether launching is what costs on a device."""
+    return device.type != "cpu"
+
+
+class Quantizer:
+    """Quantizes boxes with scratch memory of its own: at most ``staging_bytes`` beside the values and the result."""
+
+    def __init__(self, staging_bytes: int) -> None:
+        self.staging_bytes = staging_bytes
+        self._scratch: Tensor | None = None
+        self._batches: dict[torch.device, Batches] = {}
+
+    def put(
+        self, storage: QuantizedStorage, piece: Piece, values: Tensor, dtype: torch.dtype | None, what: object
+    ) -> None:
+        """Quantize ``values``, of the piece's size and strides and cast to ``dtype`` (None: as they are), into its box.
+
+        Args:
+            what: says in an error what the values are.
+
+        Raises:
+            WeightError: values that are not finite. For those on an accelerator, `check` raises it.
+        """
+        dtype, box, batches = dtype or values.dtype, Box.of(piece), self._batches_on(storage.weight.device)
+        if batches is not None:
+            tiles = _whole_tiles(piece.size, storage.scheme, batches.limit_bytes // dtype.itemsize)
+            if tiles is not None and len(tiles) == 1:
+                return batches.put(storage, piece, values, dtype, what)
+            if tiles is not None:
+                for tile in tiles:
+                    part, off = tile.region(values), map(operator.add, piece.dst_off, tile.box.dst_off)
+                    cut = Piece(tuple(off), tile.box.size, "", 0, tuple(part.stride()))
+                    batches.put(storage, cut, part, dtype, what)
+                return None
+            batches.press()  # which may hold former values of the same box
+        grid = self._amax(values, dtype, storage.scheme, storage.weight.device)
+        finite = torch.isfinite(grid).all()
+        if batches is None and not finite:
+            raise WeightError(_nonfinite(what))
+        scale = schemes.scale_from_amax(grid, storage.scheme)
+        out, device = piece.region(storage.weight), storage.weight.device
+        for tile in self._tiles(values, storage.scheme, device):
+            region = tile.region(values).to(device, dtype)
+            scratch = self._scratch_like(region, torch.float32)
+            schemes.quantize_into(
+                tile.region(out), region, scale[tile.cells], storage.scheme, phase=tile.phase, scratch=scratch
+            )
+        storage.scale_place(box).copy_(schemes.to_stored(scale, storage.scheme))
+        if batches is not None:
+            batches.watch(finite, storage, piece, what)
+        return None
+
+    def _amax(self, values: Tensor, dtype: torch.dtype, scheme: Scheme, device: torch.device) -> Tensor:
+        """Of each scale group, float32 on the device."""
+        *lead, rows, cols = values.shape
+        grid = torch.zeros((*lead, *scheme.cells(rows, cols)), dtype=torch.float32, device=device)
+        for tile in self._tiles(values, scheme, device):
+            region = tile.region(values).to(device, dtype)
+            found = schemes.group_amax(region, scheme, phase=tile.phase, scratch=self._scratch_like(region))
+            cells = grid[tile.cells]
+            torch.maximum(cells, found, out=cells)
+        return grid
+
+    def _tiles(self, values: Tensor, scheme: Scheme, device: torch.device) -> tuple[Tile, ...]:
+        limit = _TILE_ELEMENTS if device.type == "cpu" else self.staging_bytes // 16
+        return cut_tiles(tuple(values.shape), scheme, (0, 0), limit)
+
+    def press(self) -> None:
+        """Quantize what waits on an accelerator."""
+        for batches in self._batches.values():
+            batches.press()
+
+    def settle(self) -> None:
+        """Wait until no values that were put are needed any more."""
+        for batches in self._batches.values():
+            batches.settle()
+
+    def check(self) -> None:
+        """Raise for what was quantized on an accelerator and was not finite."""
+        for what in [batches.suspect() for batches in self._batches.values()]:
+            if what is not None:
+                raise WeightError(_nonfinite(what))
+
+    def close(self) -> None:
+        """Drop what waits and what is not checked, and give back all memory."""
+        for batches in self._batches.values():
+            batches.close()
+        self._batches, self._scratch = {}, None
+
+    def _batches_on(self, device: torch.device) -> Batches | None:
+        if not has_batches(device):
+            return None
+        found = self._batches.get(device)
+        if found is None:
+            found = self._batches[device] = Batches(device, self.staging_bytes)
+        return found
+
+    def _scratch_like(self, region: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+        """Memory for a tile's bits, or for its float32 values."""
+        if region.device.type != "cpu" or region.numel() > _TILE_ELEMENTS:
+            return None
+        if self._scratch is None:
+            self._scratch = torch.empty(2, _TILE_ELEMENTS, dtype=torch.float32, device="cpu")
+        return self._scratch[0].view(region.dtype) if dtype is None else self._scratch[1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole_tiles(shape: tuple[int, ...], scheme: Scheme, limit: int) -> tuple[Tile, ...] | None:
+    """Tiles of at most ``limit`` elements that hold whole scale groups, if there are such."""
+    tiles = cut_tiles(shape, scheme, (0, 0), limit)
+    cells = sum(math.prod(cells.stop - cells.start for cells in tile.cells) for tile in tiles)
+    whole = cells == math.prod((*shape[:-2], *scheme.cells(*shape[-2:])))
+    return tiles if whole and all(tile.box.numel <= limit for tile in tiles) else None
+
+
+def _nonfinite(what: object) -> str:
+    return (
+        f"{what}: holds values that are not finite, which have no FP8 form. Repair the source, or ignore this weight."
+    )

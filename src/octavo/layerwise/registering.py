@@ -1,0 +1,100 @@
+"""What loaders do to modules: they register parameters, tie them, put others in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import LoaderError
+from ..recipe import Decision
+from .intake import Intake
+from .items import Face, Item, Layer
+from .report import LayerwiseReport
+
+
+class Registrations:
+    """Hooks of `torch.nn.modules.module` for the modules of a model that is loaded."""
+
+    def __init__(self, intake: Intake, report: LayerwiseReport, is_optional: Callable[[Item], bool]) -> None:
+        self._intake, self._inventory, self._report = intake, intake.inventory, report
+        self._is_optional = is_optional
+
+    def parameter(self, module: nn.Module, leaf: str, tensor: nn.Parameter | None) -> nn.Parameter | None:
+        """A loader gives a module a parameter; returns the one that takes its place, if there is one."""
+        if self._intake.paused or tensor is None or (layer := self._inventory.layer_of(module)) is None:
+            return None
+        if (final := self._inventory.find_final(tensor)) is not None:
+            if tensor is module._parameters.get(leaf):
+                return None
+            name = f"{layer.name}.{leaf}" if layer.name else leaf
+            raise LoaderError(
+                f"{name}: a loader ties it to {final[0].name}, whose layer is finished, and holds FP8 numbers. Tie them "  # noqa: E501
+                "before the weights come, or keep the weight out of the recipe."
+            )
+        known = self._inventory.find(tensor)
+        if known is not None and known.scheme and not _seen_alike(known, tensor):
+            raise LoaderError(
+                f"{known.name}: a loader registers it in another shape or order of axes, {list(tensor.shape)}; its "
+                "scale groups run along rows as they were. Keep it out of the recipe."
+            )
+        if known is not None and known.virtual:  # the same tensor in another place, or seen in another shape
+            known.faces = [face for face in known.faces if (face.module, face.leaf) != (module, leaf)]
+            known.faces.append(Face(module, leaf, tensor))
+            return None
+        present: nn.Parameter | None = self.buffer(module, leaf, tensor)
+        if present is not None:
+            return present
+        if layer.finished:
+            layer = Layer(layer.name, module, late=True)
+            self._inventory.layers.append(layer)
+        item = self._inventory.add(layer, leaf, tensor)
+        if item is None:
+            return None
+        item.decision = Decision(None, "registered while loading")
+        self._report.kept[item.name] = item.decision.reason
+        self._inventory.track(item, tensor)
+        if tensor.is_meta:
+            item.twin = tensor.detach()
+            self._intake.reopen(layer)
+            return None
+        # the loader's own memory: it holds its values, or gets them
+        item.real, item.gaps.boxes = tensor.detach(), self._intake.unfilled.gaps(tensor)
+        item.required = bool(item.gaps) and not self._is_optional(item)
+        self._intake.unfilled.forget(tensor)
+        self._intake.ledger.hold(item.nbytes)
+        if item.required:
+            self._intake.reopen(layer)
+        return None
+
+    def buffer(self, module: nn.Module, leaf: str, tensor: Tensor | None) -> Any:
+        """A loader puts a tensor of its own in an item's place: it is copied there instead."""
+        present = module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
+        item = None if self._intake.paused or tensor is None else self._inventory.find(present)
+        final = None if self._intake.paused or tensor is None else self._inventory.find_final(present)
+        if item is None and final is not None:
+            item = final[0]
+        if tensor is None or present is None or item is None or not (item.virtual or item.settled):
+            return None
+        if self._inventory.find(tensor) is item:  # the same one, in whatever shape
+            return None if item.virtual else present
+        if self._intake.unfilled.gaps(tensor):
+            raise LoaderError(
+                f"{item.name}: a loader puts memory in its place that nothing was written to. Fill it first, or write "
+                "to the parameter that is there."
+            )
+        if present.shape != tensor.shape:
+            raise LoaderError(
+                f"{item.name} {list(present.shape)}: a loader puts a tensor of another shape in its place, "
+                f"{list(tensor.shape)}"
+            )
+        if final is not None:
+            self._intake.copy_final(*final, present.detach(), tensor.detach())
+        else:
+            self._intake.copy(item, present.detach(), tensor.detach())
+        return present
+
+
+def _seen_alike(item: Item, tensor: Tensor) -> bool:
+    return (tuple(tensor.shape), tuple(tensor.stride())) == (item.shape, item.strides)

@@ -1,0 +1,102 @@
+"""Memory that loaders have allocated and not written. Copied or registered, it would look like weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..pieces import Piece
+from .boxes import Box, Gaps, NoBoxError, trace_view
+from .tensors import offset_of, storage_key
+
+aten = torch.ops.aten
+_ALLOCATIONS = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})
+#: boxes of a write beyond which nobody follows
+_MANY = 256
+
+
+class _Memory(NamedTuple):
+    reference: Any
+    itemsize: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    gaps: Gaps
+
+
+class Unfilled:
+    """The gaps of such memory. Whatever can't be followed counts as filled."""
+
+    def __init__(self) -> None:
+        self._memory: dict[int, _Memory] = {}
+        self._purge_at = 64
+
+    def computed(self, func: Any, inputs: Sequence[Tensor], targets: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """An operation in which no item took part."""
+        if func.overloadpacket in _ALLOCATIONS and not targets:
+            for tensor in made:
+                self._allocated(tensor)
+        if not self._memory:
+            return
+        for target in targets:
+            self._wrote(target)
+        if func.namespace != "aten":  # what collectives and engines' kernels write, their schemas need not say
+            for tensor in inputs:
+                self.forget(tensor)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Nobody can tell what is written to it."""
+        if self._memory and (key := storage_key(tensor)) is not None:
+            self._memory.pop(key, None)
+
+    def gaps(self, view: Tensor) -> list[Box]:
+        """The boxes of a view that nothing was written to; the whole view where they are not boxes of it."""
+        found = self._find(view)
+        pieces = [] if found is None else self._trace(found, view)
+        if found is None or not any(Box.of(piece).common(gap) for piece in pieces for gap in found.gaps.boxes):
+            return []
+        if (found.shape, found.strides) == (tuple(view.shape), view.stride()):
+            return list(found.gaps.boxes)
+        return [Box((0,) * view.ndim, tuple(view.shape))]
+
+    def _allocated(self, tensor: Tensor) -> None:
+        if tensor.is_meta or not tensor.numel() or (key := storage_key(tensor)) is None:
+            return
+        if len(self._memory) > self._purge_at:
+            self._memory = {key: found for key, found in self._memory.items() if not found.reference.expired()}
+            self._purge_at = 2 * len(self._memory) + 64
+        reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self._memory[key] = _Memory(
+            reference, tensor.itemsize, tuple(tensor.shape), tensor.stride(), Gaps(tensor.shape)
+        )
+
+    def _wrote(self, view: Tensor) -> None:
+        found = self._find(view)
+        if found is None:
+            return
+        pieces = self._trace(found, view)
+        for piece in pieces:
+            found.gaps.fill(Box.of(piece))
+        if not pieces or not found.gaps:
+            self.forget(view)
+
+    def _find(self, view: Tensor) -> _Memory | None:
+        key = storage_key(view) if self._memory else None
+        found = None if key is None else self._memory.get(key)
+        if found is not None and found.reference.expired():
+            return None
+        return found
+
+    def _trace(self, found: _Memory, view: Tensor) -> list[Piece]:
+        if view.itemsize != found.itemsize:
+            return []
+        try:
+            pieces = trace_view(
+                found.shape, found.strides, offset_of(view), view.shape, view.stride(), (0,) * view.ndim
+            )
+        except NoBoxError:
+            return []
+        return pieces if len(pieces) <= _MANY else []

@@ -1,0 +1,102 @@
+"""Batches of an accelerator, on a CPU: one after another, but the joining and the arithmetic are those of a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from helpers import same_bytes
+from helpers.engine import Model, Shape, checkpoint
+from octavo import schemes
+from octavo.errors import WeightError
+from octavo.layerwise.session import Session
+
+SHAPE = Shape(hidden=256, inner=320, experts=6)
+MIB = 1 << 20
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of boxes that were quantized together, each time."""
+    module, seen = importlib.import_module("octavo.layerwise.batches"), []
+    original = module._quantize
+
+    def counting(tasks: list[Tensor], scheme: schemes.Scheme) -> Tensor:
+        seen.append(len(tasks))
+        return original(tasks, scheme)
+
+    monkeypatch.setattr(module, "_quantize", counting)
+    monkeypatch.setattr(importlib.import_module("octavo.layerwise.quantizer"), "has_batches", lambda device: True)
+    return seen
+
+
+def loaded(scheme: str, pairs: list[tuple[str, Tensor]], **options: bool | int) -> tuple[Model, Session]:
+    with torch.device("meta"):
+        model = Model(SHAPE, moe=True)
+    session = Session(model, scheme, "cpu", **options)
+    with session:
+        model.load_weights(pairs)
+    return model, session
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.data.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "layer"])
+@pytest.mark.parametrize("staging_bytes", [MIB, 256 * MIB])
+@pytest.mark.parametrize("scheme", schemes.SCHEMES)
+def test_batches_give_the_bytes_of_one_box_after_another(
+    scheme: str, staging_bytes: int, direct: bool, request: pytest.FixtureRequest
+) -> None:
+    pairs = list(checkpoint(SHAPE, moe=True).items())
+    doubled = random.Random(0).sample([(name, tensor * 2) for name, tensor in pairs], len(pairs))
+    expected = [state(loaded(scheme, given)[0]) for given in (pairs, doubled)]
+    seen = request.getfixturevalue("batches")
+    model, session = loaded(scheme, pairs, direct=direct, staging_bytes=staging_bytes)
+    found = [state(model)]
+    with session:
+        model.load_weights(iter(doubled))
+    found.append(state(model))
+    for mine, other in zip(found, expected, strict=True):
+        assert [name for name in mine if not same_bytes(mine[name], other[name])] == []
+    assert seen
+    assert session._quantizer._batches == {}  # its memory went with the session's use
+
+
+def test_what_lies_regularly_is_joined(batches: list[int]) -> None:
+    """Gate and up of all experts are few boxes, however many tensors they come from."""
+    pairs = list(checkpoint(SHAPE, moe=True).items())
+    _, session = loaded("fp8_channel", pairs)
+    quantized = [event for event in session.events if event.kind == "quantize"]
+    assert sum(batches) < len(quantized) / 2
+
+
+def test_an_iterator_may_use_memory_again(batches: list[int]) -> None:
+    pairs = checkpoint(SHAPE, moe=True)
+    expected = state(loaded("fp8_block", list(pairs.items()))[0])
+
+    def reusing() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in pairs.items():
+            mine = tensor.clone()
+            yield name, mine
+            mine.fill_(torch.nan)
+
+    found = state(loaded("fp8_block", reusing())[0])  # type: ignore[arg-type]
+    assert [name for name in found if not same_bytes(found[name], expected[name])] == []
+    assert batches
+
+
+def test_what_is_not_finite_is_named_at_the_end(batches: list[int]) -> None:
+    pairs = checkpoint(SHAPE, moe=True)
+    name = next(name for name in pairs if "experts.3.up_proj" in name)
+    for scheme in schemes.SCHEMES:
+        bad = pairs[name].clone()
+        bad[3, 5] = torch.inf
+        with pytest.raises(WeightError, match=rf"{name}: holds values that are not finite"):
+            loaded(scheme, list({**pairs, name: bad}.items()))
