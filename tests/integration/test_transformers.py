@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import octavo
@@ -278,6 +279,20 @@ def test_tied_embeddings_share_one_storage(checkpoints: Checkpoints, architectur
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         assert head is embedding
         assert head.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("head", ["instead of the embedding", "equal", "another"])
+def test_tied_weights_of_odd_checkpoints_are_those_of_from_pretrained(head: str, tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path, tie_word_embeddings=True)
+    tensors = tensors_of(folder)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.flip(0) if head == "another" else embedding.clone()
+    if head.startswith("instead"):
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model, expected = octavo.load(folder, None), AutoModelForCausalLM.from_pretrained(folder)
+    assert differences(model, expected) == []
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (head != "another")
 
 
 # -- the route through from_pretrained --------------------------------------------------------------------------------
