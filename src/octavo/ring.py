@@ -123,7 +123,7 @@ class Ring(Generic[Ticket]):
 
         self._start(draw, make_worker)
 
-    def _start(self, draw: Callable[[], Ticket | None], make_worker: Callable[[], Worker[Ticket]]) -> None:
+    def _start(self, draw: Callable[[], Any], make_worker: Callable[[], Worker[Any]]) -> None:
         """Start the threads; each calls ``draw`` for its next ticket, until that is None."""
         self._alive = self._count
         for number in range(self._count):
@@ -255,8 +255,8 @@ class Ring(Generic[Ticket]):
         """Whether any thread still works."""
         return self._alive > 0
 
-    def _work(self, draw: Callable[[], Ticket | None], make_worker: Callable[[], Worker[Ticket]]) -> None:
-        worker: Worker[Ticket] | None = None
+    def _work(self, draw: Callable[[], Any], make_worker: Callable[[], Worker[Any]]) -> None:
+        worker: Worker[Any] | None = None
         try:
             worker = make_worker()
             while not self._stopping and (ticket := draw()) is not None:
