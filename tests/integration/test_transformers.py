@@ -8,13 +8,16 @@ two routes (`octavo.load` and `OctavoConfig`) each other.
 from __future__ import annotations
 
 import functools
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import octavo
 from octavo import schemes
@@ -36,7 +39,7 @@ from _models import (
     state_of,
     tensors_of,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 # how per-expert tensors of a layer are called in checkpoints: (gate, up, down)
 _PER_EXPERT = {
@@ -293,6 +296,33 @@ def test_tied_weights_of_odd_checkpoints_are_those_of_from_pretrained(head: str,
     model, expected = octavo.load(folder, None), AutoModelForCausalLM.from_pretrained(folder)
     assert differences(model, expected) == []
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (head != "another")
+
+
+def test_models_that_are_loaded_at_once_leave_torch_as_it_was(checkpoints: Checkpoints) -> None:
+    folder, numbers = checkpoints.folder("llama"), itertools.count()
+    second_builds, first_is_built = threading.Event(), threading.Event()
+
+    class Overlapping(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            if next(numbers):
+                second_builds.set()
+                first_is_built.wait(0.5)
+            else:
+                second_builds.wait(0.5)
+
+    def build() -> Any:
+        model = octavo.load(folder, model_class=Overlapping)
+        first_is_built.set()
+        return model
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = [built.result() for built in [pool.submit(build) for _ in range(2)]]
+    assert differences(one, other) == []
+    layer = nn.Linear(2, 2)
+    assert not layer.weight.is_meta
+    assert torch.equal(nn.init.ones_(layer.weight), torch.ones(2, 2))
+    assert torch.get_default_dtype() == torch.float32
 
 
 # -- the route through from_pretrained --------------------------------------------------------------------------------
