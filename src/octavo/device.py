@@ -208,6 +208,8 @@ class DevicePress:
     @torch.no_grad()
     def _press(self, block: Block, lane: Lane) -> int:
         whole: dict[str, list[tuple[Box, Tensor]]] = {}
+        for box in block.boxes:  # in the order of the plan, though not done in that order
+            self._opened(box)
         for box in block.boxes:
             values = lane.values(box)
             if box.work is Work.COPY:

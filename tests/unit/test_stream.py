@@ -484,6 +484,20 @@ def test_blocks_are_iterated_over_in_plan_order(tmp_path):
         assert same_bytes(storage.scale, scale)
 
 
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_what_stays_is_iterated_over_between_what_is_quantized(tmp_path, lanes):
+    tensors = {}
+    for i in range(6):
+        tensors[f"{i}.a.weight"] = random_weights((64, 64), torch.bfloat16, i)
+        tensors[f"{i}.b.bias"] = random_weights((64,), torch.bfloat16, i)
+        tensors[f"{i}.c.weight"] = random_weights((64, 64), torch.bfloat16, i + 10)
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    plan = plan_checkpoint(checkpoint, Recipe())
+    geometry = dataclasses.replace(in_blocks(plan), lanes=lanes)
+    placed = iterate(checkpoint, plan, IteratorSink(None), geometry=geometry)
+    assert [name for name, _ in placed] == list(tensors)
+
+
 def test_nothing_that_is_not_finite_is_handed_out_of_a_block(tmp_path):
     tensors = {f"{i:02d}.weight": random_weights((128, 128), torch.bfloat16, i) for i in range(12)}
     tensors["07.weight"][3, 4] = math.nan
