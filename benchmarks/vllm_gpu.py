@@ -205,6 +205,7 @@ def source_of(way: str, folder: Path, merged: Merged, model: str, timeout_s: flo
         found = run_fresh(CONVERT, folder, target, scheme, timeout_s=timeout_s)
         say(f"converted to {scheme}: {found['seconds']:.1f} s")
         merged.add(found, "models", model, f"convert-{scheme}")
+    common.set_cache(target, cold=False)  # converting writes past the page cache
     return target
 
 

@@ -29,7 +29,7 @@ from .geometry import Geometry, check_options, usable_device
 from .press import describe_nonfinite
 from .ring import Ring, Slot
 from .schemes import Scheme
-from .sinks import Destination, Sink
+from .sinks import Destination, Sink, enough_memory
 
 #: how many blocks' amax are in one allocation
 _PAGE = 4096
@@ -141,17 +141,26 @@ class WarmUp:
             assert self._geometry is not None
             _begin_driver(self._device)
             usable_device(self._device)
-            slots = [Slot(self._geometry.slot_bytes, pinned=True) for _ in range(self._geometry.slots)]
-            weight = torch.zeros((256, 256), dtype=torch.bfloat16)
-            for name in self._names:
-                schemes.quantize(weight.to(self._device), name)
-            lane = Lane(0, self._device)
-            with lane:
-                lane.watch([], torch.zeros(1, device=self._device))
-                lane.suspects()
+            with enough_memory(self._device, "staging; a smaller staging_bytes needs less"):
+                slots = [Slot(self._geometry.slot_bytes, pinned=True) for _ in range(self._geometry.slots)]
+                rehearse(self._device, self._names)
             del slots
         except BaseException as error:  # raised by who waits
             self._error = error
+
+
+def rehearse(device: torch.device, names: Iterable[str]) -> None:
+    """Do on ``device`` what a stream of these schemes does, so that its kernels are loaded.
+
+    All dtypes are said: building a model changes torch's default for every thread.
+    """
+    weight = torch.zeros((256, 256), dtype=torch.bfloat16, device="cpu")
+    for name in names:
+        schemes.quantize(weight.to(device), name)
+    lane = Lane(0, device)
+    with lane:
+        lane.watch([], torch.zeros(1, dtype=torch.float32, device=device))
+        lane.suspects()
 
 
 def _begin_driver(device: torch.device) -> None:
@@ -199,6 +208,8 @@ class DevicePress:
     @torch.no_grad()
     def _press(self, block: Block, lane: Lane) -> int:
         whole: dict[str, list[tuple[Box, Tensor]]] = {}
+        for box in block.boxes:  # in the order of the plan, though not done in that order
+            self._opened(box)
         for box in block.boxes:
             values = lane.values(box)
             if box.work is Work.COPY:

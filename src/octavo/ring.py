@@ -123,7 +123,7 @@ class Ring(Generic[Ticket]):
 
         self._start(draw, make_worker)
 
-    def _start(self, draw: Callable[[], Ticket | None], make_worker: Callable[[], Worker[Ticket]]) -> None:
+    def _start(self, draw: Callable[[], Any], make_worker: Callable[[], Worker[Any]]) -> None:
         """Start the threads; each calls ``draw`` for its next ticket, until that is None."""
         self._alive = self._count
         for number in range(self._count):
@@ -171,28 +171,19 @@ class Ring(Generic[Ticket]):
         """
         todo: queue.SimpleQueue[tuple[int, Ticket, Slot] | None] = queue.SimpleQueue()
         full: queue.SimpleQueue[tuple[int, Ticket, Slot, int] | None] = queue.SimpleQueue()
+        threads = self._count
 
-        def no_more() -> None:
-            for _ in range(self._count):
+        def no_more() -> None:  # knows not this ring, which would hold itself and what waits in the queue
+            for _ in range(threads):
                 todo.put(None)
 
         self._on_stop = no_more
-
-        class Reader:
-            def handle(self, ticket: tuple[int, Ticket, Slot]) -> int:
-                number, what, slot = ticket
-                full.put((number, what, slot, read(what, slot)))
-                return 0
-
-            def close(self) -> None:
-                full.put(None)
-
         numbered, free = enumerate(tickets), deque(slots)
         waiting: dict[int, tuple[Ticket, Slot, int]] = {}
         copying: deque[Slot] = deque()
         expected, ended, drawn = 0, 0, False
         try:
-            self._start(todo.get, Reader)  # type: ignore[arg-type]
+            self._start(todo.get, lambda: _Reader(read, full))
             while ended < self._count or waiting:
                 while copying and copying[0].idle:
                     free.append(copying.popleft())
@@ -264,8 +255,8 @@ class Ring(Generic[Ticket]):
         """Whether any thread still works."""
         return self._alive > 0
 
-    def _work(self, draw: Callable[[], Ticket | None], make_worker: Callable[[], Worker[Ticket]]) -> None:
-        worker: Worker[Ticket] | None = None
+    def _work(self, draw: Callable[[], Any], make_worker: Callable[[], Worker[Any]]) -> None:
+        worker: Worker[Any] | None = None
         try:
             worker = make_worker()
             while not self._stopping and (ticket := draw()) is not None:
@@ -285,6 +276,25 @@ class Ring(Generic[Ticket]):
             with self._condition:
                 self._alive -= 1
                 self._condition.notify_all()
+
+
+class _Reader(Generic[Ticket]):
+    """A thread of `Ring.relay`. (A class made there would hold itself, and ``read``, until Python collects garbage.)"""
+
+    def __init__(
+        self,
+        read: Callable[[Ticket, Slot], int],
+        full: queue.SimpleQueue[tuple[int, Ticket, Slot, int] | None],
+    ) -> None:
+        self._read, self._full = read, full
+
+    def handle(self, ticket: tuple[int, Ticket, Slot]) -> int:
+        number, what, slot = ticket
+        self._full.put((number, what, slot, self._read(what, slot)))
+        return 0
+
+    def close(self) -> None:
+        self._full.put(None)
 
 
 def _has_begun(thread: threading.Thread) -> bool:

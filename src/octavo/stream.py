@@ -139,12 +139,14 @@ class Stream:
             ended = True
             self.files.check_unchanged()
         finally:
-            # who closes the iterator early does not care what reading ahead would have found
-            with contextlib.nullcontext() if ended else contextlib.suppress(OctavoError):
-                if blocks is not None:
-                    blocks.close()
-                self.ring.finish()
-            self._close()
+            try:
+                # who closes the iterator early does not care what reading ahead would have found
+                with contextlib.nullcontext() if ended else contextlib.suppress(OctavoError):
+                    if blocks is not None:
+                        blocks.close()
+                    self.ring.finish()
+            finally:
+                self._close()
 
     def _close(self) -> None:
         self.files.close()

@@ -7,6 +7,12 @@ two routes (`octavo.load` and `OctavoConfig`) each other.
 
 from __future__ import annotations
 
+import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from _models import (
@@ -17,11 +23,14 @@ from _models import (
     by_scheme,
     is_transposed,
     logits,
+    make_checkpoint,
     prompt,
     relative_error,
     stacks_of,
 )
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import octavo
 from helpers import same_bytes
@@ -234,6 +243,47 @@ def test_tied_embeddings_share_one_storage(checkpoints: Checkpoints, architectur
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         assert head is embedding
         assert head.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("head", ["instead of the embedding", "equal", "another"])
+def test_tied_weights_of_odd_checkpoints_are_those_of_from_pretrained(head: str, tmp_path: Path) -> None:
+    folder = make_checkpoint("llama", tmp_path, tie_word_embeddings=True)
+    tensors = tensors_of(folder)
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.flip(0) if head == "another" else embedding.clone()
+    if head.startswith("instead"):
+        del tensors["model.embed_tokens.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    model, expected = octavo.load(folder, None), AutoModelForCausalLM.from_pretrained(folder)
+    assert differences(model, expected) == []
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (head != "another")
+
+
+def test_models_that_are_loaded_at_once_leave_torch_as_it_was(checkpoints: Checkpoints) -> None:
+    folder, numbers = checkpoints.folder("llama"), itertools.count()
+    second_builds, first_is_built = threading.Event(), threading.Event()
+
+    class Overlapping(LlamaForCausalLM):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            if next(numbers):
+                second_builds.set()
+                first_is_built.wait(0.5)
+            else:
+                second_builds.wait(0.5)
+
+    def build() -> Any:
+        model = octavo.load(folder, model_class=Overlapping)
+        first_is_built.set()
+        return model
+
+    with ThreadPoolExecutor(2) as pool:
+        one, other = [built.result() for built in [pool.submit(build) for _ in range(2)]]
+    assert differences(one, other) == []
+    layer = nn.Linear(2, 2)
+    assert not layer.weight.is_meta
+    assert torch.equal(nn.init.ones_(layer.weight), torch.ones(2, 2))
+    assert torch.get_default_dtype() == torch.float32
 
 
 # -- the route through from_pretrained --------------------------------------------------------------------------------

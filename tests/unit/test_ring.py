@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import threading
 import time
+import weakref
 from contextlib import closing
 
 import pytest
@@ -284,6 +287,27 @@ def test_an_exception_while_drawing_tickets_ends_a_relay():
 
     with pytest.raises(ValueError, match="no more tickets"):
         relay(Ring(3), tickets())
+
+
+@pytest.mark.parametrize("consumed", [3, 100])
+def test_a_relay_that_has_ended_holds_nothing_that_only_the_collector_would_free(consumed):
+    """Memory of a device is not what makes Python collect garbage."""
+
+    class Owner:
+        def read(self, ticket: int, slot: Slot) -> int:
+            return 10
+
+    ring, owner, slots = Ring(2), Owner(), [Slot(16, pinned=False) for _ in range(8)]
+    held = [weakref.ref(thing) for thing in (ring, owner, *slots)]
+    gc.collect()
+    gc.disable()
+    try:
+        with closing(ring.relay(range(100), slots, owner.read)) as arriving:
+            assert sum(1 for _ in itertools.islice(arriving, consumed)) == consumed
+        del ring, owner, slots, arriving
+        assert [reference() for reference in held if reference() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_a_slot_waits_once_for_its_event():

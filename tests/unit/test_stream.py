@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -21,6 +22,7 @@ from helpers import DTYPES, SCHEMES, random_weights, run_plan, same_bytes, threa
 from octavo import kinds, schemes
 from octavo.checkpoint import Checkpoint
 from octavo.errors import DeviceError, SourceChangedError, WeightError
+from octavo.files import Files
 from octavo.geometry import Geometry
 from octavo.pieces import Symbolic, whole
 from octavo.plan import Plan, Target, make_plan, plan_checkpoint
@@ -388,6 +390,27 @@ def test_an_error_in_a_worker_reaches_the_consumer_after_what_was_finished_befor
     assert names == ["00.weight", "01.weight", "02.weight"][: len(names)]
 
 
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_an_iterator_that_fails_in_its_own_way_leaves_files_and_torch_as_they_were(checkpoint, monkeypatch, lanes):
+    def read_into(*_: object) -> None:
+        raise MemoryError("no room to read into")
+
+    monkeypatch.setattr(Files, "read_into", read_into)
+    plan = plan_checkpoint(checkpoint, Recipe())
+    geometry = dataclasses.replace(Geometry.fit(plan, 3, 1 << 15), lanes=lanes, block_bytes=1 << 17)
+    stream = Stream(checkpoint, plan, IteratorSink(1 << 30), geometry=geometry)
+    stream.files._open(0)  # as a thread before the one that fails
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(MemoryError, match="no room"):
+            list(stream.iterate())
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_an_error_in_a_worker_comes_without_the_rings_own_exceptions(tmp_path, monkeypatch):
     """What stops the consumer's waiting is an implementation detail: it has no place in a user's traceback."""
     monkeypatch.setattr(Worker, "close", lambda self: time.sleep(0.3))  # the consumer wakes first
@@ -459,6 +482,20 @@ def test_blocks_are_iterated_over_in_plan_order(tmp_path):
         q, scale = schemes.quantize(tensors[name], "fp8_channel")
         assert same_bytes(storage.weight, q)
         assert same_bytes(storage.scale, scale)
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_what_stays_is_iterated_over_between_what_is_quantized(tmp_path, lanes):
+    tensors = {}
+    for i in range(6):
+        tensors[f"{i}.a.weight"] = random_weights((64, 64), torch.bfloat16, i)
+        tensors[f"{i}.b.bias"] = random_weights((64,), torch.bfloat16, i)
+        tensors[f"{i}.c.weight"] = random_weights((64, 64), torch.bfloat16, i + 10)
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    plan = plan_checkpoint(checkpoint, Recipe())
+    geometry = dataclasses.replace(in_blocks(plan), lanes=lanes)
+    placed = iterate(checkpoint, plan, IteratorSink(None), geometry=geometry)
+    assert [name for name, _ in placed] == list(tensors)
 
 
 def test_nothing_that_is_not_finite_is_handed_out_of_a_block(tmp_path):

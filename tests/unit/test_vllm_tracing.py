@@ -103,6 +103,25 @@ def test_padding_is_a_constant_and_values_that_are_asked_for_are_noted():
     assert seen.used == {"factor"}
 
 
+def test_bytes_are_not_counted_as_elements():
+    class Bytes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Parameter(torch.empty(4, 8, dtype=torch.bfloat16))
+            self.raw = nn.Parameter(torch.empty(4, 16, dtype=torch.uint8), requires_grad=False)
+
+        def load_weights(self, weights):
+            for name, weight in weights:
+                if name == "wide":  # as many bytes as the parameter has elements
+                    self.wide.data[:2].view(torch.uint8).copy_(weight.view(torch.uint8))
+                else:
+                    self.raw.data.copy_(weight.view(torch.uint8).clone())
+
+    seen = traced(Bytes(), ("wide", (2, 8)), ("raw", (4, 8)))
+    assert seen.opaque == {"wide": "wide"}
+    assert [(copy.target, copy.sources, copy.view) for copy in seen.copies] == [("raw", frozenset({"raw"}), None)]
+
+
 def test_a_table_without_padding_has_no_empty_write():
     seen = traced(Fused(), ("table", (8, 6)))
     assert [copy.size for copy in seen.copies] == [(8, 6)]

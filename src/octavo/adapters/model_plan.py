@@ -5,6 +5,7 @@ transformers' own conversion mapping is run on symbolic tensors; the modules tel
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -256,22 +257,36 @@ def _is_linear(module: nn.Module) -> bool:
 @functools.cache
 def _reads_weight(parent: Any, child: str) -> bool:
     """Whether a class uses ``self.child.weight`` itself, beside calling the layer: FP8 numbers would surprise it."""
-    if not any({child, "weight"} <= {*code.co_names} for code in _codes(parent)):
-        return False  # without the source, which takes a while to find
-    try:
-        source = inspect.getsource(parent)
-    except (OSError, TypeError):
-        return False
-    return re.search(rf"self\.{re.escape(child)}\.weight\b", source) is not None
+    written = re.compile(rf"self\.{re.escape(child)}\.weight\b")
+    for cls in parent.__mro__:
+        # by the names in its code first: finding the source takes a while
+        if cls not in nn.Module.__mro__ and any({child, "weight"} <= {*code.co_names} for code in _codes(cls)):
+            with contextlib.suppress(OSError, TypeError):
+                if written.search(inspect.getsource(cls)):
+                    return True
+    return False
 
 
 def _codes(cls: Any) -> Iterator[CodeType]:
-    """The code of a class's own methods and properties, and of functions within them."""
-    members = [getattr(found, "fget", None) or getattr(found, "func", found) for found in vars(cls).values()]
-    left = [found.__code__ for found in map(inspect.unwrap, members) if inspect.isfunction(found)]
+    """The code of a class's own methods and properties, of what their decorators wrap, and of functions within them."""
+    left: list[Any] = [*vars(cls).values()]
+    seen = set()
     while left:
-        yield (code := left.pop())
-        left += (constant for constant in code.co_consts if isinstance(constant, CodeType))
+        found = left.pop()
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        if isinstance(found, CodeType):
+            yield found
+            left += (constant for constant in found.co_consts if isinstance(constant, CodeType))
+        elif inspect.isfunction(found):
+            left += (found.__code__, getattr(found, "__wrapped__", None))
+            with contextlib.suppress(ValueError):  # a cell that is not filled yet
+                left += (c for cell in found.__closure__ or () if inspect.isfunction(c := cell.cell_contents))
+        elif isinstance(found, property):
+            left += (found.fget, found.fset)
+        else:  # static and class methods, partial methods, cached properties
+            left += (getattr(found, "__wrapped__", None), getattr(found, "func", None))
 
 
 def is_experts(module: nn.Module) -> bool:

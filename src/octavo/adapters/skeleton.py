@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from transformers.initialization import no_init_weights
 from .. import dtypes
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, RecipeError
+
+#: building a model changes torch and transformers for all threads; two that do and undo it at once would leave it so
+_building = threading.RLock()
 
 
 def skeleton(
@@ -37,12 +41,13 @@ def skeleton(
     if attn_implementation:
         options["attn_implementation"] = attn_implementation
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights():
-            if hasattr(cls, "_model_mapping"):
-                model = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
-            else:
-                model = cls._from_config(config, **options)
-        _compute_buffers(model)
+        with _building:
+            with init_empty_weights(include_buffers=False), no_init_weights():
+                if hasattr(cls, "_model_mapping"):
+                    model = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
+                else:
+                    model = cls._from_config(config, **options)
+            _compute_buffers(model)
     except Exception as error:  # what a config and options lead to is transformers' to say
         raise CheckpointError(
             f"{folder}: transformers can't build {getattr(cls, '__name__', cls)} from this config.json "

@@ -133,7 +133,7 @@ def load(
         with stages("finish"):
             assign(model, plan, storages)
             del storages
-            _finish(model, checkpoint, target_device)
+            _finish(model, plan, target_device)
     notes = [] if prepared.saved else plan.notes
     model.load_report = Report.of(plan, stream.geometry, tally, stages, meter, notes=notes)
     model.load_routes = None if prepared.saved else Routes.of(plan, checkpoint)
@@ -245,11 +245,14 @@ def _set(model: Any, name: str, tensor: torch.Tensor, trainable: bool = False) -
     module._parameters[leaf] = parameter
 
 
-def _finish(model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+def _finish(model: Any, plan: Plan, device: torch.device) -> None:
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[leaf] = buffer.to(device)
-    model.tie_weights()
+    # as ``from_pretrained`` does: to whichever the checkpoint has, and not where it has two that differ
+    tied = model.all_tied_weights_keys
+    missing = {*tied.keys(), *tied.values()} - {placement.name for placement in plan.placements}
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     assert not left, f"planned, but not filled: {left[:5]}"

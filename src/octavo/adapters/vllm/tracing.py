@@ -145,15 +145,20 @@ class _Recorder(PlainDispatchMode):
         for name, tensor in targets.items():
             self._targets.setdefault(_storage(tensor), []).append((name, Whole(tensor)))
         self._roots: dict[int, frozenset[str]] = {}
+        self._itemsizes: dict[int, int] = {}  # of roots; seen as another dtype, they are not counted in elements
         self._derived: dict[int, frozenset[str]] = {}
         self._elsewhere: list[tuple[Tensor, frozenset[str], View | None]] = []  # writes into other memory
         self._kept: list[Tensor] = []  # a storage that is freed could lend its identity to another
 
     def source(self, source: Source) -> Tensor:
         tensor = torch.empty(source.shape, dtype=source.dtype, device="meta")
-        self._roots[_storage(tensor)] = frozenset((source.name,))
-        self._kept.append(tensor)
+        self._add_root(tensor, frozenset((source.name,)))
         return tensor
+
+    def _add_root(self, tensor: Tensor, names: frozenset[str]) -> None:
+        key = _storage(tensor)
+        self._roots[key], self._itemsizes[key] = names, tensor.itemsize
+        self._kept.append(tensor)
 
     def adopt(self, made: dict[str, Tensor]) -> None:
         """Count parameters that the loader has made on the way, and what was written into them, as the model's."""
@@ -188,8 +193,7 @@ class _Recorder(PlainDispatchMode):
         whole = self._whole_root(args[0]) if func in _MOVES else None
         for tensor in tensors_in(result):
             if whole is not None and tensor.is_contiguous():
-                self._roots[_storage(tensor)] = whole
-                self._kept.append(tensor)
+                self._add_root(tensor, whole)
             else:
                 self._derive(tensor, sources)
         return result
@@ -198,7 +202,8 @@ class _Recorder(PlainDispatchMode):
         """The source that ``tensor`` is all of, in its own order."""
         key = _storage(tensor)
         whole = tensor.is_contiguous() and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
-        return self._roots.get(key) if whole and key not in self._derived else None
+        alike = whole and tensor.itemsize == self._itemsizes.get(key)
+        return self._roots.get(key) if alike and key not in self._derived else None
 
     def _names(self, tensor: Tensor) -> frozenset[str]:
         key = _storage(tensor)
@@ -225,6 +230,7 @@ class _Recorder(PlainDispatchMode):
         if origin in self._targets:
             self.trace.computes = True
         followed = sources and derived is None and value.shape == target.shape
+        followed = followed and value.itemsize == self._itemsizes[origin]
         view = View.of(value) if followed else None
         if home in self._targets:
             if sources and value.numel() != target.numel():  # torch would repeat a single row to fill many
@@ -253,7 +259,7 @@ class _Recorder(PlainDispatchMode):
             return
         into, homes = View.of(target), self._targets[_storage(target)]
         for name, whole in homes:
-            box = whole.box_of(into)
+            box = whole.box_of(into) if target.itemsize == whole.itemsize else None
             if box is not None:
                 self.trace.copies.append(Copy(name, *box, sources, view, into))
                 return
@@ -265,6 +271,7 @@ class Whole:
 
     def __init__(self, tensor: Tensor) -> None:
         self.offset, self.shape, self.strides = View.of(tensor)
+        self.itemsize = tensor.itemsize
         axes = range(len(self.shape))
         #: (axis, stride) of axes with more than one element, outermost first
         self._outer = [(d, self.strides[d]) for d in sorted(axes, key=lambda d: -self.strides[d]) if self.shape[d] > 1]
