@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .. import modules
+from .. import dtypes, modules
 from ..checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
@@ -43,7 +44,7 @@ class Routes:
 
 def update(
     model: Any,
-    pairs: Iterable[Pair],
+    pairs: Iterable[Pair] | Mapping[str, Tensor],
     *,
     transform: Transform | None = None,
     staging_bytes: int = DEFAULT_STAGING_BYTES,
@@ -55,15 +56,16 @@ def update(
 
     Args:
         pairs: ``(name, tensor)`` in bf16, fp16 or fp32: names of the checkpoint, or of the model's own parameters. What
-            they don't name stays as it is.
+            they don't name stays as it is. A state dict will do: a parameter that is tied, and comes under each of its
+            names, is written once if the tensors are equal.
         transform: sees each pair first; returns what takes its place, or None to drop it.
 
     Returns:
         what was updated, and how long it took.
 
     Raises:
-        UpdateError: something failed midway, an unknown name or a weight that is not finite, say; it tells which layers
-            are new and which old. Running the whole update again heals.
+        UpdateError: something failed midway, an unknown name, integers or a weight that is not finite, say; it tells
+            which layers are new and which old. Running the whole update again heals.
         LoaderError: the model holds no weights that octavo quantized.
     """
     if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
@@ -71,18 +73,44 @@ def update(
     routes: Routes | None = getattr(model, "load_routes", None)
     session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
     items = session.inventory.by_name()
+    written: dict[str, Tensor] = {}  # of tied parameters, by the item's name
     with session:
-        for name, tensor in session.pairs(pairs):
+        for name, tensor in session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs):
             if routes is not None and name in routes.unused:
                 continue
+            item = items.get(name)
+            if item is not None and len(item.faces) > 1:
+                if item.name in written:
+                    _refuse_difference(item, name, tensor, written[item.name])
+                    continue
+                written[item.name] = tensor
             if routes is not None and name in routes.pieces:
                 found, tensor = _along(routes, name, tensor), tensor.contiguous()
             else:
                 found = [_by_own_name(name, tensor, items)]
             begin = offset_of(tensor)
             for parameter, piece in found:
+                _refuse_dtype(items[parameter], name, tensor)
                 session.intake.put(items[parameter], [piece._replace(src_off=begin + piece.src_off)], tensor)
     return session.report
+
+
+def _refuse_dtype(item: Item, name: str, tensor: Tensor) -> None:
+    """Integers and FP8 numbers mean nothing without their scales; what the model itself holds as such may come."""
+    wide = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+    if not wide and (item.scheme or tensor.dtype != item.dtype):
+        raise CoverageError(
+            f"{name} is {dtypes.short(tensor.dtype)}; an update takes bf16, fp16 or fp32, and quantizes it itself"
+        )
+
+
+def _refuse_difference(item: Item, name: str, tensor: Tensor, before: Tensor) -> None:
+    """A state dict has a tied parameter under each of its names."""
+    if not torch.equal(tensor, before):
+        raise CoverageError(
+            f"{name} differs from what {item.name} has got already, and both are one parameter, tied, in the model. "
+            "Drop one of them."
+        )
 
 
 def _along(routes: Routes, name: str, tensor: Tensor) -> Sequence[tuple[str, Piece]]:
