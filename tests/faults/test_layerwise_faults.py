@@ -670,3 +670,16 @@ def test_tensors_that_a_loader_collects_keep_their_scales(write: Callable[..., N
         write(model["a"].weight.data, 0, pairs["q"])
         write(model["a"].weight.data, 64, pairs["k"])
     assert model["a"].weight_scale.numel() == 2
+
+
+@pytest.mark.parametrize(
+    "use", [lambda session: session.load(DENSE), lambda session: session.dummy()], ids=["load", "dummy"]
+)
+def test_a_session_that_was_not_entered_loads_nothing(use: Callable[[Session], None]) -> None:
+    session = Session(Model(SMALL), "fp8_channel")
+    with pytest.raises(LoaderError, match="load within `with session:`"):
+        use(session)
+    with session:  # and is as good as before
+        session.model.load_weights(iter(DENSE))
+    with pytest.raises(LoaderError, match="load within `with session:`"):
+        use(session)
