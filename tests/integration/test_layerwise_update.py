@@ -177,6 +177,18 @@ def test_numbers_without_their_scales_are_refused(name: str, dtype: torch.dtype,
     assert differences(model, octavo.load(folder)) == []
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_moe"])
+def test_bf16_weights_are_not_cast_into_fp8_by_load_state_dict(architecture: str, checkpoints: Any) -> None:
+    folder = checkpoints(architecture)
+    model = octavo.load(folder)
+    model.load_state_dict(model.state_dict())
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"torch.bfloat16 into FP8 weights; octavo.update\(model, state_dict\)"):
+            model.load_state_dict(wide, strict=strict)
+    assert differences(model, octavo.load(folder)) == []
+
+
 def test_a_model_without_fp8_weights_is_refused(checkpoints: Any) -> None:
     with pytest.raises(LoaderError, match=r"load it with octavo\.load"):
         octavo.update(octavo.load(checkpoints("llama"), None), [])
