@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class QuantizedLinear(nn.Linear):
         _refuse_casts(self, fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        if not _refuse_wide(state, prefix, ["weight"], rest[-1]):
+            super()._load_from_state_dict(state, prefix, *rest)
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"
 
@@ -59,6 +63,10 @@ class QuantizedExperts:
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
         _refuse_casts(self, fn)
         return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def _load_from_state_dict(self: Any, state: Any, prefix: str, *rest: Any) -> None:
+        if not _refuse_wide(state, prefix, self.octavo_stacks, rest[-1]):
+            super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[misc]
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [..., hidden], top_k_index and top_k_weights [tokens, k] -> [..., hidden]."""
@@ -157,6 +165,14 @@ def _refuse_casts(module: Any, fn: Any) -> None:
             if fn(parameter.new_empty(0)).dtype != schemes.FP8:
                 raise TypeError("a model with FP8 weights can't be cast; give octavo.load the dtype for the rest of it")
             return
+
+
+def _refuse_wide(state: Mapping[str, Tensor], prefix: str, names: Iterable[str], errors: list[str]) -> bool:
+    """``load_state_dict`` of bf16 weights would cast them to FP8 without a scale: leave an error, write nothing."""
+    wide = [prefix + name for name in names if prefix + name in state and state[prefix + name].dtype != schemes.FP8]
+    for name in wide:
+        errors.append(f"{name}: {state[name].dtype} into FP8 weights; octavo.update(model, state_dict) quantizes")
+    return bool(wide)
 
 
 def scale_name(name: str) -> str:

@@ -816,3 +816,16 @@ def test_a_late_parameter_of_which_half_is_loaded_is_named() -> None:
             model["a"].bias = nn.Parameter(torch.empty(64), requires_grad=False)
             model["a"].bias.data[:32].copy_(torch.ones(32))
             model["a"].weight.data.copy_(tensor)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda session: session.load(DENSE), lambda session: session.dummy()], ids=["load", "dummy"]
+)
+def test_a_session_that_was_not_entered_loads_nothing(use: Callable[[Session], None]) -> None:
+    session = Session(Model(SMALL), "fp8_channel")
+    with pytest.raises(LoaderError, match="load within `with session:`"):
+        use(session)
+    with session:  # and is as good as before
+        session.model.load_weights(iter(DENSE))
+    with pytest.raises(LoaderError, match="load within `with session:`"):
+        use(session)

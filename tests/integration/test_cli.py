@@ -148,6 +148,8 @@ def test_no_command_at_all_shows_the_help(run: Run) -> None:
 
 def test_version_is_the_package_s(run: Run) -> None:
     assert run("--version") == (0, f"octavo {octavo.__version__}\n", "")
+    module = subprocess.run([sys.executable, "-m", "octavo", "--version"], capture_output=True, text=True)
+    assert (module.returncode, module.stdout) == (0, f"octavo {octavo.__version__}\n")
 
 
 # -- wrong usage ------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from octavo.report import rss_bytes
 pytest.importorskip("transformers")
 
 from _models import QUANTIZED, SCHEMES, make_checkpoint, prompt
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -138,6 +138,58 @@ def test_an_update_that_fails_tells_what_is_new_and_heals(checkpoints: Any, tmp_
         octavo.update(model, [(Q, torch.ones(3))])
     octavo.update(model, new.items())
     assert differences(model, loaded_from(folder, new, tmp_path / "new", "fp8_channel")) == []
+
+
+def test_a_state_dict_brings_tied_parameters_under_each_name(tmp_path: Path) -> None:
+    trainer = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            vocab_size=32,
+            tie_word_embeddings=True,
+        ),
+        dtype=torch.bfloat16,
+    )
+    trainer.save_pretrained(tmp_path / "old")
+    model = octavo.load(tmp_path / "old")
+    with torch.no_grad():
+        for parameter in trainer.parameters():
+            parameter.mul_(1.5)
+    trainer.save_pretrained(tmp_path / "new")
+    state = trainer.state_dict()
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= state.keys()
+    octavo.update(model, state)  # a mapping, too
+    assert differences(model, octavo.load(tmp_path / "new")) == []
+    octavo.update(model, reversed(state.items()))
+    assert differences(model, octavo.load(tmp_path / "new")) == []
+    with pytest.raises(UpdateError, match=r"lm_head.weight differs from what model.embed_tokens.weight has got"):
+        octavo.update(model, {**state, "lm_head.weight": state["lm_head.weight"] + 1})
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, octavo.schemes.FP8])
+@pytest.mark.parametrize("name", [Q, "model.norm.weight"])
+def test_numbers_without_their_scales_are_refused(name: str, dtype: torch.dtype, checkpoints: Any) -> None:
+    folder = checkpoints("llama")
+    model = octavo.load(folder)
+    with pytest.raises(UpdateError, match=f"{name} is .*; an update takes bf16, fp16 or fp32") as caught:
+        octavo.update(model, [(name, tensors_of(folder)[name].to(dtype))])
+    assert not caught.value.new
+    assert not caught.value.torn
+    assert differences(model, octavo.load(folder)) == []
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_moe"])
+def test_bf16_weights_are_not_cast_into_fp8_by_load_state_dict(architecture: str, checkpoints: Any) -> None:
+    folder = checkpoints(architecture)
+    model = octavo.load(folder)
+    model.load_state_dict(model.state_dict())
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=r"torch.bfloat16 into FP8 weights; octavo.update\(model, state_dict\)"):
+            model.load_state_dict(wide, strict=strict)
+    assert differences(model, octavo.load(folder)) == []
 
 
 def test_a_model_without_fp8_weights_is_refused(checkpoints: Any) -> None:

@@ -75,7 +75,8 @@ def plan_model(
         else:
             problems.append(f"unexpected: the model has no place for {name} {list(checkpoint.tensors[name].shape)}")
     advice = (
-        "Is this the checkpoint of that architecture? strict=False passes over unexpected tensors; missing ones never."
+        "Is this the checkpoint of that architecture? octavo.load(..., strict=False) passes over unexpected tensors; "
+        "missing ones never."
     )
     raise_problems(CoverageError, f"{checkpoint.path} into {type(model).__name__}", problems, advice)
 

@@ -256,8 +256,13 @@ class Session:
 
     # -- pairs --------------------------------------------------------------------------------------------------------
 
+    def _require_active(self) -> None:
+        if not self.active:
+            raise LoaderError("the session sees no writes before it is entered: load within `with session:`")
+
     def pairs(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
         """The pairs, through ``transform``; tells the session where one ends and the next begins."""
+        self._require_active()
         self._saw_pairs = True
         return Pairs(self.intake, pairs, self.transform)
 
@@ -326,6 +331,7 @@ class Session:
 
         A seed gives the same weights whatever the device. Each matrix is one tensor, of normal numbers times 0.02.
         """
+        self._require_active()
         generator = torch.Generator("cpu").manual_seed(seed)
 
         def pairs() -> Iterator[tuple[Tensor, Pair]]:

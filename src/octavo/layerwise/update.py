@@ -12,9 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .. import modules
+from .. import dtypes, modules
 from ..checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
@@ -24,6 +25,9 @@ from .pairs import Pair, Transform
 from .report import LayerwiseReport
 from .session import Session
 from .tensors import offset_of
+
+#: of tied parameters, a part at a time
+_COMPARED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Routes:
 
 def update(
     model: Any,
-    pairs: Iterable[Pair],
+    pairs: Iterable[Pair] | Mapping[str, Tensor],
     *,
     transform: Transform | None = None,
     staging_bytes: int = DEFAULT_STAGING_BYTES,
@@ -58,16 +62,17 @@ def update(
 
     Args:
         pairs: ``(name, tensor)`` in bf16, fp16 or fp32: names of the checkpoint, or of the model's own parameters. What
-            they don't name stays as it is. An iterator may use the memory of a tensor again once it is asked for the
-            next; from a list or a dict's ``items()``, copies from pinned memory need not be awaited one by one.
+            they don't name stays as it is. A state dict will do: a parameter that is tied, and comes under each of its
+            names, is written once if the tensors are equal. An iterator may use the memory of a tensor again once it is
+            asked for the next; from a dict or a list, copies from pinned memory need not be awaited one by one.
         transform: sees each pair first; returns what takes its place, or None to drop it.
 
     Returns:
         what was updated, and how long it took.
 
     Raises:
-        UpdateError: something failed midway, an unknown name or a weight that is not finite, say; it tells which layers
-            are new and which old. Running the whole update again heals.
+        UpdateError: something failed midway, an unknown name, integers or a weight that is not finite, say; it tells
+            which layers are new and which old. Running the whole update again heals.
         LoaderError: the model holds no weights that octavo quantized.
     """
     if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
@@ -77,21 +82,29 @@ def update(
 
 
 def _update(
-    model: nn.Module, pairs: Iterable[Pair], transform: Transform | None, staging_bytes: int
+    model: nn.Module, pairs: Iterable[Pair] | Mapping[str, Tensor], transform: Transform | None, staging_bytes: int
 ) -> LayerwiseReport:
     routes: Routes | None = getattr(model, "load_routes", None)
     session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
     items = session.inventory.by_name()
+    written: set[str] = set()  # tied parameters, by the item's name
     with session:
-        for name, tensor in session.pairs(pairs):
+        for name, tensor in session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs):
             if routes is not None and name in routes.unused:
                 continue
+            item = items.get(name)
+            if item is not None and len(item.faces) > 1:
+                if item.name in written and item.real is not None:
+                    _refuse_difference(item.name, item.real, name, tensor)
+                    continue
+                written.add(item.name)
             if routes is not None and name in routes.pieces:
                 found, tensor = _along(routes, name, tensor), tensor.contiguous()
             else:
                 found = [_by_own_name(name, tensor, items)]
             begin = offset_of(tensor)
             for parameter, piece in found:
+                _refuse_dtype(items[parameter], name, tensor)
                 session.intake.put(items[parameter], [piece._replace(src_off=begin + piece.src_off)], tensor)
     return session.report
 
@@ -107,6 +120,28 @@ def _young_garbage_only() -> Iterator[None]:
     finally:
         if mine:
             gc.unfreeze()
+
+
+def _refuse_dtype(item: Item, name: str, tensor: Tensor) -> None:
+    """Integers and FP8 numbers mean nothing without their scales; what the model itself holds as such may come."""
+    wide = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+    if not wide and (item.scheme or tensor.dtype != item.dtype):
+        raise CoverageError(
+            f"{name} is {dtypes.short(tensor.dtype)}; an update takes bf16, fp16 or fp32, and quantizes it itself"
+        )
+
+
+def _refuse_difference(written: str, values: Tensor, name: str, tensor: Tensor) -> None:
+    """A state dict has a tied parameter under each of its names; ``values`` came under another."""
+    rows = max(1, _COMPARED_BYTES // max(1, values[:1].nbytes)) if values.ndim else 1
+    parts = (
+        zip(torch.split(tensor, rows), torch.split(values, rows), strict=False) if values.ndim else [(tensor, values)]
+    )
+    if tensor.shape != values.shape or not all(torch.equal(new.to(old), old) for new, old in parts):
+        raise CoverageError(
+            f"{name} differs from what {written} has got already, and both are one parameter, tied, in the model. Drop "
+            "one of them."
+        )
 
 
 def _along(routes: Routes, name: str, tensor: Tensor) -> Sequence[tuple[str, Piece]]:
