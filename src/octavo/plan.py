@@ -56,6 +56,7 @@ class Placement:
     parts: tuple[int, ...]  # runs of rows that never share a scale group; () when unquantized
     device: str
     source_bytes: int
+    ignored_as: tuple[str, ...] = ()  # patterns by which a recipe would leave it; default: its own name
 
     @property
     def dtype(self) -> torch.dtype:

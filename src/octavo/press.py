@@ -117,7 +117,7 @@ def _nonfinite(checkpoint: Checkpoint, piece: Piece, values: Tensor, placement: 
     return (
         f"{checkpoint.shard_of(info.name).path.name}: tensor {info.name!r} holds {values[tuple(position)].item()} "
         f"(at {where}){of}: a non-finite weight has no FP8 form. Repair the checkpoint, or keep it with "
-        f"ignore=[{placement.name!r}]."
+        f"ignore={list(placement.ignored_as or (placement.name,))}."
     )
 
 

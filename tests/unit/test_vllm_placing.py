@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from helpers.vllm_toys import Toy
 from octavo import Recipe, formats, schemes
 from octavo.adapters.vllm.survey import Surveyor
 from octavo.checkpoint import Checkpoint
+from octavo.errors import WeightError
 from octavo.geometry import Geometry
 from octavo.plan import plan_checkpoint
 from octavo.sinks import ParameterSink
@@ -128,10 +131,24 @@ def test_what_fills_one_parameter_is_one_placement_with_the_same_bytes(scheme, l
     plan = plan_checkpoint(checkpoint, Recipe(scheme), 8 << 20)
     places = Surveyor(model, model.load_weights, plan, LAYOUT).run().places
     (placement,) = places.direct.placements
-    assert (placement.name, len(placement.pieces), placement.parts) == ("w13", 6, (256, 256))
+    assert (placement.name, len(placement.pieces), placement.parts) == ("w13 (6 tensors)", 6, (256, 256))
     assert not places.rest.placements
     assert places.direct.source_bytes == plan.source_bytes
     geometry = dataclasses.replace(Geometry.fit(places.direct, 2), lanes=lanes, block_bytes=1 << 20)
     Stream(checkpoint, places.direct, ParameterSink(places.storages), geometry=geometry).run()
     assert same_bytes(model.w13, reference.w13)
     assert same_bytes(model.w13_scale, reference.w13_scale)
+
+
+def test_weights_that_are_not_finite_are_told_by_the_names_that_vllms_ignore_takes(tmp_path):
+    names = [f"{expert}.{half}_proj.weight" for expert in (0, 1, 2) for half in ("gate", "up")]
+    tensors = {name: random_weights((256, 256), torch.bfloat16, seed) for seed, name in enumerate(names)}
+    tensors["1.up_proj.weight"][3, 4] = float("nan")
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    model = Experts("fp8_channel")
+    places = Surveyor(model, model.load_weights, plan_checkpoint(checkpoint, Recipe()), LAYOUT).run().places
+    with pytest.raises(WeightError, match=r"'1.up_proj.weight' holds nan \(at \[3, 4\]\)") as raised:
+        Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
+    ignored = re.search(r"ignore=(\[.*\])", str(raised.value))
+    kept = plan_checkpoint(checkpoint, Recipe(ignore=ast.literal_eval(ignored[1])))  # a pattern without a match raises
+    assert not kept.quantized

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -145,7 +146,8 @@ def _joined(target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor]) -
         pieces.append(Piece(weight.start, weight.size, piece.src_name, piece.src_off, strides))
     placement = dataclasses.replace(
         first,
-        name=target,
+        name=f"{target} ({len(pieces)} tensors)",  # no tensor is called so
+        ignored_as=_patterns(pieces),
         shape=shape,
         pieces=tuple(pieces),
         parts=cut_parts(shape, pieces),
@@ -154,6 +156,11 @@ def _joined(target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor]) -
     if placement.scale_grid != tuple(scales.shape):
         return None
     return placement, Storage(whole, scales.detach())
+
+
+def _patterns(pieces: Sequence[Piece]) -> tuple[str, ...]:
+    """Patterns for the names of all sources; experts, which all go together, by a star."""
+    return tuple(dict.fromkeys(re.sub(r"\.experts\.\d+\.", ".experts.*.", piece.src_name) for piece in pieces))
 
 
 def _region(memory: Mapping[str, Tensor], copy: Copy) -> Tensor:
