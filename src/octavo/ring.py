@@ -223,10 +223,12 @@ class Ring(Generic[Ticket]):
                     thread.join()
                 except KeyboardInterrupt as error:
                     interrupt = error
-        if self._error is not None:
-            raise self._error
-        if interrupt is not None:
-            raise interrupt
+        error, self._error = self._error or interrupt, None
+        try:
+            if error is not None:
+                raise error
+        finally:  # the traceback holds what was streamed: nothing here may hold it, too
+            del error, interrupt
 
     def stop(self, error: BaseException | None = None) -> None:
         """Let every thread end after its current chunk."""

@@ -214,12 +214,12 @@ def test_stopping_a_ring_in_the_background_ends_its_threads():
     assert len(workers.closed) == 3
 
 
-def test_finishing_a_failed_ring_again_raises_again():
+def test_a_failed_ring_raises_once():
     ring = Ring(2)
     ring.start(range(1, 10), Recorder(fail_at(1, ValueError("failed"))))
-    for _ in range(2):
-        with pytest.raises(ValueError, match="failed"):
-            ring.finish()
+    with pytest.raises(ValueError, match="failed"):
+        ring.finish()
+    ring.finish()
 
 
 # -- relay: threads read, the caller consumes -------------------------------------------------------------------------
@@ -305,6 +305,35 @@ def test_a_relay_that_has_ended_holds_nothing_that_only_the_collector_would_free
         with closing(ring.relay(range(100), slots, owner.read)) as arriving:
             assert sum(1 for _ in itertools.islice(arriving, consumed)) == consumed
         del ring, owner, slots, arriving
+        assert [reference() for reference in held if reference() is not None] == []
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("way", ["run", "relay"])
+def test_a_failure_that_is_over_holds_nothing_that_only_the_collector_would_free(way):
+    class Owner:
+        def fail(self, *_) -> int:
+            raise ValueError("at once")
+
+        def __call__(self):
+            return Worker(self)
+
+    class Worker:
+        def __init__(self, owner: Owner) -> None:
+            self.handle = owner.fail
+
+        def close(self) -> None:
+            del self.handle
+
+    ring, owner = Ring(2), Owner()
+    held = [weakref.ref(ring), weakref.ref(owner)]
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="at once") as raised:
+            ring.run(range(9), owner) if way == "run" else relay(ring, range(9), owner.fail)
+        del ring, owner, raised
         assert [reference() for reference in held if reference() is not None] == []
     finally:
         gc.enable()
