@@ -69,6 +69,13 @@ def _chosen(scheme: str) -> str | None:
     return None if scheme == "none" else scheme
 
 
+def _progress(title: str) -> Any:
+    """A bar on a terminal, lines elsewhere: whoever reads a log wants to know that it goes on."""
+    from .report import ProgressLines
+
+    return None if sys.stderr.isatty() else ProgressLines(title)
+
+
 def _print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
@@ -196,13 +203,15 @@ def convert(
         staging_bytes=parse_size(staging),
         threads=threads,
         device=device,
-        progress=None,
+        progress=_progress("Converting"),
     )
     if json_:
         _print_json(report.to_dict())
     else:
         typer.echo(report.table())
         typer.echo(f"written: {dst}")
+    if not report.quantized and _chosen(scheme):
+        errors.print(f"[yellow]warning:[/yellow] no weight became FP8: {_escape(str(dst))} is a copy", soft_wrap=True)
 
 
 @app.command()
@@ -219,7 +228,7 @@ def verify(
     """
     from . import api
 
-    report = api.verify(dst, against)
+    report = api.verify(dst, against, progress=_progress("Verifying"))
     if json_:
         _print_json(report.to_dict())
     else:
@@ -261,6 +270,7 @@ def generate(
         ignore=ignore or (),
         staging_bytes=parse_size(staging),
         threads=threads,
+        progress=_progress("Loading"),
     )
     text = answer(loaded, prompt, max_new_tokens=max_new_tokens, raw=raw, out=None if json_ else sys.stdout)
     if json_:

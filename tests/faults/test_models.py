@@ -154,7 +154,7 @@ def test_all_misfits_come_in_one_message(llama: Path) -> None:
         "unexpected: the model has no place for extra",
         f"misshapen: {UP}",
         "duplicate: layers.0.self_attn.k_proj.weight",
-        "strict=False passes over unexpected tensors; missing ones never",
+        "strict=False) passes over unexpected tensors; missing ones never",
     )
     fails(CoverageError, says, lambda: octavo.load(edit_tensors(llama, edit)))
     fails(CoverageError, says[2:7], lambda: octavo.plan(llama))

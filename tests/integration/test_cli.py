@@ -20,6 +20,7 @@ import octavo
 from helpers import write_checkpoint
 from helpers.models import add_tokenizer
 from octavo import cli, schemes
+from octavo.report import ProgressLines
 
 COMMANDS = ("plan", "convert", "verify", "generate", "demo")
 
@@ -508,3 +509,10 @@ def test_progress_bar_appears_on_a_terminal_only(llama: Path, tmp_path: Path) ->
     assert process.returncode == 0
     assert json.loads(stdout)["final_bytes"]
     assert "Converting" in shown
+
+
+def test_a_log_without_a_terminal_hears_of_progress_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    quiet, talkative = ProgressLines("Converting"), ProgressLines("Converting", every_s=0)
+    for lines in (quiet, talkative):
+        lines(1 << 20, 4 << 20)
+    assert capsys.readouterr().err == "Converting: 1.00 MiB of 4.00 MiB\n"

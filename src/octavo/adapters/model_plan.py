@@ -134,6 +134,7 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
             if name not in jobs:  # copying is costly, and a stack has a hundred members
                 jobs[name] = deepcopy(by_pattern[pattern])
             jobs[name].add_tensor(name, key, pattern, source)
+    made_of: dict[str, str] = dict(plain)  # parameter -> one of its sources
     for first, job in jobs.items():
         sources = [key for keys in job.layer_targets.values() for key in keys]
         holes = _holes(sources)
@@ -152,10 +153,11 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
             continue
         for name, value in made.items():
             symbolic = value[0] if isinstance(value, list) else value
-            if name in plain:
-                problems.append(f"duplicate: {plain[name]} and {min(sources, key=dot_natural_key)}... both make {name}")
+            if name in made_of:
+                other = min(sources, key=dot_natural_key)
+                problems.append(f"duplicate: {made_of[name]} and {other}... both make {name}")
             elif name in expected:
-                found[name] = symbolic
+                found[name], made_of[name] = symbolic, sources[0]
     return found, unexpected
 
 

@@ -13,10 +13,8 @@ this way.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +29,7 @@ from ..geometry import usable_device
 from ..layerwise.update import Routes
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Recipe
-from ..report import Report, Stages, measured
+from ..report import Report, Stages, collection_paused, measured
 from ..sinks import ParameterSink, Storage, allocate_all
 from ..stream import Stream
 
@@ -45,19 +43,7 @@ except ImportError as error:
 METHOD = "octavo"
 
 
-@contextlib.contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Without the cyclic garbage collector, which looks at all of a plan's many objects again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_collection_paused()
+@collection_paused()
 def load(
     path: str | os.PathLike[str],
     scheme: str | Recipe | Mapping[str, Any] | None = "fp8_channel",

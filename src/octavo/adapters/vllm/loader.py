@@ -15,7 +15,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ...checkpoint import Checkpoint
 from ...device import WarmUp
 from ...errors import OctavoError, RecipeError
 from ...plan import Plan, plan_checkpoint
-from ...report import Stages, measured
+from ...report import Stages, collection_paused, measured
 from ...sinks import ParameterSink
 from ...stream import Stream, Tally
 from . import config as quantization
@@ -73,7 +73,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
         self.options = Options.parse(self.extra, model_config.quantization)
         self.quant_config = self._quant_config(vllm_config, model_config)
-        with _without_collecting(), contextlib.ExitStack() as self.warming:
+        with collection_paused(), contextlib.ExitStack() as self.warming:
             self.warming.enter_context(self._warm_up(vllm_config))
             return self._load_model(vllm_config, model_config, prefix)
 
@@ -226,22 +226,6 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """For reloading: the weights of a checkpoint, unquantized, as vLLM expects them."""
         return reload.CheckpointWeights(self._open(model_config), model, self.options)
-
-
-@contextlib.contextmanager
-def _without_collecting() -> Iterator[None]:
-    """Let Python not look for garbage meanwhile.
-
-    With vLLM and all that it imports in memory, that takes a third of a second, and the many small objects of planning
-    make Python do it again and again. What is made here holds no cycles but a model that is made anew.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def register() -> None:
