@@ -223,12 +223,12 @@ class Ring(Generic[Ticket]):
                     thread.join()
                 except KeyboardInterrupt as error:
                     interrupt = error
-        error, self._error = self._error or interrupt, None
+        first, self._error = self._error or interrupt, None
         try:
-            if error is not None:
-                raise error
+            if first is not None:
+                raise first
         finally:  # the traceback holds what was streamed: nothing here may hold it, too
-            del error, interrupt
+            del first, interrupt
 
     def stop(self, error: BaseException | None = None) -> None:
         """Let every thread end after its current chunk."""

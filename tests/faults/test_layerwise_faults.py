@@ -829,3 +829,16 @@ def test_a_session_that_was_not_entered_loads_nothing(use: Callable[[Session], N
         session.model.load_weights(iter(DENSE))
     with pytest.raises(LoaderError, match="load within `with session:`"):
         use(session)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, schemes.FP8], ids=str)
+def test_numbers_without_their_scales_are_no_weights(dtype: torch.dtype, direct: bool) -> None:
+    numbers = torch.ones(64, 64).to(dtype)
+
+    def load() -> None:
+        with Session(model := linears("a"), direct=direct) as session:
+            for _, tensor in session.pairs([("a", numbers)]):
+                model["a"].weight.data.copy_(tensor)
+
+    with pytest.raises(LoaderError, match=r"a\.weight.*mean nothing without their scales"):
+        load()

@@ -126,6 +126,11 @@ class Intake:
     def copy(self, item: Item, view: Tensor, values: Tensor) -> None:
         if values.is_meta and view.numel():
             raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
+        if item.scheme and _holds_weights(view) and values.ndim and not _holds_weights(values):
+            raise LoaderError(
+                f"{item.name}: a loader copies {dtypes.short(values.dtype)} to it, whose numbers mean nothing without "
+                "their scales. Give the session bf16, fp16 or fp32; a transform may dequantize."
+            )
         with self.quiet():
             if self.unfilled.gaps(values):
                 raise LoaderError(
@@ -430,7 +435,7 @@ class Intake:
         """Whether a write is quantized without high-precision storage."""
         if not item.scheme or item.real is not None or item.padding or not (self._direct or item.settled):
             return False
-        if not values.dtype.is_floating_point or values.dtype.itemsize == 1:
+        if not _holds_weights(values):
             return False
         storage = self._storage(item)
         return all(
@@ -547,6 +552,11 @@ class Intake:
         if item.real is not None:
             self.ledger.hold(-item.real.nbytes)
         item.real = None
+
+
+def _holds_weights(tensor: Tensor) -> bool:
+    """Whether its numbers mean something by themselves; else they are bits, or lack their scales."""
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
 
 
 def _outside(box: Box, holes: Sequence[Box]) -> list[Box]:
