@@ -177,14 +177,14 @@ class LayerFinisher:
             for tensor in install_quantized(item):
                 intake.inventory.track_final(item, tensor)
         elif item.virtual:
-            real = intake.materialize(item)
+            real = intake.transit.materialize(item)
             install(item, real)
             intake.inventory.track(item, real)
         item.settled = True
 
     def _seal(self, item: Item) -> None:
         intake = self._session.intake
-        intake.press_rest(item)
+        intake.transit.press_rest(item)
         storage, _ = item.quantized_storage()
         self._session.ledger.hold(-storage.nbytes)
         parts = cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
@@ -196,7 +196,7 @@ class LayerFinisher:
                 "Load it with direct=False."
             )
         self._session.ledger.hold(storage.nbytes)
-        intake.release(item)
+        intake.transit.release(item)
         for face in item.faces:  # whoever still holds the parameter holds no memory
             if item.virtual and not face.tensor.is_meta:
                 face.tensor.untyped_storage().resize_(0)

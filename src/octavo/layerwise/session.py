@@ -199,7 +199,7 @@ class Session:
             with contextlib.suppress(RuntimeError):  # the error that we have comes first
                 self._quantizer.press()
         if self.updating and error is not None:
-            self._failure = updating.update_error(self.inventory, self.intake.unfinished, error)
+            self._failure = updating.update_error(self.inventory, self.intake.transit.items, error)
         self.intake.forget()
         self.inventory.untrack()
         for item in self.inventory.items:
@@ -227,7 +227,9 @@ class Session:
                 "transform was given, but saw no pair: the loader's pairs must come through session.pairs(...), or "
                 "through model.load_weights"
             )
-        problems = self.intake.waiting_problems() if self.updating else loading.coverage_problems(self.inventory)
+        problems = (
+            self.intake.transit.waiting_problems() if self.updating else loading.coverage_problems(self.inventory)
+        )
         advice = "" if self.updating else "Parameters that are right without a tensor can be named: optional=[...]."
         raise_problems(CoverageError, type(self.model).__name__, problems, advice)
         if not self.updating:

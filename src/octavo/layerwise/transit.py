@@ -1,0 +1,240 @@
+"""Values between a loader's write and their FP8 form: held, staged in high precision, or quantized.
+
+A write that goes straight into FP8 is *held* until its source is used up, since loaders change in place what they have
+just written. What can't go straight (parts of scale groups, or a layer that is to stay whole until it is complete) is
+*staged* in high-precision storage of its item.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import dtypes
+from ..errors import LoaderError
+from ..pieces import Piece
+from ..plan import cut_parts
+from .boxes import Box, Gaps
+from .items import Item
+from .quantizer import Quantizer
+from .report import Event, Ledger
+from .sources import Source
+from .storage import QuantizedStorage, values_of
+from .tensors import offset_of, undisturbed
+
+
+class Held(NamedTuple):
+    """A write that is to be quantized once its source is used up."""
+
+    item: Item
+    pieces: list[Piece]
+    values: Tensor
+    source: Source
+    view: Tensor | None  # where a loader wrote them
+
+
+class Transit:
+    """Values on their way into storage.
+
+    Args:
+        direct: whether layers that are being loaded are quantized write by write.
+    """
+
+    def __init__(self, quantizer: Quantizer, ledger: Ledger, *, direct: bool) -> None:
+        self.quantizer, self._ledger, self._direct = quantizer, ledger, direct
+        self.held: list[Held] = []
+        #: final FP8 storage exists, and high-precision storage for some boxes
+        self.staged: dict[int, Item] = {}
+
+    def forget(self) -> None:
+        """Drop what was not carried out."""
+        self.held = []
+        self.staged.clear()
+
+    @property
+    def items(self) -> list[Item]:
+        """Of which some boxes were written and are not in their storage."""
+        return [*self.staged.values(), *(held.item for held in self.held)]
+
+    def waiting_problems(self) -> list[str]:
+        """What came of an update, and could not be quantized."""
+        return [
+            f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
+            for item in self.staged.values()
+        ]
+
+    def goes_straight(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> bool:
+        """Whether a write is quantized without high-precision storage."""
+        if not item.scheme or item.real is not None or item.padding or not (self._direct or item.settled):
+            return False
+        if not holds_weights(values):
+            return False
+        storage = self.storage(item)
+        return all(
+            storage.holds_groups(Box.of(cut)) for piece in pieces for cut in storage.split(item.as_stored(piece))
+        )
+
+    def storage(self, item: Item) -> QuantizedStorage:
+        """An item's FP8 storage, allocated when first asked for."""
+        storage, new = item.quantized_storage()
+        if new:
+            self._ledger.hold(storage.nbytes)
+        return storage
+
+    # -- held ---------------------------------------------------------------------------------------------------------
+
+    def hold(self, held: Held) -> None:
+        """Quantize it later: see `flush`."""
+        self.held.append(held)
+
+    def flush(self) -> None:
+        """Quantize what is held."""
+        if self.held:
+            with undisturbed():
+                self._press_held()
+
+    def _press_held(self) -> None:
+        while self.held:
+            held = self.held[0]
+            item, storage = held.item, self.storage(held.item)
+            together = [item.as_stored(piece) for other in self.held if other.item is item for piece in other.pieces]
+            matrices = {piece.dst_off[:-2] for piece in together}
+            if storage.parts is None and storage.scheme.group_rows != 1 and len(matrices) < len(together):
+                # several boxes of one tensor: whether they share scale groups shows when the layer is complete
+                self.unhold(item)
+                continue
+            for piece in held.pieces:
+                event = Event("quantize", item.layers[0].name, item.name, Box.of(piece), held.source.name)
+                self.press(item, item.as_stored(piece), held.values, event)
+                self._ledger.event(event)
+            self.held.pop(0)
+
+    def unhold(self, item: Item) -> None:
+        """Writes that were to be quantized go into high-precision storage after all: the loader changes them."""
+        mine = [held for held in self.held if held.item is item]
+        self.held = [held for held in self.held if held.item is not item]
+        for held in mine:
+            self._stage(held)
+
+    def _stage(self, held: Held) -> None:
+        real = self.materialize(held.item)
+        if held.view is not None:
+            held.item.like(held.view, real).copy_(held.values)
+            return
+        for piece in held.pieces:
+            piece.region(real).copy_(values_of(piece, held.values))
+
+    # -- staged -------------------------------------------------------------------------------------------------------
+
+    def real(self, item: Item, view: Tensor) -> Tensor:
+        """The view on real storage, which is allocated now if there is none."""
+        self.unhold(item)
+        if not item.virtual:
+            return view
+        return item.like(view, self.materialize(item))
+
+    def materialize(self, item: Item) -> Tensor:
+        """High-precision storage of an item."""
+        if item.real is None:
+            self._ledger.event(Event("materialize", item.layers[0].name, item.name))
+            self._ledger.hold(item.allocate().nbytes)
+            if item.settled and item.scheme:
+                self.staged[id(item)] = item
+        assert item.real is not None
+        return item.real
+
+    def release(self, item: Item) -> None:
+        """High-precision storage is not needed any more."""
+        self.staged.pop(id(item), None)
+        if item.real is not None:
+            self._ledger.hold(-item.real.nbytes)
+        item.real = None
+
+    # -- quantized ----------------------------------------------------------------------------------------------------
+
+    def press(self, item: Item, piece: Piece, values: Tensor, what: Event) -> None:
+        """Quantize ``values`` of a piece along the axes of the item's storage."""
+        storage = self.storage(item)
+        for cut in storage.split(piece):
+            dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
+            if storage.parts is not None and not storage.holds_groups(Box.of(cut)):
+                raise LoaderError(f"{what}: holds parts of scale groups whose rest is quantized. Write it as a whole.")
+            self.quantizer.put(storage, cut, values_of(cut, values), dtype, what)
+            item.pressed.append(Box.of(cut))
+            item.changed = True
+
+    def press_rest(self, item: Item, *, each_matrix: bool = False) -> None:
+        """Quantize what is in high-precision storage, wherever all of a part of rows is there.
+
+        Args:
+            each_matrix: of a stack, do not wait for the other matrices.
+        """
+        storage = self.storage(item)
+        parts = storage.parts or cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
+        *lead, _, cols = item.stored_shape
+        left, missing = Gaps(item.stored_shape), [stored(item, gap) for gap in item.gaps.boxes]
+        for box in item.pressed:
+            left.fill(box)
+        matrices = itertools.product(*map(range, lead)) if each_matrix else [None]
+        waits = False
+        for matrix in matrices:
+            start, off, size = 0, matrix or (0,) * len(lead), (1,) * len(lead) if matrix else tuple(lead)
+            for rows in parts:
+                band = Box((*off, start, 0), (*size, rows, cols))
+                start += rows
+                inside = [common for box in left.boxes if (common := box.common(band))]
+                if not inside:
+                    continue
+                if any(band.common(gap) for gap in missing):
+                    waits |= any(rest for box in inside for rest in _outside(box, missing))
+                    continue
+                whole = sum(box.numel for box in inside) == band.numel
+                for box in [band] if whole else inside:
+                    assert item.real is not None
+                    values = item.real.permute(item.stored_axes)[box.slices]
+                    piece = Piece(*box, "", offset_of(values), tuple(values.stride()))
+                    self.press(item, piece, values, Event("quantize", item.layers[0].name, item.name, box))
+        if not waits and item.settled:
+            self.release(item)
+
+    def rewrite(self, item: Item, box: Box) -> None:
+        """What is in FP8 of a box gets other values, with scales of their own: only whole scale groups can."""
+        box = stored(item, box)
+        met = [done for done in item.pressed if done.common(box)]
+        if not met:
+            return
+        self.quantizer.press()  # the former values of a box go first
+        storage = self.storage(item)
+        whole = Piece(*box, "", 0, (0,) * len(box.off))
+        if storage.parts is None and storage.scheme.group_rows != 1:  # groups are those of the boxes as they came
+            fits = all(done.common(box) == done for done in met)
+        else:
+            fits = all(storage.holds_groups(Box.of(cut)) for cut in storage.split(whole))
+        if not fits:
+            raise LoaderError(
+                f"{item.name}{box}: a loader writes once more a part of scale groups that are quantized already. With "
+                "direct=False a layer stays in high precision until it is complete; what comes later still must be "
+                "written as a whole."
+            )
+        item.pressed = [rest for done in item.pressed for rest in done.without(box)]
+
+
+def holds_weights(tensor: Tensor) -> bool:
+    """Whether its numbers mean something by themselves; else they are bits, or lack their scales."""
+    return tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
+
+
+def stored(item: Item, box: Box) -> Box:
+    """A box along the axes of an item's storage."""
+    axes = item.stored_axes
+    return Box(tuple(box.off[d] for d in axes), tuple(box.size[d] for d in axes))
+
+
+def _outside(box: Box, holes: Sequence[Box]) -> list[Box]:
+    left = [box]
+    for hole in holes:
+        left = [rest for part in left for rest in part.without(hole)]
+    return left
