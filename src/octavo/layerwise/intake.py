@@ -165,7 +165,9 @@ class Intake:
     def _put(self, item: Item, pieces: list[Piece], values: Tensor, source: Source, view: Tensor | None) -> None:
         boxes = [Box.of(piece) for piece in pieces]
         self._claim(item, boxes, source)
-        if self.transit.goes_straight(item, pieces, values):
+        # nobody sees when memory changes that others than torch can reach: it can't be read later
+        stays = self.sources.current is None or self.sources.is_seen(values)
+        if stays and self.transit.goes_straight(item, pieces, values):
             self.transit.hold(Held(item, pieces, values, source, view))
             if self.sources.current is None:
                 self.transit.flush()  # nobody says when the tensor may change
@@ -267,6 +269,8 @@ class Intake:
             self.unfilled.computed(func, inputs, targets, made)
 
     def escaped(self, tensor: Tensor) -> None:
+        self.mutated(tensor)
+        self.sources.expose(tensor)
         self.unfilled.forget(tensor)
         item = self.inventory.find(tensor)
         if item is not None and not item.virtual:

@@ -134,6 +134,7 @@ class Sources:
         self.current: Source | None = None
         self.following = True  # whether somebody tells what becomes of values; else all are those of the pair in hand
         self._known: dict[int, _Lineage] = {}
+        self._exposed: dict[int, Any] = {}  # storages whose memory code that is not torch's has got
         self._count, self._purge_at = 0, 64
 
     def take(self, name: str, tensor: Tensor) -> None:
@@ -157,6 +158,18 @@ class Sources:
         shared = any(part.source for part in self._cut(found, tensor, tensor))
         if not found.add(tensor, self.current._replace(sure=not shared)):
             found.regions = []
+
+    def expose(self, tensor: Tensor) -> None:
+        """Its memory goes to where no operation is seen."""
+        if (key := storage_key(tensor)) is not None:
+            self._exposed[key] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def is_seen(self, values: Tensor) -> bool:
+        """Whether memory changes by operations alone: a pair's, whose owner waits, or what the loader made of it."""
+        found, key = self._lineage(values), storage_key(values)
+        if found is None or key in self._exposed:
+            return False
+        return found.first is not None or values.untyped_storage().resizable()
 
     def of(self, values: Tensor | None) -> Source:
         """The source of values; of those that a loader makes of nothing, the pair in hand."""
@@ -212,6 +225,7 @@ class Sources:
     def clear(self) -> None:
         self.current = None
         self._known.clear()
+        self._exposed.clear()
 
     # -- storages -----------------------------------------------------------------------------------------------------
 
