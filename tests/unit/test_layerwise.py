@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo
-from helpers import SCHEMES, same_bytes
+from helpers import SCHEMES, random_weights, same_bytes
 from helpers.engine import Model, Rank, Shape, checkpoint, fused_parts
 from octavo import schemes
 from octavo.layerwise import Session
@@ -593,3 +593,60 @@ def test_a_session_says_what_is_wrong_with_its_arguments() -> None:
             Session(model, **options)
     with pytest.raises(octavo.OctavoError, match="optional pattern 'z' matches no parameter"):
         Session(model, optional=["z"]).__enter__()
+
+
+def _added(place: Tensor, values: Tensor) -> None:
+    place.zero_()
+    place.add_(values)
+
+
+def _masked(place: Tensor, values: Tensor) -> None:
+    place.copy_(values)
+    place.masked_fill_(values > 0.5, 0.25)
+
+
+#: each writes to a view of a parameter otherwise than by a copy
+COMPUTING = [
+    _added,
+    _masked,
+    lambda place, values: torch.mul(values, 2, out=place),
+    lambda place, values: torch.cat(values.split(10), out=place),
+    lambda place, values: torch._foreach_copy_([place], [values]),
+]
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "layer"])
+@pytest.mark.parametrize("collecting", [True, False], ids=["collecting", "streaming"])
+@pytest.mark.parametrize("write", COMPUTING)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tensors_have_their_own_groups_however_they_are_written(
+    scheme: str, write: Callable[[Tensor, Tensor], None], collecting: bool, direct: bool
+) -> None:
+    tensors = {"q": random_weights((100, 64), torch.bfloat16, 0), "k": random_weights((30, 64), torch.bfloat16, 1)}
+    expected = torch.zeros(130, 64, dtype=torch.bfloat16)
+    places = {"q": slice(0, 100), "k": slice(100, 130)}
+    for name, values in tensors.items():
+        write(expected[places[name]], values)
+    q, scale = schemes.quantize(expected, scheme, (100, 30))
+    model = nn.Sequential(nn.Linear(64, 130, bias=False, dtype=torch.bfloat16))
+    session = Session(model, scheme, direct=direct)
+    for _ in range(2):
+        with session:
+            pairs = session.pairs(tensors.items())
+            for name, values in list(pairs) if collecting else pairs:
+                write(model[0].weight.data[places[name]], values)
+        assert same_bytes(model[0].weight.data, q)
+        assert same_bytes(model[0].weight_scale.data, scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tensors_that_are_joined_right_into_a_parameter_have_their_own_groups(scheme: str) -> None:
+    tensors = [random_weights((rows, 64), torch.bfloat16, rows) for rows in (100, 30)]
+    model = nn.Sequential(nn.Linear(64, 130, bias=False, dtype=torch.bfloat16))
+    with Session(model, scheme) as session:
+        torch.cat(
+            [values for _, values in session.pairs((str(n), t) for n, t in enumerate(tensors))], out=model[0].weight
+        )
+    q, scale = schemes.quantize(torch.cat(tensors), scheme, (100, 30))
+    assert same_bytes(model[0].weight.data, q)
+    assert same_bytes(model[0].weight_scale.data, scale)

@@ -210,7 +210,9 @@ class Intake:
     def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Source]]:
         """The sources of values, and a number for each element that tells which, or one for all."""
         one = torch.ones((), dtype=torch.int32, device="cpu")
-        if values is None or not values.ndim:
+        if values is None:
+            return one, [self.sources.of(None)._replace(sure=True)]  # no second tensor hides in one value for all
+        if not values.ndim:
             return one, [self.sources.of(values)]
         labels = torch.ones(values.shape, dtype=torch.int32, device="cpu")
         parts = self.sources.split(labels, values)
@@ -219,15 +221,26 @@ class Intake:
             part.place.fill_(1 + sources.index(part.source))
         return labels, sources
 
-    def overwrite(self, item: Item, view: Tensor) -> Tensor:
-        source = self.sources.of(None)
+    def overwrite(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         with self.quiet():
+            source = self.sources.of_any(inputs)
             self._turn_to(item, source)
             boxes = self._boxes(item, view)
             self._claim(item, boxes, source)
             real = self.transit.real(item, view)
             self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
             return real
+
+    def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        real = self.access(item, view)
+        if item.scheme and inputs:  # what begins as zeros, and gets values by being added to
+            with self.quiet():
+                source = self.sources.of_any(inputs)
+                rest = self._boxes(item, view)
+                for piece in item.writes:
+                    rest = [part for box in rest for part in box.without(Box.of(piece))]
+                item.writes += [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in rest]
+        return real
 
     def access(self, item: Item, view: Tensor) -> Tensor:
         if not item.virtual:

@@ -180,6 +180,10 @@ class Sources:
             return found.source or self._in_hand(values)
         return self._together([part.source or self._in_hand(values) for part in self._cut(found, values, values)])
 
+    def of_any(self, inputs: Iterable[Tensor]) -> Source:
+        """The source of what is computed of several tensors: that of the first that is known."""
+        return self.of(next((tensor for tensor in inputs if self._lineage(tensor) is not None), None))
+
     def split(self, place: Tensor, values: Tensor) -> list[Part]:
         """A write, cut where values of one pair end and those of another begin."""
         found = self._lineage(values)
