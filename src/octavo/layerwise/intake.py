@@ -27,7 +27,7 @@ from .quantizer import Quantizer
 from .report import Event, Ledger
 from .sources import Source, Sources
 from .storage import QuantizedStorage, values_of
-from .tensors import offset_of, storage_key, undisturbed
+from .tensors import offset_of, undisturbed
 from .transit import Held, Transit, holds_weights, stored
 from .unfilled import Unfilled
 
@@ -264,7 +264,7 @@ class Intake:
 
     def mutated(self, tensor: Tensor) -> None:
         self.quantizer.settle()
-        if self.transit.held and any(storage_key(held.values) == storage_key(tensor) for held in self.transit.held):
+        if self.transit.reads_later(tensor):
             with self.quiet():
                 self.transit.flush()
                 self.quantizer.settle()
@@ -384,9 +384,8 @@ class Intake:
             self._pending.remove(layer)
             self.finish(layer)
 
-    def settle_streamed(self, placement: Placement, storage: Storage) -> None:
+    def settle_streamed(self, item: Item, placement: Placement, storage: Storage) -> None:
         """A stream has filled an item's final storage; a layer of which that was the last is finished."""
-        item = next(item for item in self.inventory.items if item.name == placement.name)
         if placement.scheme:
             scheme = schemes.get(placement.scheme)
             item.quantized = QuantizedStorage(item.name, storage.weight, scheme, placement.parts, storage.scale)
