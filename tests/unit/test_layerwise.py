@@ -650,3 +650,22 @@ def test_tensors_that_are_joined_right_into_a_parameter_have_their_own_groups(sc
     q, scale = schemes.quantize(torch.cat(tensors), scheme, (100, 30))
     assert same_bytes(model[0].weight.data, q)
     assert same_bytes(model[0].weight_scale.data, scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zeros_in_staging_memory_are_not_the_tensor_before(scheme: str) -> None:
+    """A loader pads every tensor in the same memory, which it sets to zero before."""
+    tensors = {name: random_weights((40, 64), torch.bfloat16, seed) for seed, name in enumerate("qkv")}
+    expected = torch.zeros(3, 100, 64, dtype=torch.bfloat16)
+    for place, values in zip(expected, tensors.values(), strict=True):
+        place[:40] = values
+    model = nn.Sequential(nn.Linear(64, 300, bias=False, dtype=torch.bfloat16))
+    memory = torch.empty(100, 64, dtype=torch.bfloat16)
+    with Session(model, scheme, direct=False) as session:
+        for place, (_, values) in zip(model[0].weight.data.split(100), session.pairs(tensors.items()), strict=False):
+            memory.zero_()
+            memory[:40].copy_(values)
+            place.copy_(memory)
+    q, scale = schemes.quantize(expected.flatten(0, 1), scheme, (100, 100, 100))
+    assert same_bytes(model[0].weight.data, q)
+    assert same_bytes(model[0].weight_scale.data, scale)

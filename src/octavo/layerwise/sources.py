@@ -24,6 +24,7 @@ from .tensors import is_view, offset_of, storage_key
 aten = torch.ops.aten
 #: what puts some elements of one tensor somewhere into another
 _SCATTERS = frozenset({aten.index_put_, aten.index_copy_, aten.scatter_, aten.masked_scatter_, aten.put_})
+_FILLS = frozenset({aten.fill_, aten.zero_})
 _COPIES = frozenset({aten.clone, aten._to_copy})
 #: regions, or parts of a write, beyond which nobody follows
 _MANY = 4096
@@ -61,6 +62,10 @@ class _Region(NamedTuple):
 
 def _reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
     return sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return bool(tensor.nbytes == tensor.untyped_storage().nbytes())
 
 
 @dataclass(slots=True)
@@ -208,7 +213,9 @@ class Sources:
         packet = func.overloadpacket
         for target in targets:
             values = [tensor for tensor in inputs if tensor is not target]
-            if packet is aten.copy_:
+            if packet in _FILLS and _is_whole(target):
+                self._known.pop(storage_key(target) or 0, None)  # no more than memory that is new
+            elif packet is aten.copy_:
                 self._written(target, self._parts(target, values[0]) if values else [])
             elif "out" in func._overloadname or self._lineage(target) is None:
                 self._written(target, self._made_of(func, target, values))
@@ -269,7 +276,7 @@ class Sources:
         known = [(part.place, part.source) for part in parts if part.source is not None]
         if not known or storage_key(target) is None:
             return
-        whole = target.nbytes == target.untyped_storage().nbytes()
+        whole = _is_whole(target)
         sources = list(dict.fromkeys(source for _, source in known))
         found = self._lineage(target)
         if len(sources) == 1 and (whole or found is None):
