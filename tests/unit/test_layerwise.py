@@ -669,3 +669,18 @@ def test_zeros_in_staging_memory_are_not_the_tensor_before(scheme: str) -> None:
     q, scale = schemes.quantize(expected.flatten(0, 1), scheme, (100, 100, 100))
     assert same_bytes(model[0].weight.data, q)
     assert same_bytes(model[0].weight_scale.data, scale)
+
+
+def test_writes_of_nothing_may_come_at_any_time() -> None:
+    """A rank's share of rows may be empty, and so may a parameter; neither is a second tensor for a box."""
+    model = nn.Sequential(nn.Linear(64, 32, bias=False, dtype=torch.bfloat16))
+    model[0].register_parameter("empty", nn.Parameter(torch.empty(0, 8)))
+    other, weight = random_weights((8, 64), torch.bfloat16, 0), random_weights((32, 64), torch.bfloat16, 1)
+    with Session(model, "fp8_channel") as session:
+        place = model[0].weight.data
+        for name, values in session.pairs([("weight", weight), ("other", other), ("empty", torch.empty(0, 8))]):
+            if name == "empty":
+                model[0].empty.data.copy_(values)
+            else:
+                place[: len(values) if name == "weight" else 0].copy_(values if name == "weight" else values[:0])
+    assert same_bytes(model[0].weight.data, schemes.quantize(weight, "fp8_channel")[0])

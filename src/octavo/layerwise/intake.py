@@ -101,7 +101,9 @@ class Intake:
     # -- what loaders do ----------------------------------------------------------------------------------------------
 
     def copy(self, item: Item, view: Tensor, values: Tensor) -> None:
-        if values.is_meta and view.numel():
+        if not view.numel():  # a rank's share of what it has none of: nothing is written, whenever it comes
+            return
+        if values.is_meta:
             raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
         if item.scheme and holds_weights(view) and values.ndim and not holds_weights(values):
             raise LoaderError(
