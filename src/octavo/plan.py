@@ -339,14 +339,18 @@ def cut_parts(shape: Sequence[int], pieces: Sequence[Piece]) -> tuple[int, ...]:
     rows = shape[-2]
     if len({piece.src_name for piece in pieces}) == 1:
         return (rows,)
-    sources: dict[int, set[str]] = {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    joined: dict[int, int] = {}  # a row -> no cut is between it and this one: a piece or a tensor goes on
     for piece in pieces:
-        sources.setdefault(piece.dst_off[-2], set()).add(piece.src_name)
-    cuts = {row for row in sources if not any(p.dst_off[-2] < row < p.dst_end[-2] for p in pieces)}
-    ordered = sorted(cuts | {0, rows})
-    bounds = [ordered[0]]
-    for row in ordered[1:]:
-        before = {p.src_name for p in pieces if p.dst_off[-2] < row}
-        if row == rows or not (before & {p.src_name for p in pieces if p.dst_off[-2] >= row}):
+        name, row = piece.src_name, piece.dst_off[-2]
+        first[name], last[name] = min(first.get(name, row), row), max(last.get(name, row), row)
+        joined[row] = max(joined.get(row, 0), piece.dst_end[-2])
+    for name, row in first.items():
+        joined[row] = max(joined[row], last[name] + 1)
+    bounds, end = [0], joined.get(0, 0)
+    for row in sorted({*joined, rows} - {0}):
+        if row == rows or row >= end:
             bounds.append(row)
+        end = max(end, joined.get(row, 0))
     return tuple(b - a for a, b in itertools.pairwise(bounds))

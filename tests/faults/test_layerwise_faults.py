@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from helpers import same_bytes
+from helpers import random_weights, same_bytes
 from helpers.engine import Model, Rank, Shape, checkpoint, fused_parts
 from octavo import schemes
 from octavo.errors import CoverageError, LoaderError, UpdateError, WeightError
@@ -842,3 +843,65 @@ def test_numbers_without_their_scales_are_no_weights(dtype: torch.dtype, direct:
 
     with pytest.raises(LoaderError, match=r"a\.weight.*mean nothing without their scales"):
         load()
+
+
+# -- memory that changes unseen ---------------------------------------------------------------------------------------
+
+_NATIVE = torch.library.Library("octavo_tests", "DEF")
+_NATIVE.define(
+    "receive(Tensor memory, Tensor values) -> ()"
+)  # as collectives and engines' kernels: says no word of writing
+_NATIVE.impl(
+    "receive",
+    lambda memory, values: ctypes.memmove(memory.data_ptr(), values.data_ptr(), values.nbytes) and None,
+    "CPU",
+)
+
+
+def _by_numpy(memory: Tensor) -> Callable[[Tensor], Tensor]:
+    array = memory.view(torch.int16).numpy()
+    return lambda values: (array.__setitem__(..., values.view(torch.int16).numpy()), memory)[1]
+
+
+def _by_numpy_again(memory: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda values: _by_numpy(memory)(values)
+
+
+def _by_numpys_own(memory: Tensor) -> Callable[[Tensor], Tensor]:
+    array = memory.view(torch.int16).numpy().copy()
+    of_array = torch.from_numpy(array).view(torch.bfloat16)
+    return lambda values: (array.__setitem__(..., values.view(torch.int16).numpy()), of_array)[1]
+
+
+def _by_address(memory: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda values: (ctypes.memmove(memory.data_ptr(), values.data_ptr(), values.nbytes), memory)[1]
+
+
+def _by_operation(memory: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda values: (torch.ops.octavo_tests.receive(memory, values), memory)[1]
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "layer"])
+@pytest.mark.parametrize("way", [_by_numpy, _by_numpy_again, _by_numpys_own, _by_address, _by_operation])
+def test_memory_that_is_received_into_unseen_is_read_before_it_changes(
+    way: Callable[[Tensor], Callable[[Tensor], Tensor]], direct: bool
+) -> None:
+    """Of one pair a loader receives several tensors, each into the same memory, on a load and on an update."""
+    halves = random_weights((2, 32, 64), torch.bfloat16, 0)
+
+    def load(pairs: Iterable[tuple[str, Tensor]]) -> None:
+        for _ in pairs:
+            receive = way(torch.empty(32, 64, dtype=torch.bfloat16))
+            for number, half in enumerate(halves):
+                model[0].weight.data[32 * number : 32 * number + 32].copy_(receive(half))
+
+    for scheme in ("fp8_channel", "mxfp8"):
+        model = nn.Sequential(nn.Linear(64, 64, bias=False, dtype=torch.bfloat16))
+        session = Session(model, scheme, direct=direct)
+        for factor in (1, 3):
+            halves = halves * factor
+            with session:
+                load(session.pairs([("all", torch.zeros(1))]))
+            q, scale = schemes.quantize(halves.flatten(0, 1), scheme)
+            assert same_bytes(model[0].weight.data, q)
+            assert same_bytes(model[0].weight_scale.data, scale)

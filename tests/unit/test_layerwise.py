@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import octavo
-from helpers import SCHEMES, same_bytes
+from helpers import SCHEMES, random_weights, same_bytes
 from helpers.engine import Model, Rank, Shape, checkpoint, fused_parts
 from octavo import schemes
 from octavo.layerwise import Session
@@ -593,3 +593,94 @@ def test_a_session_says_what_is_wrong_with_its_arguments() -> None:
             Session(model, **options)
     with pytest.raises(octavo.OctavoError, match="optional pattern 'z' matches no parameter"):
         Session(model, optional=["z"]).__enter__()
+
+
+def _added(place: Tensor, values: Tensor) -> None:
+    place.zero_()
+    place.add_(values)
+
+
+def _masked(place: Tensor, values: Tensor) -> None:
+    place.copy_(values)
+    place.masked_fill_(values > 0.5, 0.25)
+
+
+#: each writes to a view of a parameter otherwise than by a copy
+COMPUTING = [
+    _added,
+    _masked,
+    lambda place, values: torch.mul(values, 2, out=place),
+    lambda place, values: torch.cat(values.split(10), out=place),
+    lambda place, values: torch._foreach_copy_([place], [values]),
+]
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "layer"])
+@pytest.mark.parametrize("collecting", [True, False], ids=["collecting", "streaming"])
+@pytest.mark.parametrize("write", COMPUTING)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tensors_have_their_own_groups_however_they_are_written(
+    scheme: str, write: Callable[[Tensor, Tensor], None], collecting: bool, direct: bool
+) -> None:
+    tensors = {"q": random_weights((100, 64), torch.bfloat16, 0), "k": random_weights((30, 64), torch.bfloat16, 1)}
+    expected = torch.zeros(130, 64, dtype=torch.bfloat16)
+    places = {"q": slice(0, 100), "k": slice(100, 130)}
+    for name, values in tensors.items():
+        write(expected[places[name]], values)
+    q, scale = schemes.quantize(expected, scheme, (100, 30))
+    model = nn.Sequential(nn.Linear(64, 130, bias=False, dtype=torch.bfloat16))
+    session = Session(model, scheme, direct=direct)
+    for _ in range(2):
+        with session:
+            pairs = session.pairs(tensors.items())
+            for name, values in list(pairs) if collecting else pairs:
+                write(model[0].weight.data[places[name]], values)
+        assert same_bytes(model[0].weight.data, q)
+        assert same_bytes(model[0].weight_scale.data, scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_tensors_that_are_joined_right_into_a_parameter_have_their_own_groups(scheme: str) -> None:
+    tensors = [random_weights((rows, 64), torch.bfloat16, rows) for rows in (100, 30)]
+    model = nn.Sequential(nn.Linear(64, 130, bias=False, dtype=torch.bfloat16))
+    with Session(model, scheme) as session:
+        torch.cat(
+            [values for _, values in session.pairs((str(n), t) for n, t in enumerate(tensors))], out=model[0].weight
+        )
+    q, scale = schemes.quantize(torch.cat(tensors), scheme, (100, 30))
+    assert same_bytes(model[0].weight.data, q)
+    assert same_bytes(model[0].weight_scale.data, scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zeros_in_staging_memory_are_not_the_tensor_before(scheme: str) -> None:
+    """A loader pads every tensor in the same memory, which it sets to zero before."""
+    tensors = {name: random_weights((40, 64), torch.bfloat16, seed) for seed, name in enumerate("qkv")}
+    expected = torch.zeros(3, 100, 64, dtype=torch.bfloat16)
+    for place, values in zip(expected, tensors.values(), strict=True):
+        place[:40] = values
+    model = nn.Sequential(nn.Linear(64, 300, bias=False, dtype=torch.bfloat16))
+    memory = torch.empty(100, 64, dtype=torch.bfloat16)
+    with Session(model, scheme, direct=False) as session:
+        for place, (_, values) in zip(model[0].weight.data.split(100), session.pairs(tensors.items()), strict=False):
+            memory.zero_()
+            memory[:40].copy_(values)
+            place.copy_(memory)
+    q, scale = schemes.quantize(expected.flatten(0, 1), scheme, (100, 100, 100))
+    assert same_bytes(model[0].weight.data, q)
+    assert same_bytes(model[0].weight_scale.data, scale)
+
+
+def test_writes_of_nothing_may_come_at_any_time() -> None:
+    """A rank's share of rows may be empty, and so may a parameter; neither is a second tensor for a box."""
+    model = nn.Sequential(nn.Linear(64, 32, bias=False, dtype=torch.bfloat16))
+    model[0].register_parameter("empty", nn.Parameter(torch.empty(0, 8)))
+    other, weight = random_weights((8, 64), torch.bfloat16, 0), random_weights((32, 64), torch.bfloat16, 1)
+    with Session(model, "fp8_channel") as session:
+        place = model[0].weight.data
+        for name, values in session.pairs([("weight", weight), ("other", other), ("empty", torch.empty(0, 8))]):
+            if name == "empty":
+                model[0].empty.data.copy_(values)
+            else:
+                place[: len(values) if name == "weight" else 0].copy_(values if name == "weight" else values[:0])
+    assert same_bytes(model[0].weight.data, schemes.quantize(weight, "fp8_channel")[0])

@@ -12,7 +12,7 @@ from octavo import kinds
 from octavo.errors import CoverageError, RecipeError
 from octavo.geometry import Geometry
 from octavo.pieces import Piece, Symbolic, whole
-from octavo.plan import Target, make_plan, plan_checkpoint
+from octavo.plan import Target, cut_parts, make_plan, plan_checkpoint
 from octavo.recipe import Recipe
 
 
@@ -294,3 +294,11 @@ def test_a_plan_can_not_be_changed():
         small_plan().placements = ()
     with pytest.raises(AttributeError):
         small_plan().placements[0].scheme = None
+
+
+def test_parts_of_many_rows_are_found_in_one_pass() -> None:
+    """A fused parameter that comes row by row: two tensors of interleaved experts, a third one below."""
+    rows = 4096
+    pieces = [Piece((row, 0), (1, 8), "ab"[row % 2] if row < 100 else "c", 0, (8, 1)) for row in range(rows)]
+    assert cut_parts((rows, 8), pieces) == (100, rows - 100)
+    assert cut_parts((rows, 8), [piece._replace(src_name=str(piece.dst_off[0])) for piece in pieces]) == (1,) * rows

@@ -27,7 +27,7 @@ from .quantizer import Quantizer
 from .report import Event, Ledger
 from .sources import Source, Sources
 from .storage import QuantizedStorage, values_of
-from .tensors import offset_of, storage_key, undisturbed
+from .tensors import offset_of, undisturbed
 from .transit import Held, Transit, holds_weights, stored
 from .unfilled import Unfilled
 
@@ -101,7 +101,9 @@ class Intake:
     # -- what loaders do ----------------------------------------------------------------------------------------------
 
     def copy(self, item: Item, view: Tensor, values: Tensor) -> None:
-        if values.is_meta and view.numel():
+        if not view.numel():  # a rank's share of what it has none of: nothing is written, whenever it comes
+            return
+        if values.is_meta:
             raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
         if item.scheme and holds_weights(view) and values.ndim and not holds_weights(values):
             raise LoaderError(
@@ -165,7 +167,9 @@ class Intake:
     def _put(self, item: Item, pieces: list[Piece], values: Tensor, source: Source, view: Tensor | None) -> None:
         boxes = [Box.of(piece) for piece in pieces]
         self._claim(item, boxes, source)
-        if self.transit.goes_straight(item, pieces, values):
+        # nobody sees when memory changes that others than torch can reach: it can't be read later
+        stays = self.sources.current is None or self.sources.is_seen(values)
+        if stays and self.transit.goes_straight(item, pieces, values):
             self.transit.hold(Held(item, pieces, values, source, view))
             if self.sources.current is None:
                 self.transit.flush()  # nobody says when the tensor may change
@@ -208,7 +212,9 @@ class Intake:
     def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Source]]:
         """The sources of values, and a number for each element that tells which, or one for all."""
         one = torch.ones((), dtype=torch.int32, device="cpu")
-        if values is None or not values.ndim:
+        if values is None:
+            return one, [self.sources.of(None)._replace(sure=True)]  # no second tensor hides in one value for all
+        if not values.ndim:
             return one, [self.sources.of(values)]
         labels = torch.ones(values.shape, dtype=torch.int32, device="cpu")
         parts = self.sources.split(labels, values)
@@ -217,15 +223,26 @@ class Intake:
             part.place.fill_(1 + sources.index(part.source))
         return labels, sources
 
-    def overwrite(self, item: Item, view: Tensor) -> Tensor:
-        source = self.sources.of(None)
+    def overwrite(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         with self.quiet():
+            source = self.sources.of_any(inputs)
             self._turn_to(item, source)
             boxes = self._boxes(item, view)
             self._claim(item, boxes, source)
             real = self.transit.real(item, view)
             self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
             return real
+
+    def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        real = self.access(item, view)
+        if item.scheme and inputs:  # what begins as zeros, and gets values by being added to
+            with self.quiet():
+                source = self.sources.of_any(inputs)
+                rest = self._boxes(item, view)
+                for piece in item.writes:
+                    rest = [part for box in rest for part in box.without(Box.of(piece))]
+                item.writes += [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in rest]
+        return real
 
     def access(self, item: Item, view: Tensor) -> Tensor:
         if not item.virtual:
@@ -249,7 +266,7 @@ class Intake:
 
     def mutated(self, tensor: Tensor) -> None:
         self.quantizer.settle()
-        if self.transit.held and any(storage_key(held.values) == storage_key(tensor) for held in self.transit.held):
+        if self.transit.reads_later(tensor):
             with self.quiet():
                 self.transit.flush()
                 self.quantizer.settle()
@@ -267,6 +284,8 @@ class Intake:
             self.unfilled.computed(func, inputs, targets, made)
 
     def escaped(self, tensor: Tensor) -> None:
+        self.mutated(tensor)
+        self.sources.expose(tensor)
         self.unfilled.forget(tensor)
         item = self.inventory.find(tensor)
         if item is not None and not item.virtual:
@@ -367,9 +386,8 @@ class Intake:
             self._pending.remove(layer)
             self.finish(layer)
 
-    def settle_streamed(self, placement: Placement, storage: Storage) -> None:
+    def settle_streamed(self, item: Item, placement: Placement, storage: Storage) -> None:
         """A stream has filled an item's final storage; a layer of which that was the last is finished."""
-        item = next(item for item in self.inventory.items if item.name == placement.name)
         if placement.scheme:
             scheme = schemes.get(placement.scheme)
             item.quantized = QuantizedStorage(item.name, storage.weight, scheme, placement.parts, storage.scale)

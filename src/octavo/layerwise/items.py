@@ -7,6 +7,7 @@ item is *virtual*: its parameter is on meta, or has given its memory back, and v
 
 from __future__ import annotations
 
+import bisect
 import math
 import weakref
 from collections.abc import Collection, Sequence
@@ -284,7 +285,7 @@ class Inventory:
         if key is not None:
             # the weak reference keeps the address from being used again
             reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-            self._by_storage.setdefault(key, []).append((item, reference))
+            bisect.insort(self._by_storage.setdefault(key, []), (item, reference), key=_begin)
 
     def track_final(self, item: Item, tensor: Tensor) -> None:
         """Recognise what a finished item became: its values are not those that loaders deal in."""
@@ -314,11 +315,16 @@ class Inventory:
             return None
         if len(found) > 1:  # parameters that are slices of one storage
             at = offset_of(tensor) * tensor.dtype.itemsize
-            for item, _ in found:
-                begin = item.offset * item.dtype.itemsize
-                if begin <= at < begin + max(item.nbytes, 1):
+            for number in range(bisect.bisect_right(found, at, key=_begin) - 1, -1, -1):
+                item = found[number][0]
+                if at < _begin(found[number]) + max(item.nbytes, 1):
                     return item
         return found[0][0]
+
+
+def _begin(tracked: tuple[Item, Any]) -> int:
+    """Where a tracked item begins in its storage, in bytes."""
+    return tracked[0].offset * tracked[0].dtype.itemsize
 
 
 # -- what each item is ------------------------------------------------------------------------------------------------

@@ -73,8 +73,11 @@ class Receiver(Protocol):
     def touch_final(self, item: Item) -> None:
         """A loader reads, or changes in place, what a finished item became."""
 
-    def overwrite(self, item: Item, view: Tensor) -> Tensor:
-        """All of ``view`` is about to be written: the real view to write to."""
+    def overwrite(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """All of ``view`` is about to be written, computed of ``inputs``: the real view to write to."""
+
+    def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        """``view`` is about to be changed in place, with ``inputs``: the real view."""
 
     def access(self, item: Item, view: Tensor) -> Tensor:
         """``view`` is about to be read, or changed in place: the real view."""
@@ -196,7 +199,7 @@ class Operations(PlainDispatchMode):
         if to_meta and not any(tensor.is_meta for tensor in inputs):
             kwargs = {**kwargs, "device": inputs[0].device if inputs else torch.device("cpu")}
         targets = written(func, args, kwargs)
-        for tensor in targets:
+        for tensor in targets if func.namespace == "aten" else inputs:  # others' schemas need not say what they write
             receiver.mutated(tensor)
         result = func(*args, **kwargs)
         receiver.computed(func, args, inputs, targets, tensors_in(result))
@@ -204,6 +207,14 @@ class Operations(PlainDispatchMode):
 
     def _write(self, func: Any, args: Any, kwargs: Any, targets: Sequence[Tensor]) -> Any:
         receiver, find, packet = self._receiver, self._receiver.inventory.find, func.overloadpacket
+        if packet is aten._foreach_copy_:
+            for pair in zip(*args[:2], strict=True):
+                self.__torch_dispatch__(aten.copy_.default, (), pair)
+            return None
+        if packet in (aten.cat, aten.stack):  # each of the tensors that it joins has rows of its own
+            made = self.__torch_dispatch__(packet.default, (), args)
+            _refuse_resizing(func, made.shape, kwargs["out"].shape)
+            return self.__torch_dispatch__(aten.copy_.default, (), (kwargs["out"], made))
         target: Any = args[0] if args else None
         item = find(target)
         for tensor in targets:  # a buffer of the model may be on its way to a parameter
@@ -226,9 +237,10 @@ class Operations(PlainDispatchMode):
             return target
         overwrites = packet in _RANDOM or "out" in func._overloadname
         places: dict[int, Tensor] = {}
+        inputs = [tensor for tensor in tensors_in((args, kwargs)) if find(tensor) is None]
         for tensor in targets:
             if (found := find(tensor)) is not None:
-                places[id(tensor)] = (receiver.overwrite if overwrites else receiver.access)(found, tensor)
+                places[id(tensor)] = (receiver.overwrite if overwrites else receiver.change)(found, tensor, inputs)
 
         def real(tensor: Tensor) -> Tensor:
             if id(tensor) in places:
@@ -239,12 +251,16 @@ class Operations(PlainDispatchMode):
         args, kwargs = swapped((args, kwargs), real)
         func(*args, **kwargs)
         for tensor in places.values():
-            if tuple(tensor.shape) != shapes[id(tensor)]:
-                raise LoaderError(
-                    f"a loader computes {list(tensor.shape)} with {func} and out= a parameter, or a view of one, of "
-                    f"{list(shapes[id(tensor)])}: torch would resize it"
-                )
+            _refuse_resizing(func, tensor.shape, shapes[id(tensor)])
         return targets[0] if len(targets) == 1 else tuple(targets)
+
+
+def _refuse_resizing(func: Any, shape: Sequence[int], present: Sequence[int]) -> None:
+    if tuple(shape) != tuple(present):
+        raise LoaderError(
+            f"a loader computes {list(shape)} with {func} and out= a parameter, or a view of one, of "
+            f"{list(present)}: torch would resize it"
+        )
 
 
 def _marker(packet: Any, rest: Sequence[Any]) -> Mark:

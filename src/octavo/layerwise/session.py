@@ -316,8 +316,9 @@ class Session:
                 storages = {p.name: Storage.allocate(p) for p in plan.placements}
                 self.ledger.hold(plan.final_bytes() - sum(plan.other_bytes.values()))
                 Stream(recording.checkpoint, plan, ParameterSink(storages), threads=threads).run()
+                items = {item.name: item for item in self.inventory.items}
                 for placement in plan.placements:
-                    self.intake.settle_streamed(placement, storages.pop(placement.name))
+                    self.intake.settle_streamed(items[placement.name], placement, storages.pop(placement.name))
             for name, why in recording.online.items():
                 self.report.notes.append(f"{name}: loaded online: {why}")
             if recording.online_sources:

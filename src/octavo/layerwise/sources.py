@@ -24,6 +24,7 @@ from .tensors import is_view, offset_of, storage_key
 aten = torch.ops.aten
 #: what puts some elements of one tensor somewhere into another
 _SCATTERS = frozenset({aten.index_put_, aten.index_copy_, aten.scatter_, aten.masked_scatter_, aten.put_})
+_FILLS = frozenset({aten.fill_, aten.zero_})
 _COPIES = frozenset({aten.clone, aten._to_copy})
 #: regions, or parts of a write, beyond which nobody follows
 _MANY = 4096
@@ -63,6 +64,10 @@ def _reach(sizes: Sequence[int], strides: Sequence[int]) -> int:
     return sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
 
 
+def _is_whole(tensor: Tensor) -> bool:
+    return bool(tensor.nbytes == tensor.untyped_storage().nbytes())
+
+
 @dataclass(slots=True)
 class _Lineage:
     """Whose values a storage holds."""
@@ -75,6 +80,8 @@ class _Lineage:
 
     def add(self, tensor: Tensor, source: Source) -> bool:
         """A view of the storage holds values of a source from now on; False if regions can't say so."""
+        if not self.regions and source == self.source:  # as all of it
+            return True
         found = embed(tensor.shape, tensor.stride(), offset_of(tensor)) if tensor.itemsize == self.itemsize else None
         if found is None or len(self.regions) > _MANY:
             return False
@@ -134,6 +141,7 @@ class Sources:
         self.current: Source | None = None
         self.following = True  # whether somebody tells what becomes of values; else all are those of the pair in hand
         self._known: dict[int, _Lineage] = {}
+        self._exposed: dict[int, Any] = {}  # storages whose memory code that is not torch's has got
         self._count, self._purge_at = 0, 64
 
     def take(self, name: str, tensor: Tensor) -> None:
@@ -158,6 +166,18 @@ class Sources:
         if not found.add(tensor, self.current._replace(sure=not shared)):
             found.regions = []
 
+    def expose(self, tensor: Tensor) -> None:
+        """Its memory goes to where no operation is seen."""
+        if (key := storage_key(tensor)) is not None:
+            self._exposed[key] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+    def is_seen(self, values: Tensor) -> bool:
+        """Whether memory changes by operations alone: a pair's, whose owner waits, or what the loader made of it."""
+        found, key = self._lineage(values), storage_key(values)
+        if found is None or key in self._exposed:
+            return False
+        return found.first is not None or values.untyped_storage().resizable()
+
     def of(self, values: Tensor | None) -> Source:
         """The source of values; of those that a loader makes of nothing, the pair in hand."""
         found = None if values is None else self._lineage(values)
@@ -166,6 +186,10 @@ class Sources:
         if not found.regions:
             return found.source or self._in_hand(values)
         return self._together([part.source or self._in_hand(values) for part in self._cut(found, values, values)])
+
+    def of_any(self, inputs: Iterable[Tensor]) -> Source:
+        """The source of what is computed of several tensors: that of the first that is known."""
+        return self.of(next((tensor for tensor in inputs if self._lineage(tensor) is not None), None))
 
     def split(self, place: Tensor, values: Tensor) -> list[Part]:
         """A write, cut where values of one pair end and those of another begin."""
@@ -189,7 +213,9 @@ class Sources:
         packet = func.overloadpacket
         for target in targets:
             values = [tensor for tensor in inputs if tensor is not target]
-            if packet is aten.copy_:
+            if packet in _FILLS and _is_whole(target):
+                self._known.pop(storage_key(target) or 0, None)  # no more than memory that is new
+            elif packet is aten.copy_:
                 self._written(target, self._parts(target, values[0]) if values else [])
             elif "out" in func._overloadname or self._lineage(target) is None:
                 self._written(target, self._made_of(func, target, values))
@@ -212,6 +238,7 @@ class Sources:
     def clear(self) -> None:
         self.current = None
         self._known.clear()
+        self._exposed.clear()
 
     # -- storages -----------------------------------------------------------------------------------------------------
 
@@ -249,7 +276,7 @@ class Sources:
         known = [(part.place, part.source) for part in parts if part.source is not None]
         if not known or storage_key(target) is None:
             return
-        whole = target.nbytes == target.untyped_storage().nbytes()
+        whole = _is_whole(target)
         sources = list(dict.fromkeys(source for _, source in known))
         found = self._lineage(target)
         if len(sources) == 1 and (whole or found is None):

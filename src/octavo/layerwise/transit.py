@@ -23,7 +23,7 @@ from .quantizer import Quantizer
 from .report import Event, Ledger
 from .sources import Source
 from .storage import QuantizedStorage, values_of
-from .tensors import offset_of, undisturbed
+from .tensors import offset_of, storage_key, undisturbed
 
 
 class Held(NamedTuple):
@@ -46,6 +46,7 @@ class Transit:
     def __init__(self, quantizer: Quantizer, ledger: Ledger, *, direct: bool) -> None:
         self.quantizer, self._ledger, self._direct = quantizer, ledger, direct
         self.held: list[Held] = []
+        self._read_later: set[int | None] = set()  # storages of what is held
         #: final FP8 storage exists, and high-precision storage for some boxes
         self.staged: dict[int, Item] = {}
 
@@ -89,6 +90,11 @@ class Transit:
     def hold(self, held: Held) -> None:
         """Quantize it later: see `flush`."""
         self.held.append(held)
+        self._read_later.add(storage_key(held.values))
+
+    def reads_later(self, tensor: Tensor) -> bool:
+        """Whether something is held of a tensor's storage."""
+        return bool(self.held) and storage_key(tensor) in self._read_later
 
     def flush(self) -> None:
         """Quantize what is held."""
@@ -97,25 +103,32 @@ class Transit:
                 self._press_held()
 
     def _press_held(self) -> None:
-        while self.held:
-            held = self.held[0]
-            item, storage = held.item, self.storage(held.item)
-            together = [item.as_stored(piece) for other in self.held if other.item is item for piece in other.pieces]
-            matrices = {piece.dst_off[:-2] for piece in together}
-            if storage.parts is None and storage.scheme.group_rows != 1 and len(matrices) < len(together):
-                # several boxes of one tensor: whether they share scale groups shows when the layer is complete
-                self.unhold(item)
-                continue
-            for piece in held.pieces:
-                event = Event("quantize", item.layers[0].name, item.name, Box.of(piece), held.source.name)
-                self.press(item, item.as_stored(piece), held.values, event)
-                self._ledger.event(event)
-            self.held.pop(0)
+        for item in {id(held.item): held.item for held in self.held}.values():
+            storage = self.storage(item)
+            if storage.parts is None and storage.scheme.group_rows != 1:
+                together = [item.as_stored(piece) for held in self.held if held.item is item for piece in held.pieces]
+                if len({piece.dst_off[:-2] for piece in together}) < len(together):
+                    # several boxes of one tensor: whether they share scale groups shows when the layer is complete
+                    self.unhold(item)
+        held, done = self.held, 0
+        try:
+            for done, (item, pieces, values, source, _) in enumerate(held):  # noqa: B007
+                for piece in pieces:
+                    event = Event("quantize", item.layers[0].name, item.name, Box.of(piece), source.name)
+                    self.press(item, item.as_stored(piece), values, event)
+                    self._ledger.event(event)
+            done = len(held)
+        finally:
+            self.held = held[done:]
+            self._read_later = {storage_key(other.values) for other in self.held}
 
     def unhold(self, item: Item) -> None:
         """Writes that were to be quantized go into high-precision storage after all: the loader changes them."""
         mine = [held for held in self.held if held.item is item]
+        if not mine:
+            return
         self.held = [held for held in self.held if held.item is not item]
+        self._read_later = {storage_key(held.values) for held in self.held}
         for held in mine:
             self._stage(held)
 
