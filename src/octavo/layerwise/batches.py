@@ -73,6 +73,8 @@ class Batches:
         backend: Any = None if device.type == "cpu" else getattr(torch, device.type)
         self._backend: Any = backend if hasattr(backend, "Stream") else None
         self._copies: Any = None if self._backend is None else self._backend.Stream(device)
+        self._first: Any = None if self._backend is None else self._backend.current_stream(device)
+        self._last: Any = self._first
         self._lanes = [_Lane(self.limit_bytes, device, self._backend) for _ in range(2)]
         schemes.warm_up(device)
         self._jobs: list[_Job] = []
@@ -85,6 +87,7 @@ class Batches:
         nbytes = piece.numel * dtype.itemsize
         if self._used + nbytes > self.limit_bytes:
             self.press()
+        self._follow()
         begin, strides = self._used, _packed(piece.size, piece.src_strides)  # memory is copied as it lies
         packed = Piece(piece.dst_off, piece.size, "", begin // dtype.itemsize, strides)
         end = min(self.limit_bytes, -(-(begin + nbytes) // _ALIGNED_BYTES) * _ALIGNED_BYTES)
@@ -116,6 +119,7 @@ class Batches:
         """Quantize what waits."""
         if not self._jobs:
             return
+        self._follow()
         self._send()
         lane, jobs = self._lanes[0], self._jobs
         if lane.copying:
@@ -161,6 +165,16 @@ class Batches:
         """Whatever waits is dropped; nothing is copied any more, so that the memory may go."""
         if self._copies is not None:
             self._copies.synchronize()
+            if self._last != self._first:  # the allocator knows only of the stream on which it gave the memory
+                self._last.synchronize()
+
+    def _follow(self) -> None:
+        """The caller may have gone to another stream: what it does there comes after what was done here before."""
+        if self._backend is not None:
+            current = self._backend.current_stream(self._device)
+            if current != self._last:
+                current.wait_stream(self._last)
+                self._last = current
 
     def _pinned(self) -> Tensor:
         lane = self._lanes[0]
