@@ -158,6 +158,8 @@ def main() -> None:
     parser.add_argument("--staging-bytes", type=int, default=DEFAULT_STAGING_BYTES)
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
+    if common.lacks_gpu("update_gpu", tries_on_cpu=False):
+        return
     folder = options.folder / f"{options.model}-{options.layers or 'all'}"
     facts = make_checkpoint.make(options.model, folder, options.layers)
     source = read_source(folder)

@@ -131,6 +131,7 @@ def _tiles(shape: tuple[int, ...], boxes: tuple[tuple[tuple[int, ...], tuple[int
 
 
 def _describe_problem(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
+    """As `coverage_problem`, looked at anew."""
     for piece in pieces:
         inside = len(piece.size) == len(shape) and all(
             off >= 0 and end <= n for off, end, n in zip(piece.dst_off, piece.dst_end, shape, strict=True)

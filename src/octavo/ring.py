@@ -1,6 +1,6 @@
-"""The bounded reader: the only module with threads and pinned memory.
+"""The bounded reader: threads that read into slots, in pinned memory for an accelerator.
 
-A fixed number of threads take chunks in plan order and read them into a fixed number of equal slots, so memory is
+A fixed number of threads take chunks in the order given and read them into a fixed number of equal slots, so memory is
 bounded whatever the sizes of tensors, and the earliest chunk always has a slot. Then, in one of two ways:
 
 - `Ring.run`: each thread owns its slots and goes on with the chunk itself, while the bytes are in its core's cache;

@@ -27,7 +27,7 @@ from .quantizer import Quantizer
 from .report import Event, Ledger
 from .sources import Source, Sources
 from .storage import QuantizedStorage, values_of
-from .tensors import offset_of, undisturbed
+from .tensors import Operation, offset_of, undisturbed
 from .transit import Held, Transit, holds_weights, stored
 from .unfilled import Unfilled
 
@@ -271,17 +271,10 @@ class Intake:
                 self.transit.flush()
                 self.quantizer.settle()
 
-    def computed(
-        self,
-        func: Any,
-        args: Sequence[Any],
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        made: Sequence[Tensor],
-    ) -> None:
+    def computed(self, done: Operation) -> None:
         with self.quiet():
-            self.sources.computed(func, args, inputs, targets, made)
-            self.unfilled.computed(func, inputs, targets, made)
+            self.sources.computed(done)
+            self.unfilled.computed(done)
 
     def escaped(self, tensor: Tensor) -> None:
         self.mutated(tensor)

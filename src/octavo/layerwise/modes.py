@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import LoaderError
 from .items import Inventory, Item
-from .tensors import PlainDispatchMode, is_view, swapped, tensors_in, written
+from .tensors import Operation, PlainDispatchMode, is_view, swapped, tensors_in, written
 
 aten = torch.ops.aten
 #: what gives a tensor all its values anew, without reading any
@@ -88,15 +88,8 @@ class Receiver(Protocol):
     def mutated(self, tensor: Tensor) -> None:
         """A tensor is about to be written."""
 
-    def computed(
-        self,
-        func: Any,
-        args: Sequence[Any],
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        made: Sequence[Tensor],
-    ) -> None:
-        """An operation in which no item took part: it wrote ``targets``, some of its inputs, and made tensors."""
+    def computed(self, done: Operation) -> None:
+        """An operation in which no item took part."""
 
     def escaped(self, tensor: Tensor) -> None:
         """A tensor's memory goes to where no operation is seen."""
@@ -202,7 +195,7 @@ class Operations(PlainDispatchMode):
         for tensor in targets if func.namespace == "aten" else inputs:  # others' schemas need not say what they write
             receiver.mutated(tensor)
         result = func(*args, **kwargs)
-        receiver.computed(func, args, inputs, targets, tensors_in(result))
+        receiver.computed(Operation(func, args, inputs, targets, tensors_in(result)))
         return result
 
     def _write(self, func: Any, args: Any, kwargs: Any, targets: Sequence[Tensor]) -> Any:

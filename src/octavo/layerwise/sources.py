@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..pieces import Piece
 from .boxes import Box, NoBoxError, embed, trace_in
-from .tensors import is_view, offset_of, storage_key
+from .tensors import Operation, is_view, offset_of, storage_key
 
 aten = torch.ops.aten
 #: what puts some elements of one tensor somewhere into another
@@ -199,15 +199,9 @@ class Sources:
         parts = self._cut(found, place, values.expand(place.shape))
         return [Part(part.place, part.values, part.source or self._in_hand(values)) for part in parts]
 
-    def computed(
-        self,
-        func: Any,
-        args: Sequence[Any],
-        inputs: Sequence[Tensor],
-        targets: Sequence[Tensor],
-        made: Sequence[Tensor],
-    ) -> None:
-        """An operation in which no item took part: it wrote ``targets``, some of its inputs, and made tensors."""
+    def computed(self, done: Operation) -> None:
+        """An operation in which no item took part."""
+        func, args, inputs, targets, made = done
         if not self._known:
             return
         packet = func.overloadpacket

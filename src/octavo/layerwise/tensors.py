@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 aten = torch.ops.aten
+
+
+class Operation(NamedTuple):
+    """An operation of torch that has been carried out."""
+
+    func: Any
+    args: Sequence[Any]
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]  # those of its inputs that it wrote
+    made: Sequence[Tensor]
 
 
 def storage_key(tensor: Tensor) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..pieces import Piece
 from .boxes import Box, Gaps, NoBoxError, trace_view
-from .tensors import offset_of, storage_key
+from .tensors import Operation, offset_of, storage_key
 
 aten = torch.ops.aten
 _ALLOCATIONS = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})
@@ -34,17 +33,17 @@ class Unfilled:
         self._memory: dict[int, _Memory] = {}
         self._purge_at = 64
 
-    def computed(self, func: Any, inputs: Sequence[Tensor], targets: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def computed(self, done: Operation) -> None:
         """An operation in which no item took part."""
-        if func.overloadpacket in _ALLOCATIONS and not targets:
-            for tensor in made:
+        if done.func.overloadpacket in _ALLOCATIONS and not done.targets:
+            for tensor in done.made:
                 self._allocated(tensor)
         if not self._memory:
             return
-        for target in targets:
+        for target in done.targets:
             self._wrote(target)
-        if func.namespace != "aten":  # what collectives and engines' kernels write, their schemas need not say
-            for tensor in inputs:
+        if done.func.namespace != "aten":  # what collectives and engines' kernels write, their schemas need not say
+            for tensor in done.inputs:
                 self.forget(tensor)
 
     def forget(self, tensor: Tensor) -> None:
