@@ -290,6 +290,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: Iterable[str],
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/octavo-bench"), help="(%(default)s)")
 
 
+def model_folder(folder: Path, model: str, layers: int | None) -> Path:
+    """Where the benchmarks keep a model's checkpoint, so that they share it."""
+    return folder / (f"{model}-{layers}" if layers else model)
+
+
 def say(text: str) -> None:
     """A line for whoever waits; stdout is for the result."""
     print(text, file=sys.stderr, flush=True)

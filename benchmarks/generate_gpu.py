@@ -77,7 +77,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def run_model(model: str, args: argparse.Namespace, merged: Merged) -> None:
-    folder = args.folder / (f"{model}-{args.layers}" if args.layers else model)
+    folder = common.model_folder(args.folder, model, args.layers)
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
     merged.add(facts, "models", model, "checkpoint")

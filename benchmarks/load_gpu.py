@@ -232,7 +232,7 @@ def run_model(
     model: str, args: argparse.Namespace, merged: Merged, budget: Budget, used: Callable[[], int] | None
 ) -> bool:
     """All loaders of one model, in turns; False if octavo failed or was wrong."""
-    folder = args.folder / (f"{model}-{args.layers}" if args.layers else model)
+    folder = common.model_folder(args.folder, model, args.layers)
     began = time.monotonic()
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB, {facts['tensors']:,} tensors, {time.monotonic() - began:.0f} s")

@@ -143,7 +143,7 @@ def main() -> None:
     merged = common.Merged("stream_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
     gc.disable()  # as `octavo.load` does
     for model in args.models:
-        folder = args.folder / (f"{model}-{args.layers}" if args.layers else model)
+        folder = common.model_folder(args.folder, model, args.layers)
         facts = make_checkpoint.make(model, folder, args.layers)
         common.set_cache(folder, cold=False)
         say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB, {facts['tensors']:,} tensors")

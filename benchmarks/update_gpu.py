@@ -156,11 +156,12 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=["device", "pinned", "iterator", "pageable"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--staging-bytes", type=int, default=DEFAULT_STAGING_BYTES)
+    parser.add_argument("--output", type=Path, help="merge into this file instead of results/update_gpu-<machine>.json")
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     if common.lacks_gpu("update_gpu", tries_on_cpu=False):
         return
-    folder = options.folder / f"{options.model}-{options.layers or 'all'}"
+    folder = common.model_folder(options.folder, options.model, options.layers)
     facts = make_checkpoint.make(options.model, folder, options.layers)
     source = read_source(folder)
     nbytes = sum(tensor.nbytes for tensor in source.values())
@@ -169,7 +170,8 @@ def main() -> None:
     limits_s.update(dict.fromkeys(("pinned", "iterator", "pageable"), nbytes / copy_rate()))
     held = {"device": {name: tensor.cuda() for name, tensor in source.items()}, "pageable": source}
     held["pinned"] = held["iterator"] = pinned(source) if {"pinned", "iterator"} & set(options.sources) else {}
-    results: dict[str, Any] = {}
+    facts = {"checkpoint": facts, "nbytes": nbytes, "tensors": len(source), "staging_bytes": options.staging_bytes}
+    merged = common.Merged("update_gpu", options.folder, options.output, write=not options.no_save, **facts)
     for scheme in options.schemes:
         model = octavo.load(folder, scheme, "cuda", progress=False)
         replay, anew = captured(model)
@@ -184,16 +186,14 @@ def main() -> None:
             assert torch.equal(replay(), anew())
             found.update(limit_s=round(limits_s[where], 4), compared=compared)
             found["over_limit"] = round(found["update_s"]["median"] / limits_s[where], 2)
-            results[f"{scheme} {where}"] = found
+            merged.add(found, "models", options.model, scheme, where)
             say(
                 f"{scheme:12} {where:9} {found['update_s']['median']:.3f} s, limit {found['limit_s']:.3f} s "
                 f"({found['over_limit']} x), over the model {found['over_model_bytes'] / MIB:.0f} MiB"
             )
         del model, replay, anew
         torch.cuda.empty_cache()
-    values = {"checkpoint": facts, "nbytes": nbytes, "tensors": len(source), "gpu": torch.cuda.get_device_name(),
-              "staging_bytes": options.staging_bytes, "results": results}  # fmt: skip
-    common.save("update_gpu", options.folder, values, write=not options.no_save)
+    merged.close()
 
 
 if __name__ == "__main__":

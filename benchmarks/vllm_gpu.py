@@ -217,7 +217,7 @@ def run_way(
 
 def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budget) -> bool:
     """Every way to load a model; whether octavo's kept what they promise of their answers."""
-    folder = args.folder / (f"{model}-{args.layers}" if args.layers else model)
+    folder = common.model_folder(args.folder, model, args.layers)
     facts = make_checkpoint.make(model, folder, args.layers)
     common.set_cache(folder, cold=False)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
