@@ -150,9 +150,11 @@ def _ignore(kept: Iterable[Placement], quantized: Iterable[Placement]) -> list[s
     names = sorted({module_of(p.name) for p in kept} | {"lm_head"})
     matrices = sorted({module_of(p.name) for p in kept if len(p.shape) == 2 and kinds.default_keep(p.name) is None})
     prefixed = [rf"re:.*\.{re.escape(name)}$" for name in matrices]
-    heads = [rf"re:(.*\.)?{head}$" for head in kinds.TIED_HEADS]
     taken = {module_of(p.name) for p in quantized}
-    free = [pattern for pattern in heads if not any(re.match(pattern[3:], name) for name in taken)]
+    # of thousands of names, the last two components, which is as many as a head's have
+    ends = {".".join(name.split(".")[-2:]) for name in taken}
+    heads = [rf"re:(.*\.)?{head}$" for head in kinds.TIED_HEADS]
+    free = [pattern for pattern in heads if not any(re.match(pattern[3:], end) for end in ends)]
     return [name for name in names if name not in taken] + prefixed + free
 
 

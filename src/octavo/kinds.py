@@ -7,6 +7,7 @@ multiplies with is kept.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -52,6 +53,10 @@ DEFAULT_KEEPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 
+_NUMBER = re.compile(r"\d+")
+#: more rows than anything but a vocabulary has
+_LARGE = 20_001
+
 # models that keep weights as [in, out] in transformers' Conv1D, in modules of these names
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_MODULES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
@@ -67,7 +72,12 @@ def module_of(name: str) -> str:
 
 def default_keep(name: str) -> str | None:
     """What a weight is that stays unquantized by default, judged by its name; None for all others."""
-    module = module_of(name)
+    # the patterns tell no number from another, and names of layers and experts differ in nothing else
+    return _default_keep(_NUMBER.sub("0", module_of(name)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _default_keep(module: str) -> str | None:
     for pattern, what in DEFAULT_KEEPS:
         if pattern.search(module):
             return what
@@ -89,7 +99,7 @@ def kind_by_name(info: TensorInfo, config: Mapping[str, Any], names: Collection[
             return "Conv1D, stored [in, out]"
         if module.endswith(".out_proj") and f"{module.removesuffix('.out_proj')}.in_proj_weight" in names:
             return "MultiheadAttention, which reads its weight itself"
-        if info.shape[0] in _vocabulary_sizes(config):
+        if info.shape[0] >= _LARGE and info.shape[0] in _values(config, "vocab_size"):
             return "as many rows as the vocabulary: head or embedding"
         return LINEAR
     if len(info.shape) == 3 and _STACK.search(module):
@@ -107,11 +117,6 @@ def _is_conv1d(module: str, shape: Sequence[int], config: Mapping[str, Any]) -> 
     # without a config, or with code of its own, GPT-2's names stand for GPT-2's layout
     unknown = not config or "auto_map" in config
     return unknown and not (module.endswith("c_attn") and shape[0] == 3 * shape[1])
-
-
-def _vocabulary_sizes(config: Mapping[str, Any]) -> set[Any]:
-    """Sizes too large to be anything else."""
-    return {size for size in _values(config, "vocab_size") if isinstance(size, int) and size > 20_000}
 
 
 def _values(config: Mapping[str, Any], key: str) -> set[Any]:

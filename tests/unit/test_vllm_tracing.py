@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.adapters.vllm.tracing import Copy, Source, View, Whole, trace
 from octavo.errors import CoverageError
@@ -56,6 +57,48 @@ def test_fused_parameters_are_followed_box_by_box():
         Copy("qkv", (0, 0), (4, 6), frozenset("q"), whole, View(0, (4, 6), (6, 1))),
     ]
     assert not seen.computes
+
+
+class Seen(TorchDispatchMode):
+    """What a mode is told of."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.last = str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_views_are_hidden_from_modes_only_while_a_loader_runs(fails):
+    def views(tensor):
+        yield tensor[1:]
+        yield tensor[1]
+        yield tensor.t()
+        yield tensor.transpose(0, 1)
+        yield tensor.permute(1, 0)
+        yield tensor.unsqueeze(0)
+        yield tensor.view(-1)
+        yield tensor.as_strided((2,), (1,))
+        yield tensor.narrow(1, 0, 2)
+        yield from tensor.chunk(2)
+        yield from tensor.split(2)
+        yield from tensor.unbind(0)
+
+    told = []
+
+    class Viewing(Fused):
+        def load_weights(self, weights):
+            with Seen() as mode:
+                for number, _ in enumerate(views(next(weights)[1])):
+                    told.append((number, mode.__dict__.pop("last", None)))
+            if fails:
+                raise ValueError
+
+    assert bool(traced(Viewing(), ("q", (4, 6))).failed) == fails
+    # narrow goes on as itself once slices are hidden
+    assert {name for _, name in told} <= {None, "aten.narrow.default"}
+    with Seen() as mode:
+        after = {mode.last for _ in views(torch.zeros(4, 6))}
+    assert {"aten.slice.Tensor", "aten.t.default", "aten.view.default", "aten.unbind.int"} <= after
 
 
 def test_a_loader_that_reads_or_changes_parameters_is_known():

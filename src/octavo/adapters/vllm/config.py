@@ -123,7 +123,11 @@ class OctavoFp8BlockConfig(OctavoConfig):
     scheme = "fp8_block"
 
 
+#: scheme -> its config
+CONFIGS = {config.scheme: config for config in (OctavoFp8ChannelConfig, OctavoFp8BlockConfig)}
+
+
 def register() -> None:
     """Make ``--quantization octavo_fp8_channel`` and ``octavo_fp8_block`` known."""
-    for config in (OctavoFp8ChannelConfig, OctavoFp8BlockConfig):
-        register_quantization_config(PREFIX + config.scheme)(config)
+    for scheme, config in CONFIGS.items():
+        register_quantization_config(PREFIX + scheme)(config)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import gc
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.platforms import current_platform
 
 from ... import formats
 from ...api import iterate
@@ -73,14 +73,19 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
         self.options = Options.parse(self.extra, model_config.quantization)
         self.quant_config = self._quant_config(vllm_config, model_config)
+        device = self._device(vllm_config)
         with collection_paused(), contextlib.ExitStack() as self.warming:
-            self.warming.enter_context(self._warm_up(vllm_config))
-            return self._load_model(vllm_config, model_config, prefix)
+            # pinned memory and kernels, while the model is planned and made
+            warm_up = WarmUp(device, self.options.staging_bytes, self.options.threads, [self.options.scheme])
+            self.warming.enter_context(warm_up)
+            return self._load_model(vllm_config, model_config, prefix, device)
 
-    def _load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
+    def _load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, device: torch.device
+    ) -> nn.Module:
         with self.stages("plan"):
             self.checkpoint = self._open(model_config)
-            self.plan, layout_config = self._plan(self.checkpoint)
+            self.plan, layout_config = self._plan(self.checkpoint, device)
         kept: dict[str, str] = {}
         forget_layers = versions.remember_layers(vllm_config)
         while True:
@@ -125,20 +130,36 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 "--quantization."
             )
         model_config.quantization = PREFIX + self.options.scheme
-        made = VllmConfig._get_quantization_config(model_config, vllm_config.load_config)
-        assert isinstance(made, OctavoConfig)
+        made = quantization.CONFIGS[self.options.scheme]()
+        self._check_runs(made, model_config)
         vllm_config.quant_config = made
         custom_ops = vllm_config.compilation_config.custom_ops
         if made.has_blocked_weights() and "-quant_fp8" not in custom_ops and "+quant_fp8" not in custom_ops:
             custom_ops.append("+quant_fp8")  # as vLLM does when it knows early
         return made
 
-    def _warm_up(self, vllm_config: VllmConfig) -> WarmUp:
-        """Of the device that the model goes to: pinned memory and kernels, while it is made and planned."""
+    def _check_runs(self, made: OctavoConfig, model_config: ModelConfig) -> None:
+        """What vLLM checks when it makes a config (which imports all quantizations it knows, for 0.3 s)."""
+        capability = current_platform.get_device_capability()
+        if capability is not None and capability.to_int() < made.get_min_capability():
+            raise RecipeError(
+                f"{self.options.scheme} needs a GPU of compute capability {made.get_min_capability() / 10}, not "
+                f"{capability.as_version_str()}"
+            )
+        known = made.get_supported_act_dtypes()
+        if model_config.dtype not in known:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            raise RecipeError(
+                f"{self.options.scheme} runs with activations in {names}, and the model's dtype is "
+                f"{str(model_config.dtype).removeprefix('torch.')}; say --dtype bfloat16"
+            )
+
+    def _device(self, vllm_config: VllmConfig) -> torch.device:
+        """Where the model goes to."""
         device = torch.device(self.load_config.device or vllm_config.device_config.device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())  # each thread has one of its own
-        return WarmUp(device, self.options.staging_bytes, self.options.threads, [self.options.scheme])
+        return device
 
     # -- the checkpoint -----------------------------------------------------------------------------------------------
 
@@ -150,10 +171,10 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         opened = Checkpoint.open(files[0].parent)
         return opened if {shard.path for shard in opened.shards} == set(files) else Checkpoint.open_files(files)
 
-    def _plan(self, checkpoint: Checkpoint) -> tuple[Plan, Mapping[str, Any]]:
+    def _plan(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Plan, Mapping[str, Any]]:
         """The plan of all tensors, and the config of the checkpoint that they would make."""
         layout = formats.get(formats.DEFAULT)
-        made = plan_checkpoint(checkpoint, self.options.recipe, self.options.staging_bytes)
+        made = plan_checkpoint(checkpoint, self.options.recipe, self.options.staging_bytes, str(device))
         return made, layout.config(made)
 
     # -- weights ------------------------------------------------------------------------------------------------------
@@ -168,12 +189,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 "--load-format and --quantization out"
             )
         with self.stages("plan"):
-            device = str(next(model.parameters()).device)
-            plan = dataclasses.replace(
-                self.plan, placements=tuple(dataclasses.replace(p, device=device) for p in self.plan.placements)
-            )
             kept = {m: quant_config.kept[n] for m, n in quant_config.paths(model).items() if n in quant_config.kept}
-            found = Surveyor(model, model.load_weights, plan, layout, versions.exempt(model), kept).run()
+            found = Surveyor(model, model.load_weights, self.plan, layout, versions.exempt(model), kept).run()
             self._check(model, found)
         assert found.places is not None
         self.warming.close()

@@ -40,12 +40,13 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     found, memory = seen.by_source(), dict(model.named_parameters()) | dict(model.named_buffers())
     rest: list[Placement] = []
     homes: dict[str, list[_Part]] = {}  # parameter -> what is streamed into it
+    devices = {target: str(tensor.device) for target, tensor in memory.items()}
     for placement in plan.placements:
         weights, scales = found.get(placement.name, []), found.get(layout.scale_name(placement.name), [])
         parts = None
         if not seen.computes and placement.name not in seen.used:
             parts = _quantized(placement, weights, scales) if placement.scheme else _moved(placement, weights, memory)
-        if parts is None or any(str(memory[copy.target].device) != placement.device for copy in (*weights, *scales)):
+        if parts is None or any(devices[copy.target] != placement.device for copy in (*weights, *scales)):
             rest.append(placement)
             continue
         for each in parts:
@@ -108,6 +109,9 @@ def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy]) ->
 
 def _part(placement: Placement, number: int, view: View, dtype_name: str) -> Placement:
     """The placement of some elements of a tensor."""
+    whole = (0, placement.shape, placement.pieces[0].src_strides)
+    if view == whole and number == 0 and dtype_name == placement.dtype_name:
+        return placement
     piece = Piece((0,) * len(view.size), view.size, placement.name, view.offset, view.strides)
     return dataclasses.replace(
         placement,

@@ -29,7 +29,7 @@ from ...pieces import coverage_problem
 from ...plan import Plan
 from ...schemes import FP8, Scheme
 from .placing import Places, split
-from .tracing import Copy, Source, Trace, trace
+from .tracing import Copy, Source, Trace, View, trace
 
 Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]
 _KEPT_BY_VLLM = "vLLM keeps this layer unquantized"
@@ -357,26 +357,32 @@ def _unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, 
 
 def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | None]) -> _Cut | None:
     """None if rows or columns are permuted, or if a scale group is cut."""
-    if copy.view is None or len(copy.view.size) < 2 or len(copy.size) < 2:
+    if copy.view is None or len(copy.view.size) < 2 or len(copy.size) < 2 or copy.view.size[-2:] != copy.size[-2:]:
         return None
-    (n, k), (height, width), strides = shape[-2:], copy.view.size[-2:], copy.view.strides
-    if (height, width) != copy.size[-2:] or (height > 1 and strides[-2] != k) or (width > 1 and strides[-1] != 1):
+    spans = _spans(copy.view, copy.start[-2:], shape, groups)
+    return spans and _Cut(copy.target, copy.start[:-2], *spans)
+
+
+@functools.lru_cache(maxsize=4096)  # a model has thousands of copies, and few shapes of them
+def _spans(
+    view: View, to: tuple[int, ...], shape: tuple[int, ...], groups: tuple[int | None, int | None]
+) -> tuple[tuple[tuple[int, int], ...], int, tuple[int, int, int], tuple[int, int, int]] | None:
+    """The fields of a `_Cut` from ``stack`` on, of a view that begins at row and column ``to`` of the target."""
+    (n, k), (height, width), strides = shape[-2:], view.size[-2:], view.strides
+    if (height > 1 and strides[-2] != k) or (width > 1 and strides[-1] != 1):
         return None
-    matrix, within = divmod(copy.view.offset, n * k)
+    matrix, within = divmod(view.offset, n * k)
     spans = []
-    for to, origin, count, group, end in zip(
-        copy.start[-2:], divmod(within, k), (height, width), groups, (n, k), strict=True
-    ):
+    for first, origin, count, group, end in zip(to, divmod(within, k), (height, width), groups, (n, k), strict=True):
         if group is None:  # one scale holds for the whole axis, and so for any part of it
             spans.append((0, 0, 1))
-        elif to % group or origin % group or (count % group and origin + count != end):
+        elif first % group or origin % group or (count % group and origin + count != end):
             return None
         else:
-            spans.append((to // group, origin // group, math.ceil(count / group)))
-    stack = tuple(
-        (size, stride // (n * k)) for size, stride in zip(copy.view.size[:-2], strides[:-2], strict=True) if size > 1
-    )
-    return _Cut(copy.target, copy.start[:-2], stack, matrix, spans[0], spans[1])
+            spans.append((first // group, origin // group, math.ceil(count / group)))
+    leading = zip(view.size[:-2], strides[:-2], strict=True)
+    stack = tuple((size, stride // (n * k)) for size, stride in leading if size > 1)
+    return stack, matrix, spans[0], spans[1]
 
 
 def _row_by_row(cuts: Iterable[_Cut]) -> set[_Cut]:

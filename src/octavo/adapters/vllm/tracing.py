@@ -8,6 +8,7 @@ names, fusing and sharding; none of it is repeated here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,20 @@ from ...pieces import Piece, contiguous_strides
 
 _aten = torch.ops.aten
 _copy_ = _aten.copy_.default
+#: views of which a loader makes many
+_VIEWS = (
+    "as_strided",
+    "permute",
+    "select.int",
+    "slice.Tensor",
+    "split.Tensor",
+    "squeeze.dim",
+    "t",
+    "transpose.int",
+    "unbind.int",
+    "unsqueeze",
+    "view",
+)
 _NONE: frozenset[str] = frozenset()
 #: what copies a tensor to another device, dtype or layout
 _MOVES = frozenset({_aten._to_copy.default, _aten.clone.default})
@@ -41,8 +56,7 @@ class View(NamedTuple):
         return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(NamedTuple):
     """One write into a parameter or buffer."""
 
     target: str
@@ -114,7 +128,7 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
             current = name
             yield name, tensor
 
-    with torch.no_grad(), recorder:
+    with torch.no_grad(), _views_unseen(), recorder:
         try:
             load(weights())
         except Exception as error:  # whatever a model's loader raises means that it does not take the tensor
@@ -128,6 +142,19 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
         )
     recorder.adopt(made)
     return recorder.trace
+
+
+@contextlib.contextmanager
+def _views_unseen() -> Iterator[None]:
+    """Have dispatch modes pass over views, which are four of five operations, and take longer there than all else.
+
+    The recorder lets them be: what a view shows is asked when it is copied. It is torch's table of kernels that is
+    changed, so for every thread; no other follows tensors while a model is loaded.
+    """
+    with torch.library._scoped_library("aten", "IMPL", "Python") as library:
+        for name in _VIEWS:
+            library.impl(name, torch.library.fallthrough_kernel)
+        yield
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -170,7 +197,6 @@ class _Recorder(PlainDispatchMode):
                 self._note(target, sources, view)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
-        # four of five are views, a fifth are copies
         if func is _copy_:
             return self._copy(args[0], args[1])
         if is_view(func):
@@ -229,11 +255,11 @@ class _Recorder(PlainDispatchMode):
         sources = derived or self._roots.get(origin, _NONE)
         if origin in self._targets:
             self.trace.computes = True
-        followed = sources and derived is None and value.shape == target.shape
-        followed = followed and value.itemsize == self._itemsizes[origin]
+        alike = value.shape == target.shape
+        followed = sources and alike and derived is None and value.itemsize == self._itemsizes[origin]
         view = View.of(value) if followed else None
         if home in self._targets:
-            if sources and value.numel() != target.numel():  # torch would repeat a single row to fill many
+            if sources and not alike and value.numel() != target.numel():  # torch would repeat a row to fill many
                 raise RuntimeError(f"a tensor of shape {list(value.shape)} does not fill {list(target.shape)}")
             self._note(target, sources, view)
         elif sources:
@@ -255,9 +281,9 @@ class _Recorder(PlainDispatchMode):
         return target if sources else func(*args, **kwargs)
 
     def _note(self, target: Tensor, sources: frozenset[str], view: View | None) -> None:
-        if not target.numel():
-            return
         into, homes = View.of(target), self._targets[_storage(target)]
+        if 0 in into.size:
+            return
         for name, whole in homes:
             box = whole.box_of(into) if target.itemsize == whole.itemsize else None
             if box is not None:
