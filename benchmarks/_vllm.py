@@ -142,7 +142,7 @@ def _generate_s(llm: Any, asked: list[Any], new: int) -> float:
     return seconds
 
 
-def _prefill(llm: Any, asked: list[Any], repeats: int = 3) -> dict[str, Any]:
+def _prefill(llm: Any, asked: list[Any], repeats: int = 5) -> dict[str, Any]:
     """Prompts of which one token is asked each; all of them fit one step."""
     first_s = _generate_s(llm, asked, 1)  # compiles kernels
     seconds = min(_generate_s(llm, asked, 1) for _ in range(repeats))
@@ -150,7 +150,7 @@ def _prefill(llm: Any, asked: list[Any], repeats: int = 3) -> dict[str, Any]:
     return {"tokens": tokens, "first_s": first_s, "seconds": seconds, "tokens_per_s": tokens / seconds}
 
 
-def _decode(llm: Any, asked: list[Any], new: int, repeats: int = 2) -> dict[str, Any]:
+def _decode(llm: Any, asked: list[Any], new: int, repeats: int = 5) -> dict[str, Any]:
     """New tokens a second after the first, of a batch: what answering takes beyond one token each."""
     first_s = _generate_s(llm, asked, new)
     seconds = min(_generate_s(llm, asked, new) for _ in range(repeats))

@@ -6,6 +6,7 @@ import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +55,17 @@ def test_octavo_in_vllm_equals_stock_vllm_on_the_converted_checkpoint(name: str,
         assert any("float8_e4m3fn" in digest for rank in mine.parameters for digest in rank.values())
         assert mine.tokens == stock.tokens
         assert mine.logprobs == stock.logprobs
+
+
+def test_an_engine_that_sleeps_wakes_up_with_its_weights(tmp_path: Path) -> None:
+    old, new = make("qwen2_moe", tmp_path / "old"), make("qwen2_moe", tmp_path / "new", seed=1)
+    steps: list[list[Any]] = [["state"]]
+    for step in (["nap", 1, ""], ["nap", 2, str(old)], ["reload_path", str(new)], ["nap", 2, str(old)]):
+        steps += [step, ["state"]]
+    (mine,) = run(octavo_job(old, "fp8_block", steps, enable_sleep_mode=True, **OPTIONS), timeout=400)
+    assert not mine.error, mine.output[-4000:]
+    first, *states = mine.results[::2]
+    assert mine.results[1::2] == [""] * 4
+    assert [state["addresses"] == first["addresses"] for state in states] == [True] * 4
+    assert [state["tokens"] == first["tokens"] for state in states] == [True, True, False, True]
+    assert [state["parameters"] == first["parameters"] for state in states] == [True, True, False, True]

@@ -178,6 +178,18 @@ class _Session:
             seen.append([_rss(), self.generate()[0]])
         return seen
 
+    def nap(self, level: int, path: str) -> str:
+        """Sleep and wake up; at level 2 the memory comes back empty, and weights are loaded again from a path."""
+
+        def act() -> None:
+            self.llm.sleep(level=level)
+            self.llm.wake_up(tags=["weights"])
+            if level == 2:
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            self.llm.wake_up(tags=["kv_cache"])
+
+        return _error(act)
+
     def state(self) -> dict[str, Any]:
         tokens, logprobs = self.generate()
         return {
