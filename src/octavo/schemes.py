@@ -230,6 +230,7 @@ def quantize_into(
     *,
     phase: tuple[int, int] = (0, 0),
     scratch: Tensor | None = None,
+    clamped: Tensor | None = None,
 ) -> None:
     """Write ``weight[..., out, in]`` as FP8 into ``out`` of the same shape, given the scales of its groups.
 
@@ -237,6 +238,7 @@ def quantize_into(
         scale: float32 [..., row cells, column cells], as `group_amax` and `scale_from_amax` give it.
         phase: as for `group_amax`.
         scratch: as many float32 elements as ``weight``; spares an allocation on a CPU, elsewhere it is not used.
+        clamped: of the shape and dtype of ``weight``, or itself, which then changes; spares an allocation elsewhere.
     """
     spans = [
         (rows, cols)
@@ -249,7 +251,8 @@ def quantize_into(
             values, cells = _grouped(weight, rows, cols), _cells_of(scale, rows, cols)
             if scheme.power_of_two:
                 limit = (FP8_MAX * cells).to(values.dtype)  # exact, or further from 0 than any weight of the group
-                values = torch.clamp(values, -limit, limit)
+                place = None if clamped is None else _grouped(clamped, rows, cols)
+                values = torch.clamp(values, -limit, limit, out=place)
             torch.div(values, cells, out=_grouped(out, rows, cols))
         return
     if scratch is None:
@@ -266,7 +269,7 @@ def _cells_of(scale: Tensor, rows: _Span, cols: _Span) -> Tensor:
     """The scales of the spans' groups, broadcastable to `_grouped` weights."""
     if rows.cells != scale.shape[-2] or cols.cells != scale.shape[-1]:
         scale = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
-    return scale[..., :, None, :, None]
+    return scale.unsqueeze(-2).unsqueeze(-1)
 
 
 def to_stored(scale: Tensor, scheme: Scheme) -> Tensor:

@@ -64,8 +64,7 @@ class Quantizer:
                 return None
             batches.press()  # which may hold former values of the same box
         grid = self._amax(values, dtype, storage.scheme, storage.weight.device)
-        finite = torch.isfinite(grid).all()
-        if batches is None and not finite:
+        if batches is None and not torch.isfinite(grid).all():
             raise WeightError(_nonfinite(what))
         scale = schemes.scale_from_amax(grid, storage.scheme)
         out, device = piece.region(storage.weight), storage.weight.device
@@ -77,7 +76,7 @@ class Quantizer:
             )
         storage.scale_place(box).copy_(schemes.to_stored(scale, storage.scheme))
         if batches is not None:
-            batches.watch(finite, storage, piece, what)
+            batches.watch(grid.amax(), storage, piece, what)
         return None
 
     def _amax(self, values: Tensor, dtype: torch.dtype, scheme: Scheme, device: torch.device) -> Tensor:
