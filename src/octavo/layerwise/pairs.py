@@ -33,6 +33,9 @@ class Pairs(Iterator[Pair]):
             self._intake.quantizer.settle()
         while not self._ready:
             name, tensor = next(self._pairs)
+            if self._transform is None:
+                self._ready = [(name, tensor)]
+                break
             with self._intake.quiet():
                 self._ready = transformed(self._transform, name, tensor)
         pair = self._ready.pop(0)

@@ -24,7 +24,6 @@ from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport
 from .session import Session
-from .tensors import offset_of
 
 #: of tied parameters, a part at a time
 _COMPARED_BYTES = 16 << 20
@@ -102,10 +101,9 @@ def _update(
                 found, tensor = _along(routes, name, tensor), tensor.contiguous()
             else:
                 found = [_by_own_name(name, tensor, items)]
-            begin = offset_of(tensor)
             for parameter, piece in found:
                 _refuse_dtype(items[parameter], name, tensor)
-                session.intake.put(items[parameter], [piece._replace(src_off=begin + piece.src_off)], tensor)
+                session.intake.put(items[parameter], [piece], tensor)
     return session.report
 
 
