@@ -1,9 +1,10 @@
 """Quantizing on an accelerator: values wait in its memory, and many are quantized at once.
 
 There, what costs is launching, some 10 µs an operation: tensor by tensor, a model of thousands takes seconds for what
-is a tenth of one of arithmetic. So a value that comes is copied, and nothing else; its owner may change it once
-`Batches.settle` has returned. When a batch is full, boxes that lie regularly in it and in their parameter are joined
-(`octavo.blocks`), and the scales of all are computed together.
+is a tenth of one of arithmetic. So values that come are copied, and nothing else: one by one, or many at once if they
+stay as they are (`Batches.gather`). Their owner may change them once `Batches.settle` has returned. When a batch is
+full, boxes that lie regularly in it and in their parameter are joined (`octavo.blocks`), and the scales of all are
+computed together.
 
 Values in pageable memory go through pinned memory, which is sent a few MiB at a time. What comes from the host is
 copied on a stream of its own, while the batch before is quantized.
@@ -65,6 +66,25 @@ class _Lane:
             self.free.record(backend.current_stream(device))
 
 
+class _Copies:
+    """Copies that are to be made, all at once: from one memory to another of a device that is one launch or two."""
+
+    def __init__(self) -> None:
+        self._places: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def add(self, place: Tensor, values: Tensor) -> None:
+        self._places.append(place)
+        self._values.append(values)
+
+    def run(self, *, non_blocking: bool = False) -> None:
+        places, values, self._places, self._values = self._places, self._values, [], []
+        torch._foreach_copy_(places, values, non_blocking=non_blocking)
+
+
 class Batches:
     """Takes values of boxes that hold whole scale groups, for weights on one device."""
 
@@ -81,6 +101,7 @@ class Batches:
         schemes.warm_up(device)
         self._jobs: list[_Job] = []
         self._used = self._sent = 0  # bytes of the batch that hold values; those of them that have left the host
+        self._near, self._far = _Copies(), _Copies()  # on the caller's stream, and from pinned memory
         self._unsettled = False
         # the largest magnitudes: not finite if a value was not, which only the device knows yet
         self._checks: list[tuple[Tensor, list[_Job]]] = []
@@ -90,20 +111,14 @@ class Batches:
         nbytes = piece.numel * dtype.itemsize
         if self._used + nbytes > self.limit_bytes:
             self.press()
-        self._follow()
         begin, strides = self._used, _packed(piece.size, piece.src_strides)  # memory is copied as it lies
         packed = Piece(piece.dst_off, piece.size, "", begin // dtype.itemsize, strides)
         end = min(self.limit_bytes, -(-(begin + nbytes) // _ALIGNED_BYTES) * _ALIGNED_BYTES)
-        if self._backend is None or values.device.type != "cpu":
+        near = self._backend is None or values.device.type != "cpu"
+        if near or (values.dtype == dtype and values.stride() == strides and values.is_pinned()):
             self._send()
-            # on the caller's stream, as is whatever the values' owner does before and after
-            _view(self._lanes[0].typed(dtype), packed).copy_(values)
+            (self._near if near else self._far).add(_view(self._lanes[0].typed(dtype), packed), values)
             self._sent = end
-        elif values.dtype == dtype and values.stride() == strides and values.is_pinned():
-            self._send()
-            with self._copying():
-                _view(self._lanes[0].typed(dtype), packed).copy_(values, non_blocking=True)
-            self._sent, self._unsettled = end, True
         else:
             _view(self._pinned().view(dtype), packed).copy_(values)
         self._used = end
@@ -112,8 +127,19 @@ class Batches:
         grid = storage.scale_place(Box.of(piece)) if storage.scale is None else None
         self._jobs.append(_Job(storage, packed, dtype, grid, what))
 
+    def gather(self) -> None:
+        """Copy what was put; nobody holds it here any more."""
+        if self._near:
+            self._follow()
+            self._near.run()  # on the caller's stream, as is whatever the values' owner does before and after
+        if self._far:
+            with self._copying():
+                self._far.run(non_blocking=True)
+            self._unsettled = True
+
     def settle(self) -> None:
         """Wait until no value that was put is needed any more."""
+        self.gather()
         if self._unsettled:
             self._copies.synchronize()
             self._unsettled = False
@@ -124,6 +150,7 @@ class Batches:
             return
         self._follow()
         self._send()
+        self.gather()
         lane, jobs = self._lanes[0], self._jobs
         if lane.copying:
             lane.copied.record(self._copies)
