@@ -53,6 +53,11 @@ class Scheme:
         """The dtype in which scales are stored."""
         return E8M0 if self.power_of_two else torch.float32
 
+    @property
+    def by_row(self) -> bool:
+        """Whether a group is a row: float32 scales ``[..., out, 1]`` are broadcast as they are."""
+        return self.group_rows == 1 and self.group_cols is None and not self.power_of_two
+
     def cells(self, rows: int, cols: int) -> tuple[int, int]:
         """The number of scale groups along rows and columns of a matrix."""
         return count_cells(rows, self.group_rows), count_cells(cols, self.group_cols)
@@ -155,9 +160,11 @@ def group_amax(
         scratch: as many elements as ``weight``, same dtype; spares an allocation on a CPU.
         out: where the result goes, if given.
     """
+    on_cpu = weight.device.type == "cpu"
+    if not on_cpu and scheme.by_row:  # there, views cost as well
+        return _norm(weight, out, dim=-1, keepdim=True)
     row_spans = _spans(weight.shape[-2], scheme.group_rows, phase[0])
     col_spans = _spans(weight.shape[-1], scheme.group_cols, phase[1])
-    on_cpu = weight.device.type == "cpu"
     if not on_cpu and len(row_spans) == len(col_spans) == 1:
         return _norm(_grouped(weight, row_spans[0], col_spans[0]), out)
     values = _magnitude_bits(weight, scratch) if on_cpu else weight
@@ -190,9 +197,11 @@ def _amax(groups: Tensor) -> Tensor:
     return tall.squeeze(-1) if groups.shape[-1] == 1 else tall.amax(-1)
 
 
-def _norm(groups: Tensor, out: Tensor | None = None) -> Tensor:
-    """`_amax` of floats on a GPU: the one reduction that takes the magnitude on the way."""
-    norm: Tensor = torch.linalg.vector_norm(groups, math.inf, dim=(-3, -1), dtype=torch.float32, out=out)
+def _norm(
+    values: Tensor, out: Tensor | None = None, *, dim: int | tuple[int, ...] = (-3, -1), keepdim: bool = False
+) -> Tensor:
+    """The largest magnitude on a GPU: the one reduction that takes the magnitude on the way."""
+    norm: Tensor = torch.linalg.vector_norm(values, math.inf, dim, keepdim, dtype=torch.float32, out=out)
     return norm
 
 
@@ -230,6 +239,7 @@ def quantize_into(
     *,
     phase: tuple[int, int] = (0, 0),
     scratch: Tensor | None = None,
+    clamped: Tensor | None = None,
 ) -> None:
     """Write ``weight[..., out, in]`` as FP8 into ``out`` of the same shape, given the scales of its groups.
 
@@ -237,7 +247,11 @@ def quantize_into(
         scale: float32 [..., row cells, column cells], as `group_amax` and `scale_from_amax` give it.
         phase: as for `group_amax`.
         scratch: as many float32 elements as ``weight``; spares an allocation on a CPU, elsewhere it is not used.
+        clamped: of the shape and dtype of ``weight``, or itself, which then changes; spares an allocation elsewhere.
     """
+    if weight.device.type != "cpu" and scheme.by_row:  # there, views cost as well
+        torch.div(weight, scale, out=out)
+        return
     spans = [
         (rows, cols)
         for rows in _spans(weight.shape[-2], scheme.group_rows, phase[0])
@@ -249,7 +263,8 @@ def quantize_into(
             values, cells = _grouped(weight, rows, cols), _cells_of(scale, rows, cols)
             if scheme.power_of_two:
                 limit = (FP8_MAX * cells).to(values.dtype)  # exact, or further from 0 than any weight of the group
-                values = torch.clamp(values, -limit, limit)
+                place = None if clamped is None else _grouped(clamped, rows, cols)
+                values = torch.clamp(values, -limit, limit, out=place)
             torch.div(values, cells, out=_grouped(out, rows, cols))
         return
     if scratch is None:
@@ -266,7 +281,7 @@ def _cells_of(scale: Tensor, rows: _Span, cols: _Span) -> Tensor:
     """The scales of the spans' groups, broadcastable to `_grouped` weights."""
     if rows.cells != scale.shape[-2] or cols.cells != scale.shape[-1]:
         scale = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
-    return scale[..., :, None, :, None]
+    return scale.unsqueeze(-2).unsqueeze(-1)
 
 
 def to_stored(scale: Tensor, scheme: Scheme) -> Tensor:

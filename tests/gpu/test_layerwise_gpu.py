@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -77,6 +79,35 @@ def test_an_update_keeps_captured_graphs_valid(scheme: str, where: str) -> None:
     q, scale = schemes.quantize(new, scheme)
     assert same_bytes(layer.weight.data.cpu(), q)
     assert same_bytes(layer.weight_scale.data.cpu(), scale)
+
+
+@pytest.mark.parametrize("at_rest", [True, False], ids=["list", "iterator"])
+@pytest.mark.parametrize("where", ["cpu", "pinned", "cuda", "mixed"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_batches_of_an_update_have_the_bytes_of_a_cpu(scheme: str, where: str, at_rest: bool) -> None:
+    """Many batches; an iterator uses the memory of its tensors again."""
+    names = [f"{number}.weight" for number in range(40)]
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 128, bias=False, dtype=torch.bfloat16) for _ in names))
+    with octavo.layerwise(model, scheme, "cuda") as session:
+        session.load([(name, torch.ones(128, 256).bfloat16()) for name in names])
+    news = {name: torch.randn(128, 256).bfloat16() for name in names}
+    places = ["cpu", "pinned", "cuda"] if where == "mixed" else [where]
+
+    def placed(tensor: Tensor, place: str) -> Tensor:
+        return tensor.pin_memory() if place == "pinned" else tensor.to(place)
+
+    def reusing() -> Iterator[tuple[str, Tensor]]:
+        held = {place: placed(torch.zeros(128, 256).bfloat16(), place) for place in places}
+        for (name, tensor), place in zip(news.items(), itertools.cycle(places), strict=False):
+            yield name, held[place].copy_(tensor)
+            held[place].fill_(torch.nan)
+
+    given = [(n, placed(t, place)) for (n, t), place in zip(news.items(), itertools.cycle(places), strict=False)]
+    octavo.update(model, given if at_rest else reusing(), staging_bytes=1 << 20)
+    for layer, new in zip(model, news.values(), strict=True):
+        q, scale = schemes.quantize(new, scheme)
+        assert same_bytes(layer.weight.data.cpu(), q)
+        assert same_bytes(layer.weight_scale.data.cpu(), scale)
 
 
 def test_tensors_larger_than_staging_go_in_tiles() -> None:

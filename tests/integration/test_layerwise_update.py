@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,21 @@ def loaded_from(folder: Path, tensors: dict[str, Tensor], target: Path, scheme: 
 
 def addresses(model: Any) -> dict[str, tuple[int, int]]:
     return {name: (id(tensor), tensor.data_ptr()) for name, tensor in state_of(model).items()}
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "with holes"])
+def test_an_update_in_batches_is_the_same(
+    dense: bool, checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator; tensors that don't lie in one run are copied first, and the copies are not kept."""
+    folder = checkpoints("qwen2_moe")
+    new = changed(tensors_of(folder))
+    given = new if dense else {name: torch.stack([tensor] * 2, -1)[..., 0] for name, tensor in new.items()}
+    monkeypatch.setattr(importlib.import_module("octavo.layerwise.quantizer"), "has_batches", lambda device: True)
+    for scheme in SCHEMES:
+        model = octavo.load(folder, scheme)
+        octavo.update(model, given)
+        assert differences(model, loaded_from(folder, new, tmp_path / scheme, scheme)) == []
 
 
 @pytest.mark.parametrize("architecture", [name for name in QUANTIZED if name != "phi3"])

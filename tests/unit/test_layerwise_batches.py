@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import octavo
 from helpers import same_bytes
 from helpers.engine import Model, Shape, checkpoint
-from octavo import schemes
+from octavo import modules, schemes
 from octavo.errors import WeightError
 from octavo.layerwise.session import Session
 
@@ -90,6 +95,70 @@ def test_an_iterator_may_use_memory_again(batches: list[int]) -> None:
     found = state(loaded("fp8_block", reusing())[0])  # type: ignore[arg-type]
     assert [name for name in found if not same_bytes(found[name], expected[name])] == []
     assert batches
+
+
+class Copies(TorchDispatchMode):
+    """The number of tensors of each copy of many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.sizes.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("source", ["list", "dict", "iterator"])
+def test_an_update_copies_together_only_what_stays_as_it_is(source: str, batches: list[int]) -> None:
+    widths, generator = (32, 64, 48, 96), torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(*shape, bias=False) for shape in itertools.pairwise(widths)))
+    names = [f"{number}.weight" for number in range(len(model))]
+    with Session(model, "fp8_channel", "cpu") as session:
+        session.load((name, torch.ones(linear.weight.shape)) for name, linear in zip(names, model, strict=True))
+    # as memory of another order
+    news = {
+        name: torch.randn(linear.in_features, linear.out_features, generator=generator).T
+        for name, linear in zip(names, model, strict=True)
+    }
+
+    def reusing() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in news.items():
+            mine = tensor.clone()
+            yield name, mine
+            mine.fill_(torch.nan)
+
+    with Copies() as copies:
+        octavo.update(model, {"list": list(news.items()), "dict": news, "iterator": reusing()}[source])
+    assert sum(copies.sizes) == len(names)
+    assert max(copies.sizes) == (1 if source == "iterator" else len(names))
+    for name, new in news.items():
+        q, scale = schemes.quantize(new, "fp8_channel")
+        assert same_bytes(model.get_parameter(name).data, q)
+        assert same_bytes(model.get_parameter(modules.scale_name(name)).data, scale)
+
+
+def test_what_a_loader_makes_is_not_kept_for_a_batch(batches: list[int]) -> None:
+    """Even from a list, whose own tensors stay."""
+    weight, made = torch.randn(96, 32), []
+
+    class Fused(nn.Sequential):
+        def load_weights(self, pairs: Iterable[tuple[str, Tensor]]) -> None:
+            for number, (_, tensor) in enumerate(pairs):
+                assert all(reference.expired() for reference in made)
+                doubled = tensor * 2
+                made.append(StorageWeakRef(doubled.untyped_storage()))
+                self[0].weight.data[32 * number : 32 * number + 32].copy_(doubled)
+                del doubled
+
+    with torch.device("meta"):
+        model = Fused(nn.Linear(32, 96, bias=False))
+    with Session(model, "fp8_channel", "cpu"):
+        model.load_weights([("part", part) for part in weight.split(32)])
+    assert len(made) == 3
+    assert same_bytes(model[0].weight.data, schemes.quantize(weight * 2, "fp8_channel")[0])
 
 
 def test_what_is_not_finite_is_named_at_the_end(batches: list[int]) -> None:

@@ -1,9 +1,10 @@
 """Quantizing on an accelerator: values wait in its memory, and many are quantized at once.
 
 There, what costs is launching, some 10 µs an operation: tensor by tensor, a model of thousands takes seconds for what
-is a tenth of one of arithmetic. So a value that comes is copied, and nothing else; its owner may change it once
-`Batches.settle` has returned. When a batch is full, boxes that lie regularly in it and in their parameter are joined
-(`octavo.blocks`), and the scales of all are computed together.
+is a tenth of one of arithmetic. So values that come are copied, and nothing else: one by one, or many at once if they
+stay as they are (`Batches.gather`). Their owner may change them once `Batches.settle` has returned. When a batch is
+full, boxes that lie regularly in it and in their parameter are joined (`octavo.blocks`), and the scales of all are
+computed together.
 
 Values in pageable memory go through pinned memory, which is sent a few MiB at a time. What comes from the host is
 copied on a stream of its own, while the batch before is quantized.
@@ -12,6 +13,7 @@ copied on a stream of its own, while the batch before is quantized.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,13 +28,14 @@ from ..pieces import Piece
 from ..schemes import Scheme
 from .boxes import Box
 from .storage import QuantizedStorage
+from .tensors import offset_of
 
 #: values begin at multiples of it: any dtype can be viewed, and tensors of one shape lie evenly
 _ALIGNED_BYTES = 16
 #: pinned memory is sent when so much of it is filled
 _SEND_BYTES = 8 << 20
-#: a batch's share of the budget: there are two, clamping takes as much as one, and scales need room
-_SHARE = 4
+#: a batch's share of the budget: there are two, and scales need room
+_SHARE = 3
 
 
 class _Job(NamedTuple):
@@ -63,6 +66,25 @@ class _Lane:
             self.free.record(backend.current_stream(device))
 
 
+class _Copies:
+    """Copies that are to be made, all at once: from one memory to another of a device that is one launch or two."""
+
+    def __init__(self) -> None:
+        self._places: list[Tensor] = []
+        self._values: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._places)
+
+    def add(self, place: Tensor, values: Tensor) -> None:
+        self._places.append(place)
+        self._values.append(values)
+
+    def run(self, *, non_blocking: bool = False) -> None:
+        places, values, self._places, self._values = self._places, self._values, [], []
+        torch._foreach_copy_(places, values, non_blocking=non_blocking)
+
+
 class Batches:
     """Takes values of boxes that hold whole scale groups, for weights on one device."""
 
@@ -79,28 +101,24 @@ class Batches:
         schemes.warm_up(device)
         self._jobs: list[_Job] = []
         self._used = self._sent = 0  # bytes of the batch that hold values; those of them that have left the host
+        self._near, self._far = _Copies(), _Copies()  # on the caller's stream, and from pinned memory
         self._unsettled = False
-        self._checks: list[tuple[Tensor, list[_Job]]] = []  # whether all was finite, which only the device knows yet
+        # the largest magnitudes: not finite if a value was not, which only the device knows yet
+        self._checks: list[tuple[Tensor, list[_Job]]] = []
 
     def put(self, storage: QuantizedStorage, piece: Piece, values: Tensor, dtype: torch.dtype, what: object) -> None:
         """Take ``values``, of the piece's size and strides, to quantize them in ``dtype`` later."""
         nbytes = piece.numel * dtype.itemsize
         if self._used + nbytes > self.limit_bytes:
             self.press()
-        self._follow()
         begin, strides = self._used, _packed(piece.size, piece.src_strides)  # memory is copied as it lies
         packed = Piece(piece.dst_off, piece.size, "", begin // dtype.itemsize, strides)
         end = min(self.limit_bytes, -(-(begin + nbytes) // _ALIGNED_BYTES) * _ALIGNED_BYTES)
-        if self._backend is None or values.device.type != "cpu":
+        near = self._backend is None or values.device.type != "cpu"
+        if near or (values.dtype == dtype and values.stride() == strides and values.is_pinned()):
             self._send()
-            # on the caller's stream, as is whatever the values' owner does before and after
-            _view(self._lanes[0].typed(dtype), packed).copy_(values)
+            (self._near if near else self._far).add(_view(self._lanes[0].typed(dtype), packed), values)
             self._sent = end
-        elif values.dtype == dtype and values.stride() == strides and values.is_pinned():
-            self._send()
-            with self._copying():
-                _view(self._lanes[0].typed(dtype), packed).copy_(values, non_blocking=True)
-            self._sent, self._unsettled = end, True
         else:
             _view(self._pinned().view(dtype), packed).copy_(values)
         self._used = end
@@ -109,8 +127,19 @@ class Batches:
         grid = storage.scale_place(Box.of(piece)) if storage.scale is None else None
         self._jobs.append(_Job(storage, packed, dtype, grid, what))
 
+    def gather(self) -> None:
+        """Copy what was put; nobody holds it here any more."""
+        if self._near:
+            self._follow()
+            self._near.run()  # on the caller's stream, as is whatever the values' owner does before and after
+        if self._far:
+            with self._copying():
+                self._far.run(non_blocking=True)
+            self._unsettled = True
+
     def settle(self) -> None:
         """Wait until no value that was put is needed any more."""
+        self.gather()
         if self._unsettled:
             self._copies.synchronize()
             self._unsettled = False
@@ -121,6 +150,7 @@ class Batches:
             return
         self._follow()
         self._send()
+        self.gather()
         lane, jobs = self._lanes[0], self._jobs
         if lane.copying:
             lane.copied.record(self._copies)
@@ -132,33 +162,31 @@ class Batches:
         for box in join(_joinable(job) for job in jobs if job.grid is None):
             storage = storages[box.placement.name]
             values = _view(lane.typed(dtypes.MOVED[box.dtype_name]), box.piece)
-            found.setdefault(storage.scheme, []).append(
-                _Task(values, box.piece.region(storage.weight), storage.grid[box.cells])
-            )
+            out = _region(storage.weight, box.piece.dst_off, box.piece.size)
+            off, size = [cut.start for cut in box.cells], [cut.stop - cut.start for cut in box.cells]
+            found.setdefault(storage.scheme, []).append(_Task(values, out, _region(storage.grid, off, size)))
         for job in jobs:
             if job.grid is not None:
                 values = _view(lane.typed(job.dtype), job.piece)
                 found.setdefault(job.storage.scheme, []).append(
                     _Task(values, job.piece.region(job.storage.weight), job.grid)
                 )
-        finite = [_quantize(tasks, scheme) for scheme, tasks in found.items()]
-        self._checks.append((finite[0] if len(finite) == 1 else torch.stack(finite).all(), jobs))
+        self._checks += [(_quantize(tasks, scheme), jobs) for scheme, tasks in found.items()]
         if self._backend is not None:
             lane.free.record(self._backend.current_stream(self._device))
         self._lanes.reverse()
 
-    def watch(self, finite: Tensor, storage: QuantizedStorage, piece: Piece, what: object) -> None:
-        """Ask at the end about a box that was quantized without us, too."""
-        self._checks.append((finite, [_Job(storage, piece, storage.weight.dtype, None, what)]))
+    def watch(self, worst: Tensor, storage: QuantizedStorage, piece: Piece, what: object) -> None:
+        """Ask at the end about a box that was quantized without us, too: of its largest magnitude."""
+        self._checks.append((worst, [_Job(storage, piece, storage.weight.dtype, None, what)]))
 
     def suspect(self) -> object | None:
         """Wait; what was not finite, if anything, since this was asked before."""
         self.press()
         checks, self._checks = self._checks, []
-        if not checks or bool(torch.stack([finite for finite, _ in checks]).all()):
-            return None
+        finite = torch.isfinite(torch.stack([worst for worst, _ in checks])).tolist() if checks else []
         # what is not finite has scales that are not, unless other values have taken its place
-        suspects = (job for finite, jobs in checks if not finite for job in jobs)
+        suspects = (job for fine, (_, jobs) in zip(finite, checks, strict=True) if not fine for job in jobs)
         return next((job.what for job in suspects if not torch.isfinite(job.scales.float()).all()), None)
 
     def close(self) -> None:
@@ -212,24 +240,35 @@ class _Task(NamedTuple):
 
 
 def _quantize(tasks: Sequence[_Task], scheme: Scheme) -> Tensor:
-    """All of them, their scales together; returns whether all values were finite, a boolean on the device."""
+    """All of them, their scales together; returns the largest magnitude, which is not finite if a value is not."""
     shapes = [task.scales.shape for task in tasks]
     sizes = [shape.numel() for shape in shapes]
     amax = torch.empty(sum(sizes), dtype=torch.float32, device=tasks[0].values.device)
-    for task, shape, out in zip(tasks, shapes, torch.split(amax, sizes), strict=True):
-        schemes.group_amax(task.values, scheme, out=out.view(shape))
+    for task, out in zip(tasks, _cut(amax, sizes, shapes), strict=True):
+        schemes.group_amax(task.values, scheme, out=out)
     scale = schemes.scale_from_amax(amax, scheme)
     stored = schemes.to_stored(scale, scheme)
-    scales = zip(torch.split(scale, sizes), torch.split(stored, sizes), strict=True)
-    for task, shape, (mine, kept) in zip(tasks, shapes, scales, strict=True):
-        schemes.quantize_into(task.out, task.values, mine.view(shape), scheme)
-        task.scales.copy_(kept.view(shape))
-    return torch.isfinite(amax).all()
+    scales = _cut(scale, sizes, shapes)
+    for task, mine in zip(tasks, scales, strict=True):
+        schemes.quantize_into(task.out, task.values, mine, scheme, clamped=task.values)
+    for task, kept in zip(tasks, scales if stored is scale else _cut(stored, sizes, shapes), strict=True):
+        task.scales.copy_(kept)
+    return amax.amax()
+
+
+def _cut(flat: Tensor, sizes: list[int], shapes: list[torch.Size]) -> list[Tensor]:
+    return [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
 
 
 def _joinable(job: _Job) -> Joinable:
     cells = job.storage.cells(Box.of(job.piece))
     return Joinable(job.storage.placement, Work.QUANTIZE, dtypes.NAMES[job.dtype], job.piece, cells, (0, 0), ())
+
+
+def _region(whole: Tensor, off: Sequence[int], size: Sequence[int]) -> Tensor:
+    """``whole[off : off + size]`` in one operation, not one an axis."""
+    strides = whole.stride()
+    return whole.as_strided(size, strides, offset_of(whole) + sum(map(operator.mul, off, strides)))
 
 
 def _view(memory: Tensor, piece: Piece) -> Tensor:

@@ -40,6 +40,13 @@ class Box(NamedTuple):
     def of(cls, piece: Piece) -> Box:
         return cls(piece.dst_off, piece.size)
 
+    def holds(self, other: Box) -> bool:
+        """Whether all of ``other`` is in this box."""
+        for a, n, b, m in zip(self.off, self.size, other.off, other.size):  # noqa: B905, SIM110  # asked a million times
+            if b < a or b + m > a + n:
+                return False
+        return True
+
     def common(self, other: Box) -> Box | None:
         """Where both overlap."""
         off, size = [], []
@@ -86,6 +93,8 @@ class Gaps:
 
     def written(self, box: Box) -> Box | None:
         """A part of ``box`` that is no gap any more, or None."""
+        if self._around(box) is not None:
+            return None
         left = [box] if box.numel else []
         for gap in self.boxes:
             if not left:
@@ -94,7 +103,18 @@ class Gaps:
         return left[0] if left else None
 
     def fill(self, box: Box) -> None:
+        at = self._around(box)
+        if at is not None and box.numel:  # as gaps don't meet, no other meets the box
+            self.boxes = [*self.boxes[:at], *self.boxes[at].without(box), *self.boxes[at + 1 :]]
+            return
         self.boxes = [rest for gap in self.boxes for rest in gap.without(box)] if box.numel else self.boxes
+
+    def _around(self, box: Box) -> int | None:
+        """Which gap holds all of a box."""
+        for index, gap in enumerate(self.boxes):
+            if gap.holds(box):
+                return index
+        return None
 
     def __str__(self) -> str:
         shown = ", ".join(map(str, sorted(self.boxes)[:4]))

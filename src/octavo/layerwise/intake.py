@@ -148,12 +148,13 @@ class Intake:
             )
 
     def put(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> None:
-        """Boxes of an item, and where ``values``, which nobody changes in place, holds theirs: offsets and strides are
-        those of its storage."""
-        source = self.sources.of(values)
+        """Boxes of an item, and where ``values``, which nobody changes in place, holds theirs: offsets count from its
+        first element."""
+        source, begin = self.sources.of(values), offset_of(values)
         self._turn_to(item, source)
-        pieces = [piece._replace(src_name=source.label) for piece in pieces]
-        if item in self.transit.staged.values() or not self.transit.goes_straight(item, pieces, values):
+        label = source.label
+        pieces = [Piece(p.dst_off, p.size, label, begin + p.src_off, p.src_strides) for p in pieces]
+        if id(item) in self.transit.staged or not self.transit.goes_straight(item, pieces, values):
             self._put(item, pieces, values, source, None)
             return
         boxes = [Box.of(piece) for piece in pieces]

@@ -24,15 +24,18 @@ class Pairs(Iterator[Pair]):
     def __init__(self, intake: Intake, pairs: Iterable[Pair], transform: Transform | None) -> None:
         self._intake, self._pairs, self._transform = intake, iter(pairs), transform
         self._ready: list[Pair] = []
-        # where no code runs between two pairs, nobody changes a tensor meanwhile
-        self._at_rest = transform is None and type(pairs) in _AT_REST
+        #: where no code runs between two pairs, nobody changes a tensor meanwhile
+        self.at_rest = transform is None and type(pairs) in _AT_REST
 
     def __next__(self) -> Pair:
         self._intake.turn()
-        if not self._at_rest:
+        if not self.at_rest:
             self._intake.quantizer.settle()
         while not self._ready:
             name, tensor = next(self._pairs)
+            if self._transform is None:
+                self._ready = [(name, tensor)]
+                break
             with self._intake.quiet():
                 self._ready = transformed(self._transform, name, tensor)
         pair = self._ready.pop(0)

@@ -37,6 +37,8 @@ class Quantizer:
 
     def __init__(self, staging_bytes: int) -> None:
         self.staging_bytes = staging_bytes
+        #: whether values that are put stay as they are, and somebody holds them anyway, so that many are copied at once
+        self.values_stay = False
         self._scratch: Tensor | None = None
         self._batches: dict[torch.device, Batches] = {}
 
@@ -55,17 +57,19 @@ class Quantizer:
         if batches is not None:
             tiles = _whole_tiles(piece.size, storage.scheme, batches.limit_bytes // dtype.itemsize)
             if tiles is not None and len(tiles) == 1:
-                return batches.put(storage, piece, values, dtype, what)
-            if tiles is not None:
+                batches.put(storage, piece, values, dtype, what)
+            elif tiles is not None:
                 for tile in tiles:
                     part, off = tile.region(values), map(operator.add, piece.dst_off, tile.box.dst_off)
                     cut = Piece(tuple(off), tile.box.size, "", 0, tuple(part.stride()))
                     batches.put(storage, cut, part, dtype, what)
-                return None
+            if tiles is not None:
+                if not self.values_stay:
+                    batches.gather()
+                return
             batches.press()  # which may hold former values of the same box
         grid = self._amax(values, dtype, storage.scheme, storage.weight.device)
-        finite = torch.isfinite(grid).all()
-        if batches is None and not finite:
+        if batches is None and not torch.isfinite(grid).all():
             raise WeightError(_nonfinite(what))
         scale = schemes.scale_from_amax(grid, storage.scheme)
         out, device = piece.region(storage.weight), storage.weight.device
@@ -77,8 +81,7 @@ class Quantizer:
             )
         storage.scale_place(box).copy_(schemes.to_stored(scale, storage.scheme))
         if batches is not None:
-            batches.watch(finite, storage, piece, what)
-        return None
+            batches.watch(grid.amax(), storage, piece, what)
 
     def _amax(self, values: Tensor, dtype: torch.dtype, scheme: Scheme, device: torch.device) -> Tensor:
         """Of each scale group, float32 on the device."""
@@ -99,6 +102,11 @@ class Quantizer:
         """Quantize what waits on an accelerator."""
         for batches in self._batches.values():
             batches.press()
+
+    def gather(self) -> None:
+        """Hold no values that were put any more; the device may still read them."""
+        for batches in self._batches.values():
+            batches.gather()
 
     def settle(self) -> None:
         """Wait until no values that were put are needed any more."""

@@ -262,7 +262,7 @@ class Session:
         if not self.active:
             raise LoaderError("the session sees no writes before it is entered: load within `with session:`")
 
-    def pairs(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+    def pairs(self, pairs: Iterable[Pair]) -> Pairs:
         """The pairs, through ``transform``; tells the session where one ends and the next begins."""
         self._require_active()
         self._saw_pairs = True

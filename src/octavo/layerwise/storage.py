@@ -14,6 +14,7 @@ from ..pieces import Piece
 from ..plan import Placement
 from ..schemes import Scheme
 from .boxes import Box
+from .tensors import offset_of
 
 
 @dataclass
@@ -41,11 +42,13 @@ class QuantizedStorage:
 
     def split(self, piece: Piece) -> list[Piece]:
         """A piece, cut where parts begin."""
-        if self.parts is None or self.scheme.group_rows == 1:
+        if self.parts is None or len(self.parts) == 1 or self.scheme.group_rows == 1:
             return [piece]
         axis, cut, start = len(piece.size) - 2, [], 0
         for rows in self.parts:
             low, high = max(start, piece.dst_off[axis]), min(start + rows, piece.dst_end[axis])
+            if high - low == piece.size[axis]:
+                return [piece]
             if low < high:
                 cut.append(piece.narrow(axis, low - piece.dst_off[axis], high - low))
             start += rows
@@ -53,16 +56,7 @@ class QuantizedStorage:
 
     def holds_groups(self, box: Box) -> bool:
         """Whether a box, within one part, holds whole scale groups; rows count from its own where parts are unknown."""
-        cols = self.weight.shape[-1]
-        start, stop = box.off[-2], box.end[-2]
-        if self.parts is not None:
-            found = self._part_of(box)
-            if found is None:
-                return False
-            _, start, stop = found
-        return _aligned(box, -2, self.scheme.group_rows or stop - start, start, stop) and _aligned(
-            box, -1, self.scheme.group_cols or cols, 0, cols
-        )
+        return _holds_groups(self.weight.shape, self.parts, self.scheme, box)
 
     @functools.cached_property
     def placement(self) -> Placement:
@@ -106,28 +100,52 @@ class QuantizedStorage:
 
     def cells(self, box: Box) -> tuple[slice, ...]:
         """The scale groups of a box, which holds them whole, in the `grid`."""
-        found = self._part_of(box)
-        assert found is not None
-        index, start, _ = found
-        total, cols = self.weight.shape[-2:]
-        parts = self.parts or (total,)
-        before = sum(self.scheme.cells(rows, cols)[0] for rows in parts[:index])
-        row = before + (box.off[-2] - start) // (self.scheme.group_rows or parts[index])
-        col = box.off[-1] // (self.scheme.group_cols or cols)
-        rows, columns = self.scheme.cells(*box.size[-2:])
-        return (*box.slices[:-2], slice(row, row + rows), slice(col, col + columns))
+        return _cells(self.weight.shape, self.parts, self.scheme, box)
 
-    def _part_of(self, box: Box) -> tuple[int, int, int] | None:
-        """The part that holds a box: its number, first row and end. Where rows have their own groups, all are one."""
-        if self.scheme.group_rows == 1:
-            return 0, 0, self.weight.shape[-2]
-        assert self.parts is not None
-        start = 0
-        for index, rows in enumerate(self.parts):
-            if start <= box.off[-2] and box.end[-2] <= start + rows:
-                return index, start, start + rows
-            start += rows
-        return None
+
+# the layers of a model are alike
+
+_Parts = tuple[int, ...] | None
+
+
+@functools.lru_cache(maxsize=4096)
+def _holds_groups(shape: tuple[int, ...], parts: _Parts, scheme: Scheme, box: Box) -> bool:
+    cols, start, stop = shape[-1], box.off[-2], box.end[-2]
+    if parts is not None:
+        found = _part_of(shape, parts, scheme, box)
+        if found is None:
+            return False
+        _, start, stop = found
+    return _aligned(box, -2, scheme.group_rows or stop - start, start, stop) and _aligned(
+        box, -1, scheme.group_cols or cols, 0, cols
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _cells(shape: tuple[int, ...], parts: _Parts, scheme: Scheme, box: Box) -> tuple[slice, ...]:
+    found = _part_of(shape, parts, scheme, box)
+    assert found is not None
+    index, start, _ = found
+    total, cols = shape[-2:]
+    parts = parts or (total,)
+    before = sum(scheme.cells(rows, cols)[0] for rows in parts[:index])
+    row = before + (box.off[-2] - start) // (scheme.group_rows or parts[index])
+    col = box.off[-1] // (scheme.group_cols or cols)
+    rows, columns = scheme.cells(*box.size[-2:])
+    return (*box.slices[:-2], slice(row, row + rows), slice(col, col + columns))
+
+
+def _part_of(shape: tuple[int, ...], parts: _Parts, scheme: Scheme, box: Box) -> tuple[int, int, int] | None:
+    """The part that holds a box: its number, first row and end. Where rows have their own groups, all are one."""
+    if scheme.group_rows == 1:
+        return 0, 0, shape[-2]
+    assert parts is not None
+    start = 0
+    for index, rows in enumerate(parts):
+        if start <= box.off[-2] and box.end[-2] <= start + rows:
+            return index, start, start + rows
+        start += rows
+    return None
 
 
 def _aligned(box: Box, axis: int, group: int, start: int, stop: int) -> bool:
@@ -136,5 +154,7 @@ def _aligned(box: Box, axis: int, group: int, start: int, stop: int) -> bool:
 
 
 def values_of(piece: Piece, values: Tensor) -> Tensor:
-    """What a piece takes of the tensor that is written: a view."""
+    """What a piece takes of the tensor that is written: a view, or all of it."""
+    if piece.size == values.shape and piece.src_strides == values.stride() and piece.src_off == offset_of(values):
+        return values
     return values.as_strided(piece.size, piece.src_strides, piece.src_off)

@@ -163,6 +163,7 @@ class Transit:
         """High-precision storage is not needed any more."""
         self.staged.pop(id(item), None)
         if item.real is not None:
+            self.quantizer.gather()
             self._ledger.hold(-item.real.nbytes)
         item.real = None
 

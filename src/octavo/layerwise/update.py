@@ -24,7 +24,6 @@ from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport
 from .session import Session
-from .tensors import offset_of
 
 #: of tied parameters, a part at a time
 _COMPARED_BYTES = 16 << 20
@@ -86,10 +85,12 @@ def _update(
 ) -> LayerwiseReport:
     routes: Routes | None = getattr(model, "load_routes", None)
     session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
-    items = session.inventory.by_name()
+    items, quantizer = session.inventory.by_name(), session.intake.quantizer
     written: set[str] = set()  # tied parameters, by the item's name
     with session:
-        for name, tensor in session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs):
+        source = session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs)
+        quantizer.values_stay = source.at_rest
+        for name, tensor in source:
             if routes is not None and name in routes.unused:
                 continue
             item = items.get(name)
@@ -99,13 +100,14 @@ def _update(
                     continue
                 written.add(item.name)
             if routes is not None and name in routes.pieces:
-                found, tensor = _along(routes, name, tensor), tensor.contiguous()
+                found, values = _along(routes, name, tensor), tensor.contiguous()
             else:
-                found = [_by_own_name(name, tensor, items)]
-            begin = offset_of(tensor)
+                found, values = [_by_own_name(name, tensor, items)], tensor
             for parameter, piece in found:
-                _refuse_dtype(items[parameter], name, tensor)
-                session.intake.put(items[parameter], [piece._replace(src_off=begin + piece.src_off)], tensor)
+                _refuse_dtype(items[parameter], name, values)
+                session.intake.put(items[parameter], [piece], values)
+            if values is not tensor:  # a copy of it, which nobody else holds
+                quantizer.gather()
     return session.report
 
 
