@@ -1,4 +1,4 @@
-"""What loads layer by layer must leave: the definition's bytes."""
+"""What loads layer by layer must leave: the definition's bytes, in layers that were finished at once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from octavo import schemes
+from octavo.layerwise.report import Event
 
 from . import same_bytes
-from .engine import Model
+from .engine import Model, Shape
+
+# sides above 128 that 128 doesn't divide
+WIDE = Shape(hidden=160, inner=208, heads=8, kv_heads=4, head_dim=24, experts=4)
 
 
 def one_linear(out: int, inputs: int = 64) -> Any:
@@ -45,3 +49,17 @@ def assert_quantized_like(
         q, scale = schemes.quantize(tensor, scheme, parts[name])
         assert same_bytes(found[name].data, q), name
         assert same_bytes(found[f"{name}_scale"].data, scale), name
+
+
+def assert_finished_at_once(events: list[Event]) -> None:
+    """After a layer's last write comes its finish, before any other layer is touched; once, and nothing after it."""
+    finished = []
+    for index, event in enumerate(events):
+        if event.kind == "finish":
+            finished.append(event.layer)
+            assert not any(later.layer == event.layer for later in events[index + 1 :])
+            last_write = max((i for i, e in enumerate(events[:index]) if e.layer == event.layer), default=index)
+            # whatever lies between belongs to the layer itself
+            assert {e.layer for e in events[last_write:index]} <= {event.layer}
+    assert len(finished) == len(set(finished))
+    assert {event.layer for event in events} == set(finished)
