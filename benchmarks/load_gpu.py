@@ -49,15 +49,15 @@ MIB, GIB = 1 << 20, 1 << 30
 
 CHILD = """
 from pathlib import Path
-import _loaders
+import _measure
 way, folder, device, forward = sys.argv[1:]
-result(**_loaders.measure(way, Path(folder), device, STARTED_S, forward == "forward"))
+result(**_measure.measure(way, Path(folder), device, STARTED_S, forward == "forward"))
 """
 
 # libraries and model code into the page cache, compiled Python files written, so that the first load is like the others
 WARM_UP = """
 import importlib.util
-import _loaders, octavo, torch
+import _measure, octavo, torch
 for name in ("instanttensor", "fastsafetensors"):
     if importlib.util.find_spec(name) and sys.argv[2] != "cpu": importlib.import_module(name)
 octavo.plan(sys.argv[1], model=True)

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import _loaders
+import _ceilings
+import _checks
 import common
 import make_checkpoint
 import torch
@@ -93,10 +94,10 @@ class Streams:
             stack.enter_context(_switching(switch_ms))
             sink = adapter.ParameterSink(self.storages)
             stream = _stream.Stream(self.checkpoint, self.plan, sink, geometry=self.geometry(threads))
-            _loaders._synchronize(self.device)
+            _ceilings.synchronize(self.device)
             began, cpu = time.perf_counter(), time.process_time()
             tally = stream.run()
-            _loaders._synchronize(self.device)
+            _ceilings.synchronize(self.device)
             return {
                 "s": round(time.perf_counter() - began, 4),
                 "launching_s": round(tally.quantize_s, 4),
@@ -113,7 +114,7 @@ class Streams:
 
 
 def ceiling(folder: Path, device: torch.device, to_device: bool) -> dict[str, Any]:
-    held = _loaders.ring(folder, device, _loaders.Probes(folder), "buffered", to_device)()
+    held = _ceilings.ring(folder, device, _checks.Probes(folder), "buffered", to_device)()
     return {"s": round(held.facts["steady_s"], 4)}
 
 

@@ -16,6 +16,8 @@ os.environ["COLUMNS"] = "140"  # tables are as wide as the terminal
 torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).parent))
+# an assert in a shared helper tells what it compared, as one in a test does
+pytest.register_assert_rewrite("helpers", "_cli", "_conversions", "_inputs", "_layerwise", "_models", "_sources")
 
 hypothesis.settings.register_profile(
     "octavo",

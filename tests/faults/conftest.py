@@ -31,6 +31,12 @@ def after_every_fault(nothing_left_behind: None) -> None:
     """All of octavo's threads have ended, and all of its files are closed."""
 
 
+@pytest.fixture(params=[True, False], ids=["direct", "layer"])
+def direct(request: pytest.FixtureRequest) -> bool:
+    """Whether weights that are loaded layer by layer are quantized as they come, or when their layer is complete."""
+    return request.param
+
+
 def _make(folder: Path, config_class: str, **options: Any) -> Path:
     pytest.importorskip("transformers")
     sizes = {

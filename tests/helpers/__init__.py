@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import threading
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from octavo import dtypes
 from octavo.checkpoint import Checkpoint, Shard, TensorInfo
+from octavo.geometry import Geometry
 from octavo.pieces import Piece
 from octavo.plan import Plan
 from octavo.sinks import ParameterSink, Storage
@@ -45,6 +47,10 @@ def write_checkpoint(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+def one_tensor(folder: Path, tensor: Tensor, name: str = "a.weight") -> Checkpoint:
+    return Checkpoint.open(write_checkpoint(folder, {name: tensor}))
 
 
 def headers(
@@ -110,6 +116,11 @@ def run_plan(checkpoint: Checkpoint, plan: Plan, **options: Any) -> tuple[dict[s
     progress = options.pop("progress", None)
     tally = Stream(checkpoint, plan, ParameterSink(storages), **options).run(progress)
     return storages, tally
+
+
+def in_blocks(plan: Plan, *, lanes: int = 2, block_bytes: int = 1 << 16) -> Geometry:
+    """Small blocks, as on an accelerator; without lanes, chunks as on a CPU."""
+    return dataclasses.replace(Geometry.fit(plan, 3, 1 << 15), lanes=lanes, block_bytes=block_bytes)
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

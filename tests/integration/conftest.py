@@ -1,16 +1,21 @@
-"""Fixtures of the integration tests: sources of conversions, and models of transformers."""
+"""Fixtures of the integration tests: sources of conversions, models of transformers, and the command line."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from _cli import Ended, Run
 from _sources import CONFIG, source_tensors
 
+import octavo
 from helpers import write_checkpoint
+from helpers.models import add_tokenizer
+from octavo import cli
 
 if TYPE_CHECKING:
     from _models import Checkpoints
@@ -36,3 +41,45 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     from _models import Checkpoints
 
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command as its entry point does, in this process; whatever it prints is caught at the descriptors."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["octavo", *map(str, args)])
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capfd.readouterr()
+        return Ended(code, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer that knows every byte; not to be changed."""
+    from _models import make_checkpoint
+
+    folder = make_checkpoint(
+        "llama", tmp_path_factory.mktemp("llama") / "model", hidden_size=128, intermediate_size=200
+    )
+    add_tokenizer(folder, 260)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def converted(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What converting `llama` gives; not to be changed."""
+    dst = tmp_path_factory.mktemp("converted") / "out"
+    octavo.convert(llama, dst)
+    return dst

@@ -17,7 +17,9 @@ from _models import make_checkpoint
 import octavo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import _checks
 import _loaders
+import _measure
 import _vllm
 import common
 import make_checkpoint as generator
@@ -26,7 +28,7 @@ import vllm_gpu
 
 
 def measured(way: str, folder: Path) -> dict:
-    return _loaders.measure(way, folder, "cpu", time.perf_counter(), forward=False)
+    return _measure.measure(way, folder, "cpu", time.perf_counter(), forward=False)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2_moe", "gpt_oss"])
@@ -63,9 +65,9 @@ def test_a_model_that_is_not_the_checkpoint_is_told(damage, told, scheme, checkp
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 damage(name, parameter)
-        return lambda: _loaders.Held(lambda: _loaders.check_model(model, probes, device), model)
+        return lambda: _loaders.Held(lambda: _checks.check_model(model, probes, device), model)
 
-    monkeypatch.setitem(_loaders.WAYS, "bad", (load_badly, ()))
+    monkeypatch.setitem(_measure.WAYS, "bad", (load_badly, ()))
     assert re.search(told, measured("bad", checkpoint)["check"]["wrong"])
 
 
@@ -73,7 +75,7 @@ def test_a_loader_that_skips_tensors_is_told(checkpoint, monkeypatch):
     def load_nothing(folder, device, probes):
         return lambda: _loaders.Held(lambda: probes.check_seen(device))
 
-    monkeypatch.setitem(_loaders.WAYS, "bad", (load_nothing, ()))
+    monkeypatch.setitem(_measure.WAYS, "bad", (load_nothing, ()))
     assert "0 bytes were handed out" in measured("bad", checkpoint)["check"]["wrong"]
 
 

@@ -42,7 +42,7 @@ def test_shell_of_the_readme_runs(model: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {words[0] for words in ours} == {"plan", "generate", "convert", "verify"}
     for words in ours:
         if words[0] == "generate":
-            continue  # needs a tokenizer: see test_cli
+            continue  # needs a tokenizer: see test_cli_generate
         monkeypatch.setattr("sys.argv", ["octavo", *words])
         with pytest.raises(SystemExit) as stop:
             cli.main()

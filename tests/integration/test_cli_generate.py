@@ -1,0 +1,85 @@
+"""`octavo generate` and `octavo demo`: an answer alone, or as JSON with a report; the demo compares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from _cli import Run, only_json, refused
+from _models import make_checkpoint
+from safetensors.torch import load_file
+
+from helpers import write_checkpoint
+
+
+def test_generate_prints_the_answer_alone(llama: Path, run: Run) -> None:
+    ended = run("generate", llama, "--prompt", "hello", "--max-new-tokens", 6)
+    assert (ended.code, ended.err) == (0, "")
+    again = run("generate", llama, "--prompt", "hello", "-n", 6, "--raw", "--threads", 1, "--staging", "2MiB")
+    assert again.out == ended.out  # greedy, and the bytes don't depend on threads
+
+
+def test_generate_as_json_holds_the_answer_and_the_report(llama: Path, run: Run) -> None:
+    printed = run("generate", llama, "--prompt", "hello", "-n", 6).out
+    found = only_json(run("generate", llama, "--prompt", "hello", "-n", 6, "--json"))
+    assert found["prompt"] == "hello"
+    assert found["text"].strip() == printed.strip()
+    assert found["load"]["quantized"]["fp8_channel"]["tensors"] == 14
+
+
+def test_generate_unquantized_is_what_transformers_generates(llama: Path, run: Run) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    found = only_json(run("generate", llama, "-p", "abc", "-n", 5, "-s", "none", "--json"))
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    ids = tokenizer("abc", return_tensors="pt")
+    tokens = model.generate(**ids, max_new_tokens=5, do_sample=False)[0, ids["input_ids"].shape[1] :]
+    assert found["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_generate_without_a_tokenizer_says_so(tmp_path: Path, run: Run) -> None:
+    folder = make_checkpoint("llama", tmp_path / "model")
+    refused(run("generate", folder, "-p", "x"), str(folder), "no usable tokenizer")
+
+
+def test_generate_from_a_checkpoint_that_does_not_fit_its_config_exits_2(llama: Path, tmp_path: Path, run: Run) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    del tensors["model.norm.weight"]
+    config = json.loads((llama / "config.json").read_text())
+    folder = write_checkpoint(tmp_path / "model", tensors, 1, config)
+    refused(run("generate", folder, "-p", "x"), "model.norm.weight")
+
+
+# -- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_looks_for_the_folder_of_its_picture_first(tmp_path: Path, run: Run) -> None:
+    refused(run("demo", "--plot", tmp_path / "missing" / "a.png"), "does not exist")
+
+
+def test_demo_shows_the_curve_and_compares(
+    llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from octavo import demo
+
+    monkeypatch.setattr(demo, "prepare", lambda progress=None: llama)
+    monkeypatch.setattr(demo, "EVAL_TEXT", demo.EVAL_TEXT[:100])  # the model here has 128 positions
+    monkeypatch.setattr(demo, "answer", lambda *args, **options: _short_answer(*args, **options))
+    ended = run("demo", "--plot", tmp_path / "curve.png")
+    assert (ended.code, ended.err) == (0, "")
+    for part in ("the model, unquantized", "> What is the capital of France?", "100 tokens of prose", "KL divergence"):
+        assert part in ended.out
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    found = only_json(run("demo", "--json", "--prompt", "hm"))
+    assert found["comparison"]["kl"] >= 0
+    assert found["load"]["quantized"]
+
+
+def _short_answer(model: Any, prompt: str, *, max_new_tokens: int, **options: Any) -> str:
+    from octavo.chat import answer
+
+    return answer(model, prompt, max_new_tokens=3, **options)
