@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -181,13 +182,30 @@ def _added(place: Tensor, values: Tensor) -> None:
 
 def _masked(place: Tensor, values: Tensor) -> None:
     place.copy_(values)
-    place.masked_fill_(values > 0.5, 0.25)
+    place.masked_fill_(values > 0.05, 0.25)
 
 
+def _row_filled(place: Tensor, values: Tensor) -> None:
+    place.copy_(values)
+    place[3].fill_(1)
+
+
+def _twice(place: Tensor, values: Tensor) -> None:
+    place.copy_(-values)
+    place.copy_(values)
+
+
+def _partly_twice(place: Tensor, values: Tensor) -> None:
+    place.copy_(values)
+    place[:10].copy_(values[10:20])
+
+
+#: each writes over a part of what it has copied
+OVERWRITING = [_masked, _row_filled, _partly_twice]
 #: each writes to a view of a parameter otherwise than by a copy
 COMPUTING = [
     _added,
-    _masked,
+    _twice,
     lambda place, values: torch.mul(values, 2, out=place),
     lambda place, values: torch.cat(values.split(10), out=place),
     lambda place, values: torch._foreach_copy_([place], [values]),
@@ -195,8 +213,9 @@ COMPUTING = [
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "layer"])
-@pytest.mark.parametrize("collecting", [True, False], ids=["collecting", "streaming"])
-@pytest.mark.parametrize("write", COMPUTING)
+@pytest.mark.parametrize(
+    ("write", "collecting"), [*itertools.product(COMPUTING, [True, False]), *((write, False) for write in OVERWRITING)]
+)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_tensors_have_their_own_groups_however_they_are_written(
     scheme: str, write: Callable[[Tensor, Tensor], None], collecting: bool, direct: bool
@@ -204,9 +223,6 @@ def test_tensors_have_their_own_groups_however_they_are_written(
     tensors = {"q": random_weights((100, 64), torch.bfloat16, 0), "k": random_weights((30, 64), torch.bfloat16, 1)}
     expected = torch.zeros(130, 64, dtype=torch.bfloat16)
     places = {"q": slice(0, 100), "k": slice(100, 130)}
-    for name, values in tensors.items():
-        write(expected[places[name]], values)
-    q, scale = schemes.quantize(expected, scheme, (100, 30))
     model = nn.Sequential(nn.Linear(64, 130, bias=False, dtype=torch.bfloat16))
     session = Session(model, scheme, direct=direct)
     for _ in range(2):
@@ -214,8 +230,12 @@ def test_tensors_have_their_own_groups_however_they_are_written(
             pairs = session.pairs(tensors.items())
             for name, values in list(pairs) if collecting else pairs:
                 write(model[0].weight.data[places[name]], values)
+        for name, values in tensors.items():
+            write(expected[places[name]], values)
+        q, scale = schemes.quantize(expected, scheme, (100, 30))
         assert same_bytes(model[0].weight.data, q)
         assert same_bytes(model[0].weight_scale.data, scale)
+        tensors = {name: values.flip(0).contiguous() for name, values in tensors.items()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -340,7 +340,7 @@ class Intake:
             if again is None:
                 continue
             writers = {piece.src_name for piece in item.writes if again.common(Box.of(piece))}
-            if source.sure and writers <= {source.label} and not item.settled:
+            if source.sure and writers <= {source.label} and (self._updating or not item.settled):
                 self.transit.unhold(item)
                 self.transit.rewrite(item, box)
             elif self._duplicates == "error":
