@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -176,14 +177,19 @@ def test_ctrl_c_in_a_progress_callback_ends_threads_and_closes_files(checkpoint)
     assert threads_of_octavo() == []
 
 
-def test_a_failing_progress_callback_ends_a_stream_in_blocks(checkpoint):
-    plan = plan_checkpoint(checkpoint, Recipe())
+def test_a_failing_progress_callback_ends_a_stream_in_blocks(checkpoint, monkeypatch):
+    plan, told = plan_checkpoint(checkpoint, Recipe()), []
+    monkeypatch.setattr(importlib.import_module("octavo.stream"), "TICK_S", 0)  # after each block
 
     def fail(done: int, total: int) -> None:
+        told.append(done)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         run_plan(checkpoint, plan, geometry=in_blocks(plan), progress=fail)
+    assert len(told) == 1
+    assert told[0] < plan.source_bytes
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("octavo-")]
 
 
 def test_a_sink_that_fails_ends_the_stream(checkpoint):
