@@ -93,6 +93,7 @@ def _update(
         for name, tensor in source:
             if routes is not None and name in routes.unused:
                 continue
+            _refuse_without_memory(name, tensor)
             item = items.get(name)
             if item is not None and len(item.faces) > 1:
                 if item.name in written and item.real is not None:
@@ -122,6 +123,13 @@ def _young_garbage_only() -> Iterator[None]:
     finally:
         if mine:
             gc.unfreeze()
+
+
+def _refuse_without_memory(name: str, tensor: Tensor) -> None:
+    """To read it would end the process: trainers that shard give the memory of a tensor back, and keep the tensor."""
+    if tensor.is_meta or (tensor.numel() and not tensor.untyped_storage().nbytes()):
+        found = "is on meta" if tensor.is_meta else "has given its memory back"
+        raise LoaderError(f"{name} {found}, and has no values; gather it before the update")
 
 
 def _refuse_dtype(item: Item, name: str, tensor: Tensor) -> None:
