@@ -140,6 +140,31 @@ def test_an_update_copies_together_only_what_stays_as_it_is(source: str, batches
         assert same_bytes(model.get_parameter(modules.scale_name(name)).data, scale)
 
 
+def linears(count: int, rows: int = 64) -> nn.Module:
+    """Loaded with ones; ``plain`` is not quantized."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({f"n{number}": nn.Linear(32, rows, bias=False) for number in range(count)})
+        model.register_parameter("plain", nn.Parameter(torch.empty(rows, 32)))
+    with Session(model, "fp8_channel", "cpu") as session:
+        session.load([(name, torch.ones(rows, 32)) for name, _ in model.named_parameters()])
+    return model
+
+
+def holds(model: nn.Module, name: str, values: Tensor) -> bool:
+    q, scale = schemes.quantize(values, "fp8_channel")
+    found = model.get_parameter(name).data, model.get_parameter(modules.scale_name(name)).data
+    return same_bytes(found[0], q) and same_bytes(found[1], scale)
+
+
+def test_values_that_an_update_is_about_to_overwrite_are_taken_before(batches: list[int]) -> None:
+    model = linears(1)
+    old, new = torch.randn(2, 64, 32)
+    octavo.update(model, [("plain", old)])
+    octavo.update(model, [("n0.weight", model.plain.data.t().t()), ("plain", new)])
+    assert torch.equal(model.plain.data, new)
+    assert holds(model, "n0.weight", old)
+
+
 def test_what_a_loader_makes_is_not_kept_for_a_batch(batches: list[int]) -> None:
     """Even from a list, whose own tensors stay."""
     weight, made = torch.randn(96, 32), []

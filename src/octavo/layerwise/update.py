@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport
 from .session import Session
+from .tensors import storage_key
 
 #: of tied parameters, a part at a time
 _COMPARED_BYTES = 16 << 20
@@ -87,6 +89,7 @@ def _update(
     session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
     items, quantizer = session.inventory.by_name(), session.intake.quantizer
     written: set[str] = set()  # tied parameters, by the item's name
+    own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
     with session:
         source = session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs)
         quantizer.values_stay = source.at_rest
@@ -107,7 +110,8 @@ def _update(
             for parameter, piece in found:
                 _refuse_dtype(items[parameter], name, values)
                 session.intake.put(items[parameter], [piece], values)
-            if values is not tensor:  # a copy of it, which nobody else holds
+            # a copy of it, which nobody else holds; or the model's own, which a later pair may write
+            if values is not tensor or storage_key(values) in own:
                 quantizer.gather()
     return session.report
 
