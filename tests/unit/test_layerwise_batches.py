@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -163,6 +163,29 @@ def test_values_that_an_update_is_about_to_overwrite_are_taken_before(batches: l
     octavo.update(model, [("n0.weight", model.plain.data.t().t()), ("plain", new)])
     assert torch.equal(model.plain.data, new)
     assert holds(model, "n0.weight", old)
+
+
+class Lazy(Sequence[Any]):
+    """A pair that is read when it is taken apart, into memory of all."""
+
+    def __init__(self, name: str, values: Tensor, memory: Tensor) -> None:
+        self._name, self._values, self._memory = name, values, memory
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._memory.copy_(self._values) if index else self._name
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self[0], self[1]))
+
+
+def test_pairs_in_a_list_may_use_memory_again_when_they_are_taken_apart(batches: list[int]) -> None:
+    model, values, memory = linears(3), torch.randn(3, 64, 32), torch.empty(64, 32)
+    lazy: list[Any] = [Lazy(f"n{number}.weight", value, memory) for number, value in enumerate(values)]
+    octavo.update(model, [("n0.weight", values[0]), *lazy[1:]])
+    assert [number for number, value in enumerate(values) if not holds(model, f"n{number}.weight", value)] == []
 
 
 def test_what_a_loader_makes_is_not_kept_for_a_batch(batches: list[int]) -> None:

@@ -92,8 +92,8 @@ def _update(
     own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
     with session:
         source = session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs)
-        quantizer.values_stay = source.at_rest
         for name, tensor in source:
+            quantizer.values_stay = source.at_rest
             if routes is not None and name in routes.unused:
                 continue
             _refuse_without_memory(name, tensor)
