@@ -18,7 +18,7 @@ import octavo
 from helpers import same_bytes
 from helpers.engine import Model, Shape, checkpoint
 from octavo import modules, schemes
-from octavo.errors import WeightError
+from octavo.errors import UpdateError, WeightError
 from octavo.layerwise.session import Session
 
 SHAPE = Shape(hidden=256, inner=320, experts=6)
@@ -186,6 +186,36 @@ def test_pairs_in_a_list_may_use_memory_again_when_they_are_taken_apart(batches:
     lazy: list[Any] = [Lazy(f"n{number}.weight", value, memory) for number, value in enumerate(values)]
     octavo.update(model, [("n0.weight", values[0]), *lazy[1:]])
     assert [number for number, value in enumerate(values) if not holds(model, f"n{number}.weight", value)] == []
+
+
+class Exhausted(TorchDispatchMode):
+    """An operation that runs out of memory, the second time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name, self._seen = name, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen += str(func.overloadpacket) == self._name
+        if self._seen == 2:
+            raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("operation", ["aten._foreach_copy_", "aten.bitwise_and"])
+def test_nothing_is_quantized_of_what_could_not_be_copied(operation: str, batches: list[int]) -> None:
+    rows = MIB // 3 // 32 // 4 // 3  # three weights fit a batch
+    model, values = linears(4, rows), torch.randn(4, rows, 32)
+    pairs = [(f"n{number}.weight", value) for number, value in enumerate(values)]
+    with Exhausted(operation), pytest.raises(UpdateError) as caught:
+        octavo.update(model, pairs, staging_bytes=MIB)
+    holding = {name.removesuffix(".weight"): holds(model, name, value) for name, value in pairs}
+    assert all(holding[name] for name in caught.value.new)
+    assert not any(holding[name] for name in caught.value.old if name in holding)
+    for number in range(4):  # new or old, and nothing else
+        assert holding[f"n{number}"] or holds(model, f"n{number}.weight", torch.ones(rows, 32))
+    octavo.update(model, pairs)
+    assert all(holds(model, name, value) for name, value in pairs)
 
 
 def test_what_a_loader_makes_is_not_kept_for_a_batch(batches: list[int]) -> None:
