@@ -202,6 +202,20 @@ class Exhausted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_what_an_error_leaves_half_written_is_not_called_old(batches: list[int]) -> None:
+    """Of a weight larger than a batch, the first part is new already."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(256, 700, bias=False))
+    with Session(model, "fp8_channel", "cpu") as session:
+        session.load([("0.weight", torch.ones(700, 256))])
+    before = state(model)
+    with Exhausted("aten._foreach_copy_"), pytest.raises(UpdateError) as caught:
+        octavo.update(model, iter([("0.weight", torch.randn(700, 256))]), staging_bytes=MIB)
+    after = state(model)
+    assert not all(same_bytes(after[name], before[name]) for name in before)
+    assert caught.value.torn == ("0",)
+
+
 @pytest.mark.parametrize("operation", ["aten._foreach_copy_", "aten.bitwise_and"])
 def test_nothing_is_quantized_of_what_could_not_be_copied(operation: str, batches: list[int]) -> None:
     rows = MIB // 3 // 32 // 4 // 3  # three weights fit a batch

@@ -200,8 +200,8 @@ class Session:
                 self._quantizer.press()
         if self.updating and error is not None:
             unfinished = {item.name for item in self.intake.transit.items}
-            unfinished |= {what.parameter for what in self._quantizer.lost if isinstance(what, Event)}
-            self._failure = updating.update_error(self.inventory, unfinished, error)
+            lost = {what.parameter for what in self._quantizer.lost if isinstance(what, Event)}
+            self._failure = updating.update_error(self.inventory, unfinished, lost, error)
         self.intake.forget()
         self.inventory.untrack()
         for item in self.inventory.items:

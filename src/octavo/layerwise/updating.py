@@ -59,11 +59,14 @@ def take_back(inventory: Inventory) -> None:
             item.real = None
 
 
-def update_error(inventory: Inventory, unfinished: Collection[str], error: BaseException) -> UpdateError:
+def update_error(
+    inventory: Inventory, unfinished: Collection[str], lost: Collection[str], error: BaseException
+) -> UpdateError:
     """Which layers are new, old, or some of both when an update has failed.
 
     Args:
         unfinished: parameters of which something came that is not in its storage.
+        lost: those of which nobody knows whether it is.
     """
     new: list[str] = []
     old: list[str] = []
@@ -72,10 +75,10 @@ def update_error(inventory: Inventory, unfinished: Collection[str], error: BaseE
         items = [item for item in layer.items if not item.is_buffer]
         if not items:
             continue
-        fresh = all(not item.gaps and item.name not in unfinished for item in items)
+        fresh = all(not item.gaps and item.name not in {*unfinished, *lost} for item in items)
         # on an accelerator, what is not finite shows at the end
         bad = isinstance(error, WeightError) and any(is_about(error, item) for item in items)
-        changed = any(item.changed for item in items)
+        changed = any(item.changed or item.name in lost for item in items)
         group = new if fresh and not bad else torn if changed else old
         group.append(str(layer))
     text = (
