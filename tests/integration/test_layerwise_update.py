@@ -196,6 +196,21 @@ def test_numbers_without_their_scales_are_refused(name: str, dtype: torch.dtype,
     assert differences(model, octavo.load(folder)) == []
 
 
+@pytest.mark.parametrize("lost", ["meta", "freed"])
+@pytest.mark.parametrize("name", [Q, "model.norm.weight"])
+def test_tensors_without_memory_are_refused(name: str, lost: str, checkpoints: Any) -> None:
+    folder = checkpoints("llama")
+    model = octavo.load(folder)
+    tensor = tensors_of(folder)[name].to("meta" if lost == "meta" else "cpu", copy=True)
+    if lost == "freed":
+        tensor.untyped_storage().resize_(0)  # type: ignore[no-untyped-call]
+    with pytest.raises(UpdateError, match=f"{name} .* has no values; gather it before the update") as caught:
+        octavo.update(model, [(name, tensor)])
+    assert not caught.value.new
+    assert not caught.value.torn
+    assert differences(model, octavo.load(folder)) == []
+
+
 @pytest.mark.parametrize("architecture", ["llama", "qwen2_moe"])
 def test_bf16_weights_are_not_cast_into_fp8_by_load_state_dict(architecture: str, checkpoints: Any) -> None:
     folder = checkpoints(architecture)

@@ -149,6 +149,7 @@ def test_octavo_stops_a_spoiled_checkpoint_and_names_it(what: str, answers: dict
 
 
 EXTRA = "model_loader_extra_config"
+ONLINE = {"linear": {"weight": "fp8_per_channel_static"}}
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "an unknown key": ({EXTRA: {"shceme": "fp8_block"}}, "unknown key 'shceme'; known: scheme, ignore"),
     "a key of vLLM's loader": ({EXTRA: {"num_threads": 4}}, "unknown key 'num_threads'"),
@@ -162,6 +163,11 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
         "contradict each other",
     ),
     "vLLM's own quantization": ({"quantization": "fp8"}, "leave --load-format out"),
+    "vLLM's online quantization": ({"quantization_config": ONLINE}, "--quantization-config is for vLLM's own"),
+    "vLLM's online quantization beside octavo's": (
+        {"quantization_config": ONLINE, "quantization": "octavo_fp8_channel"},
+        "--quantization-config is for vLLM's own",
+    ),
     "octavo's options without octavo": (
         {"load_format": "auto", EXTRA: {"scheme": "fp8_block"}},
         "is for --load-format octavo, not auto",

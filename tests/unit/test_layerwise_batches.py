@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ import octavo
 from helpers import same_bytes
 from helpers.engine import Model, Shape, checkpoint
 from octavo import modules, schemes
-from octavo.errors import WeightError
+from octavo.errors import UpdateError, WeightError
 from octavo.layerwise.session import Session
 
 SHAPE = Shape(hidden=256, inner=320, experts=6)
@@ -138,6 +138,98 @@ def test_an_update_copies_together_only_what_stays_as_it_is(source: str, batches
         q, scale = schemes.quantize(new, "fp8_channel")
         assert same_bytes(model.get_parameter(name).data, q)
         assert same_bytes(model.get_parameter(modules.scale_name(name)).data, scale)
+
+
+def linears(count: int, rows: int = 64) -> nn.Module:
+    """Loaded with ones; ``plain`` is not quantized."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({f"n{number}": nn.Linear(32, rows, bias=False) for number in range(count)})
+        model.register_parameter("plain", nn.Parameter(torch.empty(rows, 32)))
+    with Session(model, "fp8_channel", "cpu") as session:
+        session.load([(name, torch.ones(rows, 32)) for name, _ in model.named_parameters()])
+    return model
+
+
+def holds(model: nn.Module, name: str, values: Tensor) -> bool:
+    q, scale = schemes.quantize(values, "fp8_channel")
+    found = model.get_parameter(name).data, model.get_parameter(modules.scale_name(name)).data
+    return same_bytes(found[0], q) and same_bytes(found[1], scale)
+
+
+def test_values_that_an_update_is_about_to_overwrite_are_taken_before(batches: list[int]) -> None:
+    model = linears(1)
+    old, new = torch.randn(2, 64, 32)
+    octavo.update(model, [("plain", old)])
+    octavo.update(model, [("n0.weight", model.plain.data.t().t()), ("plain", new)])
+    assert torch.equal(model.plain.data, new)
+    assert holds(model, "n0.weight", old)
+
+
+class Lazy(Sequence[Any]):
+    """A pair that is read when it is taken apart, into memory of all."""
+
+    def __init__(self, name: str, values: Tensor, memory: Tensor) -> None:
+        self._name, self._values, self._memory = name, values, memory
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._memory.copy_(self._values) if index else self._name
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self[0], self[1]))
+
+
+def test_pairs_in_a_list_may_use_memory_again_when_they_are_taken_apart(batches: list[int]) -> None:
+    model, values, memory = linears(3), torch.randn(3, 64, 32), torch.empty(64, 32)
+    lazy: list[Any] = [Lazy(f"n{number}.weight", value, memory) for number, value in enumerate(values)]
+    octavo.update(model, [("n0.weight", values[0]), *lazy[1:]])
+    assert [number for number, value in enumerate(values) if not holds(model, f"n{number}.weight", value)] == []
+
+
+class Exhausted(TorchDispatchMode):
+    """An operation that runs out of memory, the second time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name, self._seen = name, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._seen += str(func.overloadpacket) == self._name
+        if self._seen == 2:
+            raise torch.OutOfMemoryError
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_an_error_leaves_half_written_is_not_called_old(batches: list[int]) -> None:
+    """Of a weight larger than a batch, the first part is new already."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(256, 700, bias=False))
+    with Session(model, "fp8_channel", "cpu") as session:
+        session.load([("0.weight", torch.ones(700, 256))])
+    before = state(model)
+    with Exhausted("aten._foreach_copy_"), pytest.raises(UpdateError) as caught:
+        octavo.update(model, iter([("0.weight", torch.randn(700, 256))]), staging_bytes=MIB)
+    after = state(model)
+    assert not all(same_bytes(after[name], before[name]) for name in before)
+    assert caught.value.torn == ("0",)
+
+
+@pytest.mark.parametrize("operation", ["aten._foreach_copy_", "aten.bitwise_and"])
+def test_nothing_is_quantized_of_what_could_not_be_copied(operation: str, batches: list[int]) -> None:
+    rows = MIB // 3 // 32 // 4 // 3  # three weights fit a batch
+    model, values = linears(4, rows), torch.randn(4, rows, 32)
+    pairs = [(f"n{number}.weight", value) for number, value in enumerate(values)]
+    with Exhausted(operation), pytest.raises(UpdateError) as caught:
+        octavo.update(model, pairs, staging_bytes=MIB)
+    holding = {name.removesuffix(".weight"): holds(model, name, value) for name, value in pairs}
+    assert all(holding[name] for name in caught.value.new)
+    assert not any(holding[name] for name in caught.value.old if name in holding)
+    for number in range(4):  # new or old, and nothing else
+        assert holding[f"n{number}"] or holds(model, f"n{number}.weight", torch.ones(rows, 32))
+    octavo.update(model, pairs)
+    assert all(holds(model, name, value) for name, value in pairs)
 
 
 def test_what_a_loader_makes_is_not_kept_for_a_batch(batches: list[int]) -> None:

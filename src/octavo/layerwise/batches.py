@@ -103,6 +103,8 @@ class Batches:
         self._used = self._sent = 0  # bytes of the batch that hold values; those of them that have left the host
         self._near, self._far = _Copies(), _Copies()  # on the caller's stream, and from pinned memory
         self._unsettled = False
+        #: what was put and is in no storage, since an error came between
+        self.lost: list[object] = []
         # the largest magnitudes: not finite if a value was not, which only the device knows yet
         self._checks: list[tuple[Tensor, list[_Job]]] = []
 
@@ -129,13 +131,17 @@ class Batches:
 
     def gather(self) -> None:
         """Copy what was put; nobody holds it here any more."""
-        if self._near:
-            self._follow()
-            self._near.run()  # on the caller's stream, as is whatever the values' owner does before and after
-        if self._far:
-            with self._copying():
-                self._far.run(non_blocking=True)
-            self._unsettled = True
+        try:
+            if self._near:
+                self._follow()
+                self._near.run()  # on the caller's stream, as is whatever the values' owner does before and after
+            if self._far:
+                self._unsettled = True
+                with self._copying():
+                    self._far.run(non_blocking=True)
+        except BaseException:
+            self._lose()
+            raise
 
     def settle(self) -> None:
         """Wait until no value that was put is needed any more."""
@@ -148,6 +154,13 @@ class Batches:
         """Quantize what waits."""
         if not self._jobs:
             return
+        try:
+            self._press()
+        except BaseException:
+            self._lose()
+            raise
+
+    def _press(self) -> None:
         self._follow()
         self._send()
         self.gather()
@@ -155,7 +168,6 @@ class Batches:
         if lane.copying:
             lane.copied.record(self._copies)
             self._backend.current_stream(self._device).wait_event(lane.copied)
-        self._jobs, self._used, self._sent = [], 0, 0
         lane.copying, lane.sending = False, lane.pinned is not None
         storages = {job.storage.name: job.storage for job in jobs}
         found: dict[Scheme, list[_Task]] = {}
@@ -174,7 +186,14 @@ class Batches:
         self._checks += [(_quantize(tasks, scheme), jobs) for scheme, tasks in found.items()]
         if self._backend is not None:
             lane.free.record(self._backend.current_stream(self._device))
+        self._jobs, self._used, self._sent = [], 0, 0
         self._lanes.reverse()
+
+    def _lose(self) -> None:
+        """Drop what waits: nobody knows what of it the batch holds."""
+        self.lost += [job.what for job in self._jobs]
+        self._jobs, self._used, self._sent = [], 0, 0
+        self._near, self._far = _Copies(), _Copies()
 
     def watch(self, worst: Tensor, storage: QuantizedStorage, piece: Piece, what: object) -> None:
         """Ask at the end about a box that was quantized without us, too: of its largest magnitude."""

@@ -16,6 +16,8 @@ Transform = Callable[[str, Tensor], "Pair | Iterable[Pair] | None"]
 
 
 _AT_REST: tuple[type, ...] = (list, tuple, type({}.items()), type(OrderedDict().items()))
+#: pairs that are taken apart without running code
+_PLAIN = (tuple.__iter__, list.__iter__)
 
 
 class Pairs(Iterator[Pair]):
@@ -32,7 +34,11 @@ class Pairs(Iterator[Pair]):
         if not self.at_rest:
             self._intake.quantizer.settle()
         while not self._ready:
-            name, tensor = next(self._pairs)
+            given = next(self._pairs)
+            if self.at_rest and getattr(type(given), "__iter__", None) not in _PLAIN:
+                self.at_rest = False
+                self._intake.quantizer.settle()
+            name, tensor = given
             if self._transform is None:
                 self._ready = [(name, tensor)]
                 break

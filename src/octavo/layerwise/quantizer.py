@@ -113,6 +113,11 @@ class Quantizer:
         for batches in self._batches.values():
             batches.settle()
 
+    @property
+    def lost(self) -> list[object]:
+        """What was put and is in no storage, since an error came between."""
+        return [what for batches in self._batches.values() for what in batches.lost]
+
     def check(self) -> None:
         """Raise for what was quantized on an accelerator and was not finite."""
         for what in [batches.suspect() for batches in self._batches.values()]:

@@ -199,7 +199,9 @@ class Session:
             with contextlib.suppress(RuntimeError):  # the error that we have comes first
                 self._quantizer.press()
         if self.updating and error is not None:
-            self._failure = updating.update_error(self.inventory, self.intake.transit.items, error)
+            unfinished = {item.name for item in self.intake.transit.items}
+            lost = {what.parameter for what in self._quantizer.lost if isinstance(what, Event)}
+            self._failure = updating.update_error(self.inventory, unfinished, lost, error)
         self.intake.forget()
         self.inventory.untrack()
         for item in self.inventory.items:

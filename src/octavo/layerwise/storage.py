@@ -155,6 +155,8 @@ def _aligned(box: Box, axis: int, group: int, start: int, stop: int) -> bool:
 
 def values_of(piece: Piece, values: Tensor) -> Tensor:
     """What a piece takes of the tensor that is written: a view, or all of it."""
-    if piece.size == values.shape and piece.src_strides == values.stride() and piece.src_off == offset_of(values):
+    whole = piece.size == values.shape and piece.src_strides == values.stride() and piece.src_off == offset_of(values)
+    if whole and values.untyped_storage().nbytes():
         return values
+    # which refuses, too, values whose memory was given back
     return values.as_strided(piece.size, piece.src_strides, piece.src_off)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .. import dtypes
-from ..errors import LoaderError
+from ..errors import LoaderError, WeightError
 from ..pieces import Piece
 from ..plan import cut_parts
 from .boxes import Box, Gaps
@@ -176,7 +176,14 @@ class Transit:
             dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
             if storage.parts is not None and not storage.holds_groups(Box.of(cut)):
                 raise LoaderError(f"{what}: holds parts of scale groups whose rest is quantized. Write it as a whole.")
-            self.quantizer.put(storage, cut, values_of(cut, values), dtype, what)
+            taken = values_of(cut, values)
+            try:
+                self.quantizer.put(storage, cut, taken, dtype, what)
+            except WeightError:  # before anything was written
+                raise
+            except BaseException:
+                item.changed = True
+                raise
             item.pressed.append(Box.of(cut))
             item.changed = True
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport
 from .session import Session
+from .tensors import storage_key
 
 #: of tied parameters, a part at a time
 _COMPARED_BYTES = 16 << 20
@@ -87,12 +89,14 @@ def _update(
     session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
     items, quantizer = session.inventory.by_name(), session.intake.quantizer
     written: set[str] = set()  # tied parameters, by the item's name
+    own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
     with session:
         source = session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs)
-        quantizer.values_stay = source.at_rest
         for name, tensor in source:
+            quantizer.values_stay = source.at_rest
             if routes is not None and name in routes.unused:
                 continue
+            _refuse_without_memory(name, tensor)
             item = items.get(name)
             if item is not None and len(item.faces) > 1:
                 if item.name in written and item.real is not None:
@@ -106,7 +110,8 @@ def _update(
             for parameter, piece in found:
                 _refuse_dtype(items[parameter], name, values)
                 session.intake.put(items[parameter], [piece], values)
-            if values is not tensor:  # a copy of it, which nobody else holds
+            # a copy of it, which nobody else holds; or the model's own, which a later pair may write
+            if values is not tensor or storage_key(values) in own:
                 quantizer.gather()
     return session.report
 
@@ -122,6 +127,13 @@ def _young_garbage_only() -> Iterator[None]:
     finally:
         if mine:
             gc.unfreeze()
+
+
+def _refuse_without_memory(name: str, tensor: Tensor) -> None:
+    """To read it would end the process: trainers that shard give the memory of a tensor back, and keep the tensor."""
+    if tensor.is_meta or (tensor.numel() and not tensor.untyped_storage().nbytes()):
+        found = "is on meta" if tensor.is_meta else "has given its memory back"
+        raise LoaderError(f"{name} {found}, and has no values; gather it before the update")
 
 
 def _refuse_dtype(item: Item, name: str, tensor: Tensor) -> None:

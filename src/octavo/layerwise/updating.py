@@ -8,7 +8,7 @@ from typing import Any
 from .. import modules, schemes
 from ..errors import LoaderError, UpdateError, WeightError
 from .finish import on_meta, set_tensor
-from .items import Inventory, Item
+from .items import Inventory
 from .loading import is_about
 from .tensors import offset_of
 
@@ -59,8 +59,15 @@ def take_back(inventory: Inventory) -> None:
             item.real = None
 
 
-def update_error(inventory: Inventory, unfinished: Collection[Item], error: BaseException) -> UpdateError:
-    """Which layers are new, old, or some of both when an update has failed."""
+def update_error(
+    inventory: Inventory, unfinished: Collection[str], lost: Collection[str], error: BaseException
+) -> UpdateError:
+    """Which layers are new, old, or some of both when an update has failed.
+
+    Args:
+        unfinished: parameters of which something came that is not in its storage.
+        lost: those of which nobody knows whether it is.
+    """
     new: list[str] = []
     old: list[str] = []
     torn: list[str] = []
@@ -68,10 +75,10 @@ def update_error(inventory: Inventory, unfinished: Collection[Item], error: Base
         items = [item for item in layer.items if not item.is_buffer]
         if not items:
             continue
-        fresh = all(not item.gaps and item not in unfinished for item in items)
+        fresh = all(not item.gaps and item.name not in {*unfinished, *lost} for item in items)
         # on an accelerator, what is not finite shows at the end
         bad = isinstance(error, WeightError) and any(is_about(error, item) for item in items)
-        changed = any(item.changed for item in items)
+        changed = any(item.changed or item.name in lost for item in items)
         group = new if fresh and not bad else torn if changed else old
         group.append(str(layer))
     text = (

@@ -119,6 +119,11 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def _quant_config(self, vllm_config: VllmConfig, model_config: ModelConfig) -> OctavoConfig:
         """The config that vLLM made from ``--quantization``, or one made now, as vLLM would."""
+        if getattr(model_config, "quantization_config", None) is not None:
+            raise RecipeError(
+                "--quantization-config is for vLLM's own online quantization, which has nothing to do where octavo "
+                "quantizes; leave it out"
+            )
         found = vllm_config.quant_config
         if isinstance(found, OctavoConfig):
             return found
