@@ -161,10 +161,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def _device(self, vllm_config: VllmConfig) -> torch.device:
         """Where the model goes to."""
-        device = torch.device(self.load_config.device or vllm_config.device_config.device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())  # each thread has one of its own
-        return device
+        named = torch.device(self.load_config.device or vllm_config.device_config.device)
+        return torch.empty(0, device=named).device  # with the number of the current one: each thread has its own
 
     # -- the checkpoint -----------------------------------------------------------------------------------------------
 
