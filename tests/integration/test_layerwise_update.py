@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import octavo
 from helpers import same_bytes
@@ -209,6 +211,28 @@ def test_tensors_without_memory_are_refused(name: str, lost: str, checkpoints: A
     assert not caught.value.new
     assert not caught.value.torn
     assert differences(model, octavo.load(folder)) == []
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Of one rank: this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_tensors_are_refused_and_may_be_gathered_on_the_way(
+    mesh: Any, checkpoints: Any, tmp_path: Path
+) -> None:
+    folder = checkpoints("llama")
+    model, new = octavo.load(folder), changed(tensors_of(folder))
+    sharded = {name: distribute_tensor(tensor, mesh, [Shard(0)]) for name, tensor in new.items()}
+    with pytest.raises(UpdateError, match=r"is a DTensor, .* tensor\.full_tensor\(\)\) gathers each") as caught:
+        octavo.update(model, sharded)
+    assert not caught.value.new
+    assert not caught.value.torn
+    octavo.update(model, sharded, transform=lambda name, tensor: (name, tensor.full_tensor()))
+    assert differences(model, loaded_from(folder, new, tmp_path / "new", "fp8_channel")) == []
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2_moe"])

@@ -96,7 +96,7 @@ def _update(
             quantizer.values_stay = source.at_rest
             if routes is not None and name in routes.unused:
                 continue
-            _refuse_without_memory(name, tensor)
+            _refuse_without_values(name, tensor)
             item = items.get(name)
             if item is not None and len(item.faces) > 1:
                 if item.name in written and item.real is not None:
@@ -129,8 +129,13 @@ def _young_garbage_only() -> Iterator[None]:
             gc.unfreeze()
 
 
-def _refuse_without_memory(name: str, tensor: Tensor) -> None:
-    """To read it would end the process: trainers that shard give the memory of a tensor back, and keep the tensor."""
+def _refuse_without_values(name: str, tensor: Tensor) -> None:
+    """Trainers that shard keep tensors whose memory they gave back, which to read would end the process, or parts."""
+    if storage_key(tensor) is None:
+        raise LoaderError(
+            f"{name} is a {type(tensor).__name__}, and not a plain tensor of all its values; of a DTensor, "
+            "transform=lambda name, tensor: (name, tensor.full_tensor()) gathers each when its turn comes"
+        )
     if tensor.is_meta or (tensor.numel() and not tensor.untyped_storage().nbytes()):
         found = "is on meta" if tensor.is_meta else "has given its memory back"
         raise LoaderError(f"{name} {found}, and has no values; gather it before the update")
