@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given
@@ -99,6 +101,31 @@ def test_views_are_hidden_from_modes_only_while_a_loader_runs(fails):
     with Seen() as mode:
         after = {mode.last for _ in views(torch.zeros(4, 6))}
     assert {"aten.slice.Tensor", "aten.t.default", "aten.view.default", "aten.unbind.int"} <= after
+
+
+def test_views_are_not_hidden_from_a_models_own_kind_of_tensor():
+    class Telling(torch.Tensor):
+        told: ClassVar[list[str]] = []
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            cls.told.append(str(func))
+            return func(*(torch.zeros(4, 6) if isinstance(a, Telling) else a for a in args), **(kwargs or {}))
+
+    class Viewing(Fused):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = torch.Tensor._make_wrapper_subclass(Telling, (4, 6))
+            self.register_buffer("table_of_its_own", self.own)
+
+        def load_weights(self, weights):
+            super().load_weights(weights)
+            self.own[1:].unbind()
+
+    seen = traced(Viewing(), ("q", (4, 6)))
+    assert seen.failed is None
+    assert {copy.target for copy in seen.copies} == {"qkv"}
+    assert "aten.slice.Tensor" in Telling.told
 
 
 def test_a_loader_that_reads_or_changes_parameters_is_known():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CoverageError
-from ...layerwise.tensors import PlainDispatchMode, is_view, tensors_in
+from ...layerwise.tensors import PlainDispatchMode, is_view, storage_key, tensors_in
 from ...pieces import Piece, contiguous_strides
 
 _aten = torch.ops.aten
@@ -128,7 +128,9 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
             current = name
             yield name, tensor
 
-    with torch.no_grad(), _views_unseen(), recorder:
+    # a subclass that dispatches by itself must see the views of its tensors
+    plain = all(storage_key(tensor) is not None for tensor in before.values())
+    with torch.no_grad(), _views_unseen() if plain else contextlib.nullcontext(), recorder:
         try:
             load(weights())
         except Exception as error:  # whatever a model's loader raises means that it does not take the tensor
