@@ -37,6 +37,8 @@ from .errors import RecipeError
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 E8M0 = torch.float8_e8m0fnu
+#: from how many elements on torch reduces what are no neighbours in memory by several blocks of a GPU's threads
+_SPLIT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def group_amax(
     """
     on_cpu = weight.device.type == "cpu"
     if not on_cpu and scheme.by_row:  # there, views cost as well
-        return _norm(weight, out, dim=-1, keepdim=True)
+        return row_amax(weight, out)
     row_spans = _spans(weight.shape[-2], scheme.group_rows, phase[0])
     col_spans = _spans(weight.shape[-1], scheme.group_cols, phase[1])
     if not on_cpu and len(row_spans) == len(col_spans) == 1:
@@ -175,6 +177,24 @@ def group_amax(
     grid = bands[0] if len(bands) == 1 else torch.cat(bands, -2)
     grid = grid.contiguous().view(weight.dtype).float() if on_cpu else grid
     return grid if out is None else out.copy_(grid)
+
+
+def row_amax(weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Largest magnitude of each row of ``weight[..., out, in]`` on a GPU -> float32 [..., out, 1].
+
+    torch splits a reduction over 1024 and more elements that are not neighbours in memory among blocks of threads,
+    whose interim results take 138 MB on an H100, whatever the size of the weight. So rows of a transposed source are
+    reduced in segments, and these then.
+    """
+    cols = weight.shape[-1]
+    if cols < _SPLIT or weight.stride(-1) <= weight.stride(-2):
+        return _norm(weight, out, dim=-1, keepdim=True)
+    rows = _spans(weight.shape[-2], 1, 0)[0]
+    segments = [_norm(_grouped(weight, rows, span)) for span in _spans(cols, _SPLIT // 2, 0)]
+    joined = segments[0] if len(segments) == 1 else torch.cat(segments, -1)
+    if out is None:
+        return joined.amax(-1, keepdim=True)
+    return torch.amax(joined, -1, keepdim=True, out=out)
 
 
 def _magnitude_bits(weight: Tensor, scratch: Tensor | None) -> Tensor:

@@ -88,6 +88,23 @@ def test_the_device_peak_is_the_model_and_the_staging_budget(scheme, staging_byt
     assert torch.cuda.max_memory_allocated() - before <= staging_bytes + (1 << 20)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_quantizing_a_transposed_weight_takes_its_result_and_little_more(scheme, dtype):
+    weight = random_weights((2, 2880, 4096), dtype, 0).cuda().mT
+    schemes.quantize(weight[..., :256, :], scheme)  # constants
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    q, scale = schemes.quantize(weight, scheme)
+    over = torch.cuda.max_memory_allocated() - before - q.nbytes - scale.nbytes
+    # a clamped copy, and interim results of four bytes a scale
+    room = weight.nbytes if schemes.get(scheme).power_of_two else 0
+    assert over <= room + 16 * scale.numel() + (8 << 20)
+    for mine, theirs in zip((q, scale), schemes.quantize(weight.cpu(), scheme), strict=True):
+        assert same_bytes(mine.cpu(), theirs)
+
+
 def test_a_conversion_on_a_gpu_writes_the_same_bytes(tmp_path):
     checkpoint = make_checkpoint("qwen2_moe", tmp_path / "moe")
     for device in ("cpu", "cuda"):

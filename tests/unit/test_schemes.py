@@ -42,6 +42,22 @@ def test_a_channel_worked_out_by_hand():
     assert q.float().tolist() == [[-448.0, 224.0, 0.0]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cols", [3, 512, 1023, 1024, 1025, 2880])
+@pytest.mark.parametrize("lead", [(), (2,)], ids=["matrix", "stack"])
+def test_rows_are_reduced_as_on_a_gpu_to_the_same_amax(lead, cols, dtype):
+    rows = random_weights((*lead, 5, cols), dtype, 0)
+    rows[..., 3, -1] = math.nan
+    rows[..., 4, cols // 2] = -math.inf
+    columns = rows.mT.contiguous().mT  # the same, its columns stored one after another
+    wanted = rows.float().abs().amax(-1, keepdim=True)
+    every_other = rows.mT.repeat_interleave(2, -1)[..., ::2].mT  # gate without up
+    for weight in (rows, columns, every_other):
+        out = torch.empty_like(wanted)
+        for found in (schemes.row_amax(weight), schemes.row_amax(weight, out), out):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
 def test_ties_round_to_even():
     q, scale = schemes.quantize(torch.tensor([[448.0, 17.0, 19.0, 2.0**-10, 3 * 2.0**-10]]), "fp8_channel")
     assert scale.tolist() == [[1.0]]
