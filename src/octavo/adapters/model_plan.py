@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
@@ -179,6 +180,8 @@ def _holes(names: Iterable[str]) -> list[str]:
     ranges = [sorted(column) if len(column) == 1 else range(max(column) + 1) for column in columns]
     missing = []
     for template, found in series.items():
+        if len(found) == math.prod(map(len, ranges)):
+            continue
         for numbers in itertools.product(*ranges):
             if numbers not in found:
                 digits = iter(numbers)
