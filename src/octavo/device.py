@@ -311,10 +311,11 @@ class DevicePress:
         destination.put_scale(box.cells, stored)
         out = destination.view(piece)
         if out is not None:
-            schemes.quantize_into(out, values, scale, scheme, phase=box.phase)
+            # nothing else is made of these bytes, so they may be clamped where they are
+            schemes.quantize_into(out, values, scale, scheme, phase=box.phase, clamped=values)
             return
         if self._scratch is None:
             self._scratch = torch.empty(self._lanes[0].staged.numel() // 2, dtype=schemes.FP8, device=self._device)
         out = self._scratch[: piece.numel].view(piece.size)
-        schemes.quantize_into(out, values, scale, scheme, phase=box.phase)
+        schemes.quantize_into(out, values, scale, scheme, phase=box.phase, clamped=values)
         destination.put(piece, out)

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from . import schemes
 from .chunks import default_slot_bytes
 from .errors import DeviceError
 from .files import PAGE
@@ -88,9 +87,8 @@ class Geometry:
         check_options(plan.staging_bytes, threads)
         device = next(iter(devices))
         if device.type != "cpu":
-            clamps = any(schemes.get(str(placement.scheme)).power_of_two for placement in plan.quantized)
             room = plan.staging_bytes * 2 // 3 if handing_out else plan.staging_bytes
-            return cls.on_accelerator(device, room, threads, slot_bytes, clamps=clamps)
+            return cls.on_accelerator(device, room, threads, slot_bytes)
         wanted, size = threads or _default_threads(), slot_bytes or default_slot_bytes(plan)
         while True:
             geometry = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
@@ -105,26 +103,15 @@ class Geometry:
 
     @classmethod
     def on_accelerator(
-        cls,
-        device: torch.device,
-        staging_bytes: int,
-        threads: int | None = None,
-        slot_bytes: int | None = None,
-        *,
-        clamps: bool = False,
+        cls, device: torch.device, staging_bytes: int, threads: int | None = None, slot_bytes: int | None = None
     ) -> Geometry:
-        """A slot a thread, and lanes that copy a few slots each before they quantize; smaller slots first.
-
-        Args:
-            clamps: some scheme clamps to what e4m3 holds, which takes another copy of a block.
-        """
+        """A slot a thread, and lanes that copy a few slots each before they quantize; smaller slots first."""
         size = slot_bytes or _PINNED_SLOT_BYTES
         while size > _MIN_SLOT_BYTES and max(_LANES * _LANE_SLOTS, threads or 0) * size > staging_bytes:
             size = max(size // 2, _MIN_SLOT_BYTES)
         count = threads or max(1, min(_default_threads(), staging_bytes // size))
         read_bytes = size - 2 * PAGE if size >= _ALIGNED_SLOT_BYTES else size
-        block_bytes = (_BLOCK_SLOTS // 2 if clamps else _BLOCK_SLOTS) * read_bytes
-        geometry = cls(count, count, size, 0, device, _LANES, block_bytes, _LANE_SLOTS * size)
+        geometry = cls(count, count, size, 0, device, _LANES, _BLOCK_SLOTS * read_bytes, _LANE_SLOTS * size)
         if geometry.staging_bytes > staging_bytes:
             raise DeviceError(_too_small(count, geometry.staging_bytes, staging_bytes))
         return geometry

@@ -24,6 +24,7 @@ same bytes: ``phase`` says where in its group the piece begins.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -269,32 +270,47 @@ def quantize_into(
         scratch: as many float32 elements as ``weight``; spares an allocation on a CPU, elsewhere it is not used.
         clamped: of the shape and dtype of ``weight``, or itself, which then changes; spares an allocation elsewhere.
     """
-    if weight.device.type != "cpu" and scheme.by_row:  # there, views cost as well
-        torch.div(weight, scale, out=out)
-        return
-    spans = [
-        (rows, cols)
-        for rows in _spans(weight.shape[-2], scheme.group_rows, phase[0])
-        for cols in _spans(weight.shape[-1], scheme.group_cols, phase[1])
-    ]
     if weight.device.type != "cpu":
-        # a GPU divides in float32 and rounds to FP8 in one kernel (on a CPU that is slower than one after the other)
-        for rows, cols in spans:
-            values, cells = _grouped(weight, rows, cols), _cells_of(scale, rows, cols)
-            if scheme.power_of_two:
-                limit = (FP8_MAX * cells).to(values.dtype)  # exact, or further from 0 than any weight of the group
-                place = None if clamped is None else _grouped(clamped, rows, cols)
-                values = torch.clamp(values, -limit, limit, out=place)
-            torch.div(values, cells, out=_grouped(out, rows, cols))
+        divide_into(out, weight, scale, scheme, phase=phase, clamped=clamped)
         return
     if scratch is None:
         scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
     wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
-    for rows, cols in spans:
+    for rows, cols in _all_spans(weight, scheme, phase):
         _grouped(wide, rows, cols).div_(_cells_of(scale, rows, cols))
     if scheme.power_of_two:  # the other scales are rounded up: |w / scale| <= 448 already
         wide.clamp_(-FP8_MAX, FP8_MAX)
     out.copy_(wide)
+
+
+def divide_into(
+    out: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scheme: Scheme,
+    *,
+    phase: tuple[int, int] = (0, 0),
+    clamped: Tensor | None = None,
+) -> None:
+    """`quantize_into` on a GPU, which divides in float32 and rounds to FP8 in one kernel.
+
+    (On a CPU that is slower than one after the other.)
+    """
+    if scheme.by_row:  # views cost as well
+        torch.div(weight, scale, out=out)
+        return
+    for rows, cols in _all_spans(weight, scheme, phase):
+        values, cells = _grouped(weight, rows, cols), _cells_of(scale, rows, cols)
+        if scheme.power_of_two:
+            limit = (FP8_MAX * cells).to(values.dtype)  # exact, or further from 0 than any weight of the group
+            place = None if clamped is None else _grouped(clamped, rows, cols)
+            values = torch.clamp(values, -limit, limit, out=place)
+        torch.div(values, cells, out=_grouped(out, rows, cols))
+
+
+def _all_spans(weight: Tensor, scheme: Scheme, phase: tuple[int, int]) -> list[tuple[_Span, _Span]]:
+    rows, cols = weight.shape[-2:]
+    return list(itertools.product(_spans(rows, scheme.group_rows, phase[0]), _spans(cols, scheme.group_cols, phase[1])))
 
 
 def _cells_of(scale: Tensor, rows: _Span, cols: _Span) -> Tensor:

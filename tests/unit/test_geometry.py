@@ -56,7 +56,7 @@ def test_what_an_accelerator_takes_is_within_the_budget(tmp_path, scheme, stagin
         assert fit.lanes * fit.lane_bytes == fit.device_bytes <= staging_bytes
         outstanding = fit.block_bytes if handing_out else 0
         assert fit.device_bytes + outstanding <= staging_bytes
-        assert fit.block_bytes * (2.2 if scheme == "mxfp8" else 1.27) <= fit.lane_bytes
+        assert fit.block_bytes * 1.27 <= fit.lane_bytes
         assert not fit.block_bytes % fit.read_bytes  # no block ends with a small read
 
 

@@ -232,6 +232,24 @@ def test_a_box_with_its_phase_gives_the_bytes_of_the_whole(scheme, box, scratch)
     assert same_bytes(out, q[:, top:bottom, left:right])
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("kind", ["normal", "bits"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dividing_as_on_a_gpu_gives_the_same_bytes(scheme, dtype, kind, in_place):
+    found = schemes.get(scheme)
+    rows, cols = found.group_rows or 1 << 30, found.group_cols or 1 << 30
+    for transposed in (False, True):
+        weight = random_weights((2, 300, 150), dtype, 7, kind)
+        q, scale = schemes.quantize(weight, scheme)
+        grid = scale.float().reshape(2, *found.cells(300, 150))
+        part = (weight.mT.contiguous().mT if transposed else weight.clone())[:, 10:, 3:]
+        out = torch.empty(part.shape, dtype=schemes.FP8)
+        phase = (10 % rows, 3 % cols)
+        schemes.divide_into(out, part, grid[:, 10 // rows :], found, phase=phase, clamped=part if in_place else None)
+        assert same_bytes(out, q[:, 10:, 3:])
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_amax_of_boxes_makes_up_the_amax_of_the_whole(scheme):
     found = schemes.get(scheme)
