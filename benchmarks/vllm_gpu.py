@@ -266,7 +266,8 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
         for line in rows[key].get("log", []):
             say(f"    {line}")
     for key, row in rows.items():  # which may have been compared with ways that came later
-        merged.add(row, "models", model, key)
+        if "skipped" not in row:  # what an earlier run measured is better than nothing
+            merged.add(row, "models", model, key)
     say(table(rows))
     if args.remove:
         for made in args.folder.glob(f"{folder.name}*"):
