@@ -169,6 +169,10 @@ class _Session:
 
         return _error(update)
 
+    def finish(self) -> str:
+        """End a transfer of which the end failed, and so for vLLM goes on."""
+        return _error(lambda: self.llm.collective_rpc("finish_weight_update"))
+
     def reload_often(self, paths: list[str], times: int) -> list[list[Any]]:
         """[resident bytes, tokens] after each reload of one path after another."""
         seen = []

@@ -2,8 +2,8 @@
 
     python -m helpers.vllm_loading < jobs > answers
 
-Jobs are those of `helpers.vllm_engine`, with steps ``["reload", path]``; an answer holds digests of parameters (and
-addresses, after each step), or an error.
+Jobs are those of `helpers.vllm_engine`, with steps ``["reload", path]`` and ``["update", path, [names, ...]]``, the
+names of each call; an answer holds digests of parameters (and addresses, after each step), or an error.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from octavo.errors import OctavoError
+
+from .folders import tensors_of
 from .vllm_engine import ENVIRONMENT, Answer, Job, addresses, digests
 
 
@@ -52,6 +56,30 @@ def _reload(model: Any, config: Any, path: str) -> list[Any]:
     return [digests(model), addresses(model) == before]
 
 
+def _update(model: Any, config: Any, path: str, calls: list[list[str]]) -> list[Any]:
+    """What a weight transfer does; -> digests, whether parameters are where they were, and errors of calls and end."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    before, tensors, errors = addresses(model), tensors_of(Path(path)), []
+
+    def attempt(act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OctavoError as error:
+            errors.append(str(error))
+
+    with set_current_vllm_config(config):
+        initialize_layerwise_reload(model)
+        for names in calls:
+            attempt(lambda pairs=[(name, tensors[name]) for name in names]: model.load_weights(pairs))
+        attempt(lambda: finalize_layerwise_reload(model, config.model_config))
+    return [digests(model), addresses(model) == before, errors]
+
+
+_STEPS = {"reload": _reload, "update": _update}
+
+
 def _model(model: str, options: dict[str, Any]) -> tuple[Any, Any]:
     from vllm.config import set_current_vllm_config
     from vllm.engine.arg_utils import EngineArgs
@@ -80,7 +108,7 @@ def _main() -> None:
         try:
             model, config = _model(job["model"], job["options"])
             answer["parameters"] = [digests(model)]
-            answer["results"] = [_reload(model, config, path) for _, path in job["steps"]]
+            answer["results"] = [_STEPS[name](model, config, *arguments) for name, *arguments in job["steps"]]
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         out.write(json.dumps(answer) + "\n")

@@ -5,11 +5,13 @@ make peers-vllm VLLM=0.24.0
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers.folders import edit_tensors
+from helpers.folders import edit_tensors, tensors_of
 from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_engine import Job, octavo_job
 from helpers.vllm_loading import load
@@ -53,6 +55,65 @@ def test_reloading_equals_a_fresh_load_in_the_same_memory(scheme: str, tmp_path:
     assert not mine.error, mine.error
     assert mine.parameters != fresh.parameters
     assert mine.results == [[fresh.parameters[0], True], [mine.parameters[0], True]]
+
+
+def update(name: str, scheme: str, calls: Callable[[list[str]], list[list[str]]], tmp_path: Path) -> tuple[Any, ...]:
+    """An update with another checkpoint's tensors, named by each call: digests before, after, of the other; errors."""
+    old, new = make(name, tmp_path / "old"), make(name, tmp_path / "new", seed=1)
+    step = ["update", str(new), calls(list(tensors_of(new)))]
+    mine, fresh = load(octavo_job(old, scheme, [step, ["reload", str(new)]]), octavo_job(new, scheme))
+    assert not mine.error, mine.error
+    (after, in_place, errors), reloaded = mine.results
+    assert in_place
+    assert reloaded == [fresh.parameters[0], True]  # whatever went wrong before
+    return mine.parameters[0], after, fresh.parameters[0], errors
+
+
+@pytest.mark.parametrize(
+    ("name", "lacking", "stays"),
+    [
+        ("llama", "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_up_proj."),
+        ("llama", "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.qkv_proj."),
+        ("qwen2_moe", "model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.1.mlp.experts."),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_a_layer_of_which_an_update_brings_a_part_stays_and_is_named(
+    name: str, lacking: str, stays: str, scheme: str, tmp_path: Path
+) -> None:
+    def calls(names: list[str]) -> list[list[str]]:
+        names.remove(lacking)
+        return [names[::2], names[1::2]]
+
+    old, after, new, errors = update(name, scheme, calls, tmp_path)
+    mixed = {key: (old if key.startswith(stays) else new)[key] for key in new}
+    assert after == mixed != new
+    (error,) = errors
+    assert stays.rstrip(".") in error
+    assert f"{lacking} did not" in error
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_tensor_that_comes_twice_is_not_taken_for_another(goes_on: bool, tmp_path: Path) -> None:
+    gate, up = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    rest = [[up]] if goes_on else []
+    old, after, new, errors = update("llama", "fp8_channel", lambda _: [[gate], [gate], *rest], tmp_path)
+    assert f"{gate}: came twice in one update" in errors[0]
+    if goes_on:  # then the layer is complete
+        assert after == {key: (new if "layers.1.mlp.gate_up_proj." in key else old)[key] for key in new} != old
+        assert len(errors) == 1
+    else:
+        assert after == old
+        assert f"{gate} came, {up} did not" in errors[1]
+
+
+def test_layers_that_an_update_does_not_bring_stay(tmp_path: Path) -> None:
+    def calls(names: list[str]) -> list[list[str]]:
+        return [[name for name in names if name.startswith("model.layers.1.")]]
+
+    old, after, new, errors = update("llama", "fp8_channel", calls, tmp_path)
+    assert errors == []
+    assert after == {key: (new if key.startswith("model.layers.1.") else old)[key] for key in new} != old
 
 
 def test_stacks_of_experts_stay_where_the_loader_takes_no_scales(tmp_path: Path) -> None:

@@ -78,3 +78,19 @@ def test_fifty_reloads_move_nothing_and_leave_nothing_behind(tmp_path: Path) -> 
     # the model has 2 MiB; what the first few leave in allocators is no growth
     resident = [nbytes for nbytes, _ in often]
     assert max(resident[-10:]) - max(resident[5:15]) < 2 << 20
+
+
+def test_a_transfer_that_brings_half_a_layer_is_refused_and_the_engine_goes_on(tmp_path: Path) -> None:
+    old, new = make("llama", tmp_path / "old"), make("llama", tmp_path / "new", seed=1)
+    half = make("llama", tmp_path / "half", seed=1)
+    edit_tensors(half, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    steps = [["transfer", str(half), 5], ["state"], ["finish"], ["transfer", str(new), 5], ["state"]]
+    transfer = {"weight_transfer_config": {"backend": "file"}}
+    mine, fresh = run(octavo_job(old, steps=steps, **transfer), octavo_job(new))
+    refusal, between, *outcomes, after = mine.results
+    assert "model.layers.1.mlp.gate_up_proj: model.layers.1.mlp.gate_proj.weight came, " in refusal
+    stayed = {name for name, digest in between["parameters"][0].items() if digest == mine.parameters[0][name]}
+    changed = {name for name, digest in fresh.parameters[0].items() if digest != mine.parameters[0][name]}
+    assert changed & stayed == {name for name in changed if ".1.mlp.gate_up_proj." in name}
+    assert outcomes == ["", ""]
+    assert_state(after, fresh)

@@ -196,7 +196,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             self._stream(model, found.places, layout, tally, meter.progress)
         for line in describe(found, self.stages, tally, meter):
             log.info("octavo: %s", line)
-        reload.prepare(model, found.plan, layout)
+        reload.prepare(model, found.plan, layout, found.fillers)
 
     def _stream(self, model: Any, places: Places, layout: formats.Format, tally: Tally, progress: Progress) -> None:
         """Into the model's own memory what can go there, the rest through its loader."""

@@ -43,6 +43,7 @@ class Survey:
     places: Places | None = None  # the same, in two parts; None where the model must be made anew
     layers: int = 0  # of the model that hold FP8
     unread: tuple[str, ...] = ()  # tensors that the loader passes over
+    fillers: Mapping[str, frozenset[str]] = field(default_factory=dict)  # module -> tensors, scales too, that fill it
     keep: Mapping[str, str] = field(default_factory=dict)  # modules that must stay unquantized after all -> why
     refused: Mapping[str, str] = field(default_factory=dict)  # of those: tensors that the loader can't take in FP8
 
@@ -92,7 +93,7 @@ class Surveyor:
         layers = {_module(copy.target) for copy in seen.copies if copy.target in self._holders}
         unread = tuple(p.name for p in self.plan.placements if p.name not in hit)
         made = _amend(self.plan, hit, reasons)
-        return Survey(made, split(self.model, seen, made, self.layout), len(layers), unread)
+        return Survey(made, split(self.model, seen, made, self.layout), len(layers), unread, _fillers(seen))
 
     # -- names --------------------------------------------------------------------------------------------------------
 
@@ -275,6 +276,14 @@ class Surveyor:
                 problems.append(f"{name} {list(parameter.shape)}: {problem}")
         advice = "Nothing was loaded. The checkpoint is incomplete, or not one of this model."
         raise_problems(CoverageError, self.plan.source, problems, advice)
+
+
+def _fillers(seen: Trace) -> dict[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for copy in seen.copies:
+        if copy.sources:
+            found.setdefault(_module(copy.target), set()).update(copy.sources)
+    return {module: frozenset(names) for module, names in found.items()}
 
 
 def _uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:

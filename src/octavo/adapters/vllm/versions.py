@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -54,9 +55,42 @@ def remember_layers(vllm_config: Any) -> Callable[[], None]:
 
 def reloading(model: nn.Module) -> bool:
     """Whether vLLM is reloading this model layer by layer: parameters in checkpoint format, to be processed after."""
+    return any(waits(module) for module in model.modules())
+
+
+def waits(layer: nn.Module) -> bool:
+    """Whether vLLM is reloading this layer, and counts elements until it has all."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-    return any(get_layerwise_info(module).can_load() for module in model.modules())
+    return bool(get_layerwise_info(layer).can_load())
+
+
+def leave_as_it_was(layer: nn.Module) -> None:
+    """Drop what has come for a layer that waits: it gets its old parameters back when the reload ends."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    info = get_layerwise_info(layer)
+    info.loaded_weights.clear()
+    info.load_numel = 0
+
+
+def watch_reloads(check: Callable[[nn.Module], None]) -> None:
+    """Have ``check(model)`` called before vLLM ends a reload; what it raises is raised when that is done."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    original = layerwise.finalize_layerwise_processing
+    if getattr(original, "check", None) is check:
+        return  # since an earlier model
+
+    @functools.wraps(original)
+    def finalize(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        try:
+            check(model)
+        finally:
+            original(model, *args, **kwargs)
+
+    finalize.check = check  # type: ignore[attr-defined]
+    layerwise.finalize_layerwise_processing = finalize
 
 
 def exempt(model: nn.Module) -> set[str]:
