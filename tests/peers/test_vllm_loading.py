@@ -70,16 +70,15 @@ def update(name: str, scheme: str, calls: Callable[[list[str]], list[list[str]]]
 
 
 @pytest.mark.parametrize(
-    ("name", "lacking", "stays"),
+    ("name", "scheme", "lacking", "stays"),
     [
-        ("llama", "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_up_proj."),
-        ("llama", "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.qkv_proj."),
-        ("qwen2_moe", "model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.1.mlp.experts."),
+        ("llama", "fp8_channel", "model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.gate_up_proj."),
+        ("llama", "fp8_block", "model.layers.0.self_attn.k_proj.weight", "model.layers.0.self_attn.qkv_proj."),
+        ("qwen2_moe", "fp8_channel", "model.layers.1.mlp.experts.3.down_proj.weight", "model.layers.1.mlp.experts."),
     ],
 )
-@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
 def test_a_layer_of_which_an_update_brings_a_part_stays_and_is_named(
-    name: str, lacking: str, stays: str, scheme: str, tmp_path: Path
+    name: str, scheme: str, lacking: str, stays: str, tmp_path: Path
 ) -> None:
     def calls(names: list[str]) -> list[list[str]]:
         names.remove(lacking)
