@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from . import dtypes, schemes
@@ -84,7 +84,8 @@ def cut_blocks(plan: Plan, tensors: Mapping[str, TensorInfo], block_bytes: int) 
                 yield _block(shard, ((start, end - start),), boxes)
             boxes, shard, start, end = [], info.shard, at, at
         if is_run:
-            boxes.append(_box(chunk, info, piece._replace(src_off=(at - start) // itemsize)))
+            within = Piece(piece.dst_off, piece.size, piece.src_name, (at - start) // itemsize, piece.src_strides)
+            boxes.append(_box(chunk, info, within))
             end = at + nbytes
             continue
         length, offsets = piece.runs()
@@ -132,52 +133,74 @@ def join(boxes: Iterable[Box]) -> list[Box]:
 
 
 def _join_along(axis: int, boxes: list[Box]) -> list[Box]:
-    joined = boxes[:1]
-    for box in boxes[1:]:
-        both = _joined(joined[-1], box, axis)
-        if both is None:
-            joined.append(box)
-        else:
-            joined[-1] = both
+    joined, at = [], 0
+    while at < len(boxes):
+        end = _end_of_run(axis, boxes, at)
+        joined.append(boxes[at] if end == at + 1 else _joined(axis, boxes[at:end]))
+        at = end
     return joined
 
 
-def _joined(a: Box, b: Box, axis: int) -> Box | None:
-    """The box of two that are neighbours along an axis; None if they are not, or no view would show them as one."""
-    p, q = a.piece, b.piece
-    if q.dst_off[axis] != p.dst_off[axis] + p.size[axis] or a.work in (Work.AMAX, Work.REREAD):
-        return None
-    step = q.src_off - p.src_off
-    stride = step if p.size[axis] == 1 else p.src_strides[axis]
-    if step <= 0 or step != stride * p.size[axis] or (q.size[axis] != 1 and q.src_strides[axis] != stride):
-        return None
+def _end_of_run(axis: int, boxes: Sequence[Box], at: int) -> int:
+    """Up to which box those from ``at`` on are neighbours along an axis, and one view shows all of them."""
+    first = last = boxes[at]
+    p = first.piece
+    if at + 1 == len(boxes) or first.work in (Work.AMAX, Work.REREAD):
+        return at + 1
+    length = p.size[axis]
+    stride = p.src_strides[axis] if length > 1 else boxes[at + 1].piece.src_off - p.src_off
+    if stride <= 0:
+        return at + 1
+    for index in range(at + 1, len(boxes)):
+        box = boxes[index]
+        q = box.piece
+        if q.dst_off[axis] != p.dst_off[axis] + length or q.src_off != p.src_off + stride * length:
+            return index
+        if (q.size[axis] != 1 and q.src_strides[axis] != stride) or not _alike(p, q, axis):
+            return index
+        if first.placement.scheme is not None and not _groups_continue(first, last, box, axis, length):
+            return index
+        last = box
+        length += q.size[axis]
+    return len(boxes)
+
+
+def _alike(p: Piece, q: Piece, axis: int) -> bool:
+    """Whether two pieces are the same along all other axes."""
     for other, (n, m) in enumerate(zip(p.size, q.size, strict=True)):
         if other != axis and (
             n != m or p.dst_off[other] != q.dst_off[other] or (n != 1 and p.src_strides[other] != q.src_strides[other])
         ):
-            return None
-    if a.placement.scheme is not None and not _groups_continue(a, b, axis):
-        return None
-    size = (*p.size[:axis], p.size[axis] + q.size[axis], *p.size[axis + 1 :])
-    strides = (*p.src_strides[:axis], stride, *p.src_strides[axis + 1 :])
-    cells = a.cells
-    if cells:
-        cells = (*cells[:axis], slice(cells[axis].start, b.cells[axis].stop), *cells[axis + 1 :])
-    piece = Piece(p.dst_off, size, p.src_name, p.src_off, strides)
-    return Box(a.placement, a.work, a.dtype_name, piece, cells, a.phase, (*a.chunks, *b.chunks))
+            return False
+    return True
 
 
-def _groups_continue(a: Box, b: Box, axis: int) -> bool:
-    """Whether the scale groups of both are those of the joined box: none is shared, none is cut short between them."""
-    matrix_axis = axis - (len(a.piece.size) - 2)
+def _groups_continue(first: Box, last: Box, box: Box, axis: int, length: int) -> bool:
+    """Whether the scale groups of a run (so long) and of a box are those of both: none is shared, none is cut short."""
+    matrix_axis = axis - (len(box.piece.size) - 2)
     if matrix_axis < 0:
-        return a.phase == b.phase
-    scheme = schemes.get(a.placement.scheme or "")
+        return first.phase == box.phase
+    scheme = schemes.get(box.placement.scheme or "")
     group = (scheme.group_rows, scheme.group_cols)[matrix_axis]
-    if group is None or a.cells[axis].stop != b.cells[axis].start:
+    if group is None or last.cells[axis].stop != box.cells[axis].start:
         return False
-    aligned = not (a.phase[matrix_axis] + a.piece.size[axis]) % group and not b.phase[matrix_axis]
-    return aligned and a.phase[1 - matrix_axis] == b.phase[1 - matrix_axis]
+    aligned = not (first.phase[matrix_axis] + length) % group and not box.phase[matrix_axis]
+    return aligned and first.phase[1 - matrix_axis] == box.phase[1 - matrix_axis]
+
+
+def _joined(axis: int, boxes: Sequence[Box]) -> Box:
+    """The box of a run."""
+    first, last = boxes[0], boxes[-1]
+    p, q = first.piece, last.piece
+    stride = p.src_strides[axis] if p.size[axis] > 1 else boxes[1].piece.src_off - p.src_off
+    size = (*p.size[:axis], q.dst_off[axis] + q.size[axis] - p.dst_off[axis], *p.size[axis + 1 :])
+    strides = (*p.src_strides[:axis], stride, *p.src_strides[axis + 1 :])
+    cells = first.cells
+    if cells:
+        cells = (*cells[:axis], slice(cells[axis].start, last.cells[axis].stop), *cells[axis + 1 :])
+    piece = Piece(p.dst_off, size, p.src_name, p.src_off, strides)
+    chunks = tuple(itertools.chain.from_iterable(box.chunks for box in boxes))
+    return Box(first.placement, first.work, first.dtype_name, piece, cells, first.phase, chunks)
 
 
 # -- the order of the files -------------------------------------------------------------------------------------------

@@ -110,8 +110,12 @@ def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work
         groups = (scheme.group_rows or rows, scheme.group_cols or cols)
         spanning: list[Piece] = []  # pieces that hold only parts of scale groups
         for piece in filter(None, (_within_rows(p, start, start + rows) for p in placement.pieces)):
-            if not _holds_whole_groups(piece, groups, (start, 0), (start + rows, cols)):
+            place = piece.dst_off[-2:], piece.size[-2:]
+            if not _holds_whole_groups(*place, groups, (start, 0), (start + rows, cols)):
                 spanning.append(piece)
+                continue
+            if _is_one_chunk(piece.size, piece.src_strides, limit, itemsize):
+                yield Work.QUANTIZE, piece, part, unit
                 continue
             chunks = list(_cut(piece, limit, groups, (start, 0)))
             if all(c.numel <= limit for c in chunks) and _runs_are_long(chunks, itemsize):
@@ -134,21 +138,36 @@ def _two_readings(pieces: Sequence[Piece], limit: int, part: int, unit: int) -> 
 
 
 def _within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
-    low, high = max(piece.dst_off[-2], start), min(piece.dst_off[-2] + piece.size[-2], stop)
-    if low >= high:
-        return None
-    if high - low == piece.size[-2]:
+    first, length = piece.dst_off[-2], piece.size[-2]
+    if start <= first and first + length <= stop:
         return piece
-    return piece.narrow(len(piece.size) - 2, low - piece.dst_off[-2], high - low)
+    low, high = max(first, start), min(first + length, stop)
+    return piece.narrow(len(piece.size) - 2, low - first, high - low) if low < high else None
 
 
-def _holds_whole_groups(piece: Piece, groups: tuple[int, int], origin: tuple[int, int], end: tuple[int, int]) -> bool:
-    for axis, group, first, last in zip((-2, -1), groups, origin, end, strict=True):
-        off = piece.dst_off[axis]
-        stop = off + piece.size[axis]
+# a model has thousands of pieces, of few shapes
+
+
+@functools.lru_cache(maxsize=4096)
+def _holds_whole_groups(
+    place: tuple[int, ...],
+    size: tuple[int, ...],
+    groups: tuple[int, int],
+    origin: tuple[int, int],
+    end: tuple[int, int],
+) -> bool:
+    """Of a piece with so many rows and columns at that place, in a part of the matrix from ``origin`` to ``end``."""
+    for off, length, group, first, last in zip(place, size, groups, origin, end, strict=True):
+        stop = off + length
         if (off - first) % group or (stop != last and (stop - first) % group):
             return False
     return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_one_chunk(size: tuple[int, ...], src_strides: tuple[int, ...], limit: int, itemsize: int) -> bool:
+    piece = Piece((0,) * len(size), size, "", 0, src_strides)
+    return piece.numel <= limit and _runs_are_long([piece], itemsize)
 
 
 def _matrices(piece: Piece) -> Iterator[Piece]:
@@ -211,14 +230,23 @@ def _cells(
     box: Piece, scheme: Scheme, origin: tuple[int, int], first_cell: int
 ) -> tuple[tuple[slice, ...], tuple[int, int]]:
     """The scale groups of a box in a grid whose groups are counted from ``origin``; and where in them it begins."""
-    row, col = box.dst_off[-2] - origin[0], box.dst_off[-1] - origin[1]
-    row_cells, row_phase = _cells_along(row, box.size[-2], scheme.group_rows, first_cell)
-    col_cells, col_phase = _cells_along(col, box.size[-1], scheme.group_cols, 0)
-    lead = (slice(off, off + n) for off, n in zip(box.dst_off[:-2], box.size, strict=False))
-    return (*lead, row_cells, col_cells), (row_phase, col_phase)
+    off, size = box.dst_off, box.size
+    cells, phase = _matrix_cells(off[-2:], size[-2:], scheme, origin, first_cell)
+    if len(off) == 3:
+        return (slice(off[0], off[0] + size[0]), *cells), phase
+    return (*(slice(at, at + n) for at, n in zip(off[:-2], size, strict=False)), *cells), phase
 
 
 @functools.lru_cache(maxsize=4096)
+def _matrix_cells(
+    off: tuple[int, ...], size: tuple[int, ...], scheme: Scheme, origin: tuple[int, int], first_cell: int
+) -> tuple[tuple[slice, slice], tuple[int, int]]:
+    """Of rows and columns."""
+    row_cells, row_phase = _cells_along(off[0] - origin[0], size[0], scheme.group_rows, first_cell)
+    col_cells, col_phase = _cells_along(off[1] - origin[1], size[1], scheme.group_cols, 0)
+    return (row_cells, col_cells), (row_phase, col_phase)
+
+
 def _cells_along(off: int, length: int, group: int | None, first_cell: int) -> tuple[slice, int]:
     cell, inner = divmod(off, group) if group else (0, 0)
     return slice(first_cell + cell, first_cell + cell + schemes.count_cells(length, group, inner)), inner
