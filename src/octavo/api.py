@@ -17,6 +17,7 @@ from .geometry import Geometry, usable_device
 from .layerwise import layerwise, update
 from .plan import DEFAULT_STAGING_BYTES, Plan
 from .recipe import Recipe
+from .report import collection_paused
 from .sinks import IteratorSink
 from .stream import Stream, Tally
 from .verify import verify
@@ -24,6 +25,7 @@ from .verify import verify
 Scheme = str | Recipe | Mapping[str, Any] | None
 
 
+@collection_paused()  # importing transformers' model code makes half a million objects, too
 def load(path: str | os.PathLike[str], scheme: Scheme = "fp8_channel", device: Any = "cpu", **options: Any) -> Any:
     """Load a transformers model as FP8 while it streams: see `octavo.adapters.transformers.load` for all options."""
     from .adapters.transformers import load

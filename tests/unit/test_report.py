@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import sys
@@ -15,7 +16,7 @@ from octavo.checkpoint import Checkpoint
 from octavo.errors import MissingExtraError
 from octavo.plan import plan_checkpoint
 from octavo.recipe import Recipe
-from octavo.report import Report, Stages, human_bytes, measured, progress_bar
+from octavo.report import Report, Stages, collection_paused, human_bytes, measured, progress_bar
 from octavo.sinks import ParameterSink, Storage
 from octavo.stream import Stream
 
@@ -113,6 +114,33 @@ def test_stages_add_up():
         raise ValueError("counted all the same")
     assert set(stages.seconds) == {"a", "b"}
     assert min(stages.seconds.values()) > 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_is_made_while_collection_is_paused_counts_as_old_after(frozen: bool):
+    gc.collect()
+    if frozen:
+        gc.freeze()
+    before = gc.get_freeze_count()
+    try:
+        with collection_paused():
+            assert not gc.isenabled()
+            made = [[] for _ in range(10)]
+        assert gc.isenabled()
+        assert gc.get_freeze_count() == before
+        assert frozen or any(found is made for found in gc.get_objects(generation=2))
+    finally:
+        gc.unfreeze()
+
+
+def test_collection_that_was_off_stays_off():
+    gc.disable()
+    try:
+        with collection_paused():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_a_callback_is_used_as_it_is():

@@ -29,7 +29,7 @@ from ..geometry import usable_device
 from ..layerwise.update import Routes
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Recipe
-from ..report import Report, Stages, collection_paused, measured
+from ..report import Report, Stages, measured
 from ..sinks import ParameterSink, Storage, allocate_all
 from ..stream import Stream
 
@@ -43,7 +43,6 @@ except ImportError as error:
 METHOD = "octavo"
 
 
-@collection_paused()
 def load(
     path: str | os.PathLike[str],
     scheme: str | Recipe | Mapping[str, Any] | None = "fp8_channel",
