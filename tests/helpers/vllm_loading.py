@@ -3,11 +3,13 @@
     python -m helpers.vllm_loading < jobs > answers
 
 Jobs are those of `helpers.vllm_engine`, with steps ``["reload", path]`` and ``["update", path, [names, ...]]``, the
-names of each call; an answer holds digests of parameters (and addresses, after each step), or an error.
+names of each call, and false to leave it without an end; an answer holds digests of parameters (and whether they are
+where they were at first, after each step), or an error.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -40,28 +42,32 @@ def load(*jobs: Job, timeout: float = 300) -> list[Answer]:
     return [Answer(**json.loads(line), output=finished.stderr) for line in lines]
 
 
-def _reload(model: Any, config: Any, path: str) -> list[Any]:
+def _reload(model: Any, config: Any, first: dict[str, int], path: str) -> list[Any]:
     """What `reload_weights` of vLLM's model runner does; -> digests, and whether all parameters are where they were."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    before = addresses(model)
     config.model_config.model = path
     with set_current_vllm_config(config):
         weights = get_model_loader(config.load_config).get_all_weights(config.model_config, model)
         initialize_layerwise_reload(model)
         model.load_weights(weights)
         finalize_layerwise_reload(model, config.model_config)
-    return [digests(model), addresses(model) == before]
+    return [digests(model), addresses(model) == first]
 
 
-def _update(model: Any, config: Any, path: str, calls: list[list[str]]) -> list[Any]:
-    """What a weight transfer does; -> digests, whether parameters are where they were, and errors of calls and end."""
+def _update(
+    model: Any, config: Any, first: dict[str, int], path: str, calls: list[list[str]], ends: bool = True
+) -> list[Any]:
+    """What a weight transfer does; -> digests, whether parameters are where they were, and errors of calls and end.
+
+    Names that the checkpoint lacks are those of fused tensors.
+    """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-    before, tensors, errors = addresses(model), tensors_of(Path(path)), []
+    tensors, errors = tensors_of(Path(path)), []
 
     def attempt(act: Callable[[], Any]) -> None:
         try:
@@ -72,9 +78,20 @@ def _update(model: Any, config: Any, path: str, calls: list[list[str]]) -> list[
     with set_current_vllm_config(config):
         initialize_layerwise_reload(model)
         for names in calls:
-            attempt(lambda pairs=[(name, tensors[name]) for name in names]: model.load_weights(pairs))
+            pairs = [(name, _tensor(tensors, name)) for name in names]
+            attempt(functools.partial(model.load_weights, pairs))
+        if not ends:
+            return errors
         attempt(lambda: finalize_layerwise_reload(model, config.model_config))
-    return [digests(model), addresses(model) == before, errors]
+    return [digests(model), addresses(model) == first, errors]
+
+
+def _tensor(tensors: dict[str, Any], name: str) -> Any:
+    import torch
+
+    if name in tensors:
+        return tensors[name]
+    return torch.cat([tensors[name.replace("qkv_proj", f"{part}_proj")] for part in "qkv"])
 
 
 _STEPS = {"reload": _reload, "update": _update}
@@ -108,7 +125,8 @@ def _main() -> None:
         try:
             model, config = _model(job["model"], job["options"])
             answer["parameters"] = [digests(model)]
-            answer["results"] = [_STEPS[name](model, config, *arguments) for name, *arguments in job["steps"]]
+            first = addresses(model)
+            answer["results"] = [_STEPS[name](model, config, first, *arguments) for name, *arguments in job["steps"]]
         except Exception as error:
             answer["error"] = f"{type(error).__name__}: {error}"
         out.write(json.dumps(answer) + "\n")

@@ -5,6 +5,7 @@ make peers-vllm VLLM=0.24.0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,18 +93,94 @@ def test_a_layer_of_which_an_update_brings_a_part_stays_and_is_named(
     assert f"{lacking} did not" in error
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_a_tensor_that_comes_twice_is_not_taken_for_another(goes_on: bool, tmp_path: Path) -> None:
-    gate, up = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
-    rest = [[up]] if goes_on else []
-    old, after, new, errors = update("llama", "fp8_channel", lambda _: [[gate], [gate], *rest], tmp_path)
-    assert f"{gate}: came twice in one update" in errors[0]
-    if goes_on:  # then the layer is complete
-        assert after == {key: (new if "layers.1.mlp.gate_up_proj." in key else old)[key] for key in new} != old
-        assert len(errors) == 1
+GATE, UP = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up"))
+O_PROJ = "model.layers.0.self_attn.o_proj.weight"
+FUSED = "model.layers.1.self_attn.qkv_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("calls", "errors", "new_layers"),
+    [
+        ([[GATE], [GATE]], [f"{GATE}: came twice in one update"], ()),
+        # what had come before a call that failed has gone
+        ([[GATE], [GATE], [UP]], ["came twice", f"{UP} came, {GATE} did not"], ()),
+        ([[GATE], [GATE], [UP, GATE]], ["came twice"], ("layers.1.mlp.gate_up_proj.",)),
+        ([[O_PROJ], [O_PROJ]], [f"{O_PROJ}: came again"], ("layers.0.self_attn.o_proj.",)),
+        ([[FUSED]], [f"{FUSED}: is no tensor of the checkpoint"], ()),
+    ],
+    ids=["twice", "then the rest", "then all", "again", "fused"],
+)
+def test_a_tensor_that_vllm_would_take_for_another_is_refused(
+    calls: list[list[str]], errors: list[str], new_layers: tuple[str, ...], tmp_path: Path
+) -> None:
+    old, after, new, found = update("llama", "fp8_channel", lambda _: calls, tmp_path)
+    assert len(found) == len(errors)
+    for part, error in zip(errors, found, strict=True):
+        assert part in error
+    assert after == {key: (new if any(part in key for part in new_layers) else old)[key] for key in new}
+
+
+def test_an_update_without_biases_leaves_them_or_is_refused(tmp_path: Path) -> None:
+    """vLLM 0.32 has them where they are meanwhile; 0.24 does not, and would lose them."""
+
+    def calls(names: list[str]) -> list[list[str]]:
+        return [[name for name in names if not name.endswith(".bias")]]
+
+    old, after, new, errors = update("opt", "fp8_channel", calls, tmp_path)
+    with_bias = {key.rpartition(".")[0] for key in new if key.endswith(".bias")}
+    if errors:
+        assert after == {key: (old if key.rpartition(".")[0] in with_bias else new)[key] for key in new}
     else:
-        assert after == old
-        assert f"{gate} came, {up} did not" in errors[1]
+        assert after == {key: (old if key.endswith(".bias") else new)[key] for key in new}
+
+
+def test_biases_alone_are_new_or_refused_and_a_layer_is_never_mixed(tmp_path: Path) -> None:
+    q = "model.decoder.layers.0.self_attn.q_proj"
+
+    def alone(names: list[str]) -> list[list[str]]:
+        return [[name for name in names if name.endswith(".bias")]]
+
+    def but_a_weight(names: list[str]) -> list[list[str]]:
+        return [[name for name in names if name != f"{q}.weight"]]
+
+    old, after, new, errors = update("opt", "fp8_channel", alone, tmp_path / "alone")
+    assert after == (old if errors else {key: (new if key.endswith(".bias") else old)[key] for key in new})
+    old, after, new, errors = update("opt", "fp8_channel", but_a_weight, tmp_path / "but a weight")
+    assert f"{q}.weight did not" in errors[0]
+    assert after == {key: (old if ".0.self_attn.qkv_proj." in key else new)[key] for key in new}
+
+
+def test_what_is_not_finite_or_has_another_shape_is_refused(tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors[GATE][3, 5] = math.nan
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+
+    old, new, bad = (make("llama", tmp_path / name, seed=seed) for name, seed in (("old", 0), ("new", 1), ("bad", 1)))
+    edit_tensors(bad, spoil)
+    steps = [["update", str(bad), [[GATE]]], ["update", str(bad), [["model.norm.weight"]]], ["reload", str(new)]]
+    mine, fresh = load(octavo_job(old, steps=steps), octavo_job(new))
+    assert not mine.error, mine.error
+    (after, _, (not_finite,)), (again, _, (misshapen,)), reloaded = mine.results
+    assert f"{GATE}: holds a number that is not finite" in not_finite
+    assert "model.norm.weight: has the shape [" in misshapen
+    assert after == again == mine.parameters[0]
+    assert reloaded == [fresh.parameters[0], True]
+
+
+@pytest.mark.parametrize("name", ["opt", "qwen2_moe"])
+def test_an_update_that_failed_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
+    """Begun again without an end, as vLLM allows: by any way."""
+    old, new = make(name, tmp_path / "old"), make(name, tmp_path / "new", seed=1)
+    names = list(tensors_of(new))
+    unended = ["update", str(new), [names[:9], names[:9]], False]  # the second call fails
+    whole = ["update", str(new), [names]]
+    steps = [unended, whole, unended, ["reload", str(old)], unended, unended, whole]
+    mine, fresh = load(octavo_job(old, steps=steps), octavo_job(new))
+    assert not mine.error, mine.error
+    ends = [mine.results[at] for at in (1, 3, 6)]
+    assert [end[0] for end in ends] == [fresh.parameters[0], mine.parameters[0], fresh.parameters[0]]
+    assert [end[1] for end in ends] == [True] * 3
+    assert ends[0][2] == ends[2][2] == []
 
 
 def test_layers_that_an_update_does_not_bring_stay(tmp_path: Path) -> None:

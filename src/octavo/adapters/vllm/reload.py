@@ -5,29 +5,26 @@ parameters in checkpoint format back, loads into them through ``model.load_weigh
 result to where the kernels have it. So all that is needed is that ``load_weights`` quantizes what the survey said
 becomes FP8. Outside of such a reload the parameters are those of kernels, and loading into them would go wrong, at
 worst without a word: that is refused.
-
-vLLM counts the elements that come for a layer, and processes it when they are as many as it has, or when the reload
-ends; what has not come is then whatever its memory held. So names are counted here: a layer for which some tensors came
-and others did not stays as it was, and is named.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ... import schemes
 from ...api import iterate
 from ...checkpoint import Checkpoint, TensorInfo
-from ...errors import CheckpointError, CoverageError, raise_problems
+from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
 from ...formats import Format
 from ...plan import Placement, Plan
 from ...schemes import FP8
 from . import versions
+from .arrivals import Arrivals, Fillers
 from .options import Options
 
 _ATTRIBUTE = "_octavo_weights"
@@ -41,92 +38,91 @@ class Weights:
     layout: Format
     model: nn.Module
     original: Callable[[Iterable[tuple[str, Tensor]]], Any]
-    fillers: Mapping[str, frozenset[str]]  # layer -> the tensors, scales included, that fill it in this process
-    #: layer -> those that have come, as long as vLLM waits for the others
-    arrived: dict[str, set[str]] = dataclasses.field(default_factory=dict)
+    arrivals: Arrivals
 
     def load(self, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
-        """``model.load_weights`` for tensors named and shaped as in the checkpoint."""
+        """``model.load_weights`` for tensors named and shaped as in the checkpoint.
+
+        If it fails, layers of which only a part has come are as they were, and wait for all of their tensors.
+        """
         if not versions.reloading(self.model):
             raise CheckpointError(
                 f"{type(self.model).__name__}.load_weights: this model holds {self.plan.recipe.scheme} in the form of "
                 "vLLM's kernels, into which weights can't be loaded. Use reload_weights (also with an iterator), or "
                 "start_weight_update, update_weights and finish_weight_update."
             )
-        try:
-            return self.original(self.quantized(weights), *args, **kwargs)
-        finally:
-            for layer in [name for name in self.arrived if not self._waits(name)]:
-                del self.arrived[layer]
-
-    def check_complete(self) -> None:
-        """At the end of a reload: leave layers as they were of which only a part has come, and raise for them."""
-        problems = []
-        for layer, came in self.arrived.items():
-            lacking = self.fillers[layer] - came
-            if lacking and self._waits(layer):
-                versions.leave_as_it_was(self.model.get_submodule(layer))
-                names = sorted(lacking - {self.layout.scale_name(name) for name in lacking})
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                problems.append(f"{layer}: {min(came)} came, {names[0]}{more} did not")
-        self.arrived.clear()
-        advice = "These layers are as they were before; all others that came whole are new. Send whole layers."
-        raise_problems(CoverageError, f"{type(self.model).__name__}, new weights", problems, advice)
-
-    def _waits(self, layer: str) -> bool:
-        return versions.waits(self.model.get_submodule(layer))
-
-    @functools.cached_property
-    def _layers_of(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for layer, names in self.fillers.items():
-            for name in names:
-                found.setdefault(name, []).append(layer)
-        return found
-
-    def _arrives(self, name: str) -> None:
-        for layer in self._layers_of.get(name, ()):
-            came = self.arrived.setdefault(layer, set())
-            if name in came:
-                if self._waits(layer):
-                    raise CoverageError(
-                        f"{name}: came twice in one update, before {layer} was complete. vLLM counts elements, and "
-                        "would take it for another tensor of that layer. End the update, and begin anew."
-                    )
-                came.clear()
-            came.add(name)
-
-    def quantized(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor as it was first loaded: in FP8 and followed by its scale, or as it is."""
+        finite: list[tuple[str, Tensor]] = []
         if isinstance(weights, CheckpointWeights):
-            yield from weights.quantized()
-            return
-        becoming = {placement.name: placement for placement in self.plan.quantized}
-        for name, weight in weights:
-            placement = becoming.get(name)
-            if placement is None or weight.dtype == FP8:
-                self._arrives(name)
-                yield name, weight
-                continue
-            self._check(placement, weight)
-            self._arrives(name)
-            q, scale = schemes.quantize(weight, str(placement.scheme))
-            del weight
-            yield name, q
-            del q
-            self._arrives(self.layout.scale_name(name))
-            yield self.layout.scale_name(name), self.layout.stored_scale(scale)
+            self.arrivals.drop()  # whatever has come before, all of it comes now
+            pairs = self._read(weights)
+        else:
+            pairs = self._quantized(weights, finite)
+        try:
+            result = self.original(pairs, *args, **kwargs)
+            _check_finite(finite)
+        except BaseException:
+            self.arrivals.drop()
+            raise
+        self.arrivals.prune()
+        return result
 
-    def _check(self, placement: Placement, weight: Tensor) -> None:
-        if tuple(weight.shape) != placement.shape:
-            raise CoverageError(
-                f"{placement.name}: has the shape {list(weight.shape)}, was loaded with {list(placement.shape)}"
+    def _read(self, weights: CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights.quantized():
+            self.arrivals.add(name)
+            yield name, weight
+
+    def _quantized(
+        self, weights: Iterable[tuple[str, Tensor]], finite: list[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor as it was first loaded: in FP8 and followed by its scale, or as it is.
+
+        Whether scales are finite is appended to ``finite``, and looked at once all are made.
+        """
+        known = {placement.name: placement for placement in self.plan.placements}
+        for name, weight in weights:
+            placement = known.get(name)
+            if placement is not None:
+                _check_shape(placement, weight)
+            if placement is not None and placement.scheme is not None and weight.dtype != FP8:
+                q, scale = schemes.quantize(weight, placement.scheme)
+                del weight
+                finite.append((name, torch.isfinite(scale).all()))
+                for part, tensor in ((name, q), (self.layout.scale_name(name), self.layout.stored_scale(scale))):
+                    self.arrivals.add(part)
+                    yield part, tensor
+                del q, scale, tensor
+            elif name in self.arrivals:
+                self.arrivals.add(name)
+                yield name, weight
+            else:
+                counts = self.arrivals.counts()
+                yield name, weight
+                self.arrivals.add_other(name, counts)
+
+
+def _check_shape(placement: Placement, weight: Tensor) -> None:
+    if tuple(weight.shape) != placement.shape:
+        raise CoverageError(
+            f"{placement.name}: has the shape {list(weight.shape)}, was loaded with {list(placement.shape)}"
+        )
+
+
+def _check_finite(finite: list[tuple[str, Tensor]]) -> None:
+    for device in {flag.device for _, flag in finite}:
+        mine = [(name, flag) for name, flag in finite if flag.device == device]
+        flags = torch.stack([flag for _, flag in mine]).tolist()
+        bad = [name for (name, _), good in zip(mine, flags, strict=True) if not good]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise WeightError(
+                f"{bad[0]}{more}: holds a number that is not finite, which has no FP8 form. Its layer may be new "
+                "already; send that again in another update."
             )
 
 
-def prepare(model: Any, plan: Plan, layout: Format, fillers: Mapping[str, frozenset[str]]) -> None:
-    """Have later calls of ``model.load_weights`` quantize as the first one did, and reloads checked."""
-    weights = Weights(plan, layout, model, model.load_weights, fillers)
+def prepare(model: Any, plan: Plan, layout: Format, fillers: Fillers) -> None:
+    """Have later calls of ``model.load_weights`` quantize as the first one did, and updates checked."""
+    weights = Weights(plan, layout, model, model.load_weights, Arrivals(model, fillers))
     setattr(model, _ATTRIBUTE, weights)
     model.load_weights = weights.load
     versions.watch_reloads(_check_complete)
@@ -135,7 +131,7 @@ def prepare(model: Any, plan: Plan, layout: Format, fillers: Mapping[str, frozen
 def _check_complete(model: nn.Module) -> None:
     weights: Weights | None = getattr(model, _ATTRIBUTE, None)
     if weights is not None:
-        weights.check_complete()
+        weights.arrivals.check_complete()
 
 
 class CheckpointWeights:

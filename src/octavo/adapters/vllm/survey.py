@@ -28,6 +28,7 @@ from ...formats import Format
 from ...pieces import coverage_problem
 from ...plan import Plan
 from ...schemes import FP8, Scheme
+from .arrivals import Fillers
 from .placing import Places, split
 from .tracing import Copy, Source, Trace, View, trace
 
@@ -43,7 +44,7 @@ class Survey:
     places: Places | None = None  # the same, in two parts; None where the model must be made anew
     layers: int = 0  # of the model that hold FP8
     unread: tuple[str, ...] = ()  # tensors that the loader passes over
-    fillers: Mapping[str, frozenset[str]] = field(default_factory=dict)  # module -> tensors, scales too, that fill it
+    fillers: Fillers = field(default_factory=dict)
     keep: Mapping[str, str] = field(default_factory=dict)  # modules that must stay unquantized after all -> why
     refused: Mapping[str, str] = field(default_factory=dict)  # of those: tensors that the loader can't take in FP8
 
@@ -278,12 +279,13 @@ class Surveyor:
         raise_problems(CoverageError, self.plan.source, problems, advice)
 
 
-def _fillers(seen: Trace) -> dict[str, frozenset[str]]:
-    found: dict[str, set[str]] = {}
+def _fillers(seen: Trace) -> Fillers:
+    found: dict[str, dict[str, set[str]]] = {}
     for copy in seen.copies:
-        if copy.sources:
-            found.setdefault(_module(copy.target), set()).update(copy.sources)
-    return {module: frozenset(names) for module, names in found.items()}
+        module, _, parameter = copy.target.rpartition(".")
+        for source in copy.sources:
+            found.setdefault(module, {}).setdefault(source, set()).add(parameter)
+    return {module: {name: frozenset(to) for name, to in mine.items()} for module, mine in found.items()}
 
 
 def _uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:

@@ -65,8 +65,15 @@ def waits(layer: nn.Module) -> bool:
     return bool(get_layerwise_info(layer).can_load())
 
 
-def leave_as_it_was(layer: nn.Module) -> None:
-    """Drop what has come for a layer that waits: it gets its old parameters back when the reload ends."""
+def count(layer: nn.Module) -> int:
+    """The elements that vLLM has counted for a layer that waits."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    return int(get_layerwise_info(layer).load_numel)
+
+
+def forget_what_came(layer: nn.Module) -> None:
+    """Have vLLM drop what has come for a layer that waits; if nothing comes, it gets its old parameters back."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     info = get_layerwise_info(layer)
