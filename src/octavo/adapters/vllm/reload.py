@@ -10,6 +10,7 @@ worst without a word: that is refused.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -66,6 +67,10 @@ class Weights:
         self.arrivals.prune()
         return result
 
+    @functools.cached_property
+    def _placements(self) -> dict[str, Placement]:
+        return {placement.name: placement for placement in self.plan.placements}
+
     def _read(self, weights: CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.quantized():
             self.arrivals.add(name)
@@ -78,9 +83,8 @@ class Weights:
 
         Whether scales are finite is appended to ``finite``, and looked at once all are made.
         """
-        known = {placement.name: placement for placement in self.plan.placements}
         for name, weight in weights:
-            placement = known.get(name)
+            placement = self._placements.get(name)
             if placement is not None:
                 _check_shape(placement, weight)
             if placement is not None and placement.scheme is not None and weight.dtype != FP8:
