@@ -34,6 +34,21 @@ def test_fused_and_sharded_layers_become_fp8(scheme, ranks):
     assert [p.name for p in found.plan.kept] == ["norm"]
 
 
+def test_each_layer_is_filled_by_its_tensors_and_their_scales():
+    found = survey(Toy(quantized=("gate_up_proj",)))
+    weights, scales = frozenset({"weight"}), frozenset({"weight_scale"})
+    assert found.fillers == {
+        "gate_up_proj": {
+            "gate_proj.weight": weights,
+            "gate_proj.weight_scale": scales,
+            "up_proj.weight": weights,
+            "up_proj.weight_scale": scales,
+        },
+        "down_proj": {"down_proj.weight": weights},
+        "": {"norm": frozenset({"norm"})},
+    }
+
+
 def test_what_nobody_takes_is_not_read():
     found = survey(Toy(), shapes={"extra.weight": (64, 64), **SHAPES})
     assert found.unread == ("extra.weight",)

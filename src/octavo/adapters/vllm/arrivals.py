@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from ...errors import CoverageError, raise_problems
 from . import versions
-
-#: layer -> tensors, scales included, that fill it in this process -> its parameters that they go to
-Fillers = Mapping[str, Mapping[str, frozenset[str]]]
+from .survey import Fillers
 
 
 @dataclasses.dataclass

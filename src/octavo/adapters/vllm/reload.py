@@ -25,8 +25,9 @@ from ...formats import Format
 from ...plan import Placement, Plan
 from ...schemes import FP8
 from . import versions
-from .arrivals import Arrivals, Fillers
+from .arrivals import Arrivals
 from .options import Options
+from .survey import Fillers
 
 _ATTRIBUTE = "_octavo_weights"
 

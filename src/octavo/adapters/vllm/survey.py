@@ -28,11 +28,12 @@ from ...formats import Format
 from ...pieces import coverage_problem
 from ...plan import Plan
 from ...schemes import FP8, Scheme
-from .arrivals import Fillers
 from .placing import Places, split
 from .tracing import Copy, Source, Trace, View, trace
 
 Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]
+#: layer -> tensors, scales included, that fill it in this process -> its parameters that they go to
+Fillers = Mapping[str, Mapping[str, frozenset[str]]]
 _KEPT_BY_VLLM = "vLLM keeps this layer unquantized"
 
 
