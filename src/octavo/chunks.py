@@ -230,11 +230,9 @@ def _cells(
     box: Piece, scheme: Scheme, origin: tuple[int, int], first_cell: int
 ) -> tuple[tuple[slice, ...], tuple[int, int]]:
     """The scale groups of a box in a grid whose groups are counted from ``origin``; and where in them it begins."""
-    off, size = box.dst_off, box.size
-    cells, phase = _matrix_cells(off[-2:], size[-2:], scheme, origin, first_cell)
-    if len(off) == 3:
-        return (slice(off[0], off[0] + size[0]), *cells), phase
-    return (*(slice(at, at + n) for at, n in zip(off[:-2], size, strict=False)), *cells), phase
+    cells, phase = _matrix_cells(box.dst_off[-2:], box.size[-2:], scheme, origin, first_cell)
+    lead = (slice(off, off + n) for off, n in zip(box.dst_off[:-2], box.size, strict=False))
+    return (*lead, *cells), phase
 
 
 @functools.lru_cache(maxsize=4096)
