@@ -2,7 +2,8 @@
 
 What is in the page cache is read from there. What is not is read past it (``O_DIRECT``) into aligned memory: the kernel
 then copies nothing, and does not drop what others need. Which it is, is looked up for each file when it is opened, by
-asking for some of its pages (``mincore``); the kernel tells that of a file that one may write or owns.
+asking for some of its pages (``mincore``), and for each read of a file that is there in part; the kernel tells that of
+a file that one may write or owns.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from .checkpoint import Shard
 from .errors import CheckpointError, SourceChangedError
 
 PAGE = 4096  # what direct reads are aligned to; devices ask for no more
-#: windows of a file that are looked up, and the share of them that must be cached for a file to count as such
-_WINDOWS, _WINDOW_BYTES, _CACHED = 64, 1 << 16, 0.9
+#: windows of a file that are looked up, those of a single read, and the share of them that must be cached for either to
+#: count as such
+_WINDOWS, _RUN_WINDOWS, _WINDOW_BYTES, CACHED = 64, 4, 1 << 16, 0.9
 
 
 class Files:
@@ -64,18 +66,18 @@ class Files:
 
         Returns where in ``view`` the bytes begin. Its length bounds what alignment may add.
         """
-        direct = self._open(shard)[1]
+        path, direct = self._shards[shard].path, self._open(shard)[1]
         start = offset % PAGE
         wanted = -(-(start + nbytes) // PAGE) * PAGE
         done = 0
-        if direct is not None and wanted <= len(view):
+        if direct is not None and wanted <= len(view) and not self._is_cached(path, offset, nbytes):
             try:
                 done = os.preadv(direct, [view[:wanted]], offset - start)
             except OSError as error:
                 if self._direct_io:
                     raise CheckpointError(
-                        f"{self._shards[shard].path}: direct I/O failed: {error.strerror}; direct_io=None or False "
-                        "reads through the page cache"
+                        f"{path}: direct I/O failed: {error.strerror}; direct_io=None or False reads through the page "
+                        "cache"
                     ) from error
         if done <= start:
             self.read_into(shard, view[:nbytes], offset)
@@ -83,6 +85,10 @@ class Files:
         if done < start + nbytes:  # interrupted
             self.read_into(shard, view[done : start + nbytes], offset - start + done)
         return start
+
+    def _is_cached(self, path: Path, offset: int, nbytes: int) -> bool:
+        """Whether the page cache has this run of a file of which it does not have all, if that may be looked up."""
+        return self._direct_io is None and cached_share(path, offset, nbytes, _RUN_WINDOWS) >= CACHED
 
     def _open(self, shard: int) -> tuple[int, int | None]:
         with self._lock:
@@ -101,7 +107,7 @@ class Files:
             return self._buffered[shard], self._direct[shard]
 
     def _open_direct(self, path: Path) -> int | None:
-        if self._direct_io is False or (self._direct_io is None and cached_share(path) >= _CACHED):
+        if self._direct_io is False or (self._direct_io is None and cached_share(path) >= CACHED):
             return None
         try:
             return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
@@ -129,23 +135,28 @@ class Files:
             self._shards[shard].check_unchanged()
 
 
-def cached_share(path: Path) -> float:
-    """About how much of a file the page cache holds, from 0 to 1; 1 where that can't be told."""
+def cached_share(path: Path, start: int = 0, nbytes: int | None = None, windows: int = _WINDOWS) -> float:
+    """About how much of a file, or of a part of it, the page cache holds: 0 to 1, and 1 where that can't be told."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         mincore = ctypes.CDLL(None, use_errno=True).mincore
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        before = start % mmap.ALLOCATIONGRANULARITY
+        length = 0 if nbytes is None else before + nbytes  # 0: to the end
+        with (
+            path.open("rb") as file,
+            mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start - before) as mapped,
+        ):
             pages = np.frombuffer(mapped, dtype=np.uint8)
             try:
-                return _resident_share(mincore, int(pages.ctypes.data), len(mapped))
+                return _resident_share(mincore, int(pages.ctypes.data), len(mapped), windows)
             finally:
                 del pages  # or the mapping could not be closed
     return 1.0
 
 
-def _resident_share(mincore: ctypes._NamedFuncPointer, address: int, nbytes: int) -> float:
+def _resident_share(mincore: ctypes._NamedFuncPointer, address: int, nbytes: int, windows: int) -> float:
     length = min(_WINDOW_BYTES, nbytes)
     found = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
-    step = max(1, (nbytes - length) // (_WINDOWS - 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    step = max(1, (nbytes - length) // (windows - 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     resident = seen = 0
     for start in range(0, nbytes - length + 1, step):
         if mincore(ctypes.c_void_p(address + start), ctypes.c_size_t(length), found):

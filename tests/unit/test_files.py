@@ -163,6 +163,29 @@ def test_what_the_page_cache_holds_is_told(tmp_path):
     assert cached_share(path) < 0.1
 
 
+def test_of_a_file_that_is_cached_in_part_the_rest_is_read_past_the_cache(tmp_path):
+    size, cached, length = 48 << 20, 4 << 20, 1 << 20  # the kernel reads on by a few MiB
+    mine, memory = shard(tmp_path, size=size), mmap.mmap(-1, length + 2 * PAGE)
+    content = mine.path.read_bytes()
+    with mine.path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.pread(file.fileno(), cached, 0)
+    if cached_share(mine.path) > 0.9:
+        pytest.skip("this file system is in memory")
+    files = Files([mine], None)
+    found = {}
+    for offset in (size // 2 + 7, size - length + 7, 7, cached - length + 7):
+        wanted = content[offset : offset + length]
+        start = files.read_run(0, memoryview(memory), offset, len(wanted))
+        assert memory[start : start + len(wanted)] == wanted
+        found[offset] = (start, cached_share(mine.path, offset, len(wanted)))
+    files.close()
+    *past, (first, _), (second, _) = found.values()
+    assert past == [(7, 0.0), (7, 0.0)]  # not from the cache, and not into it
+    assert (first, second) == (0, 0)  # from it
+
+
 def test_direct_reads_that_are_impossible_are_an_error_where_they_were_asked_for(tmp_path, monkeypatch):
     def no_direct(path, flags, *args):
         if flags & os.O_DIRECT:
