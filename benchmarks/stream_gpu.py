@@ -39,6 +39,7 @@ from common import say
 import octavo
 from octavo.adapters import transformers as adapter
 from octavo.blocks import Read, cut_blocks
+from octavo.checkpoint import Checkpoint
 from octavo.geometry import Geometry
 from octavo.plan import DEFAULT_STAGING_BYTES
 from octavo.ring import Slot
@@ -76,8 +77,8 @@ class Streams:
     """A planned model whose parameters have their memory, to be filled again and again."""
 
     def __init__(self, folder: Path, scheme: str, device: torch.device, staging_bytes: int) -> None:
-        prepared = adapter.prepare(folder, octavo.Recipe.coerce(scheme), str(device), staging_bytes)
-        self.plan, self.checkpoint, self.device = prepared.plan, prepared.checkpoint, device
+        self.checkpoint, self.device = Checkpoint.open(folder), device
+        self.plan = adapter.prepare(self.checkpoint, octavo.Recipe.coerce(scheme), str(device), staging_bytes).plan
         self.storages = adapter.allocate_all(self.plan.placements)
 
     def geometry(self, threads: int | None) -> Geometry:

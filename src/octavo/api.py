@@ -56,17 +56,17 @@ def plan(
     Raises:
         OctavoError: whatever `load` would find wrong before reading weights.
     """
+    from .adapters.transformers import prepare
+
     recipe = Recipe.coerce(scheme, ignore)
-    if model is not False:
+    checkpoint = Checkpoint.open(path, revision)
+    if model or (model is None and checkpoint.config.get("model_type")):
         try:
-            from .adapters.transformers import prepare
+            return prepare(checkpoint, recipe, str(device), staging_bytes, **model_options).plan
         except MissingExtraError:
             if model:
                 raise
-        else:
-            if model or Checkpoint.open(path, revision).config.get("model_type"):
-                return prepare(path, recipe, str(device), staging_bytes, revision=revision, **model_options).plan
-    return formats.plan_for(Checkpoint.open(path, revision), recipe, format, staging_bytes, str(device))[0]
+    return formats.plan_for(checkpoint, recipe, format, staging_bytes, str(device))[0]
 
 
 def stream(

@@ -14,16 +14,18 @@ from _inputs import copy_of
 import octavo
 from helpers import write_checkpoint
 from helpers.models import random_model
+from octavo import ahead
 
 
 @pytest.fixture
 def no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading weights, by `os.preadv` as the ring does, fails in a way that is no `OctavoError`."""
+    """Reading weights, by `os.preadv` as the ring does, fails in a way that is no `OctavoError`; none is read ahead."""
 
     def refuse(*_: Any) -> int:
         raise AssertionError("a weight byte was read")
 
     monkeypatch.setattr(os, "preadv", refuse)
+    monkeypatch.setattr(ahead, "available_bytes", lambda: 0)
 
 
 @pytest.fixture(autouse=True)

@@ -59,10 +59,9 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.fixture
 def after_planning(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
     """Have something happen between opening a checkpoint and reading its first weight byte."""
-    from octavo.adapters import quantizer
-    from octavo.adapters import transformers as adapter
+    from octavo.adapters import model_plan, quantizer
 
-    original = adapter.plan_model
+    original = model_plan.plan_model
 
     def arrange(action: Callable[[], Any]) -> None:
         def plan_model(*args: Any, **kwargs: Any) -> Any:
@@ -70,7 +69,7 @@ def after_planning(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], An
             action()
             return plan
 
-        for module in (adapter, quantizer):
+        for module in (model_plan, quantizer):
             monkeypatch.setattr(module, "plan_model", plan_model)
 
     return arrange

@@ -1,5 +1,7 @@
 """transformers models, loaded as FP8 while their checkpoint streams.
 
+    open        headers, the config
+    import      transformers' code; files that are not cached are read ahead from here on
     skeleton    the model, parameters on meta, buffers real
     plan        transformers' own conversion mapping, run on symbolic tensors: where every checkpoint element goes
     swap        linear layers and expert stacks that the plan quantizes take their FP8 form
@@ -13,6 +15,7 @@ this way.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +25,7 @@ import torch
 from torch import nn
 
 from .. import dtypes, modules
+from ..ahead import ReadAhead
 from ..checkpoint import Checkpoint
 from ..device import WarmUp
 from ..errors import CheckpointError, MissingExtraError, RecipeError
@@ -32,12 +36,6 @@ from ..recipe import Recipe
 from ..report import Report, Stages, measured
 from ..sinks import ParameterSink, Storage, allocate_all
 from ..stream import Stream
-
-try:
-    from .model_plan import plan_model
-    from .skeleton import skeleton
-except ImportError as error:
-    raise MissingExtraError("transformers", "loading a transformers model") from error
 
 #: what quantization_config.quant_method says of a model that octavo quantized
 METHOD = "octavo"
@@ -92,22 +90,24 @@ def load(
     recipe = Recipe.coerce(scheme, ignore)
     target_device = usable_device(device, begin=False)
     with WarmUp(target_device, staging_bytes, threads, recipe.schemes):
-        prepared = prepare(
-            path,
-            recipe,
-            str(target_device),
-            staging_bytes,
-            stages=stages,
-            strict=strict,
-            revision=revision,
-            dtype=dtype,
-            model_class=model_class,
-            trust_remote_code=trust_remote_code,
-            attn_implementation=attn_implementation,
-        )
-        checkpoint, model, plan = prepared.checkpoint, prepared.model, prepared.plan
-        with stages("swap"):
-            swap(model, plan)
+        with stages("open"):
+            checkpoint = Checkpoint.open(path, revision)
+        with contextlib.nullcontext() if direct_io else ReadAhead(checkpoint.shards):
+            prepared = prepare(
+                checkpoint,
+                recipe,
+                str(target_device),
+                staging_bytes,
+                stages=stages,
+                strict=strict,
+                dtype=dtype,
+                model_class=model_class,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attn_implementation,
+            )
+            model, plan = prepared.model, prepared.plan
+            with stages("swap"):
+                swap(model, plan)
     with measured(plan, progress) as meter:
         with stages("allocate"):
             storages = allocate_all(plan.placements)
@@ -133,28 +133,33 @@ def load(
 class Prepared:
     """What is known before a weight is read."""
 
-    checkpoint: Checkpoint
     model: Any  # on meta
     plan: Plan
     saved: Recipe | None  # of a model that octavo quantized and ``save_pretrained`` wrote
 
 
 def prepare(
-    path: str | os.PathLike[str],
+    checkpoint: Checkpoint,
     recipe: Recipe,
     device: str = "cpu",
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     *,
     stages: Stages | None = None,
     strict: bool = True,
-    revision: str | None = None,
     **model_options: Any,
 ) -> Prepared:
-    """Open, build the skeleton, plan: all of a load but reading weights. Options and errors as for `load`."""
+    """Build the skeleton, and plan: all that comes between opening a checkpoint and reading weights.
+
+    Options and errors as for `load`; importing transformers' code is a part of it, and often the longest.
+    """
     stages = stages or Stages()
-    with stages("open"):
-        checkpoint = Checkpoint.open(path, revision)
-        saved = _saved_recipe(checkpoint, recipe)
+    with stages("import"):
+        try:
+            from .model_plan import plan_model
+            from .skeleton import skeleton
+        except ImportError as error:
+            raise MissingExtraError("transformers", "loading a transformers model") from error
+    saved = _saved_recipe(checkpoint, recipe)
     with stages("skeleton"):
         model = skeleton(checkpoint, **model_options)
     with stages("plan"):
@@ -162,7 +167,7 @@ def prepare(
             _swap_saved(model, checkpoint)
         todo = Recipe(None) if saved else recipe
         plan = plan_model(model, checkpoint, todo, device, staging_bytes, strict=strict)
-    return Prepared(checkpoint, model, plan, saved)
+    return Prepared(model, plan, saved)
 
 
 def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:

@@ -1,0 +1,90 @@
+"""Reading a checkpoint's files before it is known where their tensors go.
+
+Importing a model's code and planning take seconds in which a disk has nothing to do. Meanwhile a few threads read into
+the page cache what it does not hold, in the order in which a stream reads it, and the stream finds it there. It costs
+memory that the kernel can take back at any time, and at most half of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import Shard
+from .files import CACHED, cached_share
+from .ring import Ring
+
+_THREADS = 8  # enough for most disks, and too few to keep the importing thread from Python's lock
+#: what is read at once, time and again into the same memory, which stays in a core's cache
+_WINDOW_BYTES, _SCRATCH_BYTES = 8 << 20, 1 << 18
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+class ReadAhead:
+    """Entered, it begins; left, it ends within a few reads. What can't be read is for the stream to find out.
+
+    Args:
+        shards: whose files; those that are cached already are left alone.
+        room_bytes: how much to read at most; default: half of the memory that could be had.
+    """
+
+    def __init__(self, shards: Sequence[Shard], room_bytes: int | None = None) -> None:
+        self._shards, self._room_bytes = shards, room_bytes
+        self._ring: Ring[tuple[Path, int]] = Ring(_THREADS)
+
+    def __enter__(self) -> ReadAhead:
+        self._ring.start(self._windows(), _Reader)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ring.finish()
+
+    @property
+    def read_bytes(self) -> int:
+        """What has been read so far."""
+        return self._ring.done_bytes
+
+    def _windows(self) -> Iterator[tuple[Path, int]]:
+        room = available_bytes() // 2 if self._room_bytes is None else self._room_bytes
+        for shard in self._shards:
+            if cached_share(shard.path) >= CACHED:
+                continue
+            for offset in range(0, shard.nbytes, _WINDOW_BYTES):
+                room -= min(_WINDOW_BYTES, shard.nbytes - offset)
+                if room < 0:
+                    return
+                yield shard.path, offset
+
+
+class _Reader:
+    """A thread of it."""
+
+    def __init__(self) -> None:
+        self._scratch = [bytearray(_SCRATCH_BYTES)] * (_WINDOW_BYTES // _SCRATCH_BYTES)
+
+    def handle(self, window: tuple[Path, int]) -> int:
+        path, offset = window
+        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+            return os.preadv(file.fileno(), self._scratch, offset)
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+def available_bytes() -> int:
+    """Memory that programs, or the page cache, can have without swapping, as Linux reckons; 0 where it can't be told.
+
+    Within a container, no more than its limit.
+    """
+    found = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+    for limit in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max", where there is none
+            found = min(found, int(Path(limit).read_text()))
+    return found

@@ -1,0 +1,82 @@
+"""Reading ahead: into the page cache, as far as there is room, and never in the way of the load."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from octavo import ahead
+from octavo.ahead import ReadAhead, available_bytes
+from octavo.checkpoint import Shard
+from octavo.files import cached_share
+
+pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]
+
+MIB = 1 << 20
+
+
+def cold_shard(folder: Path, name: str, size: int) -> Shard:
+    """A file that the page cache does not hold."""
+    path = folder / name
+    path.write_bytes(os.urandom(size))
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached_share(path) > 0.1:
+        pytest.skip("the page cache can't be made to forget files here")
+    stat = path.stat()
+    return Shard(path, stat.st_size, stat.st_mtime_ns)
+
+
+def read_all(reading: ReadAhead, expected: int) -> None:
+    with reading:
+        reading._ring.wait_for(lambda: not reading._ring.running)
+    assert reading.read_bytes == expected
+
+
+def test_what_is_not_cached_is_read_in_the_order_of_the_files(tmp_path):
+    shards = [cold_shard(tmp_path, name, 20 * MIB + 5) for name in ("a.safetensors", "b.safetensors")]
+    read_all(ReadAhead(shards), 2 * (20 * MIB + 5))
+    assert [cached_share(shard.path) for shard in shards] == [1, 1]
+    read_all(ReadAhead(shards), 0)  # it is there
+
+
+def test_no_more_is_read_than_there_is_room_for(tmp_path):
+    shards = [cold_shard(tmp_path, name, 20 * MIB) for name in ("a.safetensors", "b.safetensors")]
+    read_all(ReadAhead(shards, room_bytes=30 * MIB), 28 * MIB)  # the third window of the first, and one of the second
+    assert cached_share(shards[0].path) == 1
+    assert 0.4 <= cached_share(shards[1].path) < 1  # the kernel reads on by a little
+
+
+@pytest.mark.parametrize("trouble", ["gone", "a folder", "shorter"])
+def test_trouble_is_left_for_the_stream_to_report(trouble, tmp_path):
+    first, second = [cold_shard(tmp_path, name, 9 * MIB) for name in ("a.safetensors", "b.safetensors")]
+    expected = 9 * MIB
+    if trouble == "shorter":
+        os.truncate(first.path, 5)
+        expected += 5
+    else:
+        first.path.unlink()
+        if trouble == "a folder":
+            first.path.mkdir()
+    read_all(ReadAhead([first, second]), expected)
+
+
+def test_it_ends_when_it_is_left(tmp_path):
+    shard = cold_shard(tmp_path, "a.safetensors", 64 * MIB)
+    with pytest.raises(KeyboardInterrupt), ReadAhead([shard]) as reading:
+        raise KeyboardInterrupt
+    assert not reading._ring.running
+
+
+def test_a_container_s_limit_counts(tmp_path, monkeypatch):
+    unlimited, limited = tmp_path / "unlimited", tmp_path / "limited"
+    unlimited.write_text("max\n")
+    limited.write_text("12345678\n")
+    monkeypatch.setattr(ahead, "_LIMITS", (str(unlimited), str(tmp_path / "absent")))
+    there = available_bytes()
+    assert there > 100 * MIB
+    monkeypatch.setattr(ahead, "_LIMITS", (str(unlimited), str(limited)))
+    assert available_bytes() == 12345678
