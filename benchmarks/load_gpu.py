@@ -233,13 +233,14 @@ def run_model(
 ) -> bool:
     """All loaders of one model, in turns; False if octavo failed or was wrong."""
     folder = common.model_folder(args.folder, model, args.layers)
+    name = folder.name  # says so where it is not all of the model's layers
     began = time.monotonic()
     facts = make_checkpoint.make(model, folder, args.layers)
-    say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB, {facts['tensors']:,} tensors, {time.monotonic() - began:.0f} s")
+    say(f"== {name}: {facts['bytes'] / 1e9:.2f} GB, {facts['tensors']:,} tensors, {time.monotonic() - began:.0f} s")
     kind = common.file_system(folder)
     setting = kind if kind in common.IN_MEMORY else f"{kind}, {'cold' if args.cold else 'warm'}"
     run_fresh(WARM_UP, folder, args.device, timeout_s=args.timeout_s)
-    merged.add(facts, "models", model, "checkpoint")
+    merged.add(facts, "models", name, "checkpoint")
     runs: dict[str, list[dict[str, Any]]] = {}
     rows: dict[str, dict[str, Any]] = {}
     for number in range(args.repeats):
@@ -248,7 +249,7 @@ def run_model(
                 continue
             if why := missing(way):
                 rows[way] = {"skipped": why}
-            elif budget.allows(f"{model} {way} {number + 1}/{args.repeats}", f"{model} {way}"):
+            elif budget.allows(f"{name} {way} {number + 1}/{args.repeats}", f"{name} {way}"):
                 began = time.monotonic()
                 cached = common.set_cache(folder, args.cold)
                 try:
@@ -259,14 +260,14 @@ def run_model(
                     runs.setdefault(way, []).append(run)
                     rows[way] = condense(runs[way], facts["bytes"])
                     say(f"{number + 1}/{args.repeats} {way:20} {run.get('steady_s', run['load_s']):6.2f} s")
-                budget.took(f"{model} {way}", time.monotonic() - began)
+                budget.took(f"{name} {way}", time.monotonic() - began)
             if way in rows:
-                merged.add(rows[way], "models", model, "settings", setting, way)
+                merged.add(rows[way], "models", name, "settings", setting, way)
     promised = args.device != "cpu" and not args.cold
     for way, row in rows.items():
         if promised and way in OCTAVO and "over_bytes" in row:
-            row["promises"] = promises(model, way, rows)
-            merged.add(row, "models", model, "settings", setting, way)
+            row["promises"] = promises(name, way, rows)
+            merged.add(row, "models", name, "settings", setting, way)
     say(table(rows))
     if args.remove:
         shutil.rmtree(folder)

@@ -68,4 +68,13 @@ def test_an_engine_that_sleeps_wakes_up_with_its_weights(tmp_path: Path) -> None
     assert mine.results[1::2] == [""] * 4
     assert [state["addresses"] == first["addresses"] for state in states] == [True] * 4
     assert [state["tokens"] == first["tokens"] for state in states] == [True, True, False, True]
-    assert [state["parameters"] == first["parameters"] for state in states] == [True, True, False, True]
+    assert [_weights(state) == _weights(first) for state in states] == [True, True, False, True]
+
+
+def _weights(state: dict[str, Any]) -> dict[str, str]:
+    """Digests of all but the scales of attention: vLLM 0.24 does not bring those back, which are parameters there.
+
+    Only caches in FP8 use them, and with those it sets them to 1 (`GPUModelRunner.init_fp8_kv_scales`).
+    """
+    (rank,) = state["parameters"]
+    return {name: digest for name, digest in rank.items() if not name.endswith(("._q_scale", "._k_scale", "._v_scale"))}
