@@ -134,6 +134,10 @@ def condense(runs: list[dict[str, Any]], data_bytes: int) -> dict[str, Any]:
             result[key] = summary([round(run[key], 4) for run in runs if key in run])
         elif key.endswith("_bytes"):
             result[key] = max(run[key] for run in runs)
+    if "report" in typical:
+        result["stages_s"] = {
+            stage: [run["report"]["seconds"][stage] for run in runs] for stage in typical["report"]["seconds"]
+        }
     wrong = [run["check"]["wrong"] for run in runs if "wrong" in run["check"]]
     if wrong:
         result["check"] = {"wrong": wrong[0], "times": len(wrong)}
