@@ -36,11 +36,19 @@ class ReadAhead:
         self._ring: Ring[tuple[Path, int]] = Ring(_THREADS)
 
     def __enter__(self) -> ReadAhead:
-        self._ring.start(self._windows(), _Reader)
+        try:
+            self._ring.start(self._windows(), _Reader)
+        except BaseException:
+            self._ring.finish()
+            raise
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._ring.finish()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self._ring.finish()
+        except Exception:
+            if kind is None:  # else what the load itself raised says more
+                raise
 
     @property
     def read_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,33 @@ def test_it_ends_when_it_is_left(tmp_path):
     with pytest.raises(KeyboardInterrupt), ReadAhead([shard]) as reading:
         raise KeyboardInterrupt
     assert not reading._ring.running
+
+
+def test_threads_that_can_t_be_started_leave_none_behind(tmp_path, monkeypatch):
+    started: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        if len(started) == 3:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        original(thread)
+
+    original = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(RuntimeError, match="can't start"), ReadAhead([cold_shard(tmp_path, "a.safetensors", MIB)]):
+        raise AssertionError("was entered")
+    assert len(started) == 3
+
+
+def test_the_error_of_the_load_is_the_one_that_is_raised(tmp_path, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ahead, "available_bytes", fail)
+    with pytest.raises(MemoryError), ReadAhead([cold_shard(tmp_path, "a.safetensors", MIB)]):
+        pass
+    with pytest.raises(ValueError, match="of the load"), ReadAhead([]):
+        raise ValueError("of the load")
 
 
 def test_a_container_s_limit_counts(tmp_path, monkeypatch):
