@@ -2,7 +2,8 @@
 
 Importing a model's code and planning take seconds in which a disk has nothing to do. Meanwhile a few threads read into
 the page cache what it does not hold, in the order in which a stream reads it, and the stream finds it there. It costs
-memory that the kernel can take back at any time, and at most half of it.
+memory that the kernel can take back at any time, and at most half of it. Where the kernel does not tell what is cached
+(of files that one may neither write nor owns), nothing is read.
 """
 
 from __future__ import annotations
@@ -14,17 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import Shard
-from .files import CACHED, cached_share
+from .files import CACHED, RUN_WINDOWS, cached_share
+from .geometry import usable_cpus
 from .ring import Ring
 
-_THREADS = 8  # enough for most disks, and too few to keep the importing thread from Python's lock
+_MOST_THREADS = 8
 #: what is read at once, time and again into the same memory, which stays in a core's cache
 _WINDOW_BYTES, _SCRATCH_BYTES = 8 << 20, 1 << 18
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
 class ReadAhead:
-    """Entered, it begins; left, it ends within a few reads. What can't be read is for the stream to find out.
+    """Entered, it begins; left, it ends within a few reads. It never fails: that is left to the stream.
 
     Args:
         shards: whose files; those that are cached already are left alone.
@@ -33,22 +35,21 @@ class ReadAhead:
 
     def __init__(self, shards: Sequence[Shard], room_bytes: int | None = None) -> None:
         self._shards, self._room_bytes = shards, room_bytes
-        self._ring: Ring[tuple[Path, int]] = Ring(_THREADS)
+        # on few cores, more would keep the thread that imports waiting
+        self._ring: Ring[tuple[Path, int]] = Ring(max(2, min(_MOST_THREADS, usable_cpus() // 2)))
 
     def __enter__(self) -> ReadAhead:
         try:
             self._ring.start(self._windows(), _Reader)
-        except BaseException:
-            self._ring.finish()
-            raise
+        except BaseException as error:
+            self.__exit__()
+            if not isinstance(error, Exception):  # Ctrl-C
+                raise
         return self
 
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        try:
+    def __exit__(self, *_: Any) -> None:
+        with contextlib.suppress(Exception):
             self._ring.finish()
-        except Exception:
-            if kind is None:  # else what the load itself raised says more
-                raise
 
     @property
     def read_bytes(self) -> int:
@@ -61,7 +62,10 @@ class ReadAhead:
             if cached_share(shard.path) >= CACHED:
                 continue
             for offset in range(0, shard.nbytes, _WINDOW_BYTES):
-                room -= min(_WINDOW_BYTES, shard.nbytes - offset)
+                nbytes = min(_WINDOW_BYTES, shard.nbytes - offset)
+                if cached_share(shard.path, offset, nbytes, RUN_WINDOWS) >= CACHED:
+                    continue
+                room -= nbytes
                 if room < 0:
                     return
                 yield shard.path, offset

@@ -24,7 +24,7 @@ from .errors import CheckpointError, SourceChangedError
 PAGE = 4096  # what direct reads are aligned to; devices ask for no more
 #: windows of a file that are looked up, those of a single read, and the share of them that must be cached for either to
 #: count as such
-_WINDOWS, _RUN_WINDOWS, _WINDOW_BYTES, CACHED = 64, 4, 1 << 16, 0.9
+_WINDOWS, RUN_WINDOWS, _WINDOW_BYTES, CACHED = 64, 4, 1 << 16, 0.9
 
 
 class Files:
@@ -88,7 +88,7 @@ class Files:
 
     def _is_cached(self, path: Path, offset: int, nbytes: int) -> bool:
         """Whether the page cache has this run of a file of which it does not have all, if that may be looked up."""
-        return self._direct_io is None and cached_share(path, offset, nbytes, _RUN_WINDOWS) >= CACHED
+        return self._direct_io is None and cached_share(path, offset, nbytes, RUN_WINDOWS) >= CACHED
 
     def _open(self, shard: int) -> tuple[int, int | None]:
         with self._lock:

@@ -157,10 +157,11 @@ def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.de
 
 
 def _default_threads() -> int:
-    return min(_usable_cpus(), _MAX_THREADS)
+    return min(usable_cpus(), _MAX_THREADS)
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """The cores that this process may run on."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on macOS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
@@ -54,15 +55,13 @@ def test_no_more_is_read_than_there_is_room_for(tmp_path):
 @pytest.mark.parametrize("trouble", ["gone", "a folder", "shorter"])
 def test_trouble_is_left_for_the_stream_to_report(trouble, tmp_path):
     first, second = [cold_shard(tmp_path, name, 9 * MIB) for name in ("a.safetensors", "b.safetensors")]
-    expected = 9 * MIB
     if trouble == "shorter":
         os.truncate(first.path, 5)
-        expected += 5
     else:
         first.path.unlink()
         if trouble == "a folder":
             first.path.mkdir()
-    read_all(ReadAhead([first, second]), expected)
+    read_all(ReadAhead([first, second]), 9 * MIB)
 
 
 def test_it_ends_when_it_is_left(tmp_path):
@@ -72,30 +71,43 @@ def test_it_ends_when_it_is_left(tmp_path):
     assert not reading._ring.running
 
 
-def test_threads_that_can_t_be_started_leave_none_behind(tmp_path, monkeypatch):
-    started: list[threading.Thread] = []
+def test_what_is_cached_of_a_file_is_not_read_again(tmp_path):
+    shard = cold_shard(tmp_path, "a.safetensors", 64 * MIB)
+    with shard.path.open("rb") as file:
+        file.read(32 * MIB)
+    reading = ReadAhead([shard], room_bytes=40 * MIB)
+    with reading:
+        reading._ring.wait_for(lambda: not reading._ring.running)
+    assert 16 * MIB <= reading.read_bytes <= 32 * MIB  # the kernel may have read on by a few MiB
+    assert cached_share(shard.path) > 0.9
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+def test_threads_that_can_t_be_started_leave_none_behind(error, tmp_path, monkeypatch):
+    shard, entered = cold_shard(tmp_path, "a.safetensors", MIB), []
 
     def start(thread: threading.Thread) -> None:
-        if len(started) == 3:
-            raise RuntimeError("can't start new thread")
-        started.append(thread)
+        if thread.name == "octavo-1":
+            raise error
         original(thread)
 
     original = threading.Thread.start
     monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(RuntimeError, match="can't start"), ReadAhead([cold_shard(tmp_path, "a.safetensors", MIB)]):
-        raise AssertionError("was entered")
-    assert len(started) == 3
+    with contextlib.suppress(KeyboardInterrupt), ReadAhead([shard]):
+        entered.append(True)
+    assert bool(entered) == isinstance(error, Exception)  # a load goes on without it, but for Ctrl-C
 
 
-def test_the_error_of_the_load_is_the_one_that_is_raised(tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["available_bytes", "cached_share"])
+def test_it_never_fails_and_hides_no_error_of_the_load(place, tmp_path, monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(ahead, "available_bytes", fail)
-    with pytest.raises(MemoryError), ReadAhead([cold_shard(tmp_path, "a.safetensors", MIB)]):
+    shard = cold_shard(tmp_path, "a.safetensors", MIB)
+    monkeypatch.setattr(ahead, place, fail)
+    with ReadAhead([shard]):
         pass
-    with pytest.raises(ValueError, match="of the load"), ReadAhead([]):
+    with pytest.raises(ValueError, match="of the load"), ReadAhead([shard]):
         raise ValueError("of the load")
 
 
