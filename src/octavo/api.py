@@ -56,16 +56,19 @@ def plan(
     Raises:
         OctavoError: whatever `load` would find wrong before reading weights.
     """
-    from .adapters.transformers import prepare
+    from .adapters import transformers as adapter
 
     recipe = Recipe.coerce(scheme, ignore)
-    checkpoint = Checkpoint.open(path, revision)
-    if model or (model is None and checkpoint.config.get("model_type")):
+    if model is not False:
         try:
-            return prepare(checkpoint, recipe, str(device), staging_bytes, **model_options).plan
+            adapter.require()
         except MissingExtraError:
             if model:
                 raise
+            model = False
+    checkpoint = Checkpoint.open(path, revision)
+    if model or (model is None and checkpoint.config.get("model_type")):
+        return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, **model_options).plan
     return formats.plan_for(checkpoint, recipe, format, staging_bytes, str(device))[0]
 
 

@@ -148,3 +148,15 @@ def test_every_extra_that_is_named_exists():
         named |= set(re.findall(r"MissingExtraError\(\s*\"(\w+)\"", file.read_text()))
     assert named
     assert named <= set(extras)
+
+
+def test_without_transformers_nothing_is_fetched_or_read(monkeypatch):
+    from octavo.adapters import transformers as adapter
+
+    def refuse(*_args, **_options):
+        raise AssertionError("was opened")
+
+    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
+    monkeypatch.setattr(adapter.Checkpoint, "open", refuse)
+    with pytest.raises(MissingExtraError, match=r"pip install 'octavo\[transformers\]'"):
+        octavo.load("org/name")

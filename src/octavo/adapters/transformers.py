@@ -19,6 +19,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ def load(
     target_device = usable_device(device, begin=False)
     with WarmUp(target_device, staging_bytes, threads, recipe.schemes):
         with stages("open"):
+            _require_installed()  # before anything is fetched
             checkpoint = Checkpoint.open(path, revision)
+            _check_method(checkpoint)
         with contextlib.nullcontext() if direct_io else ReadAhead(checkpoint.shards):
             prepared = prepare(
                 checkpoint,
@@ -154,12 +157,11 @@ def prepare(
     """
     stages = stages or Stages()
     with stages("import"):
-        try:
-            from .model_plan import plan_model
-            from .skeleton import skeleton
-        except ImportError as error:
-            raise MissingExtraError("transformers", "loading a transformers model") from error
-    saved = _saved_recipe(checkpoint, recipe)
+        require()
+        from .model_plan import plan_model
+        from .skeleton import skeleton
+
+        saved = _saved_recipe(checkpoint, recipe)
     with stages("skeleton"):
         model = skeleton(checkpoint, **model_options)
     with stages("plan"):
@@ -170,16 +172,35 @@ def prepare(
     return Prepared(model, plan, saved)
 
 
-def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:
-    """The recipe of a model that octavo quantized and ``save_pretrained`` wrote; None for any other checkpoint."""
-    if checkpoint.quantization is None:
-        return None
-    if checkpoint.quantization != METHOD:
+def require() -> None:
+    """Import what a load needs of transformers; a `MissingExtraError` if that can't be done."""
+    try:
+        from . import model_plan, skeleton  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("transformers", "loading a transformers model") from error
+
+
+def _require_installed() -> None:
+    """The same without importing, which takes seconds."""
+    if not all(find_spec(name) for name in ("transformers", "accelerate")):
+        raise MissingExtraError("transformers", "loading a transformers model")
+
+
+def _check_method(checkpoint: Checkpoint) -> None:
+    """Refuse what another method than octavo's quantized."""
+    if checkpoint.quantization not in (None, METHOD):
         raise RecipeError(
             f"{checkpoint.path}: already quantized ({checkpoint.quantization}, says its config.json). octavo.load "
             "takes bf16 checkpoints, and what save_pretrained made of a model that octavo loaded. Load this one with "
             "from_pretrained, or serve it. Start from the bf16 checkpoint to quantize anew."
         )
+
+
+def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:
+    """The recipe of a model that octavo quantized and ``save_pretrained`` wrote; None for any other checkpoint."""
+    _check_method(checkpoint)
+    if checkpoint.quantization is None:
+        return None
     from .quantizer import OctavoConfig
 
     saved: Recipe = OctavoConfig(**checkpoint.config["quantization_config"]).recipe
