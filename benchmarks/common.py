@@ -31,6 +31,7 @@ IN_MEMORY = ("tmpfs", "ramfs")
 FOLDER = Path(os.environ.get("OCTAVO_BENCH_FOLDER", "/tmp/octavo-bench"))
 _BLOCK_BYTES = 8 << 20
 _SAMPLE_S = 0.01
+_OUTPUT = re.compile(r" --output \S+")  # where a result was written does not belong to it
 
 
 # -- facts ------------------------------------------------------------------------------------------------------------
@@ -339,7 +340,7 @@ class Merged:
         Args:
             output: where to write; it starts from what is there, or else from the committed result of this machine.
         """
-        run = {**circumstances(folder), "command": " ".join(sys.argv), **facts}
+        run = {**circumstances(folder), "command": _OUTPUT.sub("", " ".join(sys.argv)), **facts}
         committed = results_path(name, run["machine"])
         self.path, self._write = output or committed, write
         start = next((path for path in (self.path, committed) if path.is_file()), None) if write else None

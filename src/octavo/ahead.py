@@ -29,12 +29,11 @@ class ReadAhead:
     """Entered, it begins; left, it ends within a few reads. It never fails: that is left to the stream.
 
     Args:
-        shards: whose files; those that are cached already are left alone.
-        room_bytes: how much to read at most; default: half of the memory that could be had.
+        shards: whose files; what is cached already is left alone. At most half of `available_bytes` is read.
     """
 
-    def __init__(self, shards: Sequence[Shard], room_bytes: int | None = None) -> None:
-        self._shards, self._room_bytes = shards, room_bytes
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = shards
         # on few cores, more would keep the thread that imports waiting
         self._ring: Ring[tuple[Path, int]] = Ring(max(2, min(_MOST_THREADS, usable_cpus() // 2)))
 
@@ -57,7 +56,7 @@ class ReadAhead:
         return self._ring.done_bytes
 
     def _windows(self) -> Iterator[tuple[Path, int]]:
-        room = available_bytes() // 2 if self._room_bytes is None else self._room_bytes
+        room = available_bytes() // 2
         for shard in self._shards:
             if cached_share(shard.path) >= CACHED:
                 continue
@@ -72,7 +71,7 @@ class ReadAhead:
 
 
 class _Reader:
-    """A thread of it."""
+    """A thread of it; what it can't read, the stream will report."""
 
     def __init__(self) -> None:
         self._scratch = [bytearray(_SCRATCH_BYTES)] * (_WINDOW_BYTES // _SCRATCH_BYTES)

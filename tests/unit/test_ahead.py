@@ -45,9 +45,10 @@ def test_what_is_not_cached_is_read_in_the_order_of_the_files(tmp_path):
     read_all(ReadAhead(shards), 0)  # it is there
 
 
-def test_no_more_is_read_than_there_is_room_for(tmp_path):
+def test_no_more_is_read_than_there_is_room_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "available_bytes", lambda: 60 * MIB)
     shards = [cold_shard(tmp_path, name, 20 * MIB) for name in ("a.safetensors", "b.safetensors")]
-    read_all(ReadAhead(shards, room_bytes=30 * MIB), 28 * MIB)  # the third window of the first, and one of the second
+    read_all(ReadAhead(shards), 28 * MIB)  # the third window of the first, and one of the second
     assert cached_share(shards[0].path) == 1
     assert 0.4 <= cached_share(shards[1].path) < 1  # the kernel reads on by a little
 
@@ -71,11 +72,12 @@ def test_it_ends_when_it_is_left(tmp_path):
     assert not reading._ring.running
 
 
-def test_what_is_cached_of_a_file_is_not_read_again(tmp_path):
+def test_what_is_cached_of_a_file_is_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "available_bytes", lambda: 80 * MIB)
     shard = cold_shard(tmp_path, "a.safetensors", 64 * MIB)
     with shard.path.open("rb") as file:
         file.read(32 * MIB)
-    reading = ReadAhead([shard], room_bytes=40 * MIB)
+    reading = ReadAhead([shard])
     with reading:
         reading._ring.wait_for(lambda: not reading._ring.running)
     assert 16 * MIB <= reading.read_bytes <= 32 * MIB  # the kernel may have read on by a few MiB

@@ -80,7 +80,8 @@ def load(
         attn_implementation: as in transformers.
         direct_io: True or False to read the files past the page cache or through it, when loading to an accelerator;
             by default, past it where they are not cached. Parts of tensors that lie scattered are always read through
-            it, and so is all that is loaded to a CPU.
+            it, and so is all that is loaded to a CPU. Unless it is True, files that are not cached are read ahead into
+            the page cache, up to half of the available memory, while transformers' code is imported.
         progress: True or False to show a bar or not, or a callable given bytes read and bytes in all; by default, a
             bar where the terminal can show one.
 
