@@ -12,6 +12,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 VLLM ?= 0.32.0
 VLLM_VENV := .venv-vllm-$(VLLM)
+DOCS_VENV := .venv-docs
 ifdef SYSTEM
 READY :=
 PY := PYTHONPATH=src $(PYTHON)
@@ -25,7 +26,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check lint types format peers peers-vllm gpu bench clean
+.PHONY: help demo test check lint types format peers peers-vllm gpu bench docs docs-serve clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -63,8 +64,14 @@ bench: $(READY) ## one benchmark: make bench B=convert ARGS="..."; all of them w
 	@for file in benchmarks/$(or $(B),[a-z]*).py; do \
 		echo "== $$file"; $(PY) "$$file" $(ARGS) || exit 1; done
 
+docs: $(DOCS_VENV)/.installed ## the documentation, into site/; fails on any warning or broken link (Python 3.11 or later)
+	$(call timed,docs,$(DOCS_VENV)/bin/zensical build --clean --strict && $(PYTHON) tools/check_site.py site)
+
+docs-serve: $(DOCS_VENV)/.installed ## the documentation at http://localhost:8000, built anew whenever a page changes
+	$(DOCS_VENV)/bin/zensical serve --dev-addr localhost:8000
+
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) .venv-vllm-* build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm-* $(DOCS_VENV) .cache site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torchvision and its kin are not needed, and have no CPU builds that fit on the package index
@@ -75,6 +82,13 @@ $(VLLM_VENV)/.installed: pyproject.toml
 		pytest pytest-timeout hypothesis gguf hatchling editables
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# an environment of its own, so that it takes seconds and the tests' one stays as it is: docstrings are read, not run
+$(DOCS_VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(DOCS_VENV)/bin/python || $(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS) \
+		$$(sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 	@touch $@
 
 $(STAMP): pyproject.toml constraints.txt
