@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from types import TracebackType
 
 import numpy as np
@@ -35,19 +36,26 @@ def disk_error(path: object, error: OSError) -> OutputError:
     )
 
 
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o644)
+
+
 class OutFile:
-    """Opened for writing, its room claimed at once, so that a full disk is an error now and not after an hour.
+    """A new file, its room claimed at once, so that a full disk is an error now and not after an hour.
+
+    ``opener`` opens a path with flags, as that of the built-in `open` does. What has the name already, be it a link, is
+    an error and is left alone.
 
     Raises:
         OutputError: here and in `write`, with advice.
     """
 
-    def __init__(self, path: str | os.PathLike[str], nbytes: int) -> None:
+    def __init__(self, path: str | os.PathLike[str], nbytes: int, opener: Callable[[str, int], int] = _create) -> None:
         self.path = path
         self._buffered = self._direct = -1
         self._blocks = threading.local()  # page-aligned memory of each writing thread
         try:
-            self._buffered = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._buffered = opener(os.fspath(path), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(self._buffered, 0, nbytes)
             else:
@@ -57,7 +65,8 @@ class OutFile:
             raise disk_error(path, error) from error
         if hasattr(os, "O_DIRECT"):
             try:
-                self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+                # not by its path, which may name another file by now
+                self._direct = os.open(f"/proc/self/fd/{self._buffered}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
             except OSError:
                 self._direct = -1  # not on this file system
 

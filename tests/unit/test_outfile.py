@@ -99,3 +99,33 @@ def test_a_failing_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(OutputError, match="No such file or directory"):
         OutFile(tmp_path / "absent" / "file", 10)
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
+def test_what_has_the_name_already_is_left_alone(tmp_path, kind):
+    mine = tmp_path / "mine"
+    if kind != "dangling link":
+        mine.write_text("mine")
+    path = mine if kind == "file" else tmp_path / "file"
+    if kind != "file":
+        path.symlink_to(mine)
+    with pytest.raises(OutputError, match="File exists"):
+        OutFile(path, 10)
+    assert mine.exists() == (kind != "dangling link")
+    assert kind == "dangling link" or mine.read_text() == "mine"
+
+
+def test_long_writes_reach_the_file_that_was_made_whatever_its_name_means_by_then(tmp_path, monkeypatch):
+    real = os.posix_fallocate
+
+    def swapping(*args):
+        real(*args)
+        (tmp_path / "file").rename(tmp_path / "moved")
+        (tmp_path / "mine").write_text("mine")
+        (tmp_path / "file").symlink_to(tmp_path / "mine")
+
+    monkeypatch.setattr(os, "posix_fallocate", swapping)
+    with OutFile(tmp_path / "file", 2_000_000) as file:
+        file.write(memoryview(b"7" * 2_000_000), 0)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (tmp_path / "moved").read_bytes() == b"7" * 2_000_000
