@@ -9,7 +9,6 @@ if the source or the options changed in between.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -26,13 +25,13 @@ from .checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
 from .errors import OutputError, SourceChangedError, raise_problems
 from .geometry import Geometry, usable_device
 from .outfile import OutFile, disk_error
+from .partial import PART, Folder, PartialFolder, check_free
 from .plan import DEFAULT_STAGING_BYTES, Placement, Plan
 from .recipe import Recipe
 from .report import Report, Stages, human_bytes, measured
 from .sinks import ShardSink
 from .stream import Stream, Tally
 
-_MANIFEST = "manifest.json"
 #: raised whenever the bytes of an output could differ from those of an earlier version
 _BYTES_VERSION = 1
 #: weights in other forms, which can be as large as the model; and the index, which is written anew
@@ -83,14 +82,14 @@ def convert(
         plan, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
         job = Job.prepare(checkpoint, plan, layout, Path(dst))
     tally = Tally()
-    with job.partial_folder(), measured(plan, progress, "Converting") as meter:
+    with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:
         with stages("stream"):
             geometry = Geometry.fit(plan, threads, handing_out=True)
             meter.follow(tally)
-            job.write_shards(geometry, tally, meter.progress)
+            job.write_shards(partial, geometry, tally, meter.progress)
         with stages("finish"):
-            job.write_rest()
-            job.publish()
+            job.write_rest(partial)
+            job.publish(partial)
     notes = [*plan.notes, *layout.notes(plan), *job.notes()]
     return Report.of(plan, geometry, tally, stages, meter, in_memory=False, notes=notes)
 
@@ -162,12 +161,12 @@ class Job:
     layout: formats.Format
     dst: Path
     shards: tuple[tuple[ShardLayout, Plan], ...]
+    small_files: tuple[Path, ...]
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint, plan: Plan, layout: formats.Format, dst: Path) -> Job:
         dst = dst.expanduser().absolute()
-        if os.path.lexists(dst):
-            raise OutputError(f"{dst}: exists already. Remove it or name another folder; octavo overwrites nothing.")
+        check_free(dst)
         if not dst.parent.is_dir():
             raise OutputError(f"{dst.parent}: no such folder to put {dst.name} into")
         lone = SHARD_NAME.match(checkpoint.path.name)
@@ -185,44 +184,28 @@ class Job:
             layout_of = ShardLayout.of(name, placements, layout, checkpoint)
             shards.append((layout_of, replace(plan, placements=tuple(placements))))
         _check_names(plan, layout, dst)
-        return cls(checkpoint, plan, layout, dst, tuple(shards))
+        small_files = _small_files(checkpoint)
+        return cls(checkpoint, plan, layout, dst, tuple(shards), small_files)
 
     # -- the partial folder -------------------------------------------------------------------------------------------
 
-    @property
-    def partial(self) -> Path:
-        return self.dst.with_name(self.dst.name + ".partial")
-
-    @property
-    def out(self) -> Path:
-        return self.partial / "checkpoint"
-
     @contextlib.contextmanager
-    def partial_folder(self) -> Iterator[None]:
+    def partial_folder(self) -> Iterator[PartialFolder]:
         """The partial folder, made or taken up again, and locked against other processes."""
-        path = self.partial / "lock"
-        try:
-            if self.partial.exists() and not path.exists() and any(self.partial.iterdir()):
-                raise OutputError(f"{self.partial}: exists, and is not octavo's. Move it, or name another target.")
-            self.out.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise OutputError(f"{self.partial}: can't be made: {error.strerror}") from error
-        try:
+        with PartialFolder.locked(_partial_of(self.dst)) as partial:
+            if partial.finished:
+                self._check_resumable(partial)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.path.samestat(os.fstat(lock), os.stat(path)):
-                    raise FileNotFoundError  # that of a run which ended just now
-            except OSError:
-                raise OutputError(f"{self.partial}: another process is converting into it") from None
-            try:
-                self._take_up()
+                partial.take_up(self._identity(), [shard.name for shard, _ in self.shards], self._other_files())
             except OSError as error:
-                raise disk_error(self.partial, error) from error
-            self._check_room()
-            yield
-        finally:
-            os.close(lock)
+                raise disk_error(partial.path, error) from error
+            self._check_room(partial)
+            yield partial
+
+    def _other_files(self) -> list[str]:
+        """Names of the files that `write_rest` writes."""
+        written = ["config.json"] if self.checkpoint.config else []
+        return [file.name for file in self.small_files] + written + ([INDEX_NAME] if len(self.shards) > 1 else [])
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between an interrupted run and its continuation."""
@@ -240,51 +223,23 @@ class Job:
             },
         }
 
-    def _manifest(self) -> dict[str, Any]:
-        try:
-            manifest = json.loads((self.partial / _MANIFEST).read_bytes())
-        except FileNotFoundError:
-            return {**self._identity(), "finished": {}}
-        except ValueError as error:
-            raise OutputError(f"{self.partial / _MANIFEST}: damaged ({error}); remove {self.partial}") from error
-        finished = manifest.get("finished") if isinstance(manifest, dict) else None
-        if not isinstance(finished, dict) or not all(isinstance(size, int) for size in finished.values()):
-            raise OutputError(f"{self.partial / _MANIFEST}: damaged; remove {self.partial}")
-        assert isinstance(manifest, dict)
-        return manifest
-
-    def _take_up(self) -> None:
-        """Go on where an interrupted run was, or begin anew where it finished nothing."""
-        if not self._manifest()["finished"]:
-            manifest = {**self._identity(), "finished": {}}
-            _write_text(self.partial / _MANIFEST, json.dumps(manifest, indent=1))
-        self._check_resumable()
-        # all but finished shards goes: unfinished ones, whose room is free then, and small files, copied anew
-        finished = self._manifest()["finished"]
-        for entry in self.out.iterdir():
-            if entry.is_dir():
-                raise OutputError(f"{entry}: a folder that octavo did not make. Move it, and run the command again.")
-            if entry.name not in finished:
-                entry.unlink()
-
-    def _check_resumable(self) -> None:
-        manifest, wanted = self._manifest(), self._identity()
+    def _check_resumable(self, partial: PartialFolder) -> None:
+        manifest, wanted = partial.manifest, self._identity()
         if manifest.get("source") != wanted["source"]:
             raise SourceChangedError(
-                f"{self.checkpoint.path}: changed since the interrupted run that {self.partial} holds. Remove that "
+                f"{self.checkpoint.path}: changed since the interrupted run that {partial.path} holds. Remove that "
                 "folder to begin anew."
             )
         different = [key for key in wanted if manifest.get(key) != wanted[key]]
         if different:
             raise OutputError(
-                f"{self.partial}: holds an interrupted conversion with another {', '.join(different)}. Give the same "
+                f"{partial.path}: holds an interrupted conversion with another {', '.join(different)}. Give the same "
                 "options to go on with it, or remove the folder to begin anew."
             )
 
-    def _check_room(self) -> None:
-        done = self._manifest()["finished"]
-        needed = sum(shard.nbytes for shard, _ in self.shards if shard.name not in done)
-        free = shutil.disk_usage(self.partial).free
+    def _check_room(self, partial: PartialFolder) -> None:
+        needed = sum(shard.nbytes for shard, _ in self.shards if shard.name not in partial.finished)
+        free = shutil.disk_usage(partial.descriptor).free
         if needed > free:
             raise OutputError(
                 f"{self.dst.parent}: {human_bytes(needed)} are still to be written, {human_bytes(free)} are free. "
@@ -293,21 +248,25 @@ class Job:
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
-    def write_shards(self, geometry: Geometry, tally: Tally, progress: Callable[[int, int], None] | None) -> None:
-        """Write all shards that the manifest does not have."""
-        manifest = self._manifest()
+    def write_shards(
+        self,
+        partial: PartialFolder,
+        geometry: Geometry,
+        tally: Tally,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        """Write all shards that are not finished."""
         total = sum(plan.source_bytes for _, plan in self.shards)
         before = 0
         with ThreadPoolExecutor(1, thread_name_prefix="octavo-sync") as syncing:
             pending: list[Future[None]] = []
             for shard, plan in self.shards:
-                entry = manifest["finished"].get(shard.name)
-                path = self.out / shard.name
-                if entry is None or not path.is_file() or path.stat().st_size != entry:
+                if shard.name not in partial.finished:
                     shown = _share(progress, before, plan.source_bytes, total)
-                    file = self._write_shard(shard, plan, geometry, tally, shown)
+                    file = OutFile(partial.result.path / (shard.name + PART), shard.nbytes, partial.result.opener)
+                    self._write_shard(file, shard, plan, geometry, tally, shown)
                     # the disk is waited for while the next shard is read
-                    pending.append(syncing.submit(self._finish_shard, file, shard, manifest))
+                    pending.append(syncing.submit(_finish_shard, partial, file, shard))
                 before += plan.source_bytes
                 for future in pending:
                     if future.done():
@@ -317,13 +276,13 @@ class Job:
 
     def _write_shard(
         self,
+        file: OutFile,
         shard: ShardLayout,
         plan: Plan,
         geometry: Geometry,
         tally: Tally,
         progress: Callable[[int, int], None] | None,
-    ) -> OutFile:
-        file = OutFile(self.out / f"{shard.name}.part", shard.nbytes)
+    ) -> None:
         try:
             file.write(memoryview(shard.header), 0)
             sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
@@ -331,48 +290,35 @@ class Job:
         except BaseException:
             file.close()
             raise
-        return file
 
-    def _finish_shard(self, file: OutFile, shard: ShardLayout, manifest: dict[str, Any]) -> None:
-        path = self.out / shard.name
-        try:
-            try:
-                file.sync()
-            finally:
-                file.close()
-            os.replace(file.path, path)
-            manifest["finished"][shard.name] = shard.nbytes
-            _write_text(self.partial / _MANIFEST, json.dumps(manifest, indent=1))
-        except OSError as error:
-            raise disk_error(path, error) from error
-
-    def write_rest(self) -> None:
+    def write_rest(self, partial: PartialFolder) -> None:
         """Config, tokenizer files, index."""
+        result = partial.result
         try:
-            self._copy_small_files()
+            for file in self.small_files:
+                _copy(file, result)
             config = dict(self.checkpoint.config)
             if config:
                 if self.plan.quantized:
                     config["quantization_config"] = self.layout.config(self.plan)
-                _write_text(self.out / "config.json", json.dumps(config, indent=2) + "\n")
+                result.write("config.json", json.dumps(config, indent=2) + "\n")
             if len(self.shards) > 1:
-                _write_text(self.out / INDEX_NAME, self._index())
+                result.write(INDEX_NAME, self._index())
         except OSError as error:
-            raise disk_error(self.out, error) from error
+            raise disk_error(result.path, error) from error
+
+    def publish(self, partial: PartialFolder) -> None:
+        """Make the complete folder appear under its name."""
+        try:
+            partial.publish(self.dst)
+        except OSError as error:
+            raise disk_error(self.dst, error) from error
 
     def notes(self) -> list[str]:
         """What of the source's folder is not in the result."""
         folders = [entry.name for entry in sorted(self.checkpoint.folder.iterdir()) if entry.is_dir()]
         visible = [name for name in folders if not name.startswith(".")]
         return [f"subfolders are not copied: {', '.join(visible)}"] if visible and self.checkpoint.path.is_dir() else []
-
-    def _copy_small_files(self) -> None:
-        if not self.checkpoint.path.is_dir() and not self.checkpoint.config:
-            return  # a lone file: what lies beside it is not ours
-        for entry in sorted(self.checkpoint.folder.iterdir()):
-            if entry.is_file() and not entry.name.startswith(".") and not entry.name.endswith(_NOT_COPIED):
-                shutil.copyfile(entry, self.out / entry.name)
-                _sync(self.out / entry.name)
 
     def _index(self) -> str:
         total = sum(p.nbytes for p in self.plan.placements)
@@ -381,17 +327,44 @@ class Job:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         return json.dumps(index, indent=2) + "\n"
 
-    def publish(self) -> None:
-        """Make the complete folder appear under its name."""
+
+def _partial_of(dst: Path) -> Path:
+    return dst.with_name(dst.name + ".partial")
+
+
+def _small_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """What is copied as it is: tokenizer files and the like."""
+    if not checkpoint.path.is_dir() and not checkpoint.config:
+        return ()  # a lone file: what lies beside it is not ours
+    written = {"config.json"} if checkpoint.config else set()
+    return tuple(
+        entry
+        for entry in sorted(checkpoint.folder.iterdir())
+        if entry.is_file()
+        and entry.name not in written
+        and not entry.name.startswith(".")
+        and not entry.name.endswith(_NOT_COPIED)
+    )
+
+
+def _copy(file: Path, folder: Folder) -> None:
+    try:
+        source = file.open("rb")
+    except OSError as error:
+        raise SourceChangedError(f"{file}: can't be read any more: {error.strerror}") from error
+    with source, folder.new_file(file.name) as copy:
+        shutil.copyfileobj(source, copy)
+
+
+def _finish_shard(partial: PartialFolder, file: OutFile, shard: ShardLayout) -> None:
+    try:
         try:
-            _sync(self.out)
-            os.rename(self.out, self.dst)
-        except OSError as error:
-            raise disk_error(self.dst, error) from error
-        # it is there: nothing that follows may say otherwise
-        with contextlib.suppress(OSError):
-            _sync(self.dst.parent)
-        shutil.rmtree(self.partial, ignore_errors=True)
+            file.sync()
+        finally:
+            file.close()
+        partial.finish(shard.name, shard.nbytes)
+    except OSError as error:
+        raise disk_error(partial.result.path / shard.name, error) from error
 
 
 def _share(
@@ -401,19 +374,3 @@ def _share(
     if progress is None:
         return None
     return lambda done, of: progress(before + (done * share // of if of else share), total)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old or the new one."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)

@@ -56,13 +56,13 @@ def states(folder: Path) -> dict[str, tuple[int, int, int]]:
 # thread then, so that forking it is safe. A trap kills the child at the n-th call of a function whose arguments, as
 # text, hold a pattern.
 _FORKER = """
-import importlib, json, os, re, signal, sys
+import json, os, pkgutil, re, signal, sys
 sys.path[:0] = json.loads(sys.argv[1])
 import octavo
 
 def set_trap(trap):
-    module, name, pattern, count = trap
-    owner = importlib.import_module(module)
+    place, name, pattern, count = trap
+    owner = pkgutil.resolve_name(place)
     original, calls = getattr(owner, name), 0
     def trapped(*args, **options):
         nonlocal calls

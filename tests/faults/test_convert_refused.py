@@ -178,7 +178,7 @@ def test_room_of_an_unfinished_shard_counts_as_free(
     """A run killed in its only shard has claimed that shard's room: going on needs no more than it has already."""
     source = write_checkpoint(tmp_path / "source", tensors_of_size(1, 512), 1, CONFIG)
     disk = tiny_disk(_output_kib(source, tmp_path) * 3 // 2)
-    conversions.start(source, disk / "out", trap=("os", "fsync", "", 2))
+    conversions.start(source, disk / "out", trap=("os", "fsync", "", 3))
     assert conversions.wait() == -signal.SIGKILL
     octavo.convert(source, disk / "out")
     assert same_files(disk / "out", tmp_path / "measured")

@@ -151,7 +151,7 @@ def test_small_files_that_vanished_since_the_interruption_are_not_published(
 ) -> None:
     (small / "tokenizer.json").write_text("{}")
 
-    def failing(*_: Any) -> None:
+    def failing(*_: Any, **__: Any) -> None:
         raise Stopped
 
     with monkeypatch.context() as patch:

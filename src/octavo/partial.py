@@ -1,0 +1,272 @@
+"""``DST.partial``, into which a conversion writes until it is complete: a folder of octavo's own, or none.
+
+    octavo.lock      written first and removed last: octavo's mark, and the lock against other processes
+    manifest.json    what is converted and how, which files octavo makes in checkpoint/, which shards are finished
+    checkpoint/      the result; its shards end in .part until they are finished
+
+A folder that holds anything else, or no mark, is refused before anything in it is changed. Entries are reached by name
+in the open folder, links are never followed, and files are made under names that are free. What goes is unlinked
+one by one, if the manifest says that octavo made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import OutputError
+from .outfile import disk_error
+
+_LOCK, _MANIFEST, _RESULT = "octavo.lock", "manifest.json", "checkpoint"
+#: ends the names of files that are not complete
+PART = ".part"
+_MARK = b"""\
+octavo convert has not finished what it writes into this folder. The command that began goes on when it is run again.
+To begin anew, remove the folder.
+"""
+_SHOWN = 5
+
+
+class Folder:
+    """A folder held open, so that its entries are those of this very folder whatever becomes of its path."""
+
+    def __init__(self, path: Path, parent: Folder | None = None) -> None:
+        self.path = path
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+        self.descriptor: int = (
+            os.open(path, flags) if parent is None else os.open(path.name, flags, dir_fd=parent.descriptor)
+        )
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def names(self) -> set[str]:
+        return set(os.listdir(self.descriptor))
+
+    def lstat(self, name: str) -> os.stat_result | None:
+        """Of the entry itself, if it is a link; None if there is none."""
+        try:
+            return os.stat(name, dir_fd=self.descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return None
+
+    def is_file(self, name: str) -> bool:
+        """Return True for a regular file, and False for a link to one."""
+        found = self.lstat(name)
+        return found is not None and stat.S_ISREG(found.st_mode)
+
+    def is_folder(self, name: str) -> bool:
+        """Return True for a folder, and False for a link to one."""
+        found = self.lstat(name)
+        return found is not None and stat.S_ISDIR(found.st_mode)
+
+    def is_at(self, name: str, descriptor: int) -> bool:
+        """Return True if the entry is what ``descriptor`` was opened from."""
+        found = self.lstat(name)
+        return found is not None and os.path.samestat(found, os.fstat(descriptor))
+
+    def opener(self, path: str, flags: int) -> int:
+        """Open an entry, for the built-in `open` and for `OutFile`; only the last part of ``path`` counts."""
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(os.path.basename(path), flags, 0o666, dir_fd=self.descriptor)
+
+    @contextlib.contextmanager
+    def new_file(self, name: str) -> Iterator[BinaryIO]:
+        """A file under a name that is free; on the disk at the end."""
+        with open(name, "xb", opener=self.opener) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write(self, name: str, text: str) -> None:
+        with self.new_file(name) as file:
+            file.write(text.encode())
+
+    def rename(self, old: str, new: str) -> None:
+        os.replace(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
+
+    def remove(self, name: str) -> None:
+        os.unlink(name, dir_fd=self.descriptor)
+
+    def refuse(self, names: Iterable[str]) -> None:
+        """Raise if one of these entries, which octavo did not make, is there."""
+        shown = []
+        for name in sorted(names):
+            found = self.lstat(name)
+            if found is not None:
+                shown.append(f"{name!r} (a link)" if stat.S_ISLNK(found.st_mode) else repr(name))
+        if len(shown) > _SHOWN:
+            shown[_SHOWN:] = [f"{len(shown) - _SHOWN} more"]
+        if shown:
+            raise OutputError(
+                f"{self.path}: holds {', '.join(shown)}, not made by octavo. Move it out of there and run the command "
+                "again, or name another target."
+            )
+
+
+class PartialFolder(Folder):
+    """``DST.partial``, locked, with what it holds of an earlier run."""
+
+    result: Folder
+    manifest: dict[str, Any]  # empty where nothing was begun
+    _wanted: set[str]  # the files of the result
+
+    @classmethod
+    @contextlib.contextmanager
+    def locked(cls, path: Path) -> Iterator[PartialFolder]:
+        """Make the folder, or take it up again, and keep other processes out of it."""
+        with contextlib.ExitStack() as stack:
+            try:
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+                partial = cls(path)
+                stack.callback(partial.close)
+                stack.callback(os.close, partial._lock())
+            except NotADirectoryError:
+                raise OutputError(
+                    f"{path}: is a link or a file, which octavo did not make. Move it, or name another target."
+                ) from None
+            except OSError as error:
+                raise OutputError(f"{path}: can't be made: {error.strerror}") from error
+            try:
+                if partial.is_file(_MANIFEST + PART):
+                    partial.remove(_MANIFEST + PART)
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(_RESULT, dir_fd=partial.descriptor)
+                partial.result = Folder(path / _RESULT, partial)
+                stack.callback(partial.result.close)
+                partial.manifest = partial._read_manifest()
+            except OSError as error:
+                raise disk_error(path, error) from error
+            yield partial
+
+    # -- whose it is --------------------------------------------------------------------------------------------------
+
+    def _lock(self) -> int:
+        """A descriptor that keeps other processes out while it is open."""
+        names = self.names()
+        files = {name for name in (_LOCK, _MANIFEST, _MANIFEST + PART) if self.is_file(name)}
+        self.refuse(names - files - ({_RESULT} if self.is_folder(_RESULT) else set()))
+        if _LOCK not in names:
+            self.refuse(names)
+        lock = self.opener(_LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not self.is_at(_LOCK, lock):
+                    raise FileNotFoundError  # that of a run which ended just now
+            except OSError:
+                raise OutputError(f"{self.path}: another process is converting into it") from None
+            self._mark(lock)
+        except BaseException:
+            os.close(lock)
+            raise
+        return lock
+
+    def _mark(self, lock: int) -> None:
+        """Find octavo's mark. Where there is nothing else, make it, or complete what a killed run began."""
+        found = os.pread(lock, len(_MARK) + 1, 0)
+        if found == _MARK:
+            return
+        names = self.names()
+        if names != {_LOCK} or not _MARK.startswith(found) or os.fstat(lock).st_nlink != 1:
+            self.refuse(names)
+        with open(lock, "wb", closefd=False) as file:
+            file.write(_MARK)
+        os.fsync(lock)
+
+    # -- what it holds ------------------------------------------------------------------------------------------------
+
+    def _read_manifest(self) -> dict[str, Any]:
+        try:
+            with open(_MANIFEST, "rb", opener=self.opener) as file:
+                manifest = json.load(file)
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise OutputError(f"{self.path / _MANIFEST}: damaged ({error}); remove {self.path}") from error
+        files = manifest.get("files") if isinstance(manifest, dict) else None
+        finished = manifest.get("finished") if isinstance(manifest, dict) else None
+        if (
+            not isinstance(files, list)
+            or not isinstance(finished, dict)
+            or not all(isinstance(name, str) for name in files)
+            or not all(isinstance(nbytes, int) for nbytes in finished.values())
+        ):
+            raise OutputError(f"{self.path / _MANIFEST}: damaged; remove {self.path}")
+        assert isinstance(manifest, dict)
+        return manifest
+
+    @property
+    def finished(self) -> dict[str, int]:
+        """Shards that are complete, and on the disk, and their sizes."""
+        finished: dict[str, int] = self.manifest.get("finished", {})
+        return finished
+
+    def take_up(self, identity: dict[str, Any], shards: Sequence[str], others: Sequence[str]) -> None:
+        """Keep finished shards, remove all else that an earlier run left, and note which files this one is to make.
+
+        Unfinished shards go so that their room is free, and small files since they are copied anew.
+        """
+        made, result = set(self.manifest.get("files", ())), self.result
+        names = result.names()
+        result.refuse(name for name in names if name not in made or not result.is_file(name))
+        sizes = {name: found.st_size for name in names if (found := result.lstat(name))}
+        finished = {name: nbytes for name, nbytes in self.finished.items() if sizes.get(name) == nbytes}
+        for name in names - finished.keys():
+            result.remove(name)
+        self._wanted = {*shards, *others}
+        files = self._wanted.union(shard + PART for shard in shards)
+        self.manifest = {**identity, "files": sorted(files), "finished": finished}
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        """Replace it, so that a reader finds either the old or the new one."""
+        self.write(_MANIFEST + PART, json.dumps(self.manifest, indent=1))
+        self.rename(_MANIFEST + PART, _MANIFEST)
+
+    def finish(self, shard: str, nbytes: int) -> None:
+        """Note that a shard, synced, is complete."""
+        self.result.refuse([shard])
+        self.result.rename(shard + PART, shard)
+        self.finished[shard] = nbytes
+        self._write_manifest()
+
+    def publish(self, dst: Path) -> None:
+        """Make the complete result appear as ``dst``, and remove the rest."""
+        result, names = self.result, self.result.names()
+        result.refuse(name for name in names if name not in self._wanted or not result.is_file(name))
+        if gone := self._wanted - names:
+            raise OutputError(f"{result.path}: {', '.join(sorted(gone))}: gone. Run the same command again to go on.")
+        if not self.is_at(_RESULT, result.descriptor):
+            self.refuse([_RESULT])
+        check_free(dst)
+        os.fsync(result.descriptor)
+        os.rename(_RESULT, dst, src_dir_fd=self.descriptor)
+        # it is there: nothing that follows may say otherwise
+        with contextlib.suppress(OSError):
+            _sync(dst.parent)
+        with contextlib.suppress(OSError):
+            self.remove(_MANIFEST)
+            self.remove(_LOCK)
+            self.path.rmdir()
+
+
+def check_free(dst: Path) -> None:
+    """Raise if something has the name already."""
+    if os.path.lexists(dst):
+        raise OutputError(f"{dst}: exists already. Remove it or name another folder; octavo overwrites nothing.")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
