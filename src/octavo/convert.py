@@ -152,6 +152,16 @@ def _check_names(plan: Plan, layout: formats.Format, dst: Path) -> None:
     raise_problems(OutputError, dst, problems, "Is the source quantized already?")
 
 
+def _check_apart(source: Iterable[Path], dst: Path) -> None:
+    """Raise if the source lies where octavo writes, by whatever names and links either is reached."""
+    partial = _partial_of(dst)
+    if not partial.exists():
+        return
+    real = [path.resolve() for path in source]
+    if any(place.samefile(partial) for place in {place for path in real for place in (path, *path.parents)}):
+        raise OutputError(f"{partial}: holds the source, and {dst.name} would be written there. Name another target.")
+
+
 @dataclass(frozen=True)
 class Job:
     """One conversion: what is to be written where, and what has been."""
@@ -185,6 +195,7 @@ class Job:
             shards.append((layout_of, replace(plan, placements=tuple(placements))))
         _check_names(plan, layout, dst)
         small_files = _small_files(checkpoint)
+        _check_apart([checkpoint.path, *(shard.path for shard in checkpoint.shards), *small_files], dst)
         return cls(checkpoint, plan, layout, dst, tuple(shards), small_files)
 
     # -- the partial folder -------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from _conversions import Conversions, Trap, same_files, stop_after
-from _inputs import fails
+from _conversions import CONFIG, Conversions, Trap, same_files, stop_after, tensors_of_size
+from _inputs import copy_of, fails
 
 import octavo
+from helpers import write_checkpoint
 from octavo.errors import OutputError
 
 FIRST = "checkpoint/model-00001-of-00003.safetensors"
@@ -32,6 +33,48 @@ def write(folder: Path, *names: str) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine")
     return folder
+
+
+# -- the source is where octavo would write ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lock", ["lock", "octavo.lock"])
+@pytest.mark.parametrize("way", ["by name", "by a link to it", "through a link to its parent", "a folder of links"])
+def test_source_that_is_the_partial_folder_is_refused(lock: str, way: str, small: Path, tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    write(copy_of(small, place / "qwen.partial"), lock, "checkpoint/optimizer.bin", "runs/log")
+    source, dst = place / "qwen.partial", place / "qwen"
+    if way == "by a link to it":
+        source = tmp_path / "link"
+        source.symlink_to(place / "qwen.partial")
+    elif way == "through a link to its parent":
+        (tmp_path / "other").symlink_to(place)
+        dst = tmp_path / "other" / "qwen"
+    elif way == "a folder of links":
+        source = tmp_path / "links"
+        source.mkdir()
+        for file in (place / "qwen.partial").iterdir():
+            (source / file.name).symlink_to(file)
+    before = everything(tmp_path)
+    fails(OutputError, ["qwen.partial", "holds the source"], lambda: octavo.convert(source, dst))
+    assert everything(tmp_path) == before
+
+
+def test_source_inside_the_partial_folder_is_refused(small: Path, tmp_path: Path) -> None:
+    """Even where the folder is octavo's own."""
+    stop_after(2, small, tmp_path / "out")
+    source = write_checkpoint(tmp_path / "out.partial" / "checkpoint", tensors_of_size(1, 96), 1, CONFIG)
+    before = everything(tmp_path)
+    fails(OutputError, "holds the source", lambda: octavo.convert(source, tmp_path / "out", None))
+    fails(OutputError, "holds the source", lambda: octavo.convert(source / "model.safetensors", tmp_path / "out", None))
+    assert everything(tmp_path) == before
+
+
+def test_source_beside_or_around_the_target_is_no_trouble(small: Path, tmp_path: Path) -> None:
+    octavo.convert(small, tmp_path / "undisturbed")
+    octavo.convert(small, small / "inside")
+    assert same_files(small / "inside", tmp_path / "undisturbed")
+    assert not (small / "inside.partial").exists()
 
 
 # -- the partial folder is somebody else's ----------------------------------------------------------------------------
