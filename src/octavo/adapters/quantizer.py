@@ -115,6 +115,7 @@ class OctavoQuantizer(HfQuantizer):
         self.sources: dict[str, tuple[str, ...]] = {}  # parameter -> the checkpoint tensors that make it
         self.made_from: dict[str, list[Placement]] = {}  # and the other way round
         self.storages: dict[str, Storage] = {}
+        self.streamed: set[str] = set()  # parameters and scales that are in memory before transformers loads any
         self.report: Report | None = None
         self.routes: Routes | None = None
 
@@ -123,6 +124,14 @@ class OctavoQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         return False
+
+    def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
+        """Bytes that each element of a parameter still takes: none where the stream has filled it.
+
+        transformers multiplies these to reserve device memory and to choose devices for ``device_map="auto"``; both
+        come after streaming, when free memory is already less the model.
+        """
+        return 0 if param_name in self.streamed else super().param_element_size(model, param_name, param)
 
     def validate_environment(self, *_: Any, **__: Any) -> None:
         return None
@@ -160,6 +169,7 @@ class OctavoQuantizer(HfQuantizer):
         for placement in plan.placements:
             for source in self.sources[placement.name]:
                 self.made_from.setdefault(source, []).append(placement)
+        self.streamed = {name for p in plan.placements for name in (p.name, modules.scale_name(p.name))}
         self.report = Report.of(plan, stream.geometry, tally, stages, meter)
         self.routes = Routes.of(plan, checkpoint)
 
@@ -201,6 +211,7 @@ class OctavoQuantizer(HfQuantizer):
             model.load_report = self.report
             model.load_routes = self.routes
         self.report = self.routes = None
+        self.streamed.clear()
         return model
 
 
