@@ -155,10 +155,9 @@ def _check_names(plan: Plan, layout: formats.Format, dst: Path) -> None:
 def _check_apart(source: Iterable[Path], dst: Path) -> None:
     """Raise if the source lies where octavo writes, by whatever names and links either is reached."""
     partial = _partial_of(dst)
-    if not partial.exists():
-        return
     real = [path.resolve() for path in source]
-    if any(place.samefile(partial) for place in {place for path in real for place in (path, *path.parents)}):
+    places = {place for path in real for place in (path, *path.parents) if place.is_dir()}
+    if os.path.isdir(partial) and any(os.path.samefile(place, partial) for place in places):
         raise OutputError(f"{partial}: holds the source, and {dst.name} would be written there. Name another target.")
 
 
