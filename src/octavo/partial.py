@@ -26,6 +26,7 @@ from .outfile import disk_error
 _LOCK, _MANIFEST, _RESULT = "octavo.lock", "manifest.json", "checkpoint"
 #: ends the names of files that are not complete
 PART = ".part"
+#: never changed, so that later versions know the folders of earlier ones
 _MARK = b"""\
 octavo convert has not finished what it writes into this folder. The command that began goes on when it is run again.
 To begin anew, remove the folder.
@@ -189,7 +190,7 @@ class PartialFolder(Folder):
                 manifest = json.load(file)
         except FileNotFoundError:
             return {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise OutputError(f"{self.path / _MANIFEST}: damaged ({error}); remove {self.path}") from error
         files = manifest.get("files") if isinstance(manifest, dict) else None
         finished = manifest.get("finished") if isinstance(manifest, dict) else None
@@ -255,7 +256,8 @@ class PartialFolder(Folder):
         with contextlib.suppress(OSError):
             self.remove(_MANIFEST)
             self.remove(_LOCK)
-            self.path.rmdir()
+            if os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor)):
+                self.path.rmdir()
 
 
 def check_free(dst: Path) -> None:

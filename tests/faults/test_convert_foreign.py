@@ -230,6 +230,19 @@ def test_empty_folder_that_takes_the_name_of_the_target_meanwhile_is_kept(small:
     assert list(dst.iterdir()) == []
 
 
+def test_folder_that_takes_the_name_of_the_partial_one_meanwhile_is_kept(small: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+
+    def progress(done: int, of: int) -> None:
+        if not (tmp_path / "moved").exists():
+            partial.rename(tmp_path / "moved")
+            partial.mkdir()
+
+    octavo.convert(small, tmp_path / "out", progress=progress)
+    assert octavo.verify(tmp_path / "out", small).ok
+    assert partial.is_dir()
+
+
 def test_second_name_of_a_file_is_not_written_through(small: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     (tmp_path / "out.partial").mkdir()

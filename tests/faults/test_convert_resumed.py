@@ -183,6 +183,7 @@ def test_shard_that_was_lost_since_the_interruption_is_written_again(small: Path
         b"[]",
         b"null",
         b"7",
+        b"[" * 100_000,
     ],
 )
 def test_damaged_manifest_is_refused_with_advice(content: bytes, small: Path, tmp_path: Path) -> None:
