@@ -26,7 +26,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check lint types format peers peers-vllm gpu bench docs docs-serve clean
+.PHONY: help demo test check lint types format peers peers-vllm gpu bench docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -66,6 +66,9 @@ bench: $(READY) ## one benchmark: make bench B=convert ARGS="..."; all of them w
 
 docs: $(DOCS_VENV)/.installed ## the documentation, into site/; fails on any warning or broken link (Python 3.11 or later)
 	$(call timed,docs,$(DOCS_VENV)/bin/zensical build --clean --strict && $(PYTHON) tools/check_site.py site)
+
+pages: $(READY) ## those pages of docs/ that are made from benchmarks/results and from the command line
+	$(PY) tools/make_pages.py
 
 docs-serve: $(DOCS_VENV)/.installed ## the documentation at http://localhost:8000, built anew whenever a page changes
 	$(DOCS_VENV)/bin/zensical serve --dev-addr localhost:8000

@@ -1,0 +1,17 @@
+"""All pages that are made from results."""
+
+from __future__ import annotations
+
+from . import converting, loading, products, serving, summary, updating
+
+
+def make() -> dict[str, str]:
+    """Path within docs -> Markdown."""
+    return {
+        "measured/index.md": summary.make(),
+        "measured/loading.md": loading.make(),
+        "measured/converting.md": converting.make(),
+        "measured/updating.md": updating.make(),
+        "measured/products.md": products.make(),
+        "measured/serving.md": serving.make(),
+    }
