@@ -65,7 +65,7 @@ bench: $(READY) ## one benchmark: make bench B=convert ARGS="..."; all of them w
 		echo "== $$file"; $(PY) "$$file" $(ARGS) || exit 1; done
 
 docs: $(DOCS_VENV)/.installed ## the documentation, into site/; fails on any warning or broken link (Python 3.11 or later)
-	$(call timed,docs,$(DOCS_VENV)/bin/zensical build --clean --strict && $(PYTHON) tools/check_site.py site)
+	$(call timed,docs,$(DOCS_VENV)/bin/python tools/build_site.py)
 
 pages: $(READY) ## those pages of docs/ that are made from benchmarks/results and from the command line
 	$(PY) tools/make_pages.py

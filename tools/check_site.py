@@ -1,14 +1,11 @@
 """Check a built site: every link inside it leads somewhere, and no page fetches anything from another host.
 
-    python tools/check_site.py site
-
 The site's builder checks the links of Markdown pages. This looks at what came out, so that links which docstrings,
 templates and generated pages make are checked as well. Needs nothing but Python.
 """
 
 from __future__ import annotations
 
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -71,16 +68,3 @@ def _target(page: Path, link: str) -> Path:
 def _exists(target: Path, root: Path) -> bool:
     """Return True if there is such a file within the site."""
     return target.is_relative_to(root.resolve()) and target.exists()
-
-
-def main() -> None:
-    root = Path(sys.argv[1])
-    found = problems(root)
-    for line in found:
-        print(line, file=sys.stderr)
-    print(f"{root}: {len(list(root.rglob('*.html')))} pages, {len(found)} problems")
-    sys.exit(1 if found else 0)
-
-
-if __name__ == "__main__":
-    main()

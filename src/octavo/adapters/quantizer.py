@@ -37,8 +37,11 @@ class OctavoConfig(QuantizationConfigMixin):
     """What ``quantization_config`` takes.
 
     Args:
-        scheme, targets, ignore: as in `octavo.Recipe`.
-        staging_bytes, threads: as in `octavo.load`.
+        scheme: as in `octavo.Recipe`.
+        targets: as in `octavo.Recipe`.
+        ignore: as in `octavo.Recipe`.
+        staging_bytes: as in `octavo.load`.
+        threads: as in `octavo.load`.
         weights: name -> [scheme, parts] of a checkpoint that is quantized already; written by ``save_pretrained``.
     """
 
