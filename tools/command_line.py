@@ -39,8 +39,9 @@ def _section(name: str, command: Any) -> str:
     usage = " ".join(["octavo", name, *(p.name.upper() for p in arguments), *required, "[OPTIONS]"])
     text, examples = _text(command.help or "")
     lines = [f"## octavo {name}", "", text, "", f"    {usage}", ""]
-    if examples:
-        lines += ["```sh", *examples, "```", ""]
+    for example in examples:
+        needs = ' title="needs a GPU"' if "cuda" in example else ""
+        lines += [f"```sh{needs}", example, "```", ""]
     lines += ["| | | default |", "|---|---|---|"]
     lines += [f"| `{p.name.upper()}` | {_cell(p.help)} | |" for p in arguments]
     lines += [f"| {_names(p)} | {_cell(p.help)} | {_default(p)} |" for p in options]

@@ -9,7 +9,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import make_pages
+from measured import summary
 
+README = (Path(__file__).parents[2] / "README.md").read_text()
 MADE = make_pages.make()
 
 
@@ -20,3 +22,12 @@ def test_a_committed_page_is_what_its_source_makes(path):
 
 def test_every_page_of_measurements_is_made():
     assert {path for path in MADE if path.parent.name == "measured"} == set(make_pages.DOCS.glob("measured/*.md"))
+
+
+def test_the_figures_of_the_readme_are_those_of_the_committed_results():
+    for made in (summary.headline(), summary.readme_table()):
+        assert " ".join(made.split()) in " ".join(README.split()), f"README is to hold:\n{made}"
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 700
