@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dtypes, kinds, schemes
+from . import choices, dtypes, kinds, schemes
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError
 from .kinds import EXPERTS, module_of
@@ -34,8 +34,8 @@ from .plan import Placement, Plan, plan_checkpoint
 from .recipe import Recipe
 from .schemes import E8M0, Scheme
 
-DEFAULT = "compressed-tensors"
-NAMES = ("compressed-tensors", "fp8")
+DEFAULT = choices.DEFAULT_FORMAT
+NAMES = tuple(choices.FORMATS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +215,7 @@ def _arguments(scheme: str, placements: Iterable[Placement]) -> dict[str, Any]:
     }
 
 
-_FORMATS = {
-    "compressed-tensors": Format("compressed-tensors", "_scale", ("fp8_channel", "fp8_block", "fp8_tensor", "mxfp8")),
-    "fp8": Format("fp8", "_scale_inv", ("fp8_block",)),
-}
+_FORMATS = {name: Format(name, terms.scale_suffix, terms.schemes) for name, terms in choices.FORMATS.items()}
 
 
 def get(name: str) -> Format:

@@ -17,11 +17,10 @@ import torch
 
 from . import dtypes, kinds, schemes
 from .checkpoint import Checkpoint, TensorInfo
+from .choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
 from .errors import CoverageError, DeviceError, RecipeError, raise_problems
 from .pieces import Piece, coverage_problem, whole
 from .recipe import Decision, Recipe, Weight
-
-DEFAULT_STAGING_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)

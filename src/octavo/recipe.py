@@ -24,9 +24,8 @@ from typing import Any
 import torch
 
 from . import dtypes, kinds, schemes
+from .choices import DEFAULT_SCHEME as DEFAULT_SCHEME
 from .errors import RecipeError, raise_problems
-
-DEFAULT_SCHEME = "fp8_channel"
 
 
 @dataclass(frozen=True, slots=True)

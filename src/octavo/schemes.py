@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import choices
 from .errors import RecipeError
 
 FP8 = torch.float8_e4m3fn
@@ -49,7 +50,7 @@ class Scheme:
     name: str
     group_rows: int | None  # rows of a scale group; None: all
     group_cols: int | None  # columns of a scale group; None: all
-    power_of_two: bool = False  # e8m0 scales as OCP MX defines them; else float32 numbers that bf16 can hold
+    power_of_two: bool  # e8m0 scales as OCP MX defines them; else float32 numbers that bf16 can hold
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -79,13 +80,8 @@ class Scheme:
 
 
 SCHEMES = {
-    scheme.name: scheme
-    for scheme in (
-        Scheme("fp8_channel", 1, None),
-        Scheme("fp8_block", 128, 128),
-        Scheme("fp8_tensor", None, None),
-        Scheme("mxfp8", 1, 32, power_of_two=True),
-    )
+    name: Scheme(name, terms.group_rows, terms.group_cols, terms.power_of_two)
+    for name, terms in choices.SCHEMES.items()
 }
 
 

@@ -1,0 +1,45 @@
+"""The schemes and formats that users choose by name, as data, and what is taken where they choose nothing.
+
+A scheme is a row here, and a format is one. What they mean is elsewhere: the arithmetic in `octavo.schemes`, what a
+format's readers take in `octavo.formats`. This module imports nothing of octavo and no torch, so that the help and the
+completion of the command line can list the names at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class SchemeTerms(NamedTuple):
+    """How a scheme cuts a matrix ``[out, in]`` into groups that share a scale."""
+
+    summary: str  # of which there is one scale, in a few words
+    group_rows: int | None  # rows of a scale group; None: all
+    group_cols: int | None  # columns of a scale group; None: all
+    power_of_two: bool = False  # e8m0 scales as OCP MX defines them; else float32 numbers that bf16 can hold
+
+
+class FormatTerms(NamedTuple):
+    """What a checkpoint in a format has beside each weight, and by which schemes its weights may be quantized."""
+
+    summary: str  # who reads it, in a few words
+    scale_suffix: str  # appended to the weight's name
+    schemes: tuple[str, ...]
+
+
+SCHEMES = {
+    "fp8_channel": SchemeTerms("a scale for each row", 1, None),
+    "fp8_block": SchemeTerms("one for each 128x128 block", 128, 128),
+    "fp8_tensor": SchemeTerms("one for each matrix", None, None),
+    "mxfp8": SchemeTerms("one for 32 columns of a row, a power of two", 1, 32, power_of_two=True),
+}
+DEFAULT_SCHEME = "fp8_channel"
+
+FORMATS = {
+    "compressed-tensors": FormatTerms("vLLM, and transformers with compressed-tensors", "_scale", tuple(SCHEMES)),
+    "fp8": FormatTerms("vLLM and transformers, fp8_block only", "_scale_inv", ("fp8_block",)),
+}
+DEFAULT_FORMAT = "compressed-tensors"
+
+#: bound on memory beyond the result
+DEFAULT_STAGING_BYTES = 256 << 20
