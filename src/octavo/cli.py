@@ -3,6 +3,9 @@
 Results go to stdout, everything else (progress, errors) to stderr; with ``--json``, stdout holds one JSON value and
 nothing else. Exit codes: 0 done; 1 the answer is no (it does not fit, bytes differ); 2 an error or wrong usage; 130
 interrupted.
+
+Help, completion and complaints about wrong usage answer at once: neither torch nor anything that imports it is imported
+before a command has work to do. So commands import what they call.
 """
 
 from __future__ import annotations
@@ -14,12 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
-from . import __version__, formats, schemes
+from ._version import __version__
+from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES, FORMATS, SCHEMES
 from .errors import OctavoError
-from .plan import DEFAULT_STAGING_BYTES
-from .recipe import DEFAULT_SCHEME
 
 app = typer.Typer(
     name="octavo",
@@ -29,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-errors = Console(stderr=True, highlight=False)
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 
@@ -44,20 +44,18 @@ def parse_size(text: str) -> int:
 
 
 def _scheme(text: str) -> str:
-    if text not in (*schemes.SCHEMES, "none"):
-        raise typer.BadParameter(f"{text!r}; known: {', '.join(schemes.SCHEMES)}, none")
+    if text not in (*SCHEMES, "none"):
+        raise typer.BadParameter(f"{text!r}; known: {', '.join(SCHEMES)}, none")
     return text
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .safetensors file, or a hub id.", show_default=False)]
-SchemeOption = Annotated[
-    str, typer.Option("--scheme", "-s", help=f"{', '.join(schemes.SCHEMES)}, or none.", callback=_scheme)
-]
+SchemeOption = Annotated[str, typer.Option("--scheme", "-s", help=f"{', '.join(SCHEMES)}, or none.", callback=_scheme)]
 Ignore = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
     typer.Option("--ignore", "-i", help="Leave these as they are: a name, a glob, or re:regex. Repeatable."),
 ]
-FormatOption = Annotated[str, typer.Option("--format", "-f", help=f"Of a conversion: {' or '.join(formats.NAMES)}.")]
+FormatOption = Annotated[str, typer.Option("--format", "-f", help=f"Of a conversion: {' or '.join(FORMATS)}.")]
 Staging = Annotated[str, typer.Option("--staging", help="Memory beyond the result, at most.")]
 Threads = Annotated[Optional[int], typer.Option("--threads", help="Reader threads; default: one a core.")]  # noqa: UP045
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -109,7 +107,7 @@ def plan(
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint", help="Plan a conversion: the checkpoint's own tensors, no model.")
     ] = False,
-    format: FormatOption = formats.DEFAULT,
+    format: FormatOption = DEFAULT_FORMAT,
     json_: Json = False,
 ) -> None:
     """Say what would become of each tensor and why, and how much memory it takes. Reads headers only.
@@ -118,10 +116,10 @@ def plan(
 
     Exit code 1 when it does not fit.
     """
+    if format != DEFAULT_FORMAT and not checkpoint:
+        raise typer.BadParameter("--format is for planning a conversion: add --checkpoint")
     from . import api
 
-    if format != formats.DEFAULT and not checkpoint:
-        raise typer.BadParameter("--format is for planning a conversion: add --checkpoint")
     if device_memory == "auto" and device == "cpu":
         device = _accelerator()
     room = None if device_memory is None else _device_memory(device_memory, device)
@@ -179,7 +177,7 @@ def convert(
     src: Model,
     dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
     scheme: SchemeOption = DEFAULT_SCHEME,
-    format: FormatOption = formats.DEFAULT,
+    format: FormatOption = DEFAULT_FORMAT,
     ignore: Ignore = None,
     threads: Threads = None,
     staging: Staging = _STAGING,
@@ -211,7 +209,7 @@ def convert(
         typer.echo(report.table())
         typer.echo(f"written: {dst}")
     if not report.quantized and _chosen(scheme):
-        errors.print(f"[yellow]warning:[/yellow] no weight became FP8: {_escape(str(dst))} is a copy", soft_wrap=True)
+        _tell("[yellow]warning:[/yellow] ", f"no weight became FP8: {dst} is a copy")
 
 
 @app.command()
@@ -291,10 +289,10 @@ def demo(
 
     The model (SmolLM2-135M-Instruct) comes from the Python package index, and is kept in a cache folder.
     """
-    from .demo import run
-
     if plot is not None and not plot.absolute().parent.is_dir():
         raise typer.BadParameter(f"--plot {plot}: the folder {plot.parent} does not exist")
+    from .demo import run
+
     result = run(_chosen(scheme), prompt, plot=plot, out=None if json_ else sys.stdout)
     if json_:
         _print_json(result)
@@ -309,12 +307,12 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except OctavoError as error:
-        errors.print(f"[red]error:[/red] {_escape(str(error))}", soft_wrap=True)
+        _tell("[red]error:[/red] ", str(error))
         sys.exit(2)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("interrupted")
+        _tell("", "interrupted")
         sys.exit(130)
     except Exception as error:
         # click's own usage errors know how to show themselves
@@ -325,7 +323,9 @@ def main() -> None:
         sys.exit(getattr(error, "exit_code", 2))
 
 
-def _escape(text: str) -> str:
+def _tell(label: str, text: str) -> None:
+    """Print to stderr: a label with markup, and a text as it is."""
+    from rich.console import Console
     from rich.markup import escape
 
-    return escape(text)
+    Console(stderr=True, highlight=False).print(label + escape(text), soft_wrap=True)
