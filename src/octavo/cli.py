@@ -11,7 +11,6 @@ before a command has work to do. So commands import what they call.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -19,7 +18,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ._version import __version__
-from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES, FORMATS, SCHEMES
+from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from .cli_options import Device, Format, Ignore, Json, Model, Scheme, Staging, Threads, parse_size
 from .errors import OctavoError
 
 app = typer.Typer(
@@ -31,35 +31,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """'24GiB' -> 25769803776; KiB, MiB, GiB, TiB are powers of 1024, KB, MB, GB, TB (or K, M, G, T) of 1000."""
-    found = _SIZE.match(text)
-    if not found:
-        raise typer.BadParameter(f"{text!r} is not a size; write 256MiB, 24GiB or 80GB")
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
-
-
-def _scheme(text: str) -> str:
-    if text not in (*SCHEMES, "none"):
-        raise typer.BadParameter(f"{text!r}; known: {', '.join(SCHEMES)}, none")
-    return text
-
-
-Model = Annotated[str, typer.Argument(help="A folder, a .safetensors file, or a hub id.", show_default=False)]
-SchemeOption = Annotated[str, typer.Option("--scheme", "-s", help=f"{', '.join(SCHEMES)}, or none.", callback=_scheme)]
-Ignore = Annotated[
-    Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
-    typer.Option("--ignore", "-i", help="Leave these as they are: a name, a glob, or re:regex. Repeatable."),
-]
-FormatOption = Annotated[str, typer.Option("--format", "-f", help=f"Of a conversion: {' or '.join(FORMATS)}.")]
-Staging = Annotated[str, typer.Option("--staging", help="Memory beyond the result, at most.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", help="Reader threads; default: one a core.")]  # noqa: UP045
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 _STAGING = f"{DEFAULT_STAGING_BYTES >> 20}MiB"
 
 
@@ -96,7 +67,7 @@ def _root(
 @app.command()
 def plan(
     model: Model,
-    scheme: SchemeOption = DEFAULT_SCHEME,
+    scheme: Scheme = DEFAULT_SCHEME,
     ignore: Ignore = None,
     device: Device = "cpu",
     device_memory: Annotated[
@@ -107,7 +78,7 @@ def plan(
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint", help="Plan a conversion: the checkpoint's own tensors, no model.")
     ] = False,
-    format: FormatOption = DEFAULT_FORMAT,
+    format: Format = DEFAULT_FORMAT,
     json_: Json = False,
 ) -> None:
     """Say what would become of each tensor and why, and how much memory it takes. Reads headers only.
@@ -176,8 +147,8 @@ def _device_memory(text: str, device: str) -> int:
 def convert(
     src: Model,
     dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
-    scheme: SchemeOption = DEFAULT_SCHEME,
-    format: FormatOption = DEFAULT_FORMAT,
+    scheme: Scheme = DEFAULT_SCHEME,
+    format: Format = DEFAULT_FORMAT,
     ignore: Ignore = None,
     threads: Threads = None,
     staging: Staging = _STAGING,
@@ -245,7 +216,7 @@ def verify(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
-    scheme: SchemeOption = DEFAULT_SCHEME,
+    scheme: Scheme = DEFAULT_SCHEME,
     ignore: Ignore = None,
     device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many.")] = 128,
@@ -277,7 +248,7 @@ def generate(
 
 @app.command()
 def demo(
-    scheme: SchemeOption = DEFAULT_SCHEME,
+    scheme: Scheme = DEFAULT_SCHEME,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")] = "What is the capital of France?",
     plot: Annotated[
         Optional[Path],  # noqa: UP045
