@@ -1,4 +1,4 @@
-"""The options and arguments that several commands share: what they take and how they explain it."""
+"""The options and arguments that several commands share: what they take, how they explain and complete it."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ def _check_scheme(text: str) -> str:
     return text
 
 
+def _complete_scheme(incomplete: str) -> list[tuple[str, str]]:
+    known = {name: terms.summary for name, terms in SCHEMES.items()} | {"none": "all weights stay as they are"}
+    return [(name, summary) for name, summary in known.items() if name.startswith(incomplete)]
+
+
+def _complete_format(incomplete: str) -> list[tuple[str, str]]:
+    return [(name, terms.summary) for name, terms in FORMATS.items() if name.startswith(incomplete)]
+
+
 def _listed(rows: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} ({row.summary})" for name, row in rows.items())
 
@@ -43,6 +52,7 @@ Scheme = Annotated[
         metavar="SCHEME",
         help=f"What shares a scale: {_listed(SCHEMES)}; or none.",
         callback=_check_scheme,
+        autocompletion=_complete_scheme,
     ),
 ]
 Ignore = Annotated[
@@ -59,6 +69,7 @@ Format = Annotated[
         *("--format", "-f"),
         metavar="FORMAT",
         help=f"Of a conversion: {_listed(FORMATS)}.",
+        autocompletion=_complete_format,
     ),
 ]
 Staging = Annotated[

@@ -94,6 +94,33 @@ def test_version_is_the_package_s(run: Run) -> None:
     assert (module.returncode, module.stdout) == (0, f"octavo {octavo.__version__}\n")
 
 
+# -- completion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("octavo conv", ["convert"]),
+        ("octavo plan --sch", ["--scheme"]),
+        ("octavo plan x --scheme fp8_", ["fp8_channel", "fp8_block", "fp8_tensor"]),
+        ("octavo demo -s n", ["none"]),
+        ("octavo convert x y --format f", ["fp8"]),
+    ],
+)
+def test_completion_offers_commands_options_and_what_can_be_chosen(line: str, offered: list[str]) -> None:
+    asked = {"_OCTAVO_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = subprocess.run(OCTAVO, capture_output=True, text=True, env=_environment(**asked))
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, offered, "")
+
+
+def test_completion_is_installed_for_a_shell(tmp_path: Path) -> None:
+    environment = _environment(HOME=str(tmp_path), _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    command = [*OCTAVO, "--install-completion", "bash"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "octavo" in (tmp_path / ".bashrc").read_text()
+
+
 # -- wrong usage ------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +190,7 @@ def test_text_in_brackets_is_printed_as_it_is(run: Run) -> None:
 # -- as a process of its own ------------------------------------------------------------------------------------------
 
 
-OCTAVO = (sys.executable, "-c", "from octavo.cli import main; main()")
+OCTAVO = (sys.executable, "-c", "import sys; sys.argv[0] = 'octavo'; from octavo.cli import main; main()")
 
 
 def _environment(**more: str) -> dict[str, str]:
