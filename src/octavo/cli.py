@@ -19,7 +19,7 @@ import typer
 
 from ._version import __version__
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
-from .cli_options import Device, Format, Ignore, Json, Model, Prompt, Scheme, Staging, Threads, parse_size
+from .cli_options import Device, Format, Ignore, Json, Model, Prompt, Scheme, Staging, Threads, check_size, parse_size
 from .errors import OctavoError
 
 _HELP = """Turn a bf16 checkpoint into FP8 while it streams: to run it, to write it, to check it.
@@ -97,6 +97,7 @@ def plan(
             "--device-memory",
             metavar="SIZE",
             help="Does it fit? 24GiB, 80GB, or auto to ask the device.",
+            callback=check_size,
         ),
     ] = None,
     staging: Staging = _STAGING,

@@ -22,6 +22,13 @@ def parse_size(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
+def check_size(text: str | None) -> str | None:
+    """Refuse what is no size, before a command imports anything; ``auto`` is for the command to understand."""
+    if text not in (None, "auto"):
+        parse_size(text)
+    return text
+
+
 def _check_scheme(text: str) -> str:
     if text not in (*SCHEMES, "none"):
         raise typer.BadParameter(f"{text!r}; known: {', '.join(SCHEMES)}, none")
@@ -74,7 +81,9 @@ Format = Annotated[
 ]
 Staging = Annotated[
     str,
-    typer.Option("--staging", metavar="SIZE", help="Memory beyond the result, at most: 64MiB, 1GB."),
+    typer.Option(
+        "--staging", metavar="SIZE", help="Memory beyond the result, at most: 64MiB, 1GB.", callback=check_size
+    ),
 ]
 Threads = Annotated[
     Optional[int],  # noqa: UP045
