@@ -14,7 +14,7 @@ _HEAD = """<!-- Made by `make pages` from octavo.cli; changes here are lost. -->
 # Command line
 
 Results go to stdout, everything else (progress, errors) to stderr. With `--json`, stdout holds one JSON value and
-nothing else. `python -m octavo` is the same command.
+nothing else. `python -m octavo` is the same command; `octavo --install-completion` teaches your shell its words.
 
 | exit code | means |
 |---|---|
@@ -40,8 +40,8 @@ def _section(name: str, command: Any) -> str:
     text, examples = _text(command.help or "")
     lines = [f"## octavo {name}", "", text, "", f"    {usage}", ""]
     for example in examples:
-        needs = ' title="needs a GPU"' if "cuda" in example else ""
-        lines += [f"```sh{needs}", example, "```", ""]
+        needs = {"demo": "the package index"}.get(name) or ("a GPU" if "cuda" in example else None)
+        lines += ["```sh" + (f' title="needs {needs}"' if needs else ""), example, "```", ""]
     lines += ["| | | default |", "|---|---|---|"]
     lines += [f"| `{p.name.upper()}` | {_cell(p.help)} | |" for p in arguments]
     lines += [f"| {_names(p)} | {_cell(p.help)} | {_default(p)} |" for p in options]
@@ -49,10 +49,10 @@ def _section(name: str, command: Any) -> str:
 
 
 def _text(help_text: str) -> tuple[str, list[str]]:
-    """Paragraphs of a command's help, and the example commands in it, which are dim on a terminal."""
-    examples = re.findall(r"\[dim\](.+?)\[/dim\]", help_text)
-    rest = re.sub(r"\[dim\].+?\[/dim\]", "", help_text)
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"\[/?\w+\]", "", rest)).strip(), examples
+    """Paragraphs of a command's help, and the example commands in it, which stand out on a terminal."""
+    example = re.compile(r"\[(\w+)\](octavo .+?)\[/\1\]")
+    rest = re.sub(r"\[/?\w+\]", "", example.sub("", help_text))
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", rest).strip(), [found[2] for found in example.finditer(help_text)]
 
 
 def _names(option: Any) -> str:
