@@ -39,7 +39,7 @@ from common import say
 import octavo
 from octavo.adapters import transformers as adapter
 from octavo.blocks import Read, cut_blocks
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.geometry import Geometry
 from octavo.plan import DEFAULT_STAGING_BYTES
 from octavo.ring import Slot

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import Shard
+from .checkpoint.checkpoint import Shard
 from .files import CACHED, RUN_WINDOWS, cached_share
 from .geometry import usable_cpus
 from .ring import Ring

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import formats
-from .checkpoint import Checkpoint
+from .checkpoint.checkpoint import Checkpoint
 from .convert import convert
 from .errors import MissingExtraError
 from .geometry import Geometry, usable_device

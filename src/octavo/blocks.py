@@ -13,8 +13,9 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from . import dtypes, schemes
-from .checkpoint import TensorInfo
+from . import schemes
+from .checkpoint import dtypes
+from .checkpoint.checkpoint import TensorInfo
 from .chunks import Chunk, Work, cut_placement
 from .pieces import Piece
 from .plan import Placement, Plan

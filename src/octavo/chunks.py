@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import dtypes, schemes
+from . import schemes
+from .checkpoint import dtypes
 from .pieces import Piece, whole
 from .plan import Placement, Plan
 from .schemes import Scheme

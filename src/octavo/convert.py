@@ -20,8 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from . import dtypes, formats
-from .checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
+from . import formats
+from .checkpoint import dtypes
+from .checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
 from .errors import OutputError, SourceChangedError, raise_problems
 from .geometry import Geometry, usable_device
 from .outfile import OutFile, disk_error

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dtypes, schemes
+from . import schemes
 from .blocks import Block, Box, Read
-from .checkpoint import Checkpoint
+from .checkpoint import dtypes
+from .checkpoint.checkpoint import Checkpoint
 from .chunks import Work
 from .errors import WeightError
 from .geometry import Geometry, check_options, usable_device

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint import Shard
+from .checkpoint.checkpoint import Shard
 from .errors import CheckpointError, SourceChangedError
 
 PAGE = 4096  # what direct reads are aligned to; devices ask for no more

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choices, dtypes, kinds, schemes
-from .checkpoint import Checkpoint
+from . import choices, kinds, schemes
+from .checkpoint import dtypes
+from .checkpoint.checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError
 from .kinds import EXPERTS, module_of
 from .plan import Placement, Plan, plan_checkpoint

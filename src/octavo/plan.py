@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from . import dtypes, kinds, schemes
-from .checkpoint import Checkpoint, TensorInfo
+from . import kinds, schemes
+from .checkpoint import dtypes
+from .checkpoint.checkpoint import Checkpoint, TensorInfo
 from .choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
 from .errors import CoverageError, DeviceError, RecipeError, raise_problems
 from .pieces import Piece, coverage_problem, whole

@@ -12,8 +12,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import dtypes, schemes
-from .checkpoint import Checkpoint
+from . import schemes
+from .checkpoint import dtypes
+from .checkpoint.checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_tiles
 from .errors import WeightError
 from .pieces import Piece, contiguous_strides

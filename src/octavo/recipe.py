@@ -23,7 +23,8 @@ from typing import Any
 
 import torch
 
-from . import dtypes, kinds, schemes
+from . import kinds, schemes
+from .checkpoint import dtypes
 from .choices import DEFAULT_SCHEME as DEFAULT_SCHEME
 from .errors import RecipeError, raise_problems
 

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import dtypes
+from .checkpoint import dtypes
 from .errors import MissingExtraError
 from .ring import now
 

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import dtypes, schemes
+from . import schemes
+from .checkpoint import dtypes
 from .errors import DeviceError
 from .outfile import OutFile
 from .pieces import Piece, contiguous_strides

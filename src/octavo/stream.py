@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dtypes
 from .blocks import Block, Read, cut_blocks, cut_reads
-from .checkpoint import Checkpoint
+from .checkpoint import dtypes
+from .checkpoint.checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_plan
 from .device import DevicePress
 from .errors import DeviceError, OctavoError

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from . import formats, schemes
-from .checkpoint import Checkpoint, TensorInfo
+from .checkpoint.checkpoint import Checkpoint, TensorInfo
 from .errors import CheckpointError, raise_problems
 from .report import progress_bar
 from .schemes import Scheme

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from _inputs import INDEX, MODEL, entry, fails, write_entries, write_index, write_tensors
 
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import CheckpointError, MissingExtraError
 
 pytestmark = pytest.mark.usefixtures("no_weight_is_read")

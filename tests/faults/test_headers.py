@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from _inputs import entry, fails, write_entries, write_raw, write_tensors
 
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("no_weight_is_read")

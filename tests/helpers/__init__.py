@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from octavo import dtypes
-from octavo.checkpoint import Checkpoint, Shard, TensorInfo
+from octavo.checkpoint import dtypes
+from octavo.checkpoint.checkpoint import Checkpoint, Shard, TensorInfo
 from octavo.geometry import Geometry
 from octavo.pieces import Piece
 from octavo.plan import Plan

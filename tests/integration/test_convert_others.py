@@ -12,7 +12,8 @@ from _sources import CONFIG, assert_same, raw_bytes, raw_tensor, read_all, write
 
 import octavo
 from helpers import random_weights, write_checkpoint
-from octavo import dtypes, schemes
+from octavo import schemes
+from octavo.checkpoint import dtypes
 from octavo.errors import OctavoError
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind", "no_waiting_for_the_disk")

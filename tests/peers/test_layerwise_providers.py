@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import octavo
 from octavo import demo_model
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import MissingExtraError, OctavoError
 
 pytest.importorskip("transformers")

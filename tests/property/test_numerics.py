@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from helpers import DTYPES, SCHEMES, headers, random_weights, reference, run_plan, same_bytes, write_checkpoint
 from octavo import chunks, kinds, schemes
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.chunks import Work, cut_plan
 from octavo.geometry import Geometry
 from octavo.pieces import Symbolic, coverage_problem

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers import random_weights, write_checkpoint
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 
 LAYER = "model.layers.0"
 

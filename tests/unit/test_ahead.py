@@ -11,7 +11,7 @@ import pytest
 
 from octavo import ahead
 from octavo.ahead import ReadAhead, available_bytes
-from octavo.checkpoint import Shard
+from octavo.checkpoint.checkpoint import Shard
 from octavo.files import cached_share
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]

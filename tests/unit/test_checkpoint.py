@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers import open_shards, random_weights, same_bytes, write_checkpoint
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import MissingExtraError, SourceChangedError
 
 

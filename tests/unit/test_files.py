@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import open_shards
-from octavo.checkpoint import Shard
+from octavo.checkpoint.checkpoint import Shard
 from octavo.errors import CheckpointError, SourceChangedError
 from octavo.files import PAGE, Files, cached_share
 

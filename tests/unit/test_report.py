@@ -12,7 +12,7 @@ import torch
 
 from helpers import random_weights, run_plan, threads_of_octavo, write_checkpoint
 from octavo import report
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import MissingExtraError
 from octavo.plan import plan_checkpoint
 from octavo.recipe import Recipe

@@ -25,7 +25,7 @@ from helpers import (
     write_checkpoint,
 )
 from octavo import kinds, schemes
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import SourceChangedError, WeightError
 from octavo.pieces import Symbolic, whole
 from octavo.plan import Plan, Target, make_plan, plan_checkpoint

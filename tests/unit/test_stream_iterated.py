@@ -15,7 +15,7 @@ import torch
 
 from helpers import in_blocks, one_tensor, random_weights, same_bytes, threads_of_octavo, write_checkpoint
 from octavo import schemes
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import WeightError
 from octavo.files import Files
 from octavo.plan import Plan, plan_checkpoint

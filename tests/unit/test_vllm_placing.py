@@ -13,7 +13,7 @@ from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.vllm_toys import Toy
 from octavo import Recipe, formats, schemes
 from octavo.adapters.vllm.survey import Surveyor
-from octavo.checkpoint import Checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import WeightError
 from octavo.geometry import Geometry
 from octavo.plan import plan_checkpoint

@@ -22,8 +22,9 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from .. import dtypes, kinds
-from ..checkpoint import Checkpoint
+from .. import kinds
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CoverageError, raise_problems
 from ..pieces import NotMovementError, Symbolic, coverage_problem
 from ..plan import DEFAULT_STAGING_BYTES, Plan, Target, make_plan

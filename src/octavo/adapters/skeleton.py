@@ -11,8 +11,8 @@ import transformers
 from accelerate import init_empty_weights
 from transformers.initialization import no_init_weights
 
-from .. import dtypes
-from ..checkpoint import Checkpoint
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, RecipeError
 
 #: building a model changes torch and transformers for all threads; two that do and undo it at once would leave it so

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import dtypes, modules
+from .. import modules
 from ..ahead import ReadAhead
-from ..checkpoint import Checkpoint
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
 from ..device import WarmUp
 from ..errors import CheckpointError, MissingExtraError, RecipeError
 from ..geometry import usable_device

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dtypes, schemes
+from .. import schemes
 from ..blocks import Box as Joinable
 from ..blocks import join
+from ..checkpoint import dtypes
 from ..chunks import Work
 from ..pieces import Piece
 from ..schemes import Scheme

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import dtypes, schemes
+from .. import schemes
+from ..checkpoint import dtypes
 from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
 from ..plan import Placement

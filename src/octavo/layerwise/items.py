@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import dtypes, kinds, schemes
-from ..checkpoint import TensorInfo
+from .. import kinds, schemes
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import TensorInfo
 from ..pieces import Piece
 from ..recipe import Decision, Recipe, Weight
 from .boxes import Box, Gaps

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from .. import dtypes
-from ..checkpoint import Checkpoint
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..pieces import HANDLERS, NotMovementError, Piece, Symbolic
 from ..plan import Plan, Target, make_plan

@@ -22,7 +22,7 @@ from torch.nn.modules.module import (
 )
 
 from .. import modules, schemes
-from ..checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..geometry import check_options, usable_device
 from ..plan import DEFAULT_STAGING_BYTES, Plan

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .. import dtypes
+from ..checkpoint import dtypes
 from ..pieces import Piece
 from ..plan import Placement
 from ..schemes import Scheme

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import dtypes
+from ..checkpoint import dtypes
 from ..errors import LoaderError, WeightError
 from ..pieces import Piece
 from ..plan import cut_parts

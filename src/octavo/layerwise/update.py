@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dtypes, modules
-from ..checkpoint import Checkpoint
+from .. import modules
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError
 from ..pieces import Piece
 from ..plan import DEFAULT_STAGING_BYTES, Plan

@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 
 from ... import formats
 from ...api import iterate
-from ...checkpoint import Checkpoint
+from ...checkpoint.checkpoint import Checkpoint
 from ...device import WarmUp
 from ...errors import OctavoError, RecipeError
 from ...plan import Plan, plan_checkpoint

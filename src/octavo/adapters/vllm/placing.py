@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ... import dtypes, schemes
+from ... import schemes
+from ...checkpoint import dtypes
 from ...formats import Format
 from ...pieces import Piece, contiguous_strides
 from ...plan import Placement, Plan, cut_parts

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ... import schemes
 from ...api import iterate
-from ...checkpoint import Checkpoint, TensorInfo
+from ...checkpoint.checkpoint import Checkpoint, TensorInfo
 from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
 from ...formats import Format
 from ...plan import Placement, Plan

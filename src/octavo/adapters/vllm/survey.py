@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ... import dtypes, schemes
+from ... import schemes
+from ...checkpoint import dtypes
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...formats import Format
 from ...pieces import coverage_problem

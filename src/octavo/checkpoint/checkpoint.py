@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError, MissingExtraError, SourceChangedError, raise_problems
 from . import dtypes
-from .errors import CheckpointError, MissingExtraError, SourceChangedError, raise_problems
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
