@@ -17,7 +17,7 @@ from . import schemes
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import TensorInfo
 from .chunks import Chunk, Work, cut_placement
-from .pieces import Piece
+from .elements.pieces import Piece
 from .plan import Placement, Plan
 
 

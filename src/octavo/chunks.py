@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import schemes
 from .checkpoint import dtypes
-from .pieces import Piece, whole
+from .elements.pieces import Piece, whole
 from .plan import Placement, Plan
 from .schemes import Scheme
 

@@ -19,8 +19,8 @@ from . import kinds, schemes
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import Checkpoint, TensorInfo
 from .choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
+from .elements.pieces import Piece, coverage_problem, whole
 from .errors import CoverageError, DeviceError, RecipeError, raise_problems
-from .pieces import Piece, coverage_problem, whole
 from .recipe import Decision, Recipe, Weight
 
 

@@ -16,8 +16,8 @@ from . import schemes
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_tiles
+from .elements.pieces import Piece, contiguous_strides
 from .errors import WeightError
-from .pieces import Piece, contiguous_strides
 from .plan import Placement
 from .ring import Slot, now
 from .schemes import Scheme

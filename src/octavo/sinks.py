@@ -19,9 +19,9 @@ from torch import Tensor
 
 from . import schemes
 from .checkpoint import dtypes
+from .elements.pieces import Piece, contiguous_strides
 from .errors import DeviceError
 from .outfile import OutFile
-from .pieces import Piece, contiguous_strides
 from .plan import Placement
 from .ring import Cancelled, Ring
 

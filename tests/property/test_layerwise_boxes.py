@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.layerwise.boxes import Box, Gaps, trace_view
+from octavo.elements.boxes import Box, Gaps, trace_view
 
 
 def view_of(draw, first: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import assemble
-from octavo.pieces import Symbolic, coverage_problem
+from octavo.elements.pieces import Symbolic, coverage_problem
 
 
 def factorings(n: int) -> list[tuple[int, int]]:

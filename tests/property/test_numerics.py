@@ -22,8 +22,8 @@ from helpers import DTYPES, SCHEMES, headers, random_weights, reference, run_pla
 from octavo import chunks, kinds, schemes
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.chunks import Work, cut_plan
+from octavo.elements.pieces import Symbolic, coverage_problem
 from octavo.geometry import Geometry
-from octavo.pieces import Symbolic, coverage_problem
 from octavo.plan import Target, make_plan, plan_checkpoint
 from octavo.recipe import Recipe
 

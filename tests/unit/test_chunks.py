@@ -12,7 +12,7 @@ import torch
 from helpers import SCHEMES, headers
 from octavo import kinds, schemes
 from octavo.chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes
-from octavo.pieces import Symbolic
+from octavo.elements.pieces import Symbolic
 from octavo.plan import Placement, Plan, Target, make_plan
 from octavo.recipe import Recipe
 

@@ -20,8 +20,8 @@ from helpers import SCHEMES, headers
 from octavo import kinds
 from octavo.blocks import cut_blocks, cut_reads
 from octavo.device import DevicePress
+from octavo.elements.pieces import Symbolic
 from octavo.geometry import Geometry
-from octavo.pieces import Symbolic
 from octavo.plan import Target, make_plan
 from octavo.recipe import Recipe
 from octavo.ring import Ring, Slot

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import assemble, realize
-from octavo.pieces import NotMovementError, Piece, Symbolic, contiguous_strides, coverage_problem, whole
+from octavo.elements.pieces import NotMovementError, Piece, Symbolic, contiguous_strides, coverage_problem, whole
 
 A, B, C = (4, 6), (4, 6), (2, 3, 4)
 

@@ -9,9 +9,9 @@ import torch
 
 from helpers import headers
 from octavo import kinds
+from octavo.elements.pieces import Piece, Symbolic, whole
 from octavo.errors import CoverageError, RecipeError
 from octavo.geometry import Geometry
-from octavo.pieces import Piece, Symbolic, whole
 from octavo.plan import Target, cut_parts, make_plan, plan_checkpoint
 from octavo.recipe import Recipe
 

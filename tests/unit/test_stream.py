@@ -26,8 +26,8 @@ from helpers import (
 )
 from octavo import kinds, schemes
 from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.elements.pieces import Symbolic, whole
 from octavo.errors import SourceChangedError, WeightError
-from octavo.pieces import Symbolic, whole
 from octavo.plan import Plan, Target, make_plan, plan_checkpoint
 from octavo.recipe import Recipe
 from octavo.sinks import ParameterSink, Storage

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from octavo.adapters.vllm.tracing import Copy, Source, View, Whole, trace
+from octavo.elements.dry_run import Copy, Source, View, Whole, trace
 from octavo.errors import CoverageError
 
 

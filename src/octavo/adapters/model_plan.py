@@ -25,8 +25,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from .. import kinds
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..elements.pieces import NotMovementError, Symbolic, coverage_problem
 from ..errors import CoverageError, raise_problems
-from ..pieces import NotMovementError, Symbolic, coverage_problem
 from ..plan import DEFAULT_STAGING_BYTES, Plan, Target, make_plan
 from ..recipe import Recipe
 

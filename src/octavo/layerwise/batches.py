@@ -25,11 +25,11 @@ from ..blocks import Box as Joinable
 from ..blocks import join
 from ..checkpoint import dtypes
 from ..chunks import Work
-from ..pieces import Piece
+from ..elements.boxes import Box
+from ..elements.operations import offset_of
+from ..elements.pieces import Piece
 from ..schemes import Scheme
-from .boxes import Box
 from .storage import QuantizedStorage
-from .tensors import offset_of
 
 #: values begin at multiples of it: any dtype can be viewed, and tensors of one shape lie evenly
 _ALIGNED_BYTES = 16

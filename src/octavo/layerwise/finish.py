@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .. import modules
+from ..elements.operations import undisturbed
 from ..errors import LoaderError
 from ..plan import cut_parts
 from ..ring import now
 from .items import Face, Item, Layer
 from .report import Event, LayerReport
-from .tensors import undisturbed
 
 #: what users give as ``finish``: changes the layer in place, or returns the module that takes its place
 Provider = Callable[[nn.Module], "nn.Module | None"]

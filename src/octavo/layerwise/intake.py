@@ -17,18 +17,18 @@ from torch import Tensor
 
 from .. import schemes
 from ..checkpoint import dtypes
+from ..elements.boxes import Box, NoBoxError, trace_view
+from ..elements.operations import Operation, offset_of, undisturbed
+from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
-from ..pieces import Piece
 from ..plan import Placement
 from ..sinks import Storage
-from .boxes import Box, NoBoxError, trace_view
 from .items import Inventory, Item, Layer
 from .modes import Mark
 from .quantizer import Quantizer
 from .report import Event, Ledger
 from .sources import Source, Sources
 from .storage import QuantizedStorage, values_of
-from .tensors import Operation, offset_of, undisturbed
 from .transit import Held, Transit, holds_weights, stored
 from .unfilled import Unfilled
 

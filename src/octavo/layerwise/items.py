@@ -21,11 +21,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from .. import kinds, schemes
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import TensorInfo
-from ..pieces import Piece
+from ..elements.boxes import Box, Gaps
+from ..elements.operations import offset_of, storage_key, view_on
+from ..elements.pieces import Piece
 from ..recipe import Decision, Recipe, Weight
-from .boxes import Box, Gaps
 from .storage import QuantizedStorage
-from .tensors import offset_of, storage_key, view_on
 
 
 class Face(NamedTuple):

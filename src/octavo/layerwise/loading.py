@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..elements.operations import storage_key
 from ..errors import WeightError
 from .finish import on_meta, set_tensor
 from .items import Inventory, Item
 from .report import LayerwiseReport, Ledger
-from .tensors import storage_key
 
 
 def begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport) -> None:

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .. import schemes
 from ..chunks import Tile, cut_tiles
+from ..elements.boxes import Box
+from ..elements.pieces import Piece
 from ..errors import WeightError
-from ..pieces import Piece
 from ..schemes import Scheme
 from .batches import Batches
-from .boxes import Box
 from .storage import QuantizedStorage
 
 #: elements of a tile on a CPU: what stays in a core's cache

@@ -1,6 +1,7 @@
 """Run a loader once without data, see which slice of which checkpoint tensor goes where, and get a plan out of it.
 
-Checkpoint tensors are symbols made from headers (`octavo.pieces.Symbolic`); a write of one to a parameter gives pieces.
+Checkpoint tensors are symbols made from headers (`octavo.elements.pieces.Symbolic`); a write of one to a parameter
+gives pieces.
 Coverage is checked before a weight byte is read, and a stream of the plan reads the slices that this rank needs and
 no others. A loader that computes breaks the thread: the parameters that it computes, and whatever else their tensors
 make, are loaded the online way, by the loader itself.
@@ -21,13 +22,13 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..elements.boxes import Box, Gaps, trace_view
+from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
+from ..elements.pieces import HANDLERS, NotMovementError, Piece, Symbolic
 from ..errors import CoverageError, LoaderError, raise_problems
-from ..pieces import HANDLERS, NotMovementError, Piece, Symbolic
 from ..plan import Plan, Target, make_plan
 from ..recipe import Recipe
-from .boxes import Box, Gaps, trace_view
 from .items import Inventory, Item, kind_of
-from .tensors import PlainDispatchMode, is_view, storage_key, written
 
 aten = torch.ops.aten
 Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]

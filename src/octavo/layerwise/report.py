@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from ..elements.boxes import Box
 from ..report import human_bytes
-from .boxes import Box
 
 
 class Event(NamedTuple):

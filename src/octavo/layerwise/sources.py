@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..pieces import Piece
-from .boxes import Box, NoBoxError, embed, trace_in
-from .tensors import Operation, is_view, offset_of, storage_key
+from ..elements.boxes import Box, NoBoxError, embed, trace_in
+from ..elements.operations import Operation, is_view, offset_of, storage_key
+from ..elements.pieces import Piece
 
 aten = torch.ops.aten
 #: what puts some elements of one tensor somewhere into another
@@ -48,7 +48,7 @@ LOADER = Source(0, "the loader")
 
 
 class _Region(NamedTuple):
-    """A box of a storage, in the layout that strides describe (see `octavo.layerwise.boxes.embed`)."""
+    """A box of a storage, in the layout that strides describe (see `octavo.elements.boxes.embed`)."""
 
     strides: tuple[int, ...]
     box: Box

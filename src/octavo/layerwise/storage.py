@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
-from ..pieces import Piece
+from ..elements.boxes import Box
+from ..elements.operations import offset_of
+from ..elements.pieces import Piece
 from ..plan import Placement
 from ..schemes import Scheme
-from .boxes import Box
-from .tensors import offset_of
 
 
 @dataclass

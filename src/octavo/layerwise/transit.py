@@ -14,16 +14,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..checkpoint import dtypes
+from ..elements.boxes import Box, Gaps
+from ..elements.operations import offset_of, storage_key, undisturbed
+from ..elements.pieces import Piece
 from ..errors import LoaderError, WeightError
-from ..pieces import Piece
 from ..plan import cut_parts
-from .boxes import Box, Gaps
 from .items import Item
 from .quantizer import Quantizer
 from .report import Event, Ledger
 from .sources import Source
 from .storage import QuantizedStorage, values_of
-from .tensors import offset_of, storage_key, undisturbed
 
 
 class Held(NamedTuple):

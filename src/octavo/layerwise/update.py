@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from .. import modules
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..elements.operations import storage_key
+from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
-from ..pieces import Piece
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport
 from .session import Session
-from .tensors import storage_key
 
 #: of tied parameters, a part at a time
 _COMPARED_BYTES = 16 << 20

@@ -6,11 +6,11 @@ from collections.abc import Collection
 from typing import Any
 
 from .. import modules, schemes
+from ..elements.operations import offset_of
 from ..errors import LoaderError, UpdateError, WeightError
 from .finish import on_meta, set_tensor
 from .items import Inventory
 from .loading import is_about
-from .tensors import offset_of
 
 
 def lend(inventory: Inventory, *, follow: bool) -> None:

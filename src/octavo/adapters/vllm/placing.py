@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from ... import schemes
 from ...checkpoint import dtypes
+from ...elements.dry_run import Copy, Trace, View, is_run
+from ...elements.pieces import Piece, contiguous_strides
 from ...formats import Format
-from ...pieces import Piece, contiguous_strides
 from ...plan import Placement, Plan, cut_parts
 from ...sinks import Storage
-from .tracing import Copy, Trace, View, is_run
 
 
 class Places(NamedTuple):

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from ... import schemes
 from ...checkpoint import dtypes
+from ...elements.dry_run import Copy, Source, Trace, View, trace
+from ...elements.pieces import coverage_problem
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...formats import Format
-from ...pieces import coverage_problem
 from ...plan import Plan
 from ...schemes import FP8, Scheme
 from .placing import Places, split
-from .tracing import Copy, Source, Trace, View, trace
 
 Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]
 #: layer -> tensors, scales included, that fill it in this process -> its parameters that they go to

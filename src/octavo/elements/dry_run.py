@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...errors import CoverageError
-from ...layerwise.tensors import PlainDispatchMode, is_view, storage_key, tensors_in
-from ...pieces import Piece, contiguous_strides
+from ..errors import CoverageError
+from .operations import PlainDispatchMode, is_view, storage_key, tensors_in
+from .pieces import Piece, contiguous_strides
 
 _aten = torch.ops.aten
 _copy_ = _aten.copy_.default

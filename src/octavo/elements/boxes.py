@@ -15,7 +15,7 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ..pieces import Piece
+from .pieces import Piece
 
 
 class Box(NamedTuple):

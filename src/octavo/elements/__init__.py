@@ -1,0 +1,1 @@
+"""Where every element of a parameter comes from, and which are still to come."""
