@@ -174,7 +174,7 @@ def _values(state: dict[str, torch.Tensor], stored: dict[str, _Stored], name: st
     scale = state[f"{name}_scale" if name in stored else f"{name}_scale_inv"].detach()
     scale = scale if index is None else scale[index]
     if name in stored:
-        from octavo import schemes
+        from octavo.numerics import schemes
 
         value = schemes.dequantize(weight, scale, stored[name].scheme, stored[name].parts)
         return value.T if stored[name].transposed else value

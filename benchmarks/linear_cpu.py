@@ -19,7 +19,8 @@ import common
 import torch
 import torch.nn.functional as F
 
-from octavo import matmul, schemes
+from octavo import matmul
+from octavo.numerics import schemes
 
 SIDE = 4096
 

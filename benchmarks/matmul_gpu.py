@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from octavo import modules, schemes
+from octavo import modules
+from octavo.numerics import schemes
 
 LINEARS = {
     "Llama-3-8B o_proj": (4096, 4096),

@@ -31,8 +31,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import octavo
-from octavo import schemes
 from octavo.modules import QuantizedLinear
+from octavo.numerics import schemes
 from octavo.plan import DEFAULT_STAGING_BYTES
 
 SAMPLE = 40

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from . import schemes as schemes
 from ._version import __version__ as __version__
 
 # Functions of the same names as the modules that implement them (plan, stream, convert, verify, layerwise) are bound

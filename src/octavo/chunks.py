@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from . import schemes
 from .checkpoint import dtypes
 from .elements.pieces import Piece, whole
+from .numerics import schemes
+from .numerics.schemes import Scheme
 from .plan import Placement, Plan
-from .schemes import Scheme
 
 #: a run of the file shorter than this is not worth a read of its own: such a piece is read twice instead
 _MIN_RUN_BYTES = 4096

@@ -20,16 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import schemes
 from .blocks import Block, Box, Read
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import Checkpoint
 from .chunks import Work
 from .errors import WeightError
 from .geometry import Geometry, check_options, usable_device
+from .numerics import schemes
+from .numerics.schemes import Scheme
 from .press import describe_nonfinite
 from .ring import Ring, Slot
-from .schemes import Scheme
 from .sinks import Destination, Sink, enough_memory
 
 #: how many blocks' amax are in one allocation

@@ -26,14 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choices, kinds, schemes
+from . import choices, kinds
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError
 from .kinds import EXPERTS, module_of
+from .numerics import schemes
+from .numerics.schemes import E8M0, Scheme
 from .plan import Placement, Plan, plan_checkpoint
 from .recipe import Recipe
-from .schemes import E8M0, Scheme
 
 DEFAULT = choices.DEFAULT_FORMAT
 NAMES = tuple(choices.FORMATS)

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import schemes
+from .numerics import schemes
 
 if TYPE_CHECKING:
     from . import kernels as _kernels_module

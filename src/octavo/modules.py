@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import fp8, schemes
+from . import fp8
 from .matmul import linear
+from .numerics import schemes
 
 
 class QuantizedLinear(nn.Linear):

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from . import kinds, schemes
+from . import kinds
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import Checkpoint, TensorInfo
 from .choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
 from .elements.pieces import Piece, coverage_problem, whole
 from .errors import CoverageError, DeviceError, RecipeError, raise_problems
+from .numerics import schemes
 from .recipe import Decision, Recipe, Weight
 
 

@@ -12,15 +12,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import schemes
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import Checkpoint
 from .chunks import Chunk, Work, cut_tiles
 from .elements.pieces import Piece, contiguous_strides
 from .errors import WeightError
+from .numerics import schemes
+from .numerics.schemes import Scheme
 from .plan import Placement
 from .ring import Slot, now
-from .schemes import Scheme
 
 if TYPE_CHECKING:
     from .stream import Stream

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from . import schemes
 from .checkpoint import dtypes
 from .elements.pieces import Piece, contiguous_strides
 from .errors import DeviceError
+from .numerics import schemes
 from .outfile import OutFile
 from .plan import Placement
 from .ring import Cancelled, Ring

@@ -18,11 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from . import formats, schemes
+from . import formats
 from .checkpoint.checkpoint import Checkpoint, TensorInfo
 from .errors import CheckpointError, raise_problems
+from .numerics import schemes
+from .numerics.schemes import Scheme
 from .report import progress_bar
-from .schemes import Scheme
 
 _BLOCK_ELEMENTS = 1 << 25
 

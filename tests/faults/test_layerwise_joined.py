@@ -12,9 +12,9 @@ from torch import Tensor
 
 from helpers import same_bytes
 from helpers.layerwise import assert_quantized, one_linear
-from octavo import schemes
 from octavo.errors import CoverageError, LoaderError
 from octavo.layerwise import Session
+from octavo.numerics import schemes
 
 
 def through_staging(model: Any, session: Session, pairs: Pairs) -> None:

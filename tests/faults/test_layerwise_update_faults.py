@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from helpers import same_bytes
 from helpers.engine import Model, fused_parts
 from helpers.layerwise import assert_quantized_like, loaded_plainly
-from octavo import schemes
 from octavo.errors import LoaderError, UpdateError
 from octavo.layerwise import Session
+from octavo.numerics import schemes
 
 
 def assert_holds(model: Model, pairs: Pairs, scheme: str) -> None:

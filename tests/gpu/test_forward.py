@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo import fp8, matmul, modules, schemes
+from octavo import fp8, matmul, modules
+from octavo.numerics import schemes
 
 pytestmark = [
     pytest.mark.gpu,

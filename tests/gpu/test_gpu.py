@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from helpers import random_weights, same_bytes
-from octavo import schemes
 from octavo.errors import WeightError
+from octavo.numerics import schemes
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from _models import CONFIGS, make_checkpoint

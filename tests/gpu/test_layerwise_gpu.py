@@ -13,9 +13,9 @@ from torch import Tensor
 import octavo
 from helpers import same_bytes, write_checkpoint
 from helpers.engine import Model, Shape, checkpoint
-from octavo import schemes
 from octavo.errors import UpdateError, WeightError
 from octavo.modules import QuantizedLinear
+from octavo.numerics import schemes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from octavo import schemes
+from octavo.numerics import schemes
 
 from . import same_bytes
 from .folders import tensors_of

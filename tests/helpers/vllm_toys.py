@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from octavo.schemes import FP8
+from octavo.numerics.schemes import FP8
 
 
 def empty(*shape, dtype=torch.bfloat16):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import octavo
 from helpers.models import random_model
-from octavo import schemes
 from octavo.modules import quantized_weights
+from octavo.numerics import schemes
 
 pytest.importorskip("transformers")
 

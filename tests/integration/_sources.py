@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from helpers import random_weights, same_bytes
-from octavo import schemes
+from octavo.numerics import schemes
 
 MIB = 1 << 20
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "torch_dtype": "bfloat16"}

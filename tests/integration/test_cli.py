@@ -14,7 +14,8 @@ import pytest
 from _cli import Run, refused
 
 import octavo
-from octavo import cli, formats, schemes
+from octavo import cli, formats
+from octavo.numerics import schemes
 from octavo.report import ProgressLines
 
 COMMANDS = ("plan", "convert", "verify", "generate", "demo")

@@ -10,7 +10,7 @@ import torch
 from _cli import Run, only_json, refused
 
 import octavo
-from octavo import schemes
+from octavo.numerics import schemes
 
 
 def test_plan_shows_what_becomes_of_the_weights_and_why(llama: Path, run: Run) -> None:

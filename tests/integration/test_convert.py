@@ -30,9 +30,10 @@ from torch import Tensor
 import octavo
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.models import state_of
-from octavo import formats, schemes
+from octavo import formats
 from octavo.checkpoint import dtypes
 from octavo.errors import DeviceError, RecipeError
+from octavo.numerics import schemes
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind", "no_waiting_for_the_disk")
 

@@ -12,9 +12,9 @@ from _sources import CONFIG, assert_same, raw_bytes, raw_tensor, read_all, write
 
 import octavo
 from helpers import random_weights, write_checkpoint
-from octavo import schemes
 from octavo.checkpoint import dtypes
 from octavo.errors import OctavoError
+from octavo.numerics import schemes
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind", "no_waiting_for_the_disk")
 

@@ -12,8 +12,8 @@ from _sources import CASES, CONFIG, by_case, is_quantized, source_tensors
 
 import octavo
 from helpers import write_checkpoint
-from octavo import schemes
 from octavo.errors import CheckpointError
+from octavo.numerics import schemes
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind", "no_waiting_for_the_disk")
 

@@ -19,7 +19,7 @@ import octavo
 from helpers.folders import tensors_of
 from helpers.models import random_model
 from helpers.stock import different, from_stock, logits_of, scales_of, write_reference
-from octavo import schemes
+from octavo.numerics import schemes
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("compressed_tensors")

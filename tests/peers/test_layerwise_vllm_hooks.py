@@ -22,8 +22,8 @@ from helpers.folders import tensors_of
 from helpers.models import differences, state_of
 from helpers.vllm_checkpoints import make
 from helpers.vllm_models import VERSION, FromPairs, build, config_of, one_rank, set_current_vllm_config
-from octavo import schemes
 from octavo.errors import CoverageError, UpdateError
+from octavo.numerics import schemes
 
 pytestmark = [
     pytest.mark.peers,

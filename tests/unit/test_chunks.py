@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from helpers import SCHEMES, headers
-from octavo import kinds, schemes
+from octavo import kinds
 from octavo.chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes
 from octavo.elements.pieces import Symbolic
+from octavo.numerics import schemes
 from octavo.plan import Placement, Plan, Target, make_plan
 from octavo.recipe import Recipe
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import random_weights
-from octavo import fp8, matmul, schemes
+from octavo import fp8, matmul
+from octavo.numerics import schemes
 
 HALF = [torch.bfloat16, torch.float16]
 

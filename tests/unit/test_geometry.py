@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from helpers import one_tensor, random_weights
-from octavo import schemes
 from octavo.errors import DeviceError
 from octavo.geometry import Geometry
+from octavo.numerics import schemes
 from octavo.plan import plan_checkpoint
 from octavo.recipe import Recipe
 from octavo.sinks import ParameterSink

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from helpers import SCHEMES, same_bytes, write_checkpoint
 from helpers.engine import Model, Rank, Shape, checkpoint
-from octavo import schemes
 from octavo.errors import CoverageError, LoaderError
 from octavo.layerwise import Session
+from octavo.numerics import schemes
 
 SHAPE = Shape(hidden=160, inner=208, heads=8, kv_heads=4, head_dim=24, experts=4, vocab=128)
 

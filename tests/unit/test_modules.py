@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import DTYPES, SCHEMES, random_weights
-from octavo import matmul, modules, schemes
+from octavo import matmul, modules
 from octavo.modules import QuantizedExperts, QuantizedLinear
+from octavo.numerics import schemes
 
 
 def finite_codes() -> torch.Tensor:

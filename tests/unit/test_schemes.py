@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from helpers import DTYPES, SCHEMES, random_weights, reference, same_bytes
-from octavo import schemes
 from octavo.errors import RecipeError
+from octavo.numerics import schemes
 
 SHAPES = ((1, 1), (3, 5), (128, 128), (129, 127), (130, 300), (257, 33))
 

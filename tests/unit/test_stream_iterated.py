@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from helpers import in_blocks, one_tensor, random_weights, same_bytes, threads_of_octavo, write_checkpoint
-from octavo import schemes
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import WeightError
 from octavo.files import Files
+from octavo.numerics import schemes
 from octavo.plan import Plan, plan_checkpoint
 from octavo.recipe import Recipe
 from octavo.sinks import IteratorSink, Storage

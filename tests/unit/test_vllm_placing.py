@@ -11,11 +11,12 @@ import torch
 
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.vllm_toys import Toy
-from octavo import Recipe, formats, schemes
+from octavo import Recipe, formats
 from octavo.adapters.vllm.survey import Surveyor
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import WeightError
 from octavo.geometry import Geometry
+from octavo.numerics import schemes
 from octavo.plan import plan_checkpoint
 from octavo.sinks import ParameterSink
 from octavo.stream import Stream

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import schemes
 from ..blocks import Box as Joinable
 from ..blocks import join
 from ..checkpoint import dtypes
@@ -28,7 +27,8 @@ from ..chunks import Work
 from ..elements.boxes import Box
 from ..elements.operations import offset_of
 from ..elements.pieces import Piece
-from ..schemes import Scheme
+from ..numerics import schemes
+from ..numerics.schemes import Scheme
 from .storage import QuantizedStorage
 
 #: values begin at multiples of it: any dtype can be viewed, and tensors of one shape lie evenly

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .. import schemes
 from ..checkpoint import dtypes
 from ..elements.boxes import Box, NoBoxError, trace_view
 from ..elements.operations import Operation, offset_of, undisturbed
 from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
+from ..numerics import schemes
 from ..plan import Placement
 from ..sinks import Storage
 from .items import Inventory, Item, Layer

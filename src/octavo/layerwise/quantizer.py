@@ -14,12 +14,12 @@ import operator
 import torch
 from torch import Tensor
 
-from .. import schemes
 from ..chunks import Tile, cut_tiles
 from ..elements.boxes import Box
 from ..elements.pieces import Piece
 from ..errors import WeightError
-from ..schemes import Scheme
+from ..numerics import schemes
+from ..numerics.schemes import Scheme
 from .batches import Batches
 from .storage import QuantizedStorage
 

@@ -21,10 +21,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from .. import modules, schemes
+from .. import modules
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..geometry import check_options, usable_device
+from ..numerics import schemes
 from ..plan import DEFAULT_STAGING_BYTES, Plan
 from ..recipe import Decision, Recipe
 from ..ring import now

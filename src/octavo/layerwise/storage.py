@@ -13,8 +13,8 @@ from ..checkpoint import dtypes
 from ..elements.boxes import Box
 from ..elements.operations import offset_of
 from ..elements.pieces import Piece
+from ..numerics.schemes import Scheme
 from ..plan import Placement
-from ..schemes import Scheme
 
 
 @dataclass

@@ -20,7 +20,7 @@ from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.platforms import PlatformEnum, current_platform
 
-from ... import schemes
+from ...numerics import schemes
 
 _ACTIVATIONS: dict[Any, Callable[[Tensor], Tensor]] = {MoEActivation.SILU: F.silu, MoEActivation.GELU: F.gelu}
 

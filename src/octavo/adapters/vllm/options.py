@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ... import schemes
 from ...errors import RecipeError
+from ...numerics import schemes
 from ...plan import DEFAULT_STAGING_BYTES
 from ...recipe import DEFAULT_SCHEME, Recipe
 

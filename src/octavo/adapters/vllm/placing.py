@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ... import schemes
 from ...checkpoint import dtypes
 from ...elements.dry_run import Copy, Trace, View, is_run
 from ...elements.pieces import Piece, contiguous_strides
 from ...formats import Format
+from ...numerics import schemes
 from ...plan import Placement, Plan, cut_parts
 from ...sinks import Storage
 

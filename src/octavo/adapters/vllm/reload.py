@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import schemes
 from ...api import iterate
 from ...checkpoint.checkpoint import Checkpoint, TensorInfo
 from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
 from ...formats import Format
+from ...numerics import schemes
+from ...numerics.schemes import FP8
 from ...plan import Placement, Plan
-from ...schemes import FP8
 from . import versions
 from .arrivals import Arrivals
 from .options import Options

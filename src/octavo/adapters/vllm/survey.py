@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ... import schemes
 from ...checkpoint import dtypes
 from ...elements.dry_run import Copy, Source, Trace, View, trace
 from ...elements.pieces import coverage_problem
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...formats import Format
+from ...numerics import schemes
+from ...numerics.schemes import FP8, Scheme
 from ...plan import Plan
-from ...schemes import FP8, Scheme
 from .placing import Places, split
 
 Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]

@@ -1,0 +1,395 @@
+"""The numeric definition of every scheme: amax, scale, quantize, dequantize. Plain torch, any device.
+
+    w ≈ q.float() * scale          q: float8_e4m3fn [..., out, in]
+
+    scheme        a scale group is           scale of weight[out, in]
+    fp8_channel   one row                    f32 [out, 1]
+    fp8_block     128 x 128                  f32 [ceil(out/128), ceil(in/128)]
+    fp8_tensor    the whole matrix           f32 []
+    mxfp8         32 columns of one row      e8m0 [out, ceil(in/32)], a power of two
+
+For the first three, ``scale = round_up_to_bf16(amax / 448)``: amax in float32, a true division, and the smallest
+number of bf16 that is no smaller. Stock readers cast ``weight_scale`` to bf16; since bf16 can hold it, that changes
+nothing. Rounding *up* keeps ``|w / scale| <= 448``, so nothing saturates. For mxfp8 the scale is
+``2 ** (floor(log2(amax)) - 8)`` as OCP Microscaling Formats (MX) v1.0, section 6.3, defines it for e4m3; there, values
+above 448 saturate. Where amax is 0 the scale is 1.
+
+``q = rne(clamp(w / scale, -448, 448))`` with the division in float32.
+
+Groups are those of one matrix, or of one *part* of its rows (see ``parts`` below); each matrix of a stack
+``[experts, out, in]`` is quantized as if alone. Whatever piece of a matrix these functions are given, they compute the
+same bytes: ``phase`` says where in its group the piece begins.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import choices
+from ..errors import RecipeError
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+E8M0 = torch.float8_e8m0fnu
+#: from how many elements on torch reduces what are no neighbours in memory by several blocks of a GPU's threads
+_SPLIT = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How a matrix is cut into scale groups, and what their scales look like."""
+
+    name: str
+    group_rows: int | None  # rows of a scale group; None: all
+    group_cols: int | None  # columns of a scale group; None: all
+    power_of_two: bool  # e8m0 scales as OCP MX defines them; else float32 numbers that bf16 can hold
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """The dtype in which scales are stored."""
+        return E8M0 if self.power_of_two else torch.float32
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a group is a row: float32 scales ``[..., out, 1]`` are broadcast as they are."""
+        return self.group_rows == 1 and self.group_cols is None and not self.power_of_two
+
+    def cells(self, rows: int, cols: int) -> tuple[int, int]:
+        """The number of scale groups along rows and columns of a matrix."""
+        return count_cells(rows, self.group_rows), count_cells(cols, self.group_cols)
+
+    def scale_shape(self, shape: Sequence[int], parts: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Shape of the scale of ``weight[..., out, in]``, whose rows are quantized in ``parts`` (default: one).
+
+        A lone matrix with a lone group has the scale shape ``[]``.
+        """
+        *lead, rows, cols = shape
+        cell_rows = sum(self.cells(part, cols)[0] for part in (parts or (rows,)))
+        cell_cols = self.cells(rows, cols)[1]
+        if self.group_rows is None and not lead and cell_rows == 1:
+            return ()
+        return (*lead, cell_rows, cell_cols)
+
+
+SCHEMES = {
+    name: Scheme(name, terms.group_rows, terms.group_cols, terms.power_of_two)
+    for name, terms in choices.SCHEMES.items()
+}
+
+
+def get(name: str | Scheme) -> Scheme:
+    """The scheme called ``name``; a `RecipeError` that lists them otherwise."""
+    if isinstance(name, Scheme):
+        return name
+    if not isinstance(name, str) or name not in SCHEMES:
+        hint = " (None is for no quantization)" if name in ("none", "bf16") else ""
+        raise RecipeError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}{hint}")
+    return SCHEMES[name]
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
+
+
+class _Span(NamedTuple):
+    """A run of equally long cells: elements [start, stop), cells [cell, cell + cells), ``each`` elements a cell."""
+
+    start: int
+    stop: int
+    cell: int
+    cells: int
+    each: int
+
+
+def count_cells(length: int, group: int | None, phase: int = 0) -> int:
+    """The number of scale groups along ``length`` elements, the first of which is ``phase`` into its group."""
+    return 1 if group is None else math.ceil((phase + length) / group)
+
+
+@functools.lru_cache(maxsize=4096)
+def _spans(length: int, group: int | None, phase: int = 0) -> tuple[_Span, ...]:
+    """Cut an axis of which element 0 is ``phase`` into its group: a partial head, whole cells, a partial tail."""
+    if group is None:
+        return (_Span(0, length, 0, 1, length),)
+    spans = []
+    head = min(length, -phase % group)
+    if head:
+        spans.append(_Span(0, head, 0, 1, head))
+    cell = 1 if head else 0
+    whole = (length - head) // group
+    if whole:
+        spans.append(_Span(head, head + whole * group, cell, whole, group))
+    start = head + whole * group
+    if start < length:
+        spans.append(_Span(start, length, cell + whole, 1, length - start))
+    return tuple(spans)
+
+
+def _grouped(x: Tensor, rows: _Span, cols: _Span) -> Tensor:
+    """View x[..., out, in] within the spans as [..., row cells, rows a cell, column cells, columns a cell]."""
+    if rows.stop - rows.start != x.shape[-2] or cols.stop - cols.start != x.shape[-1]:
+        x = x[..., rows.start : rows.stop, cols.start : cols.stop]
+    # splitting an axis is a view, whatever the strides
+    return x.view(*x.shape[:-2], rows.cells, rows.each, cols.cells, cols.each)
+
+
+def group_amax(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    phase: tuple[int, int] = (0, 0),
+    scratch: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Largest magnitude of each scale group of ``weight[..., out, in]`` -> float32 [..., row cells, column cells].
+
+    Non-finite weights give non-finite results. On a CPU, magnitudes are compared as integers (the bits of a float
+    without its sign are ordered as its magnitude is), several times faster than as floats.
+
+    Args:
+        weight: bf16, fp16 or fp32; any strides.
+        phase: row and column of ``weight[..., 0, 0]`` within its scale group.
+        scratch: as many elements as ``weight``, same dtype; spares an allocation on a CPU.
+        out: where the result goes, if given.
+    """
+    on_cpu = weight.device.type == "cpu"
+    if not on_cpu and scheme.by_row:  # there, views cost as well
+        return row_amax(weight, out)
+    row_spans = _spans(weight.shape[-2], scheme.group_rows, phase[0])
+    col_spans = _spans(weight.shape[-1], scheme.group_cols, phase[1])
+    if not on_cpu and len(row_spans) == len(col_spans) == 1:
+        return _norm(_grouped(weight, row_spans[0], col_spans[0]), out)
+    values = _magnitude_bits(weight, scratch) if on_cpu else weight
+    bands = []
+    for rows in row_spans:
+        band = [_amax(_grouped(values, rows, cols)) for cols in col_spans]
+        bands.append(band[0] if len(band) == 1 else torch.cat(band, -1))
+    grid = bands[0] if len(bands) == 1 else torch.cat(bands, -2)
+    grid = grid.contiguous().view(weight.dtype).float() if on_cpu else grid
+    return grid if out is None else out.copy_(grid)
+
+
+def row_amax(weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """Largest magnitude of each row of ``weight[..., out, in]`` on a GPU -> float32 [..., out, 1].
+
+    torch splits a reduction over 1024 and more elements that are not neighbours in memory among blocks of threads,
+    whose interim results take about 140 MB on an H100 (136 MiB were measured, for a block of 100 MB). So rows of a
+    transposed source are reduced in segments, and these then.
+    """
+    cols = weight.shape[-1]
+    if cols < _SPLIT or weight.stride(-1) <= weight.stride(-2):
+        return _norm(weight, out, dim=-1, keepdim=True)
+    rows = _spans(weight.shape[-2], 1, 0)[0]
+    segments = [_norm(_grouped(weight, rows, span)) for span in _spans(cols, _SPLIT // 2, 0)]
+    joined = segments[0] if len(segments) == 1 else torch.cat(segments, -1)
+    if out is None:
+        return joined.amax(-1, keepdim=True)
+    return torch.amax(joined, -1, keepdim=True, out=out)
+
+
+def _magnitude_bits(weight: Tensor, scratch: Tensor | None) -> Tensor:
+    """The bits without the sign, as integers."""
+    integers = torch.int32 if weight.dtype == torch.float32 else torch.int16
+    if scratch is None:
+        bits = weight.view(integers) & torch.iinfo(integers).max
+    else:
+        bits = scratch.view(integers)[: weight.numel()].view(weight.shape)
+        torch.bitwise_and(weight.view(integers), torch.iinfo(integers).max, out=bits)
+    return bits
+
+
+def _amax(groups: Tensor) -> Tensor:
+    """[..., row cells, rows a cell, column cells, columns a cell] -> [..., row cells, column cells]."""
+    if groups.is_floating_point():
+        return _norm(groups)
+    # rows first: reducing over an outer axis is the faster of the two
+    tall = groups.squeeze(-3) if groups.shape[-3] == 1 else groups.amax(-3)
+    return tall.squeeze(-1) if groups.shape[-1] == 1 else tall.amax(-1)
+
+
+def _norm(
+    values: Tensor, out: Tensor | None = None, *, dim: int | tuple[int, ...] = (-3, -1), keepdim: bool = False
+) -> Tensor:
+    """The largest magnitude on a GPU: the one reduction that takes the magnitude on the way."""
+    norm: Tensor = torch.linalg.vector_norm(values, math.inf, dim, keepdim, dtype=torch.float32, out=out)
+    return norm
+
+
+def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
+    """amax, float32 -> scale, float32 of the same shape. See the module's docstring for the definition."""
+    if scheme.power_of_two:
+        # an e8m0 byte is a float's exponent field; e4m3's largest exponent is 8
+        exponent = ((amax.view(torch.int32) >> 23) - 8).clamp_(min=0)
+        # with a number, `where` would copy it to the device and wait
+        exponent = exponent.masked_fill_(amax == 0, 127).masked_fill_(~torch.isfinite(amax), 255)
+        return exponent.to(torch.uint8).view(E8M0).float()
+    scale = amax / _fp8_max(amax.device)
+    positive = scale > 0
+    scale.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
+    # 1 where the scale is 0; not a number where it is none (whose bits may overflow when rounded)
+    return torch.where(positive, scale, 1.0 + amax)
+
+
+def warm_up(device: torch.device) -> None:
+    """Make the constants of a device, on the current stream of it."""
+    _fp8_max(torch.empty(0, device=device).device)  # with the number that tensors' devices have
+
+
+@functools.cache
+def _fp8_max(device: torch.device) -> Tensor:
+    """448 as a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal."""
+    return torch.full((), FP8_MAX, dtype=torch.float32, device=device)
+
+
+def quantize_into(
+    out: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scheme: Scheme,
+    *,
+    phase: tuple[int, int] = (0, 0),
+    scratch: Tensor | None = None,
+    clamped: Tensor | None = None,
+) -> None:
+    """Write ``weight[..., out, in]`` as FP8 into ``out`` of the same shape, given the scales of its groups.
+
+    Args:
+        scale: float32 [..., row cells, column cells], as `group_amax` and `scale_from_amax` give it.
+        phase: as for `group_amax`.
+        scratch: as many float32 elements as ``weight``; spares an allocation on a CPU, elsewhere it is not used.
+        clamped: of the shape and dtype of ``weight``, or itself, which then changes; spares an allocation elsewhere.
+    """
+    if weight.device.type != "cpu":
+        divide_into(out, weight, scale, scheme, phase=phase, clamped=clamped)
+        return
+    if scratch is None:
+        scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
+    wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
+    for rows, cols in _all_spans(weight, scheme, phase):
+        _grouped(wide, rows, cols).div_(_cells_of(scale, rows, cols))
+    if scheme.power_of_two:  # the other scales are rounded up: |w / scale| <= 448 already
+        wide.clamp_(-FP8_MAX, FP8_MAX)
+    out.copy_(wide)
+
+
+def divide_into(
+    out: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scheme: Scheme,
+    *,
+    phase: tuple[int, int] = (0, 0),
+    clamped: Tensor | None = None,
+) -> None:
+    """`quantize_into` on a GPU, which divides in float32 and rounds to FP8 in one kernel.
+
+    (On a CPU that is slower than one after the other.)
+    """
+    if scheme.by_row:  # views cost as well
+        torch.div(weight, scale, out=out)
+        return
+    for rows, cols in _all_spans(weight, scheme, phase):
+        values, cells = _grouped(weight, rows, cols), _cells_of(scale, rows, cols)
+        if scheme.power_of_two:
+            limit = (FP8_MAX * cells).to(values.dtype)  # exact, or further from 0 than any weight of the group
+            place = None if clamped is None else _grouped(clamped, rows, cols)
+            values = torch.clamp(values, -limit, limit, out=place)
+        torch.div(values, cells, out=_grouped(out, rows, cols))
+
+
+def _all_spans(weight: Tensor, scheme: Scheme, phase: tuple[int, int]) -> list[tuple[_Span, _Span]]:
+    rows, cols = weight.shape[-2:]
+    return list(itertools.product(_spans(rows, scheme.group_rows, phase[0]), _spans(cols, scheme.group_cols, phase[1])))
+
+
+def _cells_of(scale: Tensor, rows: _Span, cols: _Span) -> Tensor:
+    """The scales of the spans' groups, broadcastable to `_grouped` weights."""
+    if rows.cells != scale.shape[-2] or cols.cells != scale.shape[-1]:
+        scale = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
+    return scale.unsqueeze(-2).unsqueeze(-1)
+
+
+def to_stored(scale: Tensor, scheme: Scheme) -> Tensor:
+    """float32 scales -> the dtype that is stored (exact in both directions)."""
+    if scheme.power_of_two:
+        return (scale.view(torch.int32) >> 23).to(torch.uint8).view(E8M0)
+    return scale
+
+
+# -- whole tensors ----------------------------------------------------------------------------------------------------
+
+
+def quantize(weight: Tensor, scheme: str | Scheme, parts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize a whole tensor: the definition that every streamed byte is compared with.
+
+    Args:
+        weight: bf16, fp16 or fp32 [..., out, in].
+        scheme: a name of `SCHEMES`.
+        parts: lengths of runs of rows that never share a scale group (fused gate and up); default: all rows.
+
+    Returns:
+        q: float8_e4m3fn of the same shape; scale: as `Scheme.scale_shape` says.
+    """
+    scheme = get(scheme)
+    rows = weight.shape[-2]
+    grids, out = [], torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    start = 0
+    for part in parts or (rows,):
+        piece = weight[..., start : start + part, :]
+        grid = scale_from_amax(group_amax(piece, scheme), scheme)
+        quantize_into(out[..., start : start + part, :], piece, grid, scheme)
+        grids.append(grid)
+        start += part
+    scale = to_stored(torch.cat(grids, -2), scheme)
+    return out, scale.reshape(scheme.scale_shape(weight.shape, parts))
+
+
+def row_scales(scale: Tensor, shape: Sequence[int], scheme: str | Scheme, parts: Sequence[int] | None = None) -> Tensor:
+    """Stored scales -> float32 ``[..., out, column cells]``: those of each row of the weight."""
+    scheme = get(scheme)
+    *lead, rows, cols = shape
+    grid = scale.float().reshape(*lead, -1, scheme.cells(rows, cols)[1])
+    if scheme.group_rows == 1:
+        return grid
+    found, start = [], 0
+    for part in parts or (rows,):
+        stop = start + scheme.cells(part, cols)[0]
+        found.append(grid[..., start:stop, :].repeat_interleave(scheme.group_rows or part, -2)[..., :part, :])
+        start = stop
+    return found[0] if len(found) == 1 else torch.cat(found, -2)
+
+
+def expand_scale(
+    scale: Tensor, shape: Sequence[int], scheme: str | Scheme, parts: Sequence[int] | None = None
+) -> Tensor:
+    """Stored scales -> float32, broadcastable to ``[..., out, in]`` (one row a row of the weight)."""
+    scheme = get(scheme)
+    cells = row_scales(scale, shape, scheme, parts)
+    return cells if scheme.group_cols is None else cells.repeat_interleave(scheme.group_cols, -1)[..., : shape[-1]]
+
+
+def dequantize(
+    q: Tensor,
+    scale: Tensor,
+    scheme: str | Scheme,
+    parts: Sequence[int] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``q.float() * scale``, rounded once to ``dtype``."""
+    return (q.float() * expand_scale(scale, q.shape, scheme, parts)).to(dtype)
+
+
+def error_db(reference: Tensor, approximation: Tensor) -> float:
+    """Signal-to-quantization-noise ratio in dB: 20 log10(|w| / |w - w'|) with Frobenius norms; higher is better."""
+    signal = torch.linalg.vector_norm(reference.float(), dtype=torch.float64).item()
+    noise = torch.linalg.vector_norm(reference.float() - approximation.float(), dtype=torch.float64).item()
+    if noise == 0:
+        return math.inf
+    return 20 * math.log10(signal / noise) if signal else -math.inf
