@@ -38,10 +38,10 @@ from common import say
 
 import octavo
 from octavo.adapters import transformers as adapter
-from octavo.blocks import Read, cut_blocks
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.geometry import Geometry
-from octavo.plan import DEFAULT_STAGING_BYTES
+from octavo.planning.blocks import Read, cut_blocks
+from octavo.planning.budget import Geometry
+from octavo.planning.plan import DEFAULT_STAGING_BYTES
 from octavo.ring import Slot
 
 _stream = importlib.import_module("octavo.stream")  # `octavo.stream` is the function

@@ -33,7 +33,7 @@ from torch import Tensor
 import octavo
 from octavo.modules import QuantizedLinear
 from octavo.numerics import schemes
-from octavo.plan import DEFAULT_STAGING_BYTES
+from octavo.planning.plan import DEFAULT_STAGING_BYTES
 
 SAMPLE = 40
 MIB = 1 << 20

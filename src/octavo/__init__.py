@@ -11,7 +11,7 @@ from ._version import __version__ as __version__
 # after those modules, and so are what `octavo.plan` and the like mean.
 from .api import convert, layerwise, load, plan, stream, update, verify
 from .errors import OctavoError
-from .recipe import Recipe
+from .planning.recipe import Recipe
 
 if TYPE_CHECKING:
     from .adapters.quantizer import OctavoConfig

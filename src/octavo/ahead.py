@@ -16,7 +16,7 @@ from typing import Any
 
 from .checkpoint.checkpoint import Shard
 from .files import CACHED, RUN_WINDOWS, cached_share
-from .geometry import usable_cpus
+from .planning.budget import usable_cpus
 from .ring import Ring
 
 _MOST_THREADS = 8

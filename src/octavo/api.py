@@ -13,10 +13,10 @@ from . import formats
 from .checkpoint.checkpoint import Checkpoint
 from .convert import convert
 from .errors import MissingExtraError
-from .geometry import Geometry, usable_device
 from .layerwise import layerwise, update
-from .plan import DEFAULT_STAGING_BYTES, Plan
-from .recipe import Recipe
+from .planning.budget import Geometry, usable_device
+from .planning.plan import DEFAULT_STAGING_BYTES, Plan
+from .planning.recipe import Recipe
 from .report import collection_paused
 from .sinks import IteratorSink
 from .stream import Stream, Tally

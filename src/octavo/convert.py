@@ -24,11 +24,11 @@ from . import formats
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
 from .errors import OutputError, SourceChangedError, raise_problems
-from .geometry import Geometry, usable_device
 from .outfile import OutFile, disk_error
 from .partial import PART, Folder, PartialFolder, check_free
-from .plan import DEFAULT_STAGING_BYTES, Placement, Plan
-from .recipe import Recipe
+from .planning.budget import Geometry, usable_device
+from .planning.plan import DEFAULT_STAGING_BYTES, Placement, Plan
+from .planning.recipe import Recipe
 from .report import Report, Stages, human_bytes, measured
 from .sinks import ShardSink
 from .stream import Stream, Tally

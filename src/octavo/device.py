@@ -1,7 +1,8 @@
 """What becomes of a block on an accelerator: copied there at once, quantized where it is, placed.
 
 All launching is done by one thread, since a dozen that launch mostly wait for each other (measured: 28.6 GB took 5.5 s
-with sixteen, 3.7 s with four). What it costs is the number of launches: `octavo.blocks` keeps it small, and scales are
+with sixteen, 3.7 s with four). What it costs is the number of launches: `octavo.planning.blocks` keeps it small, and
+scales are
 computed for a whole block. Blocks go round a few streams (*lanes*), so that one is copied while another is quantized.
 The thread does not wait for the device: whether all weights were finite is looked at once, at the end (and by an
 iterator before it hands anything out).
@@ -20,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import Block, Box, Read
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import Checkpoint
-from .chunks import Work
 from .errors import WeightError
-from .geometry import Geometry, check_options, usable_device
 from .numerics import schemes
 from .numerics.schemes import Scheme
+from .planning.blocks import Block, Box, Read
+from .planning.budget import Geometry, check_options, usable_device
+from .planning.chunks import Work
 from .press import describe_nonfinite
 from .ring import Ring, Slot
 from .sinks import Destination, Sink, enough_memory

@@ -25,8 +25,8 @@ from .errors import MissingExtraError
 from .ring import now
 
 if TYPE_CHECKING:
-    from .geometry import Geometry
-    from .plan import Placement, Plan
+    from .planning.budget import Geometry
+    from .planning.plan import Placement, Plan
     from .stream import Tally
 
 _SAMPLE_S = 0.01

@@ -22,7 +22,7 @@ from .elements.pieces import Piece, contiguous_strides
 from .errors import DeviceError
 from .numerics import schemes
 from .outfile import OutFile
-from .plan import Placement
+from .planning.plan import Placement
 from .ring import Cancelled, Ring
 
 #: torch's CUDA allocator: what blocks are rounded to, and up to which size they are in a pool of their own

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import Block, Read, cut_blocks, cut_reads
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import Checkpoint
-from .chunks import Chunk, Work, cut_plan
 from .device import DevicePress
 from .errors import DeviceError, OctavoError
 from .files import Files
-from .geometry import Geometry
-from .plan import Placement, Plan
+from .planning.blocks import Block, Read, cut_blocks, cut_reads
+from .planning.budget import Geometry
+from .planning.chunks import Chunk, Work, cut_plan
+from .planning.plan import Placement, Plan
 from .press import Press
 from .ring import TICK_S, Ring, SingleThreadedTorch, Slot, now
 from .sinks import Destination, IteratorSink, Sink, Storage, enough_memory

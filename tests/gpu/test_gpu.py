@@ -73,7 +73,7 @@ def test_a_non_finite_weight_is_named_on_a_gpu(scheme, value, tmp_path):
 def test_the_device_peak_is_the_model_and_the_staging_budget(scheme, staging_bytes, tmp_path):
     save_file({"a.up_proj.weight": random_weights((4096, 8192), torch.bfloat16, 0)}, tmp_path / "model.safetensors")
     from octavo.checkpoint.checkpoint import Checkpoint
-    from octavo.plan import plan_checkpoint
+    from octavo.planning.plan import plan_checkpoint
     from octavo.sinks import ParameterSink, Storage
     from octavo.stream import Stream
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from octavo.checkpoint import dtypes
 from octavo.checkpoint.checkpoint import Checkpoint, Shard, TensorInfo
 from octavo.elements.pieces import Piece
-from octavo.geometry import Geometry
-from octavo.plan import Plan
+from octavo.planning.budget import Geometry
+from octavo.planning.plan import Plan
 from octavo.sinks import ParameterSink, Storage
 from octavo.stream import Stream, Tally
 

@@ -19,14 +19,14 @@ from hypothesis import example, given, note, settings
 from hypothesis import strategies as st
 
 from helpers import DTYPES, SCHEMES, headers, random_weights, reference, run_plan, same_bytes, write_checkpoint
-from octavo import chunks, kinds
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.chunks import Work, cut_plan
 from octavo.elements.pieces import Symbolic, coverage_problem
-from octavo.geometry import Geometry
 from octavo.numerics import schemes
-from octavo.plan import Target, make_plan, plan_checkpoint
-from octavo.recipe import Recipe
+from octavo.planning import chunks, kinds
+from octavo.planning.budget import Geometry
+from octavo.planning.chunks import Work, cut_plan
+from octavo.planning.plan import Target, make_plan, plan_checkpoint
+from octavo.planning.recipe import Recipe
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from helpers import SCHEMES, headers
-from octavo import kinds
-from octavo.chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes
 from octavo.elements.pieces import Symbolic
 from octavo.numerics import schemes
-from octavo.plan import Placement, Plan, Target, make_plan
-from octavo.recipe import Recipe
+from octavo.planning import kinds
+from octavo.planning.chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes
+from octavo.planning.plan import Placement, Plan, Target, make_plan
+from octavo.planning.recipe import Recipe
 
 SLOTS = (900, 5000, 20_000, 1 << 20)
 

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from helpers import SCHEMES, headers
-from octavo import kinds
-from octavo.blocks import cut_blocks, cut_reads
 from octavo.device import DevicePress
 from octavo.elements.pieces import Symbolic
-from octavo.geometry import Geometry
-from octavo.plan import Target, make_plan
-from octavo.recipe import Recipe
+from octavo.planning import kinds
+from octavo.planning.blocks import cut_blocks, cut_reads
+from octavo.planning.budget import Geometry
+from octavo.planning.plan import Target, make_plan
+from octavo.planning.recipe import Recipe
 from octavo.ring import Ring, Slot
 from octavo.sinks import ParameterSink, Storage
 

@@ -9,10 +9,10 @@ import torch
 
 from helpers import one_tensor, random_weights
 from octavo.errors import DeviceError
-from octavo.geometry import Geometry
 from octavo.numerics import schemes
-from octavo.plan import plan_checkpoint
-from octavo.recipe import Recipe
+from octavo.planning.budget import Geometry
+from octavo.planning.plan import plan_checkpoint
+from octavo.planning.recipe import Recipe
 from octavo.sinks import ParameterSink
 from octavo.stream import Stream, Worker
 

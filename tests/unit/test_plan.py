@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from helpers import headers
-from octavo import kinds
 from octavo.elements.pieces import Piece, Symbolic, whole
 from octavo.errors import CoverageError, RecipeError
-from octavo.geometry import Geometry
-from octavo.plan import Target, cut_parts, make_plan, plan_checkpoint
-from octavo.recipe import Recipe
+from octavo.planning import kinds
+from octavo.planning.budget import Geometry
+from octavo.planning.plan import Target, cut_parts, make_plan, plan_checkpoint
+from octavo.planning.recipe import Recipe
 
 
 def source(checkpoint, name: str) -> Symbolic:

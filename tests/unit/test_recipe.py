@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from octavo import kinds
 from octavo.errors import RecipeError
-from octavo.recipe import Recipe, Weight
+from octavo.planning import kinds
+from octavo.planning.recipe import Recipe, Weight
 
 
 def linear(name: str, *sources: str, dtype: torch.dtype | None = torch.bfloat16, **options) -> Weight:

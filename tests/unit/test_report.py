@@ -14,8 +14,8 @@ from helpers import random_weights, run_plan, threads_of_octavo, write_checkpoin
 from octavo import report
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import MissingExtraError
-from octavo.plan import plan_checkpoint
-from octavo.recipe import Recipe
+from octavo.planning.plan import plan_checkpoint
+from octavo.planning.recipe import Recipe
 from octavo.report import Report, Stages, collection_paused, human_bytes, measured, progress_bar
 from octavo.sinks import ParameterSink, Storage
 from octavo.stream import Stream

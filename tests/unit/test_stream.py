@@ -24,13 +24,13 @@ from helpers import (
     threads_of_octavo,
     write_checkpoint,
 )
-from octavo import kinds
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.elements.pieces import Symbolic, whole
 from octavo.errors import SourceChangedError, WeightError
 from octavo.numerics import schemes
-from octavo.plan import Plan, Target, make_plan, plan_checkpoint
-from octavo.recipe import Recipe
+from octavo.planning import kinds
+from octavo.planning.plan import Plan, Target, make_plan, plan_checkpoint
+from octavo.planning.recipe import Recipe
 from octavo.sinks import ParameterSink, Storage
 from octavo.stream import Stream
 

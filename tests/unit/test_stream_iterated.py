@@ -18,8 +18,8 @@ from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import WeightError
 from octavo.files import Files
 from octavo.numerics import schemes
-from octavo.plan import Plan, plan_checkpoint
-from octavo.recipe import Recipe
+from octavo.planning.plan import Plan, plan_checkpoint
+from octavo.planning.recipe import Recipe
 from octavo.sinks import IteratorSink, Storage
 from octavo.stream import Stream, Worker
 

@@ -15,9 +15,9 @@ from octavo import Recipe, formats
 from octavo.adapters.vllm.survey import Surveyor
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import WeightError
-from octavo.geometry import Geometry
 from octavo.numerics import schemes
-from octavo.plan import plan_checkpoint
+from octavo.planning.budget import Geometry
+from octavo.planning.plan import plan_checkpoint
 from octavo.sinks import ParameterSink
 from octavo.stream import Stream
 

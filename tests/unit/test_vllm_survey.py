@@ -11,7 +11,7 @@ from helpers.vllm_toys import Toy, empty
 from octavo import Recipe, formats
 from octavo.adapters.vllm.survey import Surveyor
 from octavo.errors import CoverageError, RecipeError
-from octavo.plan import plan_checkpoint
+from octavo.planning.plan import plan_checkpoint
 
 LAYOUT = formats.get("compressed-tensors")
 

@@ -21,10 +21,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from .. import modules
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import DeviceError, RecipeError
-from ..geometry import usable_device
 from ..layerwise.update import Routes
-from ..plan import DEFAULT_STAGING_BYTES, Placement
-from ..recipe import DEFAULT_SCHEME, Recipe
+from ..planning.budget import usable_device
+from ..planning.plan import DEFAULT_STAGING_BYTES, Placement
+from ..planning.recipe import DEFAULT_SCHEME, Recipe
 from ..report import Report, Stages, measured
 from ..sinks import ParameterSink, Storage, allocate_all
 from ..stream import Stream

@@ -31,10 +31,10 @@ from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..device import WarmUp
 from ..errors import CheckpointError, MissingExtraError, RecipeError
-from ..geometry import usable_device
 from ..layerwise.update import Routes
-from ..plan import DEFAULT_STAGING_BYTES, Plan
-from ..recipe import Recipe
+from ..planning.budget import usable_device
+from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
+from ..planning.recipe import Recipe
 from ..report import Report, Stages, measured
 from ..sinks import ParameterSink, Storage, allocate_all
 from ..stream import Stream

@@ -23,7 +23,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..plan import DEFAULT_STAGING_BYTES
+from ..planning.plan import DEFAULT_STAGING_BYTES
 from .pairs import Transform
 from .session import Finish, Session
 from .update import update

@@ -3,7 +3,8 @@
 There, what costs is launching, some 10 µs an operation: tensor by tensor, a model of thousands takes seconds for what
 is a tenth of one of arithmetic. So values that come are copied, and nothing else: one by one, or many at once if they
 stay as they are (`Batches.gather`). Their owner may change them once `Batches.settle` has returned. When a batch is
-full, boxes that lie regularly in it and in their parameter are joined (`octavo.blocks`), and the scales of all are
+full, boxes that lie regularly in it and in their parameter are joined (`octavo.planning.blocks`), and the scales of
+all are
 computed together.
 
 Values in pageable memory go through pinned memory, which is sent a few MiB at a time. What comes from the host is
@@ -20,15 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..blocks import Box as Joinable
-from ..blocks import join
 from ..checkpoint import dtypes
-from ..chunks import Work
 from ..elements.boxes import Box
 from ..elements.operations import offset_of
 from ..elements.pieces import Piece
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
+from ..planning.blocks import Box as Joinable
+from ..planning.blocks import join
+from ..planning.chunks import Work
 from .storage import QuantizedStorage
 
 #: values begin at multiples of it: any dtype can be viewed, and tensors of one shape lie evenly

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import modules
 from ..elements.operations import undisturbed
 from ..errors import LoaderError
-from ..plan import cut_parts
+from ..planning.plan import cut_parts
 from ..ring import now
 from .items import Face, Item, Layer
 from .report import Event, LayerReport

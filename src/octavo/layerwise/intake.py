@@ -21,7 +21,7 @@ from ..elements.operations import Operation, offset_of, undisturbed
 from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
-from ..plan import Placement
+from ..planning.plan import Placement
 from ..sinks import Storage
 from .items import Inventory, Item, Layer
 from .modes import Mark

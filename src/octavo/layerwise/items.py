@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import kinds
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import TensorInfo
 from ..elements.boxes import Box, Gaps
 from ..elements.operations import offset_of, storage_key, view_on
 from ..elements.pieces import Piece
 from ..numerics import schemes
-from ..recipe import Decision, Recipe, Weight
+from ..planning import kinds
+from ..planning.recipe import Decision, Recipe, Weight
 from .storage import QuantizedStorage
 
 

@@ -14,12 +14,12 @@ import operator
 import torch
 from torch import Tensor
 
-from ..chunks import Tile, cut_tiles
 from ..elements.boxes import Box
 from ..elements.pieces import Piece
 from ..errors import WeightError
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
+from ..planning.chunks import Tile, cut_tiles
 from .batches import Batches
 from .storage import QuantizedStorage
 

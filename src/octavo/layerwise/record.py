@@ -26,8 +26,8 @@ from ..elements.boxes import Box, Gaps, trace_view
 from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
 from ..elements.pieces import HANDLERS, NotMovementError, Piece, Symbolic
 from ..errors import CoverageError, LoaderError, raise_problems
-from ..plan import Plan, Target, make_plan
-from ..recipe import Recipe
+from ..planning.plan import Plan, Target, make_plan
+from ..planning.recipe import Recipe
 from .items import Inventory, Item, kind_of
 
 aten = torch.ops.aten

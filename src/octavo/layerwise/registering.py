@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import LoaderError
-from ..recipe import Decision
+from ..planning.recipe import Decision
 from .intake import Intake
 from .items import Face, Item, Layer
 from .report import LayerwiseReport

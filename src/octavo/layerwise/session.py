@@ -24,10 +24,10 @@ from torch.nn.modules.module import (
 from .. import modules
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError, raise_problems
-from ..geometry import check_options, usable_device
 from ..numerics import schemes
-from ..plan import DEFAULT_STAGING_BYTES, Plan
-from ..recipe import Decision, Recipe
+from ..planning.budget import check_options, usable_device
+from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
+from ..planning.recipe import Decision, Recipe
 from ..ring import now
 from ..sinks import ParameterSink, Storage
 from ..stream import Stream

@@ -18,7 +18,7 @@ from ..elements.boxes import Box, Gaps
 from ..elements.operations import offset_of, storage_key, undisturbed
 from ..elements.pieces import Piece
 from ..errors import LoaderError, WeightError
-from ..plan import cut_parts
+from ..planning.plan import cut_parts
 from .items import Item
 from .quantizer import Quantizer
 from .report import Event, Ledger

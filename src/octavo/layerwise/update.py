@@ -22,7 +22,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..elements.operations import storage_key
 from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
-from ..plan import DEFAULT_STAGING_BYTES, Plan
+from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport

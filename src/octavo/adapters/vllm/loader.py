@@ -30,7 +30,7 @@ from ...api import iterate
 from ...checkpoint.checkpoint import Checkpoint
 from ...device import WarmUp
 from ...errors import OctavoError, RecipeError
-from ...plan import Plan, plan_checkpoint
+from ...planning.plan import Plan, plan_checkpoint
 from ...report import Stages, collection_paused, measured
 from ...sinks import ParameterSink
 from ...stream import Stream, Tally

@@ -13,8 +13,8 @@ from typing import Any
 
 from ...errors import RecipeError
 from ...numerics import schemes
-from ...plan import DEFAULT_STAGING_BYTES
-from ...recipe import DEFAULT_SCHEME, Recipe
+from ...planning.plan import DEFAULT_STAGING_BYTES
+from ...planning.recipe import DEFAULT_SCHEME, Recipe
 
 #: the value of ``--load-format``
 LOAD_FORMAT = "octavo"

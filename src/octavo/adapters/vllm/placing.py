@@ -24,7 +24,7 @@ from ...elements.dry_run import Copy, Trace, View, is_run
 from ...elements.pieces import Piece, contiguous_strides
 from ...formats import Format
 from ...numerics import schemes
-from ...plan import Placement, Plan, cut_parts
+from ...planning.plan import Placement, Plan, cut_parts
 from ...sinks import Storage
 
 

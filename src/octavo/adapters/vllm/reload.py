@@ -23,7 +23,7 @@ from ...errors import CheckpointError, CoverageError, WeightError, raise_problem
 from ...formats import Format
 from ...numerics import schemes
 from ...numerics.schemes import FP8
-from ...plan import Placement, Plan
+from ...planning.plan import Placement, Plan
 from . import versions
 from .arrivals import Arrivals
 from .options import Options

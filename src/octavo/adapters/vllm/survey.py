@@ -29,7 +29,7 @@ from ...errors import CoverageError, RecipeError, raise_problems
 from ...formats import Format
 from ...numerics import schemes
 from ...numerics.schemes import FP8, Scheme
-from ...plan import Plan
+from ...planning.plan import Plan
 from .placing import Places, split
 
 Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from ..errors import DeviceError
+from ..files import PAGE
 from .chunks import default_slot_bytes
-from .errors import DeviceError
-from .files import PAGE
 from .plan import Plan
 
 MIN_STAGING_BYTES = 1 << 20

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .checkpoint import dtypes
-from .elements.pieces import Piece, whole
-from .numerics import schemes
-from .numerics.schemes import Scheme
+from ..checkpoint import dtypes
+from ..elements.pieces import Piece, whole
+from ..numerics import schemes
+from ..numerics.schemes import Scheme
 from .plan import Placement, Plan
 
 #: a run of the file shorter than this is not worth a read of its own: such a piece is read twice instead

@@ -13,11 +13,11 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .checkpoint import dtypes
-from .checkpoint.checkpoint import TensorInfo
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import TensorInfo
+from ..elements.pieces import Piece
+from ..numerics import schemes
 from .chunks import Chunk, Work, cut_placement
-from .elements.pieces import Piece
-from .numerics import schemes
 from .plan import Placement, Plan
 
 

@@ -1,7 +1,8 @@
 """The plan: what each weight becomes, where each of its elements comes from, in which order bytes are read.
 
 A plan is data: immutable, printable, JSON-able, made from headers and shapes alone, before any weight byte is read. It
-checks that the pieces tile every parameter. `octavo.chunks` cuts it into the units of reading; `octavo.stream` executes
+checks that the pieces tile every parameter. `octavo.planning.chunks` cuts it into the units of reading;
+`octavo.stream` executes
 those and decides nothing.
 """
 
@@ -15,13 +16,13 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint, TensorInfo
+from ..choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
+from ..elements.pieces import Piece, coverage_problem, whole
+from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
+from ..numerics import schemes
 from . import kinds
-from .checkpoint import dtypes
-from .checkpoint.checkpoint import Checkpoint, TensorInfo
-from .choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
-from .elements.pieces import Piece, coverage_problem, whole
-from .errors import CoverageError, DeviceError, RecipeError, raise_problems
-from .numerics import schemes
 from .recipe import Decision, Recipe, Weight
 
 
@@ -128,7 +129,7 @@ class Plan:
 
     def peak_bytes(self, device: str | None = None) -> int:
         """The most bytes that are ever held there while loading, with as many threads as this machine has cores."""
-        from .geometry import Geometry
+        from .budget import Geometry
 
         try:
             geometry = Geometry.fit(self)
@@ -142,8 +143,8 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read: the sources, and a second time those whose scale groups span chunks."""
+        from .budget import Geometry
         from .chunks import cut_plan
-        from .geometry import Geometry
 
         return sum(chunk.nbytes for chunk in cut_plan(self, Geometry.fit(self).chunk_bytes))
 
@@ -204,7 +205,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan for people: groups of like tensors, what becomes of them and why, and the memory forecast."""
-        from .report import plan_table
+        from ..report import plan_table
 
         return plan_table(self)
 

@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import dtypes
+from ..choices import DEFAULT_SCHEME as DEFAULT_SCHEME
+from ..errors import RecipeError, raise_problems
+from ..numerics import schemes
 from . import kinds
-from .checkpoint import dtypes
-from .choices import DEFAULT_SCHEME as DEFAULT_SCHEME
-from .errors import RecipeError, raise_problems
-from .numerics import schemes
 
 
 @dataclass(frozen=True, slots=True)
