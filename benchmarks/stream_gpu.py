@@ -42,9 +42,9 @@ from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.planning.blocks import Read, cut_blocks
 from octavo.planning.budget import Geometry
 from octavo.planning.plan import DEFAULT_STAGING_BYTES
-from octavo.ring import Slot
+from octavo.streaming.ring import Slot
 
-_stream = importlib.import_module("octavo.stream")  # `octavo.stream` is the function
+_stream = importlib.import_module("octavo.streaming.stream")  # `octavo.stream` is the function
 
 
 def _unread(self: Any, read: Read, slot: Slot) -> int:
@@ -56,10 +56,12 @@ def _unread(self: Any, read: Read, slot: Slot) -> int:
 WAYS: dict[str, dict[str, Any]] = {
     "stream": {},
     "unread": {
-        "octavo.stream.Stream._read_part": _unread,
-        "octavo.device.DevicePress.check": lambda self: None,  # whatever lies in the slots need not be finite
+        "octavo.streaming.stream.Stream._read_part": _unread,
+        "octavo.streaming.on_accelerator.DevicePress.check": lambda self: (
+            None
+        ),  # whatever lies in the slots need not be finite
     },
-    "copied": {"octavo.device.DevicePress._press": lambda self, block, lane: block.nbytes},
+    "copied": {"octavo.streaming.on_accelerator.DevicePress._press": lambda self, block, lane: block.nbytes},
 }
 
 

@@ -17,9 +17,9 @@ from .layerwise import layerwise, update
 from .planning.budget import Geometry, usable_device
 from .planning.plan import DEFAULT_STAGING_BYTES, Plan
 from .planning.recipe import Recipe
-from .report import collection_paused
-from .sinks import IteratorSink
-from .stream import Stream, Tally
+from .streaming.report import collection_paused
+from .streaming.sinks import IteratorSink
+from .streaming.stream import Stream, Tally
 from .verify import verify
 
 Scheme = str | Recipe | Mapping[str, Any] | None

@@ -61,7 +61,7 @@ def _chosen(scheme: str) -> str | None:
 
 def _progress(title: str) -> Any:
     """A bar on a terminal, lines elsewhere: whoever reads a log wants to know that it goes on."""
-    from .report import ProgressLines
+    from .streaming.report import ProgressLines
 
     return None if sys.stderr.isatty() else ProgressLines(title)
 
@@ -139,7 +139,7 @@ def plan(
     else:
         typer.echo(made.table())
         if room is not None:
-            from .report import human_bytes
+            from .streaming.report import human_bytes
 
             what = "staging, as a conversion takes" if checkpoint else "weights and staging; activations, caches on top"
             verdict = "fits" if fits else "does not fit"

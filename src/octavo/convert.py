@@ -24,14 +24,14 @@ from . import formats
 from .checkpoint import dtypes
 from .checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
 from .errors import OutputError, SourceChangedError, raise_problems
-from .outfile import OutFile, disk_error
 from .partial import PART, Folder, PartialFolder, check_free
 from .planning.budget import Geometry, usable_device
 from .planning.plan import DEFAULT_STAGING_BYTES, Placement, Plan
 from .planning.recipe import Recipe
-from .report import Report, Stages, human_bytes, measured
-from .sinks import ShardSink
-from .stream import Stream, Tally
+from .streaming.outfile import OutFile, disk_error
+from .streaming.report import Report, Stages, human_bytes, measured
+from .streaming.sinks import ShardSink
+from .streaming.stream import Stream, Tally
 
 #: raised whenever the bytes of an output could differ from those of an earlier version
 _BYTES_VERSION = 1

@@ -11,7 +11,7 @@ import torch
 from . import api
 from .chat import answer, load_tokenizer
 from .demo_model import EVAL_TEXT, prepare
-from .report import human_bytes
+from .streaming.report import human_bytes
 
 _GREEDY_TOKENS = 64
 

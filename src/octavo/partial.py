@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import OutputError
-from .outfile import disk_error
+from .streaming.outfile import disk_error
 
 _LOCK, _MANIFEST, _RESULT = "octavo.lock", "manifest.json", "checkpoint"
 #: ends the names of files that are not complete

@@ -23,7 +23,7 @@ from .checkpoint.checkpoint import Checkpoint, TensorInfo
 from .errors import CheckpointError, raise_problems
 from .numerics import schemes
 from .numerics.schemes import Scheme
-from .report import progress_bar
+from .streaming.report import progress_bar
 
 _BLOCK_ELEMENTS = 1 << 25
 

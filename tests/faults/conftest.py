@@ -14,7 +14,7 @@ from _inputs import copy_of
 import octavo
 from helpers import write_checkpoint
 from helpers.models import random_model
-from octavo import ahead
+from octavo.streaming import readahead as ahead
 
 
 @pytest.fixture

@@ -74,8 +74,8 @@ def test_the_device_peak_is_the_model_and_the_staging_budget(scheme, staging_byt
     save_file({"a.up_proj.weight": random_weights((4096, 8192), torch.bfloat16, 0)}, tmp_path / "model.safetensors")
     from octavo.checkpoint.checkpoint import Checkpoint
     from octavo.planning.plan import plan_checkpoint
-    from octavo.sinks import ParameterSink, Storage
-    from octavo.stream import Stream
+    from octavo.streaming.sinks import ParameterSink, Storage
+    from octavo.streaming.stream import Stream
 
     checkpoint = Checkpoint.open(tmp_path)
     plan = plan_checkpoint(checkpoint, octavo.Recipe(scheme), staging_bytes, "cuda")

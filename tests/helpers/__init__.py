@@ -19,8 +19,8 @@ from octavo.checkpoint.checkpoint import Checkpoint, Shard, TensorInfo
 from octavo.elements.pieces import Piece
 from octavo.planning.budget import Geometry
 from octavo.planning.plan import Plan
-from octavo.sinks import ParameterSink, Storage
-from octavo.stream import Stream, Tally
+from octavo.streaming.sinks import ParameterSink, Storage
+from octavo.streaming.stream import Stream, Tally
 
 SCHEMES = ("fp8_channel", "fp8_block", "fp8_tensor", "mxfp8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

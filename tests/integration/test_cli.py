@@ -16,7 +16,7 @@ from _cli import Run, refused
 import octavo
 from octavo import cli, formats
 from octavo.numerics import schemes
-from octavo.report import ProgressLines
+from octavo.streaming.report import ProgressLines
 
 COMMANDS = ("plan", "convert", "verify", "generate", "demo")
 

@@ -13,8 +13,8 @@ from _sources import CONFIG, MIB, assert_same, by_case, by_scheme, expected, hea
 
 import octavo
 from helpers import random_weights, same_bytes, threads_of_octavo, write_checkpoint
-from octavo import sinks
 from octavo.errors import CheckpointError
+from octavo.streaming import sinks
 
 pytestmark = pytest.mark.usefixtures("nothing_left_behind", "no_waiting_for_the_disk")
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from octavo import ahead
-from octavo.ahead import ReadAhead, available_bytes
 from octavo.checkpoint.checkpoint import Shard
-from octavo.files import cached_share
+from octavo.streaming import readahead as ahead
+from octavo.streaming.files import cached_share
+from octavo.streaming.readahead import ReadAhead, available_bytes
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo.device import WarmUp, rehearse
 from octavo.errors import DeviceError
 from octavo.numerics import schemes
+from octavo.streaming.on_accelerator import WarmUp, rehearse
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)

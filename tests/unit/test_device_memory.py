@@ -17,15 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from helpers import SCHEMES, headers
-from octavo.device import DevicePress
 from octavo.elements.pieces import Symbolic
 from octavo.planning import kinds
 from octavo.planning.blocks import cut_blocks, cut_reads
 from octavo.planning.budget import Geometry
 from octavo.planning.plan import Target, make_plan
 from octavo.planning.recipe import Recipe
-from octavo.ring import Ring, Slot
-from octavo.sinks import ParameterSink, Storage
+from octavo.streaming.on_accelerator import DevicePress
+from octavo.streaming.ring import Ring, Slot
+from octavo.streaming.sinks import ParameterSink, Storage
 
 META = torch.device("meta")
 #: of each lane, for the largest amax of its blocks

@@ -13,8 +13,8 @@ from octavo.numerics import schemes
 from octavo.planning.budget import Geometry
 from octavo.planning.plan import plan_checkpoint
 from octavo.planning.recipe import Recipe
-from octavo.sinks import ParameterSink
-from octavo.stream import Stream, Worker
+from octavo.streaming.sinks import ParameterSink
+from octavo.streaming.stream import Stream, Worker
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(60)]
 

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from octavo.errors import OutputError
-from octavo.outfile import OutFile
+from octavo.streaming.outfile import OutFile
 
 
 def fill(path, content: bytes, seed: int, threads: int = 4) -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from helpers import random_weights, run_plan, threads_of_octavo, write_checkpoint
-from octavo import report
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import MissingExtraError
 from octavo.planning.plan import plan_checkpoint
 from octavo.planning.recipe import Recipe
-from octavo.report import Report, Stages, collection_paused, human_bytes, measured, progress_bar
-from octavo.sinks import ParameterSink, Storage
-from octavo.stream import Stream
+from octavo.streaming import report
+from octavo.streaming.report import Report, Stages, collection_paused, human_bytes, measured, progress_bar
+from octavo.streaming.sinks import ParameterSink, Storage
+from octavo.streaming.stream import Stream
 
 
 @pytest.fixture

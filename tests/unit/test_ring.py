@@ -12,7 +12,7 @@ from contextlib import closing
 import pytest
 
 from helpers import threads_of_octavo
-from octavo.ring import Cancelled, Ring, Slot
+from octavo.streaming.ring import Cancelled, Ring, Slot
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]
 

@@ -31,8 +31,8 @@ from octavo.numerics import schemes
 from octavo.planning import kinds
 from octavo.planning.plan import Plan, Target, make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
-from octavo.sinks import ParameterSink, Storage
-from octavo.stream import Stream
+from octavo.streaming.sinks import ParameterSink, Storage
+from octavo.streaming.stream import Stream
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(60)]
 
@@ -180,7 +180,7 @@ def test_ctrl_c_in_a_progress_callback_ends_threads_and_closes_files(checkpoint)
 
 def test_a_failing_progress_callback_ends_a_stream_in_blocks(checkpoint, monkeypatch):
     plan, told = plan_checkpoint(checkpoint, Recipe()), []
-    monkeypatch.setattr(importlib.import_module("octavo.stream"), "TICK_S", 0)  # after each block
+    monkeypatch.setattr(importlib.import_module("octavo.streaming.stream"), "TICK_S", 0)  # after each block
 
     def fail(done: int, total: int) -> None:
         told.append(done)

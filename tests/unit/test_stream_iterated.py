@@ -16,12 +16,12 @@ import torch
 from helpers import in_blocks, one_tensor, random_weights, same_bytes, threads_of_octavo, write_checkpoint
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import WeightError
-from octavo.files import Files
 from octavo.numerics import schemes
 from octavo.planning.plan import Plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
-from octavo.sinks import IteratorSink, Storage
-from octavo.stream import Stream, Worker
+from octavo.streaming.files import Files
+from octavo.streaming.sinks import IteratorSink, Storage
+from octavo.streaming.stream import Stream, Worker
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(60)]
 

@@ -18,8 +18,8 @@ from octavo.errors import WeightError
 from octavo.numerics import schemes
 from octavo.planning.budget import Geometry
 from octavo.planning.plan import plan_checkpoint
-from octavo.sinks import ParameterSink
-from octavo.stream import Stream
+from octavo.streaming.sinks import ParameterSink
+from octavo.streaming.stream import Stream
 
 LAYOUT = formats.get("compressed-tensors")
 

@@ -25,9 +25,9 @@ from ..layerwise.update import Routes
 from ..planning.budget import usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Placement
 from ..planning.recipe import DEFAULT_SCHEME, Recipe
-from ..report import Report, Stages, measured
-from ..sinks import ParameterSink, Storage, allocate_all
-from ..stream import Stream
+from ..streaming.report import Report, Stages, measured
+from ..streaming.sinks import ParameterSink, Storage, allocate_all
+from ..streaming.stream import Stream
 from . import transformers as adapter
 from .model_plan import plan_model
 

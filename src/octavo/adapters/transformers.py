@@ -26,18 +26,18 @@ import torch
 from torch import nn
 
 from .. import modules
-from ..ahead import ReadAhead
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
-from ..device import WarmUp
 from ..errors import CheckpointError, MissingExtraError, RecipeError
 from ..layerwise.update import Routes
 from ..planning.budget import usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Recipe
-from ..report import Report, Stages, measured
-from ..sinks import ParameterSink, Storage, allocate_all
-from ..stream import Stream
+from ..streaming.on_accelerator import WarmUp
+from ..streaming.readahead import ReadAhead
+from ..streaming.report import Report, Stages, measured
+from ..streaming.sinks import ParameterSink, Storage, allocate_all
+from ..streaming.stream import Stream
 
 #: what quantization_config.quant_method says of a model that octavo quantized
 METHOD = "octavo"

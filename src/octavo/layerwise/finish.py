@@ -16,7 +16,7 @@ from .. import modules
 from ..elements.operations import undisturbed
 from ..errors import LoaderError
 from ..planning.plan import cut_parts
-from ..ring import now
+from ..streaming.ring import now
 from .items import Face, Item, Layer
 from .report import Event, LayerReport
 

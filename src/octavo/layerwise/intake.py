@@ -22,7 +22,7 @@ from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
 from ..planning.plan import Placement
-from ..sinks import Storage
+from ..streaming.sinks import Storage
 from .items import Inventory, Item, Layer
 from .modes import Mark
 from .quantizer import Quantizer

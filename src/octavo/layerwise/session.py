@@ -28,9 +28,9 @@ from ..numerics import schemes
 from ..planning.budget import check_options, usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Decision, Recipe
-from ..ring import now
-from ..sinks import ParameterSink, Storage
-from ..stream import Stream
+from ..streaming.ring import now
+from ..streaming.sinks import ParameterSink, Storage
+from ..streaming.stream import Stream
 from . import loading, updating
 from .finish import LayerFinisher, Provider
 from .intake import Intake

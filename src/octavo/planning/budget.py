@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import DeviceError
-from ..files import PAGE
+from ..streaming.files import PAGE
 from .chunks import default_slot_bytes
 from .plan import Plan
 

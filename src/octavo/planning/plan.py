@@ -2,7 +2,7 @@
 
 A plan is data: immutable, printable, JSON-able, made from headers and shapes alone, before any weight byte is read. It
 checks that the pieces tile every parameter. `octavo.planning.chunks` cuts it into the units of reading;
-`octavo.stream` executes
+`octavo.streaming.stream` executes
 those and decides nothing.
 """
 
@@ -205,7 +205,7 @@ class Plan:
 
     def table(self) -> str:
         """The plan for people: groups of like tensors, what becomes of them and why, and the memory forecast."""
-        from ..report import plan_table
+        from ..streaming.report import plan_table
 
         return plan_table(self)
 

@@ -28,12 +28,12 @@ from vllm.platforms import current_platform
 from ... import formats
 from ...api import iterate
 from ...checkpoint.checkpoint import Checkpoint
-from ...device import WarmUp
 from ...errors import OctavoError, RecipeError
 from ...planning.plan import Plan, plan_checkpoint
-from ...report import Stages, collection_paused, measured
-from ...sinks import ParameterSink
-from ...stream import Stream, Tally
+from ...streaming.on_accelerator import WarmUp
+from ...streaming.report import Stages, collection_paused, measured
+from ...streaming.sinks import ParameterSink
+from ...streaming.stream import Stream, Tally
 from . import config as quantization
 from . import reload, versions
 from .config import OctavoConfig

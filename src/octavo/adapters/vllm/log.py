@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ...report import Meter, Stages, human_bytes
-from ...stream import Tally
+from ...streaming.report import Meter, Stages, human_bytes
+from ...streaming.stream import Tally
 from .survey import Survey
 
 _MAX_REASONS = 6

@@ -25,7 +25,7 @@ from ...elements.pieces import Piece, contiguous_strides
 from ...formats import Format
 from ...numerics import schemes
 from ...planning.plan import Placement, Plan, cut_parts
-from ...sinks import Storage
+from ...streaming.sinks import Storage
 
 
 class Places(NamedTuple):

@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .checkpoint import dtypes
-from .checkpoint.checkpoint import Checkpoint
-from .elements.pieces import Piece, contiguous_strides
-from .errors import WeightError
-from .numerics import schemes
-from .numerics.schemes import Scheme
-from .planning.chunks import Chunk, Work, cut_tiles
-from .planning.plan import Placement
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
+from ..elements.pieces import Piece, contiguous_strides
+from ..errors import WeightError
+from ..numerics import schemes
+from ..numerics.schemes import Scheme
+from ..planning.chunks import Chunk, Work, cut_tiles
+from ..planning.plan import Placement
 from .ring import Slot, now
 
 if TYPE_CHECKING:

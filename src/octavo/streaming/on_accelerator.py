@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import dtypes
-from .checkpoint.checkpoint import Checkpoint
-from .errors import WeightError
-from .numerics import schemes
-from .numerics.schemes import Scheme
-from .planning.blocks import Block, Box, Read
-from .planning.budget import Geometry, check_options, usable_device
-from .planning.chunks import Work
-from .press import describe_nonfinite
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import WeightError
+from ..numerics import schemes
+from ..numerics.schemes import Scheme
+from ..planning.blocks import Block, Box, Read
+from ..planning.budget import Geometry, check_options, usable_device
+from ..planning.chunks import Work
+from .on_cpu import describe_nonfinite
 from .ring import Ring, Slot
 from .sinks import Destination, Sink, enough_memory
 

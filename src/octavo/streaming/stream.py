@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import dtypes
-from .checkpoint.checkpoint import Checkpoint
-from .device import DevicePress
-from .errors import DeviceError, OctavoError
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import DeviceError, OctavoError
+from ..planning.blocks import Block, Read, cut_blocks, cut_reads
+from ..planning.budget import Geometry
+from ..planning.chunks import Chunk, Work, cut_plan
+from ..planning.plan import Placement, Plan
 from .files import Files
-from .planning.blocks import Block, Read, cut_blocks, cut_reads
-from .planning.budget import Geometry
-from .planning.chunks import Chunk, Work, cut_plan
-from .planning.plan import Placement, Plan
-from .press import Press
+from .on_accelerator import DevicePress
+from .on_cpu import Press
 from .ring import TICK_S, Ring, SingleThreadedTorch, Slot, now
 from .sinks import Destination, IteratorSink, Sink, Storage, enough_memory
 

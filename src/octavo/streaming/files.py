@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoint.checkpoint import Shard
-from .errors import CheckpointError, SourceChangedError
+from ..checkpoint.checkpoint import Shard
+from ..errors import CheckpointError, SourceChangedError
 
 PAGE = 4096  # what direct reads are aligned to; devices ask for no more
 #: windows of a file that are looked up, those of a single read, and the share of them that must be cached for either to

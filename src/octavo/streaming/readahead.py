@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint.checkpoint import Shard
+from ..checkpoint.checkpoint import Shard
+from ..planning.budget import usable_cpus
 from .files import CACHED, RUN_WINDOWS, cached_share
-from .planning.budget import usable_cpus
 from .ring import Ring
 
 _MOST_THREADS = 8

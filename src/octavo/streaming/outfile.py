@@ -17,7 +17,7 @@ from types import TracebackType
 
 import numpy as np
 
-from .errors import OutputError
+from ..errors import OutputError
 
 #: of file offsets, lengths and memory: what any file system asks for at most
 _PAGE_BYTES = 4096

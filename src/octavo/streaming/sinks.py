@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .checkpoint import dtypes
-from .elements.pieces import Piece, contiguous_strides
-from .errors import DeviceError
-from .numerics import schemes
+from ..checkpoint import dtypes
+from ..elements.pieces import Piece, contiguous_strides
+from ..errors import DeviceError
+from ..numerics import schemes
+from ..planning.plan import Placement
 from .outfile import OutFile
-from .planning.plan import Placement
 from .ring import Cancelled, Ring
 
 #: torch's CUDA allocator: what blocks are rounded to, and up to which size they are in a pool of their own

@@ -20,13 +20,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from .checkpoint import dtypes
-from .errors import MissingExtraError
+from ..checkpoint import dtypes
+from ..errors import MissingExtraError
 from .ring import now
 
 if TYPE_CHECKING:
-    from .planning.budget import Geometry
-    from .planning.plan import Placement, Plan
+    from ..planning.budget import Geometry
+    from ..planning.plan import Placement, Plan
     from .stream import Tally
 
 _SAMPLE_S = 0.01

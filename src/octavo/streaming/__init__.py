@@ -1,0 +1,1 @@
+"""A plan, executed: bytes are read, quantized and put in their place. Decides nothing."""
