@@ -134,7 +134,7 @@ class _Stored:
 
 
 def _octavo_storage(model: Any) -> dict[str, _Stored]:
-    from octavo.modules import quantized_weights
+    from octavo.running.modules import quantized_weights
 
     return {
         name: _Stored(

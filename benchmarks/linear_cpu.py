@@ -19,8 +19,8 @@ import common
 import torch
 import torch.nn.functional as F
 
-from octavo import matmul
 from octavo.numerics import schemes
+from octavo.running import linear as matmul
 
 SIDE = 4096
 

@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import grouped_mm_experts_forward
 
-from octavo import modules
 from octavo.numerics import schemes
+from octavo.running import modules
 
 LINEARS = {
     "Llama-3-8B o_proj": (4096, 4096),

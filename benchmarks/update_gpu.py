@@ -31,9 +31,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 import octavo
-from octavo.modules import QuantizedLinear
 from octavo.numerics import schemes
 from octavo.planning.plan import DEFAULT_STAGING_BYTES
+from octavo.running.modules import QuantizedLinear
 
 SAMPLE = 40
 MIB = 1 << 20

@@ -1,4 +1,5 @@
-"""The forward on FP8 units: products within the bounds that `octavo.fp8` states, of any side, compiled and captured."""
+"""The forward on FP8 units: products within the bounds that `octavo.running.fp8` states, of any side, compiled and
+captured."""
 
 from __future__ import annotations
 
@@ -7,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from octavo import fp8, matmul, modules
 from octavo.numerics import schemes
+from octavo.running import fp8, modules
+from octavo.running import linear as matmul
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,7 +42,7 @@ def quantized(shape: tuple[int, ...], scheme: str, parts: tuple[int, ...] | None
 
 
 def assert_within_bounds(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """As the docstring of `octavo.fp8` says; ``weight`` is the dequantized one."""
+    """As the docstring of `octavo.running.fp8` says; ``weight`` is the dequantized one."""
     exact = x.double() @ weight.double().T
     magnitude = x.double().abs() @ weight.double().abs().T
     amax = x.double().abs().amax(-1, keepdim=True)

@@ -14,8 +14,8 @@ import octavo
 from helpers import same_bytes, write_checkpoint
 from helpers.engine import Model, Shape, checkpoint
 from octavo.errors import UpdateError, WeightError
-from octavo.modules import QuantizedLinear
 from octavo.numerics import schemes
+from octavo.running.modules import QuantizedLinear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import octavo
 from helpers.models import random_model
-from octavo.modules import quantized_weights
 from octavo.numerics import schemes
+from octavo.running.modules import quantized_weights
 
 pytest.importorskip("transformers")
 

@@ -36,8 +36,8 @@ import octavo
 from helpers import same_bytes
 from helpers.folders import tensors_of
 from helpers.models import differences, state_of
-from octavo.modules import quantized_weights, scale_name
 from octavo.numerics import schemes
+from octavo.running.modules import quantized_weights, scale_name
 
 # how per-expert tensors of a layer are called in checkpoints: (gate, up, down)
 _PER_EXPERT = {

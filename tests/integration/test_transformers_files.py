@@ -12,7 +12,7 @@ import octavo
 from helpers import same_bytes
 from helpers.folders import split_shards, tensors_of
 from helpers.models import differences
-from octavo.modules import quantized_weights
+from octavo.running.modules import quantized_weights
 
 # -- saving and loading again -----------------------------------------------------------------------------------------
 

@@ -23,8 +23,8 @@ import octavo
 from helpers import same_bytes
 from helpers.folders import tensors_of
 from helpers.models import differences, state_of
-from octavo.modules import QuantizedLinear, quantized_weights, scale_name
 from octavo.numerics import schemes
+from octavo.running.modules import QuantizedLinear, quantized_weights, scale_name
 
 # -- recipes ----------------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import random_weights
-from octavo import fp8, matmul
 from octavo.numerics import schemes
+from octavo.running import fp8
+from octavo.running import linear as matmul
 
 HALF = [torch.bfloat16, torch.float16]
 
@@ -28,7 +29,7 @@ def activations(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> to
 
 
 def assert_rounded(back: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
-    """As the docstring of `octavo.fp8` says; one more unit of float32 for the division."""
+    """As the docstring of `octavo.running.fp8` says; one more unit of float32 for the division."""
     bound = torch.maximum(x.float().abs() / 16, scale * 2.0**-10) * (1 + 2.0**-22)
     assert ((back - x.float()).abs() <= bound).all()
 

@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import octavo
 from helpers import same_bytes
 from helpers.engine import Model, Shape, checkpoint
-from octavo import modules
 from octavo.errors import UpdateError, WeightError
 from octavo.layerwise.session import Session
 from octavo.numerics import schemes
+from octavo.running import modules
 
 SHAPE = Shape(hidden=256, inner=320, experts=6)
 MIB = 1 << 20

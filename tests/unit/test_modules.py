@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from helpers import DTYPES, SCHEMES, random_weights
-from octavo import matmul, modules
-from octavo.modules import QuantizedExperts, QuantizedLinear
 from octavo.numerics import schemes
+from octavo.running import linear as matmul
+from octavo.running import modules
+from octavo.running.modules import QuantizedExperts, QuantizedLinear
 
 
 def finite_codes() -> torch.Tensor:

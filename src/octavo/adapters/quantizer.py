@@ -18,13 +18,13 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import modules
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import DeviceError, RecipeError
 from ..layerwise.update import Routes
 from ..planning.budget import usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Placement
 from ..planning.recipe import DEFAULT_SCHEME, Recipe
+from ..running import modules
 from ..streaming.report import Report, Stages, measured
 from ..streaming.sinks import ParameterSink, Storage, allocate_all
 from ..streaming.stream import Stream

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import modules
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, MissingExtraError, RecipeError
@@ -33,6 +32,7 @@ from ..layerwise.update import Routes
 from ..planning.budget import usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Recipe
+from ..running import modules
 from ..streaming.on_accelerator import WarmUp
 from ..streaming.readahead import ReadAhead
 from ..streaming.report import Report, Stages, measured

@@ -1,7 +1,8 @@
 """What a complete layer becomes: its parameters installed in its module, in FP8 or as loaded, and the provider run.
 
-Octavo's own schemes turn ``nn.Linear`` into `octavo.modules.QuantizedLinear`, expert stacks of transformers' kind into
-`octavo.modules.QuantizedExperts`, and give any other module its FP8 weight and, beside it, ``<weight>_scale``.
+Octavo's own schemes turn ``nn.Linear`` into `octavo.running.modules.QuantizedLinear`, expert stacks of transformers'
+kind into
+`octavo.running.modules.QuantizedExperts`, and give any other module its FP8 weight and, beside it, ``<weight>_scale``.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import modules
 from ..elements.operations import undisturbed
 from ..errors import LoaderError
 from ..planning.plan import cut_parts
+from ..running import modules
 from ..streaming.ring import now
 from .items import Face, Item, Layer
 from .report import Event, LayerReport

@@ -21,13 +21,13 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from .. import modules
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..numerics import schemes
 from ..planning.budget import check_options, usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Decision, Recipe
+from ..running import modules
 from ..streaming.ring import now
 from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import modules
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..elements.operations import storage_key
 from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
+from ..running import modules
 from .items import Item
 from .pairs import Pair, Transform
 from .report import LayerwiseReport

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from .. import modules
 from ..elements.operations import offset_of
 from ..errors import LoaderError, UpdateError, WeightError
 from ..numerics import schemes
+from ..running import modules
 from .finish import on_meta, set_tensor
 from .items import Inventory
 from .loading import is_about

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..numerics import schemes
 from . import fp8
-from .numerics import schemes
 
 _ROWS = 128
 _ROWS_ON_DEVICE = 4096

@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import schemes
+from ..numerics import schemes
 
 if TYPE_CHECKING:
     from . import kernels as _kernels_module
@@ -90,7 +90,7 @@ def _capability_cached(index: int) -> tuple[int, int]:
 
 @functools.cache
 def _kernels() -> Any:
-    """`octavo.kernels`, or None where there is no Triton, or no C compiler for it."""
+    """`octavo.running.kernels`, or None where there is no Triton, or no C compiler for it."""
     if not _HAS_TRITON:
         return None
     from . import kernels
@@ -320,7 +320,7 @@ def _quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weight_only(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
-    from .matmul import weight_only
+    from .linear import weight_only
 
     return weight_only(x, q, scale, scheme, tuple(parts), bias)
 

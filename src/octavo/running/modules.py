@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..numerics import schemes
 from . import fp8
-from .matmul import linear
-from .numerics import schemes
+from .linear import linear
 
 
 class QuantizedLinear(nn.Linear):
