@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from . import formats
 from .checkpoint.checkpoint import Checkpoint
-from .convert import convert
+from .conversion import formats
+from .conversion.convert import convert
+from .conversion.verify import verify
 from .errors import MissingExtraError
 from .layerwise import layerwise, update
 from .planning.budget import Geometry, usable_device
@@ -20,7 +21,6 @@ from .planning.recipe import Recipe
 from .streaming.report import collection_paused
 from .streaming.sinks import IteratorSink
 from .streaming.stream import Stream, Tally
-from .verify import verify
 
 Scheme = str | Recipe | Mapping[str, Any] | None
 
@@ -90,7 +90,7 @@ def stream(
     budget. Closing the iterator early ends its threads. Each tensor belongs to the caller.
 
     Args:
-        format: ``compressed-tensors`` or ``fp8``; see `octavo.formats`.
+        format: ``compressed-tensors`` or ``fp8``; see `octavo.conversion.formats`.
         progress: called with bytes handed out and bytes in all.
 
     Raises:

@@ -1,7 +1,8 @@
 """The schemes and formats that users choose by name, as data, and what is taken where they choose nothing.
 
 A scheme is a row here, and a format is one. What they mean is elsewhere: the arithmetic in `octavo.schemes`, what a
-format's readers take in `octavo.formats`. This module imports nothing of octavo and no torch, so that the help and the
+format's readers take in `octavo.conversion.formats`. This module imports nothing of octavo and no torch, so that the
+help and the
 completion of the command line can list the names at once.
 """
 

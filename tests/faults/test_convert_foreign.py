@@ -15,6 +15,8 @@ import octavo
 from helpers import write_checkpoint
 from octavo.errors import OutputError
 
+FOLDER = "octavo.conversion.partial:Folder"
+
 FIRST = "checkpoint/model-00001-of-00003.safetensors"
 LAST = "checkpoint/model-00003-of-00003.safetensors"
 
@@ -257,13 +259,13 @@ def test_second_name_of_a_file_is_not_written_through(small: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     "trap",
     [
-        pytest.param(("octavo.partial:Folder", "opener", "octavo.lock", 1), id="the folder is made, the lock is not"),
+        pytest.param((FOLDER, "opener", "octavo.lock", 1), id="the folder is made, the lock is not"),
         pytest.param(("fcntl", "flock", "", 1), id="the lock is made, and empty"),
         pytest.param(("os", "fsync", "", 1), id="the mark is made, not synced"),
         pytest.param(("os", "mkdir", "checkpoint", 1), id="the lock is complete"),
-        pytest.param(("octavo.partial:Folder", "write", "manifest", 1), id="there is no manifest"),
+        pytest.param((FOLDER, "write", "manifest", 1), id="there is no manifest"),
         pytest.param(("os", "replace", "manifest", 1), id="the manifest is not renamed"),
-        pytest.param(("octavo.partial:Folder", "opener", "00001-of", 1), id="there is no shard"),
+        pytest.param((FOLDER, "opener", "00001-of", 1), id="there is no shard"),
     ],
 )
 def test_conversion_killed_before_it_wrote_a_shard_goes_on(

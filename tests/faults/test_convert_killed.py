@@ -17,6 +17,8 @@ from _inputs import fails
 import octavo
 from octavo.errors import OutputError, SourceChangedError
 
+FOLDER = "octavo.conversion.partial:Folder"
+
 
 @pytest.mark.parametrize("moment", range(20))
 def test_conversion_killed_at_a_random_moment_goes_on(
@@ -75,15 +77,13 @@ def test_conversion_killed_from_outside_goes_on(
         # the lock and the manifest are synced first, then each shard and the manifest again
         pytest.param(("os", "fsync", "", 3), id="the first shard is written, not synced"),
         pytest.param(("os", "replace", "00001-of", 1), id="the first shard is synced, not renamed"),
-        pytest.param(("octavo.partial:Folder", "write", RECORDED.format(1), 1), id="it is renamed, not recorded"),
+        pytest.param((FOLDER, "write", RECORDED.format(1), 1), id="it is renamed, not recorded"),
         pytest.param(("os", "replace", "manifest", 2), id="its record is written, not renamed"),
         pytest.param(("os", "fsync", "", 13), id="the last shard is written, not synced"),
         pytest.param(("os", "replace", "00006-of", 1), id="the last shard is synced, not renamed"),
-        pytest.param(("octavo.partial:Folder", "write", RECORDED.format(6), 1), id="the last is renamed, not recorded"),
-        pytest.param(
-            ("octavo.partial:Folder", "new_file", "tokenizer", 1), id="all shards are recorded, nothing else is written"
-        ),
-        pytest.param(("octavo.partial:Folder", "write", "index.json", 1), id="the config is written, the index is not"),
+        pytest.param((FOLDER, "write", RECORDED.format(6), 1), id="the last is renamed, not recorded"),
+        pytest.param((FOLDER, "new_file", "tokenizer", 1), id="all shards are recorded, nothing else is written"),
+        pytest.param((FOLDER, "write", "index.json", 1), id="the config is written, the index is not"),
         pytest.param(("os", "rename", "out", 1), id="all is written, not renamed"),
     ],
 )
@@ -129,7 +129,7 @@ def test_left_overs_of_another_source_are_not_published(
 ) -> None:
     """Killed before anything is recorded, a run leaves files that nothing tells from those of the next run."""
     dst = tmp_path / "out"
-    conversions.start(large, dst, trap=("octavo.partial:Folder", "write", RECORDED.format(1), 1))
+    conversions.start(large, dst, trap=(FOLDER, "write", RECORDED.format(1), 1))
     assert conversions.wait() == -signal.SIGKILL
     # another source altogether: refusing it would be right, too
     with contextlib.suppress(OutputError, SourceChangedError):

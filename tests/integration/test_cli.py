@@ -14,7 +14,8 @@ import pytest
 from _cli import Run, refused
 
 import octavo
-from octavo import cli, formats
+from octavo import cli
+from octavo.conversion import formats
 from octavo.numerics import schemes
 from octavo.streaming.report import ProgressLines
 

@@ -30,8 +30,8 @@ from torch import Tensor
 import octavo
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.models import state_of
-from octavo import formats
 from octavo.checkpoint import dtypes
+from octavo.conversion import formats
 from octavo.errors import DeviceError, RecipeError
 from octavo.numerics import schemes
 

@@ -44,7 +44,7 @@ def test_verify_reports_each_tensor_with_its_scheme_and_error(
 def test_verify_works_block_by_block(
     sources: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from octavo import verify as function
+    from octavo.conversion import verify as function
 
     monkeypatch.setitem(function.__globals__, "_BLOCK_ELEMENTS", 1 << 15)
     for format, scheme in CASES:

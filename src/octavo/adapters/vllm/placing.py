@@ -20,9 +20,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...checkpoint import dtypes
+from ...conversion.formats import Format
 from ...elements.dry_run import Copy, Trace, View, is_run
 from ...elements.pieces import Piece, contiguous_strides
-from ...formats import Format
 from ...numerics import schemes
 from ...planning.plan import Placement, Plan, cut_parts
 from ...streaming.sinks import Storage

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ...api import iterate
 from ...checkpoint.checkpoint import Checkpoint, TensorInfo
+from ...conversion.formats import Format
 from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
-from ...formats import Format
 from ...numerics import schemes
 from ...numerics.schemes import FP8
 from ...planning.plan import Placement, Plan

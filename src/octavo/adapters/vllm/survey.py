@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint import dtypes
+from ...conversion.formats import Format
 from ...elements.dry_run import Copy, Source, Trace, View, trace
 from ...elements.pieces import coverage_problem
 from ...errors import CoverageError, RecipeError, raise_problems
-from ...formats import Format
 from ...numerics import schemes
 from ...numerics.schemes import FP8, Scheme
 from ...planning.plan import Plan

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .errors import OutputError
-from .streaming.outfile import disk_error
+from ..errors import OutputError
+from ..streaming.outfile import disk_error
 
 _LOCK, _MANIFEST, _RESULT = "octavo.lock", "manifest.json", "checkpoint"
 #: ends the names of files that are not complete

@@ -18,12 +18,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..checkpoint.checkpoint import Checkpoint, TensorInfo
+from ..errors import CheckpointError, raise_problems
+from ..numerics import schemes
+from ..numerics.schemes import Scheme
+from ..streaming.report import progress_bar
 from . import formats
-from .checkpoint.checkpoint import Checkpoint, TensorInfo
-from .errors import CheckpointError, raise_problems
-from .numerics import schemes
-from .numerics.schemes import Scheme
-from .streaming.report import progress_bar
 
 _BLOCK_ELEMENTS = 1 << 25
 

@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import choices
-from .checkpoint import dtypes
-from .checkpoint.checkpoint import Checkpoint
-from .errors import CheckpointError, RecipeError
-from .numerics import schemes
-from .numerics.schemes import E8M0, Scheme
-from .planning import kinds
-from .planning.kinds import EXPERTS, module_of
-from .planning.plan import Placement, Plan, plan_checkpoint
-from .planning.recipe import Recipe
+from .. import choices
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import CheckpointError, RecipeError
+from ..numerics import schemes
+from ..numerics.schemes import E8M0, Scheme
+from ..planning import kinds
+from ..planning.kinds import EXPERTS, module_of
+from ..planning.plan import Placement, Plan, plan_checkpoint
+from ..planning.recipe import Recipe
 
 DEFAULT = choices.DEFAULT_FORMAT
 NAMES = tuple(choices.FORMATS)

@@ -20,18 +20,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
+from ..errors import OutputError, SourceChangedError, raise_problems
+from ..planning.budget import Geometry, usable_device
+from ..planning.plan import DEFAULT_STAGING_BYTES, Placement, Plan
+from ..planning.recipe import Recipe
+from ..streaming.outfile import OutFile, disk_error
+from ..streaming.report import Report, Stages, human_bytes, measured
+from ..streaming.sinks import ShardSink
+from ..streaming.stream import Stream, Tally
 from . import formats
-from .checkpoint import dtypes
-from .checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
-from .errors import OutputError, SourceChangedError, raise_problems
 from .partial import PART, Folder, PartialFolder, check_free
-from .planning.budget import Geometry, usable_device
-from .planning.plan import DEFAULT_STAGING_BYTES, Placement, Plan
-from .planning.recipe import Recipe
-from .streaming.outfile import OutFile, disk_error
-from .streaming.report import Report, Stages, human_bytes, measured
-from .streaming.sinks import ShardSink
-from .streaming.stream import Stream, Tally
 
 #: raised whenever the bytes of an output could differ from those of an earlier version
 _BYTES_VERSION = 1
@@ -61,7 +61,7 @@ def convert(
         src: folder, ``.safetensors`` file, or hub id.
         dst: folder to make; it must not exist, and appears only when it is complete.
         scheme: as for `octavo.load`.
-        format: ``compressed-tensors`` or ``fp8``; see `octavo.formats`.
+        format: ``compressed-tensors`` or ``fp8``; see `octavo.conversion.formats`.
         ignore: patterns of weights to leave as they are.
         staging_bytes: bound on memory, whatever the size of shards or tensors.
         threads: reader threads; default: one a core.
