@@ -14,10 +14,10 @@ from .conversion import formats
 from .conversion.convert import convert
 from .conversion.verify import verify
 from .errors import MissingExtraError
-from .layerwise import layerwise, update
 from .planning.budget import Geometry, usable_device
 from .planning.plan import DEFAULT_STAGING_BYTES, Plan
 from .planning.recipe import Recipe
+from .session import layerwise, update
 from .streaming.report import collection_paused
 from .streaming.sinks import IteratorSink
 from .streaming.stream import Stream, Tally

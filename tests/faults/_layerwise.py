@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from helpers.engine import Model, Shape, checkpoint
 from helpers.layerwise import assert_quantized
-from octavo.layerwise import Session
+from octavo.session import Session
 
 SMALL = Shape(hidden=64, inner=96, heads=4, kv_heads=2, head_dim=16, experts=2, vocab=32)
 K = "layers.1.self_attn.k_proj.weight"

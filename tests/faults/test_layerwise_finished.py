@@ -11,7 +11,7 @@ from _layerwise import assert_channel, linears, weights
 from torch import nn
 
 from octavo.errors import CoverageError, LoaderError
-from octavo.layerwise import Session
+from octavo.session import Session
 
 
 def test_a_second_tensor_for_a_finished_weight_is_a_duplicate_or_wins(direct: bool) -> None:

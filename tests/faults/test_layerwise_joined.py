@@ -13,8 +13,8 @@ from torch import Tensor
 from helpers import same_bytes
 from helpers.layerwise import assert_quantized, one_linear
 from octavo.errors import CoverageError, LoaderError
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 
 def through_staging(model: Any, session: Session, pairs: Pairs) -> None:

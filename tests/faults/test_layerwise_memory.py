@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from helpers import random_weights
 from helpers.layerwise import assert_quantized, one_linear
 from octavo.errors import CoverageError, LoaderError
-from octavo.layerwise import Session
+from octavo.session import Session
 
 
 def test_a_half_that_never_comes_into_staging_is_found() -> None:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from helpers import same_bytes
 from helpers.engine import Model
 from octavo.errors import CoverageError, LoaderError, WeightError
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 
 def one(loader: Callable[[Any, Tensor, Session], None], text: str, direct: bool) -> None:

@@ -30,8 +30,8 @@ from helpers import same_bytes
 from helpers.engine import Model, fused_parts
 from helpers.layerwise import assert_quantized_like, loaded_plainly
 from octavo.errors import LoaderError, UpdateError
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 
 def assert_holds(model: Model, pairs: Pairs, scheme: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.layerwise.report import Event
 from octavo.numerics import schemes
+from octavo.session.report import Event
 
 from . import same_bytes
 from .engine import Model, Shape

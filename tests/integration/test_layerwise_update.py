@@ -68,7 +68,9 @@ def test_an_update_in_batches_is_the_same(
     folder = checkpoints("qwen2_moe")
     new = changed(tensors_of(folder))
     given = new if dense else {name: torch.stack([tensor] * 2, -1)[..., 0] for name, tensor in new.items()}
-    monkeypatch.setattr(importlib.import_module("octavo.layerwise.quantizer"), "has_batches", lambda device: True)
+    monkeypatch.setattr(
+        importlib.import_module("octavo.session.quantize.quantizer"), "has_batches", lambda device: True
+    )
     for scheme in SCHEMES:
         model = octavo.load(folder, scheme)
         octavo.update(model, given)

@@ -17,8 +17,8 @@ from helpers import same_bytes
 from helpers.folders import tensors_of
 from helpers.models import differences, random_model, state_of
 from helpers.vllm_models import build, one_rank
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 pytestmark = [
     pytest.mark.peers,

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers import SCHEMES, random_weights, same_bytes
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 COUNT = 3
 

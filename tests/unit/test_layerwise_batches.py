@@ -18,9 +18,9 @@ import octavo
 from helpers import same_bytes
 from helpers.engine import Model, Shape, checkpoint
 from octavo.errors import UpdateError, WeightError
-from octavo.layerwise.session import Session
 from octavo.numerics import schemes
 from octavo.running import modules
+from octavo.session.session import Session
 
 SHAPE = Shape(hidden=256, inner=320, experts=6)
 MIB = 1 << 20
@@ -29,7 +29,7 @@ MIB = 1 << 20
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The number of boxes that were quantized together, each time."""
-    module, seen = importlib.import_module("octavo.layerwise.batches"), []
+    module, seen = importlib.import_module("octavo.session.quantize.batches"), []
     original = module._quantize
 
     def counting(tasks: list[Tensor], scheme: schemes.Scheme) -> Tensor:
@@ -37,7 +37,9 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return original(tasks, scheme)
 
     monkeypatch.setattr(module, "_quantize", counting)
-    monkeypatch.setattr(importlib.import_module("octavo.layerwise.quantizer"), "has_batches", lambda device: True)
+    monkeypatch.setattr(
+        importlib.import_module("octavo.session.quantize.quantizer"), "has_batches", lambda device: True
+    )
     return seen
 
 

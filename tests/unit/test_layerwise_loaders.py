@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from helpers import SCHEMES, random_weights, same_bytes
 from helpers.layerwise import assert_quantized, one_linear
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 
 class Subclass(nn.Parameter):

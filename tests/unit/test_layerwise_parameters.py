@@ -9,7 +9,7 @@ from torch import nn
 from helpers import SCHEMES, random_weights, same_bytes
 from helpers.engine import Model, checkpoint
 from helpers.layerwise import WIDE, assert_quantized, one_linear
-from octavo.layerwise import Session
+from octavo.session import Session
 
 
 def test_on_meta_or_real_a_model_gets_the_same_bytes_and_keeps_attributes() -> None:

@@ -8,8 +8,8 @@ import torch
 from helpers import SCHEMES, same_bytes
 from helpers.engine import Model, Rank, checkpoint, fused_parts
 from helpers.layerwise import WIDE, assert_finished_at_once, assert_quantized_like, loaded_plainly
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 RANKS = [Rank(number, size) for size in (1, 2, 4, 8) for number in {0, size // 2, size - 1}]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from helpers import SCHEMES, same_bytes, write_checkpoint
 from helpers.engine import Model, Rank, Shape, checkpoint
 from octavo.errors import CoverageError, LoaderError
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 SHAPE = Shape(hidden=160, inner=208, heads=8, kv_heads=4, head_dim=24, experts=4, vocab=128)
 

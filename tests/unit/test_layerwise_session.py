@@ -13,8 +13,8 @@ import octavo
 from helpers import random_weights, same_bytes
 from helpers.engine import Model, Rank, Shape, checkpoint
 from helpers.layerwise import WIDE, assert_finished_at_once, one_linear
-from octavo.layerwise import Session
 from octavo.numerics import schemes
+from octavo.session import Session
 
 
 def test_a_session_says_what_is_wrong_with_its_arguments() -> None:

@@ -20,11 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import DeviceError, RecipeError
-from ..layerwise.update import Routes
 from ..planning.budget import usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Placement
 from ..planning.recipe import DEFAULT_SCHEME, Recipe
 from ..running import modules
+from ..session.update import Routes
 from ..streaming.report import Report, Stages, measured
 from ..streaming.sinks import ParameterSink, Storage, allocate_all
 from ..streaming.stream import Stream

@@ -28,11 +28,11 @@ from torch import nn
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, MissingExtraError, RecipeError
-from ..layerwise.update import Routes
 from ..planning.budget import usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Recipe
 from ..running import modules
+from ..session.update import Routes
 from ..streaming.on_accelerator import WarmUp
 from ..streaming.readahead import ReadAhead
 from ..streaming.report import Report, Stages, measured

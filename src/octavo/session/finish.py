@@ -18,7 +18,7 @@ from ..errors import LoaderError
 from ..planning.plan import cut_parts
 from ..running import modules
 from ..streaming.ring import now
-from .items import Face, Item, Layer
+from .parameters import Face, Item, Layer
 from .report import Event, LayerReport
 
 #: what users give as ``finish``: changes the layer in place, or returns the module that takes its place

@@ -1,7 +1,7 @@
 """A session: a model whose weight loaders run as they are, while every layer is quantized the moment it is complete.
 
-All state is here and in what it owns, none on modules. What becomes of a write is in `octavo.layerwise.intake`, of a
-layer in `octavo.layerwise.finish`.
+All state is here and in what it owns, none on modules. What becomes of a write is in `octavo.session.writes`, of a
+layer in `octavo.session.finish`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
 from . import loading, updating
 from .finish import LayerFinisher, Provider
-from .intake import Intake
-from .items import Inventory, Item, decide
-from .modes import Functions, Operations
+from .module_hooks import Registrations
 from .pairs import Pair, Pairs, Transform, load_by_name, transformed
-from .quantizer import Quantizer
+from .parameters import Inventory, Item, decide
+from .quantize.quantizer import Quantizer
+from .quantize.storage import QuantizedStorage
 from .record import Loader, Recording, record
-from .registering import Registrations
 from .report import Event, LayerwiseReport, Ledger
-from .storage import QuantizedStorage
+from .watch.modes import Functions, Operations
+from .writes import Intake
 
 Finish = str | Recipe | Mapping[str, Any] | Provider | None
 

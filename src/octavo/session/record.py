@@ -28,7 +28,7 @@ from ..elements.pieces import HANDLERS, NotMovementError, Piece, Symbolic
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..planning.plan import Plan, Target, make_plan
 from ..planning.recipe import Recipe
-from .items import Inventory, Item, kind_of
+from .parameters import Inventory, Item, kind_of
 
 aten = torch.ops.aten
 Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..elements.boxes import Box, Gaps, NoBoxError, trace_view
-from ..elements.operations import Operation, offset_of, storage_key
-from ..elements.pieces import Piece
+from ...elements.boxes import Box, Gaps, NoBoxError, trace_view
+from ...elements.operations import Operation, offset_of, storage_key
+from ...elements.pieces import Piece
 
 aten = torch.ops.aten
 _ALLOCATIONS = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})

@@ -19,11 +19,11 @@ from ..elements.operations import offset_of, storage_key, undisturbed
 from ..elements.pieces import Piece
 from ..errors import LoaderError, WeightError
 from ..planning.plan import cut_parts
-from .items import Item
-from .quantizer import Quantizer
+from .parameters import Item
+from .quantize.quantizer import Quantizer
+from .quantize.storage import QuantizedStorage, values_of
 from .report import Event, Ledger
-from .sources import Source
-from .storage import QuantizedStorage, values_of
+from .watch.origins import Source
 
 
 class Held(NamedTuple):

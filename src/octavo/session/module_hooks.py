@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import LoaderError
 from ..planning.recipe import Decision
-from .intake import Intake
-from .items import Face, Item, Layer
+from .parameters import Face, Item, Layer
 from .report import LayerwiseReport
+from .writes import Intake
 
 
 class Registrations:

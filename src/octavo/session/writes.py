@@ -23,14 +23,14 @@ from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
 from ..planning.plan import Placement
 from ..streaming.sinks import Storage
-from .items import Inventory, Item, Layer
-from .modes import Mark
-from .quantizer import Quantizer
+from .held import Held, Transit, holds_weights, stored
+from .parameters import Inventory, Item, Layer
+from .quantize.quantizer import Quantizer
+from .quantize.storage import QuantizedStorage, values_of
 from .report import Event, Ledger
-from .sources import Source, Sources
-from .storage import QuantizedStorage, values_of
-from .transit import Held, Transit, holds_weights, stored
-from .unfilled import Unfilled
+from .watch.modes import Mark
+from .watch.origins import Source, Sources
+from .watch.unfilled import Unfilled
 
 
 class Finisher(Protocol):
@@ -40,7 +40,7 @@ class Finisher(Protocol):
 
 
 class Intake:
-    """The `octavo.layerwise.modes.Receiver` of a session."""
+    """The `octavo.session.watch.modes.Receiver` of a session."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 The bytes are those of `octavo.schemes.quantize` of the whole parameter with its parts, whatever the boxes: each box
 must hold whole scale groups. On a CPU, nothing is written before a box's scales are known to be finite. On an
-accelerator nobody waits to learn that, and boxes are quantized many at a time (`octavo.layerwise.batches`).
+accelerator nobody waits to learn that, and boxes are quantized many at a time (`octavo.session.quantize.batches`).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import operator
 import torch
 from torch import Tensor
 
-from ..elements.boxes import Box
-from ..elements.pieces import Piece
-from ..errors import WeightError
-from ..numerics import schemes
-from ..numerics.schemes import Scheme
-from ..planning.chunks import Tile, cut_tiles
+from ...elements.boxes import Box
+from ...elements.pieces import Piece
+from ...errors import WeightError
+from ...numerics import schemes
+from ...numerics.schemes import Scheme
+from ...planning.chunks import Tile, cut_tiles
 from .batches import Batches
 from .storage import QuantizedStorage
 

@@ -21,15 +21,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checkpoint import dtypes
-from ..elements.boxes import Box
-from ..elements.operations import offset_of
-from ..elements.pieces import Piece
-from ..numerics import schemes
-from ..numerics.schemes import Scheme
-from ..planning.blocks import Box as Joinable
-from ..planning.blocks import join
-from ..planning.chunks import Work
+from ...checkpoint import dtypes
+from ...elements.boxes import Box
+from ...elements.operations import offset_of
+from ...elements.pieces import Piece
+from ...numerics import schemes
+from ...numerics.schemes import Scheme
+from ...planning.blocks import Box as Joinable
+from ...planning.blocks import join
+from ...planning.chunks import Work
 from .storage import QuantizedStorage
 
 #: values begin at multiples of it: any dtype can be viewed, and tensors of one shape lie evenly

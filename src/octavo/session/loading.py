@@ -8,7 +8,7 @@ from torch import Tensor
 from ..elements.operations import storage_key
 from ..errors import WeightError
 from .finish import on_meta, set_tensor
-from .items import Inventory, Item
+from .parameters import Inventory, Item
 from .report import LayerwiseReport, Ledger
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ..elements.boxes import Box, NoBoxError, embed, trace_in
-from ..elements.operations import Operation, is_view, offset_of, storage_key
-from ..elements.pieces import Piece
+from ...elements.boxes import Box, NoBoxError, embed, trace_in
+from ...elements.operations import Operation, is_view, offset_of, storage_key
+from ...elements.pieces import Piece
 
 aten = torch.ops.aten
 #: what puts some elements of one tensor somewhere into another

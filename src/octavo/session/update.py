@@ -23,8 +23,8 @@ from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..running import modules
-from .items import Item
 from .pairs import Pair, Transform
+from .parameters import Item
 from .report import LayerwiseReport
 from .session import Session
 

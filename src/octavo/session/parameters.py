@@ -26,7 +26,7 @@ from ..elements.pieces import Piece
 from ..numerics import schemes
 from ..planning import kinds
 from ..planning.recipe import Decision, Recipe, Weight
-from .storage import QuantizedStorage
+from .quantize.storage import QuantizedStorage
 
 
 class Face(NamedTuple):

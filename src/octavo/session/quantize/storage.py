@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..checkpoint import dtypes
-from ..elements.boxes import Box
-from ..elements.operations import offset_of
-from ..elements.pieces import Piece
-from ..numerics.schemes import Scheme
-from ..planning.plan import Placement
+from ...checkpoint import dtypes
+from ...elements.boxes import Box
+from ...elements.operations import offset_of
+from ...elements.pieces import Piece
+from ...numerics.schemes import Scheme
+from ...planning.plan import Placement
 
 
 @dataclass

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..elements.operations import Operation, PlainDispatchMode, is_view, swapped, tensors_in, written
-from ..errors import LoaderError
-from .items import Inventory, Item
+from ...elements.operations import Operation, PlainDispatchMode, is_view, swapped, tensors_in, written
+from ...errors import LoaderError
+from ..parameters import Inventory, Item
 
 aten = torch.ops.aten
 #: what gives a tensor all its values anew, without reading any

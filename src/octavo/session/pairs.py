@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor, nn
 
 from ..errors import CoverageError
-from .intake import Intake
+from .writes import Intake
 
 Pair = tuple[str, Tensor]
 #: sees each pair before the loader: returns what takes its place (a pair, or several), or None to drop it

@@ -1,0 +1,1 @@
+"""Boxes that come one by one, quantized into storage that exists."""

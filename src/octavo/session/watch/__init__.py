@@ -1,0 +1,1 @@
+"""A loader, watched: what it does to tensors, and whose values it writes."""
