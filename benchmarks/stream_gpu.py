@@ -37,7 +37,7 @@ import torch
 from common import say
 
 import octavo
-from octavo.adapters import transformers as adapter
+from octavo.adapters.transformers import load as adapter
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.planning.blocks import Read, cut_blocks
 from octavo.planning.budget import Geometry

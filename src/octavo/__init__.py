@@ -14,7 +14,7 @@ from .errors import OctavoError
 from .planning.recipe import Recipe
 
 if TYPE_CHECKING:
-    from .adapters.quantizer import OctavoConfig
+    from .adapters.transformers.quantizer import OctavoConfig
 
 __all__ = [
     "OctavoConfig",
@@ -32,7 +32,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "OctavoConfig":  # needs transformers, which is imported when it is first asked for
-        from .adapters.quantizer import OctavoConfig
+        from .adapters.transformers.quantizer import OctavoConfig
 
         return OctavoConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

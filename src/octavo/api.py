@@ -27,8 +27,9 @@ Scheme = str | Recipe | Mapping[str, Any] | None
 
 @collection_paused()  # importing transformers' model code makes half a million objects, too
 def load(path: str | os.PathLike[str], scheme: Scheme = "fp8_channel", device: Any = "cpu", **options: Any) -> Any:
-    """Load a transformers model as FP8 while it streams: see `octavo.adapters.transformers.load` for all options."""
-    from .adapters.transformers import load
+    """Load a transformers model as FP8 while it streams: see `octavo.adapters.transformers.load.load` for all
+    options."""
+    from .adapters.transformers.load import load
 
     return load(path, scheme, device, **options)
 
@@ -56,7 +57,7 @@ def plan(
     Raises:
         OctavoError: whatever `load` would find wrong before reading weights.
     """
-    from .adapters import transformers as adapter
+    from .adapters.transformers import load as adapter
 
     recipe = Recipe.coerce(scheme, ignore)
     if model is not False:

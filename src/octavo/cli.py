@@ -258,7 +258,7 @@ def generate(
     [cyan]octavo generate Qwen/Qwen3-8B --prompt "Why is the sky blue?" --device cuda[/cyan]
     """
     from . import api
-    from .chat import answer
+    from .adapters.transformers.chat import answer
 
     loaded = api.load(
         model,

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import torch
 
 from . import api
-from .chat import answer, load_tokenizer
+from .adapters.transformers.chat import answer, load_tokenizer
 from .demo_model import EVAL_TEXT, prepare
 from .streaming.report import human_bytes
 

@@ -342,7 +342,7 @@ def test_advice_about_a_weight_that_is_not_finite_works(llama: Path) -> None:
 
 @pytest.mark.parametrize("fault", ["found in the headers", "found while reading"])
 def test_failed_load_leaves_no_model_behind(fault: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from octavo.adapters import skeleton as adapter
+    from octavo.adapters.transformers import skeleton as adapter
 
     made: list[weakref.ref[Any]] = []
     original = adapter.skeleton

@@ -59,7 +59,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.fixture
 def after_planning(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
     """Have something happen between opening a checkpoint and reading its first weight byte."""
-    from octavo.adapters import model_plan, quantizer
+    from octavo.adapters.transformers import model_plan, quantizer
 
     original = model_plan.plan_model
 

@@ -80,6 +80,6 @@ def test_demo_shows_the_curve_and_compares(
 
 
 def _short_answer(model: Any, prompt: str, *, max_new_tokens: int, **options: Any) -> str:
-    from octavo.chat import answer
+    from octavo.adapters.transformers.chat import answer
 
     return answer(model, prompt, max_new_tokens=3, **options)

@@ -22,7 +22,7 @@ import octavo
 from helpers import pages
 from helpers.models import add_tokenizer
 from octavo import cli
-from octavo.adapters.vllm import options as vllm_options
+from octavo.adapters.engine import options as vllm_options
 
 NAMED = re.compile(r"Qwen/Qwen3[\w.-]*|facebook/opt-125m|meta-llama/[\w.-]+|path/to/model")
 EXTRAS = re.compile(r"^octavo(\[(?P<extras>[\w,]+)\])?$")

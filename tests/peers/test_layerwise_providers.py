@@ -25,7 +25,7 @@ pytest.importorskip("transformers")
 
 from transformers import AutoModelForCausalLM
 
-from octavo.adapters.skeleton import skeleton
+from octavo.adapters.transformers.skeleton import skeleton
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow, pytest.mark.timeout(600)]
 

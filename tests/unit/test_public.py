@@ -151,7 +151,7 @@ def test_every_extra_that_is_named_exists():
 
 
 def test_without_transformers_nothing_is_fetched_or_read(monkeypatch):
-    from octavo.adapters import transformers as adapter
+    from octavo.adapters.transformers import load as adapter
 
     def refuse(*_args, **_options):
         raise AssertionError("was opened")

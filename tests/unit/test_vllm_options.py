@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from octavo import Recipe
-from octavo.adapters.vllm.options import Options, scheme_of_quantization
+from octavo.adapters.engine.options import Options, scheme_of_quantization
 from octavo.errors import RecipeError
 
 

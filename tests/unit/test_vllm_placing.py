@@ -12,7 +12,7 @@ import torch
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.vllm_toys import Toy
 from octavo import Recipe
-from octavo.adapters.vllm.survey import Surveyor
+from octavo.adapters.engine.survey import Surveyor
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
 from octavo.errors import WeightError

@@ -9,7 +9,7 @@ import pytest
 from helpers import headers
 from helpers.vllm_toys import Toy, empty
 from octavo import Recipe
-from octavo.adapters.vllm.survey import Surveyor
+from octavo.adapters.engine.survey import Surveyor
 from octavo.conversion import formats
 from octavo.errors import CoverageError, RecipeError
 from octavo.planning.plan import plan_checkpoint

@@ -35,7 +35,7 @@ def register() -> None:
 
     loader.register()
     if current_platform.is_cpu():
-        from . import cpu
+        from . import cpu_kernels as cpu
 
         cpu.register()
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CoverageError, raise_problems
+from ..engine.survey import Fillers
 from . import versions
-from .survey import Fillers
 
 
 @dataclasses.dataclass

@@ -34,13 +34,14 @@ from ...streaming.on_accelerator import WarmUp
 from ...streaming.report import Stages, collection_paused, measured
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
+from ..engine.log import describe
+from ..engine.options import LOAD_FORMAT, PREFIX, Options, scheme_of_quantization
+from ..engine.placing import Places
+from ..engine.survey import Survey, Surveyor
 from . import config as quantization
-from . import reload, versions
+from . import reloading as reload
+from . import versions
 from .config import OctavoConfig
-from .log import describe
-from .options import LOAD_FORMAT, PREFIX, Options, scheme_of_quantization
-from .placing import Places
-from .survey import Survey, Surveyor
 
 Progress = Callable[[int, int], None] | None
 # below vLLM's own loggers, so that its settings hold for ours

@@ -24,10 +24,10 @@ from ...errors import CheckpointError, CoverageError, WeightError, raise_problem
 from ...numerics import schemes
 from ...numerics.schemes import FP8
 from ...planning.plan import Placement, Plan
+from ..engine.options import Options
+from ..engine.survey import Fillers
 from . import versions
 from .arrivals import Arrivals
-from .options import Options
-from .survey import Fillers
 
 _ATTRIBUTE = "_octavo_weights"
 

@@ -25,19 +25,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoint import dtypes
-from ..checkpoint.checkpoint import Checkpoint
-from ..errors import CheckpointError, MissingExtraError, RecipeError
-from ..planning.budget import usable_device
-from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
-from ..planning.recipe import Recipe
-from ..running import modules
-from ..session.update import Routes
-from ..streaming.on_accelerator import WarmUp
-from ..streaming.readahead import ReadAhead
-from ..streaming.report import Report, Stages, measured
-from ..streaming.sinks import ParameterSink, Storage, allocate_all
-from ..streaming.stream import Stream
+from ...checkpoint import dtypes
+from ...checkpoint.checkpoint import Checkpoint
+from ...errors import CheckpointError, MissingExtraError, RecipeError
+from ...planning.budget import usable_device
+from ...planning.plan import DEFAULT_STAGING_BYTES, Plan
+from ...planning.recipe import Recipe
+from ...running import modules
+from ...session.update import Routes
+from ...streaming.on_accelerator import WarmUp
+from ...streaming.readahead import ReadAhead
+from ...streaming.report import Report, Stages, measured
+from ...streaming.sinks import ParameterSink, Storage, allocate_all
+from ...streaming.stream import Stream
 
 #: what quantization_config.quant_method says of a model that octavo quantized
 METHOD = "octavo"

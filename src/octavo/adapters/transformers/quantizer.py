@@ -18,17 +18,17 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..checkpoint.checkpoint import Checkpoint
-from ..errors import DeviceError, RecipeError
-from ..planning.budget import usable_device
-from ..planning.plan import DEFAULT_STAGING_BYTES, Placement
-from ..planning.recipe import DEFAULT_SCHEME, Recipe
-from ..running import modules
-from ..session.update import Routes
-from ..streaming.report import Report, Stages, measured
-from ..streaming.sinks import ParameterSink, Storage, allocate_all
-from ..streaming.stream import Stream
-from . import transformers as adapter
+from ...checkpoint.checkpoint import Checkpoint
+from ...errors import DeviceError, RecipeError
+from ...planning.budget import usable_device
+from ...planning.plan import DEFAULT_STAGING_BYTES, Placement
+from ...planning.recipe import DEFAULT_SCHEME, Recipe
+from ...running import modules
+from ...session.update import Routes
+from ...streaming.report import Report, Stages, measured
+from ...streaming.sinks import ParameterSink, Storage, allocate_all
+from ...streaming.stream import Stream
+from . import load as adapter
 from .model_plan import plan_model
 
 

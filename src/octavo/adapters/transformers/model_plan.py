@@ -22,13 +22,13 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from ..checkpoint import dtypes
-from ..checkpoint.checkpoint import Checkpoint
-from ..elements.pieces import NotMovementError, Symbolic, coverage_problem
-from ..errors import CoverageError, raise_problems
-from ..planning import kinds
-from ..planning.plan import DEFAULT_STAGING_BYTES, Plan, Target, make_plan
-from ..planning.recipe import Recipe
+from ...checkpoint import dtypes
+from ...checkpoint.checkpoint import Checkpoint
+from ...elements.pieces import NotMovementError, Symbolic, coverage_problem
+from ...errors import CoverageError, raise_problems
+from ...planning import kinds
+from ...planning.plan import DEFAULT_STAGING_BYTES, Plan, Target, make_plan
+from ...planning.recipe import Recipe
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 

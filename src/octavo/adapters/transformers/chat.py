@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 import torch
 
-from .errors import CheckpointError
+from ...errors import CheckpointError
 
 
 def answer(model: Any, prompt: str, *, max_new_tokens: int, raw: bool = False, out: TextIO | None = None) -> str:

@@ -11,9 +11,9 @@ import transformers
 from accelerate import init_empty_weights
 from transformers.initialization import no_init_weights
 
-from ..checkpoint import dtypes
-from ..checkpoint.checkpoint import Checkpoint
-from ..errors import CheckpointError, RecipeError
+from ...checkpoint import dtypes
+from ...checkpoint.checkpoint import Checkpoint
+from ...errors import CheckpointError, RecipeError
 
 #: building a model changes torch and transformers for all threads; two that do and undo it at once would leave it so
 _building = threading.RLock()

@@ -1,0 +1,1 @@
+"""transformers' models: loaded by octavo, or by way of ``from_pretrained``."""
