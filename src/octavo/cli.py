@@ -292,7 +292,7 @@ def demo(
     """
     if plot is not None and not plot.absolute().parent.is_dir():
         raise typer.BadParameter(f"--plot {plot}: the folder {plot.parent} does not exist")
-    from .demo import run
+    from .demo.demo import run
 
     result = run(_chosen(scheme), prompt, plot=plot, out=None if json_ else sys.stdout)
     if json_:

@@ -64,7 +64,7 @@ def test_the_demo_looks_for_the_folder_of_its_picture_first(tmp_path: Path, run:
 def test_demo_shows_the_curve_and_compares(
     llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from octavo import demo
+    from octavo.demo import demo
 
     monkeypatch.setattr(demo, "prepare", lambda progress=None: llama)
     monkeypatch.setattr(demo, "EVAL_TEXT", demo.EVAL_TEXT[:100])  # the model here has 128 positions

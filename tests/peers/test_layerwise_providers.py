@@ -1,7 +1,7 @@
 """torchao and compressed-tensors as what finishes a layer, on a real model: outputs are those of their ordinary use.
 
 Ordinary use: the whole model in bf16, then quantized. Here: the model takes its weights one by one, and each layer is
-given to the library the moment it is complete. The model is SmolLM2-135M (`octavo.demo_model`).
+given to the library the moment it is complete. The model is SmolLM2-135M (`octavo.demo.model`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import octavo
-from octavo import demo_model
 from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.demo import model as demo_model
 from octavo.errors import MissingExtraError, OctavoError
 
 pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ import pytest
 import octavo
 from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_engine import Answer, Job, octavo_job, run
-from octavo import demo_model
+from octavo.demo import model as demo_model
 
 pytestmark = [
     pytest.mark.peers,

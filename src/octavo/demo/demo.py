@@ -8,10 +8,10 @@ from typing import Any, TextIO
 
 import torch
 
-from . import api
-from .adapters.transformers.chat import answer, load_tokenizer
-from .demo_model import EVAL_TEXT, prepare
-from .streaming.report import human_bytes
+from .. import api
+from ..adapters.transformers.chat import answer, load_tokenizer
+from ..streaming.report import human_bytes
+from .model import EVAL_TEXT, prepare
 
 _GREEDY_TOKENS = 64
 

@@ -1,0 +1,1 @@
+"""A small real model, loaded as FP8 before the reader's eyes."""
