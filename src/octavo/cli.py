@@ -139,7 +139,7 @@ def plan(
     else:
         typer.echo(made.table())
         if room is not None:
-            from .streaming.report import human_bytes
+            from .text import human_bytes
 
             what = "staging, as a conversion takes" if checkpoint else "weights and staging; activations, caches on top"
             verdict = "fits" if fits else "does not fit"

@@ -16,9 +16,10 @@ from octavo.errors import MissingExtraError
 from octavo.planning.plan import plan_checkpoint
 from octavo.planning.recipe import Recipe
 from octavo.streaming import report
-from octavo.streaming.report import Report, Stages, collection_paused, human_bytes, measured, progress_bar
+from octavo.streaming.report import Report, Stages, collection_paused, measured, progress_bar
 from octavo.streaming.sinks import ParameterSink, Storage
 from octavo.streaming.stream import Stream
+from octavo.text import human_bytes
 
 
 @pytest.fixture

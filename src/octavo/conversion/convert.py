@@ -27,9 +27,10 @@ from ..planning.budget import Geometry, usable_device
 from ..planning.plan import DEFAULT_STAGING_BYTES, Placement, Plan
 from ..planning.recipe import Recipe
 from ..streaming.outfile import OutFile, disk_error
-from ..streaming.report import Report, Stages, human_bytes, measured
+from ..streaming.report import Report, Stages, measured
 from ..streaming.sinks import ShardSink
 from ..streaming.stream import Stream, Tally
+from ..text import human_bytes
 from . import formats
 from .partial import PART, Folder, PartialFolder, check_free
 

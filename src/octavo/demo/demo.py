@@ -10,7 +10,7 @@ import torch
 
 from .. import api
 from ..adapters.transformers.chat import answer, load_tokenizer
-from ..streaming.report import human_bytes
+from ..text import human_bytes
 from .model import EVAL_TEXT, prepare
 
 _GREEDY_TOKENS = 64

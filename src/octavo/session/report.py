@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..elements.boxes import Box
-from ..streaming.report import human_bytes
+from ..text import human_bytes
 
 
 class Event(NamedTuple):

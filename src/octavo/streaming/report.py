@@ -22,6 +22,7 @@ from rich.table import Table
 
 from ..checkpoint import dtypes
 from ..errors import MissingExtraError
+from ..text import human_bytes
 from .ring import now
 
 if TYPE_CHECKING:
@@ -32,15 +33,6 @@ if TYPE_CHECKING:
 _SAMPLE_S = 0.01
 #: a longer trace is thinned to half, and sampled half as often
 _MAX_SAMPLES = 2048
-
-
-def human_bytes(count: float) -> str:
-    """12345678 -> '11.77 MiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024 or unit == "GiB":
-            return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def rss_bytes() -> int:

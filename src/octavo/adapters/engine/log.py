@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ...streaming.report import Meter, Stages, human_bytes
+from ...streaming.report import Meter, Stages
 from ...streaming.stream import Tally
+from ...text import human_bytes
 from .survey import Survey
 
 _MAX_REASONS = 6
