@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import vllm.model_executor.model_loader as model_loader
 
-from octavo.streaming.report import rss_bytes
+from octavo.machine import rss_bytes
 
 FACTS: dict[str, Any] = {}
 _LOG: list[str] = []

@@ -14,7 +14,8 @@ from .conversion import formats
 from .conversion.convert import convert
 from .conversion.verify import verify
 from .errors import MissingExtraError
-from .planning.budget import Geometry, usable_device
+from .machine import usable_device
+from .planning.budget import Geometry
 from .planning.plan import DEFAULT_STAGING_BYTES, Plan
 from .planning.recipe import Recipe
 from .session import layerwise, update

@@ -162,7 +162,7 @@ def _device_memory(text: str, device: str) -> int:
         return parse_size(text)
     import torch
 
-    from .planning.budget import usable_device
+    from .machine import usable_device
 
     found = usable_device(device)
     free, _ = getattr(torch, found.type).mem_get_info(found)

@@ -217,7 +217,7 @@ def _error(act: Callable[[], Any]) -> str:
 
 
 def _rss() -> int:
-    from octavo.streaming.report import rss_bytes
+    from octavo.machine import rss_bytes
 
     return rss_bytes()
 

@@ -21,7 +21,7 @@ from helpers import same_bytes
 from helpers.folders import tensors_of
 from helpers.models import differences, state_of
 from octavo.errors import LoaderError, UpdateError
-from octavo.streaming.report import rss_bytes
+from octavo.machine import rss_bytes
 
 pytest.importorskip("transformers")
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from octavo.checkpoint.checkpoint import Shard
+from octavo.machine import available_bytes
 from octavo.streaming import readahead as ahead
 from octavo.streaming.files import cached_share
-from octavo.streaming.readahead import ReadAhead, available_bytes
+from octavo.streaming.readahead import ReadAhead
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from helpers import open_shards
 from octavo.checkpoint.checkpoint import Shard
 from octavo.errors import CheckpointError, SourceChangedError
-from octavo.streaming.files import PAGE, Files, cached_share
+from octavo.machine import PAGE
+from octavo.streaming.files import Files, cached_share
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]
 

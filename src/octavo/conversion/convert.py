@@ -23,7 +23,8 @@ from typing import Any
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
 from ..errors import OutputError, SourceChangedError, raise_problems
-from ..planning.budget import Geometry, usable_device
+from ..machine import usable_device
+from ..planning.budget import Geometry
 from ..planning.plan import DEFAULT_STAGING_BYTES, Placement, Plan
 from ..planning.recipe import Recipe
 from ..streaming.outfile import OutFile, disk_error

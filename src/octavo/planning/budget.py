@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..errors import DeviceError
-from ..streaming.files import PAGE
+from ..machine import PAGE, usable_cpus
 from .chunks import default_slot_bytes
 from .plan import Plan
 
@@ -134,35 +133,5 @@ def check_options(staging_bytes: Any, threads: Any = None) -> None:
         raise DeviceError(f"threads is {threads!r}; at least 1 is needed")
 
 
-def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.device:
-    """The device, with its number, once it is known that tensors can be on it; a `DeviceError` otherwise.
-
-    Args:
-        begin: begin to use it, which takes a third of a second on a GPU; else only look whether there is one.
-    """
-    try:
-        found = torch.device(device)
-        if found.type == "meta":
-            raise RuntimeError("it holds no weights")
-        # counting does not begin to use any (is_available does)
-        there = found.type == "cuda" and torch.cuda.device_count() > (found.index or 0)
-        if found.type != "cpu" and (begin or not there):
-            return torch.empty(1, device=found).device
-        if there and found.index is None:  # each thread has a current device of its own: say which is meant
-            return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
-    except (RuntimeError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise DeviceError(f"device {str(device)!r} can't be used here: {reason}") from error
-    return found
-
-
 def _default_threads() -> int:
     return min(usable_cpus(), _MAX_THREADS)
-
-
-def usable_cpus() -> int:
-    """The cores that this process may run on."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..elements.operations import undisturbed
 from ..errors import LoaderError
+from ..machine import now
 from ..planning.plan import cut_parts
 from ..running import modules
-from ..streaming.ring import now
 from .parameters import Face, Item, Layer
 from .report import Event, LayerReport
 

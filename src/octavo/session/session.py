@@ -23,12 +23,12 @@ from torch.nn.modules.module import (
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CoverageError, LoaderError, raise_problems
+from ..machine import now, usable_device
 from ..numerics import schemes
-from ..planning.budget import check_options, usable_device
+from ..planning.budget import check_options
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Decision, Recipe
 from ..running import modules
-from ..streaming.ring import now
 from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
 from . import loading, updating

@@ -20,8 +20,8 @@ import numpy as np
 
 from ..checkpoint.checkpoint import Shard
 from ..errors import CheckpointError, SourceChangedError
+from ..machine import PAGE
 
-PAGE = 4096  # what direct reads are aligned to; devices ask for no more
 #: windows of a file that are looked up, those of a single read, and the share of them that must be cached for either to
 #: count as such
 _WINDOWS, RUN_WINDOWS, _WINDOW_BYTES, CACHED = 64, 4, 1 << 16, 0.9

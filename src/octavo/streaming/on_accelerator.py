@@ -24,10 +24,11 @@ from torch import Tensor
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import WeightError
+from ..machine import usable_device
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
 from ..planning.blocks import Block, Box, Read
-from ..planning.budget import Geometry, check_options, usable_device
+from ..planning.budget import Geometry, check_options
 from ..planning.chunks import Work
 from .on_cpu import describe_nonfinite
 from .ring import Ring, Slot

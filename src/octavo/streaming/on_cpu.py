@@ -16,11 +16,12 @@ from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..elements.pieces import Piece, contiguous_strides
 from ..errors import WeightError
+from ..machine import now
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
 from ..planning.chunks import Chunk, Work, cut_tiles
 from ..planning.plan import Placement
-from .ring import Slot, now
+from .ring import Slot
 
 if TYPE_CHECKING:
     from .stream import Stream

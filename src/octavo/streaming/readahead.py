@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.checkpoint import Shard
-from ..planning.budget import usable_cpus
+from ..machine import available_bytes, usable_cpus
 from .files import CACHED, RUN_WINDOWS, cached_share
 from .ring import Ring
 
 _MOST_THREADS = 8
 #: what is read at once, time and again into the same memory, which stays in a core's cache
 _WINDOW_BYTES, _SCRATCH_BYTES = 8 << 20, 1 << 18
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
 
 
 class ReadAhead:
@@ -84,18 +83,3 @@ class _Reader:
 
     def close(self) -> None:
         pass
-
-
-def available_bytes() -> int:
-    """Memory that programs, or the page cache, can have without swapping, as Linux reckons; 0 where it can't be told.
-
-    Within a container, no more than its limit.
-    """
-    found = 0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
-    for limit in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max", where there is none
-            found = min(found, int(Path(limit).read_text()))
-    return found

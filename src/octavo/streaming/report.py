@@ -22,8 +22,8 @@ from rich.table import Table
 
 from ..checkpoint import dtypes
 from ..errors import MissingExtraError
+from ..machine import now, rss_bytes
 from ..text import human_bytes
-from .ring import now
 
 if TYPE_CHECKING:
     from ..planning.budget import Geometry
@@ -33,15 +33,6 @@ if TYPE_CHECKING:
 _SAMPLE_S = 0.01
 #: a longer trace is thinned to half, and sampled half as often
 _MAX_SAMPLES = 2048
-
-
-def rss_bytes() -> int:
-    """Resident set size of this process as the operating system sees it; 0 where it can't be asked."""
-    try:
-        with open("/proc/self/statm", "rb") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
 
 
 class Stages:

@@ -24,7 +24,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from .files import PAGE
+from ..machine import PAGE, now
 
 Ticket = TypeVar("Ticket")
 TicketIn = TypeVar("TicketIn", contravariant=True)
@@ -305,8 +305,3 @@ def _has_begun(thread: threading.Thread) -> bool:
     while thread.ident is None and now() < deadline:
         time.sleep(TICK_S / 100)
     return thread.ident is not None
-
-
-def now() -> float:
-    """The clock of all stage timings, in seconds."""
-    return time.perf_counter()

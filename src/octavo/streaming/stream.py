@@ -22,6 +22,7 @@ from torch import Tensor
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import DeviceError, OctavoError
+from ..machine import now
 from ..planning.blocks import Block, Read, cut_blocks, cut_reads
 from ..planning.budget import Geometry
 from ..planning.chunks import Chunk, Work, cut_plan
@@ -29,7 +30,7 @@ from ..planning.plan import Placement, Plan
 from .files import Files
 from .on_accelerator import DevicePress
 from .on_cpu import Press
-from .ring import TICK_S, Ring, SingleThreadedTorch, Slot, now
+from .ring import TICK_S, Ring, SingleThreadedTorch, Slot
 from .sinks import Destination, IteratorSink, Sink, Storage, enough_memory
 
 

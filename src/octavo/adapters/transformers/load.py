@@ -28,7 +28,7 @@ from torch import nn
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError, MissingExtraError, RecipeError
-from ...planning.budget import usable_device
+from ...machine import usable_device
 from ...planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ...planning.recipe import Recipe
 from ...running import modules

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import DeviceError, RecipeError
-from ...planning.budget import usable_device
+from ...machine import usable_device
 from ...planning.plan import DEFAULT_STAGING_BYTES, Placement
 from ...planning.recipe import DEFAULT_SCHEME, Recipe
 from ...running import modules

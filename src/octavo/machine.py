@@ -1,0 +1,81 @@
+"""This machine, asked: its devices, cores, memory, clock and pages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .errors import DeviceError
+
+if TYPE_CHECKING:
+    pass
+
+
+def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.device:
+    """The device, with its number, once it is known that tensors can be on it; a `DeviceError` otherwise.
+
+    Args:
+        begin: begin to use it, which takes a third of a second on a GPU; else only look whether there is one.
+    """
+    try:
+        found = torch.device(device)
+        if found.type == "meta":
+            raise RuntimeError("it holds no weights")
+        # counting does not begin to use any (is_available does)
+        there = found.type == "cuda" and torch.cuda.device_count() > (found.index or 0)
+        if found.type != "cpu" and (begin or not there):
+            return torch.empty(1, device=found).device
+        if there and found.index is None:  # each thread has a current device of its own: say which is meant
+            return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DeviceError(f"device {str(device)!r} can't be used here: {reason}") from error
+    return found
+
+
+def usable_cpus() -> int:
+    """The cores that this process may run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+PAGE = 4096  # what direct reads are aligned to; devices ask for no more
+
+
+def now() -> float:
+    """The clock of all stage timings, in seconds."""
+    return time.perf_counter()
+
+
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
+
+
+def available_bytes() -> int:
+    """Memory that programs, or the page cache, can have without swapping, as Linux reckons; 0 where it can't be told.
+
+    Within a container, no more than its limit.
+    """
+    found = 0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+    for limit in _LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max", where there is none
+            found = min(found, int(Path(limit).read_text()))
+    return found
+
+
+def rss_bytes() -> int:
+    """Resident set size of this process as the operating system sees it; 0 where it can't be asked."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
