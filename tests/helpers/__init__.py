@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from octavo.checkpoint import dtypes
-from octavo.checkpoint.checkpoint import Checkpoint, Shard, TensorInfo
+from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.checkpoint.header import Shard, TensorInfo
 from octavo.elements.pieces import Piece
 from octavo.planning.budget import Geometry
 from octavo.planning.plan import Plan

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from octavo.checkpoint.checkpoint import Shard
+from octavo.checkpoint.header import Shard
 from octavo.machine import available_bytes
 from octavo.streaming import readahead as ahead
 from octavo.streaming.files import cached_share

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import open_shards
-from octavo.checkpoint.checkpoint import Shard
+from octavo.checkpoint.header import Shard
 from octavo.errors import CheckpointError, SourceChangedError
 from octavo.machine import PAGE
 from octavo.streaming.files import Files, cached_share

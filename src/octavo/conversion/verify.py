@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..checkpoint.checkpoint import Checkpoint, TensorInfo
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError, raise_problems
 from ..numerics import schemes
 from ..numerics.schemes import Scheme

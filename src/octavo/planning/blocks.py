@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..checkpoint import dtypes
-from ..checkpoint.checkpoint import TensorInfo
+from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..numerics import schemes
 from .chunks import Chunk, Work, cut_placement

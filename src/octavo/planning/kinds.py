@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..checkpoint.checkpoint import TensorInfo
+from ..checkpoint.header import TensorInfo
 
 LINEAR = "linear"
 EXPERTS = "experts"

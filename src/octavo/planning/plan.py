@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from ..checkpoint import dtypes
-from ..checkpoint.checkpoint import Checkpoint, TensorInfo
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import TensorInfo
 from ..choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
 from ..elements.pieces import Piece, coverage_problem, whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..checkpoint import dtypes
-from ..checkpoint.checkpoint import TensorInfo
+from ..checkpoint.header import TensorInfo
 from ..elements.boxes import Box, Gaps
 from ..elements.operations import offset_of, storage_key, view_on
 from ..elements.pieces import Piece

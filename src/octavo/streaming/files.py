@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.checkpoint import Shard
+from ..checkpoint.header import Shard
 from ..errors import CheckpointError, SourceChangedError
 from ..machine import PAGE
 

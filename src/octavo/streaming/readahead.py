@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.checkpoint import Shard
+from ..checkpoint.header import Shard
 from ..machine import available_bytes, usable_cpus
 from .files import CACHED, RUN_WINDOWS, cached_share
 from .ring import Ring

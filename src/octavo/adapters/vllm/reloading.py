@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ...api import iterate
-from ...checkpoint.checkpoint import Checkpoint, TensorInfo
+from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
 from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
 from ...numerics import schemes

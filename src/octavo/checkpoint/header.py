@@ -1,0 +1,198 @@
+"""One shard: what its header says, and whether that can be true."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import CheckpointError, SourceChangedError
+from . import dtypes
+
+#: the limit of the reference implementation (safetensors' MAX_HEADER_SIZE)
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor of a checkpoint: where its bytes are, and what they mean."""
+
+    name: str
+    dtype_name: str  # as safetensors writes it: "BF16"
+    shape: tuple[int, ...]
+    shard: int  # index into Checkpoint.shards
+    offset: int  # absolute, in bytes from the start of the file
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch dtype; an error for the few that torch lacks."""
+        dtype = dtypes.TORCH[self.dtype_name]
+        if dtype is None:
+            raise CheckpointError(f"{self.name}: torch has no dtype for {self.dtype_name}")
+        return dtype
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def quantizable(self) -> bool:
+        """bf16, fp16 or fp32."""
+        return dtypes.TORCH[self.dtype_name] in dtypes.QUANTIZABLE
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of a checkpoint."""
+
+    path: Path
+    nbytes: int
+    mtime_ns: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def check_unchanged(self) -> None:
+        """Raise if the file is not the one that was opened."""
+        try:
+            now = os.stat(self.path)
+        except OSError as error:
+            raise SourceChangedError(f"{self.path}: disappeared while being read ({error.strerror})") from error
+        if (now.st_size, now.st_mtime_ns) != (self.nbytes, self.mtime_ns):
+            raise SourceChangedError(
+                f"{self.path}: changed since it was opened ({self.nbytes:,} bytes then, {now.st_size:,} now). "
+                "Run again when nothing writes to the checkpoint."
+            )
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(f"the key {key!r} appears twice")
+            seen.add(key)
+    return result
+
+
+def read_shard(path: Path, number: int, problems: list[str]) -> tuple[Shard | None, list[TensorInfo]]:
+    """Read and validate one header; problems are appended, never raised, so that all files are heard."""
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError("not a regular file")
+        with open(path, "rb") as file:
+            stat = os.fstat(file.fileno())
+            prefix = file.read(8)
+            if len(prefix) < 8:
+                raise CheckpointError(f"{len(prefix)} bytes long, too short for a safetensors header")
+            (header_bytes,) = struct.unpack("<Q", prefix)
+            if header_bytes > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"header too long: declares {header_bytes:,} bytes, the format allows {MAX_HEADER_BYTES:,}"
+                )
+            if header_bytes > stat.st_size - 8:
+                raise CheckpointError(
+                    f"header declares {header_bytes:,} bytes, the file holds {stat.st_size - 8:,} after its first "
+                    "eight: incomplete, or not safetensors"
+                )
+            raw = file.read(header_bytes)
+        entries, metadata = _parse_header(raw)
+    except OSError as error:
+        problems.append(f"{path.name}: can't be read: {error.strerror}")
+        return None, []
+    except CheckpointError as error:
+        problems.append(f"{path.name}: {error}")
+        return None, []
+    shard = Shard(path, stat.st_size, stat.st_mtime_ns, metadata)
+    base = 8 + header_bytes
+    infos = []
+    end = 0
+    for name, entry in entries:
+        try:
+            dtype_name, shape, begin, stop = _parse_entry(entry)
+            _check_extent(dtype_name, shape, begin, stop, end)
+        except CheckpointError as error:
+            problems.append(f"{path.name}: tensor {name!r}: {error}")
+            end = max(end, _declared_end(entry))
+            continue
+        infos.append(TensorInfo(name, dtype_name, shape, number, base + begin, stop - begin))
+        end = stop
+    if base + end != stat.st_size:
+        held = stat.st_size - base
+        what = "the download is incomplete" if held < end else "bytes that no tensor owns follow"
+        problems.append(f"{path.name}: header declares {end:,} data bytes, file holds {held:,}: {what}")
+    return shard, infos
+
+
+def _parse_header(raw: bytes) -> tuple[list[tuple[str, Any]], dict[str, str]]:
+    """Header bytes -> entries in the order of their offsets, and the metadata."""
+    if not raw.startswith(b"{"):
+        raise CheckpointError("header does not start with '{': not a safetensors file")
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
+    except _DuplicateKeyError as error:
+        raise CheckpointError(f"header: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"header is not valid JSON: {error}") from error
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError("header: __metadata__ must map strings to strings")
+    return sorted(header.items(), key=lambda item: (_declared_begin(item[1]), _declared_end(item[1]))), metadata
+
+
+def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError("an entry must have exactly dtype, shape and data_offsets")
+    dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype_name, str) or dtype_name not in dtypes.BITS:
+        raise CheckpointError(f"unknown dtype {dtype_name!r}; known: {', '.join(dtypes.BITS)}")
+    if not isinstance(shape, list) or not all(_is_natural(n) for n in shape):
+        raise CheckpointError(f"shape {shape!r} is not a list of non-negative integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_natural(n) for n in offsets):
+        raise CheckpointError(f"data_offsets {offsets!r} are not two non-negative integers")
+    return dtype_name, tuple(shape), offsets[0], offsets[1]
+
+
+def _check_extent(dtype_name: str, shape: tuple[int, ...], begin: int, stop: int, previous_end: int) -> None:
+    if stop < begin:
+        raise CheckpointError(f"data_offsets end at {stop:,} before they begin at {begin:,}")
+    bits = math.prod(shape) * dtypes.BITS[dtype_name]
+    if bits % 8 or bits // 8 != stop - begin:
+        raise CheckpointError(
+            f"{dtype_name} {list(shape)} takes {bits / 8:,.10g} bytes, data_offsets give {stop - begin:,}"
+        )
+    if begin < previous_end:
+        raise CheckpointError(f"overlaps the tensor before it: begins at {begin:,}, that one ends at {previous_end:,}")
+    if begin > previous_end:
+        raise CheckpointError(f"{begin - previous_end:,} bytes before it belong to no tensor (a gap)")
+
+
+def _is_natural(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _declared(entry: Any, position: int) -> int:
+    try:
+        value = entry["data_offsets"][position]
+    except (TypeError, KeyError, IndexError):
+        return 0
+    return value if _is_natural(value) else 0
+
+
+def _declared_begin(entry: Any) -> int:
+    return _declared(entry, 0)
+
+
+def _declared_end(entry: Any) -> int:
+    return _declared(entry, 1)
