@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import assemble
-from octavo.elements.pieces import Symbolic, coverage_problem
+from octavo.elements.pieces import coverage_problem
+from octavo.elements.symbolic import Symbolic
 
 
 def factorings(n: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import SCHEMES, headers
-from octavo.elements.pieces import Symbolic
+from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
 from octavo.planning import kinds
 from octavo.planning.chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes

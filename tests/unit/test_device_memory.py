@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from helpers import SCHEMES, headers
-from octavo.elements.pieces import Symbolic
+from octavo.elements.symbolic import Symbolic
 from octavo.planning import kinds
 from octavo.planning.blocks import cut_blocks, cut_reads
 from octavo.planning.budget import Geometry

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers import headers
-from octavo.elements.pieces import Piece, Symbolic, whole
+from octavo.elements.pieces import Piece, whole
+from octavo.elements.symbolic import Symbolic
 from octavo.errors import CoverageError, RecipeError
 from octavo.planning import kinds
 from octavo.planning.budget import Geometry

@@ -25,7 +25,8 @@ from helpers import (
     write_checkpoint,
 )
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.elements.pieces import Symbolic, whole
+from octavo.elements.pieces import whole
+from octavo.elements.symbolic import Symbolic
 from octavo.errors import SourceChangedError, WeightError
 from octavo.numerics import schemes
 from octavo.planning import kinds

@@ -1,6 +1,6 @@
 """Run a loader once without data, see which slice of which checkpoint tensor goes where, and get a plan out of it.
 
-Checkpoint tensors are symbols made from headers (`octavo.elements.pieces.Symbolic`); a write of one to a parameter
+Checkpoint tensors are symbols made from headers (`octavo.elements.symbolic.Symbolic`); a write of one to a parameter
 gives pieces.
 Coverage is checked before a weight byte is read, and a stream of the plan reads the slices that this rank needs and
 no others. A loader that computes breaks the thread: the parameters that it computes, and whatever else their tensors
@@ -24,7 +24,8 @@ from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..elements.boxes import Box, Gaps, trace_view
 from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
-from ..elements.pieces import HANDLERS, NotMovementError, Piece, Symbolic
+from ..elements.pieces import Piece
+from ..elements.symbolic import HANDLERS, NotMovementError, Symbolic
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..planning.plan import Plan, Target, make_plan
 from ..planning.recipe import Recipe

@@ -24,7 +24,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
-from ...elements.pieces import NotMovementError, Symbolic, coverage_problem
+from ...elements.pieces import coverage_problem
+from ...elements.symbolic import NotMovementError, Symbolic
 from ...errors import CoverageError, raise_problems
 from ...planning import kinds
 from ...planning.plan import DEFAULT_STAGING_BYTES, Plan, Target, make_plan
