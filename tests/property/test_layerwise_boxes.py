@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from octavo.elements.boxes import Box, Gaps, trace_view
+from octavo.elements.boxes import Box, Gaps
+from octavo.elements.views import trace_view
 
 
 def view_of(draw, first: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,11 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
-from ..elements.boxes import Box, Gaps, trace_view
+from ..elements.boxes import Box, Gaps
 from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
 from ..elements.pieces import Piece
 from ..elements.symbolic import HANDLERS, NotMovementError, Symbolic
+from ..elements.views import trace_view
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..planning.plan import Plan, Target, make_plan
 from ..planning.recipe import Recipe

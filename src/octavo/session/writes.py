@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
-from ..elements.boxes import Box, NoBoxError, trace_view
+from ..elements.boxes import Box
 from ..elements.operations import Operation, offset_of, undisturbed
 from ..elements.pieces import Piece
+from ..elements.views import NoBoxError, trace_view
 from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
 from ..planning.plan import Placement

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...elements.boxes import Box, NoBoxError, embed, trace_in
+from ...elements.boxes import Box
 from ...elements.operations import Operation, is_view, offset_of, storage_key
 from ...elements.pieces import Piece
+from ...elements.views import NoBoxError, embed, trace_in
 
 aten = torch.ops.aten
 #: what puts some elements of one tensor somewhere into another
@@ -48,7 +49,7 @@ LOADER = Source(0, "the loader")
 
 
 class _Region(NamedTuple):
-    """A box of a storage, in the layout that strides describe (see `octavo.elements.boxes.embed`)."""
+    """A box of a storage, in the layout that strides describe (see `octavo.elements.views.embed`)."""
 
     strides: tuple[int, ...]
     box: Box

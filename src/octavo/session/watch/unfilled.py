@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...elements.boxes import Box, Gaps, NoBoxError, trace_view
+from ...elements.boxes import Box, Gaps
 from ...elements.operations import Operation, offset_of, storage_key
 from ...elements.pieces import Piece
+from ...elements.views import NoBoxError, trace_view
 
 aten = torch.ops.aten
 _ALLOCATIONS = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})
