@@ -26,7 +26,8 @@ from octavo.numerics import schemes
 from octavo.planning import chunks, kinds
 from octavo.planning.budget import Geometry
 from octavo.planning.chunks import Work, cut_plan
-from octavo.planning.plan import Target, make_plan, plan_checkpoint
+from octavo.planning.placement import Target
+from octavo.planning.plan import make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
 
 pytestmark = pytest.mark.timeout(120)

@@ -14,7 +14,8 @@ from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
 from octavo.planning import kinds
 from octavo.planning.chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes
-from octavo.planning.plan import Placement, Plan, Target, make_plan
+from octavo.planning.placement import Placement, Target
+from octavo.planning.plan import Plan, make_plan
 from octavo.planning.recipe import Recipe
 
 SLOTS = (900, 5000, 20_000, 1 << 20)

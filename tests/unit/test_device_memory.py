@@ -21,7 +21,8 @@ from octavo.elements.symbolic import Symbolic
 from octavo.planning import kinds
 from octavo.planning.blocks import cut_blocks, cut_reads
 from octavo.planning.budget import Geometry
-from octavo.planning.plan import Target, make_plan
+from octavo.planning.placement import Target
+from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
 from octavo.streaming.on_accelerator import DevicePress
 from octavo.streaming.ring import Ring, Slot

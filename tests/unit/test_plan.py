@@ -13,7 +13,8 @@ from octavo.elements.symbolic import Symbolic
 from octavo.errors import CoverageError, RecipeError
 from octavo.planning import kinds
 from octavo.planning.budget import Geometry
-from octavo.planning.plan import Target, cut_parts, make_plan, plan_checkpoint
+from octavo.planning.placement import Target, cut_parts
+from octavo.planning.plan import make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
 
 

@@ -30,7 +30,8 @@ from octavo.elements.symbolic import Symbolic
 from octavo.errors import SourceChangedError, WeightError
 from octavo.numerics import schemes
 from octavo.planning import kinds
-from octavo.planning.plan import Plan, Target, make_plan, plan_checkpoint
+from octavo.planning.placement import Target
+from octavo.planning.plan import Plan, make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
 from octavo.streaming.sinks import ParameterSink, Storage
 from octavo.streaming.stream import Stream

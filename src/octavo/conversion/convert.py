@@ -25,7 +25,8 @@ from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpo
 from ..errors import OutputError, SourceChangedError, raise_problems
 from ..machine import usable_device
 from ..planning.budget import Geometry
-from ..planning.plan import DEFAULT_STAGING_BYTES, Placement, Plan
+from ..planning.placement import Placement
+from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Recipe
 from ..streaming.outfile import OutFile, disk_error
 from ..streaming.report import Report, Stages, measured

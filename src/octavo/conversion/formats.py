@@ -34,7 +34,8 @@ from ..numerics import schemes
 from ..numerics.schemes import E8M0, Scheme
 from ..planning import kinds
 from ..planning.kinds import EXPERTS, module_of
-from ..planning.plan import Placement, Plan, plan_checkpoint
+from ..planning.placement import Placement
+from ..planning.plan import Plan, plan_checkpoint
 from ..planning.recipe import Recipe
 
 DEFAULT = choices.DEFAULT_FORMAT

@@ -18,7 +18,8 @@ from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..numerics import schemes
 from .chunks import Chunk, Work, cut_placement
-from .plan import Placement, Plan
+from .placement import Placement
+from .plan import Plan
 
 
 class Box(NamedTuple):

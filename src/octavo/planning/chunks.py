@@ -18,7 +18,8 @@ from ..checkpoint import dtypes
 from ..elements.pieces import Piece, whole
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
-from .plan import Placement, Plan
+from .placement import Placement
+from .plan import Plan
 
 #: a run of the file shorter than this is not worth a read of its own: such a piece is read twice instead
 _MIN_RUN_BYTES = 4096

@@ -8,9 +8,8 @@ those and decides nothing.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,80 +17,12 @@ import torch
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.header import TensorInfo
 from ..choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
-from ..elements.pieces import Piece, coverage_problem, whole
+from ..elements.pieces import coverage_problem, whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
-from ..numerics import schemes
 from . import kinds
+from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A parameter to fill (or a tensor to write), before anything is decided about it.
-
-    The last two axes of ``shape`` and ``pieces`` are [out, in], or [in, out] if ``transposed``: when quantized, it is
-    then stored the other way round, so that scale groups always run along the last axis.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None  # when it stays unquantized; None: the source's, byte for byte
-    kind: str
-    pieces: tuple[Piece, ...]
-    device: str = "cpu"
-    keep: str | None = None  # what it is, if it stays by default and its name does not tell
-    transposed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """One parameter: its scheme or the reason for none, and the pieces that tile it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype_name: str  # as safetensors writes it; F8_E4M3 when quantized
-    source_dtype_names: tuple[str, ...]
-    scheme: str | None
-    reason: str
-    pieces: tuple[Piece, ...]
-    parts: tuple[int, ...]  # runs of rows that never share a scale group; () when unquantized
-    device: str
-    source_bytes: int
-    ignored_as: tuple[str, ...] = ()  # patterns by which a recipe would leave it; default: its own name
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return dtypes.MOVED[self.dtype_name]
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * dtypes.moved_bits(self.dtype_name) // 8
-
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        assert self.scheme is not None
-        return schemes.get(self.scheme).scale_shape(self.shape, self.parts)
-
-    @property
-    def scale_grid(self) -> tuple[int, ...]:
-        """The scale's shape with its [row cells, column cells] always spelled out."""
-        assert self.scheme is not None
-        scheme = schemes.get(self.scheme)
-        *lead, _, cols = self.shape
-        rows = sum(scheme.cells(part, cols)[0] for part in self.parts)
-        return (*lead, rows, scheme.cells(1, cols)[1])
-
-    @property
-    def scale_bytes(self) -> int:
-        if self.scheme is None:
-            return 0
-        return math.prod(self.scale_shape) * schemes.get(self.scheme).scale_dtype.itemsize
-
-    @property
-    def final_bytes(self) -> int:
-        return self.nbytes + self.scale_bytes
 
 
 @dataclass(frozen=True)
@@ -295,7 +226,7 @@ def make_plan(
         if why:
             decisions[target.name] = Decision(None, why)
 
-    placements = [_placement(target, decisions[target.name], infos) for target in targets]
+    placements = [placement_of(target, decisions[target.name], infos) for target in targets]
     first = {
         p.name: min(((infos[q.src_name].shard, infos[q.src_name].offset) for q in p.pieces), default=(0, 0))
         for p in placements
@@ -304,56 +235,3 @@ def make_plan(
     return Plan(
         str(checkpoint.path), recipe, tuple(placements), dict(unused or {}), staging_bytes, dict(other_bytes or {})
     )
-
-
-def _placement(target: Target, decision: Decision, infos: Mapping[str, TensorInfo]) -> Placement:
-    sources = dict.fromkeys(piece.src_name for piece in target.pieces)
-    names = tuple(dict.fromkeys(infos[name].dtype_name for name in sources))
-    if decision.scheme:
-        dtype_name = dtypes.NAMES[schemes.FP8]
-    elif target.dtype is None:
-        dtype_name = names[0]
-    else:
-        dtype_name = dtypes.NAMES[target.dtype]
-    shape, pieces = target.shape, target.pieces
-    if decision.scheme and target.transposed:
-        swapped = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
-        shape, pieces = tuple(shape[d] for d in swapped), tuple(piece.permute(swapped) for piece in pieces)
-    pieces = tuple(sorted(pieces, key=lambda p: (infos[p.src_name].shard, infos[p.src_name].offset, p.src_off)))
-    return Placement(
-        target.name,
-        shape,
-        dtype_name,
-        names,
-        decision.scheme,
-        decision.reason,
-        pieces,
-        cut_parts(shape, pieces) if decision.scheme else (),
-        target.device,
-        sum(piece.numel * dtypes.moved_bits(infos[piece.src_name].dtype_name) // 8 for piece in pieces),
-    )
-
-
-def cut_parts(shape: Sequence[int], pieces: Sequence[Piece]) -> tuple[int, ...]:
-    """Cut the rows where one checkpoint tensor ends and another begins, across the whole width and all experts.
-
-    So each checkpoint tensor of a fused parameter (gate and up) is quantized as if alone.
-    """
-    rows = shape[-2]
-    if len({piece.src_name for piece in pieces}) == 1:
-        return (rows,)
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    joined: dict[int, int] = {}  # a row -> no cut is between it and this one: a piece or a tensor goes on
-    for piece in pieces:
-        name, row = piece.src_name, piece.dst_off[-2]
-        first[name], last[name] = min(first.get(name, row), row), max(last.get(name, row), row)
-        joined[row] = max(joined.get(row, 0), piece.dst_end[-2])
-    for name, row in first.items():
-        joined[row] = max(joined[row], last[name] + 1)
-    bounds, end = [0], joined.get(0, 0)
-    for row in sorted({*joined, rows} - {0}):
-        if row == rows or row >= end:
-            bounds.append(row)
-        end = max(end, joined.get(row, 0))
-    return tuple(b - a for a, b in itertools.pairwise(bounds))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..elements.operations import undisturbed
 from ..errors import LoaderError
 from ..machine import now
-from ..planning.plan import cut_parts
+from ..planning.placement import cut_parts
 from ..running import modules
 from .parameters import Face, Item, Layer
 from .report import Event, LayerReport

@@ -18,7 +18,7 @@ from ..elements.boxes import Box, Gaps
 from ..elements.operations import offset_of, storage_key, undisturbed
 from ..elements.pieces import Piece
 from ..errors import LoaderError, WeightError
-from ..planning.plan import cut_parts
+from ..planning.placement import cut_parts
 from .parameters import Item
 from .quantize.quantizer import Quantizer
 from .quantize.storage import QuantizedStorage, values_of

@@ -28,7 +28,8 @@ from ..elements.pieces import Piece
 from ..elements.symbolic import HANDLERS, NotMovementError, Symbolic
 from ..elements.views import trace_view
 from ..errors import CoverageError, LoaderError, raise_problems
-from ..planning.plan import Plan, Target, make_plan
+from ..planning.placement import Target
+from ..planning.plan import Plan, make_plan
 from ..planning.recipe import Recipe
 from .parameters import Inventory, Item, kind_of
 

@@ -22,7 +22,7 @@ from ..elements.pieces import Piece
 from ..elements.views import NoBoxError, trace_view
 from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
-from ..planning.plan import Placement
+from ..planning.placement import Placement
 from ..streaming.sinks import Storage
 from .held import Held, Transit, holds_weights, stored
 from .parameters import Inventory, Item, Layer

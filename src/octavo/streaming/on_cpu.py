@@ -20,7 +20,7 @@ from ..machine import now
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
 from ..planning.chunks import Chunk, Work, cut_tiles
-from ..planning.plan import Placement
+from ..planning.placement import Placement
 from .ring import Slot
 
 if TYPE_CHECKING:

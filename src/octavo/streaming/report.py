@@ -27,7 +27,8 @@ from ..text import human_bytes
 
 if TYPE_CHECKING:
     from ..planning.budget import Geometry
-    from ..planning.plan import Placement, Plan
+    from ..planning.placement import Placement
+    from ..planning.plan import Plan
     from .stream import Tally
 
 _SAMPLE_S = 0.01

@@ -21,7 +21,7 @@ from ..checkpoint import dtypes
 from ..elements.pieces import Piece, contiguous_strides
 from ..errors import DeviceError
 from ..numerics import schemes
-from ..planning.plan import Placement
+from ..planning.placement import Placement
 from .outfile import OutFile
 from .ring import Cancelled, Ring
 

@@ -26,7 +26,8 @@ from ..machine import now
 from ..planning.blocks import Block, Read, cut_blocks, cut_reads
 from ..planning.budget import Geometry
 from ..planning.chunks import Chunk, Work, cut_plan
-from ..planning.plan import Placement, Plan
+from ..planning.placement import Placement
+from ..planning.plan import Plan
 from .files import Files
 from .on_accelerator import DevicePress
 from .on_cpu import Press

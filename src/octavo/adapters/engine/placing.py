@@ -24,7 +24,8 @@ from ...conversion.formats import Format
 from ...elements.dry_run import Copy, Trace, View, is_run
 from ...elements.pieces import Piece, contiguous_strides
 from ...numerics import schemes
-from ...planning.plan import Placement, Plan, cut_parts
+from ...planning.placement import Placement, cut_parts
+from ...planning.plan import Plan
 from ...streaming.sinks import Storage
 
 

@@ -28,7 +28,8 @@ from ...elements.pieces import coverage_problem
 from ...elements.symbolic import NotMovementError, Symbolic
 from ...errors import CoverageError, raise_problems
 from ...planning import kinds
-from ...planning.plan import DEFAULT_STAGING_BYTES, Plan, Target, make_plan
+from ...planning.placement import Target
+from ...planning.plan import DEFAULT_STAGING_BYTES, Plan, make_plan
 from ...planning.recipe import Recipe
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")

@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import DeviceError, RecipeError
 from ...machine import usable_device
-from ...planning.plan import DEFAULT_STAGING_BYTES, Placement
+from ...planning.placement import Placement
+from ...planning.plan import DEFAULT_STAGING_BYTES
 from ...planning.recipe import DEFAULT_SCHEME, Recipe
 from ...running import modules
 from ...session.update import Routes

@@ -24,7 +24,8 @@ from ...conversion.formats import Format
 from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8
-from ...planning.plan import Placement, Plan
+from ...planning.placement import Placement
+from ...planning.plan import Plan
 from ..engine.options import Options
 from ..engine.survey import Fillers
 from . import versions

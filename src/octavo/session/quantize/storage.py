@@ -14,7 +14,7 @@ from ...elements.boxes import Box
 from ...elements.operations import offset_of
 from ...elements.pieces import Piece
 from ...numerics.schemes import Scheme
-from ...planning.plan import Placement
+from ...planning.placement import Placement
 
 
 @dataclass
@@ -24,7 +24,7 @@ class QuantizedStorage:
     name: str
     weight: Tensor
     scheme: Scheme
-    parts: tuple[int, ...] | None = None  # known once complete: see `octavo.planning.plan.Placement`
+    parts: tuple[int, ...] | None = None  # known once complete: see `octavo.planning.placement.Placement`
     scale: Tensor | None = None
     _grids: list[tuple[Box, Tensor]] = field(default_factory=list)  # scales of boxes, while parts are not known
 
