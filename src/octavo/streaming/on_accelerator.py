@@ -30,7 +30,7 @@ from ..numerics.schemes import Scheme
 from ..planning.blocks import Block, Box, Read
 from ..planning.budget import Geometry, check_options
 from ..planning.chunks import Work
-from .on_cpu import describe_nonfinite
+from .nonfinite import describe_nonfinite
 from .ring import Ring, Slot
 from .sinks import Destination, Sink, enough_memory
 
