@@ -19,7 +19,7 @@ from .planning.budget import Geometry
 from .planning.plan import DEFAULT_STAGING_BYTES, Plan
 from .planning.recipe import Recipe
 from .session import layerwise, update
-from .streaming.report import collection_paused
+from .streaming.meter import collection_paused
 from .streaming.sinks import IteratorSink
 from .streaming.stream import Stream, Tally
 

@@ -61,7 +61,7 @@ def _chosen(scheme: str) -> str | None:
 
 def _progress(title: str) -> Any:
     """A bar on a terminal, lines elsewhere: whoever reads a log wants to know that it goes on."""
-    from .streaming.report import ProgressLines
+    from .streaming.meter import ProgressLines
 
     return None if sys.stderr.isatty() else ProgressLines(title)
 

@@ -17,7 +17,7 @@ import octavo
 from octavo import cli
 from octavo.conversion import formats
 from octavo.numerics import schemes
-from octavo.streaming.report import ProgressLines
+from octavo.streaming.meter import ProgressLines
 
 COMMANDS = ("plan", "convert", "verify", "generate", "demo")
 

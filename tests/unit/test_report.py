@@ -16,7 +16,8 @@ from octavo.errors import MissingExtraError
 from octavo.planning.plan import plan_checkpoint
 from octavo.planning.recipe import Recipe
 from octavo.streaming import report
-from octavo.streaming.report import Report, Stages, collection_paused, measured, progress_bar
+from octavo.streaming.meter import Stages, collection_paused, measured, progress_bar
+from octavo.streaming.report import Report
 from octavo.streaming.sinks import ParameterSink, Storage
 from octavo.streaming.stream import Stream
 from octavo.text import human_bytes

@@ -28,8 +28,9 @@ from ..planning.budget import Geometry
 from ..planning.placement import Placement
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Recipe
+from ..streaming.meter import Stages, measured
 from ..streaming.outfile import OutFile, disk_error
-from ..streaming.report import Report, Stages, measured
+from ..streaming.report import Report
 from ..streaming.sinks import ShardSink
 from ..streaming.stream import Stream, Tally
 from ..text import human_bytes

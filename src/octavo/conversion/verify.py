@@ -23,7 +23,7 @@ from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError, raise_problems
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
-from ..streaming.report import progress_bar
+from ..streaming.meter import progress_bar
 from . import formats
 
 _BLOCK_ELEMENTS = 1 << 25

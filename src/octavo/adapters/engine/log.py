@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from ...streaming.report import Meter, Stages
+from ...streaming.meter import Meter, Stages
 from ...streaming.stream import Tally
 from ...text import human_bytes
 from .survey import Survey

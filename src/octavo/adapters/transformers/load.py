@@ -33,9 +33,10 @@ from ...planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ...planning.recipe import Recipe
 from ...running import modules
 from ...session.update import Routes
+from ...streaming.meter import Stages, measured
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
-from ...streaming.report import Report, Stages, measured
+from ...streaming.report import Report
 from ...streaming.sinks import ParameterSink, Storage, allocate_all
 from ...streaming.stream import Stream
 

@@ -26,7 +26,8 @@ from ...planning.plan import DEFAULT_STAGING_BYTES
 from ...planning.recipe import DEFAULT_SCHEME, Recipe
 from ...running import modules
 from ...session.update import Routes
-from ...streaming.report import Report, Stages, measured
+from ...streaming.meter import Stages, measured
+from ...streaming.report import Report
 from ...streaming.sinks import ParameterSink, Storage, allocate_all
 from ...streaming.stream import Stream
 from . import load as adapter

@@ -30,8 +30,8 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...conversion import formats
 from ...errors import OctavoError, RecipeError
 from ...planning.plan import Plan, plan_checkpoint
+from ...streaming.meter import Stages, collection_paused, measured
 from ...streaming.on_accelerator import WarmUp
-from ...streaming.report import Stages, collection_paused, measured
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
 from ..engine.log import describe

@@ -1,0 +1,162 @@
+"""Memory, seconds and progress, watched while a stream runs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+
+from ..machine import now, rss_bytes
+from ..text import human_bytes
+
+if TYPE_CHECKING:
+    from ..planning.plan import Plan
+    from .stream import Tally
+
+
+_SAMPLE_S = 0.01
+
+
+#: a longer trace is thinned to half, and sampled half as often
+_MAX_SAMPLES = 2048
+
+
+class Stages:
+    """Seconds of named stages."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = now()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now() - started
+
+
+@contextlib.contextmanager
+def collection_paused() -> Iterator[None]:
+    """Without Python's cyclic garbage collector.
+
+    The many small objects of a plan make it pass again and again over all that is in memory, a third of a second each
+    time beside vLLM. What loading makes holds no cycles. Nor is it passed over at the end, with the model code that has
+    been imported meanwhile (0.1 s): it counts as old, and waits for the next full collection.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            if not gc.get_freeze_count():  # else these would be unfrozen, too
+                gc.freeze()
+                gc.unfreeze()
+            gc.enable()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Memory at one moment."""
+
+    at_s: float
+    placed_bytes: int  # written to their final place so far
+    rss_bytes: int  # of the process, over what it was when the trace began
+    device_bytes: int  # allocated on the accelerator, over what it was when the trace began
+
+
+class Meter:
+    """Samples memory in a thread of its own while a stream runs; also drives the progress bar."""
+
+    def __init__(self, device: torch.device, progress: Callable[[int, int], None] | None) -> None:
+        self.progress = progress
+        self.samples: list[Sample] = []
+        self._device = device
+        self._tally: Tally | None = None
+        self._stop = threading.Event()
+        self._began, self._rss, self._allocated = now(), rss_bytes(), self._device_bytes()
+        self._thread = threading.Thread(target=self._run, name="octavo-meter", daemon=True)
+        self._thread.start()
+
+    def follow(self, tally: Tally) -> None:
+        """Trace the bytes that are placed."""
+        self._tally = tally
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _device_bytes(self) -> int:
+        if self._device.type != "cuda":
+            return 0
+        # as `torch.cuda.memory_allocated`, which flattens all statistics first, a hundred times a second
+        statistics: Any = torch.cuda.memory_stats_as_nested_dict(self._device)
+        return int(statistics["allocated_bytes"]["all"]["current"]) if statistics else 0
+
+    def _run(self) -> None:
+        interval_s = _SAMPLE_S
+        while not self._stop.wait(interval_s):
+            self._sample()
+            if len(self.samples) >= _MAX_SAMPLES:
+                # the largest of each pair, so that peaks stay
+                pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
+                self.samples = [max(pair, key=lambda s: (s.rss_bytes, s.device_bytes)) for pair in pairs]
+                interval_s *= 2
+
+    def _sample(self) -> None:
+        placed = self._tally.placed_bytes if self._tally else 0
+        self.samples.append(
+            Sample(now() - self._began, placed, rss_bytes() - self._rss, self._device_bytes() - self._allocated)
+        )
+
+
+@contextlib.contextmanager
+def measured(plan: Plan, progress: bool | Callable[[int, int], None] | None, title: str = "Loading") -> Iterator[Meter]:
+    """A `Meter` around a stream; with a progress bar where ``progress`` says so (see `octavo.load`)."""
+    device = next((torch.device(d) for d in plan.devices if d != "cpu"), torch.device("cpu"))
+    with progress_bar(progress, title) as callback:
+        meter = Meter(device, callback)
+        try:
+            yield meter
+        finally:
+            meter.close()
+
+
+@contextlib.contextmanager
+def progress_bar(
+    progress: bool | Callable[[int, int], None] | None, title: str
+) -> Iterator[Callable[[int, int], None] | None]:
+    """Turn what users give as ``progress`` into a callback: theirs, that of a bar on stderr, or None."""
+    if callable(progress):
+        yield progress
+        return
+    if progress is False or (progress is None and not sys.stderr.isatty()):
+        yield None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+class ProgressLines:
+    """Progress where there is no terminal: a line to stderr every ten seconds."""
+
+    def __init__(self, title: str, every_s: float = 10.0) -> None:
+        self._title, self._every_s, self._told = title, every_s, now()
+
+    def __call__(self, done: int, total: int) -> None:
+        if now() - self._told >= self._every_s:
+            self._told = now()
+            print(f"{self._title}: {human_bytes(done)} of {human_bytes(total)}", file=sys.stderr, flush=True)
