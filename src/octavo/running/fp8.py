@@ -320,7 +320,7 @@ def _quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _weight_only(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
-    from .linear import weight_only
+    from .weight_only import weight_only
 
     return weight_only(x, q, scale, scheme, tuple(parts), bias)
 

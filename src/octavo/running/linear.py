@@ -11,40 +11,10 @@ scales that vary along a row (blocks, mx) are, and where a half-precision output
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import schemes
 from . import fp8
-
-_ROWS = 128
-_ROWS_ON_DEVICE = 4096
-_COMPUTE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
-# dtype -> (left shift as a factor, mask over the shifted sign-extended byte, what the bias lacks): see `widen`
-_PLACES = {
-    torch.bfloat16: (1 << 4, -30736, 2.0**120),  # 0x87F0: sign, 4 exponent and 3 mantissa bits; bias 127 - 7
-    torch.float16: (1 << 7, -16512, 2.0**8),  # 0xBF80; bias 15 - 7
-}
-
-
-def widen(q: Tensor, dtype: torch.dtype, scratch: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """float8_e4m3fn -> bf16, fp16 or fp32, exactly, for all finite values.
-
-    Args:
-        scratch: int16, at least as many elements; the result may be a view of it.
-        scale: bf16 of q's shape, below 2**7; if given, the result is ``q * scale`` rounded once, and dtype is bf16.
-    """
-    if q.device.type != "cpu":
-        return q.to(dtype)
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
-    if half not in _PLACES:
-        return q.to(dtype)
-    shift, mask, factor = _PLACES[half]
-    scratch = torch.empty(q.numel(), dtype=torch.int16) if scratch is None else scratch[: q.numel()]
-    bits = scratch.view(q.shape).copy_(q.view(torch.int8))
-    bits.mul_(shift).bitwise_and_(mask)  # integers are multiplied faster than shifted
-    return bits.view(half).mul_(factor if scale is None else scale * factor).to(dtype)
+from .weight_only import weight_only
 
 
 def linear(
@@ -66,53 +36,3 @@ def linear(
     if fp8.takes(x, q, bias):
         return fp8.linear(x, q, scale, scheme, parts or (q.shape[0],), bias)
     return weight_only(x, q, scale, scheme, parts, bias)
-
-
-def weight_only(
-    x: Tensor,
-    q: Tensor,
-    scale: Tensor,
-    scheme: str,
-    parts: tuple[int, ...] | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """``x[..., in] @ dequantize(q[out, in]).T + bias`` on any device; x may ask for a gradient.
-
-    The product is computed in x's dtype. Scales one a row multiply the output in float32.
-
-    Raises:
-        TypeError: x is not bf16, fp16, fp32 or fp64 (cast to the dtype of an FP8 weight, say).
-    """
-    if x.dtype not in _COMPUTE:
-        raise TypeError(f"activations are {x.dtype}; FP8 weights are multiplied in bf16, fp16, fp32 or fp64")
-    flat = x.reshape(-1, x.shape[-1])
-    rows, cols = q.shape
-    cells = schemes.row_scales(scale, (rows, cols), scheme, parts)  # float32 [out, column cells]
-    each = schemes.get(scheme).group_cols
-    by_row = each is None and x.dtype != torch.float16
-    on_cpu = q.device.type == "cpu"
-    step = min(rows, _ROWS if on_cpu else _ROWS_ON_DEVICE)
-    # one buffer for all steps, unless each step's weight is kept for the gradient of x
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    scratch = torch.empty(step * cols, dtype=torch.int16) if on_cpu and not differentiable else None
-    # one pass instead of four, where a scale times 2**120 is still a number; bf16 can hold every scale
-    in_one = on_cpu and not by_row and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
-    in_one = in_one and bool(cells.max() < 2.0**7)
-    out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
-    for start in range(0, rows, step):
-        stop = min(rows, start + step)
-        if by_row:
-            weight = widen(q[start:stop], x.dtype, scratch)
-        else:
-            spread = cells[start:stop].to(torch.bfloat16 if in_one else torch.float32)
-            spread = spread if each is None else spread.repeat_interleave(each, -1)[:, :cols]
-            if in_one:
-                weight = widen(q[start:stop], x.dtype, scratch, spread)
-            else:
-                weight = (widen(q[start:stop], x.dtype, scratch).float() * spread).to(x.dtype)
-        out[:, start:stop] = F.linear(flat, weight)
-    if by_row:
-        out = (out.float() * cells.view(1, -1)).to(x.dtype)
-    if bias is not None:
-        out += bias
-    return out.view(*x.shape[:-1], rows)
