@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -12,16 +11,14 @@ import torch
 from .checkpoint.checkpoint import Checkpoint
 from .conversion import formats
 from .conversion.convert import convert
+from .conversion.iterate import iterate
 from .conversion.verify import verify
 from .errors import MissingExtraError
 from .machine import usable_device
-from .planning.budget import Geometry
 from .planning.plan import DEFAULT_STAGING_BYTES, Plan
 from .planning.recipe import Recipe
 from .session import layerwise, update
 from .streaming.meter import collection_paused
-from .streaming.sinks import IteratorSink
-from .streaming.stream import Stream, Tally
 
 Scheme = str | Recipe | Mapping[str, Any] | None
 
@@ -103,34 +100,6 @@ def stream(
     checkpoint = Checkpoint.open(path, revision)
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
     return iterate(checkpoint, made, layout, threads=threads, progress=progress)
-
-
-def iterate(
-    checkpoint: Checkpoint,
-    made: Plan,
-    layout: formats.Format,
-    *,
-    threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    tally: Tally | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """A plan, executed as `stream` says; ``tally`` collects bytes and seconds."""
-    geometry = Geometry.fit(made, threads, handing_out=True)
-    # on an accelerator, this thread does the work
-    sink = IteratorSink(None if geometry.lanes else made.staging_bytes - geometry.staging_bytes)
-    handed = 0
-    with contextlib.closing(Stream(checkpoint, made, sink, geometry=geometry, tally=tally).iterate()) as placed:
-        for placement, storage in placed:
-            name, weight, scale = placement.name, storage.weight, storage.scale
-            del storage  # what the consumer drops is gone
-            yield name, weight
-            del weight
-            if scale is not None:
-                yield layout.scale_name(name), layout.stored_scale(scale)
-            del scale
-            handed += placement.source_bytes
-            if progress:
-                progress(handed, made.source_bytes)
 
 
 __all__ = ["convert", "layerwise", "load", "plan", "stream", "update", "verify"]

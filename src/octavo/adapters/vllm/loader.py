@@ -25,9 +25,9 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
-from ...api import iterate
 from ...checkpoint.checkpoint import Checkpoint
 from ...conversion import formats
+from ...conversion.iterate import iterate
 from ...errors import OctavoError, RecipeError
 from ...planning.plan import Plan, plan_checkpoint
 from ...streaming.meter import Stages, collection_paused, measured

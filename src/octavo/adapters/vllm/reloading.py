@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...api import iterate
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
+from ...conversion.iterate import iterate
 from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8

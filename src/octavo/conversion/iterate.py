@@ -1,0 +1,43 @@
+"""A checkpoint in FP8 that exists nowhere, tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..planning.budget import Geometry
+from ..planning.plan import Plan
+from ..streaming.sinks import IteratorSink
+from ..streaming.stream import Stream, Tally
+from . import formats
+
+
+def iterate(
+    checkpoint: Checkpoint,
+    made: Plan,
+    layout: formats.Format,
+    *,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    tally: Tally | None = None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A plan, executed as `stream` says; ``tally`` collects bytes and seconds."""
+    geometry = Geometry.fit(made, threads, handing_out=True)
+    # on an accelerator, this thread does the work
+    sink = IteratorSink(None if geometry.lanes else made.staging_bytes - geometry.staging_bytes)
+    handed = 0
+    with contextlib.closing(Stream(checkpoint, made, sink, geometry=geometry, tally=tally).iterate()) as placed:
+        for placement, storage in placed:
+            name, weight, scale = placement.name, storage.weight, storage.scale
+            del storage  # what the consumer drops is gone
+            yield name, weight
+            del weight
+            if scale is not None:
+                yield layout.scale_name(name), layout.stored_scale(scale)
+            del scale
+            handed += placement.source_bytes
+            if progress:
+                progress(handed, made.source_bytes)
