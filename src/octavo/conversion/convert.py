@@ -13,16 +13,14 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
-from ..errors import OutputError, SourceChangedError, raise_problems
+from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
 from ..planning.budget import Geometry
 from ..planning.placement import Placement
@@ -35,6 +33,7 @@ from ..streaming.sinks import ShardSink
 from ..streaming.stream import Stream, Tally
 from ..text import human_bytes
 from . import formats
+from .layout import ShardLayout, check_names, share_of
 from .partial import PART, Folder, PartialFolder, check_free
 
 #: raised whenever the bytes of an output could differ from those of an earlier version
@@ -99,64 +98,6 @@ def convert(
     return Report.of(plan, geometry, tally, stages, meter, in_memory=False, notes=notes)
 
 
-@dataclass(frozen=True)
-class ShardLayout:
-    """One output file: its header, and where each tensor's bytes begin."""
-
-    name: str
-    header: bytes
-    nbytes: int
-    weights: Mapping[str, int]  # placement -> absolute offset
-    scales: Mapping[str, int]
-    tensor_names: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, name: str, placements: Iterable[Placement], layout: formats.Format, checkpoint: Checkpoint
-    ) -> ShardLayout:
-        """Lay tensors out with the widest dtypes first, so that each is aligned to its own element."""
-        entries: list[tuple[int, str, str, tuple[int, ...], Placement, bool]] = []
-        for p in placements:
-            # planned as bytes where torch lacks the dtype; the header has its own shape
-            shape = p.shape if p.scheme else checkpoint.tensors[p.name].shape
-            entries.append((dtypes.BITS[p.dtype_name], p.name, p.dtype_name, shape, p, False))
-            if p.scheme:
-                dtype_name, shape = layout.scale_type(p)
-                entries.append((dtypes.BITS[dtype_name], layout.scale_name(p.name), dtype_name, shape, p, True))
-        entries.sort(key=lambda entry: -entry[0])  # stable: reading order within a width
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offsets: dict[bool, dict[str, int]] = {False: {}, True: {}}
-        end = 0
-        for bits, tensor_name, dtype_name, shape, p, is_scale in entries:
-            begin, count = end, bits
-            for n in shape:
-                count *= n
-            end += count // 8
-            header[tensor_name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [begin, end]}
-            offsets[is_scale][p.name] = begin
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        base = 8 + len(text)
-        return cls(
-            name,
-            struct.pack("<Q", len(text)) + text,
-            base + end,
-            {key: base + value for key, value in offsets[False].items()},
-            {key: base + value for key, value in offsets[True].items()},
-            tuple(key for key in header if key != "__metadata__"),
-        )
-
-
-def _check_names(plan: Plan, layout: formats.Format, dst: Path) -> None:
-    taken = {placement.name for placement in plan.placements}
-    problems = [
-        f"{layout.scale_name(p.name)} is a tensor of the source, and would be the scale of {p.name}"
-        for p in plan.quantized
-        if layout.scale_name(p.name) in taken
-    ]
-    raise_problems(OutputError, dst, problems, "Is the source quantized already?")
-
-
 def _check_apart(source: Iterable[Path], dst: Path) -> None:
     """Raise if the source lies where octavo writes, by whatever names and links either is reached."""
     partial = _partial_of(dst)
@@ -197,7 +138,7 @@ class Job:
             name = checkpoint.shards[number].path.name if len(by_shard) > 1 else SINGLE_NAME
             layout_of = ShardLayout.of(name, placements, layout, checkpoint)
             shards.append((layout_of, replace(plan, placements=tuple(placements))))
-        _check_names(plan, layout, dst)
+        check_names(plan, layout, dst)
         small_files = _small_files(checkpoint)
         _check_apart([checkpoint.path, *(shard.path for shard in checkpoint.shards), *small_files], dst)
         return cls(checkpoint, plan, layout, dst, tuple(shards), small_files)
@@ -277,7 +218,7 @@ class Job:
             pending: list[Future[None]] = []
             for shard, plan in self.shards:
                 if shard.name not in partial.finished:
-                    shown = _share(progress, before, plan.source_bytes, total)
+                    shown = share_of(progress, before, plan.source_bytes, total)
                     file = OutFile(partial.result.path / (shard.name + PART), shard.nbytes, partial.result.opener)
                     self._write_shard(file, shard, plan, geometry, tally, shown)
                     # the disk is waited for while the next shard is read
@@ -380,12 +321,3 @@ def _finish_shard(partial: PartialFolder, file: OutFile, shard: ShardLayout) -> 
         partial.finish(shard.name, shard.nbytes)
     except OSError as error:
         raise disk_error(partial.result.path / shard.name, error) from error
-
-
-def _share(
-    progress: Callable[[int, int], None] | None, before: int, share: int, total: int
-) -> Callable[[int, int], None] | None:
-    """Progress of one shard as progress of the whole."""
-    if progress is None:
-        return None
-    return lambda done, of: progress(before + (done * share // of if of else share), total)

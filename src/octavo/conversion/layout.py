@@ -1,0 +1,84 @@
+"""Where each tensor of a converted checkpoint lies: shards, headers and offsets, known before a byte is written."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import OutputError, raise_problems
+from ..planning.placement import Placement
+from ..planning.plan import Plan
+from . import formats
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """One output file: its header, and where each tensor's bytes begin."""
+
+    name: str
+    header: bytes
+    nbytes: int
+    weights: Mapping[str, int]  # placement -> absolute offset
+    scales: Mapping[str, int]
+    tensor_names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls, name: str, placements: Iterable[Placement], layout: formats.Format, checkpoint: Checkpoint
+    ) -> ShardLayout:
+        """Lay tensors out with the widest dtypes first, so that each is aligned to its own element."""
+        entries: list[tuple[int, str, str, tuple[int, ...], Placement, bool]] = []
+        for p in placements:
+            # planned as bytes where torch lacks the dtype; the header has its own shape
+            shape = p.shape if p.scheme else checkpoint.tensors[p.name].shape
+            entries.append((dtypes.BITS[p.dtype_name], p.name, p.dtype_name, shape, p, False))
+            if p.scheme:
+                dtype_name, shape = layout.scale_type(p)
+                entries.append((dtypes.BITS[dtype_name], layout.scale_name(p.name), dtype_name, shape, p, True))
+        entries.sort(key=lambda entry: -entry[0])  # stable: reading order within a width
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offsets: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        end = 0
+        for bits, tensor_name, dtype_name, shape, p, is_scale in entries:
+            begin, count = end, bits
+            for n in shape:
+                count *= n
+            end += count // 8
+            header[tensor_name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [begin, end]}
+            offsets[is_scale][p.name] = begin
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        base = 8 + len(text)
+        return cls(
+            name,
+            struct.pack("<Q", len(text)) + text,
+            base + end,
+            {key: base + value for key, value in offsets[False].items()},
+            {key: base + value for key, value in offsets[True].items()},
+            tuple(key for key in header if key != "__metadata__"),
+        )
+
+
+def check_names(plan: Plan, layout: formats.Format, dst: Path) -> None:
+    taken = {placement.name for placement in plan.placements}
+    problems = [
+        f"{layout.scale_name(p.name)} is a tensor of the source, and would be the scale of {p.name}"
+        for p in plan.quantized
+        if layout.scale_name(p.name) in taken
+    ]
+    raise_problems(OutputError, dst, problems, "Is the source quantized already?")
+
+
+def share_of(
+    progress: Callable[[int, int], None] | None, before: int, share: int, total: int
+) -> Callable[[int, int], None] | None:
+    """Progress of one shard as progress of the whole."""
+    if progress is None:
+        return None
+    return lambda done, of: progress(before + (done * share // of if of else share), total)
