@@ -6,14 +6,10 @@ import contextlib
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import DeviceError
-
-if TYPE_CHECKING:
-    pass
 
 
 def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.device:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 def human_bytes(count: float) -> str:
     """12345678 -> '11.77 MiB'."""

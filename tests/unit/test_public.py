@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import subprocess
 import sys
-from types import ModuleType
+from pathlib import Path
 
 import pytest
 
@@ -21,16 +20,6 @@ def test_all_public_names_are_listed_and_no_others_are_visible():
     assert octavo.__all__ == sorted(octavo.__all__, key=lambda name: (not name[0].isupper(), name))
     assert dir(octavo) == sorted(octavo.__all__)
     assert len(octavo.__all__) <= 10
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_function_stays_one_after_the_module_of_its_name_is_imported(name):
-    importlib.import_module(f"octavo.{name}" if name not in ("load", "update") else "octavo.api")
-    for _ in range(2):
-        found = getattr(octavo, name)
-        assert callable(found)
-        assert not isinstance(found, ModuleType)
-        assert found.__doc__
 
 
 def test_every_public_name_resolves():
@@ -63,27 +52,19 @@ print(sorted(name for name in heavy.split() if name in sys.modules))
     assert in_a_new_process(code).strip() == "[]"
 
 
-def test_functions_and_modules_of_one_name_may_be_imported_in_any_order():
-    code = """
-import importlib, sys
+def test_no_module_shares_the_name_of_a_public_function():
+    """Importing a module binds its name in the package, where it would take the function's place."""
+    root = Path(octavo.__file__).parent
+    names = {path.stem for path in (*root.glob("*.py"), *(init.parent for init in root.glob("*/__init__.py")))}
+    assert names.isdisjoint(octavo.__all__)
 
-def forget():
-    for name in [n for n in sys.modules if n.split(".")[0] == "octavo"]:
-        del sys.modules[name]
 
-for name in ("convert", "layerwise", "plan", "stream", "verify"):
-    forget()
-    importlib.import_module("octavo." + name)
-    import octavo
-    assert callable(getattr(octavo, name)), name
-    forget()
-    first = getattr(importlib.import_module("octavo"), name)
-    module = importlib.import_module("octavo." + name)
-    import octavo
-    assert callable(first) and getattr(octavo, name) is first and module is not first, name
-print("fine")
-"""
-    assert in_a_new_process(code).strip() == "fine"
+def test_the_documented_path_of_schemes_stays():
+    from octavo import schemes
+    from octavo.numerics import schemes as definition
+
+    assert schemes.quantize is definition.quantize
+    assert schemes.SCHEMES is definition.SCHEMES
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

@@ -1,13 +1,9 @@
 """A safetensors checkpoint, opened by reading headers only.
 
-``Checkpoint.open`` finds the files (a folder, a single file, or a hub id), reads every header, and validates what
-the safetensors format demands before anyone touches data: header length, JSON without duplicate keys, known dtypes,
-byte counts that match shapes, offsets without gaps or overlaps, a file that ends where the header says, no tensor
-in two shards, an index that agrees with the files. All problems are reported at once.
+`Checkpoint.open` finds the files (a folder, a single file, or a hub id), reads every header (see `header`), and checks
+that no tensor is in two shards and that an index agrees with the files. All problems are reported at once.
 
 Weights are never read here, and nothing is ever unpickled.
-
-The format: https://github.com/huggingface/safetensors#format
 """
 
 from __future__ import annotations

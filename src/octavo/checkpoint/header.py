@@ -1,4 +1,10 @@
-"""One shard: what its header says, and whether that can be true."""
+"""One shard's header: what it declares, and whether that can be true.
+
+Checked here: the header's length, JSON without duplicate keys, known dtypes, byte counts that match shapes, offsets
+without gaps or overlaps, a file that ends where the header says.
+
+The format: https://github.com/huggingface/safetensors#format
+"""
 
 from __future__ import annotations
 

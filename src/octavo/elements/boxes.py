@@ -1,10 +1,6 @@
-"""Which elements of a parameter a view covers, and which are still to come. Boxes are compared, never counted.
+"""Boxes: which elements of a tensor are meant, and which are still to come. They are compared, never counted.
 
-A loader narrows, chunks, transposes and views a parameter before it writes. All that is left of it when the write comes
-are the view's offset, sizes and strides; `trace_view` turns them back into boxes of the parameter, and says which part
-of the written values each box takes. `Gaps` holds what has not been written, as boxes too.
-
-Offsets, sizes and strides are in elements.
+Offsets and sizes are in elements.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
-"""Where every element of a parameter comes from: boxes, and symbolic execution that finds them.
+"""Where every element of a parameter comes from: boxes of it that equal strided views of checkpoint tensors.
 
 A `Piece` says that a box of a parameter equals a strided view of one checkpoint tensor. A parameter's pieces tile it.
-`Symbolic` is a tensor without data that carries its pieces through ``cat``, ``stack``, ``split``, ``view``,
-``transpose`` and the like, so that somebody else's loading code (transformers' converters) can be run on it and tell
-where everything goes. An operation that computes instead of moving raises `NotMovementError`.
 
 Offsets, sizes and strides are in elements.
 """

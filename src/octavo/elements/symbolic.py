@@ -1,4 +1,9 @@
-"""Tensors without data that carry pieces, so that somebody else's code can be run on them."""
+"""Tensors without data that carry pieces, so that somebody else's code can be run on them.
+
+`Symbolic` carries its pieces through ``cat``, ``stack``, ``split``, ``view``, ``transpose`` and the like. A loader or a
+converter that is given such tensors tells where everything goes, and none of its knowledge is repeated here. An
+operation that computes instead of moving raises `NotMovementError`.
+"""
 
 from __future__ import annotations
 

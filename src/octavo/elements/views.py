@@ -1,4 +1,11 @@
-"""A view of a tensor, as boxes of it."""
+"""A view of a tensor, as boxes of it.
+
+A loader narrows, chunks, transposes and views a parameter before it writes. All that is left of it when the write comes
+are the view's offset, sizes and strides; `trace_view` turns them back into boxes of the parameter, and says which part
+of the written values each box takes.
+
+Offsets, sizes and strides are in elements.
+"""
 
 from __future__ import annotations
 

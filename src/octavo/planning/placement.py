@@ -1,4 +1,4 @@
-"""One parameter of a plan: where it goes, what it becomes, and which pieces make it."""
+"""One parameter of a plan: where it goes, what it becomes, which pieces make it, and which rows share no scale."""
 
 from __future__ import annotations
 

@@ -1,13 +1,4 @@
-"""``x @ dequantize(q).T + bias``: on FP8 units where there are some (`fp8`), weight-only elsewhere.
-
-Weight-only: activations stay bf16, fp16 or fp32, and weights are widened 128 rows at a time, exactly. On a
-CPU the widening is integer arithmetic: an e4m3 number's bits, shifted into the place of a bf16 (or fp16) number's, are
-that number times a power of two. That is several times faster than torch's own conversion, and than ``_scaled_mm``,
-which has no fast CPU kernel.
-
-Scales that are one a row multiply the *output*; they are never folded into bf16 weights, which would round them. Only
-scales that vary along a row (blocks, mx) are, and where a half-precision output could overflow (fp16).
-"""
+"""``x @ dequantize(q).T + bias``: on FP8 units where there are some (`fp8`), `weight_only` elsewhere."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -12,9 +11,6 @@ from torch import Tensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..elements.pieces import Piece, contiguous_strides
 from ..planning.placement import Placement
-
-if TYPE_CHECKING:
-    pass
 
 
 def nonfinite_text(checkpoint: Checkpoint, piece: Piece, values: Tensor, placement: Placement) -> str:

@@ -1,4 +1,4 @@
-"""What becomes of a block on an accelerator: copied there at once, quantized where it is, placed.
+"""On an accelerator: a block is copied there at once, quantized where it is, and placed.
 
 All launching is done by one thread, since a dozen that launch mostly wait for each other (measured: 28.6 GB took 5.5 s
 with sixteen, 3.7 s with four). What it costs is the number of launches: `octavo.planning.blocks` keeps it small, and

@@ -1,4 +1,4 @@
-"""What becomes of a chunk on a CPU once its bytes are in memory: scale, quantize, place, in tiles that a cache holds.
+"""On a CPU: once a chunk's bytes are in memory, they are scaled, quantized and placed, in tiles that a cache holds.
 
 Each worker thread of the ring has a press of its own.
 """
