@@ -111,7 +111,7 @@ class Streams:
     def cut(self) -> dict[str, Any]:
         """Cutting alone, in this thread."""
         began = time.perf_counter()
-        blocks = list(cut_blocks(self.plan, self.checkpoint.tensors, self.geometry(None).block_bytes))
+        blocks = list(cut_blocks(self.plan.placements, self.checkpoint.tensors, self.geometry(None).block_bytes))
         boxes = sum(len(block.boxes) for block in blocks)
         return {"s": round(time.perf_counter() - began, 4), "blocks": len(blocks), "boxes": boxes}
 

@@ -121,7 +121,9 @@ def run_plan(checkpoint: Checkpoint, plan: Plan, **options: Any) -> tuple[dict[s
 
 def in_blocks(plan: Plan, *, lanes: int = 2, block_bytes: int = 1 << 16) -> Geometry:
     """Small blocks, as on an accelerator; without lanes, chunks as on a CPU."""
-    return dataclasses.replace(Geometry.fit(plan, 3, 1 << 15), lanes=lanes, block_bytes=block_bytes)
+    return dataclasses.replace(
+        Geometry.fit(plan.placements, plan.staging_bytes, 3, 1 << 15), lanes=lanes, block_bytes=block_bytes
+    )
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:

@@ -25,7 +25,7 @@ from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
 from octavo.planning import chunks, kinds
 from octavo.planning.budget import Geometry
-from octavo.planning.chunks import Work, cut_plan
+from octavo.planning.chunks import Work, cut_placements
 from octavo.planning.placement import Target
 from octavo.planning.plan import make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
@@ -65,7 +65,7 @@ def streamed(folder: Path, sources: dict[str, torch.Tensor], target: Target, sch
     """Write a checkpoint, stream the target out of it: (placement, q, scale)."""
     checkpoint = Checkpoint.open(write_checkpoint(folder, sources, shards=min(2, len(sources))))
     plan = make_plan(checkpoint, [target], Recipe(scheme), way.staging_bytes)
-    fit = Geometry.fit(plan, way.threads, way.slot_bytes)
+    fit = Geometry.fit(plan.placements, plan.staging_bytes, way.threads, way.slot_bytes)
     scratch = min(fit.scratch_elements, way.tile_elements)
     geometry = dataclasses.replace(
         fit, scratch_elements=scratch, lanes=way.lanes, block_bytes=way.block_slots * fit.slot_bytes
@@ -278,7 +278,7 @@ def test_a_plan_covers_every_element_once(data):
     slot_bytes = data.draw(st.sampled_from([50, 400, 3000, 20_000, 1 << 20]))
     written, measured = torch.zeros(rows, cols, dtype=torch.int32), torch.zeros(rows, cols, dtype=torch.int32)
     twice = torch.zeros(rows, cols, dtype=torch.int32)
-    for chunk in cut_plan(plan, slot_bytes):
+    for chunk in cut_placements(plan.placements, slot_bytes):
         assert chunk.nbytes <= slot_bytes
         chunk.piece.region(measured if chunk.work is Work.AMAX else written).add_(1)
         if chunk.work is Work.REREAD:

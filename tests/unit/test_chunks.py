@@ -13,7 +13,7 @@ from helpers import SCHEMES, headers
 from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
 from octavo.planning import kinds
-from octavo.planning.chunks import Chunk, Work, cut_plan, cut_tiles, default_slot_bytes
+from octavo.planning.chunks import Chunk, Work, cut_placements, cut_tiles, default_slot_bytes
 from octavo.planning.placement import Placement, Target
 from octavo.planning.plan import Plan, make_plan
 from octavo.planning.recipe import Recipe
@@ -89,7 +89,7 @@ def test_chunks_write_every_element_once_and_fit_their_slot(scheme, layout):
 def check_coverage(plan: Plan, slot_bytes: int) -> None:
     (placement,) = plan.placements
     count = {work: np.zeros(placement.shape, np.int32) for work in Work}
-    chunks = list(cut_plan(plan, slot_bytes))
+    chunks = list(cut_placements(plan.placements, slot_bytes))
     for chunk in chunks:
         assert chunk.nbytes == chunk.piece.numel * 2 <= slot_bytes
         assert (chunk.work is Work.COPY) == (placement.scheme is None)
@@ -112,7 +112,7 @@ def check_groups(plan: Plan, slot_bytes: int) -> None:
     found, ids = schemes.get(placement.scheme), cell_ids(placement)
     starts = [0, *itertools.accumulate(placement.parts)]
     units: dict[int, list[Chunk]] = {}
-    for chunk in cut_plan(plan, slot_bytes):
+    for chunk in cut_placements(plan.placements, slot_bytes):
         touched = ids[index(chunk)].reshape(-1, 2)
         low, high = touched.min(0).tolist(), touched.max(0).tolist()
         assert [(c.start, c.stop) for c in chunk.cells[-2:]] == [(a, b + 1) for a, b in zip(low, high, strict=True)]
@@ -146,14 +146,14 @@ def test_a_slot_may_be_as_small_as_an_element(scheme, slot_bytes):
     checkpoint = headers({"a": (5, 40)})
     wanted = Target("p", (40, 5), None, kinds.LINEAR, tuple(symbol(checkpoint, "a").t().pieces))
     count = np.zeros((40, 5), np.int32)
-    for chunk in cut_plan(make_plan(checkpoint, [wanted], Recipe(scheme)), slot_bytes):
+    for chunk in cut_placements(make_plan(checkpoint, [wanted], Recipe(scheme)).placements, slot_bytes):
         assert chunk.piece.numel * 2 <= slot_bytes
         count[index(chunk)] += chunk.work is not Work.AMAX
     assert (count == 1).all()
 
 
 def works(plan: Plan, slot_bytes: int) -> Counter:
-    return Counter(chunk.work for chunk in cut_plan(plan, slot_bytes))
+    return Counter(chunk.work for chunk in cut_placements(plan.placements, slot_bytes))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -171,14 +171,17 @@ def test_a_tensor_wide_scale_of_a_large_tensor_needs_two_readings():
 
 
 def test_experts_with_a_scale_each_are_read_twice_one_after_the_other():
-    order = [(chunk.work, chunk.piece.dst_off[0]) for chunk in cut_plan(plan_of("stack", "fp8_tensor"), 20_000)]
+    order = [
+        (chunk.work, chunk.piece.dst_off[0])
+        for chunk in cut_placements(plan_of("stack", "fp8_tensor").placements, 20_000)
+    ]
     assert [expert for _, expert in order] == sorted(expert for _, expert in order)
     assert [work for work, _ in order[:6]] == [Work.AMAX] * 3 + [Work.REREAD] * 3
 
 
 def test_a_transposed_source_is_read_twice_rather_than_in_tiny_runs():
     assert set(works(plan_of("transposed stack", "fp8_channel"), 20_000)) == {Work.AMAX, Work.REREAD}
-    for chunk in cut_plan(plan_of("transposed stack", "fp8_channel"), 20_000):
+    for chunk in cut_placements(plan_of("transposed stack", "fp8_channel").placements, 20_000):
         assert chunk.piece.runs()[0] == chunk.piece.numel  # one read a chunk
 
 
@@ -193,7 +196,7 @@ def test_units_are_not_shared_between_placements():
         for n, s in ((n, symbol(checkpoint, n)) for n in ("a.weight", "b.weight"))
     ]
     seen: dict[int, set[str]] = {}
-    for chunk in cut_plan(make_plan(checkpoint, targets, Recipe("fp8_tensor")), 5000):
+    for chunk in cut_placements(make_plan(checkpoint, targets, Recipe("fp8_tensor")).placements, 5000):
         seen.setdefault(chunk.unit, set()).add(chunk.placement.name)
     assert [len(names) for names in seen.values()] == [1, 1]
 
@@ -202,7 +205,7 @@ def test_default_slots_hold_128_rows_of_the_widest_matrix():
     def slot(cols: int, staging: int = 256 << 20) -> int:
         shape = headers({"a": (4, cols)})
         wanted = Target("a", (4, cols), None, kinds.LINEAR, tuple(symbol(shape, "a").pieces))
-        return default_slot_bytes(make_plan(shape, [wanted], Recipe(), staging))
+        return default_slot_bytes(make_plan(shape, [wanted], Recipe(), staging).placements, staging)
 
     assert slot(64) == 1 << 20
     assert slot(8192) == 128 * 8192 * 4

@@ -91,7 +91,9 @@ def test_lanes_and_all_that_quantizing_takes_are_within_what_a_geometry_says(sch
     placed = 0
     with Allocations() as allocations:
         press = DevicePress(checkpoint, geometry, ParameterSink(storages), Ring(1))
-        for read in cut_reads(cut_blocks(plan, checkpoint.tensors, geometry.block_bytes), geometry.read_bytes):
+        for read in cut_reads(
+            cut_blocks(plan.placements, checkpoint.tensors, geometry.block_bytes), geometry.read_bytes
+        ):
             placed += press.take(read, slot)
     assert placed == plan.final_bytes()
     assert geometry.lanes * geometry.block_bytes < allocations.peak_bytes

@@ -23,7 +23,9 @@ pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeou
 @pytest.mark.parametrize("threads", [None, 1, 16])
 def test_the_staging_budget_holds_all_that_threads_own(checkpoint, staging_bytes, threads):
     for device in ("cpu", "cuda:0"):
-        geometry = Geometry.fit(plan_checkpoint(checkpoint, Recipe(), staging_bytes, device), threads)
+        geometry = Geometry.fit(
+            plan_checkpoint(checkpoint, Recipe(), staging_bytes, device).placements, staging_bytes, threads
+        )
         assert geometry.device == torch.device(device)
         assert geometry.staging_bytes <= staging_bytes
         assert geometry.threads == threads or (threads is None and geometry.threads >= 1)
@@ -51,7 +53,7 @@ def test_what_an_accelerator_takes_is_within_the_budget(tmp_path, scheme, stagin
     checkpoint = one_tensor(tmp_path, random_weights((64, 64), torch.bfloat16, 0))
     plan = plan_checkpoint(checkpoint, Recipe(scheme), staging_bytes, "cuda:0")
     for handing_out in (False, True):
-        fit = Geometry.fit(plan, threads, handing_out=handing_out)
+        fit = Geometry.fit(plan.placements, plan.staging_bytes, threads, handing_out=handing_out)
         assert fit.slots * fit.slot_bytes == fit.host_bytes <= staging_bytes
         assert fit.lanes * fit.lane_bytes == fit.device_bytes <= staging_bytes
         outstanding = fit.block_bytes if handing_out else 0

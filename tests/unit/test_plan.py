@@ -217,7 +217,7 @@ def test_the_forecast_adds_up():
     assert plan.source_bytes == kept + 256 * 64 * 2
     assert plan.final_bytes() == kept + 256 * 64 + 256 * 4
     staging_bytes = plan.peak_bytes() - plan.final_bytes()
-    assert Geometry.fit(plan).staging_bytes == staging_bytes <= 1 << 20
+    assert Geometry.fit(plan.placements, plan.staging_bytes).staging_bytes == staging_bytes <= 1 << 20
     assert plan.peak_bytes("cpu") == plan.peak_bytes()
     assert plan.read_bytes == plan.source_bytes
 

@@ -88,7 +88,7 @@ def convert(
     tally = Tally()
     with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:
         with stages("stream"):
-            geometry = Geometry.fit(plan, threads, handing_out=True)
+            geometry = Geometry.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
             meter.follow(tally)
             job.write_shards(partial, geometry, tally, meter.progress)
         with stages("finish"):

@@ -25,7 +25,7 @@ def iterate(
     tally: Tally | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """A plan, executed as `stream` says; ``tally`` collects bytes and seconds."""
-    geometry = Geometry.fit(made, threads, handing_out=True)
+    geometry = Geometry.fit(made.placements, made.staging_bytes, threads, handing_out=True)
     # on an accelerator, this thread does the work
     sink = IteratorSink(None if geometry.lanes else made.staging_bytes - geometry.staging_bytes)
     handed = 0

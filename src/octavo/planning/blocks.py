@@ -19,7 +19,6 @@ from ..elements.pieces import Piece
 from ..numerics import schemes
 from .chunks import Chunk, Work, cut_placement
 from .placement import Placement
-from .plan import Plan
 
 
 class Box(NamedTuple):
@@ -71,11 +70,11 @@ def cut_reads(blocks: Iterable[Block], slot_bytes: int) -> Iterator[Read]:
             yield Read(block, start, tuple(runs), slot_bytes - room, True)
 
 
-def cut_blocks(plan: Plan, tensors: Mapping[str, TensorInfo], block_bytes: int) -> Iterator[Block]:
-    """All of a plan in the order of the files, no block larger than ``block_bytes``."""
+def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo], block_bytes: int) -> Iterator[Block]:
+    """All of a plan's placements in the order of the files, no block larger than ``block_bytes``."""
     boxes: list[Box] = []
     shard, start, end = -1, 0, 0
-    for at, chunk in _in_file_order(plan, tensors, block_bytes):
+    for at, chunk in _in_file_order(placements, tensors, block_bytes):
         piece, info = chunk.piece, tensors[chunk.piece.src_name]
         itemsize, numel = dtypes.moved_bits(info.dtype_name) // 8, piece.numel
         nbytes, is_run = numel * itemsize, piece.run_length == numel
@@ -208,7 +207,9 @@ def _joined(axis: int, boxes: Sequence[Box]) -> Box:
 # -- the order of the files -------------------------------------------------------------------------------------------
 
 
-def _in_file_order(plan: Plan, tensors: Mapping[str, TensorInfo], limit_bytes: int) -> Iterator[tuple[int, Chunk]]:
+def _in_file_order(
+    placements: Iterable[Placement], tensors: Mapping[str, TensorInfo], limit_bytes: int
+) -> Iterator[tuple[int, Chunk]]:
     """(byte offset in its file, chunk). Chunks of a unit, which share scale groups, stay together and in their order.
 
     Placements are in the order of their first bytes, so a chunk may go out once none that is not cut yet can precede
@@ -216,7 +217,7 @@ def _in_file_order(plan: Plan, tensors: Mapping[str, TensorInfo], limit_bytes: i
     """
     waiting: list[tuple[int, int, int, int, Chunk]] = []
     count, unit = itertools.count(), 0
-    for placement in plan.placements:
+    for placement in placements:
         if not placement.pieces:
             continue
         piece = placement.pieces[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ..errors import DeviceError
 from ..machine import PAGE, usable_cpus
 from .chunks import default_slot_bytes
-from .plan import Plan
+from .placement import Placement
 
 MIN_STAGING_BYTES = 1 << 20
 #: elements of a tile on a CPU: what stays in a core's cache
@@ -66,9 +67,15 @@ class Geometry:
 
     @classmethod
     def fit(
-        cls, plan: Plan, threads: int | None = None, slot_bytes: int | None = None, *, handing_out: bool = False
+        cls,
+        placements: Sequence[Placement],
+        staging_bytes: int,
+        threads: int | None = None,
+        slot_bytes: int | None = None,
+        *,
+        handing_out: bool = False,
     ) -> Geometry:
-        """The largest geometry within ``plan.staging_bytes``; on a CPU, fewer threads first, then smaller slots.
+        """The largest geometry within ``staging_bytes``; on a CPU, fewer threads first, then smaller slots.
 
         Args:
             handing_out: results are not placed in memory that is there, so a block of them needs room, too. (On a CPU,
@@ -78,27 +85,27 @@ class Geometry:
             DeviceError: the budget is too small for a single thread.
         """
         try:
-            devices = {torch.device(p.device) for p in plan.placements} or {torch.device("cpu")}
+            devices = {torch.device(p.device) for p in placements} or {torch.device("cpu")}
         except RuntimeError as error:
             raise DeviceError(f"no such kind of device: {str(error).splitlines()[0]}") from error
         if len(devices) > 1:
             raise DeviceError(f"a model spread over {', '.join(sorted(map(str, devices)))} is not supported: name one")
-        check_options(plan.staging_bytes, threads)
+        check_options(staging_bytes, threads)
         device = next(iter(devices))
         if device.type != "cpu":
-            room = plan.staging_bytes * 2 // 3 if handing_out else plan.staging_bytes
+            room = staging_bytes * 2 // 3 if handing_out else staging_bytes
             return cls.on_accelerator(device, room, threads, slot_bytes)
-        wanted, size = threads or _default_threads(), slot_bytes or default_slot_bytes(plan)
+        wanted, size = threads or _default_threads(), slot_bytes or default_slot_bytes(placements, staging_bytes)
         while True:
             geometry = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
-            if geometry.staging_bytes <= plan.staging_bytes:
+            if geometry.staging_bytes <= staging_bytes:
                 return geometry
             if threads is None and wanted > 1:
                 wanted -= 1
             elif size > _MIN_SLOT_BYTES:
                 size = max(size // 2, _MIN_SLOT_BYTES)
             else:
-                raise DeviceError(_too_small(wanted, geometry.staging_bytes, plan.staging_bytes))
+                raise DeviceError(_too_small(wanted, geometry.staging_bytes, staging_bytes))
 
     @classmethod
     def on_accelerator(

@@ -8,7 +8,7 @@ mean tiny reads (rows of a transposed source), the piece is read twice: all its 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from ..elements.pieces import Piece, whole
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
 from .placement import Placement
-from .plan import Plan
 
 #: a run of the file shorter than this is not worth a read of its own: such a piece is read twice instead
 _MIN_RUN_BYTES = 4096
@@ -59,16 +58,16 @@ class Tile(NamedTuple):
         return self.box.region(tensor)
 
 
-def default_slot_bytes(plan: Plan) -> int:
+def default_slot_bytes(placements: Iterable[Placement], staging_bytes: int) -> int:
     """The slot size at which chunks are efficient: a whole 128-row run of the widest matrix, within 1 to 8 MiB."""
-    widest = max((p.shape[-1] * 4 * 128 for p in plan.quantized), default=0)
-    return min(max(widest, 1 << 20), 8 << 20, max(plan.staging_bytes // 4, 1 << 16))
+    widest = max((p.shape[-1] * 4 * 128 for p in placements if p.scheme), default=0)
+    return min(max(widest, 1 << 20), 8 << 20, max(staging_bytes // 4, 1 << 16))
 
 
-def cut_plan(plan: Plan, slot_bytes: int) -> Iterator[Chunk]:
+def cut_placements(placements: Iterable[Placement], slot_bytes: int) -> Iterator[Chunk]:
     """All chunks in the order of reading, none larger than ``slot_bytes``."""
     unit = 0
-    for placement in plan.placements:
+    for placement in placements:
         for chunk in cut_placement(placement, slot_bytes, unit):
             yield chunk
             unit = chunk.unit

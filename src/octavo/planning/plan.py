@@ -21,6 +21,8 @@ from ..choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
 from ..elements.pieces import coverage_problem, whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
 from . import kinds
+from .budget import Geometry
+from .chunks import cut_placements
 from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
 
@@ -61,10 +63,8 @@ class Plan:
 
     def peak_bytes(self, device: str | None = None) -> int:
         """The most bytes that are ever held there while loading, with as many threads as this machine has cores."""
-        from .budget import Geometry
-
         try:
-            geometry = Geometry.fit(self)
+            geometry = Geometry.fit(self.placements, self.staging_bytes)
         except DeviceError:  # over several devices, say: what is sure is the budget
             return self.final_bytes(device) + self.staging_bytes
         if device is None:
@@ -75,10 +75,8 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read: the sources, and a second time those whose scale groups span chunks."""
-        from .budget import Geometry
-        from .chunks import cut_plan
-
-        return sum(chunk.nbytes for chunk in cut_plan(self, Geometry.fit(self).chunk_bytes))
+        geometry = Geometry.fit(self.placements, self.staging_bytes)
+        return sum(chunk.nbytes for chunk in cut_placements(self.placements, geometry.chunk_bytes))
 
     @property
     def notes(self) -> list[str]:

@@ -25,7 +25,7 @@ from ..errors import DeviceError, OctavoError
 from ..machine import now
 from ..planning.blocks import Block, Read, cut_blocks, cut_reads
 from ..planning.budget import Geometry
-from ..planning.chunks import Chunk, Work, cut_plan
+from ..planning.chunks import Chunk, Work, cut_placements
 from ..planning.placement import Placement
 from ..planning.plan import Plan
 from .files import Files
@@ -73,7 +73,7 @@ class Stream:
         direct_io: bool | None = None,
     ) -> None:
         self.checkpoint, self.plan, self.sink = checkpoint, plan, sink
-        self.geometry = geometry or Geometry.fit(plan, threads, slot_bytes)
+        self.geometry = geometry or Geometry.fit(plan.placements, plan.staging_bytes, threads, slot_bytes)
         self.ring: Ring[Any] = Ring(self.geometry.threads)
         if direct_io and not self.geometry.lanes:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
@@ -163,7 +163,7 @@ class Stream:
         with enough_memory(geometry.device, "staging; a smaller staging_bytes needs less"):
             slots = [Slot(geometry.slot_bytes, pinned) for _ in range(geometry.slots)]
             press = DevicePress(self.checkpoint, geometry, self.sink, self.ring)
-        blocks = self._count_again(cut_blocks(self.plan, self.checkpoint.tensors, geometry.block_bytes))
+        blocks = self._count_again(cut_blocks(self.plan.placements, self.checkpoint.tensors, geometry.block_bytes))
         reads = cut_reads(blocks, geometry.read_bytes)
         try:
             with contextlib.closing(self.ring.relay(reads, slots, self._read_part)) as arriving:
@@ -210,7 +210,7 @@ class Stream:
 
     def _tickets(self) -> Iterator[Chunk]:
         """Chunks in plan order; a placement is opened in the sink just before its first."""
-        for chunk in cut_plan(self.plan, self.geometry.slot_bytes):
+        for chunk in cut_placements(self.plan.placements, self.geometry.slot_bytes):
             state = self._states.get(chunk.placement.name)
             if state is None:
                 state = _State(self.sink.open(chunk.placement, self.ring))
