@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+
 
 def human_bytes(count: float) -> str:
     """12345678 -> '11.77 MiB'."""
@@ -10,3 +16,17 @@ def human_bytes(count: float) -> str:
             return f"{count:,.0f} B" if unit == "B" else f"{count:,.2f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def count_text(counted: tuple[int, int]) -> str:
+    """(tensors, bytes) -> '12 tensors, 3.00 MiB'."""
+    return f"{counted[0]:,} tensor{'s' * (counted[0] != 1)}, {human_bytes(counted[1])}"
+
+
+def to_text(table: Table) -> str:
+    """A table as lines of plain text."""
+    # as wide as the terminal; 140 columns where there is none
+    width = min(140, shutil.get_terminal_size((140, 0)).columns)
+    output = StringIO()
+    Console(file=output, width=width, color_system=None).print(table)
+    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())

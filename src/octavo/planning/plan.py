@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
 from ..elements.pieces import coverage_problem, whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
+from ..text import human_bytes, to_text
 from . import kinds
 from .budget import Geometry
 from .chunks import cut_placements
@@ -134,10 +136,27 @@ class Plan:
         return sorted(lines, key=lambda line: line[2:])
 
     def table(self) -> str:
-        """The plan for people: groups of like tensors, what becomes of them and why, and the memory forecast."""
-        from ..streaming.report import plan_table
-
-        return plan_table(self)
+        """The plan for people: what becomes of each group of like tensors and why, and the memory forecast."""
+        table = Table(title=self.source, title_justify="left")
+        for column in ("tensors", "shape", "from", "to", "why", "count", "final"):
+            table.add_column(column, justify="right" if column in ("count", "final") else "left", overflow="fold")
+        groups: dict[tuple[str, ...], list[Placement]] = {}
+        for p in self.placements:
+            sources = "+".join(dtypes.short(d) if (d := dtypes.TORCH[n]) else n for n in p.source_dtype_names)
+            to = p.scheme or dtypes.short(p.dtype)
+            key = (_pattern(p.name), "x".join(map(str, p.shape)) or "scalar", sources, to, p.reason)
+            groups.setdefault(key, []).append(p)
+        for labels, members in groups.items():
+            table.add_row(*labels, str(len(members)), human_bytes(sum(p.final_bytes for p in members)))
+        lines = [to_text(table)]
+        for name, why in list(self.unused.items())[:10]:
+            lines.append(f"not used: {name}: {why}")
+        lines += [f"note: {note}" for note in self.notes]
+        lines.append(
+            f"unquantized {human_bytes(self.source_bytes)}, final {human_bytes(self.final_bytes())}, "
+            f"peak at most {human_bytes(self.peak_bytes())}, to read {human_bytes(self.read_bytes)}"
+        )
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return self.table()
@@ -147,6 +166,10 @@ def _summary(placement: Placement) -> str:
     parts = f" in {len(placement.parts)} parts" if len(placement.parts) > 1 else ""
     device = f" on {placement.device}" if placement.device != "cpu" else ""
     return f"{placement.scheme or placement.dtype_name} {list(placement.shape)}{parts}{device}"
+
+
+def _pattern(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 # -- making a plan ----------------------------------------------------------------------------------------------------

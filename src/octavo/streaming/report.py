@@ -6,18 +6,14 @@ As a table for people, a dict for machines, and a plot in which the FP8 curve ri
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
-from ..checkpoint import dtypes
 from ..errors import MissingExtraError
-from ..text import human_bytes
+from ..text import count_text, human_bytes, to_text
 from .meter import Meter, Sample, Stages
 
 if TYPE_CHECKING:
@@ -125,14 +121,14 @@ class Report:
             rows.append(("device, peak over final", human_bytes(self.device_peak_bytes - self.final_bytes)))
         rows.append(("read", f"{human_bytes(self.read_bytes)}, {self.read_gb_per_s:.2f} GB/s"))
         rows.append(("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()) + f": {self.total_s:.2f}"))
-        rows += [(f"to {k}", _count_text(v)) for k, v in self.quantized.items()]
-        rows += [(f"kept: {k}", _count_text(v)) for k, v in self.kept.items()]
+        rows += [(f"to {k}", count_text(v)) for k, v in self.quantized.items()]
+        rows += [(f"kept: {k}", count_text(v)) for k, v in self.kept.items()]
         rows += [("not used", f"{name}: {why}") for name, why in list(self.unused.items())[:5]]
         rows += [("note", note) for note in self.notes]
         table = Table(show_header=False, title=self.source, title_justify="left")
         for row in rows:
             table.add_row(*row)
-        return _to_text(table)
+        return to_text(table)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw memory over time as a PNG.
@@ -163,49 +159,9 @@ class Report:
         return self.table()
 
 
-def plan_table(plan: Plan) -> str:
-    """What becomes of each group of like tensors and why, and the memory forecast."""
-    table = Table(title=plan.source, title_justify="left")
-    for column in ("tensors", "shape", "from", "to", "why", "count", "final"):
-        table.add_column(column, justify="right" if column in ("count", "final") else "left", overflow="fold")
-    groups: dict[tuple[str, ...], list[Placement]] = {}
-    for p in plan.placements:
-        sources = "+".join(dtypes.short(d) if (d := dtypes.TORCH[n]) else n for n in p.source_dtype_names)
-        to = p.scheme or dtypes.short(p.dtype)
-        key = (_pattern(p.name), "x".join(map(str, p.shape)) or "scalar", sources, to, p.reason)
-        groups.setdefault(key, []).append(p)
-    for labels, members in groups.items():
-        table.add_row(*labels, str(len(members)), human_bytes(sum(p.final_bytes for p in members)))
-    lines = [_to_text(table)]
-    for name, why in list(plan.unused.items())[:10]:
-        lines.append(f"not used: {name}: {why}")
-    lines += [f"note: {note}" for note in plan.notes]
-    lines.append(
-        f"unquantized {human_bytes(plan.source_bytes)}, final {human_bytes(plan.final_bytes())}, "
-        f"peak at most {human_bytes(plan.peak_bytes())}, to read {human_bytes(plan.read_bytes)}"
-    )
-    return "\n".join(lines)
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
 def _grouped(placements: Sequence[Placement], key: Callable[[Placement], str]) -> dict[str, tuple[int, int]]:
     groups: dict[str, tuple[int, int]] = {}
     for placement in placements:
         count, total = groups.get(key(placement), (0, 0))
         groups[key(placement)] = (count + 1, total + placement.final_bytes)
     return groups
-
-
-def _count_text(counted: tuple[int, int]) -> str:
-    return f"{counted[0]:,} tensor{'s' * (counted[0] != 1)}, {human_bytes(counted[1])}"
-
-
-def _to_text(table: Table) -> str:
-    # as wide as the terminal; 140 columns where there is none
-    width = min(140, shutil.get_terminal_size((140, 0)).columns)
-    output = StringIO()
-    Console(file=output, width=width, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
