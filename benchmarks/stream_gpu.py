@@ -40,7 +40,7 @@ import octavo
 from octavo.adapters.transformers import load as adapter
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.planning.blocks import Read, cut_blocks
-from octavo.planning.budget import Geometry
+from octavo.planning.budget import Budget
 from octavo.planning.plan import DEFAULT_STAGING_BYTES
 from octavo.streaming.ring import Slot
 
@@ -83,10 +83,10 @@ class Streams:
         self.plan = adapter.prepare(self.checkpoint, octavo.Recipe.coerce(scheme), str(device), staging_bytes).plan
         self.storages = adapter.allocate_all(self.plan.placements)
 
-    def geometry(self, threads: int | None) -> Geometry:
+    def budget(self, threads: int | None) -> Budget:
         # of an accelerator on a CPU, too, so that this can be tried there
         count = threads or min(16, torch.get_num_threads())
-        return Geometry.on_accelerator(self.device, self.plan.staging_bytes, count)
+        return Budget.on_accelerator(self.device, self.plan.staging_bytes, count)
 
     def run(self, way: str, threads: int | None, switch_ms: float) -> dict[str, Any]:
         """One pass."""
@@ -96,7 +96,7 @@ class Streams:
                 stack.enter_context(mock.patch.object(getattr(sys.modules[module], owner), attribute, other))
             stack.enter_context(_switching(switch_ms))
             sink = adapter.ParameterSink(self.storages)
-            stream = _stream.Stream(self.checkpoint, self.plan, sink, geometry=self.geometry(threads))
+            stream = _stream.Stream(self.checkpoint, self.plan, sink, budget=self.budget(threads))
             _ceilings.synchronize(self.device)
             began, cpu = time.perf_counter(), time.process_time()
             tally = stream.run()
@@ -111,7 +111,7 @@ class Streams:
     def cut(self) -> dict[str, Any]:
         """Cutting alone, in this thread."""
         began = time.perf_counter()
-        blocks = list(cut_blocks(self.plan.placements, self.checkpoint.tensors, self.geometry(None).block_bytes))
+        blocks = list(cut_blocks(self.plan.placements, self.checkpoint.tensors, self.budget(None).block_bytes))
         boxes = sum(len(block.boxes) for block in blocks)
         return {"s": round(time.perf_counter() - began, 4), "blocks": len(blocks), "boxes": boxes}
 

@@ -18,7 +18,7 @@ from octavo.checkpoint import dtypes
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.checkpoint.header import Shard, TensorInfo
 from octavo.elements.pieces import Piece
-from octavo.planning.budget import Geometry
+from octavo.planning.budget import Budget
 from octavo.planning.plan import Plan
 from octavo.streaming.sinks import ParameterSink, Storage
 from octavo.streaming.stream import Stream, Tally
@@ -119,10 +119,10 @@ def run_plan(checkpoint: Checkpoint, plan: Plan, **options: Any) -> tuple[dict[s
     return storages, tally
 
 
-def in_blocks(plan: Plan, *, lanes: int = 2, block_bytes: int = 1 << 16) -> Geometry:
+def in_blocks(plan: Plan, *, lanes: int = 2, block_bytes: int = 1 << 16) -> Budget:
     """Small blocks, as on an accelerator; without lanes, chunks as on a CPU."""
     return dataclasses.replace(
-        Geometry.fit(plan.placements, plan.staging_bytes, 3, 1 << 15), lanes=lanes, block_bytes=block_bytes
+        Budget.fit(plan.placements, plan.staging_bytes, 3, 1 << 15), lanes=lanes, block_bytes=block_bytes
     )
 
 

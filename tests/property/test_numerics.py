@@ -24,7 +24,7 @@ from octavo.elements.pieces import coverage_problem
 from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
 from octavo.planning import chunks, kinds
-from octavo.planning.budget import Geometry
+from octavo.planning.budget import Budget
 from octavo.planning.chunks import Work, cut_placements
 from octavo.planning.placement import Target
 from octavo.planning.plan import make_plan, plan_checkpoint
@@ -65,13 +65,13 @@ def streamed(folder: Path, sources: dict[str, torch.Tensor], target: Target, sch
     """Write a checkpoint, stream the target out of it: (placement, q, scale)."""
     checkpoint = Checkpoint.open(write_checkpoint(folder, sources, shards=min(2, len(sources))))
     plan = make_plan(checkpoint, [target], Recipe(scheme), way.staging_bytes)
-    fit = Geometry.fit(plan.placements, plan.staging_bytes, way.threads, way.slot_bytes)
+    fit = Budget.fit(plan.placements, plan.staging_bytes, way.threads, way.slot_bytes)
     scratch = min(fit.scratch_elements, way.tile_elements)
-    geometry = dataclasses.replace(
+    budget = dataclasses.replace(
         fit, scratch_elements=scratch, lanes=way.lanes, block_bytes=way.block_slots * fit.slot_bytes
     )
     with mock.patch.object(chunks, "_MIN_RUN_BYTES", way.min_run_bytes):
-        storages, tally = run_plan(checkpoint, plan, geometry=geometry)
+        storages, tally = run_plan(checkpoint, plan, budget=budget)
     (placement,) = plan.placements
     assert placement.scheme == scheme
     assert placement.source_bytes <= tally.read_bytes <= 2 * placement.source_bytes

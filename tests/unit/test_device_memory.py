@@ -20,7 +20,7 @@ from helpers import SCHEMES, headers
 from octavo.elements.symbolic import Symbolic
 from octavo.planning import kinds
 from octavo.planning.blocks import cut_blocks, cut_reads
-from octavo.planning.budget import Geometry
+from octavo.planning.budget import Budget
 from octavo.planning.placement import Target
 from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
@@ -78,24 +78,22 @@ def targets(layout: str, dtype: str) -> tuple[Any, list[Target]]:
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 @pytest.mark.parametrize("layout", ["matrices", "experts", "stack", "transposed"])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_lanes_and_all_that_quantizing_takes_are_within_what_a_geometry_says(scheme, layout, dtype, monkeypatch):
+def test_lanes_and_all_that_quantizing_takes_are_within_what_a_budget_says(scheme, layout, dtype, monkeypatch):
     monkeypatch.setattr(torch, "meta", types.SimpleNamespace(), raising=False)  # a device without streams
     staging_bytes = 256 << 20
     checkpoint, wanted = targets(layout, dtype)
     plan = make_plan(checkpoint, wanted, Recipe(scheme), staging_bytes)
     assert len(plan.quantized) == len(wanted)
     storages = {p.name: Storage.allocate(dataclasses.replace(p, device="meta")) for p in plan.placements}
-    geometry = Geometry.on_accelerator(META, staging_bytes, 16)
+    budget = Budget.on_accelerator(META, staging_bytes, 16)
     slot = Slot(16, pinned=False)
-    slot.buffer = torch.empty(geometry.slot_bytes, dtype=torch.uint8, device=META)
+    slot.buffer = torch.empty(budget.slot_bytes, dtype=torch.uint8, device=META)
     placed = 0
     with Allocations() as allocations:
-        press = DevicePress(checkpoint, geometry, ParameterSink(storages), Ring(1))
-        for read in cut_reads(
-            cut_blocks(plan.placements, checkpoint.tensors, geometry.block_bytes), geometry.read_bytes
-        ):
+        press = DevicePress(checkpoint, budget, ParameterSink(storages), Ring(1))
+        for read in cut_reads(cut_blocks(plan.placements, checkpoint.tensors, budget.block_bytes), budget.read_bytes):
             placed += press.take(read, slot)
     assert placed == plan.final_bytes()
-    assert geometry.lanes * geometry.block_bytes < allocations.peak_bytes
+    assert budget.lanes * budget.block_bytes < allocations.peak_bytes
     # both lanes may have what kernels need beside a block; that of one is free before the other takes its own
-    assert allocations.peak_bytes <= geometry.block_bytes + geometry.lane_bytes + geometry.lanes * WATCHED_BYTES
+    assert allocations.peak_bytes <= budget.block_bytes + budget.lane_bytes + budget.lanes * WATCHED_BYTES

@@ -12,7 +12,7 @@ from octavo.elements.pieces import Piece, whole
 from octavo.elements.symbolic import Symbolic
 from octavo.errors import CoverageError, RecipeError
 from octavo.planning import kinds
-from octavo.planning.budget import Geometry
+from octavo.planning.budget import Budget
 from octavo.planning.placement import Target, cut_parts
 from octavo.planning.plan import make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
@@ -217,7 +217,7 @@ def test_the_forecast_adds_up():
     assert plan.source_bytes == kept + 256 * 64 * 2
     assert plan.final_bytes() == kept + 256 * 64 + 256 * 4
     staging_bytes = plan.peak_bytes() - plan.final_bytes()
-    assert Geometry.fit(plan.placements, plan.staging_bytes).staging_bytes == staging_bytes <= 1 << 20
+    assert Budget.fit(plan.placements, plan.staging_bytes).staging_bytes == staging_bytes <= 1 << 20
     assert plan.peak_bytes("cpu") == plan.peak_bytes()
     assert plan.read_bytes == plan.source_bytes
 

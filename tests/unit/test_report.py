@@ -39,7 +39,7 @@ def plan_and_report(tmp_path):
         meter.follow(stream.tally)
         with stages("stream"):
             stream.run()
-    return plan, Report.of(plan, stream.geometry, stream.tally, stages, meter, notes=["mind the gap"])
+    return plan, Report.of(plan, stream.budget, stream.tally, stages, meter, notes=["mind the gap"])
 
 
 def test_a_report_adds_up(plan_and_report):

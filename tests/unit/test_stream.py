@@ -62,7 +62,7 @@ def test_a_default_device_that_the_caller_has_set_changes_nothing(checkpoint, te
     """vLLM loads inside of ``with torch.device("cuda")``, where what names no device would be put there."""
     plan = plan_checkpoint(checkpoint, Recipe("fp8_block"))
     with torch.device("meta"):
-        storages, _ = run_plan(checkpoint, plan, geometry=in_blocks(plan, lanes=lanes, block_bytes=1 << 17))
+        storages, _ = run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes, block_bytes=1 << 17))
     for placement in plan.quantized:
         q, scale = schemes.quantize(tensors[placement.name], "fp8_block")
         assert same_bytes(storages[placement.name].weight, q)
@@ -189,7 +189,7 @@ def test_a_failing_progress_callback_ends_a_stream_in_blocks(checkpoint, monkeyp
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_plan(checkpoint, plan, geometry=in_blocks(plan), progress=fail)
+        run_plan(checkpoint, plan, budget=in_blocks(plan), progress=fail)
     assert len(told) == 1
     assert told[0] < plan.source_bytes
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("octavo-")]

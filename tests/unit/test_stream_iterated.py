@@ -109,7 +109,7 @@ def test_an_iterator_that_fails_in_its_own_way_leaves_files_and_torch_as_they_we
 
     monkeypatch.setattr(Files, "read_into", read_into)
     plan = plan_checkpoint(checkpoint, Recipe())
-    stream = Stream(checkpoint, plan, IteratorSink(1 << 30), geometry=in_blocks(plan, lanes=lanes, block_bytes=1 << 17))
+    stream = Stream(checkpoint, plan, IteratorSink(1 << 30), budget=in_blocks(plan, lanes=lanes, block_bytes=1 << 17))
     stream.files._open(0)  # as a thread before the one that fails
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -139,7 +139,7 @@ def test_an_error_in_a_worker_comes_without_the_rings_own_exceptions(tmp_path, m
 def test_blocks_are_iterated_over_in_plan_order(tmp_path):
     checkpoint, tensors = many(tmp_path)
     plan = plan_checkpoint(checkpoint, Recipe())
-    found = dict(iterate(checkpoint, plan, IteratorSink(None), geometry=in_blocks(plan)))
+    found = dict(iterate(checkpoint, plan, IteratorSink(None), budget=in_blocks(plan)))
     assert list(found) == [placement.name for placement in plan.placements]
     for name, storage in found.items():
         q, scale = schemes.quantize(tensors[name], "fp8_channel")
@@ -156,7 +156,7 @@ def test_what_stays_is_iterated_over_between_what_is_quantized(tmp_path, lanes):
         tensors[f"{i}.c.weight"] = random_weights((64, 64), torch.bfloat16, i + 10)
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
     plan = plan_checkpoint(checkpoint, Recipe())
-    placed = iterate(checkpoint, plan, IteratorSink(None), geometry=in_blocks(plan, lanes=lanes))
+    placed = iterate(checkpoint, plan, IteratorSink(None), budget=in_blocks(plan, lanes=lanes))
     assert [name for name, _ in placed] == list(tensors)
 
 
@@ -165,7 +165,7 @@ def test_nothing_that_is_not_finite_is_handed_out_of_a_block(tmp_path):
     tensors["07.weight"][3, 4] = math.nan
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
     plan, seen = plan_checkpoint(checkpoint, Recipe()), []
-    placed = iterate(checkpoint, plan, IteratorSink(None), geometry=in_blocks(plan))
+    placed = iterate(checkpoint, plan, IteratorSink(None), budget=in_blocks(plan))
     with pytest.raises(WeightError, match=r"'07\.weight' holds nan \(at \[3, 4\]\)"):
         seen.extend(placed)
     assert all(bool(torch.isfinite(storage.scale).all()) for _, storage in seen)
@@ -175,7 +175,7 @@ def test_nothing_that_is_not_finite_is_handed_out_of_a_block(tmp_path):
 def test_closing_early_does_not_tell_what_reading_ahead_found(tmp_path):
     checkpoint, _ = many(tmp_path)
     plan = plan_checkpoint(checkpoint, Recipe())
-    iterator = iterate(checkpoint, plan, IteratorSink(None), geometry=in_blocks(plan))
+    iterator = iterate(checkpoint, plan, IteratorSink(None), budget=in_blocks(plan))
     next(iterator)
     for shard in checkpoint.shards[1:]:
         shard.path.unlink()

@@ -17,7 +17,7 @@ from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
 from octavo.errors import WeightError
 from octavo.numerics import schemes
-from octavo.planning.budget import Geometry
+from octavo.planning.budget import Budget
 from octavo.planning.plan import plan_checkpoint
 from octavo.streaming.sinks import ParameterSink
 from octavo.streaming.stream import Stream
@@ -136,10 +136,10 @@ def test_what_fills_one_parameter_is_one_placement_with_the_same_bytes(scheme, l
     assert (placement.name, len(placement.pieces), placement.parts) == ("w13 (6 tensors)", 6, (256, 256))
     assert not places.rest.placements
     assert places.direct.source_bytes == plan.source_bytes
-    geometry = dataclasses.replace(
-        Geometry.fit(places.direct.placements, places.direct.staging_bytes, 2), lanes=lanes, block_bytes=1 << 20
+    budget = dataclasses.replace(
+        Budget.fit(places.direct.placements, places.direct.staging_bytes, 2), lanes=lanes, block_bytes=1 << 20
     )
-    Stream(checkpoint, places.direct, ParameterSink(places.storages), geometry=geometry).run()
+    Stream(checkpoint, places.direct, ParameterSink(places.storages), budget=budget).run()
     assert same_bytes(model.w13, reference.w13)
     assert same_bytes(model.w13_scale, reference.w13_scale)
 

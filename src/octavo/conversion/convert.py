@@ -22,7 +22,7 @@ from typing import Any
 from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
 from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
-from ..planning.budget import Geometry
+from ..planning.budget import Budget
 from ..planning.placement import Placement
 from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ..planning.recipe import Recipe
@@ -88,14 +88,14 @@ def convert(
     tally = Tally()
     with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:
         with stages("stream"):
-            geometry = Geometry.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
+            budget = Budget.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
             meter.follow(tally)
-            job.write_shards(partial, geometry, tally, meter.progress)
+            job.write_shards(partial, budget, tally, meter.progress)
         with stages("finish"):
             job.write_rest(partial)
             job.publish(partial)
     notes = [*plan.notes, *layout.notes(plan), *job.notes()]
-    return Report.of(plan, geometry, tally, stages, meter, in_memory=False, notes=notes)
+    return Report.of(plan, budget, tally, stages, meter, in_memory=False, notes=notes)
 
 
 def _check_apart(source: Iterable[Path], dst: Path) -> None:
@@ -207,7 +207,7 @@ class Job:
     def write_shards(
         self,
         partial: PartialFolder,
-        geometry: Geometry,
+        budget: Budget,
         tally: Tally,
         progress: Callable[[int, int], None] | None,
     ) -> None:
@@ -220,7 +220,7 @@ class Job:
                 if shard.name not in partial.finished:
                     shown = share_of(progress, before, plan.source_bytes, total)
                     file = OutFile(partial.result.path / (shard.name + PART), shard.nbytes, partial.result.opener)
-                    self._write_shard(file, shard, plan, geometry, tally, shown)
+                    self._write_shard(file, shard, plan, budget, tally, shown)
                     # the disk is waited for while the next shard is read
                     pending.append(syncing.submit(_finish_shard, partial, file, shard))
                 before += plan.source_bytes
@@ -235,14 +235,14 @@ class Job:
         file: OutFile,
         shard: ShardLayout,
         plan: Plan,
-        geometry: Geometry,
+        budget: Budget,
         tally: Tally,
         progress: Callable[[int, int], None] | None,
     ) -> None:
         try:
             file.write(memoryview(shard.header), 0)
             sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
-            Stream(self.checkpoint, plan, sink, geometry=geometry, tally=tally).run(progress)
+            Stream(self.checkpoint, plan, sink, budget=budget, tally=tally).run(progress)
         except BaseException:
             file.close()
             raise

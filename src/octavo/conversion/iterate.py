@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..planning.budget import Geometry
+from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..streaming.sinks import IteratorSink
 from ..streaming.stream import Stream, Tally
@@ -25,11 +25,11 @@ def iterate(
     tally: Tally | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """A plan, executed as `stream` says; ``tally`` collects bytes and seconds."""
-    geometry = Geometry.fit(made.placements, made.staging_bytes, threads, handing_out=True)
+    budget = Budget.fit(made.placements, made.staging_bytes, threads, handing_out=True)
     # on an accelerator, this thread does the work
-    sink = IteratorSink(None if geometry.lanes else made.staging_bytes - geometry.staging_bytes)
+    sink = IteratorSink(None if budget.lanes else made.staging_bytes - budget.staging_bytes)
     handed = 0
-    with contextlib.closing(Stream(checkpoint, made, sink, geometry=geometry, tally=tally).iterate()) as placed:
+    with contextlib.closing(Stream(checkpoint, made, sink, budget=budget, tally=tally).iterate()) as placed:
         for placement, storage in placed:
             name, weight, scale = placement.name, storage.weight, storage.scale
             del storage  # what the consumer drops is gone

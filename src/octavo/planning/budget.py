@@ -28,8 +28,8 @@ _MIN_SLOT_BYTES = 1 << 12
 
 
 @dataclass(frozen=True, slots=True)
-class Geometry:
-    """How the staging budget is divided: threads, slots and scratch."""
+class Budget:
+    """How ``staging_bytes`` are divided: threads, slots and scratch."""
 
     threads: int
     slots: int
@@ -74,12 +74,12 @@ class Geometry:
         slot_bytes: int | None = None,
         *,
         handing_out: bool = False,
-    ) -> Geometry:
-        """The largest geometry within ``staging_bytes``; on a CPU, fewer threads first, then smaller slots.
+    ) -> Budget:
+        """The best division of ``staging_bytes``; on a CPU, fewer threads first, then smaller slots.
 
         Args:
             handing_out: results are not placed in memory that is there, so a block of them needs room, too. (On a CPU,
-                an iterator's consumer gets what the geometry leaves.)
+                an iterator's consumer gets what the budget leaves.)
 
         Raises:
             DeviceError: the budget is too small for a single thread.
@@ -97,30 +97,30 @@ class Geometry:
             return cls.on_accelerator(device, room, threads, slot_bytes)
         wanted, size = threads or _default_threads(), slot_bytes or default_slot_bytes(placements, staging_bytes)
         while True:
-            geometry = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
-            if geometry.staging_bytes <= staging_bytes:
-                return geometry
+            budget = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
+            if budget.staging_bytes <= staging_bytes:
+                return budget
             if threads is None and wanted > 1:
                 wanted -= 1
             elif size > _MIN_SLOT_BYTES:
                 size = max(size // 2, _MIN_SLOT_BYTES)
             else:
-                raise DeviceError(_too_small(wanted, geometry.staging_bytes, staging_bytes))
+                raise DeviceError(_too_small(wanted, budget.staging_bytes, staging_bytes))
 
     @classmethod
     def on_accelerator(
         cls, device: torch.device, staging_bytes: int, threads: int | None = None, slot_bytes: int | None = None
-    ) -> Geometry:
+    ) -> Budget:
         """A slot a thread, and lanes that copy a few slots each before they quantize; smaller slots first."""
         size = slot_bytes or _PINNED_SLOT_BYTES
         while size > _MIN_SLOT_BYTES and max(_LANES * _LANE_SLOTS, threads or 0) * size > staging_bytes:
             size = max(size // 2, _MIN_SLOT_BYTES)
         count = threads or max(1, min(_default_threads(), staging_bytes // size))
         read_bytes = size - 2 * PAGE if size >= _ALIGNED_SLOT_BYTES else size
-        geometry = cls(count, count, size, 0, device, _LANES, _BLOCK_SLOTS * read_bytes, _LANE_SLOTS * size)
-        if geometry.staging_bytes > staging_bytes:
-            raise DeviceError(_too_small(count, geometry.staging_bytes, staging_bytes))
-        return geometry
+        budget = cls(count, count, size, 0, device, _LANES, _BLOCK_SLOTS * read_bytes, _LANE_SLOTS * size)
+        if budget.staging_bytes > staging_bytes:
+            raise DeviceError(_too_small(count, budget.staging_bytes, staging_bytes))
+        return budget
 
 
 def _too_small(threads: int, needed_bytes: int, staging_bytes: int) -> str:

@@ -23,7 +23,7 @@ from ..elements.pieces import coverage_problem, whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
 from ..text import human_bytes, to_text
 from . import kinds
-from .budget import Geometry
+from .budget import Budget
 from .chunks import cut_placements
 from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
@@ -66,19 +66,19 @@ class Plan:
     def peak_bytes(self, device: str | None = None) -> int:
         """The most bytes that are ever held there while loading, with as many threads as this machine has cores."""
         try:
-            geometry = Geometry.fit(self.placements, self.staging_bytes)
+            budget = Budget.fit(self.placements, self.staging_bytes)
         except DeviceError:  # over several devices, say: what is sure is the budget
             return self.final_bytes(device) + self.staging_bytes
         if device is None:
-            return self.final_bytes() + geometry.staging_bytes
+            return self.final_bytes() + budget.staging_bytes
         on_host = torch.device(device).type == "cpu"
-        return self.final_bytes(device) + (geometry.host_bytes if on_host else geometry.device_bytes)
+        return self.final_bytes(device) + (budget.host_bytes if on_host else budget.device_bytes)
 
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read: the sources, and a second time those whose scale groups span chunks."""
-        geometry = Geometry.fit(self.placements, self.staging_bytes)
-        return sum(chunk.nbytes for chunk in cut_placements(self.placements, geometry.chunk_bytes))
+        budget = Budget.fit(self.placements, self.staging_bytes)
+        return sum(chunk.nbytes for chunk in cut_placements(self.placements, budget.chunk_bytes))
 
     @property
     def notes(self) -> list[str]:

@@ -28,7 +28,7 @@ from ..machine import usable_device
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
 from ..planning.blocks import Block, Box, Read
-from ..planning.budget import Geometry, check_options
+from ..planning.budget import Budget, check_options
 from ..planning.chunks import Work
 from .nonfinite import describe_nonfinite
 from .ring import Ring, Slot
@@ -125,12 +125,12 @@ class WarmUp:
     def __init__(self, device: torch.device, staging_bytes: int, threads: int | None, names: Iterable[str]) -> None:
         self._device, self._names = device, tuple(names)
         check_options(staging_bytes, threads)
-        self._geometry = Geometry.on_accelerator(device, staging_bytes, threads) if device.type != "cpu" else None
+        self._budget = Budget.on_accelerator(device, staging_bytes, threads) if device.type != "cpu" else None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="octavo-warm-up", daemon=True)
 
     def __enter__(self) -> None:
-        if self._geometry is not None:
+        if self._budget is not None:
             self._thread.start()
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -141,11 +141,11 @@ class WarmUp:
 
     def _run(self) -> None:
         try:
-            assert self._geometry is not None
+            assert self._budget is not None
             _begin_driver(self._device)
             usable_device(self._device)
             with enough_memory(self._device, "staging; a smaller staging_bytes needs less"):
-                slots = [Slot(self._geometry.slot_bytes, pinned=True) for _ in range(self._geometry.slots)]
+                slots = [Slot(self._budget.slot_bytes, pinned=True) for _ in range(self._budget.slots)]
                 rehearse(self._device, self._names)
             del slots
         except BaseException as error:  # raised by who waits
@@ -185,10 +185,10 @@ class _Open:
 class DevicePress:
     """Quantizes and places blocks, one after another."""
 
-    def __init__(self, checkpoint: Checkpoint, geometry: Geometry, sink: Sink, ring: Ring[Any]) -> None:
-        self._checkpoint, self._device, self._sink, self._ring = checkpoint, geometry.device, sink, ring
-        schemes.warm_up(geometry.device)  # what all lanes share must be there before any of them
-        self._lanes = [Lane(geometry.block_bytes, geometry.device) for _ in range(geometry.lanes)]
+    def __init__(self, checkpoint: Checkpoint, budget: Budget, sink: Sink, ring: Ring[Any]) -> None:
+        self._checkpoint, self._device, self._sink, self._ring = checkpoint, budget.device, sink, ring
+        schemes.warm_up(budget.device)  # what all lanes share must be there before any of them
+        self._lanes = [Lane(budget.block_bytes, budget.device) for _ in range(budget.lanes)]
         self._turn = 0
         self._open: dict[str, _Open] = {}
         self._scratch: Tensor | None = (

@@ -28,11 +28,11 @@ class Press:
     """Quantizes and places chunks, one at a time, for one thread."""
 
     def __init__(self, stream: Stream) -> None:
-        geometry = stream.geometry
+        budget = stream.budget
         self.stream = stream
-        self.wide = torch.empty(geometry.scratch_elements, dtype=torch.float32)
-        self.bits = torch.empty(geometry.scratch_elements, dtype=torch.float32)
-        self.tile_elements = geometry.scratch_elements
+        self.wide = torch.empty(budget.scratch_elements, dtype=torch.float32)
+        self.bits = torch.empty(budget.scratch_elements, dtype=torch.float32)
+        self.tile_elements = budget.scratch_elements
         self.out: Tensor | None = None  # where the sink has no memory to quantize into
 
     def take(self, chunk: Chunk, slot: Slot, nbytes: int) -> None:
@@ -83,7 +83,7 @@ class Press:
 
     def _scratch(self, piece: Piece) -> Tensor:
         if self.out is None:
-            nbytes = self.stream.geometry.slot_bytes // 2
+            nbytes = self.stream.budget.slot_bytes // 2
             self.out = torch.empty(nbytes, dtype=schemes.FP8)
         return self.out[: piece.numel].view(piece.size)
 

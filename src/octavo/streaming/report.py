@@ -17,7 +17,7 @@ from ..text import count_text, human_bytes, to_text
 from .meter import Meter, Sample, Stages
 
 if TYPE_CHECKING:
-    from ..planning.budget import Geometry
+    from ..planning.budget import Budget
     from ..planning.placement import Placement
     from ..planning.plan import Plan
     from .stream import Tally
@@ -54,7 +54,7 @@ class Report:
     def of(
         cls,
         plan: Plan,
-        geometry: Geometry,
+        budget: Budget,
         tally: Tally,
         stages: Stages,
         meter: Meter,
@@ -69,8 +69,8 @@ class Report:
             source_bytes=plan.source_bytes,
             final_bytes=plan.final_bytes(),
             in_memory=in_memory,
-            staging_bytes=geometry.staging_bytes,
-            peak_bytes=held_bytes + geometry.staging_bytes,
+            staging_bytes=budget.staging_bytes,
+            peak_bytes=held_bytes + budget.staging_bytes,
             rss_final_bytes=meter.samples[-1].rss_bytes,
             rss_peak_bytes=max(sample.rss_bytes for sample in meter.samples),
             device_peak_bytes=max(sample.device_bytes for sample in meter.samples),
@@ -78,7 +78,7 @@ class Report:
             seconds=dict(stages.seconds),
             read_thread_s=tally.read_s,
             quantize_thread_s=tally.quantize_s,
-            threads=geometry.threads,
+            threads=budget.threads,
             quantized=_grouped(plan.quantized, lambda p: p.scheme or ""),
             kept=_grouped(plan.kept, lambda p: p.reason),
             unused=dict(plan.unused),

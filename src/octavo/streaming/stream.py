@@ -24,7 +24,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..errors import DeviceError, OctavoError
 from ..machine import now
 from ..planning.blocks import Block, Read, cut_blocks, cut_reads
-from ..planning.budget import Geometry
+from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Work, cut_placements
 from ..planning.placement import Placement
 from ..planning.plan import Plan
@@ -68,18 +68,18 @@ class Stream:
         *,
         threads: int | None = None,
         slot_bytes: int | None = None,
-        geometry: Geometry | None = None,
+        budget: Budget | None = None,
         tally: Tally | None = None,
         direct_io: bool | None = None,
     ) -> None:
         self.checkpoint, self.plan, self.sink = checkpoint, plan, sink
-        self.geometry = geometry or Geometry.fit(plan.placements, plan.staging_bytes, threads, slot_bytes)
-        self.ring: Ring[Any] = Ring(self.geometry.threads)
-        if direct_io and not self.geometry.lanes:
+        self.budget = budget or Budget.fit(plan.placements, plan.staging_bytes, threads, slot_bytes)
+        self.ring: Ring[Any] = Ring(self.budget.threads)
+        if direct_io and not self.budget.lanes:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
-        if direct_io and self.geometry.read_bytes == self.geometry.slot_bytes:
+        if direct_io and self.budget.read_bytes == self.budget.slot_bytes:
             raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
-        self.files = Files(checkpoint.shards, direct_io if self.geometry.lanes else False)
+        self.files = Files(checkpoint.shards, direct_io if self.budget.lanes else False)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._states: dict[str, _State] = {}
         self._again_bytes = 0  # drawn to be read a second time
@@ -104,7 +104,7 @@ class Stream:
 
         self._torch.hold()
         try:
-            if self.geometry.lanes:
+            if self.budget.lanes:
                 ticked = now()
                 with contextlib.closing(self._blocks()) as blocks:
                     for _ in blocks:
@@ -128,7 +128,7 @@ class Stream:
         sink = self.sink
         assert isinstance(sink, IteratorSink)
         ended = False
-        blocks = self._blocks() if self.geometry.lanes else None
+        blocks = self._blocks() if self.budget.lanes else None
         self._torch.hold()
         try:
             if blocks is not None:
@@ -158,13 +158,13 @@ class Stream:
 
     def _blocks(self) -> Generator[None, None, None]:
         """Run the plan, a step a block; what is in its place then is ready for the current stream."""
-        geometry, for_iterator = self.geometry, isinstance(self.sink, IteratorSink)
-        pinned = geometry.device.type in ("cuda", "xpu")
-        with enough_memory(geometry.device, "staging; a smaller staging_bytes needs less"):
-            slots = [Slot(geometry.slot_bytes, pinned) for _ in range(geometry.slots)]
-            press = DevicePress(self.checkpoint, geometry, self.sink, self.ring)
-        blocks = self._count_again(cut_blocks(self.plan.placements, self.checkpoint.tensors, geometry.block_bytes))
-        reads = cut_reads(blocks, geometry.read_bytes)
+        budget, for_iterator = self.budget, isinstance(self.sink, IteratorSink)
+        pinned = budget.device.type in ("cuda", "xpu")
+        with enough_memory(budget.device, "staging; a smaller staging_bytes needs less"):
+            slots = [Slot(budget.slot_bytes, pinned) for _ in range(budget.slots)]
+            press = DevicePress(self.checkpoint, budget, self.sink, self.ring)
+        blocks = self._count_again(cut_blocks(self.plan.placements, self.checkpoint.tensors, budget.block_bytes))
+        reads = cut_reads(blocks, budget.read_bytes)
         try:
             with contextlib.closing(self.ring.relay(reads, slots, self._read_part)) as arriving:
                 for read, slot in arriving:
@@ -210,7 +210,7 @@ class Stream:
 
     def _tickets(self) -> Iterator[Chunk]:
         """Chunks in plan order; a placement is opened in the sink just before its first."""
-        for chunk in cut_placements(self.plan.placements, self.geometry.slot_bytes):
+        for chunk in cut_placements(self.plan.placements, self.budget.slot_bytes):
             state = self._states.get(chunk.placement.name)
             if state is None:
                 state = _State(self.sink.open(chunk.placement, self.ring))
@@ -278,11 +278,11 @@ class Worker:
     """A thread of the ring that reads and quantizes: slots, and a press of its own."""
 
     def __init__(self, stream: Stream) -> None:
-        geometry = stream.geometry
+        budget = stream.budget
         self.stream = stream
         # each worker is one thread of work; torch's own threads would fight over the cores
         torch.set_num_threads(1)
-        self.slot = Slot(geometry.slot_bytes, pinned=False)
+        self.slot = Slot(budget.slot_bytes, pinned=False)
         self.press = Press(stream)
 
     def handle(self, chunk: Chunk) -> int:

@@ -126,7 +126,7 @@ def load(
             del storages
             _finish(model, plan, target_device)
     notes = [] if prepared.saved else plan.notes
-    model.load_report = Report.of(plan, stream.geometry, tally, stages, meter, notes=notes)
+    model.load_report = Report.of(plan, stream.budget, tally, stages, meter, notes=notes)
     model.load_routes = None if prepared.saved else Routes.of(plan, checkpoint)
     if prepared.saved or plan.quantized:
         from .quantizer import mark_quantized

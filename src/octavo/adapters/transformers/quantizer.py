@@ -175,7 +175,7 @@ class OctavoQuantizer(HfQuantizer):
             for source in self.sources[placement.name]:
                 self.made_from.setdefault(source, []).append(placement)
         self.streamed = {name for p in plan.placements for name in (p.name, modules.scale_name(p.name))}
-        self.report = Report.of(plan, stream.geometry, tally, stages, meter)
+        self.report = Report.of(plan, stream.budget, tally, stages, meter)
         self.routes = Routes.of(plan, checkpoint)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:

@@ -10,7 +10,7 @@ import torch
 from helpers import one_tensor, random_weights
 from octavo.errors import DeviceError
 from octavo.numerics import schemes
-from octavo.planning.budget import Geometry
+from octavo.planning.budget import Budget
 from octavo.planning.plan import plan_checkpoint
 from octavo.planning.recipe import Recipe
 from octavo.streaming.sinks import ParameterSink
@@ -23,16 +23,16 @@ pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeou
 @pytest.mark.parametrize("threads", [None, 1, 16])
 def test_the_staging_budget_holds_all_that_threads_own(checkpoint, staging_bytes, threads):
     for device in ("cpu", "cuda:0"):
-        geometry = Geometry.fit(
+        budget = Budget.fit(
             plan_checkpoint(checkpoint, Recipe(), staging_bytes, device).placements, staging_bytes, threads
         )
-        assert geometry.device == torch.device(device)
-        assert geometry.staging_bytes <= staging_bytes
-        assert geometry.threads == threads or (threads is None and geometry.threads >= 1)
-        assert geometry.slot_bytes >= 1 << 12
+        assert budget.device == torch.device(device)
+        assert budget.staging_bytes <= staging_bytes
+        assert budget.threads == threads or (threads is None and budget.threads >= 1)
+        assert budget.slot_bytes >= 1 << 12
 
 
-def test_a_worker_takes_no_more_memory_than_its_geometry_says(checkpoint):
+def test_a_worker_takes_no_more_memory_than_its_budget_says(checkpoint):
     plan = plan_checkpoint(checkpoint, Recipe(), 2 << 20)
     stream = Stream(checkpoint, plan, ParameterSink({}), threads=1)
     made = []
@@ -42,8 +42,8 @@ def test_a_worker_takes_no_more_memory_than_its_geometry_says(checkpoint):
     (worker,) = made
     owned = [worker.slot.buffer]
     owned += [tensor for tensor in vars(worker.press).values() if isinstance(tensor, torch.Tensor)]
-    for_output = stream.geometry.slot_bytes // 2  # taken when first needed
-    assert sum(tensor.nbytes for tensor in owned) + for_output == stream.geometry.host_bytes <= 2 << 20
+    for_output = stream.budget.slot_bytes // 2  # taken when first needed
+    assert sum(tensor.nbytes for tensor in owned) + for_output == stream.budget.host_bytes <= 2 << 20
 
 
 @pytest.mark.parametrize("scheme", schemes.SCHEMES)
@@ -53,7 +53,7 @@ def test_what_an_accelerator_takes_is_within_the_budget(tmp_path, scheme, stagin
     checkpoint = one_tensor(tmp_path, random_weights((64, 64), torch.bfloat16, 0))
     plan = plan_checkpoint(checkpoint, Recipe(scheme), staging_bytes, "cuda:0")
     for handing_out in (False, True):
-        fit = Geometry.fit(plan.placements, plan.staging_bytes, threads, handing_out=handing_out)
+        fit = Budget.fit(plan.placements, plan.staging_bytes, threads, handing_out=handing_out)
         assert fit.slots * fit.slot_bytes == fit.host_bytes <= staging_bytes
         assert fit.lanes * fit.lane_bytes == fit.device_bytes <= staging_bytes
         outstanding = fit.block_bytes if handing_out else 0
