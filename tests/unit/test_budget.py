@@ -41,7 +41,8 @@ def test_a_worker_takes_no_more_memory_than_its_budget_says(checkpoint):
     thread.join()
     (worker,) = made
     owned = [worker.slot.buffer]
-    owned += [tensor for tensor in vars(worker.press).values() if isinstance(tensor, torch.Tensor)]
+    held = (*vars(worker.press).values(), *vars(worker.press.tiles).values())
+    owned += [tensor for tensor in held if isinstance(tensor, torch.Tensor)]
     for_output = stream.budget.slot_bytes // 2  # taken when first needed
     assert sum(tensor.nbytes for tensor in owned) + for_output == stream.budget.host_bytes <= 2 << 20
 

@@ -25,6 +25,7 @@ from octavo.planning.placement import Target
 from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
 from octavo.streaming.on_accelerator import DevicePress
+from octavo.streaming.placed import Placed
 from octavo.streaming.ring import Ring, Slot
 from octavo.streaming.sinks import ParameterSink, Storage
 
@@ -90,7 +91,7 @@ def test_lanes_and_all_that_quantizing_takes_are_within_what_a_budget_says(schem
     slot.buffer = torch.empty(budget.slot_bytes, dtype=torch.uint8, device=META)
     placed = 0
     with Allocations() as allocations:
-        press = DevicePress(checkpoint, budget, ParameterSink(storages), Ring(1))
+        press = DevicePress(checkpoint, budget, Placed(ParameterSink(storages), Ring(1)))
         for read in cut_reads(cut_blocks(plan.placements, checkpoint.tensors, budget.block_bytes), budget.read_bytes):
             placed += press.take(read, slot)
     assert placed == plan.final_bytes()

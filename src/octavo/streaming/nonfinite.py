@@ -1,8 +1,9 @@
-"""Which weight was not finite, said in words."""
+"""Weights that are not finite: noticed on an accelerator without waiting for it, and said in words."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Generic, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -11,6 +12,40 @@ from torch import Tensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..elements.pieces import Piece, contiguous_strides
 from ..planning.placement import Placement
+
+#: how many magnitudes are in one allocation
+_PAGE = 4096
+What = TypeVar("What")
+
+
+class FiniteWatch(Generic[What]):
+    """Keeps the largest magnitude of some values each, on the device, and which these are.
+
+    It is not finite if one of the values was not. Only asking waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._worst: list[Tensor] = []
+        self._watched: list[What] = []
+        self._asked = 0
+
+    def add(self, amax: Tensor, what: What) -> None:
+        """Watch values by the amax of their groups."""
+        at = len(self._watched) % _PAGE
+        if not at:
+            self._worst.append(torch.zeros(_PAGE, dtype=torch.float32, device=self._device))
+        torch.amax(amax.view(-1), 0, out=self._worst[-1][at])
+        self._watched.append(what)
+
+    def suspects(self) -> list[What]:
+        """All of which something was not finite, since this was asked before."""
+        first, self._asked = self._asked, len(self._watched)
+        if first == self._asked:
+            return []
+        page, at = divmod(first, _PAGE)
+        finite = torch.isfinite(torch.cat(self._worst[page:]))[at : at + self._asked - first]
+        return [self._watched[first + number] for number in torch.nonzero(~finite).flatten().tolist()]
 
 
 def nonfinite_text(checkpoint: Checkpoint, piece: Piece, values: Tensor, placement: Placement) -> str:

@@ -15,14 +15,14 @@ import ctypes
 import math
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..elements.pieces import Piece
 from ..errors import WeightError
 from ..machine import usable_device
 from ..numerics import schemes
@@ -30,12 +30,66 @@ from ..numerics.schemes import Scheme
 from ..planning.blocks import Block, Box, Read
 from ..planning.budget import Budget, check_options
 from ..planning.chunks import Work
-from .nonfinite import describe_nonfinite
-from .ring import Ring, Slot
-from .sinks import Destination, Sink, enough_memory
+from .nonfinite import FiniteWatch, describe_nonfinite
+from .placed import Placed
+from .ring import Slot
+from .sinks import enough_memory
 
-#: how many blocks' amax are in one allocation
-_PAGE = 4096
+
+def backend_of(device: torch.device) -> Any:
+    """The module of torch that has a device's streams and events: `torch.cuda` (also for ROCm) or `torch.xpu`.
+
+    None for a device without streams, which does one thing after another.
+    """
+    backend: Any = None if device.type == "cpu" else getattr(torch, device.type)
+    return backend if hasattr(backend, "Stream") else None
+
+
+class Staged:
+    """Memory of a device into which bytes are copied, seen as elements of any dtype."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.bytes = torch.empty(-(-nbytes // 8) * 8, dtype=torch.uint8, device=device)
+        self._typed: dict[torch.dtype, Tensor] = {}
+
+    def view(self, dtype: torch.dtype, piece: Piece) -> Tensor:
+        """The elements of a piece, whose offset and strides count within this memory (a view)."""
+        typed = self._typed.get(dtype)
+        if typed is None:
+            typed = self._typed[dtype] = self.bytes.view(dtype)
+        return typed.as_strided(piece.size, piece.src_strides, piece.src_off)
+
+
+class Scales(NamedTuple):
+    """The scales of several boxes; each grid is [..., row cells, column cells]."""
+
+    amax: Tensor  # of all their groups, flat
+    grids: list[Tensor]  # float32, a box each
+    stored: list[Tensor]  # the same in the scheme's stored dtype
+
+
+def scales_of(
+    boxes: Sequence[Tensor], grids: Sequence[Sequence[int]], phases: Sequence[tuple[int, int]], scheme: Scheme
+) -> Scales:
+    """Compute the scales of all boxes at once: an amax each, and then a few operations for all together.
+
+    Args:
+        boxes: values [..., out, in] on one device; each holds whole scale groups.
+        grids: the shape of each box's scales.
+        phases: row and column of each box within its scale group.
+    """
+    sizes = [math.prod(grid) for grid in grids]
+    amax = torch.empty(sum(sizes), dtype=torch.float32, device=boxes[0].device)
+
+    def cut(flat: Tensor) -> list[Tensor]:
+        return [part.view(grid) for part, grid in zip(torch.split(flat, sizes), grids, strict=True)]
+
+    for values, phase, out in zip(boxes, phases, cut(amax), strict=True):
+        schemes.group_amax(values, scheme, phase=phase, out=out)
+    scale = schemes.scale_from_amax(amax, scheme)
+    stored = schemes.to_stored(scale, scheme)
+    found = cut(scale)
+    return Scales(amax, found, found if stored is scale else cut(stored))
 
 
 class Lane:
@@ -43,16 +97,10 @@ class Lane:
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = device
-        self.staged = torch.empty(-(-nbytes // 8) * 8, dtype=torch.uint8, device=device)
-        self._typed: dict[torch.dtype, Tensor] = {}
-        # the largest amax of some boxes each, and which these are: not finite if a weight was not
-        self._worst: list[Tensor] = []
-        self._watched: list[list[Box]] = []
-        self._checked = 0
-        # torch.cuda (also for ROCm) and torch.xpu; a device without streams does one thing after the other
-        self._backend: Any = getattr(torch, device.type)
-        has_streams = device.type != "cpu" and hasattr(self._backend, "Stream")
-        self._queue: Any = self._backend.Stream(device) if has_streams else None
+        self.staged = Staged(nbytes, device)
+        self.watch: FiniteWatch[list[Box]] = FiniteWatch(device)
+        self._backend = backend_of(device)
+        self._queue: Any = None if self._backend is None else self._backend.Stream(device)
         self.follow()
 
     def __enter__(self) -> Lane:
@@ -81,36 +129,19 @@ class Lane:
     def copy(self, slot: Slot, start: int, nbytes: int) -> None:
         """Copy a slot's bytes to the device; the slot is busy until they have left it."""
         source = slot.buffer[slot.start : slot.start + nbytes]
-        self.staged[start : start + nbytes].copy_(source, non_blocking=self._queue is not None)
+        self.staged.bytes[start : start + nbytes].copy_(source, non_blocking=self._queue is not None)
         if self._queue is not None:
             slot.busy = slot.event = slot.event or self._backend.Event()
             slot.event.record(self._queue)
 
     def values(self, box: Box) -> Tensor:
         """What has been copied of a box, with the axes of its parameter (a view)."""
-        dtype = dtypes.MOVED[box.dtype_name]
-        typed = self._typed.get(dtype)
-        if typed is None:
-            typed = self._typed[dtype] = self.staged.view(dtype)
-        return typed.as_strided(box.piece.size, box.piece.src_strides, box.piece.src_off)
+        return self.staged.view(dtypes.MOVED[box.dtype_name], box.piece)
 
-    def watch(self, boxes: list[Box], amax: Tensor) -> None:
-        """Remember, on the device, whether anything is not finite."""
-        at = len(self._watched) % _PAGE
-        if not at:
-            self._worst.append(torch.zeros(_PAGE, dtype=torch.float32, device=self.device))
-        torch.amax(amax.view(-1), 0, out=self._worst[-1][at])
-        self._watched.append(boxes)
-
-    def suspects(self) -> list[Box]:
-        """Waits; the first boxes since the last call of which something was not finite."""
+    def suspects(self) -> list[list[Box]]:
+        """Wait; boxes, watched together since this was asked before, of which something was not finite."""
         self.wait()
-        first, self._checked = self._checked, len(self._watched)
-        if first == self._checked:
-            return []
-        finite = torch.isfinite(torch.cat(self._worst[first // _PAGE :]))[: self._checked - first // _PAGE * _PAGE]
-        bad = torch.nonzero(~finite[first % _PAGE :])
-        return self._watched[first + int(bad[0])] if len(bad) else []
+        return self.watch.suspects()
 
 
 class WarmUp:
@@ -162,7 +193,7 @@ def rehearse(device: torch.device, names: Iterable[str]) -> None:
         schemes.quantize(weight.to(device), name)
     lane = Lane(0, device)
     with lane:
-        lane.watch([], torch.zeros(1, dtype=torch.float32, device=device))
+        lane.watch.add(torch.zeros(1, dtype=torch.float32, device=device), [])
         lane.suspects()
 
 
@@ -173,27 +204,16 @@ def _begin_driver(device: torch.device) -> None:
             ctypes.CDLL("libcuda.so.1").cuInit(0)
 
 
-@dataclass(slots=True)
-class _Open:
-    """A placement of which some chunks have come."""
-
-    destination: Destination
-    left: int  # elements
-    amax: Tensor | None = None  # float32 grid, for groups that span chunks
-
-
 class DevicePress:
     """Quantizes and places blocks, one after another."""
 
-    def __init__(self, checkpoint: Checkpoint, budget: Budget, sink: Sink, ring: Ring[Any]) -> None:
-        self._checkpoint, self._device, self._sink, self._ring = checkpoint, budget.device, sink, ring
+    def __init__(self, checkpoint: Checkpoint, budget: Budget, placed: Placed) -> None:
+        self._checkpoint, self._device, self._placed = checkpoint, budget.device, placed
         schemes.warm_up(budget.device)  # what all lanes share must be there before any of them
         self._lanes = [Lane(budget.block_bytes, budget.device) for _ in range(budget.lanes)]
         self._turn = 0
-        self._open: dict[str, _Open] = {}
-        self._scratch: Tensor | None = (
-            None  # where the sink has no memory to quantize into (it takes the bytes at once)
-        )
+        # where the sink has no memory to quantize into (it takes the bytes at once)
+        self._scratch: Tensor | None = None
 
     def take(self, read: Read, slot: Slot) -> int:
         """Copy what was read into ``slot``; do what the plan says with a block that has come to its end.
@@ -212,11 +232,11 @@ class DevicePress:
     def _press(self, block: Block, lane: Lane) -> int:
         whole: dict[str, list[tuple[Box, Tensor]]] = {}
         for box in block.boxes:  # in the order of the plan, though not done in that order
-            self._opened(box)
+            self._placed.open(box.placement)
         for box in block.boxes:
             values = lane.values(box)
             if box.work is Work.COPY:
-                self._opened(box).destination.put(box.piece, values)
+                self._placed.destination(box.placement).put(box.piece, values)
             elif box.work is Work.QUANTIZE:
                 whole.setdefault(box.placement.scheme or "", []).append((box, values))
             elif box.work is Work.AMAX:
@@ -225,7 +245,7 @@ class DevicePress:
                 self._quantize(box, values)
         for scheme, items in whole.items():
             self._quantize_together(items, schemes.get(scheme), lane)
-        return sum(self._done(box) for box in block.boxes)
+        return sum(self._placed.done(box.placement, box.work, box.piece.numel) for box in block.boxes)
 
     def follow(self) -> None:
         """Let what comes next happen after what the caller's stream has been given (memory it has released)."""
@@ -240,8 +260,8 @@ class DevicePress:
     def check(self) -> None:
         """Wait for the device; raise if a weight since the last check was not finite."""
         for lane in self._lanes:
-            found = [(box.placement, chunk.piece) for box in lane.suspects() for chunk in box.chunks]
-            if found:
+            for boxes in lane.suspects():
+                found = [(box.placement, chunk.piece) for box in boxes for chunk in box.chunks]
                 raise WeightError(describe_nonfinite(self._checkpoint, found))
 
     def close(self) -> None:
@@ -250,67 +270,30 @@ class DevicePress:
             for lane in self._lanes:
                 stack.callback(lane.wait)
 
-    # -- placements ---------------------------------------------------------------------------------------------------
-
-    def _opened(self, box: Box) -> _Open:
-        name = box.placement.name
-        if name not in self._open:
-            destination = self._sink.open(box.placement, self._ring)
-            self._open[name] = _Open(destination, math.prod(box.placement.shape))
-        return self._open[name]
-
-    def _done(self, box: Box) -> int:
-        """Count a box; close its placement with the last one. Returns the bytes that are now in their place."""
-        if box.work is Work.AMAX:
-            return 0
-        placement, state = box.placement, self._opened(box)
-        placed = box.piece.numel * dtypes.moved_bits(placement.dtype_name) // 8
-        state.left -= box.piece.numel
-        if state.left:
-            return placed
-        del self._open[placement.name]
-        state.destination.close()
-        return placed + placement.scale_bytes
-
     # -- quantizing ---------------------------------------------------------------------------------------------------
 
     def _quantize_together(self, items: Sequence[tuple[Box, Tensor]], scheme: Scheme, lane: Lane) -> None:
         """Boxes that hold whole scale groups: the scales of all are computed at once."""
         grids = [tuple(cells.stop - cells.start for cells in box.cells) for box, _ in items]
-        sizes = [math.prod(grid) for grid in grids]
-        amax = torch.empty(sum(sizes), dtype=torch.float32, device=self._device)
-        for (box, values), grid, out in zip(items, grids, torch.split(amax, sizes), strict=True):
-            schemes.group_amax(values, scheme, phase=box.phase, out=out.view(grid))
-        lane.watch([box for box, _ in items], amax)
-        scale = schemes.scale_from_amax(amax, scheme)
-        stored = schemes.to_stored(scale, scheme)
-        scales = [part.view(grid) for part, grid in zip(torch.split(scale, sizes), grids, strict=True)]
-        if stored is not scale:
-            stored_scales = [part.view(grid) for part, grid in zip(torch.split(stored, sizes), grids, strict=True)]
-        else:
-            stored_scales = scales
-        for (box, values), mine, kept in zip(items, scales, stored_scales, strict=True):
-            self._place(box, values, mine, kept, scheme)
+        scales = scales_of([values for _, values in items], grids, [box.phase for box, _ in items], scheme)
+        lane.watch.add(scales.amax, [box for box, _ in items])
+        for (box, values), scale, stored in zip(items, scales.grids, scales.stored, strict=True):
+            self._place(box, values, scale, stored, scheme)
 
     def _fold(self, box: Box, values: Tensor, lane: Lane) -> None:
         """The first reading of a box whose scale groups span several."""
-        state, scheme = self._opened(box), schemes.get(box.placement.scheme or "")
-        amax = schemes.group_amax(values, scheme, phase=box.phase)
-        lane.watch([box], amax)
-        if state.amax is None:
-            state.amax = torch.zeros(box.placement.scale_grid, dtype=torch.float32, device=self._device)
-        region = state.amax[box.cells]
-        region.copy_(torch.maximum(region, amax))
+        amax = schemes.group_amax(values, schemes.get(box.placement.scheme or ""), phase=box.phase)
+        lane.watch.add(amax, [box])
+        self._placed.fold(box.placement, box.cells, amax)
 
     def _quantize(self, box: Box, values: Tensor) -> None:
         """The second reading: it is in the same lane as the first, so all of that has gone before."""
-        amax, scheme = self._opened(box).amax, schemes.get(box.placement.scheme or "")
-        assert amax is not None
-        scale = schemes.scale_from_amax(amax[box.cells], scheme)
+        scheme = schemes.get(box.placement.scheme or "")
+        scale = schemes.scale_from_amax(self._placed.amax(box.placement, box.cells), scheme)
         self._place(box, values, scale, schemes.to_stored(scale, scheme), scheme)
 
     def _place(self, box: Box, values: Tensor, scale: Tensor, stored: Tensor, scheme: Scheme) -> None:
-        destination, piece = self._opened(box).destination, box.piece
+        destination, piece = self._placed.destination(box.placement), box.piece
         destination.put_scale(box.cells, stored)
         out = destination.view(piece)
         if out is not None:
@@ -318,7 +301,8 @@ class DevicePress:
             schemes.quantize_into(out, values, scale, scheme, phase=box.phase, clamped=values)
             return
         if self._scratch is None:
-            self._scratch = torch.empty(self._lanes[0].staged.numel() // 2, dtype=schemes.FP8, device=self._device)
+            nbytes = self._lanes[0].staged.bytes.numel() // 2
+            self._scratch = torch.empty(nbytes, dtype=schemes.FP8, device=self._device)
         out = self._scratch[: piece.numel].view(piece.size)
         schemes.quantize_into(out, values, scale, scheme, phase=box.phase, clamped=values)
         destination.put(piece, out)

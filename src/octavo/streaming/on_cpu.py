@@ -5,102 +5,129 @@ Each worker thread of the ring has a press of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
 from ..elements.pieces import Piece
 from ..errors import WeightError
-from ..machine import now
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
-from ..planning.chunks import Chunk, Work, cut_tiles
+from ..planning.budget import Budget
+from ..planning.chunks import Chunk, Tile, Work, cut_tiles
 from .nonfinite import nonfinite_text
-from .ring import Slot
+from .placed import Placed
 
-if TYPE_CHECKING:
-    from .stream import Stream
+
+class Tiles:
+    """The arithmetic of boxes, a tile at a time, with scratch memory for one tile on a CPU.
+
+    Args:
+        elements: of the largest tile; two float32 of scratch each, on a CPU.
+        device: where values are brought before anything is done to them.
+    """
+
+    def __init__(self, elements: int, device: torch.device) -> None:
+        self.elements, self.device = elements, device
+        on_cpu = device.type == "cpu"
+        self.bits = torch.empty(elements, dtype=torch.float32, device="cpu") if on_cpu else None
+        self.wide = torch.empty(elements, dtype=torch.float32, device="cpu") if on_cpu else None
+
+    def amax(self, x: Tensor, scheme: Scheme, phase: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
+        """`schemes.group_amax` of ``x``, cast to ``dtype`` before (None: as it is)."""
+        tiles = cut_tiles(tuple(x.shape), scheme, phase, self.elements)
+        if len(tiles) == 1:
+            return self._amax(tiles[0], x, scheme, dtype)
+        *lead, rows, cols = x.shape
+        grid = torch.zeros(
+            (
+                *lead,
+                schemes.count_cells(rows, scheme.group_rows, phase[0]),
+                schemes.count_cells(cols, scheme.group_cols, phase[1]),
+            ),
+            dtype=torch.float32,
+            device=self.device,
+        )
+        for tile in tiles:
+            cells = grid[tile.cells]
+            cells.copy_(torch.maximum(cells, self._amax(tile, x, scheme, dtype)))
+        return grid
+
+    def quantize(
+        self,
+        out: Tensor,
+        x: Tensor,
+        scale: Tensor,
+        scheme: Scheme,
+        phase: tuple[int, int],
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`schemes.quantize_into` of ``x``, cast to ``dtype`` before (None: as it is)."""
+        for tile in cut_tiles(tuple(x.shape), scheme, phase, self.elements):
+            region, cells = self._region(tile, x, dtype), scale[tile.cells]
+            schemes.quantize_into(tile.region(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
+
+    def _amax(self, tile: Tile, x: Tensor, scheme: Scheme, dtype: torch.dtype | None) -> Tensor:
+        region = self._region(tile, x, dtype)
+        scratch = None if self.bits is None else self.bits.view(region.dtype)
+        return schemes.group_amax(region, scheme, phase=tile.phase, scratch=scratch)
+
+    def _region(self, tile: Tile, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+        region = tile.region(x)
+        return region if dtype is None else region.to(self.device, dtype)
 
 
 class Press:
     """Quantizes and places chunks, one at a time, for one thread."""
 
-    def __init__(self, stream: Stream) -> None:
-        budget = stream.budget
-        self.stream = stream
-        self.wide = torch.empty(budget.scratch_elements, dtype=torch.float32)
-        self.bits = torch.empty(budget.scratch_elements, dtype=torch.float32)
-        self.tile_elements = budget.scratch_elements
+    def __init__(self, checkpoint: Checkpoint, budget: Budget, placed: Placed) -> None:
+        self._checkpoint, self._placed = checkpoint, placed
+        self._out_bytes = budget.slot_bytes // 2
+        self.tiles = Tiles(budget.scratch_elements, budget.device)
         self.out: Tensor | None = None  # where the sink has no memory to quantize into
 
-    def take(self, chunk: Chunk, slot: Slot, nbytes: int) -> None:
-        """Do what the plan says with a chunk that has been read into ``slot``."""
-        started = now()
-        with torch.no_grad():
-            placed = self._place(chunk, self._elements(chunk, slot.buffer[:nbytes]))
-        self.stream.done(chunk, now() - started, placed)
+    @torch.no_grad()
+    def take(self, chunk: Chunk, flat: Tensor) -> int:
+        """Do what the plan says with a chunk, whose bytes are in file order.
+
+        Returns the bytes that are placed by it.
+        """
+        if chunk.piece.numel:
+            self._place(chunk, self._elements(chunk, flat))
+        return self._placed.done(chunk.placement, chunk.work, chunk.piece.numel)
 
     def _elements(self, chunk: Chunk, flat: Tensor) -> Tensor:
         """Bytes in file order -> a tensor of the piece's size (a view)."""
-        piece, info = chunk.piece, self.stream.checkpoint.tensors[chunk.piece.src_name]
+        piece, info = chunk.piece, self._checkpoint.tensors[chunk.piece.src_name]
         order = piece.file_order()
         in_file = flat.view(dtypes.MOVED[info.dtype_name]).view([piece.size[d] for d in order])
         return in_file.permute([order.index(d) for d in range(len(order))])
 
-    def _place(self, chunk: Chunk, x: Tensor) -> int:
-        """Returns the bytes that are now in their place."""
-        if chunk.work is Work.COPY:
-            self.stream.state(chunk.placement).destination.put(chunk.piece, x)
-            return chunk.piece.numel * dtypes.moved_bits(chunk.placement.dtype_name) // 8
-        return self._quantize(chunk, x)
-
-    def _quantize(self, chunk: Chunk, x: Tensor) -> int:
+    def _place(self, chunk: Chunk, x: Tensor) -> None:
         placement, piece = chunk.placement, chunk.piece
-        assert placement.scheme is not None
-        scheme = schemes.get(placement.scheme)
-        destination = self.stream.state(placement).destination
+        if chunk.work is Work.COPY:
+            self._placed.destination(placement).put(piece, x)
+            return
+        scheme = schemes.get(placement.scheme or "")
         if chunk.work is Work.REREAD:
-            amax = self.stream.wait_amax(chunk)
+            amax = self._placed.wait_amax(placement, chunk.cells, chunk.unit)
         else:
-            amax = self._amax(x, chunk, scheme)
-            self._check_finite(amax, chunk, x)
+            amax = self.tiles.amax(x, scheme, chunk.phase)
+            if not bool(torch.isfinite(amax).all()):
+                raise WeightError(nonfinite_text(self._checkpoint, piece, x, placement))
         if chunk.work is Work.AMAX:
-            self.stream.add_amax(chunk, amax)
-            return 0
-        scale = schemes.scale_from_amax(amax, scheme)
+            self._placed.fold(placement, chunk.cells, amax, chunk.unit)
+            return
+        destination, scale = self._placed.destination(placement), schemes.scale_from_amax(amax, scheme)
         destination.put_scale(chunk.cells, schemes.to_stored(scale, scheme))
         view = destination.view(piece)
         out = self._scratch(piece) if view is None else view
-        for tile in cut_tiles(piece.size, scheme, chunk.phase, self.tile_elements):
-            schemes.quantize_into(
-                tile.region(out), tile.region(x), scale[tile.cells], scheme, phase=tile.phase, scratch=self.wide
-            )
+        self.tiles.quantize(out, x, scale, scheme, chunk.phase)
         if view is None:
             destination.put(piece, out)
-        return piece.numel
 
     def _scratch(self, piece: Piece) -> Tensor:
         if self.out is None:
-            nbytes = self.stream.budget.slot_bytes // 2
-            self.out = torch.empty(nbytes, dtype=schemes.FP8)
+            self.out = torch.empty(self._out_bytes, dtype=schemes.FP8)
         return self.out[: piece.numel].view(piece.size)
-
-    def _amax(self, x: Tensor, chunk: Chunk, scheme: Scheme) -> Tensor:
-        scratch = self.bits.view(x.dtype)
-        grid = [cells.stop - cells.start for cells in chunk.cells]
-        tiles = cut_tiles(chunk.piece.size, scheme, chunk.phase, self.tile_elements)
-        if len(tiles) == 1:
-            return schemes.group_amax(x, scheme, phase=chunk.phase, scratch=scratch)
-        amax = torch.zeros(grid, dtype=torch.float32)
-        for tile in tiles:
-            region = amax[tile.cells]
-            part = schemes.group_amax(tile.region(x), scheme, phase=tile.phase, scratch=scratch)
-            region.copy_(torch.maximum(region, part))
-        return amax
-
-    def _check_finite(self, amax: Tensor, chunk: Chunk, x: Tensor) -> None:
-        if bool(torch.isfinite(amax).all()):
-            return
-        raise WeightError(nonfinite_text(self.stream.checkpoint, chunk.piece, x, chunk.placement))

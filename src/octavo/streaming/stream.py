@@ -13,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
@@ -31,8 +30,9 @@ from ..planning.plan import Plan
 from .files import Files
 from .on_accelerator import DevicePress
 from .on_cpu import Press
+from .placed import Placed
 from .ring import TICK_S, Ring, SingleThreadedTorch, Slot
-from .sinks import Destination, IteratorSink, Sink, Storage, enough_memory
+from .sinks import IteratorSink, Sink, Storage, enough_memory
 
 
 @dataclass
@@ -43,18 +43,6 @@ class Tally:
     quantize_s: float = 0.0
     read_bytes: int = 0
     placed_bytes: int = 0
-
-
-@dataclass
-class _State:
-    """Progress of one placement. Changed only inside ``Ring.update``."""
-
-    destination: Destination
-    issued: int = 0
-    done: int = 0
-    complete: bool = False  # its last chunk has been issued
-    amax: Tensor | None = None  # float32 grid, for groups that span chunks
-    unread: dict[int, int] = field(default_factory=dict)  # unit -> AMAX chunks issued and not done
 
 
 class Stream:
@@ -81,7 +69,7 @@ class Stream:
             raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
         self.files = Files(checkpoint.shards, direct_io if self.budget.lanes else False)
         self.tally = tally or Tally()  # several streams of one job share theirs
-        self._states: dict[str, _State] = {}
+        self._placed = Placed(sink, self.ring)
         self._again_bytes = 0  # drawn to be read a second time
         self._torch = SingleThreadedTorch()
         self._lock = threading.Lock()
@@ -162,7 +150,7 @@ class Stream:
         pinned = budget.device.type in ("cuda", "xpu")
         with enough_memory(budget.device, "staging; a smaller staging_bytes needs less"):
             slots = [Slot(budget.slot_bytes, pinned) for _ in range(budget.slots)]
-            press = DevicePress(self.checkpoint, budget, self.sink, self.ring)
+            press = DevicePress(self.checkpoint, budget, self._placed)
         blocks = self._count_again(cut_blocks(self.plan.placements, self.checkpoint.tensors, budget.block_bytes))
         reads = cut_reads(blocks, budget.read_bytes)
         try:
@@ -175,8 +163,7 @@ class Stream:
                     if for_iterator and read.last:
                         press.check()
                         press.precede()
-                    self.tally.placed_bytes += placed
-                    self.tally.quantize_s += now() - started
+                    self.count_placed(started, placed)
                     yield
             self.files.check_unchanged()
             press.check()
@@ -211,38 +198,15 @@ class Stream:
     def _tickets(self) -> Iterator[Chunk]:
         """Chunks in plan order; a placement is opened in the sink just before its first."""
         for chunk in cut_placements(self.plan.placements, self.budget.slot_bytes):
-            state = self._states.get(chunk.placement.name)
-            if state is None:
-                state = _State(self.sink.open(chunk.placement, self.ring))
-                self._states[chunk.placement.name] = state
-            with self._lock:
-                state.issued += 1
-                state.complete |= chunk.last
-                if chunk.work is Work.AMAX:
-                    self._again_bytes += chunk.nbytes
-                    state.unread[chunk.unit] = state.unread.get(chunk.unit, 0) + 1
+            self._placed.open(chunk.placement)
+            if chunk.work is Work.AMAX:
+                self._again_bytes += chunk.nbytes
+                self._placed.expect(chunk.placement, chunk.unit)
             yield chunk
 
-    def state(self, placement: Placement) -> _State:
-        return self._states[placement.name]
-
-    def add_amax(self, chunk: Chunk, grid: Tensor) -> None:
-        """Fold a chunk's amax into those of its groups."""
-        state = self.state(chunk.placement)
-        with self._lock:
-            if state.amax is None:
-                state.amax = torch.zeros(chunk.placement.scale_grid, dtype=torch.float32, device=grid.device)
-            region = state.amax[chunk.cells]
-            region.copy_(torch.maximum(region, grid))
-            state.unread[chunk.unit] -= 1
-        self.ring.update(lambda: None)
-
-    def wait_amax(self, chunk: Chunk) -> Tensor:
-        """The amax of a chunk's groups, once every chunk of its unit has been folded in."""
-        state = self.state(chunk.placement)
-        self.ring.wait_for(lambda: not state.unread.get(chunk.unit))
-        assert state.amax is not None
-        return state.amax[chunk.cells]
+    def make_press(self) -> Press:
+        """For one thread."""
+        return Press(self.checkpoint, self.budget, self._placed)
 
     def read(self, chunk: Chunk, slot: Slot) -> int:
         """Read a chunk into a slot, in file order; returns its bytes."""
@@ -258,20 +222,11 @@ class Stream:
         self._count_read(started, at)
         return at
 
-    def done(self, chunk: Chunk, quantize_s: float, placed: int) -> None:
-        """Count a chunk; close its placement with the last one."""
-        state = self.state(chunk.placement)
+    def count_placed(self, started: float, nbytes: int) -> None:
+        """Count what a thread has placed since then."""
         with self._lock:
-            state.done += 1
-            self.tally.quantize_s += quantize_s
-            self.tally.placed_bytes += placed
-            finished = state.complete and state.done == state.issued
-            if finished:
-                self.tally.placed_bytes += chunk.placement.scale_bytes
-        if finished:
-            state.amax = None
-            state.destination.close()
-            del state.destination  # whoever took the parameter may drop it
+            self.tally.quantize_s += now() - started
+            self.tally.placed_bytes += nbytes
 
 
 class Worker:
@@ -283,10 +238,12 @@ class Worker:
         # each worker is one thread of work; torch's own threads would fight over the cores
         torch.set_num_threads(1)
         self.slot = Slot(budget.slot_bytes, pinned=False)
-        self.press = Press(stream)
+        self.press = stream.make_press()
 
     def handle(self, chunk: Chunk) -> int:
-        self.press.take(chunk, self.slot, self.stream.read(chunk, self.slot))
+        nbytes, started = self.stream.read(chunk, self.slot), now()
+        placed = self.press.take(chunk, self.slot.buffer[:nbytes])
+        self.stream.count_placed(started, placed)
         return chunk.nbytes
 
     def close(self) -> None:
