@@ -106,6 +106,17 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(reversed(strides)) if shape else ()
 
 
+@functools.lru_cache(maxsize=4096)
+def packed_strides(size: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides without holes, of axes in the same order in memory."""
+    packed, stride = list(strides), 1
+    for axis in reversed(_file_order(strides)):
+        if size[axis] != 1:
+            packed[axis] = stride
+            stride *= size[axis]
+    return tuple(packed)
+
+
 def whole(name: str, shape: Sequence[int]) -> Piece:
     """The piece that makes a parameter out of all of one tensor, unchanged."""
     return Piece((0,) * len(shape), tuple(shape), name, 0, contiguous_strides(shape))

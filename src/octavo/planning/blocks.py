@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ..checkpoint import dtypes
 from ..checkpoint.header import TensorInfo
-from ..elements.pieces import Piece
+from ..elements.pieces import Piece, packed_strides
 from ..numerics import schemes
 from .chunks import Chunk, Work, cut_placement
 from .placement import Placement
@@ -91,22 +91,15 @@ def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo
             continue
         length, offsets = piece.runs()
         runs = tuple((info.offset + offset * itemsize, length * itemsize) for offset in offsets)
-        yield _block(shard, runs, [_box(chunk, info, _packed(piece))])
+        # read one after another, they lie without holes
+        packed = piece._replace(src_off=0, src_strides=packed_strides(piece.size, piece.src_strides))
+        yield _block(shard, runs, [_box(chunk, info, packed)])
     if boxes:
         yield _block(shard, ((start, end - start),), boxes)
 
 
 def _box(chunk: Chunk, info: TensorInfo, piece: Piece) -> Box:
     return Box(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,))
-
-
-def _packed(piece: Piece) -> Piece:
-    """A piece whose runs have been put one after another."""
-    strides, stride = [0] * len(piece.size), 1
-    for axis in reversed(piece.file_order()):
-        strides[axis] = stride
-        stride *= piece.size[axis]
-    return piece._replace(src_off=0, src_strides=tuple(strides))
 
 
 def _block(shard: int, runs: tuple[tuple[int, int], ...], boxes: list[Box]) -> Block:

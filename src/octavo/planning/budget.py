@@ -15,7 +15,7 @@ from .placement import Placement
 
 MIN_STAGING_BYTES = 1 << 20
 #: elements of a tile on a CPU: what stays in a core's cache
-_SCRATCH_ELEMENTS = 1 << 19
+TILE_ELEMENTS = 1 << 19
 #: slots on an accelerator: one for each thread, large enough to hide the cost of launching copies and kernels
 _PINNED_SLOT_BYTES = 16 << 20
 #: from which on they have room for reading past the page cache
@@ -97,7 +97,7 @@ class Budget:
             return cls.on_accelerator(device, room, threads, slot_bytes)
         wanted, size = threads or _default_threads(), slot_bytes or default_slot_bytes(placements, staging_bytes)
         while True:
-            budget = cls(wanted, wanted, size, min(size // 2, _SCRATCH_ELEMENTS), device)
+            budget = cls(wanted, wanted, size, min(size // 2, TILE_ELEMENTS), device)
             if budget.staging_bytes <= staging_bytes:
                 return budget
             if threads is None and wanted > 1:

@@ -13,7 +13,6 @@ copied on a stream of its own, while the batch before is quantized.
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -24,12 +23,14 @@ from torch import Tensor
 from ...checkpoint import dtypes
 from ...elements.boxes import Box
 from ...elements.operations import offset_of
-from ...elements.pieces import Piece
+from ...elements.pieces import Piece, packed_strides
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
 from ...planning.blocks import Box as Joinable
 from ...planning.blocks import join
 from ...planning.chunks import Work
+from ...streaming.nonfinite import FiniteWatch
+from ...streaming.on_accelerator import Staged, backend_of, scales_of
 from .storage import QuantizedStorage
 
 #: values begin at multiples of it: any dtype can be viewed, and tensors of one shape lie evenly
@@ -58,8 +59,7 @@ class _Lane:
     """The memory of a batch, on the device and, once it is needed, pinned on the host."""
 
     def __init__(self, nbytes: int, device: torch.device, backend: Any) -> None:
-        self.staged = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self.typed = functools.cache(self.staged.view)
+        self.staged = Staged(nbytes, device)
         self.pinned: Tensor | None = None
         self.copying = False  # some of the batch comes on the stream of copies
         self.sending = False  # pinned memory may still be read by the copies of the batch before
@@ -93,9 +93,7 @@ class Batches:
     def __init__(self, device: torch.device, staging_bytes: int) -> None:
         self.limit_bytes = staging_bytes // _SHARE // _ALIGNED_BYTES * _ALIGNED_BYTES  # the most that `put` takes
         self._device = device
-        # a device without streams does one thing after another
-        backend: Any = None if device.type == "cpu" else getattr(torch, device.type)
-        self._backend: Any = backend if hasattr(backend, "Stream") else None
+        self._backend = backend_of(device)
         self._copies: Any = None if self._backend is None else self._backend.Stream(device)
         self._first: Any = None if self._backend is None else self._backend.current_stream(device)
         self._last: Any = self._first
@@ -107,24 +105,24 @@ class Batches:
         self._unsettled = False
         #: what was put and is in no storage, since an error came between
         self.lost: list[object] = []
-        # the largest magnitudes: not finite if a value was not, which only the device knows yet
-        self._checks: list[tuple[Tensor, list[_Job]]] = []
+        self._watch: FiniteWatch[list[_Job]] = FiniteWatch(device)
 
     def put(self, storage: QuantizedStorage, piece: Piece, values: Tensor, dtype: torch.dtype, what: object) -> None:
         """Take ``values``, of the piece's size and strides, to quantize them in ``dtype`` later."""
         nbytes = piece.numel * dtype.itemsize
         if self._used + nbytes > self.limit_bytes:
             self.press()
-        begin, strides = self._used, _packed(piece.size, piece.src_strides)  # memory is copied as it lies
+        begin, strides = self._used, packed_strides(piece.size, piece.src_strides)  # memory is copied as it lies
         packed = Piece(piece.dst_off, piece.size, "", begin // dtype.itemsize, strides)
         end = min(self.limit_bytes, -(-(begin + nbytes) // _ALIGNED_BYTES) * _ALIGNED_BYTES)
         near = self._backend is None or values.device.type != "cpu"
         if near or (values.dtype == dtype and values.stride() == strides and values.is_pinned()):
             self._send()
-            (self._near if near else self._far).add(_view(self._lanes[0].typed(dtype), packed), values)
+            (self._near if near else self._far).add(self._lanes[0].staged.view(dtype, packed), values)
             self._sent = end
         else:
-            _view(self._pinned().view(dtype), packed).copy_(values)
+            pinned = self._pinned().view(dtype)
+            pinned.as_strided(packed.size, packed.src_strides, packed.src_off).copy_(values)
         self._used = end
         if end - self._sent >= _SEND_BYTES:
             self._send()
@@ -171,25 +169,28 @@ class Batches:
             lane.copied.record(self._copies)
             self._backend.current_stream(self._device).wait_event(lane.copied)
         lane.copying, lane.sending = False, lane.pinned is not None
+        for scheme, tasks in self._tasks(jobs, lane).items():
+            self._watch.add(_quantize(tasks, scheme), jobs)
+        if self._backend is not None:
+            lane.free.record(self._backend.current_stream(self._device))
+        self._jobs, self._used, self._sent = [], 0, 0
+        self._lanes.reverse()
+
+    def _tasks(self, jobs: list[_Job], lane: _Lane) -> dict[Scheme, list[_Task]]:
+        """Boxes by scheme; those that lie regularly are joined, unless their scales have no place yet."""
         storages = {job.storage.name: job.storage for job in jobs}
         found: dict[Scheme, list[_Task]] = {}
         for box in join(_joinable(job) for job in jobs if job.grid is None):
             storage = storages[box.placement.name]
-            values = _view(lane.typed(dtypes.MOVED[box.dtype_name]), box.piece)
+            values = lane.staged.view(dtypes.MOVED[box.dtype_name], box.piece)
             out = _region(storage.weight, box.piece.dst_off, box.piece.size)
             off, size = [cut.start for cut in box.cells], [cut.stop - cut.start for cut in box.cells]
             found.setdefault(storage.scheme, []).append(_Task(values, out, _region(storage.grid, off, size)))
         for job in jobs:
             if job.grid is not None:
-                values = _view(lane.typed(job.dtype), job.piece)
-                found.setdefault(job.storage.scheme, []).append(
-                    _Task(values, job.piece.region(job.storage.weight), job.grid)
-                )
-        self._checks += [(_quantize(tasks, scheme), jobs) for scheme, tasks in found.items()]
-        if self._backend is not None:
-            lane.free.record(self._backend.current_stream(self._device))
-        self._jobs, self._used, self._sent = [], 0, 0
-        self._lanes.reverse()
+                task = _Task(lane.staged.view(job.dtype, job.piece), job.piece.region(job.storage.weight), job.grid)
+                found.setdefault(job.storage.scheme, []).append(task)
+        return found
 
     def _lose(self) -> None:
         """Drop what waits: nobody knows what of it the batch holds."""
@@ -198,16 +199,14 @@ class Batches:
         self._near, self._far = _Copies(), _Copies()
 
     def watch(self, worst: Tensor, storage: QuantizedStorage, piece: Piece, what: object) -> None:
-        """Ask at the end about a box that was quantized without us, too: of its largest magnitude."""
-        self._checks.append((worst, [_Job(storage, piece, storage.weight.dtype, None, what)]))
+        """Let `suspect` know of a box that was quantized elsewhere, by its largest magnitude."""
+        self._watch.add(worst, [_Job(storage, piece, storage.weight.dtype, None, what)])
 
     def suspect(self) -> object | None:
-        """Wait; what was not finite, if anything, since this was asked before."""
+        """Wait; the first value since this was asked before that was not finite, or None."""
         self.press()
-        checks, self._checks = self._checks, []
-        finite = torch.isfinite(torch.stack([worst for worst, _ in checks])).tolist() if checks else []
         # what is not finite has scales that are not, unless other values have taken its place
-        suspects = (job for fine, (_, jobs) in zip(finite, checks, strict=True) if not fine for job in jobs)
+        suspects = (job for jobs in self._watch.suspects() for job in jobs)
         return next((job.what for job in suspects if not torch.isfinite(job.scales.float()).all()), None)
 
     def close(self) -> None:
@@ -240,7 +239,7 @@ class Batches:
         if filled.start < filled.stop:
             assert lane.pinned is not None
             with self._copying():
-                lane.staged[filled].copy_(lane.pinned[filled], non_blocking=True)
+                lane.staged.bytes[filled].copy_(lane.pinned[filled], non_blocking=True)
             self._sent = self._used
 
     def _copying(self) -> Any:
@@ -261,24 +260,14 @@ class _Task(NamedTuple):
 
 
 def _quantize(tasks: Sequence[_Task], scheme: Scheme) -> Tensor:
-    """All of them, their scales together; returns the largest magnitude, which is not finite if a value is not."""
-    shapes = [task.scales.shape for task in tasks]
-    sizes = [shape.numel() for shape in shapes]
-    amax = torch.empty(sum(sizes), dtype=torch.float32, device=tasks[0].values.device)
-    for task, out in zip(tasks, _cut(amax, sizes, shapes), strict=True):
-        schemes.group_amax(task.values, scheme, out=out)
-    scale = schemes.scale_from_amax(amax, scheme)
-    stored = schemes.to_stored(scale, scheme)
-    scales = _cut(scale, sizes, shapes)
-    for task, mine in zip(tasks, scales, strict=True):
-        schemes.quantize_into(task.out, task.values, mine, scheme, clamped=task.values)
-    for task, kept in zip(tasks, scales if stored is scale else _cut(stored, sizes, shapes), strict=True):
-        task.scales.copy_(kept)
-    return amax.amax()
-
-
-def _cut(flat: Tensor, sizes: list[int], shapes: list[torch.Size]) -> list[Tensor]:
-    return [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
+    """Quantize all of them, their scales computed together. Returns the amax of all groups."""
+    values = [task.values for task in tasks]
+    scales = scales_of(values, [task.scales.shape for task in tasks], [(0, 0)] * len(tasks), scheme)
+    for task, scale in zip(tasks, scales.grids, strict=True):
+        schemes.quantize_into(task.out, task.values, scale, scheme, clamped=task.values)
+    for task, stored in zip(tasks, scales.stored, strict=True):
+        task.scales.copy_(stored)
+    return scales.amax
 
 
 def _joinable(job: _Job) -> Joinable:
@@ -290,18 +279,3 @@ def _region(whole: Tensor, off: Sequence[int], size: Sequence[int]) -> Tensor:
     """``whole[off : off + size]`` in one operation, not one an axis."""
     strides = whole.stride()
     return whole.as_strided(size, strides, offset_of(whole) + sum(map(operator.mul, off, strides)))
-
-
-def _view(memory: Tensor, piece: Piece) -> Tensor:
-    return memory.as_strided(piece.size, piece.src_strides, piece.src_off)
-
-
-@functools.lru_cache(maxsize=4096)
-def _packed(size: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides without holes, of axes in the same order: where there are none, those that are given."""
-    packed, stride = list(strides), 1
-    for axis in sorted(range(len(size)), key=lambda d: (strides[d], -d)):
-        if size[axis] != 1:
-            packed[axis] = stride
-            stride *= size[axis]
-    return tuple(packed)

@@ -19,12 +19,11 @@ from ...elements.pieces import Piece
 from ...errors import WeightError
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
+from ...planning.budget import TILE_ELEMENTS
 from ...planning.chunks import Tile, cut_tiles
+from ...streaming.on_cpu import Tiles
 from .batches import Batches
 from .storage import QuantizedStorage
-
-#: elements of a tile on a CPU: what stays in a core's cache
-_TILE_ELEMENTS = 1 << 19
 
 
 def has_batches(device: torch.device) -> bool:
@@ -39,7 +38,7 @@ class Quantizer:
         self.staging_bytes = staging_bytes
         #: whether values that are put stay as they are, and somebody holds them anyway, so that many are copied at once
         self.values_stay = False
-        self._scratch: Tensor | None = None
+        self._tiles: dict[torch.device, Tiles] = {}
         self._batches: dict[torch.device, Batches] = {}
 
     def put(
@@ -55,48 +54,28 @@ class Quantizer:
         """
         dtype, box, batches = dtype or values.dtype, Box.of(piece), self._batches_on(storage.weight.device)
         if batches is not None:
-            tiles = _whole_tiles(piece.size, storage.scheme, batches.limit_bytes // dtype.itemsize)
-            if tiles is not None and len(tiles) == 1:
+            whole = _whole_tiles(piece.size, storage.scheme, batches.limit_bytes // dtype.itemsize)
+            if whole is not None and len(whole) == 1:
                 batches.put(storage, piece, values, dtype, what)
-            elif tiles is not None:
-                for tile in tiles:
+            elif whole is not None:
+                for tile in whole:
                     part, off = tile.region(values), map(operator.add, piece.dst_off, tile.box.dst_off)
                     cut = Piece(tuple(off), tile.box.size, "", 0, tuple(part.stride()))
                     batches.put(storage, cut, part, dtype, what)
-            if tiles is not None:
+            if whole is not None:
                 if not self.values_stay:
                     batches.gather()
                 return
             batches.press()  # which may hold former values of the same box
-        grid = self._amax(values, dtype, storage.scheme, storage.weight.device)
+        tiles, scheme = self._tiles_on(storage.weight.device), storage.scheme
+        grid = tiles.amax(values, scheme, (0, 0), dtype)
         if batches is None and not torch.isfinite(grid).all():
             raise WeightError(_nonfinite(what))
-        scale = schemes.scale_from_amax(grid, storage.scheme)
-        out, device = piece.region(storage.weight), storage.weight.device
-        for tile in self._tiles(values, storage.scheme, device):
-            region = tile.region(values).to(device, dtype)
-            scratch = self._scratch_like(region, torch.float32)
-            schemes.quantize_into(
-                tile.region(out), region, scale[tile.cells], storage.scheme, phase=tile.phase, scratch=scratch
-            )
-        storage.scale_place(box).copy_(schemes.to_stored(scale, storage.scheme))
+        scale = schemes.scale_from_amax(grid, scheme)
+        tiles.quantize(piece.region(storage.weight), values, scale, scheme, (0, 0), dtype)
+        storage.scale_place(box).copy_(schemes.to_stored(scale, scheme))
         if batches is not None:
-            batches.watch(grid.amax(), storage, piece, what)
-
-    def _amax(self, values: Tensor, dtype: torch.dtype, scheme: Scheme, device: torch.device) -> Tensor:
-        """Of each scale group, float32 on the device."""
-        *lead, rows, cols = values.shape
-        grid = torch.zeros((*lead, *scheme.cells(rows, cols)), dtype=torch.float32, device=device)
-        for tile in self._tiles(values, scheme, device):
-            region = tile.region(values).to(device, dtype)
-            found = schemes.group_amax(region, scheme, phase=tile.phase, scratch=self._scratch_like(region))
-            cells = grid[tile.cells]
-            torch.maximum(cells, found, out=cells)
-        return grid
-
-    def _tiles(self, values: Tensor, scheme: Scheme, device: torch.device) -> tuple[Tile, ...]:
-        limit = _TILE_ELEMENTS if device.type == "cpu" else self.staging_bytes // 16
-        return cut_tiles(tuple(values.shape), scheme, (0, 0), limit)
+            batches.watch(grid, storage, piece, what)
 
     def press(self) -> None:
         """Quantize what waits on an accelerator."""
@@ -128,7 +107,7 @@ class Quantizer:
         """Drop what waits and what is not checked, and give back all memory."""
         for batches in self._batches.values():
             batches.close()
-        self._batches, self._scratch = {}, None
+        self._batches, self._tiles = {}, {}
 
     def _batches_on(self, device: torch.device) -> Batches | None:
         if not has_batches(device):
@@ -138,13 +117,12 @@ class Quantizer:
             found = self._batches[device] = Batches(device, self.staging_bytes)
         return found
 
-    def _scratch_like(self, region: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Memory for a tile's bits, or for its float32 values."""
-        if region.device.type != "cpu" or region.numel() > _TILE_ELEMENTS:
-            return None
-        if self._scratch is None:
-            self._scratch = torch.empty(2, _TILE_ELEMENTS, dtype=torch.float32, device="cpu")
-        return self._scratch[0].view(region.dtype) if dtype is None else self._scratch[1]
+    def _tiles_on(self, device: torch.device) -> Tiles:
+        found = self._tiles.get(device)
+        if found is None:
+            limit = TILE_ELEMENTS if device.type == "cpu" else self.staging_bytes // 16
+            found = self._tiles[device] = Tiles(limit, device)
+        return found
 
 
 @functools.lru_cache(maxsize=4096)
