@@ -21,6 +21,7 @@ from ._version import __version__
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .cli_options import Device, Format, Ignore, Json, Model, Prompt, Scheme, Staging, Threads, check_size, parse_size
 from .errors import OctavoError
+from .quiet import others_quiet
 
 _HELP = """Turn a bf16 checkpoint into FP8 while it streams: to run it, to write it, to check it.
 
@@ -86,6 +87,7 @@ def _root(
 
 
 @app.command()
+@others_quiet()
 def plan(
     model: Model,
     scheme: Scheme = DEFAULT_SCHEME,
@@ -239,6 +241,7 @@ def verify(
 
 
 @app.command()
+@others_quiet()
 def generate(
     model: Model,
     prompt: Prompt,
@@ -275,6 +278,7 @@ def generate(
 
 
 @app.command()
+@others_quiet()
 def demo(
     scheme: Scheme = DEFAULT_SCHEME,
     prompt: Prompt = "What is the capital of France?",

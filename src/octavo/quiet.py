@@ -1,0 +1,33 @@
+"""Keeping what other libraries say off the screen while a command of octavo runs.
+
+Importing transformers imports what it finds beside it, and some of that logs warnings and advice that concern nobody
+who only wanted an answer. This is for the command line alone: the library never changes how others log or warn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+
+_OTHERS = r"(?!octavo(\.|$))"  # as `warnings` matches it: the module that a warning is about
+
+
+@contextlib.contextmanager
+def others_quiet() -> Iterator[None]:
+    """Hide log records up to WARNING, and the warnings of modules other than octavo's; at the end all is as before.
+
+    Errors are shown, whoever logs them, and so are octavo's own warnings. Whoever asks Python for warnings (``-W``,
+    ``PYTHONWARNINGS``) gets them.
+    """
+    disabled = logging.root.manager.disable
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.filterwarnings("ignore", module=_OTHERS)
+        logging.disable(max(disabled, logging.WARNING))
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
