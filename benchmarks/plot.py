@@ -1,10 +1,10 @@
 """Pictures of committed results, for the docs.
 
-    python benchmarks/plot.py                           # every results/load_gpu-*.json -> docs/images/
+    python benchmarks/plot.py                           # every results/load_gpu-*, matmul_gpu-*.json -> docs/images/
     python benchmarks/plot.py FILE... --into FOLDER
 
-One picture a model and setting: seconds of the load, memory beyond the final model, and the memory over time that
-octavo's report tells of.
+Of loads one picture a model and setting: seconds of the load, memory beyond the final model, and the memory over time
+that octavo's report tells of. Of products one picture: how many times as fast as bf16 they are, for each shape.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import operator
 import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from matplotlib.figure import Figure
 IMAGES = common.ROOT / "docs" / "images"
 MIB, GIB = 1 << 20, 1 << 30
 _COLORS = {"octavo": "tab:blue", "ceiling": "lightgray", "peer": "tab:orange"}
+_LINES = ("tab:blue", "tab:orange", "tab:green")
 _CEILINGS = {
     "copy": "pinned copy",
     "read": "read",
@@ -120,24 +122,60 @@ def load_picture(model: str, setting: str, facts: str, rows: dict[str, dict[str,
     return figure
 
 
+def products_picture(content: dict[str, Any]) -> Figure:
+    """How many times as fast as bf16, over rows of activations: as CUDA graphs, and launched one by one (pale)."""
+    results, versions = content["results"], content["versions"]
+    figure = Figure(figsize=(10, 3 * -(-len(results) // 3)), layout="constrained")
+    grid = figure.subplots(-(-len(results) // 3), 3, squeeze=False, sharey=True)
+    for axes in grid.flat[len(results) :]:
+        axes.remove()
+    for axes, (name, counts) in zip(grid.flat, results.items(), strict=False):
+        rows = [int(count) for count in counts]
+        for key, style in (("graph_us", {}), ("eager_us", {"alpha": 0.3, "linestyle": "--"})):
+            for color, scheme in zip(_LINES, ("fp8_channel", "fp8_block", "mxfp8"), strict=True):
+                times = [ways["bf16"][key] / ways[scheme][key] for ways in counts.values()]
+                axes.plot(rows, times, color=color, marker=".", label=scheme if not style else None, **style)
+        axes.axhline(1, color="tab:gray", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(rows, list(counts))
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("rows")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("times as fast as bf16")
+    figure.axes[0].set_ylim(bottom=0)
+    figure.axes[0].legend(fontsize=8)
+    where = f"{content['gpu']}, torch {versions['torch']}; as CUDA graphs, and (pale) launched one by one"
+    figure.suptitle(where, fontsize=10)
+    return figure
+
+
+def pictures(stem: str, content: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """All pictures of a result file, with the names of theirs."""
+    if content["benchmark"] == "matmul_gpu":
+        yield stem, products_picture(content)
+    for model, found in content.get("models", {}).items():
+        for setting, rows in found.get("settings", {}).items():
+            machine = content["runs"][next(iter(rows.values()))["run"]]["machine"]
+            size = f"{found['checkpoint']['bytes'] / 1e9:.1f} GB on {machine.get('gpu', machine['cpu'])}"
+            if figure := load_picture(model, setting, size, rows):
+                yield re.sub(r"\W+", "-", f"{stem} {model} {setting}"), figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(common.RESULTS.glob("load_gpu-*.json")))
+    default = [path for name in ("load_gpu", "matmul_gpu") for path in sorted(common.RESULTS.glob(f"{name}-*.json"))]
+    parser.add_argument("files", nargs="*", type=Path, default=default)
     parser.add_argument("--into", type=Path, default=IMAGES, help="(%(default)s)")
     args = parser.parse_args()
     drawn = []
     for path in args.files:
         content = json.loads(path.read_text())
-        for model, found in content["models"].items():
-            for setting, rows in found.get("settings", {}).items():
-                machine = content["runs"][next(iter(rows.values()))["run"]]["machine"]
-                size = f"{found['checkpoint']['bytes'] / 1e9:.1f} GB on {machine.get('gpu', machine['cpu'])}"
-                if figure := load_picture(model, setting, size, rows):
-                    args.into.mkdir(parents=True, exist_ok=True)
-                    name = re.sub(r"\W+", "-", f"{path.stem} {model} {setting}")
-                    figure.savefig(args.into / f"{name}.png", dpi=110)
-                    drawn.append(f"{name}.png")
-                    say(f"drew {args.into / name}.png")
+        for name, figure in pictures(path.stem, content):
+            args.into.mkdir(parents=True, exist_ok=True)
+            figure.savefig(args.into / f"{name}.png", dpi=110)
+            drawn.append(f"{name}.png")
+            say(f"drew {args.into / name}.png")
     print(json.dumps({"drawn": drawn}))
 
 

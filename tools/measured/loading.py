@@ -6,7 +6,7 @@ import operator
 import statistics
 from typing import Any
 
-from .results import MIB, SCHEMES, Result, Sources, each, load, mib, page, seconds, table
+from .results import MIB, SCHEMES, Result, Sources, each, load, mib, page, pictures, seconds, table
 
 _CEILINGS = {
     "copy": "pinned memory to the device, alone",
@@ -145,7 +145,7 @@ make bench B=load_gpu ARGS="--folder /dev/shm/octavo-bench"
     ]
     parts += [_on_gpu(result) for result in load("load_gpu")]
     parts += [
-        "![Seconds and memory of loads to a GPU](../images/load_gpu-nvidia-h100-80gb-hbm3-qwen1-5-moe-a2-7b-tmpfs.png)",
+        *(pictures(result, "Seconds and memory of loads to a GPU") for result in load("load_gpu")),
         """## Where a stream's seconds go
 
 ```sh

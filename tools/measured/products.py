@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .loading import model_name
-from .results import SCHEMES, Result, Sources, load, page, rate, table
+from .results import SCHEMES, Result, Sources, load, page, pictures, rate, table
 
 
 def _times(result: Result, name: str, rows: dict[str, Any], key: str) -> str:
@@ -47,9 +47,11 @@ make bench B=matmul_gpu
 How many times as fast as bf16, from one row of activations to 8192. Below 1 it is slower. mxfp8 has no product of its
 own before Blackwell's units: its weights are widened.
 
-### As a CUDA graph
+""",
+        *(pictures(result, "Products on a GPU, beside bf16") for result in load("matmul_gpu")),
+        """### As a CUDA graph
 
-What the GPU takes, without the host's part."""
+What the GPU takes, without the host's part.""",
     ]
     graphs, eager = [], []
     for result in load("matmul_gpu"):

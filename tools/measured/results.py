@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+IMAGES = Path(__file__).parents[2] / "docs" / "images"
 MIB, GIB = 1 << 20, 1 << 30
 SCHEMES = ("fp8_channel", "fp8_block", "fp8_tensor", "mxfp8")
 
@@ -21,6 +22,7 @@ class Result:
     """One file of results: the figures of one benchmark on one kind of machine."""
 
     content: dict[str, Any]
+    stem: str  # of its file, and of the names of its pictures
 
     @property
     def runs(self) -> dict[str, dict[str, Any]]:
@@ -34,7 +36,7 @@ class Result:
 
 def load(name: str) -> list[Result]:
     """The results of a benchmark, one for each kind of machine that it ran on."""
-    return [Result(json.loads(path.read_text())) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
+    return [Result(json.loads(path.read_text()), path.stem) for path in sorted(RESULTS.glob(f"{name}-*.json"))]
 
 
 @dataclass
@@ -91,6 +93,12 @@ def table(head: Row, rows: Iterable[Row], numbers_from: int = 1) -> str:
     """A Markdown table; columns from ``numbers_from`` on hold numbers, and are aligned to the right."""
     rule = ["---" if column < numbers_from else "--:" for column in range(len(head))]
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, rule, *rows))
+
+
+def pictures(result: Result, text: str) -> str:
+    """Those that benchmarks/plot.py has drawn of a file of results."""
+    drawn = sorted(IMAGES.glob(f"{result.stem}*.png"))
+    return "\n\n".join(f"![{text}](../images/{path.name})" for path in drawn)
 
 
 def page(title: str, *parts: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from .loading import least_over, over_bytes, without_imports
@@ -138,12 +137,12 @@ def losses() -> list[str]:
 def make() -> str:
     """The page."""
     where: dict[str, list[str]] = {}
-    for path in sorted(RESULTS.glob("*.json")):
-        result = Result(json.loads(path.read_text()))
-        for run in result.runs.values():
-            benchmarks = where.setdefault(machine(run["machine"]).partition(", files")[0], [])
-            if f"`{result['benchmark']}`" not in benchmarks:
-                benchmarks.append(f"`{result['benchmark']}`")
+    for name in sorted({path.stem.partition("-")[0] for path in RESULTS.glob("*.json")}):
+        for result in load(name):
+            for run in result.runs.values():
+                benchmarks = where.setdefault(machine(run["machine"]).partition(", files")[0], [])
+                if f"`{result['benchmark']}`" not in benchmarks:
+                    benchmarks.append(f"`{result['benchmark']}`")
     return page(
         "Measured",
         """Every figure on these pages is made by a script (`make pages`) from the files in `benchmarks/results`, which
