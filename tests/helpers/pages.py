@@ -5,6 +5,8 @@ A block that can't run just anywhere says so in its title, which readers see: ``
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import re
 import shlex
 from collections.abc import Iterator
@@ -53,6 +55,22 @@ def blocks(page: str) -> list[Block]:
             found.append(Block(page, token.map[0] + 2, language, token.content, needs[1] if needs else None))
     # a block within a note or a list that is not indented as Markdown wants would be passed over
     assert len(_FENCE.findall(text)) == 2 * len(found), f"{page}: a code block that is not found as one"
+    return found
+
+
+def docstring_blocks(name: str, docstring: str) -> list[Block]:
+    """The Python in a docstring: fenced, as a session (``>>>``), or indented and about octavo."""
+    # what stands in a section of examples is indented once more
+    text = re.sub(r"(?<=^Example:\n)\n?(?= )|(?<=^Examples:\n)\n?(?= )", "\n", inspect.cleandoc(docstring), flags=re.M)
+    found = []
+    for token in MarkdownIt("commonmark").parse(text):
+        code = token.content
+        if ">>>" in code:
+            if token.type in ("fence", "code_block", "inline"):
+                code = "".join(example.source for example in doctest.DocTestParser().get_examples(code))
+                found.append(Block(name, 1, "python", code, None))
+        elif (token.type == "fence" and token.info == "python") or (token.type == "code_block" and "octavo." in code):
+            found.append(Block(name, 1, "python", code, None))
     return found
 
 

@@ -68,6 +68,16 @@ def test_python_of_a_page_runs(page: str, model: Path, here: Path) -> None:
             check_calls(block)
 
 
+@pytest.mark.parametrize("name", octavo.__all__)
+def test_examples_of_a_docstring_run(name: str, model: Path, here: Path) -> None:
+    names: dict[str, Any] = {"__name__": "docstring", "octavo": octavo}
+    documented = getattr(octavo, name)
+    methods = [value for key, value in vars(documented).items() if inspect.isfunction(value) and key[0] != "_"]
+    for each in (documented, *(methods if inspect.isclass(documented) else ())):
+        for block in pages.docstring_blocks(name, each.__doc__ or ""):
+            exec(compile(NAMED.sub(str(model), block.code), f"docstring of {name}", "exec"), names)
+
+
 def check_calls(block: pages.Block) -> None:
     """Compare what a block asks of octavo, and of vLLM with octavo in it, with what they take."""
     for node in ast.walk(ast.parse(block.code)):
