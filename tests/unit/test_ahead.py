@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from octavo import machine
 from octavo.checkpoint.header import Shard
 from octavo.machine import available_bytes
 from octavo.streaming import readahead as ahead
@@ -118,8 +119,8 @@ def test_a_container_s_limit_counts(tmp_path, monkeypatch):
     unlimited, limited = tmp_path / "unlimited", tmp_path / "limited"
     unlimited.write_text("max\n")
     limited.write_text("12345678\n")
-    monkeypatch.setattr(ahead, "_LIMITS", (str(unlimited), str(tmp_path / "absent")))
+    monkeypatch.setattr(machine, "_LIMITS", (str(unlimited), str(tmp_path / "absent")))
     there = available_bytes()
     assert there > 100 * MIB
-    monkeypatch.setattr(ahead, "_LIMITS", (str(unlimited), str(limited)))
+    monkeypatch.setattr(machine, "_LIMITS", (str(unlimited), str(limited)))
     assert available_bytes() == 12345678

@@ -27,7 +27,7 @@ LAYERS = (
     ("adapters.vllm",),
     ("api",),
     ("demo",),
-    ("cli", "cli_options"),
+    ("cli", "cli_options", "quiet"),
     ("__init__", "__main__", "schemes"),
 )
 

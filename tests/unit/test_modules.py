@@ -12,6 +12,7 @@ from octavo.numerics import schemes
 from octavo.running import linear as matmul
 from octavo.running import modules
 from octavo.running.modules import QuantizedExperts, QuantizedLinear
+from octavo.running.weight_only import widen
 
 
 def finite_codes() -> torch.Tensor:
@@ -30,7 +31,7 @@ def e4m3_value(code: int) -> float:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_widening_is_exact_for_every_finite_code(dtype):
     q = finite_codes()
-    wide = matmul.widen(q, dtype)
+    wide = widen(q, dtype)
     assert wide.dtype == dtype
     assert wide.tolist() == [e4m3_value(c) for c in q.view(torch.uint8).tolist()]
     assert torch.equal(torch.signbit(wide), q.view(torch.int8) < 0)
@@ -40,8 +41,8 @@ def test_widening_is_exact_for_every_finite_code(dtype):
 def test_widening_leaves_the_codes_alone_and_takes_any_strides(dtype):
     q = finite_codes()[:252].view(18, 14)
     before = q.view(torch.uint8).clone()
-    assert torch.equal(matmul.widen(q.t(), dtype), matmul.widen(q, dtype).t())
-    assert torch.equal(matmul.widen(q[3:5], dtype), matmul.widen(q, dtype)[3:5])
+    assert torch.equal(widen(q.t(), dtype), widen(q, dtype).t())
+    assert torch.equal(widen(q[3:5], dtype), widen(q, dtype)[3:5])
     assert torch.equal(q.view(torch.uint8), before)
 
 

@@ -13,9 +13,9 @@ import torch
 from helpers import random_weights, run_plan, threads_of_octavo, write_checkpoint
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import MissingExtraError
+from octavo.machine import rss_bytes
 from octavo.planning.plan import plan_checkpoint
 from octavo.planning.recipe import Recipe
-from octavo.streaming import report
 from octavo.streaming.meter import Stages, collection_paused, measured, progress_bar
 from octavo.streaming.report import Report
 from octavo.streaming.sinks import ParameterSink, Storage
@@ -179,9 +179,9 @@ def test_a_failed_stream_ends_the_meter_too(tmp_path):
 
 
 def test_resident_memory_grows_with_what_is_allocated():
-    before = report.rss_bytes()
+    before = rss_bytes()
     block = torch.ones(256 << 20, dtype=torch.uint8)  # more than an allocator keeps at hand
-    assert report.rss_bytes() - before > 128 << 20
+    assert rss_bytes() - before > 128 << 20
     del block
 
 
@@ -189,9 +189,7 @@ def test_the_table_of_a_plan_groups_layers(tmp_path):
     checkpoint = Checkpoint.open(
         write_checkpoint(tmp_path, {f"layers.{i}.w.weight": torch.ones(8, 8).bfloat16() for i in range(3)})
     )
-    lines = [
-        line for line in report.plan_table(plan_checkpoint(checkpoint, Recipe())).splitlines() if "layers.*" in line
-    ]
+    lines = [line for line in plan_checkpoint(checkpoint, Recipe()).table().splitlines() if "layers.*" in line]
     assert len(lines) == 1
     assert " 3 " in lines[0]
     run_plan(checkpoint, plan_checkpoint(checkpoint, Recipe()))
