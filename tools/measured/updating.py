@@ -64,16 +64,16 @@ loaded through `octavo.layerwise` in the ways that it offers. Memory is anonymou
 kernel can't drop."""
     )
     for result in load("layerwise_memory"):
-        lines = []
+        kept = []
         for way, name in _WAYS.items():
             row = result["ways"][way]
             bound = row["bound_over_final_bytes"]
-            lines.append((name, mib(row["over_final_bytes"]), "" if bound is None else mib(bound)))
+            kept.append((name, mib(row["over_final_bytes"]), "" if bound is None else mib(bound)))
         row = result["ways"]["direct"]
         parts += [
             f"{mib(row['final_bytes'])} MiB in FP8, of which a layer's experts would be "
             f"{mib(row['largest_layer_bytes'])} MiB in bf16.",
-            table(("way", "MiB over the FP8 model", "promised"), lines),
+            table(("way", "MiB over the FP8 model", "promised"), kept),
             Sources(result).note(),
             "![Memory while a model loads itself](../images/layerwise_memory.png)",
             """What the direct way takes over the model is malloc's: it does not grow with the number of layers, and
