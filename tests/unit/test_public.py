@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
+import pickle
 import re
 import subprocess
 import sys
@@ -39,6 +42,66 @@ def test_the_version_is_a_version():
 
 def in_a_new_process(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_importing_octavo_imports_no_other_package():
+    code = """
+import sys
+before = set(sys.modules)
+import octavo
+dir(octavo), octavo.__version__, octavo.__doc__
+found = {name.partition(".")[0] for name in set(sys.modules) - before}
+print(sorted(found - {"octavo"} - set(sys.stdlib_module_names)), sorted(n for n in sys.modules if "octavo" in n))
+"""
+    assert in_a_new_process(code).strip() == "[] ['octavo', 'octavo._version']"
+
+
+FIRST = (
+    "import octavo; assert octavo.load.__module__",
+    "from octavo import load; assert load.__module__",
+    "from octavo import OctavoError, Recipe, plan; assert Recipe() and plan.__module__",
+    "import octavo.cli, octavo; assert octavo.convert.__module__",
+    "import octavo; assert octavo.schemes.quantize",
+    "from octavo import schemes; assert schemes.quantize",
+    "from octavo.schemes import quantize; import octavo; assert octavo.schemes.quantize is quantize",
+    "from octavo.errors import OctavoError; import octavo; assert octavo.OctavoError is OctavoError",
+    "import octavo; assert octavo.errors.CheckpointError",
+    "import octavo.planning.plan, octavo; assert octavo.plan.__module__ and octavo.plan.__name__ == 'plan'",
+)
+
+
+def test_any_public_name_may_be_the_first_that_is_asked_for():
+    code = f"""
+import sys
+for code in {FIRST!r}:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "octavo"]:
+        del sys.modules[name]
+    exec(code, {{}})
+print("fine")
+"""
+    assert in_a_new_process(code).strip() == "fine"
+
+
+def test_editors_and_type_checkers_see_every_public_name_where_it_is_defined():
+    tree = ast.parse(Path(octavo.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: f"octavo.{node.module}"
+        for node in block.body
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    }
+    assert sorted(seen) == sorted(octavo.__all__)
+    for name, module in seen.items():
+        if name != "OctavoConfig":  # which needs transformers
+            assert getattr(octavo, name) is getattr(importlib.import_module(module), name)
+
+
+def test_a_recipe_survives_pickling():
+    recipe = octavo.Recipe("fp8_block", targets={"re:.*experts.*": "mxfp8"}, ignore=["lm_head"])
+    assert pickle.loads(pickle.dumps(recipe)) == recipe
+    code = f"import pickle; print(pickle.loads({pickle.dumps(recipe)!r}).scheme)"
+    assert in_a_new_process(code).strip() == "fp8_block"
 
 
 def test_importing_octavo_stays_light():
