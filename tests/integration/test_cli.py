@@ -111,7 +111,8 @@ def test_version_is_the_package_s(run: Run) -> None:
 )
 def test_completion_offers_commands_options_and_what_can_be_chosen(line: str, offered: list[str]) -> None:
     asked = {"_OCTAVO_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
-    done = subprocess.run(OCTAVO, capture_output=True, text=True, env=_environment(**asked))
+    command = [sys.executable, "-c", REFUSING.format(refused="torch transformers")]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment(**asked))
     assert (done.returncode, done.stdout.split(), done.stderr) == (0, offered, "")
 
 
@@ -201,6 +202,51 @@ def _environment(**more: str) -> dict[str, str]:
 
 def _process(*args: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*OCTAVO, *map(str, args)], capture_output=True, text=True, env=_environment())
+
+
+WITHOUT = "torch transformers numpy safetensors huggingface_hub pydantic rich"
+REFUSING = """
+import sys
+for name in {refused!r}.split():
+    sys.modules[name] = None  # importing it is an error
+sys.argv[0] = "octavo"
+from octavo.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "said", "pretty"),
+    [
+        (["--version"], 0, "octavo ", False),
+        (["--help"], 0, "Where to begin", True),
+        (["plan", "--help"], 0, "--device-memory", True),
+        (["bake"], 2, "No such command", False),
+        (["plan", "x", "--bake"], 2, "No such option", False),
+    ],
+)
+def test_what_can_be_said_at_once_waits_for_no_import(args: list[str], code: int, said: str, pretty: bool) -> None:
+    refused = WITHOUT.replace(" rich", "") if pretty else WITHOUT
+    command = [sys.executable, "-c", REFUSING.format(refused=refused), *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert done.returncode == code, done.stderr
+    assert said in plain(done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["plan"], "Missing argument"),
+        (["plan", "x", "--scheme", "int4"], "known: fp8_channel"),
+        (["convert", "x", "y", "--staging", "much"], "'much' is not a size"),
+        (["demo", "--plot", "/no/such/folder/a.png"], "does not exist"),
+    ],
+)
+def test_wrong_usage_is_told_before_torch_is_imported(args: list[str], said: str) -> None:
+    command = [sys.executable, "-c", REFUSING.format(refused="torch transformers"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, env=_environment())
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_process_prints_json_to_stdout_and_nothing_to_stderr(llama: Path, tmp_path: Path) -> None:
