@@ -64,16 +64,16 @@ def test_who_asks_python_for_warnings_gets_them(monkeypatch: pytest.MonkeyPatch)
 def test_a_command_lets_libraries_talk_to_themselves(
     command: list[Any], llama: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from octavo.adapters import transformers
+    from octavo.adapters.transformers import load
 
-    prepare = transformers.prepare
+    prepare = load.prepare
 
     def noisy(*args: Any, **options: Any) -> Any:
         logging.getLogger("chatty").warning("Failed to load a library that nobody asked for")
         warnings.warn_explicit("use that instead", FutureWarning, "chatty.py", 1, module="chatty")
         return prepare(*args, **options)
 
-    monkeypatch.setattr(transformers, "prepare", noisy)
+    monkeypatch.setattr(load, "prepare", noisy)
     stderr = logging.StreamHandler()  # as transformers has one
     logging.getLogger("chatty").addHandler(stderr)
     try:
