@@ -23,25 +23,20 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
 
-from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError, MissingExtraError, RecipeError
 from ...machine import usable_device
 from ...planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ...planning.recipe import Recipe
-from ...running import modules
 from ...session.update import Routes
 from ...streaming.meter import Stages, measured
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
 from ...streaming.report import Report
-from ...streaming.sinks import ParameterSink, Storage, allocate_all
+from ...streaming.sinks import ParameterSink, allocate_all
 from ...streaming.stream import Stream
-
-#: what quantization_config.quant_method says of a model that octavo quantized
-METHOD = "octavo"
+from .swap import METHOD, assign, swap
 
 
 def load(
@@ -113,7 +108,7 @@ def load(
             )
             model, plan = prepared.model, prepared.plan
             with stages("swap"):
-                swap(model, plan)
+                swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
     with measured(plan, progress) as meter:
         with stages("allocate"):
             storages = allocate_all(plan.placements)
@@ -122,7 +117,7 @@ def load(
             meter.follow(stream.tally)
             tally = stream.run(meter.progress)
         with stages("finish"):
-            assign(model, plan, storages)
+            assign(model, storages)
             del storages
             _finish(model, plan, target_device)
     notes = [] if prepared.saved else plan.notes
@@ -213,50 +208,15 @@ def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:
 
 
 def _swap_saved(model: Any, checkpoint: Checkpoint) -> None:
-    from .quantizer import swap_saved
+    from .quantizer import unsaved_weights
 
     try:
-        swap_saved(model, checkpoint.config["quantization_config"]["weights"])
+        swap(model, unsaved_weights(checkpoint.config["quantization_config"]["weights"]))
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: quantization_config does not fit the model: "
             f"{type(error).__name__}: {error}"
         ) from error
-
-
-# -- swap and assign --------------------------------------------------------------------------------------------------
-
-
-def swap(model: Any, plan: Plan) -> None:
-    """Give every module that the plan quantizes its FP8 form, storage not yet assigned."""
-    for placement in plan.quantized:
-        assert placement.scheme is not None
-        path, _, leaf = placement.name.rpartition(".")
-        module = model.get_submodule(path)
-        if isinstance(module, nn.Linear):
-            modules.quantize_linear(model, path, placement.scheme, placement.parts)
-        else:
-            modules.quantize_stack(module, leaf, placement.scheme, placement.shape, placement.parts)
-
-
-def assign(model: Any, plan: Plan, storages: Mapping[str, Storage]) -> None:
-    """Give the model's parameters and buffers their storage."""
-    for placement in plan.placements:
-        storage = storages[placement.name]
-        _set(model, placement.name, storage.weight, trainable=placement.scheme is None)
-        if storage.scale is not None:
-            _set(model, modules.scale_name(placement.name), storage.scale)
-
-
-def _set(model: Any, name: str, tensor: torch.Tensor, trainable: bool = False) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
-        return
-    parameter = nn.Parameter(tensor, requires_grad=trainable and tensor.dtype in dtypes.QUANTIZABLE)
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-    module._parameters[leaf] = parameter
 
 
 def _finish(model: Any, plan: Plan, device: torch.device) -> None:

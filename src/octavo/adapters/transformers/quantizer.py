@@ -30,11 +30,11 @@ from ...streaming.meter import Stages, measured
 from ...streaming.report import Report
 from ...streaming.sinks import ParameterSink, Storage, allocate_all
 from ...streaming.stream import Stream
-from . import load as adapter
 from .model_plan import plan_model
+from .swap import METHOD, swap
 
 
-@register_quantization_config(adapter.METHOD)
+@register_quantization_config(METHOD)
 class OctavoConfig(QuantizationConfigMixin):
     """What ``quantization_config`` takes.
 
@@ -60,7 +60,7 @@ class OctavoConfig(QuantizationConfigMixin):
         unknown.pop("quant_method", None)
         if unknown:
             raise RecipeError(f"OctavoConfig: unknown option {sorted(unknown)[0]!r}")
-        self.quant_method = adapter.METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD  # type: ignore[assignment]
         recipe = Recipe(scheme, targets or {}, ignore)
         self.scheme, self.targets, self.ignore = recipe.scheme, dict(recipe.targets), list(recipe.ignore)
         self.staging_bytes, self.threads = staging_bytes, threads
@@ -107,7 +107,7 @@ class _StreamedConverter(WeightConverter):
         return handed
 
 
-@register_quantizer(adapter.METHOD)
+@register_quantizer(METHOD)
 class OctavoQuantizer(HfQuantizer):
     """Streams a bf16 checkpoint into FP8, or swaps modules for one that is FP8 already."""
 
@@ -149,7 +149,7 @@ class OctavoQuantizer(HfQuantizer):
         **_: Any,
     ) -> None:
         if self.pre_quantized:
-            swap_saved(model, self.config.weights or {})
+            swap(model, unsaved_weights(self.config.weights or {}))
             return
         config = self.config
         if getattr(model.config, "distributed_config", None) is not None:
@@ -162,7 +162,7 @@ class OctavoQuantizer(HfQuantizer):
             where = _placer(device_map)
             plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
         with stages("swap"):
-            adapter.swap(model, plan)
+            swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
         with measured(plan, None) as meter:
             with stages("allocate"):
                 self.storages = allocate_all(plan.placements)
@@ -226,7 +226,7 @@ def mark_quantized(model: Any, recipe: Recipe) -> None:
     model.config.quantization_config = config
     model.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
     model.is_quantized = True
-    model.quantization_method = adapter.METHOD
+    model.quantization_method = METHOD
     model._weight_conversions = []
 
 
@@ -234,18 +234,9 @@ def _saved_weights(model: Any) -> dict[str, Any]:
     return {name: [scheme, list(parts)] for name, scheme, parts in modules.quantized_weights(model)}
 
 
-def swap_saved(model: Any, weights: Mapping[str, Any]) -> None:
-    """Give the modules of a saved FP8 model their form: ``weights`` is name -> [scheme, parts]."""
-    for name, (scheme, parts) in weights.items():
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if isinstance(module, torch.nn.Linear):
-            modules.quantize_linear(model, path, scheme, tuple(parts))
-            continue
-        shape = tuple(getattr(module, leaf).shape)
-        if module.is_transposed:
-            shape = (*shape[:-2], shape[-1], shape[-2])
-        modules.quantize_stack(module, leaf, scheme, shape, tuple(parts))
+def unsaved_weights(saved: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, scheme, parts) of each weight of a saved FP8 model: ``saved`` is name -> [scheme, parts]."""
+    return [(name, scheme, tuple(parts)) for name, (scheme, parts) in saved.items()]
 
 
 def _placer(device_map: Any) -> Any:
