@@ -43,6 +43,7 @@ from octavo.planning.blocks import Read, cut_blocks
 from octavo.planning.budget import Budget
 from octavo.planning.plan import DEFAULT_STAGING_BYTES
 from octavo.streaming.ring import Slot
+from octavo.streaming.sinks import ParameterSink, allocate_all
 
 _stream = importlib.import_module("octavo.streaming.stream")  # `octavo.stream` is the function
 
@@ -81,7 +82,7 @@ class Streams:
     def __init__(self, folder: Path, scheme: str, device: torch.device, staging_bytes: int) -> None:
         self.checkpoint, self.device = Checkpoint.open(folder), device
         self.plan = adapter.prepare(self.checkpoint, octavo.Recipe.coerce(scheme), str(device), staging_bytes).plan
-        self.storages = adapter.allocate_all(self.plan.placements)
+        self.storages = allocate_all(self.plan.placements)
 
     def budget(self, threads: int | None) -> Budget:
         # of an accelerator on a CPU, too, so that this can be tried there
@@ -95,7 +96,7 @@ class Streams:
                 module, owner, attribute = name.rsplit(".", 2)
                 stack.enter_context(mock.patch.object(getattr(sys.modules[module], owner), attribute, other))
             stack.enter_context(_switching(switch_ms))
-            sink = adapter.ParameterSink(self.storages)
+            sink = ParameterSink(self.storages)
             stream = _stream.Stream(self.checkpoint, self.plan, sink, budget=self.budget(threads))
             _ceilings.synchronize(self.device)
             began, cpu = time.perf_counter(), time.process_time()

@@ -29,13 +29,11 @@ from ...errors import CheckpointError, MissingExtraError, RecipeError
 from ...machine import usable_device
 from ...planning.plan import DEFAULT_STAGING_BYTES, Plan
 from ...planning.recipe import Recipe
-from ...session.update import Routes
-from ...streaming.meter import Stages, measured
+from ...streaming.meter import Stages
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
-from ...streaming.report import Report
-from ...streaming.sinks import ParameterSink, allocate_all
-from ...streaming.stream import Stream
+from ...streaming.sinks import Storage
+from .fill import fill
 from .swap import METHOD, assign, swap
 
 
@@ -106,23 +104,26 @@ def load(
                 trust_remote_code=trust_remote_code,
                 attn_implementation=attn_implementation,
             )
-            model, plan = prepared.model, prepared.plan
-            with stages("swap"):
-                swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
-    with measured(plan, progress) as meter:
-        with stages("allocate"):
-            storages = allocate_all(plan.placements)
-        with stages("stream"):
-            stream = Stream(checkpoint, plan, ParameterSink(storages), threads=threads, direct_io=direct_io)
-            meter.follow(stream.tally)
-            tally = stream.run(meter.progress)
+    model, plan = prepared.model, prepared.plan
+
+    def take(storages: Mapping[str, Storage]) -> None:
         with stages("finish"):
             assign(model, storages)
-            del storages
             _finish(model, plan, target_device)
-    notes = [] if prepared.saved else plan.notes
-    model.load_report = Report.of(plan, stream.budget, tally, stages, meter, notes=notes)
-    model.load_routes = None if prepared.saved else Routes.of(plan, checkpoint)
+
+    fill(
+        model,
+        checkpoint,
+        plan,
+        stages,
+        take,
+        threads=threads,
+        direct_io=direct_io,
+        progress=progress,
+        notes=plan.notes,
+    )
+    if prepared.saved:
+        model.load_routes = None  # its checkpoint has the model's own names
     if prepared.saved or plan.quantized:
         from .quantizer import mark_quantized
 

@@ -25,11 +25,9 @@ from ...planning.placement import Placement
 from ...planning.plan import DEFAULT_STAGING_BYTES
 from ...planning.recipe import DEFAULT_SCHEME, Recipe
 from ...running import modules
-from ...session.update import Routes
-from ...streaming.meter import Stages, measured
-from ...streaming.report import Report
-from ...streaming.sinks import ParameterSink, Storage, allocate_all
-from ...streaming.stream import Stream
+from ...streaming.meter import Stages
+from ...streaming.sinks import Storage
+from .fill import fill
 from .model_plan import plan_model
 from .swap import METHOD, swap
 
@@ -121,8 +119,6 @@ class OctavoQuantizer(HfQuantizer):
         self.made_from: dict[str, list[Placement]] = {}  # and the other way round
         self.storages: dict[str, Storage] = {}
         self.streamed: set[str] = set()  # parameters and scales that are in memory before transformers loads any
-        self.report: Report | None = None
-        self.routes: Routes | None = None
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -161,22 +157,12 @@ class OctavoQuantizer(HfQuantizer):
             checkpoint = Checkpoint.open_files([Path(file) for file in checkpoint_files])
             where = _placer(device_map)
             plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
-        with stages("swap"):
-            swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
-        with measured(plan, None) as meter:
-            with stages("allocate"):
-                self.storages = allocate_all(plan.placements)
-            with stages("stream"):
-                stream = Stream(checkpoint, plan, ParameterSink(self.storages), threads=config.threads)
-                meter.follow(stream.tally)
-                tally = stream.run(meter.progress)
+        fill(model, checkpoint, plan, stages, self.storages.update, threads=config.threads)
         self.sources = {p.name: tuple(dict.fromkeys(piece.src_name for piece in p.pieces)) for p in plan.placements}
         for placement in plan.placements:
             for source in self.sources[placement.name]:
                 self.made_from.setdefault(source, []).append(placement)
         self.streamed = {name for p in plan.placements for name in (p.name, modules.scale_name(p.name))}
-        self.report = Report.of(plan, stream.budget, tally, stages, meter)
-        self.routes = Routes.of(plan, checkpoint)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         if self.pre_quantized:
@@ -212,10 +198,6 @@ class OctavoQuantizer(HfQuantizer):
         model._weight_conversions = []  # saved under the model's own names
         self.config.weights = _saved_weights(model)
         model.config.quantization_config = self.config
-        if self.report is not None:
-            model.load_report = self.report
-            model.load_routes = self.routes
-        self.report = self.routes = None
         self.streamed.clear()
         return model
 
