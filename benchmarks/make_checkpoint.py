@@ -195,7 +195,8 @@ def _cut(shapes: Shapes, shard_bytes: int) -> list[Shard]:
     return shards
 
 
-def _write(path: Path, shard: Shard, block: np.ndarray, offsets: np.random.Generator) -> None:
+def _write(path: Path, shard: Shard, block: np.ndarray | None, offsets: np.random.Generator) -> None:
+    """Without a block of random numbers, the file has its header and its size, and no data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor, shape in shard:
@@ -205,6 +206,9 @@ def _write(path: Path, shard: Shard, block: np.ndarray, offsets: np.random.Gener
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
+        if block is None:
+            file.truncate(file.tell() + end)
+            return
         for tensor, shape in shard:
             for values in _values(tensor, math.prod(shape), block, offsets):
                 for start in range(0, values.size, _WRITE_ELEMENTS):
@@ -212,9 +216,19 @@ def _write(path: Path, shard: Shard, block: np.ndarray, offsets: np.random.Gener
 
 
 def make(
-    model: str, folder: Path, layers: int | None = None, shard_gb: float = 2.0, threads: int | None = None
+    model: str,
+    folder: Path,
+    layers: int | None = None,
+    shard_gb: float = 2.0,
+    threads: int | None = None,
+    *,
+    sparse: bool = False,
 ) -> dict[str, Any]:
-    """Write the checkpoint; a folder that has its config is taken to be complete."""
+    """Write the checkpoint; a folder that has its config is taken to be complete.
+
+    Args:
+        sparse: whether the files are to hold headers and no data: zeros when read, and next to nothing on a disk.
+    """
     default_layers, build = MODELS[model]
     layers = layers or default_layers
     config, shapes = build(layers)
@@ -229,11 +243,11 @@ def make(
     if (folder / "config.json").is_file():
         return facts
     folder.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(folder).free) < facts["bytes"]:
+    if not sparse and (free := shutil.disk_usage(folder).free) < facts["bytes"]:
         raise OSError(f"{folder}: {model} needs {facts['bytes'] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     of = len(shards)
     names = [f"model-{n:05d}-of-{of:05d}.safetensors" for n in range(1, of + 1)] if of > 1 else ["model.safetensors"]
-    block = _random_block()
+    block = None if sparse else _random_block()
     with ThreadPoolExecutor(threads or min(16, os.cpu_count() or 1)) as pool:
         jobs = [
             pool.submit(_write, folder / name, shard, block, np.random.default_rng((1, number)))
@@ -256,6 +270,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--shard-gb", type=float, default=2.0, help="largest shard, about, in 1e9 bytes (%(default)s)")
     parser.add_argument("--threads", type=int, help="shards written at a time (one a core, at most 16)")
+    parser.add_argument("--sparse", action="store_true", help="headers and sizes alone, to plan with")
     args = parser.parse_args()
     if args.folder is None:
         for model, (layers, build) in MODELS.items():
@@ -264,7 +279,7 @@ def main() -> None:
         print(json.dumps(sorted(MODELS)))
         return
     started = time.perf_counter()
-    facts = make(args.model, args.folder, args.layers, args.shard_gb, args.threads)
+    facts = make(args.model, args.folder, args.layers, args.shard_gb, args.threads, sparse=args.sparse)
     print(json.dumps({**facts, "seconds": round(time.perf_counter() - started, 2)}))
 
 

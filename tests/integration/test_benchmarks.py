@@ -104,6 +104,24 @@ def test_a_generated_checkpoint_has_the_same_bytes_with_any_number_of_threads(tm
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
 
 
+def test_a_checkpoint_without_data_has_the_headers_and_sizes_of_one_with_data(tmp_path, monkeypatch):
+    monkeypatch.setitem(generator.MODELS, "tiny", (2, lambda layers: generator.llama(layers, vocab=64, inner=64)))
+    facts = [
+        generator.make("tiny", tmp_path / name, shard_gb=0.05, sparse=name == "sparse") for name in ("full", "sparse")
+    ]
+    assert facts[0] == facts[1]
+    for path in sorted((tmp_path / "full").iterdir()):
+        sparse = tmp_path / "sparse" / path.name
+        if path.suffix == ".json":
+            assert sparse.read_bytes() == path.read_bytes()
+            continue
+        with sparse.open("rb") as mine, path.open("rb") as whole:
+            length = int.from_bytes(mine.read(8), "little")
+            assert whole.read(8 + length) == length.to_bytes(8, "little") + mine.read(length)
+        assert sparse.stat().st_size == path.stat().st_size
+        assert sparse.stat().st_blocks * 512 < path.stat().st_size / 10
+
+
 def test_a_snippet_that_hangs_is_killed_and_one_that_fails_is_told():
     with pytest.raises(common.ChildError, match="killed after 1 s"):
         common.run_fresh("time.sleep(60)", timeout_s=1)
