@@ -23,6 +23,7 @@ import _measure
 import _vllm
 import common
 import make_checkpoint as generator
+import plan_cpu
 import stream_gpu
 import vllm_gpu
 
@@ -192,3 +193,14 @@ def test_a_stream_is_measured_with_and_without_its_parts(checkpoint):
     assert whole["unread"]["reading_s_all_threads"] == 0 < whole["stream"]["reading_s_all_threads"]
     assert streams.cut()["boxes"] > 0
     assert sys.getswitchinterval() == pytest.approx(0.005)
+
+
+def test_planning_is_measured_without_data(tmp_path, monkeypatch):
+    monkeypatch.setitem(generator.MODELS, "tiny", (2, lambda layers: generator.qwen_moe(layers, 4, 64, v3=True)))
+    facts = generator.make("tiny", tmp_path, sparse=True)
+    runs = [plan_cpu.measure(tmp_path, "fp8_channel") for _ in range(2)]
+    found = plan_cpu.condense(runs)
+    assert found["tensors"] == facts["tensors"] > found["parameters"]  # experts are stacked
+    assert found["read_bytes"] == facts["bytes"]
+    assert found["blocks"] <= found["boxes"]
+    assert all(found[name]["median"] > 0 for name in plan_cpu.SECONDS)
