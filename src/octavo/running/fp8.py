@@ -36,14 +36,15 @@ import functools
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import schemes
+from .opaque import opaque
 
 if TYPE_CHECKING:
     from . import kernels as _kernels_module
@@ -105,35 +106,6 @@ def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
 
 
-# -- for torch.compile ------------------------------------------------------------------------------------------------
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def _operation(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
-    """Make a function, under torch.compile, one opaque operation: ``torch.ops.octavo.<its name>``.
-
-    Args:
-        schema: of its arguments and results, in torch's notation.
-        fake: the same function on tensors without data.
-    """
-
-    def decorate(function: Function) -> Function:
-        name = function.__name__
-        made = torch.library.custom_op(f"octavo::{name}", function, mutates_args=(), device_types="cuda", schema=schema)
-        made.register_fake(fake)
-
-        @functools.wraps(function)
-        def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling():
-                return getattr(torch.ops.octavo, name)(*args)
-            return function(*args)
-
-        return call  # type: ignore[return-value]
-
-    return decorate
-
-
 # -- layouts and tiles ------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +165,7 @@ def _bytes(scale: Tensor) -> Tensor:
 # -- linear layers ----------------------------------------------------------------------------------------------------
 
 
-@_operation(
+@opaque(
     "(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias) -> Tensor",
     lambda x, q, *_: x.new_empty(*x.shape[:-1], q.shape[0]),
 )
@@ -333,7 +305,7 @@ def _fake_routes(ids: Tensor, experts: int) -> tuple[Tensor, ...]:
     return torch.empty_like(ids), order, ids.new_empty(experts, dtype=torch.int32), torch.empty_like(order)
 
 
-@_operation("(Tensor ids, SymInt experts) -> (Tensor, Tensor, Tensor, Tensor)", _fake_routes)
+@opaque("(Tensor ids, SymInt experts) -> (Tensor, Tensor, Tensor, Tensor)", _fake_routes)
 def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids [rows] -> them sorted, their order, int32 [experts] where each expert's rows end, and the inverse order."""
     if len(ids) <= _SORTED_AT_ONCE:
@@ -351,7 +323,7 @@ def takes_experts(parts: Iterable[Sequence[int]]) -> bool:
     return _HAS_TRITON and all(len(each) <= _MAX_PARTS for each in parts)
 
 
-@_operation(
+@opaque(
     "(Tensor x, Tensor q, Tensor scale, str scheme, SymInt[] parts, Tensor? bias, Tensor ids, Tensor? order, "
     "Tensor? ends, SymInt top_k, bool gather) -> Tensor",
     lambda x, q, scale, scheme, parts, bias, ids, *_: x.new_empty(ids.shape[0], q.shape[1]),
@@ -401,7 +373,7 @@ def expert_linear(
     )
 
 
-@_operation(
+@opaque(
     "(Tensor y, Tensor ids, Tensor weights, SymInt experts, Tensor? position) -> Tensor",
     lambda y, ids, *_: y.new_empty(ids.shape[0], y.shape[1]),
 )

@@ -1,0 +1,39 @@
+"""Functions that torch.compile takes as one opaque operation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+if TYPE_CHECKING:
+    pass
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Make a function, under torch.compile, one opaque operation: ``torch.ops.octavo.<its name>``.
+
+    Args:
+        schema: of its arguments and results, in torch's notation.
+        fake: the same function on tensors without data.
+    """
+
+    def decorate(function: Function) -> Function:
+        name = function.__name__
+        made = torch.library.custom_op(f"octavo::{name}", function, mutates_args=(), device_types="cuda", schema=schema)
+        made.register_fake(fake)
+
+        @functools.wraps(function)
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return getattr(torch.ops.octavo, name)(*args)
+            return function(*args)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
