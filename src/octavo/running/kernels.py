@@ -1,10 +1,10 @@
 """Triton kernels of the forward on a GPU with FP8 units: a product with FP8 weights, and FP8 activations.
 
 Imported only where Triton is installed. Every kernel takes every scheme and any side; matrices are contiguous along
-their rows. `matmul` holds the reasons for which kernel runs when.
+their rows. `fp8` holds the reasons for which kernel runs when.
 
 Compiled at first use, about a second for each kernel and tile, and kept on disk by Triton (``~/.triton/cache``).
-Launches after the first go past Triton's own binding of arguments, which takes longer than a small product.
+Those that experts need beside their product are in `expert_kernels`, and are handed on from here.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
@@ -18,6 +18,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .expert_kernels import combine as combine
+from .expert_kernels import sort_routes as sort_routes
+from .launching import launch, power_of_two
 
 DENSE, PAIRS, SORTED = 0, 1, 2
 
@@ -227,23 +231,6 @@ def _quantize_groups_kernel(x, q, scale, m, padded, k, BR: tl.constexpr):
     tl.store(q + at, quantized, mask=(row < padded)[:, None] & (col < k)[None, :])
 
 
-@triton.jit(do_not_specialize=["top_k", "experts"])
-def _combine_kernel(y, ids, weights, position, out, n, top_k, experts, SORTED: tl.constexpr, BLOCK: tl.constexpr):
-    """out[t] = sum over j of weights[t, j] * y[t * top_k + j], in float32, without experts of other ranks."""
-    token = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for j in range(top_k):
-        pair = token * top_k + j
-        row = pair
-        if SORTED:
-            row = tl.load(position + pair).to(tl.int64)
-        mine = tl.load(ids + pair) < experts
-        weight = tl.load(weights + pair).to(tl.float32)
-        acc += weight * tl.load(y + row * n + col, mask=mine & (col < n), other=0.0).to(tl.float32)
-    tl.store(out + token * n + col, acc.to(out.dtype.element_ty), mask=col < n)
-
-
 @triton.jit
 def _widen_kernel(q, scale, out, n, k, cells_k, BR: tl.constexpr):
     """out = q * 2 ** (scale - 127), rounded once; 128 columns, that is 4 scales, a program."""
@@ -259,79 +246,7 @@ def _widen_kernel(q, scale, out, n, k, cells_k, BR: tl.constexpr):
     tl.store(out + at, tl.reshape(wide, (BR, 128)).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "experts"])
-def _sort_kernel(ids, sorted_ids, order, position, ends, rows, experts, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Where each row goes when sorted by expert, by comparing it with all; the last programs count for `ends`."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    blocks = tl.cdiv(rows, BLOCK)
-    if tl.program_id(0) < blocks:
-        mine = tl.load(ids + at, mask=at < rows, other=0)
-        rank = tl.zeros((BLOCK,), tl.int32)
-        for start in tl.range(0, rows, STEP, num_stages=3):
-            other_at = start + tl.arange(0, STEP)
-            other = tl.load(ids + other_at, mask=other_at < rows, other=0)
-            before = (other[None, :] < mine[:, None]) | (
-                (other[None, :] == mine[:, None]) & (other_at[None, :] < at[:, None])
-            )
-            rank += tl.sum((before & (other_at < rows)[None, :]).to(tl.int32), 1)
-        tl.store(sorted_ids + rank, mine, mask=at < rows)
-        tl.store(order + rank, at, mask=at < rows)
-        tl.store(position + at, rank, mask=at < rows)
-    else:
-        expert = at - blocks * BLOCK
-        count = tl.zeros((BLOCK,), tl.int32)
-        for start in tl.range(0, rows, STEP, num_stages=3):
-            other_at = start + tl.arange(0, STEP)
-            other = tl.load(ids + other_at, mask=other_at < rows, other=0)
-            through = (other[None, :] <= expert[:, None]) & (other_at < rows)[None, :]
-            count += tl.sum(through.to(tl.int32), 1)
-        tl.store(ends + expert, count, mask=expert < experts)
-
-
 # -- launching --------------------------------------------------------------------------------------------------------
-
-_compiled: dict[Any, Any] = {}
-# before, what a compiled kernel is launched with was another selection of its arguments
-_DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
-
-
-def _launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    key: tuple[Any, ...],
-    tensors: tuple[Tensor | None, ...],
-    others: tuple[Any, ...],
-    **options: int,
-) -> None:
-    """Launch a kernel on the device of the first tensor; from the second time on without Triton's binding.
-
-    Args:
-        key: with the device, all that decides which binary it is, where every tensor begins at 16 bytes.
-    """
-    bits = 0
-    for tensor in tensors:
-        if tensor is not None:
-            bits |= tensor.data_ptr()
-    device = torch.cuda.current_device()
-    mine = tensors[0].get_device()  # type: ignore[union-attr]
-    if mine != device:
-        with torch.cuda.device(mine):
-            return _launch(kernel, grid, key, tensors, others, **options)
-    full = (kernel, key, device)
-    found = None if bits & 15 else _compiled.get(full)
-    if found is None:
-        binary = kernel[grid](*tensors, *others, **options)
-        if _DIRECT and not bits & 15:
-            _compiled[full] = binary.run, binary.function, binary.packed_metadata
-        return
-    run, function, metadata = found
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    # no launch metadata, no hooks before and after
-    run(*grid, stream, function, metadata, None, None, None, *tensors, *others)
-
-
-def _power_of_two(at_least: int) -> int:
-    return 1 << (at_least - 1).bit_length()
 
 
 def product(
@@ -374,11 +289,11 @@ def product(
         if order is None:
             mode, count, tiles_m = PAIRS, 0, rows
         else:
-            mode, count = SORTED, _power_of_two(experts)
+            mode, count = SORTED, power_of_two(experts)
             tiles_m += min(experts, rows)  # at most: an expert's last tile may be partly empty
         indices = ids.dtype if order is None else order.dtype
         key = (layout, tile, dtype, out.dtype, bias is not None and bias.dtype, mode, gather, count, indices)
-    _launch(
+    launch(
         _product_kernel,
         (tiles_n * tiles_m, 1, 1),
         key,
@@ -399,8 +314,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     rows = x.numel() // k
     q = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = _power_of_two(k)
-    _launch(
+    block = power_of_two(k)
+    launch(
         _quantize_rows_kernel,
         (rows, 1, 1),
         (k, x.dtype),
@@ -422,7 +337,7 @@ def quantize_groups(x: Tensor, multiple: int = 4) -> tuple[Tensor, Tensor]:
     groups = -(-k // 128)
     q = torch.empty(padded, k, dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
-    _launch(
+    launch(
         _quantize_groups_kernel,
         (-(-padded // 32), groups, 1),
         (k, x.dtype),
@@ -437,50 +352,12 @@ def widen(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """``q[out, in]`` times mxfp8's scales, of which the bytes [out, ceil(in / 32)] are given, rounded to ``dtype``."""
     n, k = q.shape
     out = torch.empty(n, k, dtype=dtype, device=q.device)
-    _launch(
+    launch(
         _widen_kernel,
         (-(-n // 32), -(-k // 128), 1),
         (n, k, dtype),
         (q, scale, out),
         (n, k, scale.shape[1], 32),
-        num_warps=4,
-    )
-    return out
-
-
-def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `fp8.sort_routes`, in one kernel, whose work grows with the square of the rows. int32, but for sorted ids."""
-    rows = len(ids)
-    sorted_ids = torch.empty_like(ids)
-    # not halves of one: an operation's results may not share memory under torch.compile
-    order, position = (torch.empty(rows, dtype=torch.int32, device=ids.device) for _ in range(2))
-    ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
-    blocks = -(-rows // 32) + -(-experts // 32)
-    _launch(
-        _sort_kernel,
-        (blocks, 1, 1),
-        (ids.dtype,),
-        (ids, sorted_ids, order, position, ends),
-        (rows, experts, 32, 256),
-        num_warps=4,
-    )
-    return sorted_ids, order, ends, position
-
-
-def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None = None) -> Tensor:
-    """y [tokens * k, n], weights and ids [tokens, k] -> [tokens, n]: the weighted sum over k, where ids < experts.
-
-    Row t * k + j of y belongs to ids[t, j], or row position[t * k + j].
-    """
-    tokens, top_k = ids.shape
-    n = y.shape[1]
-    out = torch.empty(tokens, n, dtype=y.dtype, device=y.device)
-    _launch(
-        _combine_kernel,
-        (tokens, -(-n // 1024), 1),
-        (n, y.dtype, ids.dtype, weights.dtype, position is not None and position.dtype),
-        (y, ids, weights, position, out),
-        (n, top_k, experts, position is not None, 1024),
         num_warps=4,
     )
     return out
