@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 import torch
 
 from ...errors import CheckpointError
 
 
-def answer(model: Any, prompt: str, *, max_new_tokens: int, raw: bool = False, out: TextIO | None = None) -> str:
+class Output(Protocol):
+    """Where words go as they come: a file, or what looks like one."""
+
+    def write(self, text: str, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
+def answer(
+    model: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    raw: bool = False,
+    out: Output | None = None,
+    tokenizer: Any = None,
+) -> str:
     """The model's greedy answer; written to ``out`` word by word if given.
 
     Args:
         raw: continue the prompt as text, even where the tokenizer has a chat template.
 
+        tokenizer: that of the model's folder by default.
+
     Raises:
         CheckpointError: the model's folder has no tokenizer.
     """
-    tokenizer = load_tokenizer(model.config.name_or_path)
+    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
     if tokenizer.chat_template and not raw:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -28,14 +46,19 @@ def answer(model: Any, prompt: str, *, max_new_tokens: int, raw: bool = False, o
         inputs = tokenizer(prompt, return_tensors="pt")
     inputs = inputs.to(model.device)
     streamer = _writer(tokenizer, out) if out else None
-    with torch.inference_mode():
-        tokens = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=streamer,
-        )
+    try:
+        with torch.inference_mode():
+            tokens = model.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                streamer=streamer,
+            )
+    except KeyboardInterrupt:
+        if out:
+            out.write("\n")  # whatever comes next has a line of its own
+        raise
     text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
 
@@ -50,7 +73,7 @@ def load_tokenizer(folder: str) -> Any:
         raise CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
 
 
-def _writer(tokenizer: Any, out: TextIO) -> Any:
+def _writer(tokenizer: Any, out: Output) -> Any:
     from transformers import TextStreamer
 
     class Writer(TextStreamer):
