@@ -297,14 +297,17 @@ def generate(
 @others_quiet()
 def demo(
     scheme: Scheme = DEFAULT_SCHEME,
-    prompt: Prompt = "What is the capital of France?",
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--prompt", "-p", metavar="TEXT", help="Ask this, not the demonstration's own question."),
+    ] = None,
     plot: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--plot", metavar="FILE", help="Write the memory curve as a PNG here."),
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Load a small real language model as FP8, show the memory curve, answer a prompt, and compare with bf16.
+    """Load a small real language model as FP8, show the memory curve, and compare with bf16.
 
     [cyan]octavo demo --plot memory.png[/cyan]
 
@@ -312,9 +315,9 @@ def demo(
     """
     if plot is not None and not plot.absolute().parent.is_dir():
         raise typer.BadParameter(f"--plot {plot}: the folder {plot.parent} does not exist")
-    from .demo.demo import run
+    from .demo.demo import QUESTION, run
 
-    result = run(_chosen(scheme), prompt, plot=plot, out=None if json_ else sys.stdout)
+    result = run(_chosen(scheme), QUESTION if prompt is None else prompt, plot=plot, out=None if json_ else sys.stdout)
     if json_:
         _print_json(result)
 

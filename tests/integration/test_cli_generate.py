@@ -1,12 +1,10 @@
-"""`octavo generate` and `octavo demo`: an answer alone, or as JSON with a report; the demo compares."""
+"""`octavo generate`: an answer alone, or as JSON with a report."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 from _cli import Run, only_json, refused
 from _models import make_checkpoint
@@ -52,34 +50,3 @@ def test_generate_from_a_checkpoint_that_does_not_fit_its_config_exits_2(llama: 
     config = json.loads((llama / "config.json").read_text())
     folder = write_checkpoint(tmp_path / "model", tensors, 1, config)
     refused(run("generate", folder, "-p", "x"), "model.norm.weight")
-
-
-# -- demo -------------------------------------------------------------------------------------------------------------
-
-
-def test_the_demo_looks_for_the_folder_of_its_picture_first(tmp_path: Path, run: Run) -> None:
-    refused(run("demo", "--plot", tmp_path / "missing" / "a.png"), "does not exist")
-
-
-def test_demo_shows_the_curve_and_compares(
-    llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from octavo.demo import demo
-
-    monkeypatch.setattr(demo, "prepare", lambda progress=None: llama)
-    monkeypatch.setattr(demo, "EVAL_TEXT", demo.EVAL_TEXT[:100])  # the model here has 128 positions
-    monkeypatch.setattr(demo, "answer", lambda *args, **options: _short_answer(*args, **options))
-    ended = run("demo", "--plot", tmp_path / "curve.png")
-    assert (ended.code, ended.err) == (0, "")
-    for part in ("the model, unquantized", "> What is the capital of France?", "100 tokens of prose", "KL divergence"):
-        assert part in ended.out
-    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
-    found = only_json(run("demo", "--json", "--prompt", "hm"))
-    assert found["comparison"]["kl"] >= 0
-    assert found["load"]["quantized"]
-
-
-def _short_answer(model: Any, prompt: str, *, max_new_tokens: int, **options: Any) -> str:
-    from octavo.adapters.transformers.chat import answer
-
-    return answer(model, prompt, max_new_tokens=3, **options)

