@@ -1,6 +1,6 @@
 """Values between a loader's write and their FP8 form: held, staged in high precision, or quantized.
 
-A write that goes straight into FP8 is *held* until its source is used up, since loaders change in place what they have
+A write that goes straight into FP8 is *held* until its origin is used up, since loaders change in place what they have
 just written. What can't go straight (parts of scale groups, or a layer that is to stay whole until it is complete) is
 *staged* in high-precision storage of its item.
 """
@@ -23,16 +23,16 @@ from .parameters import Item
 from .quantize.quantizer import Quantizer
 from .quantize.storage import QuantizedStorage, values_of
 from .report import Event, Ledger
-from .watch.origins import Source
+from .watch.origins import Origin
 
 
 class Held(NamedTuple):
-    """A write that is to be quantized once its source is used up."""
+    """A write that is to be quantized once its origin is used up."""
 
     item: Item
     pieces: list[Piece]
     values: Tensor
-    source: Source
+    origin: Origin
     view: Tensor | None  # where a loader wrote them
 
 
@@ -112,9 +112,9 @@ class Transit:
                     self.unhold(item)
         held, done = self.held, 0
         try:
-            for done, (item, pieces, values, source, _) in enumerate(held):  # noqa: B007
+            for done, (item, pieces, values, origin, _) in enumerate(held):  # noqa: B007
                 for piece in pieces:
-                    event = Event("quantize", item.layers[0].name, item.name, Box.of(piece), source.name)
+                    event = Event("quantize", item.layers[0].name, item.name, Box.of(piece), origin.name)
                     self.press(item, item.as_stored(piece), values, event)
                     self._ledger.event(event)
             done = len(held)

@@ -151,7 +151,7 @@ class Session:
                 updating.take_back(self.inventory)
             raise
         self.active = True
-        self.intake.sources.following = self._follow
+        self.intake.origins.following = self._follow
         return self
 
     def _begin(self) -> None:

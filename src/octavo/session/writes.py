@@ -30,7 +30,7 @@ from .quantize.quantizer import Quantizer
 from .quantize.storage import QuantizedStorage, values_of
 from .report import Event, Ledger
 from .watch.modes import Mark
-from .watch.origins import Source, Sources
+from .watch.origins import Origin, Origins
 from .watch.unfilled import Unfilled
 
 
@@ -55,7 +55,7 @@ class Intake:
         updating: bool,
     ) -> None:
         self.inventory, self.ledger, self.quantizer = inventory, ledger, quantizer
-        self.sources, self.unfilled = Sources(), Unfilled()
+        self.origins, self.unfilled = Origins(), Unfilled()
         self.paused = False
         self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
         self.finish = finish
@@ -69,7 +69,7 @@ class Intake:
         """The loader is given a pair."""
         self.unfilled.forget(tensor)
         self.ledger.taken_bytes += tensor.nbytes
-        self.sources.take(name, tensor)
+        self.origins.take(name, tensor)
 
     def turn(self) -> None:
         """The loader is done with its pair."""
@@ -80,7 +80,7 @@ class Intake:
                 for item in list(self.transit.staged.values()):
                     with undisturbed():
                         self.transit.press_rest(item, each_matrix=True)
-        self.sources.current = None
+        self.origins.current = None
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -98,7 +98,7 @@ class Intake:
         """Drop what was not carried out."""
         self.transit.forget()
         self._pending = []
-        self.sources.clear()
+        self.origins.clear()
 
     # -- what loaders do ----------------------------------------------------------------------------------------------
 
@@ -118,10 +118,10 @@ class Intake:
                     f"{item.name}: a loader copies memory to it that nothing was written to. Fill it first."
                 )
             view = item.on_twin(view) if item.virtual else view
-            for place, taken, source in self.sources.split(view, values):
-                self._turn_to(item, source)
+            for place, taken, origin in self.origins.split(view, values):
+                self._turn_to(item, origin)
                 taken = taken.expand(place.shape)
-                self._put(item, self._trace(item, place, source, taken), taken, source, place)
+                self._put(item, self._trace(item, place, origin, taken), taken, origin, place)
 
     def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
         storage = item.quantized
@@ -129,7 +129,7 @@ class Intake:
             self.touch_final(item)
             return
         with self.quiet():
-            source, values = self.sources.of(values), values.expand(view.shape)
+            origin, values = self.origins.of(values), values.expand(view.shape)
             shape, offset = item.stored_shape, offset_of(view) - offset_of(final)
             try:
                 pieces = trace_view(
@@ -138,9 +138,9 @@ class Intake:
             except ValueError as error:
                 raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
             # two axes that change places, or none
-            pieces = [item.as_stored(piece)._replace(src_name=source.label) for piece in pieces]
-            self._turn_to(item, source)
-            self._put(item, pieces, values, source, None)
+            pieces = [item.as_stored(piece)._replace(src_name=origin.label) for piece in pieces]
+            self._turn_to(item, origin)
+            self._put(item, pieces, values, origin, None)
 
     def touch_final(self, item: Item) -> None:
         with self.quiet():
@@ -152,29 +152,29 @@ class Intake:
     def put(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> None:
         """Boxes of an item, and where ``values``, which nobody changes in place, holds theirs: offsets count from its
         first element."""
-        source, begin = self.sources.of(values), offset_of(values)
-        self._turn_to(item, source)
-        label = source.label
+        origin, begin = self.origins.of(values), offset_of(values)
+        self._turn_to(item, origin)
+        label = origin.label
         pieces = [Piece(p.dst_off, p.size, label, begin + p.src_off, p.src_strides) for p in pieces]
         if id(item) in self.transit.staged or not self.transit.goes_straight(item, pieces, values):
-            self._put(item, pieces, values, source, None)
+            self._put(item, pieces, values, origin, None)
             return
         boxes = [Box.of(piece) for piece in pieces]
-        self._claim(item, boxes, source)
+        self._claim(item, boxes, origin)
         for piece, box in zip(pieces, boxes, strict=True):
-            event = Event("quantize", item.layers[0].name, item.name, box, source.name)
+            event = Event("quantize", item.layers[0].name, item.name, box, origin.name)
             self.transit.press(item, item.as_stored(piece), values, event)
             self.ledger.event(event)
-        self._wrote(item, boxes, source, pieces)
+        self._wrote(item, boxes, origin, pieces)
 
-    def _put(self, item: Item, pieces: list[Piece], values: Tensor, source: Source, view: Tensor | None) -> None:
+    def _put(self, item: Item, pieces: list[Piece], values: Tensor, origin: Origin, view: Tensor | None) -> None:
         boxes = [Box.of(piece) for piece in pieces]
-        self._claim(item, boxes, source)
+        self._claim(item, boxes, origin)
         # nobody sees when memory changes that others than torch can reach: it can't be read later
-        stays = self.sources.current is None or self.sources.is_seen(values)
+        stays = self.origins.current is None or self.origins.is_seen(values)
         if stays and self.transit.goes_straight(item, pieces, values):
-            self.transit.hold(Held(item, pieces, values, source, view))
-            if self.sources.current is None:
+            self.transit.hold(Held(item, pieces, values, origin, view))
+            if self.origins.current is None:
                 self.transit.flush()  # nobody says when the tensor may change
                 self.quantizer.settle()
         elif view is None:
@@ -184,17 +184,17 @@ class Intake:
                 piece.region(real).copy_(values_of(piece, values))
         else:
             self.transit.real(item, view).copy_(values)
-        self._wrote(item, boxes, source, pieces)
+        self._wrote(item, boxes, origin, pieces)
 
     def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
-        source = self.sources.of(None)._replace(sure=True)  # no second tensor hides in one value for all
+        origin = self.origins.of(None)._replace(sure=True)  # no second tensor hides in one value for all
         with self.quiet():
-            self._turn_to(item, source)
+            self._turn_to(item, origin)
             boxes = self._boxes(item, view)
             # one value for all is how loaders begin, not what they load; for a part, it is padding
             if item.writes or sum(box.numel for box in boxes) < item.numel:
-                self._claim(item, boxes, source)
-                self._wrote(item, boxes, source)
+                self._claim(item, boxes, origin)
+                self._wrote(item, boxes, origin)
             run(self.transit.real(item, view))
 
     def scatter(
@@ -202,49 +202,49 @@ class Intake:
     ) -> None:
         with self.quiet():
             mask = torch.zeros(view.shape, dtype=torch.int32, device="cpu")
-            labels, sources = self._labels(values)
+            labels, origins = self._labels(values)
             mark(mask, labels)
-            marked = [(source, self._marked(item, view, mask == n)) for n, source in enumerate(sources, 1)]
-            for source, boxes in marked:
-                self._turn_to(item, source)
-                self._claim(item, boxes, source)
+            marked = [(origin, self._marked(item, view, mask == n)) for n, origin in enumerate(origins, 1)]
+            for origin, boxes in marked:
+                self._turn_to(item, origin)
+                self._claim(item, boxes, origin)
             run(self.transit.real(item, view))
-            for source, boxes in marked:
-                self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
+            for origin, boxes in marked:
+                self._wrote(item, boxes, origin, [Piece(*box, origin.label, 0, (0,) * len(box.off)) for box in boxes])
 
-    def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Source]]:
-        """The sources of values, and a number for each element that tells which, or one for all."""
+    def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Origin]]:
+        """The origins of values, and a number for each element that tells which, or one for all."""
         one = torch.ones((), dtype=torch.int32, device="cpu")
         if values is None:
-            return one, [self.sources.of(None)._replace(sure=True)]  # no second tensor hides in one value for all
+            return one, [self.origins.of(None)._replace(sure=True)]  # no second tensor hides in one value for all
         if not values.ndim:
-            return one, [self.sources.of(values)]
+            return one, [self.origins.of(values)]
         labels = torch.ones(values.shape, dtype=torch.int32, device="cpu")
-        parts = self.sources.split(labels, values)
-        sources = list(dict.fromkeys(part.source for part in parts))
+        parts = self.origins.split(labels, values)
+        origins = list(dict.fromkeys(part.origin for part in parts))
         for part in parts:
-            part.place.fill_(1 + sources.index(part.source))
-        return labels, sources
+            part.place.fill_(1 + origins.index(part.origin))
+        return labels, origins
 
     def overwrite(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         with self.quiet():
-            source = self.sources.of_any(inputs)
-            self._turn_to(item, source)
+            origin = self.origins.of_any(inputs)
+            self._turn_to(item, origin)
             boxes = self._boxes(item, view)
-            self._claim(item, boxes, source)
+            self._claim(item, boxes, origin)
             real = self.transit.real(item, view)
-            self._wrote(item, boxes, source, [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in boxes])
+            self._wrote(item, boxes, origin, [Piece(*box, origin.label, 0, (0,) * len(box.off)) for box in boxes])
             return real
 
     def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         real = self.access(item, view)
         if item.scheme and inputs:  # what begins as zeros, and gets values by being added to
             with self.quiet():
-                source = self.sources.of_any(inputs)
+                origin = self.origins.of_any(inputs)
                 rest = self._boxes(item, view)
                 for piece in item.writes:
                     rest = [part for box in rest for part in box.without(Box.of(piece))]
-                item.writes += [Piece(*box, source.label, 0, (0,) * len(box.off)) for box in rest]
+                item.writes += [Piece(*box, origin.label, 0, (0,) * len(box.off)) for box in rest]
         return real
 
     def access(self, item: Item, view: Tensor) -> Tensor:
@@ -276,12 +276,12 @@ class Intake:
 
     def computed(self, done: Operation) -> None:
         with self.quiet():
-            self.sources.computed(done)
+            self.origins.computed(done)
             self.unfilled.computed(done)
 
     def escaped(self, tensor: Tensor) -> None:
         self.mutated(tensor)
-        self.sources.expose(tensor)
+        self.origins.expose(tensor)
         self.unfilled.forget(tensor)
         item = self.inventory.find(tensor)
         if item is not None and not item.virtual:
@@ -289,13 +289,13 @@ class Intake:
 
     # -- boxes --------------------------------------------------------------------------------------------------------
 
-    def _trace(self, item: Item, view: Tensor, source: Source, values: Tensor) -> list[Piece]:
+    def _trace(self, item: Item, view: Tensor, origin: Origin, values: Tensor) -> list[Piece]:
         try:
             offset, sizes, strides = item.elements(view)
             if sizes != list(values.shape):
                 raise NoBoxError(f"bits are written as {view.dtype}")
             return trace_view(
-                item.shape, item.strides, offset, sizes, strides, values.stride(), offset_of(values), source.label
+                item.shape, item.strides, offset, sizes, strides, values.stride(), offset_of(values), origin.label
             )
         except ValueError as error:
             raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
@@ -318,23 +318,23 @@ class Intake:
                 boxes += [b for at in mask[row].nonzero().tolist() for b in self._boxes(item, view[(row, *at)])]
         return boxes
 
-    def _claim(self, item: Item, boxes: Sequence[Box], source: Source) -> None:
+    def _claim(self, item: Item, boxes: Sequence[Box], origin: Origin) -> None:
         """A box may be written once, or again by the pair that wrote it: what counts is the result."""
-        if source.mixed and item.scheme and schemes.get(item.scheme).group_rows != 1:
+        if origin.mixed and item.scheme and schemes.get(item.scheme).group_rows != 1:
             raise LoaderError(
-                f"{item.name}{''.join(map(str, boxes[:1]))}: a loader has made its values of {source.name}, in a way "
+                f"{item.name}{''.join(map(str, boxes[:1]))}: a loader has made its values of {origin.name}, in a way "
                 f"in which nobody can tell whose they are; of rows that come from different tensors {item.scheme} has "
                 "scales of their own. Copy each tensor by itself, or choose a scheme whose groups lie within rows."
             )
         loose = item.is_buffer and not item.required  # a table that the loader may fill as it likes
         if item.settled and not self._updating and self._duplicates == "error" and not loose:
             raise CoverageError(
-                f"{item.name}{''.join(map(str, boxes[:1]))}: {source.name} comes when the layer is complete and "
+                f"{item.name}{''.join(map(str, boxes[:1]))}: {origin.name} comes when the layer is complete and "
                 "finished. Two tensors for one box are an error; with duplicates='update' the later one wins."
             )
         if item.provided:
             raise LoaderError(
-                f"{item.name}{''.join(map(str, boxes[:1]))}: {source.name} comes when a function of yours has finished "
+                f"{item.name}{''.join(map(str, boxes[:1]))}: {origin.name} comes when a function of yours has finished "
                 "the layer: only it knows what it made of it. Drop the earlier tensor in a transform."
             )
         for box in () if loose else boxes:
@@ -342,23 +342,23 @@ class Intake:
             if again is None:
                 continue
             writers = {piece.src_name for piece in item.writes if again.common(Box.of(piece))}
-            if source.sure and writers <= {source.label} and (self._updating or not item.settled):
+            if origin.sure and writers <= {origin.label} and (self._updating or not item.settled):
                 self.transit.unhold(item)
                 self.transit.rewrite(item, box)
             elif self._duplicates == "error":
                 first = ", ".join(sorted(name.rpartition("#")[0] for name in writers)) or "padding"
                 raise CoverageError(
-                    f"{item.name}{again} is written twice: by {first}, and by {source.name}. With duplicates='update' "
+                    f"{item.name}{again} is written twice: by {first}, and by {origin.name}. With duplicates='update' "
                     "the later one wins."
                 )
             else:
                 self.transit.flush()
                 self.transit.rewrite(item, box)
 
-    def _wrote(self, item: Item, boxes: Sequence[Box], source: Source, pieces: Sequence[Piece] = ()) -> None:
+    def _wrote(self, item: Item, boxes: Sequence[Box], origin: Origin, pieces: Sequence[Piece] = ()) -> None:
         for box in boxes:
             item.gaps.fill(box)
-            self.ledger.event(Event("write", item.layers[0].name, item.name, box, source.name))
+            self.ledger.event(Event("write", item.layers[0].name, item.name, box, origin.name))
         item.writes += pieces
         item.changed |= not item.scheme
         for layer in item.layers:
@@ -367,10 +367,10 @@ class Intake:
 
     # -- where values go ----------------------------------------------------------------------------------------------
 
-    def _turn_to(self, item: Item, source: Source) -> None:
-        """What went before is over, unless it concerns the same source and layer."""
+    def _turn_to(self, item: Item, origin: Origin) -> None:
+        """What went before is over, unless it concerns the same origin and layer."""
         if self.transit.held and (
-            self.transit.held[-1].source.number != source.number or self.transit.held[-1].item.layers != item.layers
+            self.transit.held[-1].origin.number != origin.number or self.transit.held[-1].item.layers != item.layers
         ):
             self.transit.flush()
         if self._pending and not all(layer in item.layers for layer in self._pending):

@@ -31,7 +31,7 @@ _COPIES = frozenset({aten.clone, aten._to_copy})
 _MANY = 4096
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """A pair, or a tensor that came on its own."""
 
     number: int
@@ -41,11 +41,11 @@ class Source(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What tells boxes of one source from those of another."""
+        """What tells boxes of one origin from those of another."""
         return f"{self.name}#{self.number}"
 
 
-LOADER = Source(0, "the loader")
+LOADER = Origin(0, "the loader")
 
 
 class _Region(NamedTuple):
@@ -53,7 +53,7 @@ class _Region(NamedTuple):
 
     strides: tuple[int, ...]
     box: Box
-    source: Source
+    origin: Origin
 
     def is_near(self, sizes: Sequence[int], strides: Sequence[int], offset: int) -> bool:
         """Whether a view's first and last elements are not both before the region, or both behind it."""
@@ -75,20 +75,20 @@ class _Lineage:
 
     reference: Any
     itemsize: int
-    source: Source | None  # of what is in no region; None: nobody knows
+    origin: Origin | None  # of what is in no region; None: nobody knows
     regions: list[_Region] = field(default_factory=list)  # later ones lie over earlier ones
     first: tuple[Any, ...] | None = None  # sizes, strides and offset of the tensor that brought the values
 
-    def add(self, tensor: Tensor, source: Source) -> bool:
-        """A view of the storage holds values of a source from now on; False if regions can't say so."""
-        if not self.regions and source == self.source:  # as all of it
+    def add(self, tensor: Tensor, origin: Origin) -> bool:
+        """A view of the storage holds values of an origin from now on; False if regions can't say so."""
+        if not self.regions and origin == self.origin:  # as all of it
             return True
         found = embed(tensor.shape, tensor.stride(), offset_of(tensor)) if tensor.itemsize == self.itemsize else None
         if found is None or len(self.regions) > _MANY:
             return False
         layout, box = found
         self.regions = [r for r in self.regions if r.strides != layout or box.common(r.box) != r.box]
-        self.regions.append(_Region(layout, box, source))
+        self.regions.append(_Region(layout, box, origin))
         return True
 
 
@@ -120,11 +120,11 @@ def _span(piece: Piece, box: Box, layout: tuple[int, ...]) -> _Span:
 
 
 class Part(NamedTuple):
-    """Values of one source, and their place: views of the same shape."""
+    """Values of one origin, and their place: views of the same shape."""
 
     place: Tensor
     values: Tensor
-    source: Source
+    origin: Origin
 
 
 class _Part(NamedTuple):
@@ -132,14 +132,14 @@ class _Part(NamedTuple):
 
     place: Tensor
     values: Tensor
-    source: Source | None
+    origin: Origin | None
 
 
-class Sources:
+class Origins:
     """The pair in hand, and the storages that hold values of pairs."""
 
     def __init__(self) -> None:
-        self.current: Source | None = None
+        self.current: Origin | None = None
         self.following = True  # whether somebody tells what becomes of values; else all are those of the pair in hand
         self._known: dict[int, _Lineage] = {}
         self._exposed: dict[int, Any] = {}  # storages whose memory code that is not torch's has got
@@ -148,7 +148,7 @@ class Sources:
     def take(self, name: str, tensor: Tensor) -> None:
         """A loader gets a pair."""
         self._count += 1
-        self.current = Source(self._count, name, True)
+        self.current = Origin(self._count, name, True)
         if not self.following or storage_key(tensor) is None:
             return
         if len(self._known) > self._purge_at:
@@ -158,12 +158,12 @@ class Sources:
         if found is None:
             self._remember(tensor, self.current).first = (tensor.shape, tensor.stride(), offset_of(tensor))
             return
-        if not found.regions and found.source is not None:  # until now, nobody had to know where
+        if not found.regions and found.origin is not None:  # until now, nobody had to know where
             place = embed(*found.first) if found.first is not None else None
-            found.regions = [_Region(*place, found.source)] if place is not None else []
-        found.source = None
+            found.regions = [_Region(*place, found.origin)] if place is not None else []
+        found.origin = None
         # of memory that pairs share at different times, values can't tell whose they are
-        shared = any(part.source for part in self._cut(found, tensor, tensor))
+        shared = any(part.origin for part in self._cut(found, tensor, tensor))
         if not found.add(tensor, self.current._replace(sure=not shared)):
             found.regions = []
 
@@ -179,17 +179,17 @@ class Sources:
             return False
         return found.first is not None or values.untyped_storage().resizable()
 
-    def of(self, values: Tensor | None) -> Source:
-        """The source of values; of those that a loader makes of nothing, the pair in hand."""
+    def of(self, values: Tensor | None) -> Origin:
+        """The origin of values; of those that a loader makes of nothing, the pair in hand."""
         found = None if values is None else self._lineage(values)
         if found is None or values is None:
             return self._in_hand(values)
         if not found.regions:
-            return found.source or self._in_hand(values)
-        return self._together([part.source or self._in_hand(values) for part in self._cut(found, values, values)])
+            return found.origin or self._in_hand(values)
+        return self._together([part.origin or self._in_hand(values) for part in self._cut(found, values, values)])
 
-    def of_any(self, inputs: Iterable[Tensor]) -> Source:
-        """The source of what is computed of several tensors: that of the first that is known."""
+    def of_any(self, inputs: Iterable[Tensor]) -> Origin:
+        """The origin of what is computed of several tensors: that of the first that is known."""
         return self.of(next((tensor for tensor in inputs if self._lineage(tensor) is not None), None))
 
     def split(self, place: Tensor, values: Tensor) -> list[Part]:
@@ -198,7 +198,7 @@ class Sources:
         if found is None or not found.regions:
             return [Part(place, values, self.of(values))]
         parts = self._cut(found, place, values.expand(place.shape))
-        return [Part(part.place, part.values, part.source or self._in_hand(values)) for part in parts]
+        return [Part(part.place, part.values, part.origin or self._in_hand(values)) for part in parts]
 
     def computed(self, done: Operation) -> None:
         """An operation in which no item took part."""
@@ -241,47 +241,47 @@ class Sources:
         key = storage_key(tensor) if self._known else None
         return None if key is None else self._known.get(key)
 
-    def _remember(self, tensor: Tensor, source: Source | None) -> _Lineage:
+    def _remember(self, tensor: Tensor, origin: Origin | None) -> _Lineage:
         reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        found = self._known[storage_key(tensor) or 0] = _Lineage(reference, tensor.itemsize, source)
+        found = self._known[storage_key(tensor) or 0] = _Lineage(reference, tensor.itemsize, origin)
         return found
 
-    def _in_hand(self, values: Tensor | None) -> Source:
-        """The source of values that nobody knows: it is the pair in hand, or the tensor itself."""
+    def _in_hand(self, values: Tensor | None) -> Origin:
+        """The origin of values that nobody knows: it is the pair in hand, or the tensor itself."""
         if self.current is not None:
             return self.current._replace(sure=False)
         if values is None or storage_key(values) is None:
             return LOADER
         self._count += 1
-        source = Source(self._count, "an unnamed tensor")
+        origin = Origin(self._count, "an unnamed tensor")
         if self._lineage(values) is None:
-            self._remember(values, source)
-        return source
+            self._remember(values, origin)
+        return origin
 
-    def _together(self, sources: Iterable[Source]) -> Source:
+    def _together(self, origins: Iterable[Origin]) -> Origin:
         """One for all: the one that they are, or one that tells that nobody knows."""
-        found = list(dict.fromkeys(sources))
+        found = list(dict.fromkeys(origins))
         if len(found) == 1:
             return found[0]
         self._count += 1
-        return Source(self._count, ", ".join(dict.fromkeys(source.name for source in found)), mixed=True)
+        return Origin(self._count, ", ".join(dict.fromkeys(origin.name for origin in found)), mixed=True)
 
     def _written(self, target: Tensor, parts: Sequence[_Part]) -> None:
-        """Memory gets values of sources."""
-        known = [(part.place, part.source) for part in parts if part.source is not None]
+        """Memory gets values of origins."""
+        known = [(part.place, part.origin) for part in parts if part.origin is not None]
         if not known or storage_key(target) is None:
             return
         whole = _is_whole(target)
-        sources = list(dict.fromkeys(source for _, source in known))
+        origins = list(dict.fromkeys(origin for _, origin in known))
         found = self._lineage(target)
-        if len(sources) == 1 and (whole or found is None):
-            self._remember(target, sources[0])
+        if len(origins) == 1 and (whole or found is None):
+            self._remember(target, origins[0])
             return
         if whole or found is None:
-            found = self._remember(target, sources[0])
-        followed = [found.add(place, source) for place, source in known]
+            found = self._remember(target, origins[0])
+        followed = [found.add(place, origin) for place, origin in known]
         if not all(followed):
-            self._remember(target, self._together([*sources, *([found.source] if found.source else [])]))
+            self._remember(target, self._together([*origins, *([found.origin] if found.origin else [])]))
 
     def _made_of(self, func: Any, made: Tensor, inputs: Sequence[Tensor]) -> list[_Part]:
         """What an operation made: the first input of a known pair tells whose it is, element by element if it can."""
@@ -302,34 +302,34 @@ class Sources:
         return (
             self._cut(found, place, values.expand(place.shape))
             if found.regions
-            else [_Part(place, place, found.source)]
+            else [_Part(place, place, found.origin)]
         )
 
     def _cut(self, found: _Lineage, place: Tensor, values: Tensor) -> list[_Part]:
         """Values of a storage, cut along its regions, and their places."""
         view = tuple(values.shape), values.stride(), offset_of(values)
         near = [region for region in found.regions if values.itemsize != found.itemsize or region.is_near(*view)]
-        spans: list[tuple[_Span, Source | None]] = []
+        spans: list[tuple[_Span, Origin | None]] = []
         rest = [_Span(*view, place.stride(), offset_of(place))]
         try:
             if values.itemsize != found.itemsize:
                 raise NoBoxError("other elements")
             for region in reversed(near):
                 both = [span.within(region.strides, region.box) for span in rest]
-                spans += [(span, region.source) for inside, _ in both for span in inside]
+                spans += [(span, region.origin) for inside, _ in both for span in inside]
                 rest = [span for _, outside in both for span in outside]
                 if len(spans) + len(rest) > _MANY:
                     raise NoBoxError("too many parts")
         except NoBoxError:
-            return [_Part(place, values, self._together([region.source for region in near]) if near else found.source)]
-        spans += [(span, found.source) for span in rest]
-        if len({source for _, source in spans}) <= 1:
-            return [_Part(place, values, spans[0][1] if spans else found.source)]
+            return [_Part(place, values, self._together([region.origin for region in near]) if near else found.origin)]
+        spans += [(span, found.origin) for span in rest]
+        if len({origin for _, origin in spans}) <= 1:
+            return [_Part(place, values, spans[0][1] if spans else found.origin)]
         return [
             _Part(
                 place.as_strided(span.sizes, span.place_strides, span.place_offset),
                 values.as_strided(span.sizes, span.strides, span.offset),
-                source,
+                origin,
             )
-            for span, source in spans
+            for span, origin in spans
         ]
