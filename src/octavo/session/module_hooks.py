@@ -14,7 +14,7 @@ from .report import LayerwiseReport
 from .writes import Intake
 
 
-class Registrations:
+class ModuleHooks:
     """Hooks of `torch.nn.modules.module` for the modules of a model that is loaded."""
 
     def __init__(self, intake: Intake, report: LayerwiseReport, is_optional: Callable[[Item], bool]) -> None:

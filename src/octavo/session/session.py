@@ -33,7 +33,7 @@ from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
 from . import loading, updating
 from .finish import LayerFinisher, Provider
-from .module_hooks import Registrations
+from .module_hooks import ModuleHooks
 from .pairs import Pair, Pairs, Transform, load_by_name, transformed
 from .parameters import Inventory, Item, decide
 from .quantize.quantizer import Quantizer
@@ -171,9 +171,9 @@ class Session:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self._follow:
-                registrations = Registrations(self.intake, self.report, self._is_optional)
-                stack.callback(register_module_parameter_registration_hook(registrations.parameter).remove)  # type: ignore[arg-type]
-                stack.callback(register_module_buffer_registration_hook(registrations.buffer).remove)
+                hooks = ModuleHooks(self.intake, self.report, self._is_optional)
+                stack.callback(register_module_parameter_registration_hook(hooks.parameter).remove)  # type: ignore[arg-type]
+                stack.callback(register_module_buffer_registration_hook(hooks.buffer).remove)
                 stack.callback(self._lend_load_weights())
                 stack.enter_context(Functions(self.intake))
                 stack.enter_context(Operations(self.intake))
