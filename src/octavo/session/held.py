@@ -114,7 +114,7 @@ class Transit:
         try:
             for done, (item, pieces, values, origin, _) in enumerate(held):  # noqa: B007
                 for piece in pieces:
-                    event = Event("quantize", item.layers[0].name, item.name, Box.of(piece), origin.name)
+                    event = item.event("quantize", Box.of(piece), origin.name)
                     self.press(item, item.as_stored(piece), values, event)
                     self._ledger.event(event)
             done = len(held)
@@ -152,7 +152,7 @@ class Transit:
     def materialize(self, item: Item) -> Tensor:
         """High-precision storage of an item."""
         if item.real is None:
-            self._ledger.event(Event("materialize", item.layers[0].name, item.name))
+            self._ledger.event(item.event("materialize"))
             self._ledger.hold(item.allocate().nbytes)
             if item.settled and item.scheme:
                 self.staged[id(item)] = item
@@ -217,7 +217,7 @@ class Transit:
                     assert item.real is not None
                     values = item.real.permute(item.stored_axes)[box.slices]
                     piece = Piece(*box, "", offset_of(values), tuple(values.stride()))
-                    self.press(item, piece, values, Event("quantize", item.layers[0].name, item.name, box))
+                    self.press(item, piece, values, item.event("quantize", box))
         if not waits and item.settled:
             self.release(item)
 

@@ -27,6 +27,7 @@ from ..numerics import schemes
 from ..planning import kinds
 from ..planning.recipe import Decision, Recipe, Weight
 from .quantize.storage import QuantizedStorage
+from .report import Event
 
 
 class Face(NamedTuple):
@@ -115,6 +116,10 @@ class Item:
 
     def is_complete(self) -> bool:
         return not self.gaps or not self.required
+
+    def event(self, kind: str, box: Box | None = None, source: str = "") -> Event:
+        """Something that happened to this item, or to a box of it, for the record."""
+        return Event(kind, self.layers[0].name, self.name, box, source)
 
     def restart(self) -> None:
         """Forget what was written; all but padding is to come."""

@@ -28,7 +28,7 @@ from .held import Held, Transit, holds_weights, stored
 from .parameters import Inventory, Item, Layer
 from .quantize.quantizer import Quantizer
 from .quantize.storage import QuantizedStorage, values_of
-from .report import Event, Ledger
+from .report import Ledger
 from .watch.modes import Mark
 from .watch.origins import Origin, Origins
 from .watch.unfilled import Unfilled
@@ -162,7 +162,7 @@ class Intake:
         boxes = [Box.of(piece) for piece in pieces]
         self._claim(item, boxes, origin)
         for piece, box in zip(pieces, boxes, strict=True):
-            event = Event("quantize", item.layers[0].name, item.name, box, origin.name)
+            event = item.event("quantize", box, origin.name)
             self.transit.press(item, item.as_stored(piece), values, event)
             self.ledger.event(event)
         self._wrote(item, boxes, origin, pieces)
@@ -358,7 +358,7 @@ class Intake:
     def _wrote(self, item: Item, boxes: Sequence[Box], origin: Origin, pieces: Sequence[Piece] = ()) -> None:
         for box in boxes:
             item.gaps.fill(box)
-            self.ledger.event(Event("write", item.layers[0].name, item.name, box, origin.name))
+            self.ledger.event(item.event("write", box, origin.name))
         item.writes += pieces
         item.changed |= not item.scheme
         for layer in item.layers:
