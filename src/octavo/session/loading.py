@@ -8,7 +8,8 @@ from torch import Tensor
 from ..elements.operations import storage_key
 from ..errors import WeightError
 from .finish import on_meta, set_tensor
-from .parameters import Inventory, Item
+from .inventory import Inventory
+from .parameters import Item
 from .report import LayerwiseReport, Ledger
 
 

@@ -31,7 +31,8 @@ from ..errors import CoverageError, LoaderError, raise_problems
 from ..planning.placement import Target
 from ..planning.plan import Plan, make_plan
 from ..planning.recipe import Recipe
-from .parameters import Inventory, Item, kind_of
+from .inventory import Inventory
+from .parameters import Item, kind_of
 
 aten = torch.ops.aten
 Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]

@@ -33,9 +33,10 @@ from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
 from . import loading, updating
 from .finish import LayerFinisher, Provider
+from .inventory import Inventory
 from .module_hooks import ModuleHooks
 from .pairs import Pair, Pairs, Transform, load_by_name, transformed
-from .parameters import Inventory, Item, decide
+from .parameters import Item, decide
 from .quantize.quantizer import Quantizer
 from .quantize.storage import QuantizedStorage
 from .record import Loader, Recording, record

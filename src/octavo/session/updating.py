@@ -10,8 +10,8 @@ from ..errors import LoaderError, UpdateError, WeightError
 from ..numerics import schemes
 from ..running import modules
 from .finish import on_meta, set_tensor
+from .inventory import Inventory
 from .loading import is_about
-from .parameters import Inventory
 
 
 def lend(inventory: Inventory, *, follow: bool) -> None:

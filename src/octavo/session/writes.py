@@ -25,7 +25,8 @@ from ..numerics import schemes
 from ..planning.placement import Placement
 from ..streaming.sinks import Storage
 from .held import Held, Transit, holds_weights, stored
-from .parameters import Inventory, Item, Layer
+from .inventory import Inventory
+from .parameters import Item, Layer
 from .quantize.quantizer import Quantizer
 from .quantize.storage import QuantizedStorage, values_of
 from .report import Ledger

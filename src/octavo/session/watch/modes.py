@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...elements.operations import Operation, PlainDispatchMode, is_view, swapped, tensors_in, written
 from ...errors import LoaderError
-from ..parameters import Inventory, Item
+from ..inventory import Inventory
+from ..parameters import Item
 
 aten = torch.ops.aten
 #: what gives a tensor all its values anew, without reading any
