@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..elements.operations import undisturbed
@@ -18,52 +17,11 @@ from ..errors import LoaderError
 from ..machine import now
 from ..planning.placement import cut_parts
 from ..running import modules
-from .parameters import Face, Item, Layer
+from .parameters import Item, Layer
 from .report import Event, LayerReport
 
 #: what users give as ``finish``: changes the layer in place, or returns the module that takes its place
 Provider = Callable[[nn.Module], "nn.Module | None"]
-
-
-def install(item: Item, storage: Tensor) -> None:
-    """Give an item's modules its storage; the parameter stays the same object wherever torch can do that."""
-    made: dict[int, Tensor] = {}
-    faces = []
-    for face in item.faces:
-        new = made.get(id(face.tensor))
-        if new is None:
-            new = made[id(face.tensor)] = _with_storage(item, face, storage)
-        set_tensor(item, face, new)
-        faces.append(face._replace(tensor=new))
-    item.faces = faces
-
-
-def set_tensor(item: Item, face: Face, tensor: Tensor) -> None:
-    """Without `nn.Module.register_parameter`, which tells every hook."""
-    holder: dict[str, Any] = face.module._buffers if item.is_buffer else face.module._parameters
-    holder[face.leaf] = tensor
-
-
-def _with_storage(item: Item, face: Face, storage: Tensor) -> Tensor:
-    view = item.like(face.tensor, storage)
-    if face.tensor.device == view.device:
-        face.tensor.data = view
-        return face.tensor
-    return remade(face.tensor, view)
-
-
-def remade(like: Tensor, data: Tensor) -> Tensor:
-    """A parameter (or buffer) with other data, of the class and with the attributes of ``like``."""
-    if not isinstance(like, nn.Parameter):
-        return data
-    new: Tensor = torch.Tensor._make_subclass(type(like), data, like.requires_grad)
-    new.__dict__.update(like.__dict__)
-    return new
-
-
-def on_meta(item: Item, face: Face) -> Tensor:
-    """What loaders see of an item without high-precision storage, with the face's class and attributes."""
-    return remade(face.tensor, torch.empty_strided(item.shape, item.strides, dtype=item.dtype, device="meta"))
 
 
 def install_quantized(item: Item) -> tuple[Tensor, Tensor]:
@@ -151,8 +109,8 @@ class LayerFinisher:
                 self._provide(layer)
         except BaseException:
             layer.finished = False
-            for item in layer.items:  # whatever became of them, they are not loaded
-                item.settled = False
+            for item in layer.items:
+                item.unsettle()
             raise
         took = now() - started
         loaded, final = sum(i.nbytes for i in layer.items), sum(tensor.nbytes for tensor in storages(layer.module))
@@ -163,7 +121,7 @@ class LayerFinisher:
         session = self._session
         for item in layer.items:
             session.ledger.hold(-item.nbytes)
-            item.real, item.provided = None, True
+            item.hand_over()
         run_provider(session.provider, layer, session.model)
         for tensor in storages(layer.module):
             if layer.items and session.inventory.find(tensor) is None:
@@ -178,15 +136,14 @@ class LayerFinisher:
             for tensor in install_quantized(item):
                 intake.inventory.track_final(item, tensor)
         elif item.virtual:
-            real = intake.transit.materialize(item)
-            install(item, real)
-            intake.inventory.track(item, real)
-        item.settled = True
+            intake.transit.materialize(item)
+            intake.inventory.track(item, item.install())
+        item.settle()
 
     def _seal(self, item: Item) -> None:
         intake = self._session.intake
         intake.transit.press_rest(item)
-        storage, _ = item.quantized_storage()
+        storage = intake.transit.storage(item)
         self._session.ledger.hold(-storage.nbytes)
         parts = cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
         intake.quantizer.press()
@@ -198,6 +155,4 @@ class LayerFinisher:
             )
         self._session.ledger.hold(storage.nbytes)
         intake.transit.release(item)
-        for face in item.faces:  # whoever still holds the parameter holds no memory
-            if item.virtual and not face.tensor.is_meta:
-                face.tensor.untyped_storage().resize_(0)
+        item.give_back()

@@ -80,10 +80,10 @@ class Transit:
 
     def storage(self, item: Item) -> QuantizedStorage:
         """An item's FP8 storage, allocated when first asked for."""
-        storage, new = item.quantized_storage()
-        if new:
-            self._ledger.hold(storage.nbytes)
-        return storage
+        if item.quantized is None:
+            self._ledger.hold(item.start_fp8().nbytes)
+        assert item.quantized is not None
+        return item.quantized
 
     # -- held ---------------------------------------------------------------------------------------------------------
 
@@ -164,8 +164,7 @@ class Transit:
         self.staged.pop(id(item), None)
         if item.real is not None:
             self.quantizer.gather()
-            self._ledger.hold(-item.real.nbytes)
-        item.real = None
+        self._ledger.hold(-item.release())
 
     # -- quantized ----------------------------------------------------------------------------------------------------
 
@@ -182,10 +181,9 @@ class Transit:
             except WeightError:  # before anything was written
                 raise
             except BaseException:
-                item.changed = True
+                item.note_pressed(None)
                 raise
-            item.pressed.append(Box.of(cut))
-            item.changed = True
+            item.note_pressed(Box.of(cut))
 
     def press_rest(self, item: Item, *, each_matrix: bool = False) -> None:
         """Quantize what is in high-precision storage, wherever all of a part of rows is there.
@@ -240,7 +238,7 @@ class Transit:
                 "direct=False a layer stays in high precision until it is complete; what comes later still must be "
                 "written as a whole."
             )
-        item.pressed = [rest for done in item.pressed for rest in done.without(box)]
+        item.reopen(box)
 
 
 def holds_weights(tensor: Tensor) -> bool:

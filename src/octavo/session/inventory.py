@@ -49,14 +49,14 @@ class Inventory:
                 layer.items.append(known)
             return None
         item = Item(
-            f"{layer.name}.{leaf}" if layer.name else leaf,
-            [face],
-            tuple(tensor.shape),
-            tuple(tensor.stride()),
-            offset_of(tensor),
-            tensor.dtype,
-            leaf in layer.module._buffers,
-            self._device or (torch.device("cpu") if tensor.is_meta else tensor.device),
+            name=f"{layer.name}.{leaf}" if layer.name else leaf,
+            faces=[face],
+            shape=tuple(tensor.shape),
+            strides=tuple(tensor.stride()),
+            offset=offset_of(tensor),
+            dtype=tensor.dtype,
+            is_buffer=leaf in layer.module._buffers,
+            device=self._device or (torch.device("cpu") if tensor.is_meta else tensor.device),
             layers=[layer],
         )
         self.items.append(item)

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..elements.operations import storage_key
 from ..errors import WeightError
-from .finish import on_meta, set_tensor
 from .inventory import Inventory
 from .parameters import Item
 from .report import LayerwiseReport, Ledger
 
 
-def begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport) -> None:
-    """Parameters give their memory back, unless their values may be right as they are."""
+def begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport) -> list[Tensor]:
+    """Parameters give their memory back, unless their values may be right as they are. Returns those that did."""
     stays = {storage_key(item.faces[0].tensor) for item in inventory.items if not item.required}
     for item in inventory.items:
         face = item.faces[0].tensor
         inventory.track(item, face)
         if face.is_meta:
-            item.twin = face.detach()
+            item.hide()
         elif storage_key(face) in stays or not _owns_its_storage(face):
-            item.real = face.detach()
+            item.keep(face)
             ledger.hold(item.nbytes)
             if item.required:
                 report.notes.append(f"{item.name}: its memory is shared or not torch's own: it stays")
         else:
-            item.twin = torch.empty_strided(item.shape, item.strides, dtype=item.dtype, device="meta")
-            inventory.track(item, item.twin)
+            inventory.track(item, item.hide())
         if not item.scheme and not item.is_buffer:
             report.kept[item.name] = item.decision.reason
         item.restart()
+    emptied = []
     for item in inventory.items:
         if item.virtual and not item.faces[0].tensor.is_meta:
+            emptied.append(item.faces[0].tensor)
             item.give_back()
     for layer in inventory.layers:  # tables that the model computes are no layer
         layer.finished = all(item.is_buffer and not item.required for item in layer.items)
+    return emptied
+
+
+def make_safe(emptied: list[Tensor]) -> None:
+    """Parameters that gave their memory back, and got none: reading them must not crash, nor look like weights."""
+    for tensor in emptied:
+        if tensor.numel() and not tensor.untyped_storage().nbytes():
+            nothing = torch.full((), math.nan if tensor.is_floating_point() else 0)
+            tensor.data = nothing.to(tensor).expand(tensor.shape)
 
 
 def coverage_problems(inventory: Inventory) -> list[str]:
@@ -66,26 +77,22 @@ def abandon(inventory: Inventory, error: BaseException) -> None:
     """Nothing that looks loaded: what is not finished, or was found to be bad at the end, is on meta."""
     for item in inventory.items:
         bad = isinstance(error, WeightError) and is_about(error, item)
-        if (item.settled and not bad) or not item.virtual:
-            continue
-        for face in item.faces:
-            if bad or not face.tensor.is_meta:
-                set_tensor(item, face, on_meta(item, face))
-        item.real = item.quantized = None
+        if item.virtual and (bad or not item.settled):
+            item.abandon()
 
 
 def is_about(error: BaseException, item: Item) -> bool:
-    """Whether an error names a parameter."""
+    """Return True if an error names a parameter."""
     return str(error).partition("[")[0] == item.name
 
 
 def _owns_its_storage(tensor: Tensor) -> bool:
-    """Whether memory that is given back was this tensor's alone (views of one storage keep it)."""
+    """Return True if memory that is given back is this tensor's alone (views of one storage keep it)."""
     storage = tensor.untyped_storage()
     return storage.resizable() and storage.nbytes() == tensor.nbytes
 
 
 def _has_other_memory(item: Item) -> bool:
-    """Whether a loader gave its own parameter memory that it brought (``parameter.data = tensor``)."""
+    """Return True if a loader gave its own parameter memory that it brought (``parameter.data = tensor``)."""
     real = None if item.virtual else item.real
     return real is not None and storage_key(item.faces[0].tensor) != storage_key(real)

@@ -40,8 +40,7 @@ class ModuleHooks:
                 "scale groups run along rows as they were. Keep it out of the recipe."
             )
         if known is not None and known.virtual:  # the same tensor in another place, or seen in another shape
-            known.faces = [face for face in known.faces if (face.module, face.leaf) != (module, leaf)]
-            known.faces.append(Face(module, leaf, tensor))
+            known.show(Face(module, leaf, tensor))
             return None
         present: nn.Parameter | None = self.buffer(module, leaf, tensor)
         if present is not None:
@@ -56,11 +55,12 @@ class ModuleHooks:
         self._report.kept[item.name] = item.decision.reason
         self._inventory.track(item, tensor)
         if tensor.is_meta:
-            item.twin = tensor.detach()
+            item.hide()
             self._intake.reopen(layer)
             return None
         # the loader's own memory: it holds its values, or gets them
-        item.real, item.gaps.boxes = tensor.detach(), self._intake.unfilled.gaps(tensor)
+        item.keep(tensor)
+        item.expect(self._intake.unfilled.gaps(tensor))
         item.required = bool(item.gaps) and not self._is_optional(item)
         self._intake.unfilled.forget(tensor)
         self._intake.ledger.hold(item.nbytes)

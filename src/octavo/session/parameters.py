@@ -8,9 +8,9 @@ item is *virtual*: its parameter is on meta, or has given its memory back, and v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from ..planning.recipe import Decision, Recipe, Weight
 from .quantize.storage import QuantizedStorage
 from .report import Event
 
+_UNDECIDED = Decision(None, "")
+
 
 class Face(NamedTuple):
     """A module's attribute, and the tensor that loaders see there."""
@@ -35,40 +37,14 @@ class Face(NamedTuple):
     tensor: Tensor
 
 
-_UNDECIDED = Decision(None, "")
-
-
 @dataclass(eq=False)
-class Item:
-    """One parameter or buffer, however many modules share it."""
+class Layout:
+    """How the elements of a parameter lie in its storage, and where those of a view of it are."""
 
-    name: str
-    faces: list[Face]
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    offset: int  # of the face in its storage
+    offset: int
     dtype: torch.dtype
-    is_buffer: bool
-    device: torch.device  # where its storage goes
-    cast: bool = True  # quantize values as the face's dtype holds them, and not as they come
-    required: bool = True
-    layers: list[Layer] = field(default_factory=list)
-    decision: Decision = _UNDECIDED
-    transposed: bool = False  # a stack stored [..., in, out]
-    twin: Tensor | None = None  # on meta: what views are made of while the face has no storage
-    real: Tensor | None = None  # high-precision storage
-    quantized: QuantizedStorage | None = None
-    writes: list[Piece] = field(default_factory=list)  # boxes as written; src_name tells what came together
-    pressed: list[Box] = field(default_factory=list)  # boxes of the stored form that are in FP8
-    emptied: Tensor | None = None  # a parameter that gave its memory back
-    installed: Tensor | None = None  # while updating: the FP8 parameter whose place is lent
-    provided: bool = False  # a function of the user's has finished its layer
-    settled: bool = False  # in its final storage
-    changed: bool = False  # its final storage was written by the update that runs
-    gaps: Gaps = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.gaps = Gaps(self.shape)
 
     @property
     def numel(self) -> int:
@@ -78,13 +54,84 @@ class Item:
     def nbytes(self) -> int:
         return self.numel * self.dtype.itemsize
 
+    def elements(self, view: Tensor) -> tuple[int, list[int], list[int]]:
+        """Offset, sizes and strides of a view, in elements of the parameter; a `ValueError` where that can't be."""
+        sizes, strides = list(view.shape), list(view.stride())
+        mine, its = self.dtype.itemsize, view.dtype.itemsize
+        if its == mine:
+            return offset_of(view) - self.offset, sizes, strides
+        at = offset_of(view) * its - self.offset * mine
+        if not sizes or strides[-1] != 1 or sizes[-1] * its % mine or at % mine:
+            raise ValueError(f"a view as {view.dtype} that holds no whole elements")
+        if any(stride * its % mine for stride in strides[:-1]):
+            raise ValueError(f"a view as {view.dtype} whose rows begin within elements")
+        sizes[-1] = sizes[-1] * its // mine
+        return at // mine, sizes, [*(stride * its // mine for stride in strides[:-1]), 1]
+
+    def like(self, view: Tensor, storage: Tensor) -> Tensor:
+        """``view`` of the parameter as a view of ``storage``, which has taken the parameter's place."""
+        begin = offset_of(view) * view.dtype.itemsize - self.offset * self.dtype.itemsize
+        begin += offset_of(storage) * storage.dtype.itemsize
+        return view_on(storage.untyped_storage(), view, begin // view.dtype.itemsize, storage.device)
+
+    def on_meta(self) -> Tensor:
+        """A tensor that lies like the parameter, without data."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
+
+
+@dataclass(eq=False)
+class Item(Layout):
+    """One parameter or buffer, however many modules share it.
+
+    Its values are in one of these places, and only the verbs below move them:
+
+    virtual    nowhere: its modules hold a tensor on meta, or one that gave its memory back. `hide` makes it so
+    real       in high precision: `allocate` gives it memory, `release` takes that back; `keep`: where they were before
+    quantized  in FP8, box by box as they come (`start_fp8`, `pressed`); to loaders it looks as if virtual
+    settled    in its modules, in their final form: `install` or `settle`. If finishing the layer fails, `unsettle`
+    lent       in FP8, while an update lasts, whose modules hold a tensor on meta: `lend`, `take_back`
+
+    The beginning of every load and update is `restart`, the end of a load that fails is `abandon`.
+    """
+
+    name: str
+    faces: list[Face]
+    is_buffer: bool
+    device: torch.device  # where its storage goes
+    layers: list[Layer]
+    cast: bool = True  # quantize values as the face's dtype holds them, and not as they come
+    required: bool = True
+    decision: Decision = _UNDECIDED
+    transposed: bool = False  # a stack stored [..., in, out]
+    # where its values are
+    twin: Tensor | None = None  # on meta: what views are made of while the face has no storage
+    real: Tensor | None = None  # high-precision storage
+    quantized: QuantizedStorage | None = None
+    settled: bool = False
+    provided: bool = False  # a function of the user's has finished its layer
+    # what came since it was restarted
+    gaps: Gaps = field(init=False)
+    writes: list[Piece] = field(default_factory=list)  # boxes as written; src_name tells what came together
+    pressed: list[Box] = field(default_factory=list)  # boxes of the stored form that are in FP8
+    changed: bool = False  # its final storage has other values than before
+
+    def __post_init__(self) -> None:
+        self.gaps = Gaps(self.shape)
+
     @property
     def virtual(self) -> bool:
+        """True while the face has no storage."""
         return self.twin is not None
 
     @property
     def scheme(self) -> str | None:
         return self.decision.scheme
+
+    @property
+    def padding(self) -> list[Box]:
+        """Boxes that the layer declares as padding: ``parameter.padding = [(offsets, sizes), ...]``."""
+        declared = getattr(self.faces[0].tensor, "padding", None) or ()
+        return [Box(tuple(off), tuple(size)) for off, size in declared]
 
     @property
     def stored_axes(self) -> tuple[int, ...]:
@@ -100,27 +147,51 @@ class Item:
         """A piece of the stored form."""
         return piece.permute(self.stored_axes) if self.transposed else piece
 
-    @property
-    def padding(self) -> list[Box]:
-        """Boxes that the layer declares as padding: ``parameter.padding = [(offsets, sizes), ...]``."""
-        declared = getattr(self.faces[0].tensor, "padding", None) or ()
-        return [Box(tuple(off), tuple(size)) for off, size in declared]
-
-    @property
-    def untouched(self) -> bool:
-        """Whether nothing was written."""
-        return not self.writes and self.gaps.boxes == self._all_gaps().boxes
-
-    def is_complete(self) -> bool:
-        return not self.gaps or not self.required
+    def on_twin(self, view: Tensor) -> Tensor:
+        """The same view, of the meta twin: views of memory that was given back can't be made."""
+        assert self.twin is not None
+        if view.is_meta:
+            return view
+        return view_on(self.twin.untyped_storage(), view, offset_of(view), self.twin.device)
 
     def event(self, kind: str, box: Box | None = None, source: str = "") -> Event:
         """Something that happened to this item, or to a box of it, for the record."""
         return Event(kind, self.layers[0].name, self.name, box, source)
 
+    # -- what came ----------------------------------------------------------------------------------------------------
+
+    @property
+    def untouched(self) -> bool:
+        """True if nothing was written."""
+        return not self.writes and self.gaps.boxes == self._all_gaps().boxes
+
+    def is_complete(self) -> bool:
+        return not self.gaps or not self.required
+
     def restart(self) -> None:
         """Forget what was written; all but padding is to come."""
         self.gaps, self.writes, self.pressed, self.changed = self._all_gaps(), [], [], False
+
+    def expect(self, boxes: list[Box]) -> None:
+        """These boxes are to come, and nothing else."""
+        self.gaps.boxes = boxes
+
+    def wrote(self, boxes: Iterable[Box], pieces: Iterable[Piece]) -> None:
+        """Boxes were written, some of them as these pieces."""
+        for box in boxes:
+            self.gaps.fill(box)
+        self.writes += pieces
+        self.changed |= not self.scheme
+
+    def note_pressed(self, box: Box | None) -> None:
+        """FP8 numbers are new: those of a box of the stored form; None: nobody knows which."""
+        if box is not None:
+            self.pressed.append(box)
+        self.changed = True
+
+    def reopen(self, box: Box) -> None:
+        """FP8 numbers of a box of the stored form are about to be written once more."""
+        self.pressed = [rest for done in self.pressed for rest in done.without(box)]
 
     def _all_gaps(self) -> Gaps:
         gaps = Gaps(self.shape)
@@ -128,32 +199,29 @@ class Item:
             gaps.fill(box)
         return gaps
 
-    def elements(self, view: Tensor) -> tuple[int, list[int], list[int]]:
-        """Offset, sizes and strides of a view of this item, in its elements; a `ValueError` where that can't be."""
-        sizes, strides = list(view.shape), list(view.stride())
-        mine, its = self.dtype.itemsize, view.dtype.itemsize
-        if its == mine:
-            return offset_of(view) - self.offset, sizes, strides
-        at = offset_of(view) * its - self.offset * mine
-        if not sizes or strides[-1] != 1 or sizes[-1] * its % mine or at % mine:
-            raise ValueError(f"a view as {view.dtype} that holds no whole elements")
-        if any(stride * its % mine for stride in strides[:-1]):
-            raise ValueError(f"a view as {view.dtype} whose rows begin within elements")
-        sizes[-1] = sizes[-1] * its // mine
-        return at // mine, sizes, [*(stride * its // mine for stride in strides[:-1]), 1]
+    # -- where its values are -----------------------------------------------------------------------------------------
 
-    def like(self, view: Tensor, storage: Tensor) -> Tensor:
-        """``view``, of the face or the twin, as a view of ``storage`` that has taken its place."""
-        begin = offset_of(view) * view.dtype.itemsize - self.offset * self.dtype.itemsize
-        begin += offset_of(storage) * storage.dtype.itemsize
-        return view_on(storage.untyped_storage(), view, begin // view.dtype.itemsize, storage.device)
+    def show(self, face: Face) -> None:
+        """A module holds it from now on, in this or another tensor."""
+        others = [other for other in self.faces if (other.module, other.leaf) != (face.module, face.leaf)]
+        self.faces = [*others, face]
 
-    def on_twin(self, view: Tensor) -> Tensor:
-        """The same view, of the meta twin: views of memory that was given back can't be made."""
-        assert self.twin is not None
-        if view.is_meta:
-            return view
-        return view_on(self.twin.untyped_storage(), view, offset_of(view), self.twin.device)
+    def hide(self) -> Tensor:
+        """It is virtual from now on; returns the twin. The memory of the faces goes with `give_back`."""
+        face = self.faces[0].tensor
+        self.twin = face.detach() if face.is_meta else self.on_meta()
+        return self.twin
+
+    def give_back(self) -> None:
+        """Free the memory of faces that are not on meta: whoever holds such a parameter holds no values."""
+        for face in self.faces:
+            if self.virtual and not face.tensor.is_meta:
+                face.tensor.untyped_storage().resize_(0)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Values go into the memory of ``tensor``, which stays where it is."""
+        self.twin, self.real = None, tensor.detach()
+        self.offset, self.strides = offset_of(tensor), tuple(tensor.stride())
 
     def allocate(self) -> Tensor:
         """High-precision storage of the face's strides; declared padding is zero, all else uninitialised."""
@@ -163,25 +231,91 @@ class Item:
             self.real[box.slices].zero_()
         return self.real
 
-    def give_back(self) -> None:
-        """Free the memory of the face."""
-        self.emptied = self.faces[0].tensor
-        self.emptied.untyped_storage().resize_(0)
+    def release(self) -> int:
+        """Drop the high-precision storage, if there is one; returns its bytes."""
+        nbytes, self.real = 0 if self.real is None else self.real.nbytes, None
+        return nbytes
 
-    def make_safe(self) -> None:
-        """A parameter that gave its memory back, and got none: reading it must not crash, nor look like weights."""
-        tensor = self.emptied
-        if tensor is not None and self.numel and not tensor.untyped_storage().nbytes():
-            tensor.data = torch.full((), math.nan if self.dtype.is_floating_point else 0).to(tensor).expand(self.shape)
-
-    def quantized_storage(self) -> tuple[QuantizedStorage, bool]:
-        """FP8 storage, and whether it was allocated just now."""
-        if self.quantized is not None:
-            return self.quantized, False
+    def start_fp8(self) -> QuantizedStorage:
+        """FP8 storage, of which nothing is written yet."""
         assert self.scheme is not None
         weight = torch.empty(self.stored_shape, dtype=schemes.FP8, device=self.device)
         self.quantized = QuantizedStorage(self.name, weight, schemes.get(self.scheme))
-        return self.quantized, True
+        return self.quantized
+
+    def adopt(self, storage: Tensor | QuantizedStorage) -> None:
+        """All its values are in ``storage``, which others have filled."""
+        if isinstance(storage, QuantizedStorage):
+            self.quantized = storage
+        else:
+            self.real = storage
+        self.expect([])
+
+    def install(self) -> Tensor:
+        """Settle the high-precision storage, in the same parameter wherever torch can do that. Returns it."""
+        assert self.real is not None
+        made: dict[int, Tensor] = {}  # modules that share the parameter go on sharing it
+        for face in self.faces:
+            if id(face.tensor) not in made:
+                made[id(face.tensor)] = _with_data(face.tensor, self.like(face.tensor, self.real))
+        self.faces = [self._put(face, made[id(face.tensor)]) for face in self.faces]
+        self.settle()
+        return self.real
+
+    def settle(self) -> None:
+        """Its modules hold its values, in their final form."""
+        self.settled = True
+
+    def unsettle(self) -> None:
+        """Finishing its layer has failed: whatever its modules hold, it is not loaded."""
+        self.settled = False
+
+    def hand_over(self) -> None:
+        """A function of the user's has its modules: only that knows what becomes of its values."""
+        self.real, self.provided = None, True
+
+    def lend(self, weight: Tensor, scale: Tensor) -> Tensor:
+        """Its module gets a high-precision parameter on meta, which is returned, in place of the FP8 ``weight``."""
+        assert self.quantized is not None
+        self.quantized.weight, self.quantized.scale, self.device = weight.data, scale.data, weight.device
+        lent = _remade(self.faces[0].tensor, self.on_meta())
+        self.faces, self.twin, self.real = [self._put(self.faces[0], lent)], lent.detach(), None
+        return lent
+
+    def take_back(self, weight: Tensor) -> None:
+        """Its module has the FP8 ``weight`` again."""
+        self._put(self.faces[0], weight)
+        self.real = None
+
+    def abandon(self) -> None:
+        """Nothing of it looks loaded: its modules hold tensors on meta."""
+        for face in self.faces:
+            if self.settled or not face.tensor.is_meta:
+                self._put(face, _remade(face.tensor, self.on_meta()))
+        self.real = self.quantized = None
+
+    def _put(self, face: Face, tensor: Tensor) -> Face:
+        """A module gets another tensor, without `nn.Module.register_parameter`, which tells every hook."""
+        holder: dict[str, Any] = face.module._buffers if self.is_buffer else face.module._parameters
+        holder[face.leaf] = tensor
+        return face._replace(tensor=tensor)
+
+
+def _with_data(tensor: Tensor, data: Tensor) -> Tensor:
+    """A parameter (or buffer) with other data: the same object, or one of its class where it is on another device."""
+    if tensor.device != data.device:
+        return _remade(tensor, data)
+    tensor.data = data
+    return tensor
+
+
+def _remade(like: Tensor, data: Tensor) -> Tensor:
+    """A parameter (or buffer) with other data, of the class and with the attributes of ``like``."""
+    if not isinstance(like, nn.Parameter):
+        return data
+    new: Tensor = torch.Tensor._make_subclass(type(like), data, like.requires_grad)
+    new.__dict__.update(like.__dict__)
+    return new
 
 
 @dataclass(eq=False)

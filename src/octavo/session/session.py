@@ -86,6 +86,8 @@ class Session:
         self._follow = True
         self._saw_pairs = self._updating = False
         self._began = 0.0
+        self._emptied: list[Tensor] = []
+        self._lent: list[tuple[Item, Tensor]] = []
         decide([item for item in self.inventory.items if not self._is_optional(item)], self.recipe)
         self.intake = self._new_intake()
 
@@ -101,13 +103,13 @@ class Session:
         quantized = {name: (scheme, parts) for name, scheme, parts in modules.quantized_weights(model)}
         session.inventory.drop({modules.scale_name(name) for name in quantized})
         for item in session.inventory.items:
-            item.settled = True
+            item.settle()
             if item.name in quantized:
                 scheme, parts = quantized[item.name]
                 item.decision = Decision(scheme, "quantized by octavo")
                 module, leaf, weight = item.faces[0]
                 scale = module.get_parameter(modules.scale_name(leaf))
-                item.quantized = QuantizedStorage(item.name, weight, schemes.get(scheme), parts, scale)
+                item.adopt(QuantizedStorage(item.name, weight.data, schemes.get(scheme), parts, scale.data))
                 item.dtype, item.cast = torch.float32, False  # which holds whatever comes
         session.loaded = True
         return session
@@ -148,24 +150,24 @@ class Session:
             self._listen()
         except BaseException:
             self.inventory.untrack()
-            if self.updating:
-                updating.take_back(self.inventory)
+            updating.take_back(self._lent)
             raise
         self.active = True
         self.intake.origins.following = self._follow
         return self
 
     def _begin(self) -> None:
+        self._emptied, self._lent = [], []
         if not self.updating:
             self._require()
-            loading.begin(self.inventory, self.ledger, self.report)
+            self._emptied = loading.begin(self.inventory, self.ledger, self.report)
             return
         if self.provider is not None:
             raise LoaderError(
                 "layers that a function of yours has finished can't be updated in place: only it knows what it made of "
                 "them. Octavo's schemes can."
             )
-        updating.lend(self.inventory, follow=self._follow)
+        self._lent = updating.lend(self.inventory, follow=self._follow)
 
     def _listen(self) -> None:
         """See what loaders do, until the stack is closed."""
@@ -206,14 +208,13 @@ class Session:
             self._failure = updating.update_error(self.inventory, unfinished, lost, error)
         self.intake.forget()
         self.inventory.untrack()
-        for item in self.inventory.items:
-            item.make_safe()
+        loading.make_safe(self._emptied)
         self._quantizer.close()
         self.report.total_s += now() - self._began
         self.report.peak_bytes, self.report.taken_bytes = self.ledger.peak_bytes, self.ledger.taken_bytes
         if self.updating:
             self.report.updated = [str(lr) for lr in self.inventory.layers if any(item.changed for item in lr.items)]
-            updating.take_back(self.inventory)
+            updating.take_back(self._lent)
         elif error is None:
             self.loaded = True
             # modules that the loader took out of the model

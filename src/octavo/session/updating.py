@@ -2,62 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
-from ..elements.operations import offset_of
+from torch import Tensor
+
 from ..errors import LoaderError, UpdateError, WeightError
 from ..numerics import schemes
 from ..running import modules
-from .finish import on_meta, set_tensor
 from .inventory import Inventory
 from .loading import is_about
+from .parameters import Item
 
 
-def lend(inventory: Inventory, *, follow: bool) -> None:
+def lend(inventory: Inventory, *, follow: bool) -> list[tuple[Item, Tensor]]:
     """Loaders see high-precision parameters again; what they write goes into the FP8 storage that exists.
 
     Args:
         follow: put them into the model; else it stays as it is.
+
+    Returns:
+        what `take_back` puts in its place again.
     """
-    for item in inventory.items:
-        item.installed = None
-    for item in inventory.items:
-        item.restart()
-        face = item.faces[0]
-        if item.scheme:
-            module, scale = face.module, modules.scale_name(face.leaf)
-            weight, scales = module._parameters.get(face.leaf), module._parameters.get(scale)
-            assert item.quantized is not None
+    lent: list[tuple[Item, Tensor]] = []
+    try:
+        for item in inventory.items:
+            item.restart()
+            face = item.faces[0]
+            if not item.scheme:
+                holder: Any = face.module._buffers if item.is_buffer else face.module._parameters
+                item.keep(holder[face.leaf])
+                item.required = not item.is_buffer
+                inventory.track(item, holder[face.leaf])
+                continue
+            scale = modules.scale_name(face.leaf)
+            weight, scales = face.module._parameters.get(face.leaf), face.module._parameters.get(scale)
             if weight is None or scales is None or weight.dtype != schemes.FP8:
                 raise LoaderError(
                     f"{item.name}: the model no longer has its FP8 numbers and {scale}, so it can't be updated in "
                     "place. Load it anew."
                 )
-            item.installed = weight
-            # the model may have moved since
-            item.quantized.weight, item.quantized.scale, item.device = weight.data, scales.data, weight.device
-            lent = on_meta(item, face)
-            item.faces, item.twin, item.real = [face._replace(tensor=lent)], lent.detach(), None
             if follow:
-                inventory.track_final(item, item.quantized.weight)
-                inventory.track_final(item, item.quantized.scale)
-                inventory.track(item, lent)
-                set_tensor(item, face, lent)
-        else:
-            holder: Any = face.module._buffers if item.is_buffer else face.module._parameters
-            tensor = holder[face.leaf]
-            item.twin, item.real, item.required = None, tensor.detach(), not item.is_buffer
-            item.offset, item.strides = offset_of(tensor), tuple(tensor.stride())
-            inventory.track(item, tensor)
+                lent.append((item, weight))
+                for final in (weight, scales):
+                    inventory.track_final(item, final)
+                inventory.track(item, item.lend(weight, scales))
+    except BaseException:
+        take_back(lent)
+        raise
+    return lent
 
 
-def take_back(inventory: Inventory) -> None:
+def take_back(lent: Iterable[tuple[Item, Tensor]]) -> None:
     """The model has its FP8 parameters again: the same objects, at the same addresses."""
-    for item in inventory.items:
-        if item.installed is not None:
-            set_tensor(item, item.faces[0], item.installed)
-            item.real = None
+    for item, weight in lent:
+        item.take_back(weight)
 
 
 def update_error(

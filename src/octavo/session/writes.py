@@ -245,7 +245,7 @@ class Intake:
                 rest = self._boxes(item, view)
                 for piece in item.writes:
                     rest = [part for box in rest for part in box.without(Box.of(piece))]
-                item.writes += [Piece(*box, origin.label, 0, (0,) * len(box.off)) for box in rest]
+                item.wrote((), [Piece(*box, origin.label, 0, (0,) * len(box.off)) for box in rest])
         return real
 
     def access(self, item: Item, view: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ class Intake:
         self.unfilled.forget(tensor)
         item = self.inventory.find(tensor)
         if item is not None and not item.virtual:
-            item.gaps.boxes = []  # whoever writes there does not tell
+            item.expect([])  # whoever writes there does not tell
 
     # -- boxes --------------------------------------------------------------------------------------------------------
 
@@ -357,11 +357,9 @@ class Intake:
                 self.transit.rewrite(item, box)
 
     def _wrote(self, item: Item, boxes: Sequence[Box], origin: Origin, pieces: Sequence[Piece] = ()) -> None:
+        item.wrote(boxes, pieces)
         for box in boxes:
-            item.gaps.fill(box)
             self.ledger.event(item.event("write", box, origin.name))
-        item.writes += pieces
-        item.changed |= not item.scheme
         for layer in item.layers:
             if not layer.finished and layer not in self._pending and layer.is_complete():
                 self._pending.append(layer)
@@ -387,10 +385,9 @@ class Intake:
         """A stream has filled an item's final storage; a layer of which that was the last is finished."""
         if placement.scheme:
             scheme = schemes.get(placement.scheme)
-            item.quantized = QuantizedStorage(item.name, storage.weight, scheme, placement.parts, storage.scale)
+            item.adopt(QuantizedStorage(item.name, storage.weight, scheme, placement.parts, storage.scale))
         else:
-            item.real = storage.weight
-        item.gaps.boxes = []
+            item.adopt(storage.weight)
         for layer in item.layers:
             if layer.is_complete() and not layer.finished:
                 self.finish(layer)
