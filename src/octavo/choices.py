@@ -2,8 +2,7 @@
 
 A scheme is a row here, and a format is one. What they mean is elsewhere: the arithmetic in `octavo.schemes`, what a
 format's readers take in `octavo.conversion.formats`. This module imports nothing of octavo and no torch, so that the
-help and the
-completion of the command line can list the names at once.
+help and the completion of the command line can list the names at once.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 
 class SchemeTerms(NamedTuple):
-    """How a scheme cuts a matrix ``[out, in]`` into groups that share a scale."""
+    """A scheme, by how it cuts a matrix ``[out, in]`` into groups that share a scale."""
 
     summary: str  # of which there is one scale, in a few words
     group_rows: int | None  # rows of a scale group; None: all
@@ -21,7 +20,7 @@ class SchemeTerms(NamedTuple):
 
 
 class FormatTerms(NamedTuple):
-    """What a checkpoint in a format has beside each weight, and by which schemes its weights may be quantized."""
+    """A format, by the scales that it keeps beside each weight and the schemes that it can express."""
 
     summary: str  # who reads it, in a few words
     scale_suffix: str  # appended to the weight's name

@@ -164,7 +164,7 @@ class Job:
         return [file.name for file in self.small_files] + written + ([INDEX_NAME] if len(self.shards) > 1 else [])
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change between an interrupted run and its continuation."""
+        """A description of all that must not change between an interrupted run and its continuation."""
         headers = hashlib.sha256()
         for shard_layout, _ in self.shards:
             headers.update(shard_layout.header)
@@ -271,7 +271,7 @@ class Job:
             raise disk_error(self.dst, error) from error
 
     def notes(self) -> list[str]:
-        """What of the source's folder is not in the result."""
+        """Remarks about files of the source's folder that are not in the result."""
         folders = [entry.name for entry in sorted(self.checkpoint.folder.iterdir()) if entry.is_dir()]
         visible = [name for name in folders if not name.startswith(".")]
         return [f"subfolders are not copied: {', '.join(visible)}"] if visible and self.checkpoint.path.is_dir() else []
@@ -289,7 +289,7 @@ def _partial_of(dst: Path) -> Path:
 
 
 def _small_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """What is copied as it is: tokenizer files and the like."""
+    """The files that are copied as they are: of the tokenizer, and the like."""
     if not checkpoint.path.is_dir() and not checkpoint.config:
         return ()  # a lone file: what lies beside it is not ours
     written = {"config.json"} if checkpoint.config else set()

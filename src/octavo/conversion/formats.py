@@ -1,4 +1,4 @@
-"""How consumers name and lay out FP8 weights and their scales: the only place that knows a consumer's terms.
+"""Formats: the names and layouts that consumers expect of FP8 weights and scales. Nothing else knows their terms.
 
     format              scheme                                scale beside X.weight
     compressed-tensors  fp8_channel, fp8_block, fp8_tensor    X.weight_scale, float32
@@ -127,7 +127,7 @@ class Format:
         }
 
     def notes(self, plan: Plan) -> list[str]:
-        """What users should know about who can read the result."""
+        """Remarks about who can read the result."""
         if self.name != "compressed-tensors":
             return []
         notes = []

@@ -1,4 +1,4 @@
-"""Where each tensor of a converted checkpoint lies: shards, headers and offsets, known before a byte is written."""
+"""The layout of a converted checkpoint: its shards, headers and offsets, known before a byte is written."""
 
 from __future__ import annotations
 

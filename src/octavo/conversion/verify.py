@@ -1,4 +1,4 @@
-"""Whether a converted checkpoint is what its source should have become.
+"""Verifying that a converted checkpoint is what its source should have become.
 
 An independent way: the whole-tensor definition of `octavo.schemes`, not the stream, is applied to the source, and
 compared with what is on disk, bit by bit. Memory is bounded by `_BLOCK_ELEMENTS` of the widest scheme group.

@@ -1,4 +1,4 @@
-"""What torch tells of tensors and operations: whose memory they share, which they write."""
+"""Tensors and operations as torch describes them: which tensors share memory, and which an operation writes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Operation(NamedTuple):
 
 
 def storage_key(tensor: Tensor) -> int | None:
-    """What tensors that share memory have in common; None for subclasses with storages of their own kind."""
+    """The identity of a tensor's memory, equal for all views of it; None for subclasses with memory of their own kind."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None
     key: int = tensor.untyped_storage()._cdata
@@ -73,7 +73,7 @@ def swapped(values: Any, swap: Callable[[Tensor], Tensor]) -> Any:
 
 @functools.cache
 def is_view(func: Any) -> bool:
-    """Whether results share the memory of an argument that is not written."""
+    """Return True if the results share the memory of an argument that is not written."""
     if func.overloadpacket is aten._unsafe_view:
         return True
     schema = func._schema

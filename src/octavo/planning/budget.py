@@ -1,4 +1,4 @@
-"""How a staging budget is divided: threads, slots and scratch memory."""
+"""The staging budget, divided into threads, slots and scratch memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MIN_SLOT_BYTES = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How ``staging_bytes`` are divided: threads, slots and scratch."""
+    """``staging_bytes``, divided: so many threads, slots of such a size, so much scratch memory."""
 
     threads: int
     slots: int
@@ -42,7 +42,7 @@ class Budget:
 
     @property
     def read_bytes(self) -> int:
-        """What is read into a slot at once: where slots are large, room is left for aligning direct reads."""
+        """The most bytes that are read into a slot at once. Large slots leave room for aligning direct reads."""
         return self.slot_bytes - 2 * PAGE if self.slot_bytes >= _ALIGNED_SLOT_BYTES else self.slot_bytes
 
     @property

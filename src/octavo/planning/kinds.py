@@ -1,4 +1,4 @@
-"""What a weight is: a linear layer's matrix, a stack of expert matrices, or something that is not quantized.
+"""The kind of a weight: a linear layer's matrix, a stack of expert matrices, or something that is not quantized.
 
 Two sources of that knowledge. A model definition knows (adapters ask its modules). A checkpoint alone does not: there,
 names, shapes and the config's ``model_type`` must do, and whatever is not clearly a matrix that a linear layer
@@ -71,7 +71,7 @@ def module_of(name: str) -> str:
 
 
 def default_keep(name: str) -> str | None:
-    """What a weight is that stays unquantized by default, judged by its name; None for all others."""
+    """Name the kind of a weight that stays unquantized by default, judged by its name; None for all others."""
     # the patterns tell no number from another, and names of layers and experts differ in nothing else
     return _default_keep(_NUMBER.sub("0", module_of(name)))
 
@@ -120,6 +120,6 @@ def _is_conv1d(module: str, shape: Sequence[int], config: Mapping[str, Any]) -> 
 
 
 def _values(config: Mapping[str, Any], key: str) -> set[Any]:
-    """What a config and its parts (of the text, of the vision model) say under a key."""
+    """The values that a config and its parts (of the text, of the vision model) have under a key."""
     parts: Sequence[Any] = [config, *config.values()]
     return {part[key] for part in parts if isinstance(part, Mapping) and isinstance(part.get(key), (str, int))}

@@ -31,7 +31,7 @@ from .recipe import Decision, Recipe, Weight
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen, decided. See `Plan.table` and `Plan.to_dict`.
+    """Everything that a stream will do, decided before it begins. See `Plan.table` and `Plan.to_dict`.
 
     ``placements`` are in the order of reading. ``unused`` maps checkpoint tensors that nothing needs to the reason.
     """
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """What whoever made the plan should know."""
+        """Remarks for whoever made the plan."""
         idle = bool(self.recipe.schemes) and not self.quantized
         return ["no weight becomes FP8: see what is kept, and why"] if idle else []
 
@@ -124,7 +124,7 @@ class Plan:
         }
 
     def diff(self, other: Plan) -> list[str]:
-        """What changes from this plan to ``other``, a line a tensor; empty when they do the same."""
+        """List the changes from this plan to ``other``, a line a tensor; the list is empty when they do the same."""
         mine = {p.name: p for p in self.placements}
         theirs = {p.name: p for p in other.placements}
         lines = [f"- {name}" for name in mine if name not in theirs]

@@ -32,7 +32,7 @@ from . import kinds
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """What a recipe is asked about: a parameter, and the checkpoint tensors that make it."""
+    """A parameter, and the checkpoint tensors that make it: the question that a recipe answers."""
 
     name: str
     sources: tuple[str, ...]
@@ -103,7 +103,7 @@ class Recipe:
 
     @classmethod
     def coerce(cls, scheme: str | Recipe | Mapping[str, Any] | None, ignore: Iterable[str] = ()) -> Recipe:
-        """What users give as ``scheme``: a name, a recipe, its dict form, or None for no quantization."""
+        """Make a recipe of what users give as ``scheme``: a name, a recipe, its dict form, or None for no quantization."""
         if isinstance(scheme, Recipe):
             recipe = scheme
         elif isinstance(scheme, Mapping):
@@ -205,7 +205,7 @@ def _is_full_name(pattern: str, weight: Weight) -> bool:
 
 
 def _matches(pattern: str, weight: Weight) -> bool:
-    """Whether the pattern names this weight; one that names only some of its sources is ambiguous."""
+    """Return True if the pattern names this weight; a pattern that names only some of its sources is an error."""
     hits = [name for name in weight.sources if _matches_name(pattern, name)]
     if hits and len(hits) < len(weight.sources):
         missed = next(name for name in weight.sources if name not in hits)

@@ -34,7 +34,7 @@ def _combine_kernel(y, ids, weights, position, out, n, top_k, experts, SORTED: t
 
 @triton.jit(do_not_specialize=["rows", "experts"])
 def _sort_kernel(ids, sorted_ids, order, position, ends, rows, experts, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Where each row goes when sorted by expert, by comparing it with all; the last programs count for `ends`."""
+    """Sort rows by expert: each is compared with all others. The last programs count, for `ends`."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     blocks = tl.cdiv(rows, BLOCK)
     if tl.program_id(0) < blocks:

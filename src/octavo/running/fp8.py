@@ -73,7 +73,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None and _COMPILER is no
 
 
 def has_units(index: int) -> bool:
-    """Whether CUDA device ``index`` has FP8 units."""
+    """Return True if CUDA device ``index`` has FP8 units."""
     return torch.version.cuda is not None and _capability(index) >= (8, 9)
 
 
@@ -100,7 +100,7 @@ def _kernels() -> Any:
 
 
 def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
-    """Whether the functions here take these operands: on FP8 units, in half precision, no gradient asked."""
+    """Return True if the functions here take these operands: on FP8 units, in half precision, no gradient asked."""
     if x.dtype not in _DTYPES or not q.is_cuda or not has_units(q.device.index):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
@@ -319,7 +319,7 @@ def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def takes_experts(parts: Iterable[Sequence[int]]) -> bool:
-    """Whether `expert_linear` takes stacks of such parts, here."""
+    """Return True if `expert_linear` takes stacks of such parts on this machine."""
     return _HAS_TRITON and all(len(each) <= _MAX_PARTS for each in parts)
 
 
@@ -390,5 +390,5 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Ten
 
 
 def use_pairs(rows: int) -> bool:
-    """Whether so few (token, expert) pairs are better not sorted."""
+    """Return True if so few (token, expert) pairs are better not sorted."""
     return rows <= _PAIRS

@@ -27,7 +27,7 @@ DENSE, PAIRS, SORTED = 0, 1, 2
 
 
 class Tile(NamedTuple):
-    """What one program of a product computes, ``rows`` x ``cols``, in steps of ``depth``."""
+    """The part of a product that one program computes: ``rows`` x ``cols``, in steps of ``depth``."""
 
     rows: int
     cols: int

@@ -1,4 +1,4 @@
-"""What runs after loading: linear layers and expert stacks that hold FP8 weights and their scales.
+"""Modules that run after loading: linear layers and expert stacks that hold FP8 weights and their scales.
 
 `matmul` computes their products, `fp8` those on a GPU with FP8 units.
 """
@@ -80,7 +80,7 @@ class QuantizedExperts:
         return total.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _takes_fp8(self: Any, hidden: Tensor, weights: Tensor, up: str) -> bool:
-        """Whether all is quantized, and FP8 units are there for it."""
+        """Return True if both stacks are quantized and there are FP8 units for them."""
         names = (up, "down_proj")
         if not all(name in self.octavo_stacks for name in names):
             return False

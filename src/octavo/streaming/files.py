@@ -87,7 +87,7 @@ class Files:
         return start
 
     def _is_cached(self, path: Path, offset: int, nbytes: int) -> bool:
-        """Whether the page cache has this run of a file of which it does not have all, if that may be looked up."""
+        """Return True if the page cache holds this run of a file that it holds in part, and that may be looked up."""
         return self._direct_io is None and cached_share(path, offset, nbytes, RUN_WINDOWS) >= CACHED
 
     def _open(self, shard: int) -> tuple[int, int | None]:

@@ -135,7 +135,7 @@ class Lane:
             slot.event.record(self._queue)
 
     def values(self, box: Box) -> Tensor:
-        """What has been copied of a box, with the axes of its parameter (a view)."""
+        """The values of a box that has been copied, with the axes of its parameter (a view)."""
         return self.staged.view(dtypes.MOVED[box.dtype_name], box.piece)
 
     def suspects(self) -> list[list[Box]]:

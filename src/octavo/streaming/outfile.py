@@ -29,7 +29,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def disk_error(path: object, error: OSError) -> OutputError:
-    """What to tell a user whose disk is full or failing."""
+    """The error for a user whose disk is full or failing."""
     return OutputError(
         f"{path}: writing failed: {error.strerror}. Finished shards are kept: make room and run the same command again "
         "to go on."

@@ -1,4 +1,4 @@
-"""How much of each placement is in its place, and the amax of scale groups that span chunks.
+"""Progress: how much of each placement is in its place, and the amax of scale groups that span chunks.
 
 A placement is opened in the sink before its first chunk, and closed with its last element. Its chunks may come in any
 order and from any thread.
@@ -46,7 +46,7 @@ class Placed:
             self._states[placement.name] = _Open(destination, math.prod(placement.shape))
 
     def destination(self, placement: Placement) -> Destination:
-        """Where the placement's bytes go."""
+        """The destination that takes the placement's bytes."""
         return self._state(placement).destination
 
     def done(self, placement: Placement, work: Work, elements: int) -> int:
@@ -85,7 +85,7 @@ class Placed:
             self._ring.update(lambda: None)
 
     def amax(self, placement: Placement, cells: tuple[slice, ...]) -> Tensor:
-        """What has been folded into some cells."""
+        """The amax that has been folded into some cells, float32."""
         amax = self._state(placement).amax
         assert amax is not None
         return amax[cells]

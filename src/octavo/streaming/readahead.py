@@ -51,7 +51,7 @@ class ReadAhead:
 
     @property
     def read_bytes(self) -> int:
-        """What has been read so far."""
+        """Bytes read so far."""
         return self._ring.done_bytes
 
     def _windows(self) -> Iterator[tuple[Path, int]]:

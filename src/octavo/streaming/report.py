@@ -1,4 +1,4 @@
-"""What a load or a conversion did: bytes, seconds a stage, memory over time, what stayed and why.
+"""The report of a load or a conversion: bytes, seconds a stage, memory over time, what stayed and why.
 
 As a table for people, a dict for machines, and a plot in which the FP8 curve rises under the line of the bf16 model.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What happened. All bytes are bytes, all times seconds."""
+    """One run, measured. Sizes are in bytes, times in seconds."""
 
     source: str
     source_bytes: int  # of the same tensors, unquantized

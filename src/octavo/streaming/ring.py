@@ -80,7 +80,7 @@ class Slot:
 
     @property
     def idle(self) -> bool:
-        """Whether it may be overwritten."""
+        """Return True if the slot may be overwritten: the copy out of it has completed."""
         return self.busy is None or bool(self.busy.query())
 
     def wait(self) -> None:
@@ -91,7 +91,7 @@ class Slot:
 
 
 class Worker(Protocol[TicketIn]):
-    """What a thread of the ring runs: made inside the thread, given one ticket after another."""
+    """The work of one thread of the ring. It is made inside the thread, and given one ticket after another."""
 
     def handle(self, ticket: TicketIn) -> int:
         """Do the work of one ticket; returns the bytes that count as progress."""
@@ -254,7 +254,7 @@ class Ring(Generic[Ticket]):
 
     @property
     def running(self) -> bool:
-        """Whether any thread still works."""
+        """Return True while any thread works."""
         return self._alive > 0
 
     def _work(self, draw: Callable[[], Any], make_worker: Callable[[], Worker[Any]]) -> None:
@@ -300,7 +300,7 @@ class _Reader(Generic[Ticket]):
 
 
 def _has_begun(thread: threading.Thread) -> bool:
-    """Whether a thread runs, or has run, whose start was interrupted; it may be about to."""
+    """Return True if a thread whose start was interrupted runs or has run. Waits a little, since it may be about to."""
     deadline = now() + 10 * TICK_S
     while thread.ident is None and now() < deadline:
         time.sleep(TICK_S / 100)

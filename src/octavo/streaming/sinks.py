@@ -1,4 +1,4 @@
-"""Where a stream's bytes go: the parameters of a model, shards on disk, or an iterator.
+"""Sinks receive a stream's bytes: the parameters of a model, shards on disk, or an iterator.
 
 A sink opens a `Destination` for each placement, in plan order; chunks of it may then arrive in any order and from any
 thread, each box once. Scales may be written more than once, with the same values.

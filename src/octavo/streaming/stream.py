@@ -37,7 +37,7 @@ from .sinks import IteratorSink, Sink, Storage, enough_memory
 
 @dataclass
 class Tally:
-    """What a stream measured: seconds summed over threads, bytes."""
+    """Measurements of a stream: seconds, summed over threads, and bytes."""
 
     read_s: float = 0.0
     quantize_s: float = 0.0

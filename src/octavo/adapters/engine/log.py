@@ -1,4 +1,4 @@
-"""What happened, in three lines."""
+"""The log of a load, in three lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MAX_REASONS = 6
 
 
 def describe(found: Survey, stages: Stages, tally: Tally, meter: Meter) -> list[str]:
-    """How much became what; what stayed and why; seconds, speed, and memory beyond the model at the peak."""
+    """Three lines: how much became what; what stayed and why; seconds, speed, and memory over the model at the peak."""
     plan = found.plan
     scheme, quantized = plan.recipe.scheme, plan.quantized
     became = (

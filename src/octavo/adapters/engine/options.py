@@ -1,4 +1,4 @@
-"""What users say: ``--model-loader-extra-config`` and ``--quantization``. Needs no vLLM.
+"""The options of an engine's users: ``--model-loader-extra-config`` and ``--quantization``. Needs no engine.
 
 vllm serve MODEL --load-format octavo
 vllm serve MODEL --load-format octavo --model-loader-extra-config '{"scheme": "fp8_block", "ignore": ["*.down_proj"]}'
@@ -56,7 +56,7 @@ class Options:
 
     @classmethod
     def parse(cls, extra: Any, quantization: str | None = None) -> Options:
-        """What ``--model-loader-extra-config`` and ``--quantization`` say together.
+        """Parse ``--model-loader-extra-config`` and ``--quantization`` together.
 
         Raises:
             RecipeError: an unknown key, a value of the wrong kind, two schemes, or one that vLLM can't run.

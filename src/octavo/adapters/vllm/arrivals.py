@@ -42,7 +42,7 @@ class _Layer:
         self.before = {name: tensor.detach().clone() for name, tensor in tensors.items() if name not in self.moved}
 
     def moving(self, name: str) -> bool:
-        """Whether a tensor goes to parameters that have moved."""
+        """Return True if a tensor goes to parameters that have moved."""
         return self.moved is None or bool(self.fillers[name] & self.moved)
 
     def lacking(self) -> list[str]:

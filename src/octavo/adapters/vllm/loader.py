@@ -154,7 +154,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             )
 
     def _device(self, vllm_config: VllmConfig) -> torch.device:
-        """Where the model goes to."""
+        """The device that the model goes to."""
         named = torch.device(self.load_config.device or vllm_config.device_config.device)
         return torch.empty(0, device=named).device  # with the number of the current one: each thread has its own
 

@@ -36,7 +36,7 @@ _ATTRIBUTE = "_octavo_weights"
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """What a model of vLLM was loaded from; its ``load_weights`` is replaced by `load`."""
+    """The checkpoint that a model of vLLM was loaded from, and how to load it again, instead of ``load_weights``."""
 
     plan: Plan
     layout: Format

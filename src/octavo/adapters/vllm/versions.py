@@ -1,4 +1,4 @@
-"""What differs between versions of vLLM, and what has no public name in any: the only place that knows."""
+"""Differences between versions of vLLM, and names that are public in none of them. Nothing else knows the version."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OLDEST = (0, 24)
 
 
 def is_supported() -> bool:
-    """Whether this vLLM is known to have what is used here; one that does not know its version counts as new."""
+    """Return True if this vLLM is known to have what is used here. One without a version counts as new."""
     found = re.match(r"(\d+)\.(\d+)", vllm.__version__)
     return found is None or (int(found[1]), int(found[2])) >= OLDEST
 
@@ -54,12 +54,12 @@ def remember_layers(vllm_config: Any) -> Callable[[], None]:
 
 
 def reloading(model: nn.Module) -> bool:
-    """Whether vLLM is reloading this model layer by layer: parameters in checkpoint format, to be processed after."""
+    """Return True while vLLM reloads this model layer by layer, its parameters in checkpoint format."""
     return any(waits(module) for module in model.modules())
 
 
 def waits(layer: nn.Module) -> bool:
-    """Whether vLLM is reloading this layer, and counts elements until it has all."""
+    """Return True while vLLM reloads this layer, and counts elements until it has all."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     return bool(get_layerwise_info(layer).can_load())
