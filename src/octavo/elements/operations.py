@@ -25,7 +25,7 @@ class Operation(NamedTuple):
 
 
 def storage_key(tensor: Tensor) -> int | None:
-    """The identity of a tensor's memory, equal for all views of it; None for subclasses with memory of their own kind."""
+    """The identity of a tensor's memory, equal for all its views; None for subclasses with memory of their own kind."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return None
     key: int = tensor.untyped_storage()._cdata
