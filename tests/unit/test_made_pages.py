@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+import octavo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import make_pages
@@ -31,3 +34,8 @@ def test_the_figures_of_the_readme_are_those_of_the_committed_results():
 
 def test_the_readme_is_short():
     assert len(README.split()) <= 700
+
+
+def test_the_reference_has_every_public_name():
+    text = (make_pages.DOCS / "reference" / "api.md").read_text()
+    assert set(re.findall(r"heading: octavo\.(\w+)", text)) == set(octavo.__all__) - {"OctavoError"}
