@@ -103,7 +103,7 @@ class Recipe:
 
     @classmethod
     def coerce(cls, scheme: str | Recipe | Mapping[str, Any] | None, ignore: Iterable[str] = ()) -> Recipe:
-        """Make a recipe of what users give as ``scheme``: a name, a recipe, its dict form, or None to quantize nothing."""
+        """Make a recipe of what users give as ``scheme``: a name, a recipe or its dict form, or None for no scheme."""
         if isinstance(scheme, Recipe):
             recipe = scheme
         elif isinstance(scheme, Mapping):
