@@ -34,7 +34,7 @@ from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
 from ...streaming.sinks import Storage
 from .fill import fill
-from .swap import METHOD, assign, swap
+from .swap import METHOD, assign
 
 
 def load(
@@ -158,17 +158,19 @@ def prepare(
     with stages("import"):
         require()
         from .model_plan import plan_model
+        from .quantization_config import saved_config
         from .skeleton import skeleton
 
-        saved = _saved_recipe(checkpoint, recipe)
+        _check_method(checkpoint)
+        saved = saved_config(checkpoint, recipe)
     with stages("skeleton"):
         model = skeleton(checkpoint, **model_options)
     with stages("plan"):
         if saved:
-            _swap_saved(model, checkpoint)
+            _swap_saved(model, saved, checkpoint)
         todo = Recipe(None) if saved else recipe
         plan = plan_model(model, checkpoint, todo, device, staging_bytes, strict=strict)
-    return Prepared(model, plan, saved)
+    return Prepared(model, plan, saved.recipe if saved else None)
 
 
 def require() -> None:
@@ -195,24 +197,9 @@ def _check_method(checkpoint: Checkpoint) -> None:
         )
 
 
-def _saved_recipe(checkpoint: Checkpoint, asked: Recipe) -> Recipe | None:
-    """The recipe of a model that octavo quantized and ``save_pretrained`` wrote; None for any other checkpoint."""
-    _check_method(checkpoint)
-    if checkpoint.quantization is None:
-        return None
-    from .quantizer import OctavoConfig
-
-    saved: Recipe = OctavoConfig(**checkpoint.config["quantization_config"]).recipe
-    if asked not in (saved, Recipe(), Recipe(None)):
-        raise RecipeError(f"{checkpoint.path}: saved as FP8 by another recipe ({saved}); it can't be quantized again")
-    return saved
-
-
-def _swap_saved(model: Any, checkpoint: Checkpoint) -> None:
-    from .quantizer import unsaved_weights
-
+def _swap_saved(model: Any, config: Any, checkpoint: Checkpoint) -> None:
     try:
-        swap(model, unsaved_weights(checkpoint.config["quantization_config"]["weights"]))
+        config.swap(model)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: quantization_config does not fit the model: "

@@ -8,70 +8,26 @@ checkpoint that ``save_pretrained`` wrote, modules are swapped and transformers 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import DeviceError, RecipeError
 from ...machine import usable_device
 from ...planning.placement import Placement
-from ...planning.plan import DEFAULT_STAGING_BYTES
-from ...planning.recipe import DEFAULT_SCHEME, Recipe
+from ...planning.recipe import Recipe
 from ...running import modules
 from ...streaming.meter import Stages
 from ...streaming.sinks import Storage
 from .fill import fill
 from .model_plan import plan_model
-from .swap import METHOD, swap
-
-
-@register_quantization_config(METHOD)
-class OctavoConfig(QuantizationConfigMixin):
-    """What ``quantization_config`` takes.
-
-    Args:
-        scheme: as in `octavo.Recipe`.
-        targets: as in `octavo.Recipe`.
-        ignore: as in `octavo.Recipe`.
-        staging_bytes: as in `octavo.load`.
-        threads: as in `octavo.load`.
-        weights: name -> [scheme, parts] of a checkpoint that is quantized already; written by ``save_pretrained``.
-    """
-
-    def __init__(
-        self,
-        scheme: str | None = DEFAULT_SCHEME,
-        targets: Mapping[str, str] | None = None,
-        ignore: tuple[str, ...] | list[str] = (),
-        staging_bytes: int = DEFAULT_STAGING_BYTES,
-        threads: int | None = None,
-        weights: Mapping[str, Any] | None = None,
-        **unknown: Any,
-    ) -> None:
-        unknown.pop("quant_method", None)
-        if unknown:
-            raise RecipeError(f"OctavoConfig: unknown option {sorted(unknown)[0]!r}")
-        self.quant_method = METHOD  # type: ignore[assignment]
-        recipe = Recipe(scheme, targets or {}, ignore)
-        self.scheme, self.targets, self.ignore = recipe.scheme, dict(recipe.targets), list(recipe.ignore)
-        self.staging_bytes, self.threads = staging_bytes, threads
-        self.weights = dict(weights) if weights else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """What is saved: not how this machine loaded it."""
-        saved: dict[str, Any] = super().to_dict()
-        return {key: value for key, value in saved.items() if key not in ("staging_bytes", "threads")}
-
-    @property
-    def recipe(self) -> Recipe:
-        return Recipe(self.scheme, self.targets, self.ignore)
+from .quantization_config import OctavoConfig as OctavoConfig
+from .swap import METHOD
 
 
 class _Hand(ConversionOps):
@@ -145,7 +101,8 @@ class OctavoQuantizer(HfQuantizer):
         **_: Any,
     ) -> None:
         if self.pre_quantized:
-            swap(model, unsaved_weights(self.config.weights or {}))
+            if self.config.weights is not None:
+                self.config.swap(model)
             return
         config = self.config
         if getattr(model.config, "distributed_config", None) is not None:
@@ -196,29 +153,19 @@ class OctavoQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         model._weight_conversions = []  # saved under the model's own names
-        self.config.weights = _saved_weights(model)
-        model.config.quantization_config = self.config
+        self.config.record(model)
+        model.config.quantization_config = self.config  # which transformers does itself, in ``from_pretrained``
         self.streamed.clear()
         return model
 
 
 def mark_quantized(model: Any, recipe: Recipe) -> None:
     """Make a model that octavo quantized known to transformers as such, so that ``save_pretrained`` works."""
-    config = OctavoConfig(recipe.scheme, dict(recipe.targets), recipe.ignore, weights=_saved_weights(model))
-    model.config.quantization_config = config
-    model.hf_quantizer = OctavoQuantizer(config, pre_quantized=True)
+    quantizer = OctavoQuantizer(OctavoConfig(recipe.scheme, dict(recipe.targets), recipe.ignore), pre_quantized=True)
+    model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
-    model._weight_conversions = []
-
-
-def _saved_weights(model: Any) -> dict[str, Any]:
-    return {name: [scheme, list(parts)] for name, scheme, parts in modules.quantized_weights(model)}
-
-
-def unsaved_weights(saved: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, scheme, parts) of each weight of a saved FP8 model: ``saved`` is name -> [scheme, parts]."""
-    return [(name, scheme, tuple(parts)) for name, (scheme, parts) in saved.items()]
+    quantizer._process_model_after_weight_loading(model)
 
 
 def _placer(device_map: Any) -> Any:
