@@ -12,7 +12,7 @@ import octavo
 from helpers import same_bytes
 from helpers.folders import split_shards, tensors_of
 from helpers.models import differences
-from octavo.running.modules import quantized_weights
+from octavo.running.modules import quantized_weights, scale_name
 
 # -- saving and loading again -----------------------------------------------------------------------------------------
 
@@ -70,6 +70,24 @@ def test_saved_model_loads_again_through_octavo(
     assert sorted(quantized_weights(model)) == sorted(quantized_weights(again))
     again.save_pretrained(tmp_path / "twice")
     assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path / "twice")) == []
+
+
+@by_scheme
+def test_fp8_weights_and_scales_take_no_gradients_however_they_came(
+    checkpoints: Checkpoints, scheme: str, tmp_path: Path
+) -> None:
+    folder, config = checkpoints.folder("qwen2_moe"), octavo.OctavoConfig(scheme)
+    model = checkpoints.load("qwen2_moe", scheme)
+    model.save_pretrained(tmp_path)
+    quantized = {name for weight, *_ in quantized_weights(model) for name in (weight, scale_name(weight))}
+    expected = {name: name not in quantized for name, _ in model.named_parameters()}
+    for found in (
+        model,
+        AutoModelForCausalLM.from_pretrained(folder, quantization_config=config),
+        octavo.load(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert {name: parameter.requires_grad for name, parameter in found.named_parameters()} == expected
 
 
 # -- files ------------------------------------------------------------------------------------------------------------

@@ -151,9 +151,12 @@ class OctavoQuantizer(HfQuantizer):
         if storage.scale is not None:
             handed[modules.scale_name(placement.name)] = torch.nn.Parameter(storage.scale, requires_grad=False)
 
-    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+    def _process_model_after_weight_loading(self, model: Any, **__: Any) -> Any:
         model._weight_conversions = []  # saved under the model's own names
         self.config.record(model)
+        for name, *_ in modules.quantized_weights(model):
+            for parameter in (name, modules.scale_name(name)):
+                model.get_parameter(parameter).requires_grad_(False)
         model.config.quantization_config = self.config  # which transformers does itself, in ``from_pretrained``
         self.streamed.clear()
         return model

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...checkpoint import dtypes
 from ...running import modules
 from ...streaming.sinks import Storage
 
@@ -38,17 +37,17 @@ def swap(model: Any, weights: Iterable[tuple[str, str, tuple[int, ...]]]) -> Non
 def assign(model: Any, storages: Mapping[str, Storage]) -> None:
     """Give parameters and buffers the memory that a stream has filled."""
     for name, storage in storages.items():
-        _set(model, name, storage.weight, trainable=storage.scale is None)
+        _set(model, name, storage.weight)
         if storage.scale is not None:
             _set(model, modules.scale_name(name), storage.scale)
 
 
-def _set(model: Any, name: str, tensor: torch.Tensor, trainable: bool = False) -> None:
+def _set(model: Any, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if leaf in module._buffers:
         module._buffers[leaf] = tensor
         return
-    parameter = nn.Parameter(tensor, requires_grad=trainable and tensor.dtype in dtypes.QUANTIZABLE)
+    parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
     module._parameters[leaf] = parameter
