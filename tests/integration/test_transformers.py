@@ -304,6 +304,17 @@ def test_from_pretrained_with_octavo_config_equals_load(
     assert model.load_report.kept == direct.load_report.kept
 
 
+@by_architecture
+def test_both_routes_agree_on_what_is_a_parameter_and_what_a_buffer(
+    checkpoints: Checkpoints, architecture: str
+) -> None:
+    config = octavo.OctavoConfig()
+    model = AutoModelForCausalLM.from_pretrained(checkpoints.folder(architecture), quantization_config=config)
+    direct = checkpoints.load(architecture, "fp8_channel")
+    assert dict(model.named_parameters()).keys() == dict(direct.named_parameters()).keys()
+    assert dict(model.named_buffers()).keys() == dict(direct.named_buffers()).keys()
+
+
 def test_octavo_config_honours_targets_and_ignore(checkpoints: Checkpoints) -> None:
     folder = checkpoints.folder("qwen2_moe")
     targets, ignore = {"*.experts.*": "fp8_block"}, ["*.self_attn.*"]

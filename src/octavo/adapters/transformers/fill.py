@@ -10,9 +10,9 @@ from ...planning.plan import Plan
 from ...session.update import Routes
 from ...streaming.meter import Stages, measured
 from ...streaming.report import Report
-from ...streaming.sinks import ParameterSink, Storage, allocate_all
+from ...streaming.sinks import ParameterSink, allocate_all
 from ...streaming.stream import Stream
-from .swap import swap
+from .swap import assign, swap
 
 
 def fill(
@@ -20,12 +20,12 @@ def fill(
     checkpoint: Checkpoint,
     plan: Plan,
     stages: Stages,
-    take: Callable[[dict[str, Storage]], None],
     *,
     threads: int | None,
     direct_io: bool | None = None,
     progress: bool | Callable[[int, int], None] | None = None,
     notes: Sequence[str] = (),
+    finish: Callable[[], None] | None = None,
 ) -> None:
     """Swap the modules of a model on meta, then allocate its memory and stream the checkpoint into it.
 
@@ -33,20 +33,21 @@ def fill(
 
     Args:
         stages: where the seconds of each stage are counted.
-        take: is given the filled memory by name, and brings it into the model, now or later. Its own memory and time
-            belong to the load, and are measured.
         threads: as for `octavo.load`, and so are ``direct_io`` and ``progress``.
         notes: what the report tells beside its figures.
+        finish: whatever else belongs to the load, and to what is measured of it.
     """
     with stages("swap"):
         swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
     with measured(plan, progress) as meter:
         with stages("allocate"):
             storages = allocate_all(plan.placements)
+            assign(model, storages)
         with stages("stream"):
             stream = Stream(checkpoint, plan, ParameterSink(storages), threads=threads, direct_io=direct_io)
             meter.follow(stream.tally)
             tally = stream.run(meter.progress)
-        take(storages)
+        if finish is not None:
+            finish()
     model.load_report = Report.of(plan, stream.budget, tally, stages, meter, notes=notes)
     model.load_routes = Routes.of(plan, checkpoint)

@@ -32,9 +32,8 @@ from ...planning.recipe import Recipe
 from ...streaming.meter import Stages
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
-from ...streaming.sinks import Storage
 from .fill import fill
-from .swap import METHOD, assign
+from .swap import METHOD
 
 
 def load(
@@ -106,22 +105,13 @@ def load(
             )
     model, plan = prepared.model, prepared.plan
 
-    def take(storages: Mapping[str, Storage]) -> None:
+    def finish() -> None:
         with stages("finish"):
-            assign(model, storages)
-            _finish(model, plan, target_device)
+            _move_buffers(model, target_device)
+            _tie(model, plan)
 
-    fill(
-        model,
-        checkpoint,
-        plan,
-        stages,
-        take,
-        threads=threads,
-        direct_io=direct_io,
-        progress=progress,
-        notes=plan.notes,
-    )
+    options: dict[str, Any] = {"threads": threads, "direct_io": direct_io, "progress": progress}
+    fill(model, checkpoint, plan, stages, **options, notes=plan.notes, finish=finish)
     if prepared.saved:
         model.load_routes = None  # its checkpoint has the model's own names
     if prepared.saved or plan.quantized:
@@ -207,12 +197,15 @@ def _swap_saved(model: Any, config: Any, checkpoint: Checkpoint) -> None:
         ) from error
 
 
-def _finish(model: Any, plan: Plan, device: torch.device) -> None:
+def _move_buffers(model: Any, device: torch.device) -> None:
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[leaf] = buffer.to(device)
-    # as ``from_pretrained`` does: to whichever the checkpoint has, and not where it has two that differ
+
+
+def _tie(model: Any, plan: Plan) -> None:
+    """As ``from_pretrained`` does: to whichever the checkpoint has, and not where it has two that differ."""
     tied = model.all_tied_weights_keys
     missing = {*tied.keys(), *tied.values()} - {placement.name for placement in plan.placements}
     model.tie_weights(missing_keys=missing, recompute_mapping=False)

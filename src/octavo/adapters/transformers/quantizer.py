@@ -12,35 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import Chunk, WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import DeviceError, RecipeError
 from ...machine import usable_device
-from ...planning.placement import Placement
+from ...planning.plan import Plan
 from ...planning.recipe import Recipe
 from ...running import modules
+from ...session.update import Routes
 from ...streaming.meter import Stages
-from ...streaming.sinks import Storage
 from .fill import fill
 from .model_plan import plan_model
 from .quantization_config import OctavoConfig as OctavoConfig
 from .swap import METHOD
-
-
-class _Hand(ConversionOps):
-    """Moves nothing; a converter needs an operation."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **_: Any
-    ) -> dict[str, Any]:
-        return input_dict
-
-    @property
-    def reverse_op(self) -> _Hand:
-        return self
 
 
 class _StreamedConverter(WeightConverter):
@@ -57,8 +44,7 @@ class _StreamedConverter(WeightConverter):
         loading_info: Any = None,
     ) -> dict[str, torch.Tensor]:
         self.collected_tensors.clear()
-        handed: dict[str, torch.Tensor] = hf_quantizer.hand_out(layer_name)
-        return handed
+        return {name: model.get_parameter_or_buffer(name) for name in hf_quantizer.streamed.get(layer_name, ())}
 
 
 @register_quantizer(METHOD)
@@ -71,16 +57,10 @@ class OctavoQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config: OctavoConfig = quantization_config
-        self.sources: dict[str, tuple[str, ...]] = {}  # parameter -> the checkpoint tensors that make it
-        self.made_from: dict[str, list[Placement]] = {}  # and the other way round
-        self.storages: dict[str, Storage] = {}
-        self.streamed: set[str] = set()  # parameters and scales that are in memory before transformers loads any
+        self.streamed: dict[str, list[str]] = {}  # see `_made_together`
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
-
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-        return False
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes that each element of a parameter still takes: none where the stream has filled it.
@@ -89,9 +69,6 @@ class OctavoQuantizer(HfQuantizer):
         come after streaming, when free memory is already less the model.
         """
         return 0 if param_name in self.streamed else super().param_element_size(model, param_name, param)
-
-    def validate_environment(self, *_: Any, **__: Any) -> None:
-        return None
 
     def _process_model_before_weight_loading(
         self,
@@ -114,12 +91,8 @@ class OctavoQuantizer(HfQuantizer):
             checkpoint = Checkpoint.open_files([Path(file) for file in checkpoint_files])
             where = _placer(device_map)
             plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
-        fill(model, checkpoint, plan, stages, self.storages.update, threads=config.threads)
-        self.sources = {p.name: tuple(dict.fromkeys(piece.src_name for piece in p.pieces)) for p in plan.placements}
-        for placement in plan.placements:
-            for source in self.sources[placement.name]:
-                self.made_from.setdefault(source, []).append(placement)
-        self.streamed = {name for p in plan.placements for name in (p.name, modules.scale_name(p.name))}
+        fill(model, checkpoint, plan, stages, threads=config.threads)
+        self.streamed = _made_together(plan, model.load_routes)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         if self.pre_quantized:
@@ -128,28 +101,13 @@ class OctavoQuantizer(HfQuantizer):
         for entry in weight_conversions:
             if isinstance(entry, WeightConverter):
                 twin = _StreamedConverter(
-                    list(entry._original_source_patterns), list(entry._original_target_patterns)[:1], [_Hand()]
+                    list(entry._original_source_patterns), list(entry._original_target_patterns)[:1], [Chunk()]
                 )
                 twin.scope_prefix, twin.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
                 streamed.append(twin)
             else:
                 streamed.append(entry)
-        return [*streamed, _StreamedConverter([r"^(.+)$"], [r"\1"], [_Hand()])]
-
-    def hand_out(self, first: str) -> dict[str, torch.Tensor]:
-        """The parameter ``first``, and whatever else was made from the same checkpoint tensors, with scales."""
-        handed: dict[str, torch.Tensor] = {}
-        for source in self.sources.get(first, ()):
-            for placement in self.made_from[source]:
-                if placement.name in self.storages:
-                    self._hand(placement, self.storages.pop(placement.name), handed)
-        return handed
-
-    def _hand(self, placement: Placement, storage: Storage, handed: dict[str, torch.Tensor]) -> None:
-        frozen = placement.scheme is not None or not storage.weight.is_floating_point()
-        handed[placement.name] = torch.nn.Parameter(storage.weight, requires_grad=not frozen)
-        if storage.scale is not None:
-            handed[modules.scale_name(placement.name)] = torch.nn.Parameter(storage.scale, requires_grad=False)
+        return [*streamed, _StreamedConverter([r"^(.+)$"], [r"\1"], [Chunk()])]
 
     def _process_model_after_weight_loading(self, model: Any, **__: Any) -> Any:
         model._weight_conversions = []  # saved under the model's own names
@@ -169,6 +127,18 @@ def mark_quantized(model: Any, recipe: Recipe) -> None:
     model.is_quantized = True
     model.quantization_method = METHOD
     quantizer._process_model_after_weight_loading(model)
+
+
+def _made_together(plan: Plan, routes: Routes) -> dict[str, list[str]]:
+    """Name of a parameter or scale -> all of those that are made from the same checkpoint tensors, itself included."""
+    names = {p.name: [p.name, modules.scale_name(p.name)] if p.scheme else [p.name] for p in plan.placements}
+    together = {}
+    for placement in plan.placements:
+        sources = dict.fromkeys(piece.src_name for piece in placement.pieces)
+        kin = dict.fromkeys(parameter for source in sources for parameter, _ in routes.pieces[source])
+        made = [name for parameter in kin for name in names[parameter]]
+        together.update(dict.fromkeys(names[placement.name], made))
+    return together
 
 
 def _placer(device_map: Any) -> Any:
