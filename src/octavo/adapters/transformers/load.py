@@ -32,8 +32,7 @@ from ...planning.recipe import Recipe
 from ...streaming.meter import Stages
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
-from .fill import fill
-from .swap import METHOD
+from .swap import METHOD, fill
 
 
 def load(
@@ -148,7 +147,7 @@ def prepare(
     with stages("import"):
         require()
         from .model_plan import plan_model
-        from .quantization_config import saved_config
+        from .quantizer import saved_config
         from .skeleton import skeleton
 
         _check_method(checkpoint)
