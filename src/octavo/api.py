@@ -42,7 +42,11 @@ def plan(
     model: bool | None = None,
     format: str = formats.DEFAULT,
     revision: str | None = None,
-    **model_options: Any,
+    strict: bool = True,
+    dtype: torch.dtype | str | None = None,
+    model_class: type[Any] | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
 ) -> Plan:
     """What `load` would do (or `convert`, with ``model=False``), from headers and shapes alone.
 
@@ -50,12 +54,13 @@ def plan(
         model: True plans for the transformers model, False for the checkpoint's own tensors; by default, for the model
             where transformers is installed and there is a config.
         format: of the conversion that is planned with ``model=False``.
-        model_options: of `load`, where the plan is for a model: strict, dtype, model_class, trust_remote_code, ...
+        strict, dtype, model_class, trust_remote_code, attn_implementation: as for `load`, of a plan for a model.
 
     Raises:
         OctavoError: whatever `load` would find wrong before reading weights.
     """
     from .adapters.transformers import load as adapter
+    from .adapters.transformers.options import ModelOptions
 
     recipe = Recipe.coerce(scheme, ignore)
     if model is not False:
@@ -67,7 +72,8 @@ def plan(
             model = False
     checkpoint = Checkpoint.open(path, revision)
     if model or (model is None and checkpoint.config.get("model_type")):
-        return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, **model_options).plan
+        options = ModelOptions(dtype, model_class, trust_remote_code, attn_implementation)
+        return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, options, strict=strict).plan
     return formats.plan_for(checkpoint, recipe, format, staging_bytes, str(device))[0]
 
 

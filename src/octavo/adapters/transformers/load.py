@@ -32,6 +32,7 @@ from ...planning.recipe import Recipe
 from ...streaming.meter import Stages
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
+from .options import DEFAULTS, ModelOptions
 from .swap import METHOD, fill
 
 
@@ -95,12 +96,9 @@ def load(
                 recipe,
                 str(target_device),
                 staging_bytes,
+                ModelOptions(dtype, model_class, trust_remote_code, attn_implementation),
                 stages=stages,
                 strict=strict,
-                dtype=dtype,
-                model_class=model_class,
-                trust_remote_code=trust_remote_code,
-                attn_implementation=attn_implementation,
             )
     model, plan = prepared.model, prepared.plan
 
@@ -134,10 +132,10 @@ def prepare(
     recipe: Recipe,
     device: str = "cpu",
     staging_bytes: int = DEFAULT_STAGING_BYTES,
+    asked: ModelOptions = DEFAULTS,
     *,
     stages: Stages | None = None,
     strict: bool = True,
-    **model_options: Any,
 ) -> Prepared:
     """Build the skeleton, and plan: all that comes between opening a checkpoint and reading weights.
 
@@ -153,7 +151,7 @@ def prepare(
         _check_method(checkpoint)
         saved = saved_config(checkpoint, recipe)
     with stages("skeleton"):
-        model = skeleton(checkpoint, **model_options)
+        model = skeleton(checkpoint, asked)
     with stages("plan"):
         if saved:
             _swap_saved(model, saved, checkpoint)

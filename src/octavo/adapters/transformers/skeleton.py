@@ -14,37 +14,31 @@ from transformers.initialization import no_init_weights
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError, RecipeError
+from .options import DEFAULTS, ModelOptions
 
 #: building a model changes torch and transformers for all threads; two that do and undo it at once would leave it so
 _building = threading.RLock()
 
 
-def skeleton(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype | str | None = None,
-    model_class: Any = None,
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
-) -> Any:
+def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
     """The model with parameters on meta and buffers real, as ``from_pretrained`` would set it up."""
     folder = str(checkpoint.folder)
     if not checkpoint.config:
         raise CheckpointError(f"{folder}: no config.json (or an empty one), which would say what model this is")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=asked.trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean the same here
         raise CheckpointError(f"{folder}/config.json: transformers can't read it: {error}") from error
-    chosen = _dtype(dtype, config, checkpoint)
-    cls = model_class or _model_class(config, checkpoint, trust_remote_code)
+    chosen = _dtype(asked.dtype, config, checkpoint)
+    cls = asked.model_class or _model_class(config, checkpoint, asked.trust_remote_code)
     options: dict[str, Any] = {"dtype": chosen}
-    if attn_implementation:
-        options["attn_implementation"] = attn_implementation
+    if asked.attn_implementation:
+        options["attn_implementation"] = asked.attn_implementation
     try:
         with _building:
             with init_empty_weights(include_buffers=False), no_init_weights():
                 if hasattr(cls, "_model_mapping"):
-                    model = cls.from_config(config, trust_remote_code=trust_remote_code, **options)
+                    model = cls.from_config(config, trust_remote_code=asked.trust_remote_code, **options)
                 else:
                     model = cls._from_config(config, **options)
             _compute_buffers(model)
