@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from .checkpoint.checkpoint import Checkpoint
+from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.convert import convert
 from .conversion.iterate import iterate
 from .conversion.verify import verify
 from .errors import MissingExtraError
 from .machine import usable_device
-from .planning.plan import DEFAULT_STAGING_BYTES, Plan
+from .planning.plan import Plan
 from .planning.recipe import Recipe
 from .session import layerwise, update
 from .streaming.meter import collection_paused
@@ -24,23 +25,94 @@ Scheme = str | Recipe | Mapping[str, Any] | None
 
 
 @collection_paused()  # importing transformers' model code makes half a million objects, too
-def load(path: str | os.PathLike[str], scheme: Scheme = "fp8_channel", device: Any = "cpu", **options: Any) -> Any:
-    """Load a transformers model as FP8 while it streams: see `octavo.adapters.transformers.load.load` for all
-    options."""
-    from .adapters.transformers.load import load
+def load(
+    path: str | os.PathLike[str],
+    scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
+    device: str | torch.device = "cpu",
+    *,
+    ignore: Iterable[str] = (),
+    dtype: torch.dtype | str | None = None,
+    model_class: type[Any] | None = None,
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    threads: int | None = None,
+    strict: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    direct_io: bool | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
+) -> Any:
+    """Load a transformers model as FP8 while its checkpoint streams.
 
-    return load(path, scheme, device, **options)
+    A weight ``bf16[out, in]`` becomes ``q: float8_e4m3fn[out, in]`` with a scale beside it (``w ≈ q.float() * scale``)
+    and goes straight to its place in the model: memory never holds more than the FP8 model and ``staging_bytes``.
+    Embeddings, norms, output heads, MoE routers and shared-expert gates stay as they are. A load that fails leaves no
+    model behind.
+
+    Args:
+        path: A folder, a ``.safetensors`` file, or a hub id (``org/name``, which needs the extra ``hub``): weights in
+            bf16, fp16 or fp32, or what ``save_pretrained`` wrote of a model that octavo had loaded.
+        scheme: ``"fp8_channel"`` (a scale for each row), ``"fp8_block"`` (for 128 x 128 elements), ``"fp8_tensor"``
+            (for each matrix) or ``"mxfp8"`` (for 32 columns of a row). Or a `Recipe`, or its dict form, that chooses by
+            name. None loads without quantizing.
+        device: The device that the model goes to: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``torch.device(...)``.
+        ignore: Patterns of weights to leave as they are, added to those of a recipe: names, globs or ``re:regex``.
+        dtype: The dtype of what is not quantized, or its name. By default the config's, as in ``from_pretrained``.
+        model_class: A transformers model class or auto class. By default the one that the config names.
+        staging_bytes: A bound in bytes on memory beyond the model, host and device. 256 MiB by default, at least 1 MiB.
+        threads: The number of threads that read. By default one a core, at most 16.
+        strict: Whether checkpoint tensors that the model has no place for are an error. Missing ones always are.
+        revision: A branch, tag or commit of a hub id.
+        trust_remote_code: Whether the checkpoint may bring model code of its own, which is then run.
+        attn_implementation: As in ``from_pretrained``: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...
+        direct_io: Whether loads to an accelerator read past the page cache. By default where files are not cached;
+            scattered parts of tensors, and loads to a CPU, always go through it. Unless it is True, files are read
+            ahead into it, up to half of the available memory, while transformers' code is imported.
+        progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
+
+    Returns:
+        An ordinary transformers model in eval mode, whose linear layers and expert stacks hold FP8.
+        ``model.load_report`` says what became of what, with bytes and seconds.
+
+    Raises:
+        MissingExtraError: transformers is not installed, or the package that downloads hub ids is not.
+        CheckpointError: The checkpoint is absent, damaged or of no model that transformers knows.
+        RecipeError: An unknown scheme, an ambiguous or unmatched pattern, an option that can't be honoured, or a
+            checkpoint that another method has quantized.
+        CoverageError: Tensors are missing, unexpected or misshapen, all of them named, before a weight is read.
+        DeviceError: The device can't be used, or ``staging_bytes`` is too small.
+        WeightError: A weight that is to be quantized is not finite.
+
+    Examples:
+        >>> model = octavo.load("Qwen/Qwen3-8B", "fp8_block", ignore=["*.self_attn.*"])
+        >>> print(model.load_report)
+    """
+    from .adapters.transformers.load import load_model
+    from .adapters.transformers.options import ModelOptions
+
+    return load_model(
+        path,
+        Recipe.coerce(scheme, ignore),
+        device,
+        ModelOptions(dtype, model_class, trust_remote_code, attn_implementation),
+        staging_bytes=staging_bytes,
+        threads=threads,
+        strict=strict,
+        revision=revision,
+        direct_io=direct_io,
+        progress=progress,
+    )
 
 
 def plan(
     path: str | os.PathLike[str],
-    scheme: Scheme = "fp8_channel",
-    device: str = "cpu",
+    scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
+    device: str | torch.device = "cpu",
     *,
     ignore: Iterable[str] = (),
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     model: bool | None = None,
-    format: str = formats.DEFAULT,
+    format: str = DEFAULT_FORMAT,
     revision: str | None = None,
     strict: bool = True,
     dtype: torch.dtype | str | None = None,
@@ -48,16 +120,35 @@ def plan(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
 ) -> Plan:
-    """What `load` would do (or `convert`, with ``model=False``), from headers and shapes alone.
+    """Say what `load` or `convert` would do, from headers and shapes alone: no weight is read.
 
     Args:
-        model: True plans for the transformers model, False for the checkpoint's own tensors; by default, for the model
-            where transformers is installed and there is a config.
-        format: of the conversion that is planned with ``model=False``.
-        strict, dtype, model_class, trust_remote_code, attn_implementation: as for `load`, of a plan for a model.
+        path: A folder, a ``.safetensors`` file, or a hub id, as for `load`. Of a hub id, the weights are downloaded.
+        scheme: A scheme, a `Recipe` or its dict form, as for `load`; None plans without quantizing.
+        device: The device that the model would go to. It need not exist here.
+        ignore: Patterns of weights to leave as they are: names, globs or ``re:regex``.
+        staging_bytes: A bound in bytes on memory beyond the result. 256 MiB by default, at least 1 MiB.
+        model: True plans loading the transformers model, False converting the checkpoint's own tensors. By default, the
+            model where transformers is installed and ``config.json`` names one.
+        format: The format of a conversion, ``"compressed-tensors"`` or ``"fp8"``. Plans of a model ignore it.
+        revision: A branch, tag or commit of a hub id.
+        strict: Of a model: whether tensors that it has no place for are an error.
+        dtype: Of a model: the dtype of what is not quantized; by default that of the config.
+        model_class: Of a model: its class, where it is not to be the one that the config names.
+        trust_remote_code: Of a model: whether the checkpoint may bring code of its own, which is then run.
+        attn_implementation: Of a model: as in ``from_pretrained``.
+
+    Returns:
+        The plan: printed, a table of what becomes of which tensors, and why; ``plan.peak_bytes()`` and
+        ``plan.final_bytes()`` forecast memory, ``plan.to_dict()`` is for machines.
 
     Raises:
-        OctavoError: whatever `load` would find wrong before reading weights.
+        OctavoError: Whatever `load` or `convert` would find wrong before reading weights.
+
+    Examples:
+        >>> plan = octavo.plan("Qwen/Qwen3-8B", "fp8_block", device="cuda")
+        >>> print(plan)
+        >>> fits = plan.peak_bytes("cuda") < 24 * 2**30
     """
     from .adapters.transformers import load as adapter
     from .adapters.transformers.options import ModelOptions
@@ -71,10 +162,10 @@ def plan(
                 raise
             model = False
     checkpoint = Checkpoint.open(path, revision)
-    if model or (model is None and checkpoint.config.get("model_type")):
-        options = ModelOptions(dtype, model_class, trust_remote_code, attn_implementation)
-        return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, options, strict=strict).plan
-    return formats.plan_for(checkpoint, recipe, format, staging_bytes, str(device))[0]
+    if not (model or (model is None and checkpoint.config.get("model_type"))):
+        return formats.plan_for(checkpoint, recipe, format, staging_bytes, str(device))[0]
+    options = ModelOptions(dtype, model_class, trust_remote_code, attn_implementation)
+    return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, options, strict=strict).plan
 
 
 def stream(

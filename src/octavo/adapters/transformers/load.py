@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -36,54 +36,21 @@ from .options import DEFAULTS, ModelOptions
 from .swap import METHOD, fill
 
 
-def load(
+def load_model(
     path: str | os.PathLike[str],
-    scheme: str | Recipe | Mapping[str, Any] | None = "fp8_channel",
-    device: str | torch.device = "cpu",
+    recipe: Recipe,
+    device: str | torch.device,
+    asked: ModelOptions,
     *,
-    ignore: Iterable[str] = (),
-    dtype: torch.dtype | str | None = None,
-    model_class: Any = None,
-    staging_bytes: int = DEFAULT_STAGING_BYTES,
-    threads: int | None = None,
-    strict: bool = True,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
-    direct_io: bool | None = None,
-    progress: bool | Callable[[int, int], None] | None = None,
+    staging_bytes: int,
+    threads: int | None,
+    strict: bool,
+    revision: str | None,
+    direct_io: bool | None,
+    progress: bool | Callable[[int, int], None] | None,
 ) -> Any:
-    """Load a transformers model as FP8 while its checkpoint streams.
-
-    The result is an ordinary transformers model (``generate``, ``save_pretrained``, pipelines), in eval mode, whose
-    linear layers and expert stacks hold ``torch.float8_e4m3fn``. ``model.load_report`` says what happened.
-
-    Args:
-        path: folder, ``.safetensors`` file, or hub id.
-        scheme: ``fp8_channel``, ``fp8_block``, ``fp8_tensor``, ``mxfp8``, a `Recipe` or its dict form; None loads
-            without quantizing.
-        device: where the model goes.
-        ignore: patterns of weights to leave as they are; see `Recipe`.
-        dtype: of everything that is not quantized; default: what the config says, as ``from_pretrained`` does.
-        model_class: a transformers model class or auto class; default: what the config names.
-        staging_bytes: bound on memory beyond the final model, on the host and on the device.
-        threads: reader threads; default: one a core, at most 16.
-        strict: whether checkpoint tensors that the model has no place for are an error. Missing ones always are.
-        revision: of a hub id.
-        trust_remote_code: let the checkpoint bring its own model code, as in transformers.
-        attn_implementation: as in transformers.
-        direct_io: True or False to read the files past the page cache or through it, when loading to an accelerator;
-            by default, past it where they are not cached. Parts of tensors that lie scattered are always read through
-            it, and so is all that is loaded to a CPU. Unless it is True, files that are not cached are read ahead into
-            the page cache, up to half of the available memory, while transformers' code is imported.
-        progress: True or False to show a bar or not, or a callable given bytes read and bytes in all; by default, a
-            bar where the terminal can show one.
-
-    Raises:
-        OctavoError: see `octavo.errors`; no model is left behind.
-    """
+    """`octavo.load`, where arguments and errors are documented."""
     stages = Stages()
-    recipe = Recipe.coerce(scheme, ignore)
     target_device = usable_device(device, begin=False)
     with WarmUp(target_device, staging_bytes, threads, recipe.schemes):
         with stages("open"):
@@ -96,7 +63,7 @@ def load(
                 recipe,
                 str(target_device),
                 staging_bytes,
-                ModelOptions(dtype, model_class, trust_remote_code, attn_implementation),
+                asked,
                 stages=stages,
                 strict=strict,
             )
