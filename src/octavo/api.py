@@ -7,21 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .checkpoint.checkpoint import Checkpoint
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
-from .conversion.convert import convert
+from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
-from .conversion.verify import verify
+from .conversion.verify import VerifyReport, verify_checkpoint
 from .errors import MissingExtraError
 from .machine import usable_device
 from .planning.plan import Plan
 from .planning.recipe import Recipe
 from .session import layerwise, update
 from .streaming.meter import collection_paused
-
-Scheme = str | Recipe | Mapping[str, Any] | None
+from .streaming.report import Report
 
 
 @collection_paused()  # importing transformers' model code makes half a million objects, too
@@ -168,34 +168,121 @@ def plan(
     return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, options, strict=strict).plan
 
 
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
+    *,
+    format: str = DEFAULT_FORMAT,
+    ignore: Iterable[str] = (),
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    threads: int | None = None,
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+    progress: bool | Callable[[int, int], None] | None = None,
+) -> Report:
+    """Write an FP8 checkpoint, with config, tokenizer files and index, in bounded memory.
+
+    One shard is written for each shard of the source. A conversion that is interrupted leaves ``dst.partial``, and the
+    same call goes on where it was, to the same bytes.
+
+    Args:
+        src: A folder, a ``.safetensors`` file, or a hub id, as for `load`.
+        dst: The folder to make. It must not exist, and appears only when it is complete.
+        scheme: A scheme, a `Recipe` or its dict form, as for `load`; None copies.
+        format: Who is to read it: ``"compressed-tensors"`` (vLLM, and transformers with compressed-tensors; any
+            scheme) or ``"fp8"`` (DeepSeek's layout; ``fp8_block`` only).
+        ignore: Patterns of weights to leave as they are: names, globs or ``re:regex``.
+        staging_bytes: A bound in bytes on memory. 256 MiB by default, at least 1 MiB.
+        threads: The number of threads that read. By default one a core, at most 16.
+        device: Where to quantize. The bytes are the same everywhere.
+        revision: A branch, tag or commit of a hub id.
+        progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
+
+    Returns:
+        What was written, what stayed unquantized and why, with bytes and seconds.
+
+    Raises:
+        OutputError: ``dst`` exists, can't be written, or is being written by another process; or the disk is full.
+        SourceChangedError: The source is not what it was when an interrupted conversion began.
+        RecipeError: An unknown scheme or format, a scheme that the format lacks, an ambiguous or unmatched pattern.
+        OctavoError: As for `load`.
+
+    Examples:
+        >>> report = octavo.convert("Qwen/Qwen3-8B", "qwen3-8b-fp8")
+        >>> print(report)
+    """
+    recipe = Recipe.coerce(scheme, ignore)
+    return convert_checkpoint(src, dst, recipe, format, staging_bytes, threads, device, revision, progress)
+
+
+def verify(
+    dst: str | os.PathLike[str],
+    against: str | os.PathLike[str],
+    *,
+    progress: bool | Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Recompute a converted checkpoint from its source, tensor by tensor, and compare every byte.
+
+    Args:
+        dst: What `convert` wrote: a folder or a ``.safetensors`` file.
+        against: The checkpoint that it was made from: a folder, a file or a hub id.
+        progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
+
+    Returns:
+        A report whose ``ok`` says whether every byte is right. Of each tensor it holds the number of bytes that differ
+        and, where it was quantized, the signal-to-noise ratio against the source in dB.
+
+    Raises:
+        CheckpointError: The two don't hold the same tensors, or ``dst`` is in no format that octavo writes.
+
+    Examples:
+        >>> report = octavo.convert("Qwen/Qwen3-8B", "qwen3-8b-fp8")
+        >>> assert octavo.verify("qwen3-8b-fp8", against="Qwen/Qwen3-8B").ok
+    """
+    return verify_checkpoint(dst, against, progress)
+
+
 def stream(
     path: str | os.PathLike[str],
-    scheme: Scheme = "fp8_channel",
-    device: str = "cpu",
+    scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
+    device: str | torch.device = "cpu",
     *,
-    format: str = formats.DEFAULT,
+    format: str = DEFAULT_FORMAT,
     ignore: Iterable[str] = (),
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     threads: int | None = None,
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Iterate over ``(name, tensor)`` of the checkpoint in FP8 form, as ``format`` names and lays them out.
+) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the ``(name, tensor)`` pairs of the FP8 checkpoint that `convert` would write.
 
-    Tensors come in file order, each quantized one followed by its scale; reading runs ahead by at most the staging
-    budget. Closing the iterator early ends its threads. Each tensor belongs to the caller.
+    Tensors come in the order of the files, each quantized one followed by its scale; each is the caller's to keep.
+    Reading runs ahead by at most the staging budget. Closing the iterator early ends its threads.
 
     Args:
-        format: ``compressed-tensors`` or ``fp8``; see `octavo.conversion.formats`.
-        progress: called with bytes handed out and bytes in all.
+        path: A folder, a ``.safetensors`` file, or a hub id, as for `load`.
+        scheme: A scheme, a `Recipe` or its dict form, as for `load`; None hands out the tensors as they are.
+        device: Where to quantize, and where the tensors are handed out.
+        format: How scales are named and laid out: ``"compressed-tensors"`` (``X.weight_scale``) or ``"fp8"``
+            (``X.weight_scale_inv``, ``fp8_block`` only).
+        ignore: Patterns of weights to leave as they are: names, globs or ``re:regex``.
+        staging_bytes: A bound in bytes on memory, which a single tensor may exceed. 256 MiB by default, at least 1 MiB.
+        threads: The number of threads that read. By default one a core, at most 16.
+        revision: A branch, tag or commit of a hub id.
+        progress: A function of the bytes done and the bytes in all, both of the source.
 
     Raises:
-        OctavoError: before the first tensor, whatever headers can tell; later, what only reading shows.
+        OctavoError: At the call, whatever headers can tell, as for `convert`. On the way, what only reading shows: a
+            `WeightError` where a weight is not finite, a `SourceChangedError` where a file changed.
+
+    Examples:
+        >>> for name, tensor in octavo.stream("Qwen/Qwen3-8B", "fp8_channel"):
+        ...     print(name, tensor.dtype, tuple(tensor.shape))
     """
-    recipe = Recipe.coerce(scheme, ignore)
-    device = str(usable_device(device))
+    recipe, where = Recipe.coerce(scheme, ignore), str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision)
-    made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
+    made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
     return iterate(checkpoint, made, layout, threads=threads, progress=progress)
 
 

@@ -13,18 +13,20 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
 from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
 from ..planning.budget import Budget
 from ..planning.placement import Placement
-from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
+from ..planning.plan import Plan
 from ..planning.recipe import Recipe
 from ..streaming.meter import Stages, measured
 from ..streaming.outfile import OutFile, disk_error
@@ -45,45 +47,24 @@ _NOT_COPIED = (
 )
 
 
-def convert(
+def convert_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    scheme: str | Recipe | Mapping[str, Any] | None = "fp8_channel",
-    *,
-    format: str = formats.DEFAULT,
-    ignore: Iterable[str] = (),
-    staging_bytes: int = DEFAULT_STAGING_BYTES,
-    threads: int | None = None,
-    device: str = "cpu",
-    revision: str | None = None,
-    progress: bool | Callable[[int, int], None] | None = None,
+    recipe: Recipe,
+    format: str,
+    staging_bytes: int,
+    threads: int | None,
+    device: str | torch.device,
+    revision: str | None,
+    progress: bool | Callable[[int, int], None] | None,
 ) -> Report:
-    """Convert a checkpoint to FP8, with its config, tokenizer files and index, in bounded memory.
-
-    Args:
-        src: folder, ``.safetensors`` file, or hub id.
-        dst: folder to make; it must not exist, and appears only when it is complete.
-        scheme: as for `octavo.load`.
-        format: ``compressed-tensors`` or ``fp8``; see `octavo.conversion.formats`.
-        ignore: patterns of weights to leave as they are.
-        staging_bytes: bound on memory, whatever the size of shards or tensors.
-        threads: reader threads; default: one a core.
-        device: where to quantize; the bytes are the same.
-        revision: of a hub id.
-        progress: as for `octavo.load`.
-
-    Raises:
-        OutputError: ``dst`` exists, can't be written, or is being written by another process; the disk is full.
-        SourceChangedError: the source is not what it was when an interrupted run began.
-        OctavoError: as for `octavo.load`.
-    """
+    """`octavo.convert`, where arguments and errors are documented."""
     stages = Stages()
-    recipe = Recipe.coerce(scheme, ignore)
-    device = str(usable_device(device))
+    where = str(usable_device(device))
     with stages("open"):
         checkpoint = Checkpoint.open(src, revision)
     with stages("plan"):
-        plan, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, device)
+        plan, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
         job = Job.prepare(checkpoint, plan, layout, Path(dst))
     tally = Tally()
     with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:

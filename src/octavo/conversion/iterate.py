@@ -24,7 +24,7 @@ def iterate(
     progress: Callable[[int, int], None] | None = None,
     tally: Tally | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A plan, executed as `stream` says; ``tally`` collects bytes and seconds."""
+    """Carry out a plan as `octavo.stream` promises; ``tally`` collects bytes and seconds."""
     budget = Budget.fit(made.placements, made.staging_bytes, threads, handing_out=True)
     # on an accelerator, this thread does the work
     sink = IteratorSink(None if budget.lanes else made.staging_bytes - budget.staging_bytes)

@@ -74,22 +74,12 @@ class VerifyReport:
         }
 
 
-def verify(
+def verify_checkpoint(
     dst: str | os.PathLike[str],
     against: str | os.PathLike[str],
-    *,
-    progress: bool | Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], None] | None,
 ) -> VerifyReport:
-    """Recompute a converted checkpoint from its source and compare every byte.
-
-    Args:
-        dst: what `octavo.convert` wrote.
-        against: the checkpoint that it was made from.
-        progress: as for `octavo.load`.
-
-    Raises:
-        CheckpointError: the two don't hold the same tensors, or ``dst`` is in no format that octavo writes.
-    """
+    """`octavo.verify`, where arguments and errors are documented."""
     made, source = Checkpoint.open(dst), Checkpoint.open(against)
     if made.path.resolve() == source.path.resolve():
         raise CheckpointError(f"{dst}: compared with itself; name the checkpoint that it was made from")
@@ -215,4 +205,4 @@ def _read(checkpoint: Checkpoint, info: TensorInfo) -> Tensor:
     return tensor
 
 
-__all__ = ["TensorResult", "VerifyReport", "verify"]
+__all__ = ["TensorResult", "VerifyReport", "verify_checkpoint"]
