@@ -12,7 +12,7 @@ from .writes import Intake
 
 Pair = tuple[str, Tensor]
 #: sees each pair before the loader: returns what takes its place (a pair, or several), or None to drop it
-Transform = Callable[[str, Tensor], "Pair | Iterable[Pair] | None"]
+Transform = Callable[[str, Tensor], Pair | Iterable[Pair] | None]
 
 
 _AT_REST: tuple[type, ...] = (list, tuple, type({}.items()), type(OrderedDict().items()))

@@ -21,7 +21,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..elements.operations import storage_key
 from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
-from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
+from ..planning.plan import Plan
 from ..running import modules
 from .pairs import Pair, Transform
 from .parameters import Item
@@ -50,33 +50,10 @@ class Routes:
         return cls({name: tuple(found) for name, found in pieces.items()}, shapes, dict(plan.unused))
 
 
-def update(
-    model: Any,
-    pairs: Iterable[Pair] | Mapping[str, Tensor],
-    *,
-    transform: Transform | None = None,
-    staging_bytes: int = DEFAULT_STAGING_BYTES,
+def update_model(
+    model: Any, pairs: Iterable[Pair] | Mapping[str, Tensor], transform: Transform | None, staging_bytes: int
 ) -> LayerwiseReport:
-    """Update a model in place that `octavo.load` (or ``from_pretrained`` with `OctavoConfig`) loaded.
-
-    Addresses, parameters and modules stay what they are, so captured graphs stay valid. Tensors may be on the CPU or on
-    the model's device; beside each, ``staging_bytes`` bound the memory.
-
-    Args:
-        pairs: ``(name, tensor)`` in bf16, fp16 or fp32: names of the checkpoint, or of the model's own parameters. What
-            they don't name stays as it is. A state dict will do: a parameter that is tied, and comes under each of its
-            names, is written once if the tensors are equal. An iterator may use the memory of a tensor again once it is
-            asked for the next; from a dict or a list, copies from pinned memory need not be awaited one by one.
-        transform: sees each pair first; returns what takes its place, or None to drop it.
-
-    Returns:
-        what was updated, and how long it took.
-
-    Raises:
-        UpdateError: something failed midway, an unknown name, integers or a weight that is not finite, say; it tells
-            which layers are new and which old. Running the whole update again heals.
-        LoaderError: the model holds no weights that octavo quantized.
-    """
+    """`octavo.update`, where arguments and errors are documented."""
     if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
         raise LoaderError("octavo.update is for a model with weights that octavo quantized: load it with octavo.load")
     with _young_garbage_only():
