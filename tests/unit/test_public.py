@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import pickle
 import re
 import subprocess
 import sys
+import textwrap
+import typing
 from pathlib import Path
 
 import pytest
@@ -128,6 +131,42 @@ def test_the_documented_path_of_schemes_stays():
 
     assert schemes.quantize is definition.quantize
     assert schemes.SCHEMES is definition.SCHEMES
+
+
+# -- documentation ----------------------------------------------------------------------------------------------------
+
+
+def section(docstring: str, name: str) -> str:
+    """The indented lines below a heading such as ``Args:``."""
+    found = re.search(rf"^{name}:\n((?: .*\n|\n)+)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
+    return textwrap.dedent(found[1]) if found else ""
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, "Recipe", "OctavoConfig"])
+def test_every_argument_is_in_the_signature_and_documented(name):
+    if name == "OctavoConfig":
+        pytest.importorskip("transformers")
+    public = getattr(octavo, name)
+    parameters = inspect.signature(public).parameters.values()
+    # transformers makes a config of whatever a file holds; what it does not know is an error
+    named = [one.name for one in parameters if name != "OctavoConfig" or one.kind != one.VAR_KEYWORD]
+    assert not [one for one in parameters if one.name in named and one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    assert re.findall(r"^(\w+): \S", section(public.__doc__, "Args"), re.MULTILINE) == named
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_argument_has_a_type_that_can_be_asked_for(name):
+    hints = typing.get_type_hints(getattr(octavo, name))
+    assert set(hints) == {*inspect.signature(getattr(octavo, name)).parameters, "return"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_errors_are_documented_by_their_names_and_an_example_is_given(name):
+    docstring = getattr(octavo, name).__doc__
+    raised = re.findall(r"^(\w+): \S", section(docstring, "Raises"), re.MULTILINE)
+    assert raised
+    assert all(issubclass(getattr(errors, each), OctavoError) for each in raised)
+    assert f"octavo.{name}(" in section(docstring, "Examples")
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

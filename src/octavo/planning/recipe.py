@@ -1,17 +1,4 @@
-"""Which weights become FP8, by which scheme, and which stay.
-
-    Recipe()                                              every linear layer and expert stack, fp8_channel
-    Recipe("fp8_block", ignore=["*.self_attn.*"])         all but attention
-    Recipe(None, targets={"re:.*experts.*": "fp8_block"}) only experts
-
-A pattern is a glob over names (``*`` crosses dots), a ``re:`` regular expression (matched from the beginning of the
-name), or a plain name, which also stands for everything below it. Names are those of tensors, with or without
-``.weight``.
-
-Embeddings, norms, output heads, MoE routers and shared-expert gates stay by default; a target that spells out a full
-name overrides that, a pattern does not. ``ignore`` beats patterns in ``targets``. Two targets that give a weight
-different schemes, and a pattern that matches nothing, are errors.
-"""
+"""A recipe, which users write, and how it decides about the weights of a model or checkpoint: see `Recipe`."""
 
 from __future__ import annotations
 
@@ -55,15 +42,30 @@ class Decision:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Immutable; see the module's docstring.
+    """Which weights become FP8, by which scheme, and which stay. Immutable.
+
+    A pattern is a glob over names (``*`` crosses dots), a ``re:`` regular expression (matched from the beginning of the
+    name), or a plain name, which also stands for everything below it. Names are those of tensors, with or without
+    ``.weight``.
+
+    Embeddings, norms, output heads, MoE routers and shared-expert gates stay by default. A target that spells out a
+    full name overrides that, a pattern does not. ``ignore`` beats patterns in ``targets``. Planning refuses two targets
+    that give a weight different schemes, and a pattern that matches nothing.
 
     Args:
-        scheme: for every weight that nothing else names; None quantizes targets only.
-        targets: pattern -> scheme.
-        ignore: patterns of weights that stay as they are.
+        scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"`` or
+            ``"mxfp8"``. None quantizes targets only.
+        targets: Patterns and their schemes, as a mapping or as pairs.
+        ignore: Patterns of weights that stay as they are.
 
     Raises:
-        RecipeError: for an unknown scheme or a malformed pattern.
+        RecipeError: An unknown scheme, or a pattern that is malformed or given twice.
+
+    Examples:
+        >>> recipe = octavo.Recipe()  # every linear layer and expert stack, by fp8_channel
+        >>> recipe = octavo.Recipe("fp8_block", ignore=["*.self_attn.*"])  # all but attention
+        >>> recipe = octavo.Recipe(None, targets={"re:.*experts.*": "fp8_block"})  # only experts
+        >>> print(octavo.plan("path/to/model", recipe))
     """
 
     scheme: str | None = DEFAULT_SCHEME

@@ -32,15 +32,25 @@ from .swap import METHOD, fill, swap
 
 @register_quantization_config(METHOD)
 class OctavoConfig(QuantizationConfigMixin):
-    """What ``quantization_config`` takes.
+    """The ``quantization_config`` that makes ``from_pretrained`` load as `octavo.load` does.
 
     Args:
-        scheme: as in `octavo.Recipe`.
-        targets: as in `octavo.Recipe`.
-        ignore: as in `octavo.Recipe`.
-        staging_bytes: as in `octavo.load`.
-        threads: as in `octavo.load`.
-        weights: name -> [scheme, parts] of a checkpoint that is quantized already; written by ``save_pretrained``.
+        scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"`` or
+            ``"mxfp8"``. None quantizes targets only.
+        targets: Patterns and their schemes, as in `octavo.Recipe`.
+        ignore: Patterns of weights that stay as they are: names, globs or ``re:regex``.
+        staging_bytes: A bound in bytes on memory beyond the model. 256 MiB by default, at least 1 MiB.
+        threads: The number of threads that read. By default one a core, at most 16.
+        weights: Of a checkpoint in FP8, each weight's ``[scheme, parts]``; ``save_pretrained`` writes it.
+
+    Raises:
+        RecipeError: An unknown scheme, a malformed pattern, or an option that is none of these.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM
+        >>> config = octavo.OctavoConfig("fp8_channel", ignore=["*.self_attn.*"])
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model", quantization_config=config)
+        >>> print(model.load_report)
     """
 
     def __init__(
