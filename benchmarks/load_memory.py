@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def _staging_default() -> int:
-    return run_fresh("from octavo.planning.plan import DEFAULT_STAGING_BYTES as n\nresult(staging=n)")["staging"]
+    return run_fresh("from octavo.choices import DEFAULT_STAGING_BYTES as n\nresult(staging=n)")["staging"]
 
 
 if __name__ == "__main__":

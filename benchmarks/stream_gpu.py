@@ -39,9 +39,9 @@ from common import say
 import octavo
 from octavo.adapters.transformers import load as adapter
 from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.choices import DEFAULT_STAGING_BYTES
 from octavo.planning.blocks import Read, cut_blocks
 from octavo.planning.budget import Budget
-from octavo.planning.plan import DEFAULT_STAGING_BYTES
 from octavo.streaming.ring import Slot
 from octavo.streaming.sinks import ParameterSink, allocate_all
 

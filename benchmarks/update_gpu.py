@@ -31,8 +31,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 import octavo
+from octavo.choices import DEFAULT_STAGING_BYTES
 from octavo.numerics import schemes
-from octavo.planning.plan import DEFAULT_STAGING_BYTES
 from octavo.running.modules import QuantizedLinear
 
 SAMPLE = 40

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import octavo
-from octavo.planning.plan import DEFAULT_STAGING_BYTES
+from octavo.choices import DEFAULT_STAGING_BYTES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

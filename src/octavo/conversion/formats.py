@@ -38,7 +38,6 @@ from ..planning.placement import Placement
 from ..planning.plan import Plan, plan_checkpoint
 from ..planning.recipe import Recipe
 
-DEFAULT = choices.DEFAULT_FORMAT
 NAMES = tuple(choices.FORMATS)
 
 
@@ -242,7 +241,7 @@ def plan_for(
         if scheme is not None and scheme not in found.schemes:
             raise RecipeError(
                 f"the format {found.name!r} has no {scheme}, only {', '.join(found.schemes)}; choose another scheme, "
-                f"or the format {DEFAULT!r}"
+                f"or the format {choices.DEFAULT_FORMAT!r}"
             )
     return plan_checkpoint(checkpoint, recipe, staging_bytes, device, found.veto), found
 
@@ -254,7 +253,7 @@ def recognize(checkpoint: Checkpoint) -> Format:
         named = [
             found for found in _FORMATS.values() if any(n.endswith(found.scale_suffix) for n in checkpoint.tensors)
         ]
-        return named[0] if named else _FORMATS[DEFAULT]
+        return named[0] if named else _FORMATS[choices.DEFAULT_FORMAT]
     method = config.get("quant_method")
     if method not in _FORMATS:
         raise CheckpointError(f"{checkpoint.path}: quantized by {method!r}, which octavo does not write")

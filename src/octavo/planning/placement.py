@@ -11,7 +11,6 @@ import torch
 
 from ..checkpoint import dtypes
 from ..checkpoint.header import TensorInfo
-from ..choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
 from ..elements.pieces import Piece
 from ..numerics import schemes
 from .recipe import Decision

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
-from ..choices import DEFAULT_STAGING_BYTES as DEFAULT_STAGING_BYTES
+from ..choices import DEFAULT_STAGING_BYTES
 from ..elements.pieces import coverage_problem, whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
 from ..text import human_bytes, to_text

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import dtypes
-from ..choices import DEFAULT_SCHEME as DEFAULT_SCHEME
+from ..choices import DEFAULT_SCHEME
 from ..errors import RecipeError, raise_problems
 from ..numerics import schemes
 from . import kinds

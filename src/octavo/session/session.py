@@ -22,11 +22,12 @@ from torch.nn.modules.module import (
 )
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..choices import DEFAULT_STAGING_BYTES
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..machine import now, usable_device
 from ..numerics import schemes
 from ..planning.budget import check_options
-from ..planning.plan import DEFAULT_STAGING_BYTES, Plan
+from ..planning.plan import Plan
 from ..planning.recipe import Decision, Recipe
 from ..running import modules
 from ..streaming.sinks import ParameterSink, Storage

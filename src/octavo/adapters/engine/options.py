@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from ...errors import RecipeError
 from ...numerics import schemes
-from ...planning.plan import DEFAULT_STAGING_BYTES
-from ...planning.recipe import DEFAULT_SCHEME, Recipe
+from ...planning.recipe import Recipe
 
 #: the value of ``--load-format``
 LOAD_FORMAT = "octavo"

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...choices import DEFAULT_STAGING_BYTES
 from ...errors import CheckpointError, MissingExtraError, RecipeError
 from ...machine import usable_device
-from ...planning.plan import DEFAULT_STAGING_BYTES, Plan
+from ...planning.plan import Plan
 from ...planning.recipe import Recipe
 from ...streaming.meter import Stages
 from ...streaming.on_accelerator import WarmUp

@@ -24,12 +24,13 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
+from ...choices import DEFAULT_STAGING_BYTES
 from ...elements.pieces import coverage_problem
 from ...elements.symbolic import NotMovementError, Symbolic
 from ...errors import CoverageError, raise_problems
 from ...planning import kinds
 from ...planning.placement import Target
-from ...planning.plan import DEFAULT_STAGING_BYTES, Plan, make_plan
+from ...planning.plan import Plan, make_plan
 from ...planning.recipe import Recipe
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")

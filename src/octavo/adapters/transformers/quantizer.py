@@ -19,10 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from ...errors import DeviceError, RecipeError
 from ...machine import usable_device
-from ...planning.plan import DEFAULT_STAGING_BYTES, Plan
-from ...planning.recipe import DEFAULT_SCHEME, Recipe
+from ...planning.plan import Plan
+from ...planning.recipe import Recipe
 from ...running import modules
 from ...session.update import Routes
 from ...streaming.meter import Stages

@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...choices import DEFAULT_FORMAT
 from ...conversion import formats
 from ...conversion.iterate import iterate
 from ...errors import OctavoError, RecipeError
@@ -170,7 +171,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def _plan(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Plan, Mapping[str, Any]]:
         """The plan of all tensors, and the config of the checkpoint that they would make."""
-        layout = formats.get(formats.DEFAULT)
+        layout = formats.get(DEFAULT_FORMAT)
         made = plan_checkpoint(checkpoint, self.options.recipe, self.options.staging_bytes, str(device))
         return made, layout.config(made)
 
@@ -178,7 +179,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Survey, then read and fill."""
-        layout = formats.get(formats.DEFAULT)
+        layout = formats.get(DEFAULT_FORMAT)
         quant_config = self.quant_config
         if tuple(getattr(model, "secondary_weights", ())):
             raise RecipeError(
