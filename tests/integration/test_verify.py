@@ -44,9 +44,7 @@ def test_verify_reports_each_tensor_with_its_scheme_and_error(
 def test_verify_works_block_by_block(
     sources: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from octavo.conversion import verify as function
-
-    monkeypatch.setitem(function.__globals__, "_BLOCK_ELEMENTS", 1 << 15)
+    monkeypatch.setattr("octavo.conversion.verify._BLOCK_ELEMENTS", 1 << 15)
     for format, scheme in CASES:
         octavo.convert(sources("single"), tmp_path / f"{format}-{scheme}", scheme, format=format)
         assert octavo.verify(tmp_path / f"{format}-{scheme}", sources("single")).ok

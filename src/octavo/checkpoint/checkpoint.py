@@ -238,6 +238,3 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return config
-
-
-# -- one file ---------------------------------------------------------------------------------------------------------

@@ -164,6 +164,3 @@ def _describe_problem(shape: Sequence[int], pieces: Sequence[Piece]) -> str | No
 
 def _box(piece: Piece) -> str:
     return "[" + ", ".join(f"{a}:{b}" for a, b in zip(piece.dst_off, piece.dst_end, strict=True)) + "]"
-
-
-# -- symbolic execution -----------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ from ..errors import RecipeError
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 E8M0 = torch.float8_e8m0fnu
-#: from how many elements on torch reduces what are no neighbours in memory by several blocks of a GPU's threads
+#: torch spreads a reduction of so many elements that are not neighbours in memory over several thread blocks
 _SPLIT = 1024
 
 

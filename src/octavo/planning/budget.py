@@ -14,16 +14,20 @@ from .chunks import default_slot_bytes
 from .placement import Placement
 
 MIN_STAGING_BYTES = 1 << 20
-#: elements of a tile on a CPU: what stays in a core's cache
+#: elements of a tile on a CPU: so many stay in a core's cache
 TILE_ELEMENTS = 1 << 19
 #: slots on an accelerator: one for each thread, large enough to hide the cost of launching copies and kernels
 _PINNED_SLOT_BYTES = 16 << 20
-#: from which on they have room for reading past the page cache
+#: slots of this size or more have room for aligning reads past the page cache
 _ALIGNED_SLOT_BYTES = 64 * PAGE
 _MAX_THREADS = 16
-#: streams of a GPU; how many slots make a block, and how many of them a lane takes with all that quantizing needs
-_LANES, _BLOCK_SLOTS, _LANE_SLOTS = 2, 6, 8
-#: where many threads are asked for with a small budget
+#: lanes of an accelerator
+_LANES = 2
+#: slots that make a block
+_BLOCK_SLOTS = 6
+#: slots whose size a lane takes: a block, and what quantizing needs beside it
+_LANE_SLOTS = 8
+#: the smallest slot, where many threads are asked for with a small budget
 _MIN_SLOT_BYTES = 1 << 12
 
 

@@ -53,17 +53,21 @@ _DTYPES = frozenset({torch.bfloat16, torch.float16})
 _MAX_PARTS = 4
 
 # All measured on an H100, for weights of 4096 x 4096 and 14336 x 4096, and experts of Qwen1.5-MoE.
-# Up to so many rows, a product is weight-only;
+#: up to so many rows a product is weight-only, in one kernel
 _FEW = 16
+#: the same under mxfp8
 _FEW_MX = 64
+#: bytes of mxfp8 weights that are widened at a time, for products of more rows
 _WIDENED = 64 << 20
-# from so many, it is the library's.
+#: from so many rows on a product is `F.scaled_mm`'s
 _MANY = 129
+#: the same under fp8_block
 _MANY_BLOCK = 17
-# Up to so many (token, expert) pairs are a tile each; to so many are sorted by comparing each with all;
-# from so many an expert, activations are FP8.
+#: up to so many (token, expert) pairs are not sorted: each is a tile
 _PAIRS = 32
+#: up to so many pairs are sorted by comparing each with all
 _SORTED_AT_ONCE = 8192
+#: from so many rows an expert on, activations are FP8
 _BUSY = 2
 
 

@@ -1,6 +1,6 @@
 """Modules that run after loading: linear layers and expert stacks that hold FP8 weights and their scales.
 
-`matmul` computes their products, `fp8` those on a GPU with FP8 units.
+`linear` computes their products: `fp8` on a GPU with FP8 units, `weight_only` elsewhere.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class Placed:
         return amax[cells]
 
     def wait_amax(self, placement: Placement, cells: tuple[slice, ...], unit: int) -> Tensor:
-        """The same, once all that is expected of a unit has come."""
+        """`amax` of some cells, once every amax that is expected of the unit has been folded in."""
         unread = self._state(placement).unread
         self._ring.wait_for(lambda: not unread.get(unit))
         return self.amax(placement, cells)

@@ -70,7 +70,7 @@ class ReadAhead:
 
 
 class _Reader:
-    """A thread of it; what it can't read, the stream will report."""
+    """A thread that reads ahead. It passes over what it can't read: the stream will report that."""
 
     def __init__(self) -> None:
         self._scratch = [bytearray(_SCRATCH_BYTES)] * (_WINDOW_BYTES // _SCRATCH_BYTES)

@@ -1,10 +1,11 @@
 """The bounded reader: threads that read into slots, in pinned memory for an accelerator.
 
-A fixed number of threads take chunks in the order given and read them into a fixed number of equal slots, so memory is
-bounded whatever the sizes of tensors, and the earliest chunk always has a slot. Then, in one of two ways:
+A fixed number of threads take tickets (chunks on a CPU, parts of blocks on an accelerator) in the order given, and read
+them into a fixed number of equal slots. So memory is bounded whatever the sizes of tensors, and the earliest ticket
+always has a slot. There are two ways:
 
-- `Ring.run`: each thread owns its slots and goes on with the chunk itself, while the bytes are in its core's cache;
-- `Ring.relay`: the threads only read, and the calling thread takes over in order.
+- `Ring.run`: each thread owns a slot, and goes on with the chunk itself while the bytes are in its core's cache;
+- `Ring.relay`: the threads only read, and the calling thread, which owns the slots, takes over in order.
 
 A slot is reused only when it is idle: on an accelerator, after the copy out of it has completed.
 
@@ -67,15 +68,15 @@ class SingleThreadedTorch:
 
 
 class Slot:
-    """A host buffer that one worker owns, and the event after which it may be overwritten."""
+    """A host buffer, and the event of the device after which it may be overwritten."""
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
         # said, since whoever calls may have made another device the default (``with torch.device("cuda")``)
         self.buffer: Tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self.view = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
-        self.event: Any = None  # of the device, made when first needed
-        self.busy: Any = None  # that, until it has been waited for
-        self.start = 0  # where in it the bytes that were asked for begin
+        self.event: Any = None  # made when first needed
+        self.busy: Any = None  # the event, until it has been waited for
+        self.start = 0  # the bytes that were asked for begin here
         self.aligned = not self.buffer.data_ptr() % PAGE
 
     @property

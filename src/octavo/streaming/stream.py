@@ -145,7 +145,7 @@ class Stream:
     # -- on an accelerator: threads read blocks, this thread launches -------------------------------------------------
 
     def _blocks(self) -> Generator[None, None, None]:
-        """Run the plan, a step a block; what is in its place then is ready for the current stream."""
+        """Run the plan, a step a slot that has been read; what is placed by then is ready for the current stream."""
         budget, for_iterator = self.budget, isinstance(self.sink, IteratorSink)
         pinned = budget.device.type in ("cuda", "xpu")
         with enough_memory(budget.device, "staging; a smaller staging_bytes needs less"):
@@ -205,7 +205,7 @@ class Stream:
             yield chunk
 
     def make_press(self) -> Press:
-        """For one thread."""
+        """Make a press for one thread."""
         return Press(self.checkpoint, self.budget, self._placed)
 
     def read(self, chunk: Chunk, slot: Slot) -> int:
