@@ -274,6 +274,22 @@ def test_quantized_checkpoint_is_not_quantized_again(scheme: str, llama: Path) -
     fails(RecipeError, says, lambda: octavo.plan(llama, scheme))
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [None, {"model.nosuch.weight": ["fp8_channel", [32]]}, {Q: "fp8_channel"}],
+    ids=["absent", "of another model", "without parts"],
+)
+def test_saved_config_that_does_not_fit_its_model_is_named(weights: Any, llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    octavo.load(llama).save_pretrained(tmp_path / "saved")
+    config = {"quant_method": "octavo"} | ({} if weights is None else {"weights": weights})
+    edit_config(tmp_path / "saved", quantization_config=config)
+    says = (str(tmp_path / "saved"), "config.json: quantization_config does not fit the model")
+    for load in (octavo.load, AutoModelForCausalLM.from_pretrained):
+        fails(CheckpointError, says, lambda load=load: load(tmp_path / "saved"))
+
+
 @pytest.mark.usefixtures("no_weight_is_read")
 def test_architecture_that_does_not_fit_the_config_is_named(llama: Path) -> None:
     edit_config(llama, architectures=["BertModel"])

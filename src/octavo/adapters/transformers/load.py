@@ -26,7 +26,7 @@ import torch
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_STAGING_BYTES
-from ...errors import CheckpointError, MissingExtraError, RecipeError
+from ...errors import MissingExtraError, RecipeError
 from ...machine import usable_device
 from ...planning.plan import Plan
 from ...planning.recipe import Recipe
@@ -122,7 +122,7 @@ def prepare(
         model = skeleton(checkpoint, asked)
     with stages("plan"):
         if saved:
-            _swap_saved(model, saved, checkpoint)
+            saved.swap(model)
         todo = Recipe(None) if saved else recipe
         plan = plan_model(model, checkpoint, todo, device, staging_bytes, strict=strict)
     return Prepared(model, plan, saved.recipe if saved else None)
@@ -150,16 +150,6 @@ def _check_method(checkpoint: Checkpoint) -> None:
             "takes bf16 checkpoints, and what save_pretrained made of a model that octavo loaded. Load this one with "
             "from_pretrained, or serve it. Start from the bf16 checkpoint to quantize anew."
         )
-
-
-def _swap_saved(model: Any, config: Any, checkpoint: Checkpoint) -> None:
-    try:
-        config.swap(model)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.folder}/config.json: quantization_config does not fit the model: "
-            f"{type(error).__name__}: {error}"
-        ) from error
 
 
 def _move_buffers(model: Any, device: torch.device) -> None:

@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
-from ...errors import DeviceError, RecipeError
+from ...errors import CheckpointError, DeviceError, RecipeError
 from ...machine import usable_device
 from ...planning.plan import Plan
 from ...planning.recipe import Recipe
@@ -83,10 +83,20 @@ class OctavoConfig(QuantizationConfigMixin):
         return Recipe(self.scheme, self.targets, self.ignore)
 
     def swap(self, model: Any) -> None:
-        """Give the modules of a saved model the FP8 form that ``weights`` tells of."""
-        if self.weights is None:
-            raise KeyError("weights")
-        swap(model, [(name, scheme, tuple(parts)) for name, (scheme, parts) in self.weights.items()])
+        """Give the modules of a saved model the FP8 form that ``weights`` tells of.
+
+        Raises:
+            CheckpointError: the model has no such weights, or none are listed.
+        """
+        try:
+            if self.weights is None:
+                raise KeyError("weights")
+            swap(model, [(name, scheme, tuple(parts)) for name, (scheme, parts) in self.weights.items()])
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{model.config.name_or_path}/config.json: quantization_config does not fit the model: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def record(self, model: Any) -> None:
         """Take down which weights of a model are quantized, and how: what `swap` needs when it has been saved."""
@@ -141,8 +151,7 @@ class OctavoQuantizer(HfQuantizer):
         **_: Any,
     ) -> None:
         if self.pre_quantized:
-            if self.config.weights is not None:
-                self.config.swap(model)
+            self.config.swap(model)
             return
         config = self.config
         if getattr(model.config, "distributed_config", None) is not None:
