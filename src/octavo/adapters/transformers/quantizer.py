@@ -22,10 +22,8 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from ...errors import CheckpointError, DeviceError, RecipeError
 from ...machine import usable_device
-from ...planning.plan import Plan
 from ...planning.recipe import Recipe
 from ...running import modules
-from ...session.update import Routes
 from ...streaming.meter import Stages
 from .model_plan import plan_model
 from .swap import METHOD, fill, swap
@@ -104,7 +102,10 @@ class OctavoConfig(QuantizationConfigMixin):
 
 
 class _StreamedConverter(WeightConverter):
-    """Hands out the parameters that the stream has filled; its collected readers are dropped unread."""
+    """Hands out all that the stream has filled, when it is first asked to convert anything; later, nothing.
+
+    The readers that it collected are dropped unread.
+    """
 
     __slots__ = ()
 
@@ -117,7 +118,9 @@ class _StreamedConverter(WeightConverter):
         loading_info: Any = None,
     ) -> dict[str, torch.Tensor]:
         self.collected_tensors.clear()
-        return {name: model.get_parameter_or_buffer(name) for name in hf_quantizer.streamed.get(layer_name, ())}
+        handed = {name: model.get_parameter_or_buffer(name) for name in hf_quantizer.streamed}
+        hf_quantizer.streamed.clear()
+        return handed
 
 
 @register_quantizer(METHOD)
@@ -130,7 +133,7 @@ class OctavoQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config: OctavoConfig = quantization_config
-        self.streamed: dict[str, list[str]] = {}  # see `_made_together`
+        self.streamed: set[str] = set()  # parameters and scales that are in memory before transformers loads any
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         return True
@@ -164,7 +167,7 @@ class OctavoQuantizer(HfQuantizer):
             where = _placer(device_map)
             plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
         fill(model, checkpoint, plan, stages, threads=config.threads)
-        self.streamed = _made_together(plan, model.load_routes)
+        self.streamed = {p.name for p in plan.placements} | {modules.scale_name(p.name) for p in plan.quantized}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         if self.pre_quantized:
@@ -188,7 +191,6 @@ class OctavoQuantizer(HfQuantizer):
             for parameter in (name, modules.scale_name(name)):
                 model.get_parameter(parameter).requires_grad_(False)
         model.config.quantization_config = self.config  # which transformers does itself, in ``from_pretrained``
-        self.streamed.clear()
         return model
 
 
@@ -215,18 +217,6 @@ def mark_quantized(model: Any, recipe: Recipe) -> None:
     model.is_quantized = True
     model.quantization_method = METHOD
     quantizer._process_model_after_weight_loading(model)
-
-
-def _made_together(plan: Plan, routes: Routes) -> dict[str, list[str]]:
-    """Name of a parameter or scale -> all of those that are made from the same checkpoint tensors, itself included."""
-    names = {p.name: [p.name, modules.scale_name(p.name)] if p.scheme else [p.name] for p in plan.placements}
-    together = {}
-    for placement in plan.placements:
-        sources = dict.fromkeys(piece.src_name for piece in placement.pieces)
-        kin = dict.fromkeys(parameter for source in sources for parameter, _ in routes.pieces[source])
-        made = [name for parameter in kin for name in names[parameter]]
-        together.update(dict.fromkeys(names[placement.name], made))
-    return together
 
 
 def _placer(device_map: Any) -> Any:
