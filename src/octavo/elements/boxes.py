@@ -10,8 +10,6 @@ import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from .pieces import Piece
-
 
 class Box(NamedTuple):
     """``tensor[off : off + size]``."""
@@ -30,10 +28,6 @@ class Box(NamedTuple):
     @property
     def slices(self) -> tuple[slice, ...]:
         return tuple(slice(a, b) for a, b in zip(self.off, self.end, strict=True))
-
-    @classmethod
-    def of(cls, piece: Piece) -> Box:
-        return cls(piece.dst_off, piece.size)
 
     def holds(self, other: Box) -> bool:
         """Whether all of ``other`` is in this box."""

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .boxes import Box
+
 
 class Piece(NamedTuple):
     """``parameter[dst_off : dst_off + size] == as_strided(source.flatten(), size, src_strides, src_off)``."""
@@ -25,6 +27,11 @@ class Piece(NamedTuple):
     src_name: str
     src_off: int
     src_strides: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """The box of the parameter that it fills."""
+        return Box(self.dst_off, self.size)
 
     @property
     def numel(self) -> int:

@@ -75,7 +75,7 @@ class Transit:
             return False
         storage = self.storage(item)
         return all(
-            storage.holds_groups(Box.of(cut)) for piece in pieces for cut in storage.split(item.as_stored(piece))
+            storage.holds_groups(cut.box) for piece in pieces for cut in storage.split(item.as_stored(piece))
         )
 
     def storage(self, item: Item) -> QuantizedStorage:
@@ -114,7 +114,7 @@ class Transit:
         try:
             for done, (item, pieces, values, origin, _) in enumerate(held):  # noqa: B007
                 for piece in pieces:
-                    event = item.event("quantize", Box.of(piece), origin.name)
+                    event = item.event("quantize", piece.box, origin.name)
                     self.press(item, item.as_stored(piece), values, event)
                     self._ledger.event(event)
             done = len(held)
@@ -173,7 +173,7 @@ class Transit:
         storage = self.storage(item)
         for cut in storage.split(piece):
             dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
-            if storage.parts is not None and not storage.holds_groups(Box.of(cut)):
+            if storage.parts is not None and not storage.holds_groups(cut.box):
                 raise LoaderError(f"{what}: holds parts of scale groups whose rest is quantized. Write it as a whole.")
             taken = values_of(cut, values)
             try:
@@ -183,7 +183,7 @@ class Transit:
             except BaseException:
                 item.note_pressed(None)
                 raise
-            item.note_pressed(Box.of(cut))
+            item.note_pressed(cut.box)
 
     def press_rest(self, item: Item, *, each_matrix: bool = False) -> None:
         """Quantize what is in high-precision storage, wherever all of a part of rows is there.
@@ -231,7 +231,7 @@ class Transit:
         if storage.parts is None and storage.scheme.group_rows != 1:  # groups are those of the boxes as they came
             fits = all(done.common(box) == done for done in met)
         else:
-            fits = all(storage.holds_groups(Box.of(cut)) for cut in storage.split(whole))
+            fits = all(storage.holds_groups(cut.box) for cut in storage.split(whole))
         if not fits:
             raise LoaderError(
                 f"{item.name}{box}: a loader writes once more a part of scale groups that are quantized already. With "

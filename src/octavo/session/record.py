@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
-from ..elements.boxes import Box, Gaps
+from ..elements.boxes import Gaps
 from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
 from ..elements.pieces import Piece
 from ..elements.symbolic import HANDLERS, NotMovementError, Symbolic
@@ -134,15 +134,15 @@ class Recorder(PlainDispatchMode):
             record.breaks = str(error)
             return
         for piece in made:
-            if (again := record.gaps.written(Box.of(piece))) is not None:
-                others = {p.src_name for p in record.pieces if again.common(Box.of(p))}
+            if (again := record.gaps.written(piece.box)) is not None:
+                others = {p.src_name for p in record.pieces if again.common(p.box)}
                 if others == {piece.src_name}:
                     record.breaks = "the loader writes it more than once"
                 else:
                     self.problems.append(
                         f"{item.name}{again} is written twice: by {', '.join(sorted(others))}, and by {piece.src_name}"
                     )
-            record.gaps.fill(Box.of(piece))
+            record.gaps.fill(piece.box)
             record.pieces.append(piece)
         if values.dtype != item.dtype:
             record.breaks = f"cast from {dtypes.short(values.dtype)} to {dtypes.short(item.dtype)}"

@@ -160,7 +160,7 @@ class Intake:
         if id(item) in self.transit.staged or not self.transit.goes_straight(item, pieces, values):
             self._put(item, pieces, values, origin, None)
             return
-        boxes = [Box.of(piece) for piece in pieces]
+        boxes = [piece.box for piece in pieces]
         self._claim(item, boxes, origin)
         for piece, box in zip(pieces, boxes, strict=True):
             event = item.event("quantize", box, origin.name)
@@ -169,7 +169,7 @@ class Intake:
         self._wrote(item, boxes, origin, pieces)
 
     def _put(self, item: Item, pieces: list[Piece], values: Tensor, origin: Origin, view: Tensor | None) -> None:
-        boxes = [Box.of(piece) for piece in pieces]
+        boxes = [piece.box for piece in pieces]
         self._claim(item, boxes, origin)
         # nobody sees when memory changes that others than torch can reach: it can't be read later
         stays = self.origins.current is None or self.origins.is_seen(values)
@@ -244,7 +244,7 @@ class Intake:
                 origin = self.origins.of_any(inputs)
                 rest = self._boxes(item, view)
                 for piece in item.writes:
-                    rest = [part for box in rest for part in box.without(Box.of(piece))]
+                    rest = [part for box in rest for part in box.without(piece.box)]
                 item.wrote((), [Piece(*box, origin.label, 0, (0,) * len(box.off)) for box in rest])
         return real
 
@@ -304,7 +304,7 @@ class Intake:
     def _boxes(self, item: Item, view: Tensor) -> list[Box]:
         try:
             offset, sizes, strides = item.elements(view)
-            return [Box.of(p) for p in trace_view(item.shape, item.strides, offset, sizes, strides, (0,) * len(sizes))]
+            return [p.box for p in trace_view(item.shape, item.strides, offset, sizes, strides, (0,) * len(sizes))]
         except ValueError as error:
             raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
 
@@ -342,7 +342,7 @@ class Intake:
             again = item.gaps.written(box)
             if again is None:
                 continue
-            writers = {piece.src_name for piece in item.writes if again.common(Box.of(piece))}
+            writers = {piece.src_name for piece in item.writes if again.common(piece.box)}
             if origin.sure and writers <= {origin.label} and (self._updating or not item.settled):
                 self.transit.unhold(item)
                 self.transit.rewrite(item, box)

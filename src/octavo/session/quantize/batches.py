@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import dtypes
-from ...elements.boxes import Box
 from ...elements.operations import offset_of
 from ...elements.pieces import Piece, packed_strides
 from ...numerics import schemes
@@ -52,7 +51,7 @@ class _Job(NamedTuple):
 
     @property
     def scales(self) -> Tensor:
-        return self.storage.scale_place(Box.of(self.piece)) if self.grid is None else self.grid
+        return self.storage.scale_place(self.piece.box) if self.grid is None else self.grid
 
 
 class _Lane:
@@ -126,7 +125,7 @@ class Batches:
         self._used = end
         if end - self._sent >= _SEND_BYTES:
             self._send()
-        grid = storage.scale_place(Box.of(piece)) if storage.scale is None else None
+        grid = storage.scale_place(piece.box) if storage.scale is None else None
         self._jobs.append(_Job(storage, packed, dtype, grid, what))
 
     def gather(self) -> None:
@@ -271,7 +270,7 @@ def _quantize(tasks: Sequence[_Task], scheme: Scheme) -> Tensor:
 
 
 def _joinable(job: _Job) -> Joinable:
-    cells = job.storage.cells(Box.of(job.piece))
+    cells = job.storage.cells(job.piece.box)
     return Joinable(job.storage.placement, Work.QUANTIZE, dtypes.NAMES[job.dtype], job.piece, cells, (0, 0), ())
 
 

@@ -14,7 +14,6 @@ import operator
 import torch
 from torch import Tensor
 
-from ...elements.boxes import Box
 from ...elements.pieces import Piece
 from ...errors import WeightError
 from ...numerics import schemes
@@ -52,7 +51,7 @@ class Quantizer:
         Raises:
             WeightError: values that are not finite. For those on an accelerator, `check` raises it.
         """
-        dtype, box, batches = dtype or values.dtype, Box.of(piece), self._batches_on(storage.weight.device)
+        dtype, box, batches = dtype or values.dtype, piece.box, self._batches_on(storage.weight.device)
         if batches is not None:
             whole = _whole_tiles(piece.size, storage.scheme, batches.limit_bytes // dtype.itemsize)
             if whole is not None and len(whole) == 1:

@@ -105,7 +105,7 @@ class _Span(NamedTuple):
         """What lies in a box of a layout of the values' storage, and what does not; whole where that is all of it."""
         inside, outside = [], []
         for piece in trace_in(layout, self.sizes, self.strides, self.offset, self.place_strides, self.place_offset):
-            found = Box.of(piece)
+            found = piece.box
             common = found.common(box)
             if common is not None:
                 inside.append(_span(piece, common, layout))

@@ -56,7 +56,7 @@ class Unfilled:
         """The boxes of a view that nothing was written to; the whole view where they are not boxes of it."""
         found = self._find(view)
         pieces = [] if found is None else self._trace(found, view)
-        if found is None or not any(Box.of(piece).common(gap) for piece in pieces for gap in found.gaps.boxes):
+        if found is None or not any(piece.box.common(gap) for piece in pieces for gap in found.gaps.boxes):
             return []
         if (found.shape, found.strides) == (tuple(view.shape), view.stride()):
             return list(found.gaps.boxes)
@@ -79,7 +79,7 @@ class Unfilled:
             return
         pieces = self._trace(found, view)
         for piece in pieces:
-            found.gaps.fill(Box.of(piece))
+            found.gaps.fill(piece.box)
         if not pieces or not found.gaps:
             self.forget(view)
 
