@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import assemble
-from octavo.elements.pieces import coverage_problem
+from octavo.elements.boxes import coverage_problem
 from octavo.elements.symbolic import Symbolic
 
 

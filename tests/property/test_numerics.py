@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from helpers import DTYPES, SCHEMES, headers, random_weights, reference, run_plan, same_bytes, write_checkpoint
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.elements.pieces import coverage_problem
+from octavo.elements.boxes import coverage_problem
 from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
 from octavo.planning import chunks, kinds

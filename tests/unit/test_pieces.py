@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from helpers import assemble, realize
-from octavo.elements.pieces import Piece, contiguous_strides, coverage_problem, whole
+from octavo.elements.boxes import coverage_problem
+from octavo.elements.pieces import Piece, contiguous_strides, whole
 from octavo.elements.symbolic import NotMovementError, Symbolic
 
 A, B, C = (4, 6), (4, 6), (2, 3, 4)

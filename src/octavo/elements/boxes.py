@@ -1,14 +1,17 @@
-"""Boxes: which elements of a tensor are meant, and which are still to come. They are compared, never counted.
+"""Boxes: which elements of a tensor are meant, which are still to come, and whether some tile it.
 
-Offsets and sizes are in elements.
+Boxes are compared, never counted. Offsets and sizes are in elements.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
 
 
 class Box(NamedTuple):
@@ -16,6 +19,11 @@ class Box(NamedTuple):
 
     off: tuple[int, ...]
     size: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Box:
+        """All of a tensor."""
+        return cls((0,) * len(shape), tuple(shape))
 
     @property
     def end(self) -> tuple[int, ...]:
@@ -27,10 +35,14 @@ class Box(NamedTuple):
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        return tuple(slice(a, b) for a, b in zip(self.off, self.end, strict=True))
+        return tuple(map(slice, self.off, self.end))
+
+    def region(self, tensor: Tensor) -> Tensor:
+        """The view of a tensor that shows this box of it."""
+        return tensor[self.slices]
 
     def holds(self, other: Box) -> bool:
-        """Whether all of ``other`` is in this box."""
+        """Return True if all of ``other`` is in this box."""
         for a, n, b, m in zip(self.off, self.size, other.off, other.size):  # noqa: B905, SIM110  # asked a million times
             if b < a or b + m > a + n:
                 return False
@@ -48,7 +60,7 @@ class Box(NamedTuple):
         return Box(tuple(off), tuple(size))
 
     def without(self, other: Box) -> Iterator[Box]:
-        """What of this box is outside of ``other``, as disjoint boxes."""
+        """This box outside of ``other``, as disjoint boxes."""
         inner = self.common(other)
         if inner is None:
             yield self
@@ -71,10 +83,10 @@ class Box(NamedTuple):
 
 
 class Gaps:
-    """What of a tensor has not been written: disjoint boxes, none when it is complete."""
+    """The boxes of a tensor that have not been written: disjoint, none when it is complete."""
 
     def __init__(self, shape: Sequence[int]) -> None:
-        whole = Box((0,) * len(shape), tuple(shape))
+        whole = Box.whole(shape)
         self.boxes = [whole] if whole.numel else []
 
     def __bool__(self) -> bool:
@@ -99,7 +111,7 @@ class Gaps:
         self.boxes = [rest for gap in self.boxes for rest in gap.without(box)] if box.numel else self.boxes
 
     def _around(self, box: Box) -> int | None:
-        """Which gap holds all of a box."""
+        """The number of the gap that holds all of a box."""
         for index, gap in enumerate(self.boxes):
             if gap.holds(box):
                 return index
@@ -108,3 +120,50 @@ class Gaps:
     def __str__(self) -> str:
         shown = ", ".join(map(str, sorted(self.boxes)[:4]))
         return shown + (f" and {len(self.boxes) - 4} more" if len(self.boxes) > 4 else "")
+
+
+# -- coverage ---------------------------------------------------------------------------------------------------------
+
+
+class Filling(Protocol):
+    """A box of a tensor, and the name of what fills it: a piece, say."""
+
+    @property
+    def box(self) -> Box: ...
+
+    @property
+    def src_name(self) -> str: ...
+
+
+def coverage_problem(shape: Sequence[int], fillings: Sequence[Filling]) -> str | None:
+    """What keeps ``fillings`` from tiling ``shape`` exactly, or None."""
+    problem = _coverage_problem(tuple(shape), tuple([filling.box for filling in fillings]))
+    return None if problem is None else problem.text.format(*(fillings[index].src_name for index in problem.boxes))
+
+
+class _Problem(NamedTuple):
+    text: str  # with braces where names go
+    boxes: tuple[int, ...]  # whose names these are
+
+
+@functools.lru_cache(maxsize=256)
+def _coverage_problem(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> _Problem | None:
+    """What keeps ``boxes`` from tiling ``shape``; the layers of a model are alike."""
+    whole = Box.whole(shape)
+    for index, box in enumerate(boxes):
+        if len(box.size) != len(shape) or not whole.holds(box):
+            return _Problem(f"{{}} fills {box}, outside of {list(shape)}", (index,))
+    order = sorted((index for index, box in enumerate(boxes) if box.numel), key=lambda index: boxes[index].off)
+    beside: list[int] = []  # boxes that reach as far as the one in hand begins
+    for index in order:
+        box = boxes[index]
+        if shape:
+            beside = [other for other in beside if boxes[other].off[0] + boxes[other].size[0] > box.off[0]]
+        for other in beside:
+            if box.common(boxes[other]) is not None:
+                return _Problem(f"{{}} and {{}} both fill {box}", (index, other))
+        beside.append(index)
+    filled = sum(box.numel for box in boxes)
+    if filled == whole.numel:
+        return None
+    return _Problem(f"{whole.numel - filled:,} of {whole.numel:,} elements come from no checkpoint tensor", ())

@@ -43,7 +43,7 @@ class Piece(NamedTuple):
 
     def region(self, parameter: Tensor) -> Tensor:
         """The view of ``parameter`` that this piece fills."""
-        return parameter[tuple(slice(off, off + n) for off, n in zip(self.dst_off, self.size, strict=True))]
+        return self.box.region(parameter)
 
     def narrow(self, dim: int, start: int, length: int) -> Piece:
         """The part of this piece at [start, start + length) of ``dim``, counted from the piece's own beginning."""
@@ -126,48 +126,4 @@ def packed_strides(size: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int
 
 def whole(name: str, shape: Sequence[int]) -> Piece:
     """The piece that makes a parameter out of all of one tensor, unchanged."""
-    return Piece((0,) * len(shape), tuple(shape), name, 0, contiguous_strides(shape))
-
-
-def coverage_problem(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
-    """What keeps ``pieces`` from tiling ``shape`` exactly, or None. Boxes are compared, not counts."""
-    if len(pieces) == 1 and pieces[0].size == shape and not any(pieces[0].dst_off):
-        return None
-    if _tiles(tuple(shape), tuple((piece.dst_off, piece.size) for piece in pieces)):
-        return None
-    return _describe_problem(shape, pieces)
-
-
-@functools.lru_cache(maxsize=256)
-def _tiles(shape: tuple[int, ...], boxes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]) -> bool:
-    """Whether they tile it; the layers of a model are alike."""
-    return _describe_problem(shape, [Piece(off, size, "", 0, ()) for off, size in boxes]) is None
-
-
-def _describe_problem(shape: Sequence[int], pieces: Sequence[Piece]) -> str | None:
-    """As `coverage_problem`, looked at anew."""
-    for piece in pieces:
-        inside = len(piece.size) == len(shape) and all(
-            off >= 0 and end <= n for off, end, n in zip(piece.dst_off, piece.dst_end, shape, strict=True)
-        )
-        if not inside:
-            return f"{piece.src_name} fills {_box(piece)}, outside of {list(shape)}"
-    open_boxes: list[Piece] = []
-    for piece in sorted((p for p in pieces if p.numel), key=lambda p: p.dst_off):
-        if shape:
-            open_boxes = [other for other in open_boxes if other.dst_end[0] > piece.dst_off[0]]
-        for other in open_boxes:
-            if all(
-                a < b_end and b < a_end
-                for a, a_end, b, b_end in zip(piece.dst_off, piece.dst_end, other.dst_off, other.dst_end, strict=True)
-            ):
-                return f"{piece.src_name} and {other.src_name} both fill {_box(piece)}"
-        open_boxes.append(piece)
-    filled = sum(piece.numel for piece in pieces)
-    if filled != math.prod(shape):
-        return f"{math.prod(shape) - filled:,} of {math.prod(shape):,} elements come from no checkpoint tensor"
-    return None
-
-
-def _box(piece: Piece) -> str:
-    return "[" + ", ".join(f"{a}:{b}" for a, b in zip(piece.dst_off, piece.dst_end, strict=True)) + "]"
+    return Piece(*Box.whole(shape), name, 0, contiguous_strides(shape))

@@ -19,7 +19,8 @@ from rich.table import Table
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..choices import DEFAULT_STAGING_BYTES
-from ..elements.pieces import coverage_problem, whole
+from ..elements.boxes import coverage_problem
+from ..elements.pieces import whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
 from ..text import human_bytes, to_text
 from . import kinds

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
+from ...elements.boxes import coverage_problem
 from ...elements.dry_run import Copy, Source, Trace, View, trace
-from ...elements.pieces import coverage_problem
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8, Scheme

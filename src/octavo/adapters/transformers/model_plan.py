@@ -25,7 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_STAGING_BYTES
-from ...elements.pieces import coverage_problem
+from ...elements.boxes import coverage_problem
 from ...elements.symbolic import NotMovementError, Symbolic
 from ...errors import CoverageError, raise_problems
 from ...planning import kinds
