@@ -80,7 +80,7 @@ SPOILED: dict[str, tuple[str, Callable[[Path], object], str, bool]] = {
         "model.layers.1.mlp.down_proj.weight [128, 256]: comes from no tensor of the checkpoint",
         True,
     ),
-    "half a layer": ("llama", drop(f"{MLP}up_proj.weight"), f"(only {MLP}gate_proj.weight goes there)", True),
+    "half a layer": ("llama", drop(f"{MLP}up_proj.weight"), f"only {MLP}gate_proj.weight goes there; ", True),
     "one half twice": ("llama", half_twice, f"tensor '{MLP}gate_proj.weight' is also in model-00001-of", True),
     "an expert without one matrix": (
         "qwen2_moe",

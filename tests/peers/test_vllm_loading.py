@@ -204,5 +204,5 @@ def test_half_a_layer_is_named(tmp_path: Path) -> None:
     folder = make("llama", tmp_path / "bf16")
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     (answer,) = load(octavo_job(folder))
-    assert "(only model.layers.1.mlp.gate_proj.weight goes there)" in answer.error
+    assert "only model.layers.1.mlp.gate_proj.weight goes there; " in answer.error
     assert not answer.parameters

@@ -203,10 +203,21 @@ def test_boxes_that_tile_are_no_problem():
     assert coverage_problem((0, 6), []) is None
 
 
-def test_a_gap_is_found_and_counted():
-    assert coverage_problem((4, 6), [box("a", (0, 4), (0, 5))]) == "4 of 24 elements come from no checkpoint tensor"
+def test_a_gap_is_found_counted_and_named():
+    problem = coverage_problem((4, 6), [box("a", (0, 4), (0, 5))])
+    assert problem == "4 of 24 elements come from no checkpoint tensor: [0:4, 5:6]"
     assert coverage_problem((1000, 6), []) == "6,000 of 6,000 elements come from no checkpoint tensor"
     assert coverage_problem((), []) == "1 of 1 elements come from no checkpoint tensor"
+
+
+def test_the_gaps_of_a_stack_are_named():
+    """Up of every expert is missing, as if the checkpoint called it otherwise."""
+    stack = [box(f"gate{e}", (e, e + 1), (0, 4), (0, 6)) for e in (5, 3, 0, 1, 4, 2)]
+    problem = coverage_problem((6, 8, 6), stack)
+    assert problem == (
+        "144 of 288 elements come from no checkpoint tensor: [0:1, 4:8, 0:6], [1:2, 4:8, 0:6], [2:3, 4:8, 0:6], "
+        "[3:4, 4:8, 0:6] and 2 more"
+    )
 
 
 def test_an_overlap_is_found_though_the_count_is_right():
@@ -217,8 +228,7 @@ def test_an_overlap_is_found_though_the_count_is_right():
 
 def test_a_partial_overlap_with_the_right_count_is_found():
     problem = coverage_problem((4, 4), [box("a", (0, 3), (0, 3)), box("b", (2, 4), (2, 4)), box("c", (3, 4), (0, 3))])
-    assert problem is not None
-    assert "both fill" in problem
+    assert problem == "b and a both fill [2:3, 2:3]"
 
 
 def test_two_tensors_for_one_scalar_are_an_overlap():

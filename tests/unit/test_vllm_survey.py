@@ -101,8 +101,8 @@ def test_what_the_loader_cant_take_keeps_its_layer_unquantized(down, why):
     [
         (
             {name: shape for name, shape in SHAPES.items() if name != "up_proj.weight"},
-            "gate_up_proj.weight [512, 256]: 65,536 of 131,072 elements come from no checkpoint tensor "
-            "(only gate_proj.weight goes there)",
+            "gate_up_proj.weight [512, 256]: only gate_proj.weight goes there; 65,536 of 131,072 elements come from no "
+            "checkpoint tensor: [256:512, 0:256]",
         ),
         (
             {name: shape for name, shape in SHAPES.items() if name != "down_proj.weight"},

@@ -160,10 +160,14 @@ def _coverage_problem(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> _Proble
         if shape:
             beside = [other for other in beside if boxes[other].off[0] + boxes[other].size[0] > box.off[0]]
         for other in beside:
-            if box.common(boxes[other]) is not None:
-                return _Problem(f"{{}} and {{}} both fill {box}", (index, other))
+            if (common := box.common(boxes[other])) is not None:
+                return _Problem(f"{{}} and {{}} both fill {common}", (index, other))
         beside.append(index)
     filled = sum(box.numel for box in boxes)
     if filled == whole.numel:
         return None
-    return _Problem(f"{whole.numel - filled:,} of {whole.numel:,} elements come from no checkpoint tensor", ())
+    text = f"{whole.numel - filled:,} of {whole.numel:,} elements come from no checkpoint tensor"
+    gaps = Gaps(shape)
+    for index in reversed(order):  # what is left lies before a box: the first gap
+        gaps.fill(boxes[index])
+    return _Problem(f"{text}: {gaps}" if filled else text, ())

@@ -299,7 +299,7 @@ def _uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:
         problem = coverage_problem(parameter.shape, [*from_checkpoint, *constants])
     if problem and "come from no" in problem:
         names = sorted({piece.src_name for piece in from_checkpoint})
-        problem += f" (only {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} {_go(names)} there)"
+        problem = f"only {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} {_go(names)} there; {problem}"
     return problem
 
 
