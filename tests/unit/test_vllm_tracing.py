@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from octavo.elements.boxes import Box
 from octavo.elements.dry_run import Copy, Source, View, Whole, trace
 from octavo.errors import CoverageError
 
@@ -55,8 +56,8 @@ def test_fused_parameters_are_followed_box_by_box():
     seen = traced(Fused(), ("k", (4, 6)), ("q", (4, 6)))
     whole = View(0, (4, 6), (6, 1))
     assert seen.copies == [
-        Copy("qkv", (4, 0), (4, 6), frozenset("k"), whole, View(24, (4, 6), (6, 1))),
-        Copy("qkv", (0, 0), (4, 6), frozenset("q"), whole, View(0, (4, 6), (6, 1))),
+        Copy("qkv", Box((4, 0), (4, 6)), frozenset("k"), whole, View(24, (4, 6), (6, 1))),
+        Copy("qkv", Box((0, 0), (4, 6)), frozenset("q"), whole, View(0, (4, 6), (6, 1))),
     ]
     assert not seen.computes
 
@@ -154,21 +155,21 @@ def test_the_model_is_as_it_was():
 
 def test_part_of_a_tensor_into_part_of_a_parameter():
     (copy,) = traced(Fused(), ("rows", (12, 6))).copies
-    assert (copy.start, copy.size) == ((2, 1), (4, 3))
+    assert copy.box == ((2, 1), (4, 3))
     assert copy.view == View(3 * 6 + 2, (4, 3), (6, 1))
 
 
 def test_what_is_computed_or_permuted_keeps_its_name_and_loses_its_place():
     negated, permuted = traced(Fused(), ("negated", (4,)), ("permuted", (12, 6))).copies
-    assert (negated.source, negated.view) == ("negated", None)
-    assert (permuted.source, permuted.view) == ("permuted", None)
+    assert (negated.src_name, negated.view) == ("negated", None)
+    assert (permuted.src_name, permuted.view) == ("permuted", None)
 
 
 def test_padding_is_a_constant_and_values_that_are_asked_for_are_noted():
     seen = traced(Fused(), ("table", (5, 6)), ("factor", (1,)))
     table, padding, factor = seen.copies
-    assert (table.start, table.size, table.sources) == ((0, 0), (5, 6), frozenset(["table"]))
-    assert (padding.start, padding.size, padding.sources) == ((5, 0), (3, 6), frozenset())
+    assert (table.box, table.sources) == (((0, 0), (5, 6)), frozenset(["table"]))
+    assert (padding.box, padding.sources) == (((5, 0), (3, 6)), frozenset())
     assert factor.target == "factor"
     assert seen.used == {"factor"}
 
@@ -194,7 +195,7 @@ def test_bytes_are_not_counted_as_elements():
 
 def test_a_table_without_padding_has_no_empty_write():
     seen = traced(Fused(), ("table", (8, 6)))
-    assert [copy.size for copy in seen.copies] == [(8, 6)]
+    assert [copy.box.size for copy in seen.copies] == [(8, 6)]
     assert not seen.opaque
 
 
@@ -224,8 +225,8 @@ def test_a_parameter_that_the_loader_makes_is_the_models():
 
     seen = traced(Late(), ("late", (3,)), ("q", (4, 6)))
     late, padding = seen.by_target()["late"]
-    assert (late.start, late.size, late.source) == ((1,), (3,), "late")
-    assert (padding.start, padding.size, padding.sources) == ((0,), (1,), frozenset())
+    assert (late.box, late.src_name) == (((1,), (3,)), "late")
+    assert (padding.box, padding.sources) == (((0,), (1,)), frozenset())
     assert seen.computes  # it makes another one each time
 
 

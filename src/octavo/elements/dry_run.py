@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CoverageError
+from .boxes import Box
 from .operations import PlainDispatchMode, is_view, storage_key, tensors_in
-from .pieces import Piece, contiguous_strides
+from .pieces import contiguous_strides
 
 _aten = torch.ops.aten
 _copy_ = _aten.copy_.default
@@ -60,19 +61,14 @@ class Copy(NamedTuple):
     """One write into a parameter or buffer."""
 
     target: str
-    start: tuple[int, ...]  # the box of the target that is filled
-    size: tuple[int, ...]
+    box: Box  # of the target
     sources: frozenset[str]  # empty: filled with a constant
     view: View | None  # which elements of the one source; None where they were computed or rearranged
     into: View  # where the loader put them, in its own shape
 
     @property
-    def source(self) -> str:
+    def src_name(self) -> str:
         return min(self.sources, default="a constant")
-
-    def piece(self) -> Piece:
-        """For `coverage_problem`, which looks at the target's side only."""
-        return Piece(self.start, self.size, self.source, 0, ())
 
 
 @dataclass
@@ -289,7 +285,7 @@ class _Recorder(PlainDispatchMode):
         for name, whole in homes:
             box = whole.box_of(into) if target.itemsize == whole.itemsize else None
             if box is not None:
-                self.trace.copies.append(Copy(name, *box, sources, view, into))
+                self.trace.copies.append(Copy(name, box, sources, view, into))
                 return
         self.trace.opaque[homes[0][0]] = min(sources, default="a constant")
 
@@ -306,8 +302,8 @@ class Whole:
         self._axis_of = {stride: axis for axis, stride in self._outer}
         self._empty = 0 in self.shape
 
-    def box_of(self, part: View) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Start and size of the box, along the axes of the parameter; None if the part is none."""
+    def box_of(self, part: View) -> Box | None:
+        """The box that a part is, along the axes of the parameter; None if it is none."""
         rest = part.offset - self.offset
         if rest < 0 or self._empty or 0 in part.size:
             return None
@@ -327,9 +323,9 @@ class Whole:
         for first, n, end in zip(start, size, self.shape, strict=True):
             if first + n > end:
                 return self._flat_box(at, part)
-        return tuple(start), tuple(size)
+        return Box(tuple(start), tuple(size))
 
-    def _flat_box(self, begin: int, part: View) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    def _flat_box(self, begin: int, part: View) -> Box | None:
         """The same for a contiguous part that is seen in another shape, where it is whole rows of an axis."""
         if not is_run(part.size, part.strides) or not is_run(self.shape, self.strides):
             return None
@@ -345,7 +341,7 @@ class Whole:
                     outer, start[d] = divmod(outer, self.shape[d])
                     size[d] = 1
                 start[axis], size[axis] = at, count
-                return tuple(start), tuple(size)
+                return Box(tuple(start), tuple(size))
         return None
 
 

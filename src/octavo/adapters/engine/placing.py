@@ -141,15 +141,15 @@ def _joined(target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor]) -
     scheme, pieces = schemes.get(first.scheme), []
     for part, weight, scale in parts:
         lead = len(shape) - len(part.shape)
-        if scale is None or weight.size != (*[1] * lead, *part.shape) or part.shape[1] != shape[-1]:
+        if scale is None or weight.box.size != (*[1] * lead, *part.shape) or part.shape[1] != shape[-1]:
             return None
         group = scheme.group_rows or part.shape[0]
-        beside = (*weight.start[:-2], weight.start[-2] // group, 0)
-        if weight.start[-2] % group or scale.start != beside or scale.size[-2:] != scheme.cells(*part.shape):
+        beside = (*weight.box.off[:-2], weight.box.off[-2] // group, 0)
+        if weight.box.off[-2] % group or scale.box.off != beside or scale.box.size[-2:] != scheme.cells(*part.shape):
             return None
         piece = part.pieces[0]
-        strides = contiguous_strides(weight.size)
-        pieces.append(Piece(weight.start, weight.size, piece.src_name, piece.src_off, strides))
+        strides = contiguous_strides(weight.box.size)
+        pieces.append(Piece(*weight.box, piece.src_name, piece.src_off, strides))
     placement = dataclasses.replace(
         first,
         name=f"{target} ({len(pieces)} tensors)",  # no tensor is called so

@@ -271,9 +271,9 @@ class Surveyor:
                 problem = f"{seen.opaque[name]} goes into it in a way that can't be followed"
             elif not copies:
                 problem = "comes from no tensor of the checkpoint"
-            elif parameter.is_floating_point() and (odd := [c.source for c in copies if c.sources & self._no_floats]):
+            elif parameter.is_floating_point() and (odd := [c.src_name for c in copies if c.sources & self._no_floats]):
                 problem = f"{odd[0]} goes there, which is {self._dtype_names[odd[0]]}: no bf16, fp16 or fp32"
-            elif len(copies) > 1 or copies[0].size != tuple(parameter.shape):
+            elif len(copies) > 1 or copies[0].box.size != tuple(parameter.shape):
                 problem = _uncovered(parameter, copies)
             if problem:
                 problems.append(f"{name} {list(parameter.shape)}: {problem}")
@@ -292,13 +292,13 @@ def _fillers(seen: Trace) -> Fillers:
 
 def _uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:
     """What keeps the copies from tiling a parameter. Constants fill the padding, or what is written later."""
-    from_checkpoint = [copy.piece() for copy in copies if copy.sources]
+    from_checkpoint = [copy for copy in copies if copy.sources]
     problem = coverage_problem(parameter.shape, from_checkpoint)
     if problem and len(from_checkpoint) < len(copies):
-        constants = [copy.piece() for copy in copies if not copy.sources]
+        constants = [copy for copy in copies if not copy.sources]
         problem = coverage_problem(parameter.shape, [*from_checkpoint, *constants])
     if problem and "come from no" in problem:
-        names = sorted({piece.src_name for piece in from_checkpoint})
+        names = sorted({copy.src_name for copy in from_checkpoint})
         problem = f"only {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} {_go(names)} there; {problem}"
     return problem
 
@@ -370,10 +370,11 @@ def _unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, 
 
 def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | None]) -> _Cut | None:
     """None if rows or columns are permuted, or if a scale group is cut."""
-    if copy.view is None or len(copy.view.size) < 2 or len(copy.size) < 2 or copy.view.size[-2:] != copy.size[-2:]:
+    view, box = copy.view, copy.box
+    if view is None or len(view.size) < 2 or len(box.size) < 2 or view.size[-2:] != box.size[-2:]:
         return None
-    spans = _spans(copy.view, copy.start[-2:], shape, groups)
-    return spans and _Cut(copy.target, copy.start[:-2], *spans)
+    spans = _spans(view, box.off[-2:], shape, groups)
+    return spans and _Cut(copy.target, box.off[:-2], *spans)
 
 
 @functools.lru_cache(maxsize=4096)  # a model has thousands of copies, and few shapes of them
