@@ -86,7 +86,7 @@ def _measure(folder: Path, scheme: str) -> dict[str, Any]:
         "parameters": len(plan.placements),
         "read_bytes": read_bytes,
         "blocks": len(blocks),
-        "boxes": sum(len(block.boxes) for block in blocks),
+        "boxes": sum(len(block.bundles) for block in blocks),
     }
 
 

@@ -113,7 +113,7 @@ class Streams:
         """Cutting alone, in this thread."""
         began = time.perf_counter()
         blocks = list(cut_blocks(self.plan.placements, self.checkpoint.tensors, self.budget(None).block_bytes))
-        boxes = sum(len(block.boxes) for block in blocks)
+        boxes = sum(len(block.bundles) for block in blocks)
         return {"s": round(time.perf_counter() - began, 4), "blocks": len(blocks), "boxes": boxes}
 
 

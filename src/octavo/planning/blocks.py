@@ -3,7 +3,7 @@
 There, what costs is not the arithmetic but launching it (15 to 40 µs an operation, all told), thousands of times a
 model. And since all parameters have their memory already, nothing depends on their order. So chunks are put in the
 order of the file; those that follow each other without a gap make a block; and the chunks of a block that lie
-regularly, in it and in their parameter, are joined to one box: gate and up of an expert, the same of the next ones.
+regularly, in it and in their parameter, are joined to a *bundle*: gate and up of an expert, the same of the next ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .chunks import Chunk, Work, cut_placement
 from .placement import Placement
 
 
-class Box(NamedTuple):
+class Bundle(NamedTuple):
     """Chunks of one parameter on which one operation does; ``piece`` counts offsets and strides within the block."""
 
     placement: Placement
@@ -39,7 +39,7 @@ class Block(NamedTuple):
     shard: int
     runs: tuple[tuple[int, int], ...]
     nbytes: int
-    boxes: tuple[Box, ...]
+    bundles: tuple[Bundle, ...]
     in_order: bool  # some chunks share scale groups with those of other blocks: these blocks follow one another
 
 
@@ -72,7 +72,7 @@ def cut_reads(blocks: Iterable[Block], slot_bytes: int) -> Iterator[Read]:
 
 def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo], block_bytes: int) -> Iterator[Block]:
     """All of a plan's placements in the order of the files, no block larger than ``block_bytes``."""
-    boxes: list[Box] = []
+    bundles: list[Bundle] = []
     shard, start, end = -1, 0, 0
     for at, chunk in _in_file_order(placements, tensors, block_bytes):
         piece, info = chunk.piece, tensors[chunk.piece.src_name]
@@ -80,83 +80,83 @@ def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo
         nbytes, is_run = numel * itemsize, piece.run_length == numel
         # elements must be aligned within the block
         fits = at + nbytes - start <= block_bytes and not (at - start) % itemsize
-        if not (boxes and is_run and fits and at == end and info.shard == shard):
-            if boxes:
-                yield _block(shard, ((start, end - start),), boxes)
-            boxes, shard, start, end = [], info.shard, at, at
+        if not (bundles and is_run and fits and at == end and info.shard == shard):
+            if bundles:
+                yield _block(shard, ((start, end - start),), bundles)
+            bundles, shard, start, end = [], info.shard, at, at
         if is_run:
             within = Piece(piece.dst_off, piece.size, piece.src_name, (at - start) // itemsize, piece.src_strides)
-            boxes.append(_box(chunk, info, within))
+            bundles.append(_bundle(chunk, info, within))
             end = at + nbytes
             continue
         length, offsets = piece.runs()
         runs = tuple((info.offset + offset * itemsize, length * itemsize) for offset in offsets)
         # read one after another, they lie without holes
         packed = piece._replace(src_off=0, src_strides=packed_strides(piece.size, piece.src_strides))
-        yield _block(shard, runs, [_box(chunk, info, packed)])
-    if boxes:
-        yield _block(shard, ((start, end - start),), boxes)
+        yield _block(shard, runs, [_bundle(chunk, info, packed)])
+    if bundles:
+        yield _block(shard, ((start, end - start),), bundles)
 
 
-def _box(chunk: Chunk, info: TensorInfo, piece: Piece) -> Box:
-    return Box(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,))
+def _bundle(chunk: Chunk, info: TensorInfo, piece: Piece) -> Bundle:
+    return Bundle(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,))
 
 
-def _block(shard: int, runs: tuple[tuple[int, int], ...], boxes: list[Box]) -> Block:
-    in_order = any(box.work in (Work.AMAX, Work.REREAD) for box in boxes)
-    return Block(shard, runs, sum(nbytes for _, nbytes in runs), tuple(join(boxes)), in_order)
+def _block(shard: int, runs: tuple[tuple[int, int], ...], bundles: list[Bundle]) -> Block:
+    in_order = any(bundle.work in (Work.AMAX, Work.REREAD) for bundle in bundles)
+    return Block(shard, runs, sum(nbytes for _, nbytes in runs), tuple(join(bundles)), in_order)
 
 
 # -- joining ----------------------------------------------------------------------------------------------------------
 
 
-def join(boxes: Iterable[Box]) -> list[Box]:
-    """Join boxes that are one box of their parameter and lie evenly in the block; rows first, then experts."""
-    groups: dict[tuple[str, Work, str], list[Box]] = {}
-    for box in boxes:
-        groups.setdefault((box.placement.name, box.work, box.dtype_name), []).append(box)
-    joined: list[Box] = []
+def join(bundles: Iterable[Bundle]) -> list[Bundle]:
+    """Join bundles that are one box of their parameter and lie evenly in the block; rows first, then experts."""
+    groups: dict[tuple[str, Work, str], list[Bundle]] = {}
+    for bundle in bundles:
+        groups.setdefault((bundle.placement.name, bundle.work, bundle.dtype_name), []).append(bundle)
+    joined: list[Bundle] = []
     for group in groups.values():
         for axis in reversed(range(len(group[0].piece.size))):
             if len(group) == 1:
                 break
-            if len({box.piece.dst_off[axis] for box in group}) > 1:  # else they are no neighbours along it
+            if len({bundle.piece.dst_off[axis] for bundle in group}) > 1:  # else they are no neighbours along it
                 group = _join_along(axis, group)
         joined += group
     return joined
 
 
-def _join_along(axis: int, boxes: list[Box]) -> list[Box]:
+def _join_along(axis: int, bundles: list[Bundle]) -> list[Bundle]:
     joined, at = [], 0
-    while at < len(boxes):
-        end = _end_of_run(axis, boxes, at)
-        joined.append(boxes[at] if end == at + 1 else _joined(axis, boxes[at:end]))
+    while at < len(bundles):
+        end = _end_of_run(axis, bundles, at)
+        joined.append(bundles[at] if end == at + 1 else _joined(axis, bundles[at:end]))
         at = end
     return joined
 
 
-def _end_of_run(axis: int, boxes: Sequence[Box], at: int) -> int:
-    """Up to which box those from ``at`` on are neighbours along an axis, and one view shows all of them."""
-    first = last = boxes[at]
+def _end_of_run(axis: int, bundles: Sequence[Bundle], at: int) -> int:
+    """Up to which bundle those from ``at`` on are neighbours along an axis, and one view shows all of them."""
+    first = last = bundles[at]
     p = first.piece
-    if at + 1 == len(boxes) or first.work in (Work.AMAX, Work.REREAD):
+    if at + 1 == len(bundles) or first.work in (Work.AMAX, Work.REREAD):
         return at + 1
     length = p.size[axis]
-    stride = p.src_strides[axis] if length > 1 else boxes[at + 1].piece.src_off - p.src_off
+    stride = p.src_strides[axis] if length > 1 else bundles[at + 1].piece.src_off - p.src_off
     if stride <= 0:
         return at + 1
-    for index in range(at + 1, len(boxes)):
-        box = boxes[index]
-        q = box.piece
+    for index in range(at + 1, len(bundles)):
+        bundle = bundles[index]
+        q = bundle.piece
         if q.dst_off[axis] != p.dst_off[axis] + length or q.src_off != p.src_off + stride * length:
             return index
         if (q.size[axis] != 1 and q.src_strides[axis] != stride) or not _alike(p, q, axis):
             return index
-        if first.placement.scheme is not None and not _groups_continue(first, last, box, axis, length):
+        if first.placement.scheme is not None and not _groups_continue(first, last, bundle, axis, length):
             return index
-        last = box
+        last = bundle
         length += q.size[axis]
-    return len(boxes)
+    return len(bundles)
 
 
 def _alike(p: Piece, q: Piece, axis: int) -> bool:
@@ -169,32 +169,32 @@ def _alike(p: Piece, q: Piece, axis: int) -> bool:
     return True
 
 
-def _groups_continue(first: Box, last: Box, box: Box, axis: int, length: int) -> bool:
-    """Whether the scale groups of a run (so long) and of a box are those of both: none is shared, none is cut short."""
-    matrix_axis = axis - (len(box.piece.size) - 2)
+def _groups_continue(first: Bundle, last: Bundle, bundle: Bundle, axis: int, length: int) -> bool:
+    """Return True if a run (so long) and a bundle, seen as one, have the scale groups of both, none shared or cut."""
+    matrix_axis = axis - (len(bundle.piece.size) - 2)
     if matrix_axis < 0:
-        return first.phase == box.phase
-    scheme = schemes.get(box.placement.scheme or "")
+        return first.phase == bundle.phase
+    scheme = schemes.get(bundle.placement.scheme or "")
     group = (scheme.group_rows, scheme.group_cols)[matrix_axis]
-    if group is None or last.cells[axis].stop != box.cells[axis].start:
+    if group is None or last.cells[axis].stop != bundle.cells[axis].start:
         return False
-    aligned = not (first.phase[matrix_axis] + length) % group and not box.phase[matrix_axis]
-    return aligned and first.phase[1 - matrix_axis] == box.phase[1 - matrix_axis]
+    aligned = not (first.phase[matrix_axis] + length) % group and not bundle.phase[matrix_axis]
+    return aligned and first.phase[1 - matrix_axis] == bundle.phase[1 - matrix_axis]
 
 
-def _joined(axis: int, boxes: Sequence[Box]) -> Box:
-    """The box of a run."""
-    first, last = boxes[0], boxes[-1]
+def _joined(axis: int, bundles: Sequence[Bundle]) -> Bundle:
+    """The bundle of a run."""
+    first, last = bundles[0], bundles[-1]
     p, q = first.piece, last.piece
-    stride = p.src_strides[axis] if p.size[axis] > 1 else boxes[1].piece.src_off - p.src_off
+    stride = p.src_strides[axis] if p.size[axis] > 1 else bundles[1].piece.src_off - p.src_off
     size = (*p.size[:axis], q.dst_off[axis] + q.size[axis] - p.dst_off[axis], *p.size[axis + 1 :])
     strides = (*p.src_strides[:axis], stride, *p.src_strides[axis + 1 :])
     cells = first.cells
     if cells:
         cells = (*cells[:axis], slice(cells[axis].start, last.cells[axis].stop), *cells[axis + 1 :])
     piece = Piece(p.dst_off, size, p.src_name, p.src_off, strides)
-    chunks = tuple(itertools.chain.from_iterable(box.chunks for box in boxes))
-    return Box(first.placement, first.work, first.dtype_name, piece, cells, first.phase, chunks)
+    chunks = tuple(itertools.chain.from_iterable(bundle.chunks for bundle in bundles))
+    return Bundle(first.placement, first.work, first.dtype_name, piece, cells, first.phase, chunks)
 
 
 # -- the order of the files -------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from ..errors import WeightError
 from ..machine import usable_device
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
-from ..planning.blocks import Block, Box, Read
+from ..planning.blocks import Block, Bundle, Read
 from ..planning.budget import Budget, check_options
 from ..planning.chunks import Work
 from .nonfinite import FiniteWatch, describe_nonfinite
@@ -98,7 +98,7 @@ class Lane:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = device
         self.staged = Staged(nbytes, device)
-        self.watch: FiniteWatch[list[Box]] = FiniteWatch(device)
+        self.watch: FiniteWatch[list[Bundle]] = FiniteWatch(device)
         self._backend = backend_of(device)
         self._queue: Any = None if self._backend is None else self._backend.Stream(device)
         self.follow()
@@ -134,12 +134,12 @@ class Lane:
             slot.busy = slot.event = slot.event or self._backend.Event()
             slot.event.record(self._queue)
 
-    def values(self, box: Box) -> Tensor:
-        """The values of a box that has been copied, with the axes of its parameter (a view)."""
-        return self.staged.view(dtypes.MOVED[box.dtype_name], box.piece)
+    def values(self, bundle: Bundle) -> Tensor:
+        """The values of a bundle that has been copied, with the axes of its parameter (a view)."""
+        return self.staged.view(dtypes.MOVED[bundle.dtype_name], bundle.piece)
 
-    def suspects(self) -> list[list[Box]]:
-        """Wait; boxes, watched together since this was asked before, of which something was not finite."""
+    def suspects(self) -> list[list[Bundle]]:
+        """Wait; bundles, watched together since this was asked before, of which something was not finite."""
         self.wait()
         return self.watch.suspects()
 
@@ -230,22 +230,22 @@ class DevicePress:
 
     @torch.no_grad()
     def _press(self, block: Block, lane: Lane) -> int:
-        whole: dict[str, list[tuple[Box, Tensor]]] = {}
-        for box in block.boxes:  # in the order of the plan, though not done in that order
-            self._placed.open(box.placement)
-        for box in block.boxes:
-            values = lane.values(box)
-            if box.work is Work.COPY:
-                self._placed.destination(box.placement).put(box.piece, values)
-            elif box.work is Work.QUANTIZE:
-                whole.setdefault(box.placement.scheme or "", []).append((box, values))
-            elif box.work is Work.AMAX:
-                self._fold(box, values, lane)
+        whole: dict[str, list[tuple[Bundle, Tensor]]] = {}
+        for bundle in block.bundles:  # in the order of the plan, though not done in that order
+            self._placed.open(bundle.placement)
+        for bundle in block.bundles:
+            values = lane.values(bundle)
+            if bundle.work is Work.COPY:
+                self._placed.destination(bundle.placement).put(bundle.piece, values)
+            elif bundle.work is Work.QUANTIZE:
+                whole.setdefault(bundle.placement.scheme or "", []).append((bundle, values))
+            elif bundle.work is Work.AMAX:
+                self._fold(bundle, values, lane)
             else:
-                self._quantize(box, values)
+                self._quantize(bundle, values)
         for scheme, items in whole.items():
             self._quantize_together(items, schemes.get(scheme), lane)
-        return sum(self._placed.done(box.placement, box.work, box.piece.numel) for box in block.boxes)
+        return sum(self._placed.done(bundle.placement, bundle.work, bundle.piece.numel) for bundle in block.bundles)
 
     def follow(self) -> None:
         """Let what comes next happen after what the caller's stream has been given (memory it has released)."""
@@ -260,8 +260,8 @@ class DevicePress:
     def check(self) -> None:
         """Wait for the device; raise if a weight since the last check was not finite."""
         for lane in self._lanes:
-            for boxes in lane.suspects():
-                found = [(box.placement, chunk.piece) for box in boxes for chunk in box.chunks]
+            for bundles in lane.suspects():
+                found = [(bundle.placement, chunk.piece) for bundle in bundles for chunk in bundle.chunks]
                 raise WeightError(describe_nonfinite(self._checkpoint, found))
 
     def close(self) -> None:
@@ -272,37 +272,37 @@ class DevicePress:
 
     # -- quantizing ---------------------------------------------------------------------------------------------------
 
-    def _quantize_together(self, items: Sequence[tuple[Box, Tensor]], scheme: Scheme, lane: Lane) -> None:
+    def _quantize_together(self, items: Sequence[tuple[Bundle, Tensor]], scheme: Scheme, lane: Lane) -> None:
         """Boxes that hold whole scale groups: the scales of all are computed at once."""
-        grids = [tuple(cells.stop - cells.start for cells in box.cells) for box, _ in items]
-        scales = scales_of([values for _, values in items], grids, [box.phase for box, _ in items], scheme)
-        lane.watch.add(scales.amax, [box for box, _ in items])
-        for (box, values), scale, stored in zip(items, scales.grids, scales.stored, strict=True):
-            self._place(box, values, scale, stored, scheme)
+        grids = [tuple(cells.stop - cells.start for cells in bundle.cells) for bundle, _ in items]
+        scales = scales_of([values for _, values in items], grids, [bundle.phase for bundle, _ in items], scheme)
+        lane.watch.add(scales.amax, [bundle for bundle, _ in items])
+        for (bundle, values), scale, stored in zip(items, scales.grids, scales.stored, strict=True):
+            self._place(bundle, values, scale, stored, scheme)
 
-    def _fold(self, box: Box, values: Tensor, lane: Lane) -> None:
-        """The first reading of a box whose scale groups span several."""
-        amax = schemes.group_amax(values, schemes.get(box.placement.scheme or ""), phase=box.phase)
-        lane.watch.add(amax, [box])
-        self._placed.fold(box.placement, box.cells, amax)
+    def _fold(self, bundle: Bundle, values: Tensor, lane: Lane) -> None:
+        """The first reading of a bundle whose scale groups span several."""
+        amax = schemes.group_amax(values, schemes.get(bundle.placement.scheme or ""), phase=bundle.phase)
+        lane.watch.add(amax, [bundle])
+        self._placed.fold(bundle.placement, bundle.cells, amax)
 
-    def _quantize(self, box: Box, values: Tensor) -> None:
+    def _quantize(self, bundle: Bundle, values: Tensor) -> None:
         """The second reading: it is in the same lane as the first, so all of that has gone before."""
-        scheme = schemes.get(box.placement.scheme or "")
-        scale = schemes.scale_from_amax(self._placed.amax(box.placement, box.cells), scheme)
-        self._place(box, values, scale, schemes.to_stored(scale, scheme), scheme)
+        scheme = schemes.get(bundle.placement.scheme or "")
+        scale = schemes.scale_from_amax(self._placed.amax(bundle.placement, bundle.cells), scheme)
+        self._place(bundle, values, scale, schemes.to_stored(scale, scheme), scheme)
 
-    def _place(self, box: Box, values: Tensor, scale: Tensor, stored: Tensor, scheme: Scheme) -> None:
-        destination, piece = self._placed.destination(box.placement), box.piece
-        destination.put_scale(box.cells, stored)
+    def _place(self, bundle: Bundle, values: Tensor, scale: Tensor, stored: Tensor, scheme: Scheme) -> None:
+        destination, piece = self._placed.destination(bundle.placement), bundle.piece
+        destination.put_scale(bundle.cells, stored)
         out = destination.view(piece)
         if out is not None:
             # nothing else is made of these bytes, so they may be clamped where they are
-            schemes.quantize_into(out, values, scale, scheme, phase=box.phase, clamped=values)
+            schemes.quantize_into(out, values, scale, scheme, phase=bundle.phase, clamped=values)
             return
         if self._scratch is None:
             nbytes = self._lanes[0].staged.bytes.numel() // 2
             self._scratch = torch.empty(nbytes, dtype=schemes.FP8, device=self._device)
         out = self._scratch[: piece.numel].view(piece.size)
-        schemes.quantize_into(out, values, scale, scheme, phase=box.phase, clamped=values)
+        schemes.quantize_into(out, values, scale, scheme, phase=bundle.phase, clamped=values)
         destination.put(piece, out)

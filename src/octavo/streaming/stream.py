@@ -173,7 +173,7 @@ class Stream:
     def _count_again(self, blocks: Iterator[Block]) -> Iterator[Block]:
         for block in blocks:
             if block.in_order:
-                self._again_bytes += sum(c.nbytes for b in block.boxes if b.work is Work.AMAX for c in b.chunks)
+                self._again_bytes += sum(c.nbytes for b in block.bundles if b.work is Work.AMAX for c in b.chunks)
             yield block
 
     def _read_part(self, read: Read, slot: Slot) -> int:

@@ -25,8 +25,7 @@ from ...elements.operations import offset_of
 from ...elements.pieces import Piece, packed_strides
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
-from ...planning.blocks import Box as Joinable
-from ...planning.blocks import join
+from ...planning.blocks import Bundle, join
 from ...planning.chunks import Work
 from ...streaming.nonfinite import FiniteWatch
 from ...streaming.on_accelerator import Staged, backend_of, scales_of
@@ -179,11 +178,11 @@ class Batches:
         """Boxes by scheme; those that lie regularly are joined, unless their scales have no place yet."""
         storages = {job.storage.name: job.storage for job in jobs}
         found: dict[Scheme, list[_Task]] = {}
-        for box in join(_joinable(job) for job in jobs if job.grid is None):
-            storage = storages[box.placement.name]
-            values = lane.staged.view(dtypes.MOVED[box.dtype_name], box.piece)
-            out = _region(storage.weight, box.piece.dst_off, box.piece.size)
-            off, size = [cut.start for cut in box.cells], [cut.stop - cut.start for cut in box.cells]
+        for bundle in join(_bundle(job) for job in jobs if job.grid is None):
+            storage = storages[bundle.placement.name]
+            values = lane.staged.view(dtypes.MOVED[bundle.dtype_name], bundle.piece)
+            out = _region(storage.weight, bundle.piece.dst_off, bundle.piece.size)
+            off, size = [cut.start for cut in bundle.cells], [cut.stop - cut.start for cut in bundle.cells]
             found.setdefault(storage.scheme, []).append(_Task(values, out, _region(storage.grid, off, size)))
         for job in jobs:
             if job.grid is not None:
@@ -269,9 +268,9 @@ def _quantize(tasks: Sequence[_Task], scheme: Scheme) -> Tensor:
     return scales.amax
 
 
-def _joinable(job: _Job) -> Joinable:
+def _bundle(job: _Job) -> Bundle:
     cells = job.storage.cells(job.piece.box)
-    return Joinable(job.storage.placement, Work.QUANTIZE, dtypes.NAMES[job.dtype], job.piece, cells, (0, 0), ())
+    return Bundle(job.storage.placement, Work.QUANTIZE, dtypes.NAMES[job.dtype], job.piece, cells, (0, 0), ())
 
 
 def _region(whole: Tensor, off: Sequence[int], size: Sequence[int]) -> Tensor:
