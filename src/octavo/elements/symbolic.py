@@ -169,8 +169,8 @@ class _Axis(NamedTuple):
     extent: int
 
 
-class _Box(NamedTuple):
-    """A box over some axes; ``shift`` is what it adds to the source offset."""
+class _Axes(NamedTuple):
+    """A box along some axes, and the source's strides; ``shift`` is what it adds to the source offset."""
 
     off: tuple[int, ...]
     size: tuple[int, ...]
@@ -223,7 +223,7 @@ def _matching_groups(old: list[int], new: list[int]) -> list[tuple[range, range]
     return groups
 
 
-def _regroup(axes: Sequence[_Axis], extents: Sequence[int]) -> list[_Box]:
+def _regroup(axes: Sequence[_Axis], extents: Sequence[int]) -> list[_Axes]:
     """A box over ``axes``, seen as one row-major axis, cut into boxes over axes of the given extents."""
     boxes = []
     for run, shift in _flatten(axes):
@@ -253,12 +253,12 @@ def _flatten(axes: Sequence[_Axis]) -> list[tuple[_Axis, int]]:
     return runs
 
 
-def _unflatten(run: _Axis, extents: Sequence[int]) -> list[_Box]:
+def _unflatten(run: _Axis, extents: Sequence[int]) -> list[_Axes]:
     """A run along a flat axis as boxes over axes of the given extents."""
     if not extents:
-        return [_Box((), (), (), 0)]
+        return [_Axes((), (), (), 0)]
     if len(extents) == 1:
-        return [_Box((run.off,), (run.size,), (run.stride,), 0)]
+        return [_Axes((run.off,), (run.size,), (run.stride,), 0)]
     inner = math.prod(extents[1:])
     boxes = []
     at, end = run.off, run.off + run.size
@@ -271,7 +271,7 @@ def _unflatten(run: _Axis, extents: Sequence[int]) -> list[_Box]:
             count, length = 1, min(inner - rest, end - at)
         for box in _unflatten(_Axis(rest, length, run.stride, inner), extents[1:]):
             boxes.append(
-                _Box(
+                _Axes(
                     (index, *box.off),
                     (count, *box.size),
                     (run.stride * inner, *box.strides),
