@@ -1,8 +1,8 @@
 """What a complete layer becomes: its parameters installed in its module, in FP8 or as loaded, and the provider run.
 
 Octavo's own schemes turn ``nn.Linear`` into `octavo.running.modules.QuantizedLinear`, expert stacks of transformers'
-kind into
-`octavo.running.modules.QuantizedExperts`, and give any other module its FP8 weight and, beside it, ``<weight>_scale``.
+kind into `octavo.running.modules.QuantizedExperts`, and give any other module its FP8 weight and, beside it,
+``<weight>_scale``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from ..errors import LoaderError
 from ..machine import now
 from ..planning.placement import cut_parts
 from ..running import modules
+from .held import Transit
+from .inventory import Inventory
 from .parameters import Item, Layer
-from .report import Event, LayerReport
+from .report import Event, LayerReport, LayerwiseReport, Ledger
 
 #: what users give as ``finish``: changes the layer in place, or returns the module that takes its place
 Provider = Callable[[nn.Module], "nn.Module | None"]
@@ -89,24 +91,35 @@ def _way(layer: Layer) -> str:
     return "direct" if all(item.real is None for item in quantized) else "whole layer"
 
 
-class LayerFinisher:
-    """Finishes layers of a session, and reports each."""
+class Finisher:
+    """Gives complete layers their final form, and reports each.
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    Args:
+        provider: what the user gave as ``finish``, if that is a function.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        transit: Transit,
+        ledger: Ledger,
+        report: LayerwiseReport,
+        provider: Provider | None = None,
+    ) -> None:
+        self._inventory, self._transit, self._ledger, self._report = inventory, transit, ledger, report
+        self._provider = provider
 
     def __call__(self, layer: Layer) -> None:
-        session = self._session
         assert not layer.finished
-        layer.finished, started, held_bytes = True, now(), session.ledger.held_bytes
-        way = "function" if session.provider is not None else _way(layer)
+        layer.finished, started, held_bytes = True, now(), self._ledger.held_bytes
+        way = "function" if self._provider is not None else _way(layer)
         try:
             with undisturbed():
                 for item in layer.items:
                     if not item.settled and (item.required or not item.gaps):
                         self._settle(item)
-            if session.provider is not None and not layer.late:
-                self._provide(layer)
+            if self._provider is not None and not layer.late:
+                self._provide(layer, self._provider)
         except BaseException:
             layer.finished = False
             for item in layer.items:
@@ -114,45 +127,43 @@ class LayerFinisher:
             raise
         took = now() - started
         loaded, final = sum(i.nbytes for i in layer.items), sum(tensor.nbytes for tensor in storages(layer.module))
-        session.report.layers.append(LayerReport(layer.name, took, loaded, final, way, held_bytes))
-        session.ledger.event(Event("finish", layer.name))
+        self._report.layers.append(LayerReport(layer.name, took, loaded, final, way, held_bytes))
+        self._ledger.event(Event("finish", layer.name))
 
-    def _provide(self, layer: Layer) -> None:
-        session = self._session
+    def _provide(self, layer: Layer, provider: Provider) -> None:
         for item in layer.items:
-            session.ledger.hold(-item.nbytes)
+            self._ledger.hold(-item.nbytes)
             item.hand_over()
-        run_provider(session.provider, layer, session.model)
+        run_provider(provider, layer, self._inventory.model)
         for tensor in storages(layer.module):
-            if layer.items and session.inventory.find(tensor) is None:
-                session.inventory.track_final(layer.items[0], tensor)
-        session.ledger.hold(sum(tensor.nbytes for tensor in storages(layer.module)))
+            if layer.items and self._inventory.find(tensor) is None:
+                self._inventory.track_final(layer.items[0], tensor)
+        self._ledger.hold(sum(tensor.nbytes for tensor in storages(layer.module)))
 
     def _settle(self, item: Item) -> None:
-        intake = self._session.intake
         if item.scheme:
             if item.quantized is None or item.quantized.parts is None:
                 self._seal(item)
             for tensor in install_quantized(item):
-                intake.inventory.track_final(item, tensor)
+                self._inventory.track_final(item, tensor)
         elif item.virtual:
-            intake.transit.materialize(item)
-            intake.inventory.track(item, item.install())
+            self._transit.materialize(item)
+            self._inventory.track(item, item.install())
         item.settle()
 
     def _seal(self, item: Item) -> None:
-        intake = self._session.intake
-        intake.transit.press_rest(item)
-        storage = intake.transit.storage(item)
-        self._session.ledger.hold(-storage.nbytes)
+        """All boxes have come: quantize what waits, fix the parts, gather the scales."""
+        self._transit.press_rest(item)
+        storage = self._transit.storage(item)
+        self._ledger.hold(-storage.nbytes)
         parts = cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
-        intake.quantizer.press()
+        self._transit.quantizer.press()
         odd = storage.seal(parts)
         if odd is not None:
             raise LoaderError(
                 f"{item.name}{odd}: was quantized as it came, but shares scale groups with other boxes of its tensor. "
                 "Load it with direct=False."
             )
-        self._session.ledger.hold(storage.nbytes)
-        intake.transit.release(item)
+        self._ledger.hold(storage.nbytes)
+        self._transit.release(item)
         item.give_back()

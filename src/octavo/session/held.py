@@ -40,11 +40,12 @@ class Transit:
     """Values on their way into storage.
 
     Args:
-        direct: whether layers that are being loaded are quantized write by write.
+        direct: layers that are being loaded are quantized write by write.
+        cast: values are quantized as the parameter's dtype holds them, and not as they come.
     """
 
-    def __init__(self, quantizer: Quantizer, ledger: Ledger, *, direct: bool) -> None:
-        self.quantizer, self._ledger, self._direct = quantizer, ledger, direct
+    def __init__(self, quantizer: Quantizer, ledger: Ledger, *, direct: bool, cast: bool) -> None:
+        self.quantizer, self._ledger, self._direct, self._cast = quantizer, ledger, direct, cast
         self.held: list[Held] = []
         self._read_later: set[int | None] = set()  # storages of what is held
         #: final FP8 storage exists, and high-precision storage for some boxes
@@ -74,7 +75,9 @@ class Transit:
         if not holds_weights(values):
             return False
         storage = self.storage(item)
-        return all(storage.holds_groups(cut.box) for piece in pieces for cut in storage.split(item.as_stored(piece)))
+        return all(
+            storage.holds_groups(cut.box) for piece in pieces for cut in storage.split(item.as_stored(piece))
+        )
 
     def storage(self, item: Item) -> QuantizedStorage:
         """An item's FP8 storage, allocated when first asked for."""
@@ -170,7 +173,7 @@ class Transit:
         """Quantize ``values`` of a piece along the axes of the item's storage."""
         storage = self.storage(item)
         for cut in storage.split(piece):
-            dtype = item.dtype if item.cast or values.dtype not in dtypes.QUANTIZABLE else None
+            dtype = item.dtype if self._cast or values.dtype not in dtypes.QUANTIZABLE else None
             if storage.parts is not None and not storage.holds_groups(cut.box):
                 raise LoaderError(f"{what}: holds parts of scale groups whose rest is quantized. Write it as a whole.")
             taken = values_of(cut, values)

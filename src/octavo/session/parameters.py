@@ -99,7 +99,6 @@ class Item(Layout):
     is_buffer: bool
     device: torch.device  # where its storage goes
     layers: list[Layer]
-    cast: bool = True  # quantize values as the face's dtype holds them, and not as they come
     required: bool = True
     decision: Decision = _UNDECIDED
     transposed: bool = False  # a stack stored [..., in, out]

@@ -33,7 +33,8 @@ from ..running import modules
 from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
 from . import loading, updating
-from .finish import LayerFinisher, Provider
+from .finish import Finisher, Provider
+from .held import Transit
 from .inventory import Inventory
 from .module_hooks import ModuleHooks
 from .pairs import Pair, Pairs, Transform, load_by_name, transformed
@@ -111,7 +112,7 @@ class Session:
                 module, leaf, weight = item.faces[0]
                 scale = module.get_parameter(modules.scale_name(leaf))
                 item.adopt(QuantizedStorage(item.name, weight.data, schemes.get(scheme), parts, scale.data))
-                item.dtype, item.cast = torch.float32, False  # which holds whatever comes
+                item.dtype = torch.float32  # which holds whatever comes
         session.loaded = True
         return session
 
@@ -128,14 +129,10 @@ class Session:
         return self._updating
 
     def _new_intake(self) -> Intake:
+        transit = Transit(self._quantizer, self.ledger, direct=self._direct, cast=self._follow)
+        finish = Finisher(self.inventory, transit, self.ledger, self.report, self.provider)
         return Intake(
-            self.inventory,
-            LayerFinisher(self),
-            self.ledger,
-            self._quantizer,
-            direct=self._direct,
-            duplicates=self._duplicates,
-            updating=self._updating,
+            self.inventory, transit, finish, self.ledger, duplicates=self._duplicates, updating=self._updating
         )
 
     def __enter__(self) -> Session:

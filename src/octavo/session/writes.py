@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,21 +24,15 @@ from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
 from ..planning.placement import Placement
 from ..streaming.sinks import Storage
+from .finish import Finisher
 from .held import Held, Transit, holds_weights, stored
 from .inventory import Inventory
 from .parameters import Item, Layer
-from .quantize.quantizer import Quantizer
 from .quantize.storage import QuantizedStorage, values_of
 from .report import Ledger
 from .watch.modes import Mark
 from .watch.origins import Origin, Origins
 from .watch.unfilled import Unfilled
-
-
-class Finisher(Protocol):
-    """Gives a complete layer its final form."""
-
-    def __call__(self, layer: Layer) -> None: ...
 
 
 class Intake:
@@ -47,21 +41,19 @@ class Intake:
     def __init__(
         self,
         inventory: Inventory,
+        transit: Transit,
         finish: Finisher,
         ledger: Ledger,
-        quantizer: Quantizer,
         *,
-        direct: bool,
         duplicates: str,
         updating: bool,
     ) -> None:
-        self.inventory, self.ledger, self.quantizer = inventory, ledger, quantizer
+        self.inventory, self.transit, self.quantizer, self.ledger = inventory, transit, transit.quantizer, ledger
         self.origins, self.unfilled = Origins(), Unfilled()
         self.paused = False
         self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
         self.finish = finish
         self._duplicates, self._updating = duplicates, updating
-        self.transit = Transit(quantizer, ledger, direct=direct)
         self._pending: list[Layer] = []  # complete, and about to be finished
 
     # -- boundaries ---------------------------------------------------------------------------------------------------
