@@ -17,7 +17,7 @@ from ..errors import LoaderError
 from ..machine import now
 from ..planning.placement import cut_parts
 from ..running import modules
-from .held import Transit
+from .held import Held
 from .inventory import Inventory
 from .parameters import Item, Layer
 from .report import Event, LayerReport, LayerwiseReport, Ledger
@@ -101,12 +101,12 @@ class Finisher:
     def __init__(
         self,
         inventory: Inventory,
-        transit: Transit,
+        held: Held,
         ledger: Ledger,
         report: LayerwiseReport,
         provider: Provider | None = None,
     ) -> None:
-        self._inventory, self._transit, self._ledger, self._report = inventory, transit, ledger, report
+        self._inventory, self._held, self._ledger, self._report = inventory, held, ledger, report
         self._provider = provider
 
     def __call__(self, layer: Layer) -> None:
@@ -147,17 +147,17 @@ class Finisher:
             for tensor in install_quantized(item):
                 self._inventory.track_final(item, tensor)
         elif item.virtual:
-            self._transit.materialize(item)
+            self._held.materialize(item)
             self._inventory.track(item, item.install())
         item.settle()
 
     def _seal(self, item: Item) -> None:
         """All boxes have come: quantize what waits, fix the parts, gather the scales."""
-        self._transit.press_rest(item)
-        storage = self._transit.storage(item)
+        self._held.press_rest(item)
+        storage = self._held.storage(item)
         self._ledger.hold(-storage.nbytes)
         parts = cut_parts(item.stored_shape, [item.as_stored(piece) for piece in item.writes])
-        self._transit.quantizer.press()
+        self._held.quantizer.press()
         odd = storage.seal(parts)
         if odd is not None:
             raise LoaderError(
@@ -165,5 +165,5 @@ class Finisher:
                 "Load it with direct=False."
             )
         self._ledger.hold(storage.nbytes)
-        self._transit.release(item)
+        self._held.release(item)
         item.give_back()

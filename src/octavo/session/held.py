@@ -26,7 +26,7 @@ from .report import Event, Ledger
 from .watch.origins import Origin
 
 
-class Held(NamedTuple):
+class Write(NamedTuple):
     """A write that is to be quantized once its origin is used up."""
 
     item: Item
@@ -36,7 +36,7 @@ class Held(NamedTuple):
     view: Tensor | None  # where a loader wrote them
 
 
-class Transit:
+class Held:
     """Values on their way into storage.
 
     Args:
@@ -46,20 +46,20 @@ class Transit:
 
     def __init__(self, quantizer: Quantizer, ledger: Ledger, *, direct: bool, cast: bool) -> None:
         self.quantizer, self._ledger, self._direct, self._cast = quantizer, ledger, direct, cast
-        self.held: list[Held] = []
+        self.writes: list[Write] = []
         self._read_later: set[int | None] = set()  # storages of what is held
         #: final FP8 storage exists, and high-precision storage for some boxes
         self.staged: dict[int, Item] = {}
 
     def forget(self) -> None:
         """Drop what was not carried out."""
-        self.held = []
+        self.writes = []
         self.staged.clear()
 
     @property
     def items(self) -> list[Item]:
         """Of which some boxes were written and are not in their storage."""
-        return [*self.staged.values(), *(held.item for held in self.held)]
+        return [*self.staged.values(), *(write.item for write in self.writes)]
 
     def waiting_problems(self) -> list[str]:
         """What came of an update, and could not be quantized."""
@@ -88,58 +88,60 @@ class Transit:
 
     # -- held ---------------------------------------------------------------------------------------------------------
 
-    def hold(self, held: Held) -> None:
+    def hold(self, write: Write) -> None:
         """Quantize it later: see `flush`."""
-        self.held.append(held)
-        self._read_later.add(storage_key(held.values))
+        self.writes.append(write)
+        self._read_later.add(storage_key(write.values))
 
     def reads_later(self, tensor: Tensor) -> bool:
         """Whether something is held of a tensor's storage."""
-        return bool(self.held) and storage_key(tensor) in self._read_later
+        return bool(self.writes) and storage_key(tensor) in self._read_later
 
     def flush(self) -> None:
         """Quantize what is held."""
-        if self.held:
+        if self.writes:
             with undisturbed():
                 self._press_held()
 
     def _press_held(self) -> None:
-        for item in {id(held.item): held.item for held in self.held}.values():
+        for item in {id(write.item): write.item for write in self.writes}.values():
             storage = self.storage(item)
             if storage.parts is None and storage.scheme.group_rows != 1:
-                together = [item.as_stored(piece) for held in self.held if held.item is item for piece in held.pieces]
+                together = [
+                    item.as_stored(piece) for write in self.writes if write.item is item for piece in write.pieces
+                ]
                 if len({piece.dst_off[:-2] for piece in together}) < len(together):
                     # several boxes of one tensor: whether they share scale groups shows when the layer is complete
                     self.unhold(item)
-        held, done = self.held, 0
+        writes, done = self.writes, 0
         try:
-            for done, (item, pieces, values, origin, _) in enumerate(held):  # noqa: B007
+            for done, (item, pieces, values, origin, _) in enumerate(writes):  # noqa: B007
                 for piece in pieces:
                     event = item.event("quantize", piece.box, origin.name)
                     self.press(item, item.as_stored(piece), values, event)
                     self._ledger.event(event)
-            done = len(held)
+            done = len(writes)
         finally:
-            self.held = held[done:]
-            self._read_later = {storage_key(other.values) for other in self.held}
+            self.writes = writes[done:]
+            self._read_later = {storage_key(other.values) for other in self.writes}
 
     def unhold(self, item: Item) -> None:
         """Writes that were to be quantized go into high-precision storage after all: the loader changes them."""
-        mine = [held for held in self.held if held.item is item]
+        mine = [write for write in self.writes if write.item is item]
         if not mine:
             return
-        self.held = [held for held in self.held if held.item is not item]
-        self._read_later = {storage_key(held.values) for held in self.held}
-        for held in mine:
-            self._stage(held)
+        self.writes = [write for write in self.writes if write.item is not item]
+        self._read_later = {storage_key(write.values) for write in self.writes}
+        for write in mine:
+            self._stage(write)
 
-    def _stage(self, held: Held) -> None:
-        real = self.materialize(held.item)
-        if held.view is not None:
-            held.item.like(held.view, real).copy_(held.values)
+    def _stage(self, write: Write) -> None:
+        real = self.materialize(write.item)
+        if write.view is not None:
+            write.item.like(write.view, real).copy_(write.values)
             return
-        for piece in held.pieces:
-            piece.region(real).copy_(values_of(piece, held.values))
+        for piece in write.pieces:
+            piece.region(real).copy_(values_of(piece, write.values))
 
     # -- staged -------------------------------------------------------------------------------------------------------
 

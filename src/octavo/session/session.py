@@ -34,7 +34,7 @@ from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
 from . import loading, updating
 from .finish import Finisher, Provider
-from .held import Transit
+from .held import Held
 from .inventory import Inventory
 from .module_hooks import ModuleHooks
 from .pairs import Pair, Pairs, Transform, load_by_name, transformed
@@ -129,11 +129,9 @@ class Session:
         return self._updating
 
     def _new_intake(self) -> Intake:
-        transit = Transit(self._quantizer, self.ledger, direct=self._direct, cast=self._follow)
-        finish = Finisher(self.inventory, transit, self.ledger, self.report, self.provider)
-        return Intake(
-            self.inventory, transit, finish, self.ledger, duplicates=self._duplicates, updating=self._updating
-        )
+        held = Held(self._quantizer, self.ledger, direct=self._direct, cast=self._follow)
+        finish = Finisher(self.inventory, held, self.ledger, self.report, self.provider)
+        return Intake(self.inventory, held, finish, self.ledger, duplicates=self._duplicates, updating=self._updating)
 
     def __enter__(self) -> Session:
         if self.active:
@@ -201,7 +199,7 @@ class Session:
             with contextlib.suppress(RuntimeError):  # the error that we have comes first
                 self._quantizer.press()
         if self.updating and error is not None:
-            unfinished = {item.name for item in self.intake.transit.items}
+            unfinished = {item.name for item in self.intake.held.items}
             lost = {what.parameter for what in self._quantizer.lost if isinstance(what, Event)}
             self._failure = updating.update_error(self.inventory, unfinished, lost, error)
         self.intake.forget()
@@ -230,9 +228,7 @@ class Session:
                 "transform was given, but saw no pair: the loader's pairs must come through session.pairs(...), or "
                 "through model.load_weights"
             )
-        problems = (
-            self.intake.transit.waiting_problems() if self.updating else loading.coverage_problems(self.inventory)
-        )
+        problems = self.intake.held.waiting_problems() if self.updating else loading.coverage_problems(self.inventory)
         advice = "" if self.updating else "Parameters that are right without a tensor can be named: optional=[...]."
         raise_problems(CoverageError, type(self.model).__name__, problems, advice)
         if not self.updating:

@@ -25,7 +25,7 @@ from ..numerics import schemes
 from ..planning.placement import Placement
 from ..streaming.sinks import Storage
 from .finish import Finisher
-from .held import Held, Transit, holds_weights, stored
+from .held import Held, Write, holds_weights, stored
 from .inventory import Inventory
 from .parameters import Item, Layer
 from .quantize.storage import QuantizedStorage, values_of
@@ -41,14 +41,14 @@ class Intake:
     def __init__(
         self,
         inventory: Inventory,
-        transit: Transit,
+        held: Held,
         finish: Finisher,
         ledger: Ledger,
         *,
         duplicates: str,
         updating: bool,
     ) -> None:
-        self.inventory, self.transit, self.quantizer, self.ledger = inventory, transit, transit.quantizer, ledger
+        self.inventory, self.held, self.quantizer, self.ledger = inventory, held, held.quantizer, ledger
         self.origins, self.unfilled = Origins(), Unfilled()
         self.paused = False
         self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
@@ -66,13 +66,13 @@ class Intake:
 
     def turn(self) -> None:
         """The loader is done with its pair."""
-        if self.transit.held or self._pending or self.transit.staged:
+        if self.held.writes or self._pending or self.held.staged:
             with self.quiet():
-                self.transit.flush()
+                self.held.flush()
                 self._finish_pending()
-                for item in list(self.transit.staged.values()):
+                for item in list(self.held.staged.values()):
                     with undisturbed():
-                        self.transit.press_rest(item, each_matrix=True)
+                        self.held.press_rest(item, each_matrix=True)
         self.origins.current = None
 
     @contextlib.contextmanager
@@ -89,7 +89,7 @@ class Intake:
 
     def forget(self) -> None:
         """Drop what was not carried out."""
-        self.transit.forget()
+        self.held.forget()
         self._pending = []
         self.origins.clear()
 
@@ -149,14 +149,14 @@ class Intake:
         self._turn_to(item, origin)
         label = origin.label
         pieces = [Piece(p.dst_off, p.size, label, begin + p.src_off, p.src_strides) for p in pieces]
-        if id(item) in self.transit.staged or not self.transit.goes_straight(item, pieces, values):
+        if id(item) in self.held.staged or not self.held.goes_straight(item, pieces, values):
             self._put(item, pieces, values, origin, None)
             return
         boxes = [piece.box for piece in pieces]
         self._claim(item, boxes, origin)
         for piece, box in zip(pieces, boxes, strict=True):
             event = item.event("quantize", box, origin.name)
-            self.transit.press(item, item.as_stored(piece), values, event)
+            self.held.press(item, item.as_stored(piece), values, event)
             self.ledger.event(event)
         self._wrote(item, boxes, origin, pieces)
 
@@ -165,18 +165,18 @@ class Intake:
         self._claim(item, boxes, origin)
         # nobody sees when memory changes that others than torch can reach: it can't be read later
         stays = self.origins.current is None or self.origins.is_seen(values)
-        if stays and self.transit.goes_straight(item, pieces, values):
-            self.transit.hold(Held(item, pieces, values, origin, view))
+        if stays and self.held.goes_straight(item, pieces, values):
+            self.held.hold(Write(item, pieces, values, origin, view))
             if self.origins.current is None:
-                self.transit.flush()  # nobody says when the tensor may change
+                self.held.flush()  # nobody says when the tensor may change
                 self.quantizer.settle()
         elif view is None:
-            self.transit.unhold(item)
-            real = self.transit.materialize(item)
+            self.held.unhold(item)
+            real = self.held.materialize(item)
             for piece in pieces:
                 piece.region(real).copy_(values_of(piece, values))
         else:
-            self.transit.real(item, view).copy_(values)
+            self.held.real(item, view).copy_(values)
         self._wrote(item, boxes, origin, pieces)
 
     def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
@@ -188,7 +188,7 @@ class Intake:
             if item.writes or sum(box.numel for box in boxes) < item.numel:
                 self._claim(item, boxes, origin)
                 self._wrote(item, boxes, origin)
-            run(self.transit.real(item, view))
+            run(self.held.real(item, view))
 
     def scatter(
         self, item: Item, view: Tensor, values: Tensor | None, run: Callable[[Tensor], Any], mark: Mark
@@ -201,7 +201,7 @@ class Intake:
             for origin, boxes in marked:
                 self._turn_to(item, origin)
                 self._claim(item, boxes, origin)
-            run(self.transit.real(item, view))
+            run(self.held.real(item, view))
             for origin, boxes in marked:
                 self._wrote(item, boxes, origin, [Piece(*box, origin.label, 0, (0,) * len(box.off)) for box in boxes])
 
@@ -225,7 +225,7 @@ class Intake:
             self._turn_to(item, origin)
             boxes = self._boxes(item, view)
             self._claim(item, boxes, origin)
-            real = self.transit.real(item, view)
+            real = self.held.real(item, view)
             self._wrote(item, boxes, origin, [Piece(*box, origin.label, 0, (0,) * len(box.off)) for box in boxes])
             return real
 
@@ -255,16 +255,16 @@ class Intake:
                         f"{item.name}{box}: a loader reads or changes what is quantized already. With direct=False a "
                         "layer stays in high precision until it is complete."
                     )
-            return self.transit.real(item, view)
+            return self.held.real(item, view)
 
     def device_of(self, item: Item) -> torch.device:
         return item.device
 
     def mutated(self, tensor: Tensor) -> None:
         self.quantizer.settle()
-        if self.transit.reads_later(tensor):
+        if self.held.reads_later(tensor):
             with self.quiet():
-                self.transit.flush()
+                self.held.flush()
                 self.quantizer.settle()
 
     def computed(self, done: Operation) -> None:
@@ -336,8 +336,8 @@ class Intake:
                 continue
             writers = {piece.src_name for piece in item.writes if again.common(piece.box)}
             if origin.sure and writers <= {origin.label} and (self._updating or not item.settled):
-                self.transit.unhold(item)
-                self.transit.rewrite(item, box)
+                self.held.unhold(item)
+                self.held.rewrite(item, box)
             elif self._duplicates == "error":
                 first = ", ".join(sorted(name.rpartition("#")[0] for name in writers)) or "padding"
                 raise CoverageError(
@@ -345,8 +345,8 @@ class Intake:
                     "the later one wins."
                 )
             else:
-                self.transit.flush()
-                self.transit.rewrite(item, box)
+                self.held.flush()
+                self.held.rewrite(item, box)
 
     def _wrote(self, item: Item, boxes: Sequence[Box], origin: Origin, pieces: Sequence[Piece] = ()) -> None:
         item.wrote(boxes, pieces)
@@ -360,12 +360,12 @@ class Intake:
 
     def _turn_to(self, item: Item, origin: Origin) -> None:
         """What went before is over, unless it concerns the same origin and layer."""
-        if self.transit.held and (
-            self.transit.held[-1].origin.number != origin.number or self.transit.held[-1].item.layers != item.layers
+        if self.held.writes and (
+            self.held.writes[-1].origin.number != origin.number or self.held.writes[-1].item.layers != item.layers
         ):
-            self.transit.flush()
+            self.held.flush()
         if self._pending and not all(layer in item.layers for layer in self._pending):
-            self.transit.flush()
+            self.held.flush()
             self._finish_pending(but=item.layers)
 
     def _finish_pending(self, but: Sequence[Layer] = ()) -> None:
