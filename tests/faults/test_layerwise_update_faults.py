@@ -84,6 +84,18 @@ def test_an_update_that_puts_new_parameters_in_place_keeps_addresses() -> None:
         assert model["norm"].weight.eq(2).all()
 
 
+def test_an_update_of_a_parameter_that_a_loader_has_held_is_quantized() -> None:
+    """It kept the FP8 parameter that it found after the load, and copies to that."""
+    with Session(model := linears("a")) as session:
+        session.load([("a.weight", weights(0)[0])])
+    held, new = model["a"].weight, weights(1)[0]
+    with session:
+        for _, tensor in session.pairs([("a.weight", new)]):
+            held.data.copy_(tensor)
+    assert model["a"].weight is held
+    assert_channel(model["a"], new)
+
+
 def test_an_update_that_fails_says_which_layers_are_new_and_running_it_again_heals() -> None:
     model, session = load(DENSE, finish="fp8_channel")
     new = [(name, tensor * 2) for name, tensor in DENSE]

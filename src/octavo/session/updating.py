@@ -44,9 +44,11 @@ def lend(inventory: Inventory, *, follow: bool) -> list[tuple[Item, Tensor]]:
                 )
             if follow:
                 lent.append((item, weight))
-                for final in (weight, scales):
-                    inventory.track_final(item, final)
                 inventory.track(item, item.lend(weight, scales))
+                assert item.quantized is not None
+                assert item.quantized.scale is not None
+                for final in (item.quantized.weight, item.quantized.scale):
+                    inventory.track_final(item, final)
     except BaseException:
         take_back(lent)
         raise
