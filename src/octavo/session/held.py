@@ -1,6 +1,6 @@
 """Values between a loader's write and their FP8 form: held, staged in high precision, or quantized.
 
-A write that goes straight into FP8 is *held* until its origin is used up, since loaders change in place what they have
+A write that goes straight into FP8 is *held* until its pair is used up, since loaders change in place what they have
 just written. What can't go straight (parts of scale groups, or a layer that is to stay whole until it is complete) is
 *staged* in high-precision storage of its item.
 """
@@ -27,13 +27,13 @@ from .watch.origins import Origin
 
 
 class Write(NamedTuple):
-    """A write that is to be quantized once its origin is used up."""
+    """Boxes of an item that are written at once."""
 
     item: Item
-    pieces: list[Piece]
+    pieces: Sequence[Piece]
     values: Tensor
     origin: Origin
-    view: Tensor | None  # where a loader wrote them
+    view: Tensor | None = None  # where a loader wrote them; None: only the pieces tell
 
 
 class Held:
@@ -44,7 +44,7 @@ class Held:
         cast: values are quantized as the parameter's dtype holds them, and not as they come.
     """
 
-    def __init__(self, quantizer: Quantizer, ledger: Ledger, *, direct: bool, cast: bool) -> None:
+    def __init__(self, quantizer: Quantizer, ledger: Ledger, *, direct: bool = True, cast: bool = True) -> None:
         self.quantizer, self._ledger, self._direct, self._cast = quantizer, ledger, direct, cast
         self.writes: list[Write] = []
         self._read_later: set[int | None] = set()  # storages of what is held
@@ -57,8 +57,8 @@ class Held:
         self.staged.clear()
 
     @property
-    def items(self) -> list[Item]:
-        """Of which some boxes were written and are not in their storage."""
+    def unfinished(self) -> list[Item]:
+        """Items that were written to in part or in whole, whose final storage has not got all of it."""
         return [*self.staged.values(), *(write.item for write in self.writes)]
 
     def waiting_problems(self) -> list[str]:
@@ -69,7 +69,7 @@ class Held:
         ]
 
     def goes_straight(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> bool:
-        """Whether a write is quantized without high-precision storage."""
+        """Return True if a write can be quantized without high-precision storage."""
         if not item.scheme or item.real is not None or item.padding or not (self._direct or item.settled):
             return False
         if not holds_weights(values):
@@ -101,9 +101,9 @@ class Held:
         """Quantize what is held."""
         if self.writes:
             with undisturbed():
-                self._press_held()
+                self._flush()
 
-    def _press_held(self) -> None:
+    def _flush(self) -> None:
         for item in {id(write.item): write.item for write in self.writes}.values():
             storage = self.storage(item)
             if storage.parts is None and storage.scheme.group_rows != 1:
@@ -115,11 +115,8 @@ class Held:
                     self.unhold(item)
         writes, done = self.writes, 0
         try:
-            for done, (item, pieces, values, origin, _) in enumerate(writes):  # noqa: B007
-                for piece in pieces:
-                    event = item.event("quantize", piece.box, origin.name)
-                    self.press(item, item.as_stored(piece), values, event)
-                    self._ledger.event(event)
+            for done, write in enumerate(writes):  # noqa: B007
+                self.press_at_once(write)
             done = len(writes)
         finally:
             self.writes = writes[done:]
@@ -133,17 +130,19 @@ class Held:
         self.writes = [write for write in self.writes if write.item is not item]
         self._read_later = {storage_key(write.values) for write in self.writes}
         for write in mine:
-            self._stage(write)
-
-    def _stage(self, write: Write) -> None:
-        real = self.materialize(write.item)
-        if write.view is not None:
-            write.item.like(write.view, real).copy_(write.values)
-            return
-        for piece in write.pieces:
-            piece.region(real).copy_(values_of(piece, write.values))
+            self.stage(write)
 
     # -- staged -------------------------------------------------------------------------------------------------------
+
+    def stage(self, write: Write) -> None:
+        """Copy values into the high-precision storage of their item."""
+        if write.view is not None:
+            self.real(write.item, write.view).copy_(write.values)
+            return
+        self.unhold(write.item)
+        real = self.materialize(write.item)
+        for piece in write.pieces:
+            piece.region(real).copy_(values_of(piece, write.values))
 
     def real(self, item: Item, view: Tensor) -> Tensor:
         """The view on real storage, which is allocated now if there is none."""
@@ -170,6 +169,14 @@ class Held:
         self._ledger.hold(-item.release())
 
     # -- quantized ----------------------------------------------------------------------------------------------------
+
+    def press_at_once(self, write: Write) -> None:
+        """Quantize a write that goes straight into FP8."""
+        item = write.item
+        for piece in write.pieces:
+            event = item.event("quantize", piece.box, write.origin.name)
+            self.press(item, item.as_stored(piece), write.values, event)
+            self._ledger.event(event)
 
     def press(self, item: Item, piece: Piece, values: Tensor, what: Event) -> None:
         """Quantize ``values`` of a piece along the axes of the item's storage."""

@@ -11,19 +11,19 @@ from ..errors import LoaderError
 from ..planning.recipe import Decision
 from .parameters import Face, Item, Layer
 from .report import LayerwiseReport
-from .writes import Intake
+from .writes import Writes
 
 
 class ModuleHooks:
     """Hooks of `torch.nn.modules.module` for the modules of a model that is loaded."""
 
-    def __init__(self, intake: Intake, report: LayerwiseReport, is_optional: Callable[[Item], bool]) -> None:
-        self._intake, self._inventory, self._report = intake, intake.inventory, report
+    def __init__(self, writes: Writes, report: LayerwiseReport, is_optional: Callable[[Item], bool]) -> None:
+        self._writes, self._intake, self._inventory, self._report = writes, writes.intake, writes.inventory, report
         self._is_optional = is_optional
 
     def parameter(self, module: nn.Module, leaf: str, tensor: nn.Parameter | None) -> nn.Parameter | None:
         """A loader gives a module a parameter; returns the one that takes its place, if there is one."""
-        if self._intake.paused or tensor is None or (layer := self._inventory.layer_of(module)) is None:
+        if self._writes.paused or tensor is None or (layer := self._inventory.layer_of(module)) is None:
             return None
         if (final := self._inventory.find_final(tensor)) is not None:
             if tensor is module._parameters.get(leaf):
@@ -60,9 +60,9 @@ class ModuleHooks:
             return None
         # the loader's own memory: it holds its values, or gets them
         item.keep(tensor)
-        item.expect(self._intake.unfilled.gaps(tensor))
+        item.expect(self._writes.unfilled.gaps(tensor))
         item.required = bool(item.gaps) and not self._is_optional(item)
-        self._intake.unfilled.forget(tensor)
+        self._writes.unfilled.forget(tensor)
         self._intake.ledger.hold(item.nbytes)
         if item.required:
             self._intake.reopen(layer)
@@ -71,15 +71,15 @@ class ModuleHooks:
     def buffer(self, module: nn.Module, leaf: str, tensor: Tensor | None) -> Any:
         """A loader puts a tensor of its own in an item's place: it is copied there instead."""
         present = module._parameters.get(leaf) if leaf in module._parameters else module._buffers.get(leaf)
-        item = None if self._intake.paused or tensor is None else self._inventory.find(present)
-        final = None if self._intake.paused or tensor is None else self._inventory.find_final(present)
+        item = None if self._writes.paused or tensor is None else self._inventory.find(present)
+        final = None if self._writes.paused or tensor is None else self._inventory.find_final(present)
         if item is None and final is not None:
             item = final[0]
         if tensor is None or present is None or item is None or not (item.virtual or item.settled):
             return None
         if self._inventory.find(tensor) is item:  # the same one, in whatever shape
             return None if item.virtual else present
-        if self._intake.unfilled.gaps(tensor):
+        if self._writes.unfilled.gaps(tensor):
             raise LoaderError(
                 f"{item.name}: a loader puts memory in its place that nothing was written to. Fill it first, or write "
                 "to the parameter that is there."
@@ -90,9 +90,9 @@ class ModuleHooks:
                 f"{list(tensor.shape)}"
             )
         if final is not None:
-            self._intake.copy_final(*final, present.detach(), tensor.detach())
+            self._writes.copy_final(*final, present.detach(), tensor.detach())
         else:
-            self._intake.copy(item, present.detach(), tensor.detach())
+            self._writes.copy(item, present.detach(), tensor.detach())
         return present
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import Tensor, nn
 
 from ..errors import CoverageError
-from .writes import Intake
+from .writes import Writes
 
 Pair = tuple[str, Tensor]
 #: sees each pair before the loader: returns what takes its place (a pair, or several), or None to drop it
@@ -21,31 +21,31 @@ _PLAIN = (tuple.__iter__, list.__iter__)
 
 
 class Pairs(Iterator[Pair]):
-    """Pairs, through a transform; tells the intake where one ends and the next begins."""
+    """Pairs, through a transform; tells the session where one ends and the next begins."""
 
-    def __init__(self, intake: Intake, pairs: Iterable[Pair], transform: Transform | None) -> None:
-        self._intake, self._pairs, self._transform = intake, iter(pairs), transform
+    def __init__(self, writes: Writes, pairs: Iterable[Pair], transform: Transform | None) -> None:
+        self._writes, self._pairs, self._transform = writes, iter(pairs), transform
         self._ready: list[Pair] = []
         #: where no code runs between two pairs, nobody changes a tensor meanwhile
         self.at_rest = transform is None and type(pairs) in _AT_REST
 
     def __next__(self) -> Pair:
-        self._intake.turn()
+        self._writes.turn()
         if not self.at_rest:
-            self._intake.quantizer.settle()
+            self._writes.intake.quantizer.settle()
         while not self._ready:
             given = next(self._pairs)
             if self.at_rest and getattr(type(given), "__iter__", None) not in _PLAIN:
                 self.at_rest = False
-                self._intake.quantizer.settle()
+                self._writes.intake.quantizer.settle()
             name, tensor = given
             if self._transform is None:
                 self._ready = [(name, tensor)]
                 break
-            with self._intake.quiet():
+            with self._writes.quiet():
                 self._ready = transformed(self._transform, name, tensor)
         pair = self._ready.pop(0)
-        self._intake.take(*pair)
+        self._writes.take(*pair)
         return pair
 
 

@@ -35,6 +35,7 @@ from ..streaming.stream import Stream
 from . import loading, updating
 from .finish import Finisher, Provider
 from .held import Held
+from .intake import Intake
 from .inventory import Inventory
 from .module_hooks import ModuleHooks
 from .pairs import Pair, Pairs, Transform, load_by_name, transformed
@@ -44,7 +45,7 @@ from .quantize.storage import QuantizedStorage
 from .record import Loader, Recording, record
 from .report import Event, LayerwiseReport, Ledger
 from .watch.modes import Functions, Operations
-from .writes import Intake
+from .writes import Writes
 
 Finish = str | Recipe | Mapping[str, Any] | Provider | None
 
@@ -91,14 +92,14 @@ class Session:
         self._emptied: list[Tensor] = []
         self._lent: list[tuple[Item, Tensor]] = []
         decide([item for item in self.inventory.items if not self._is_optional(item)], self.recipe)
-        self.intake = self._new_intake()
+        self.writes = self._new_writes()
 
     @classmethod
     def of_loaded(cls, model: nn.Module, *, follow: bool = True, **options: Any) -> Session:
         """A session whose model is loaded, its quantized layers octavo's own: entering it updates in place.
 
         Args:
-            follow: whether loaders are followed; else the model stays as it is, and boxes come through ``intake.put``.
+            follow: whether loaders are followed; else the model stays as it is, and boxes come through `Intake.put`.
         """
         session = cls(model, None, **options)
         session._follow = follow
@@ -128,10 +129,11 @@ class Session:
         """Whether this use of the session updates a model that it has loaded."""
         return self._updating
 
-    def _new_intake(self) -> Intake:
+    def _new_writes(self) -> Writes:
         held = Held(self._quantizer, self.ledger, direct=self._direct, cast=self._follow)
         finish = Finisher(self.inventory, held, self.ledger, self.report, self.provider)
-        return Intake(self.inventory, held, finish, self.ledger, duplicates=self._duplicates, updating=self._updating)
+        intake = Intake(held, finish, self.ledger, duplicates=self._duplicates, updating=self._updating)
+        return Writes(self.inventory, intake)
 
     def __enter__(self) -> Session:
         if self.active:
@@ -140,7 +142,7 @@ class Session:
             raise LoaderError("this session's load failed, and left parameters on meta: build model and session anew")
         self._began, self._saw_pairs, self._updating = now(), False, self.loaded
         self.ledger.events = []
-        self.intake = self._new_intake()
+        self.writes = self._new_writes()
         try:
             self._begin()
             self._listen()
@@ -149,7 +151,7 @@ class Session:
             updating.take_back(self._lent)
             raise
         self.active = True
-        self.intake.origins.following = self._follow
+        self.writes.origins.following = self._follow
         return self
 
     def _begin(self) -> None:
@@ -170,12 +172,12 @@ class Session:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             if self._follow:
-                hooks = ModuleHooks(self.intake, self.report, self._is_optional)
+                hooks = ModuleHooks(self.writes, self.report, self._is_optional)
                 stack.callback(register_module_parameter_registration_hook(hooks.parameter).remove)  # type: ignore[arg-type]
                 stack.callback(register_module_buffer_registration_hook(hooks.buffer).remove)
                 stack.callback(self._lend_load_weights())
-                stack.enter_context(Functions(self.intake))
-                stack.enter_context(Operations(self.intake))
+                stack.enter_context(Functions(self.writes))
+                stack.enter_context(Operations(self.writes))
             self._stack = stack.pop_all()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -199,10 +201,10 @@ class Session:
             with contextlib.suppress(RuntimeError):  # the error that we have comes first
                 self._quantizer.press()
         if self.updating and error is not None:
-            unfinished = {item.name for item in self.intake.held.items}
+            unfinished = {item.name for item in self.writes.intake.held.unfinished}
             lost = {what.parameter for what in self._quantizer.lost if isinstance(what, Event)}
             self._failure = updating.update_error(self.inventory, unfinished, lost, error)
-        self.intake.forget()
+        self.writes.forget()
         self.inventory.untrack()
         loading.make_safe(self._emptied)
         self._quantizer.close()
@@ -220,15 +222,17 @@ class Session:
             loading.abandon(self.inventory, error)
 
     def _end(self) -> None:
-        if self.intake.failure is not None:  # which the loader has swallowed
-            raise self.intake.failure
-        self.intake.turn()
+        if self.writes.failure is not None:  # which the loader has swallowed
+            raise self.writes.failure
+        self.writes.turn()
         if self.transform is not None and not self._saw_pairs:
             raise LoaderError(
                 "transform was given, but saw no pair: the loader's pairs must come through session.pairs(...), or "
                 "through model.load_weights"
             )
-        problems = self.intake.held.waiting_problems() if self.updating else loading.coverage_problems(self.inventory)
+        problems = (
+            self.writes.intake.held.waiting_problems() if self.updating else loading.coverage_problems(self.inventory)
+        )
         advice = "" if self.updating else "Parameters that are right without a tensor can be named: optional=[...]."
         raise_problems(CoverageError, type(self.model).__name__, problems, advice)
         if not self.updating:
@@ -236,11 +240,11 @@ class Session:
                 came = loading.strangers(self.inventory)
                 self.report.notes += [f"{path}: a module that came while loading; it stays as it came" for path in came]
             present = {id(module) for module in self.model.modules()}
-            with self.intake.quiet():
+            with self.writes.quiet():
                 for layer in self.inventory.layers:
                     if not layer.finished and id(layer.module) in present:  # nothing of it was to be loaded
-                        self.intake.finish(layer)
-        with self.intake.quiet():
+                        self.writes.intake.finish(layer)
+        with self.writes.quiet():
             self._quantizer.check()
 
     # -- loading ------------------------------------------------------------------------------------------------------
@@ -265,7 +269,7 @@ class Session:
         """The pairs, through ``transform``; tells the session where one ends and the next begins."""
         self._require_active()
         self._saw_pairs = True
-        return Pairs(self.intake, pairs, self.transform)
+        return Pairs(self.writes, pairs, self.transform)
 
     def load(self, pairs: Iterable[Pair]) -> None:
         """Load pairs by the parameters' own ``weight_loader``, or by a copy: for models without ``load_weights``.
@@ -311,13 +315,13 @@ class Session:
         if recording is None or recording.plan is not plan:
             raise LoaderError("this plan was not recorded by this session")
         with self:
-            with self.intake.quiet():
+            with self.writes.quiet():
                 storages = {p.name: Storage.allocate(p) for p in plan.placements}
                 self.ledger.hold(plan.final_bytes() - sum(plan.other_bytes.values()))
                 Stream(recording.checkpoint, plan, ParameterSink(storages), threads=threads).run()
                 items = {item.name: item for item in self.inventory.items}
                 for placement in plan.placements:
-                    self.intake.settle_streamed(items[placement.name], placement, storages.pop(placement.name))
+                    self.writes.intake.settle_streamed(items[placement.name], placement, storages.pop(placement.name))
             for name, why in recording.online.items():
                 self.report.notes.append(f"{name}: loaded online: {why}")
             if recording.online_sources:
@@ -348,8 +352,8 @@ class Session:
                         yield target[index] if index else target, (item.name, values.to(item.dtype))
 
         for target, (name, values) in pairs():
-            self.intake.turn()
-            self.intake.take(name, values)
+            self.writes.turn()
+            self.writes.take(name, values)
             target.copy_(values)
         self._saw_pairs = True
 

@@ -65,10 +65,11 @@ def _update(
 ) -> LayerwiseReport:
     routes: Routes | None = getattr(model, "load_routes", None)
     session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
-    items, quantizer = session.inventory.by_name(), session.intake.quantizer
+    items, quantizer = session.inventory.by_name(), session.writes.intake.quantizer
     written: set[str] = set()  # tied parameters, by the item's name
     own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
     with session:
+        intake = session.writes.intake
         source = session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs)
         for name, tensor in source:
             quantizer.values_stay = source.at_rest
@@ -87,7 +88,7 @@ def _update(
                 found, values = [_by_own_name(name, tensor, items)], tensor
             for parameter, piece in found:
                 _refuse_dtype(items[parameter], name, values)
-                session.intake.put(items[parameter], [piece], values)
+                intake.put(items[parameter], [piece], values, session.writes.origins.of(values))
             # a copy of it, which nobody else holds; or the model's own, which a later pair may write
             if values is not tensor or storage_key(values) in own:
                 quantizer.gather()

@@ -1,0 +1,258 @@
+"""What a loader does to tensors, said in boxes of items: which elements it writes, and whose values those are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import dtypes
+from ..elements.boxes import Box
+from ..elements.operations import Operation, offset_of
+from ..elements.pieces import Piece
+from ..elements.views import NoBoxError, trace_view
+from ..errors import LoaderError
+from .held import Write, holds_weights, stored
+from .intake import Intake
+from .inventory import Inventory
+from .parameters import Item
+from .watch.modes import Mark
+from .watch.origins import Origin, Origins
+from .watch.unfilled import Unfilled
+
+
+class Writes:
+    """The `octavo.session.watch.modes.Receiver` of a session."""
+
+    def __init__(self, inventory: Inventory, intake: Intake) -> None:
+        self.inventory, self.intake, self._held = inventory, intake, intake.held
+        self.origins, self.unfilled = Origins(), Unfilled()
+        self.paused = False
+        self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
+
+    # -- boundaries ---------------------------------------------------------------------------------------------------
+
+    def take(self, name: str, tensor: Tensor) -> None:
+        """The loader is given a pair."""
+        self.unfilled.forget(tensor)
+        self.intake.take(name, tensor)
+        self.origins.take(name, tensor)
+
+    def turn(self) -> None:
+        """The loader is done with its pair."""
+        if self.intake.waits:
+            with self.quiet():
+                self.intake.turn()
+        self.origins.current = None
+
+    def settle(self) -> None:
+        self.intake.settle()
+
+    def forget(self) -> None:
+        """Drop what was not carried out."""
+        self.intake.forget()
+        self.origins.clear()
+
+    @contextlib.contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Operations within pass, as those of a provider."""
+        before, self.paused = self.paused, True
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
+        finally:
+            self.paused = before
+
+    # -- what loaders do ----------------------------------------------------------------------------------------------
+
+    def copy(self, item: Item, view: Tensor, values: Tensor) -> None:
+        if not view.numel():  # a rank's share of what it has none of: nothing is written, whenever it comes
+            return
+        if values.is_meta:
+            raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
+        if item.scheme and holds_weights(view) and values.ndim and not holds_weights(values):
+            raise LoaderError(
+                f"{item.name}: a loader copies {dtypes.short(values.dtype)} to it, whose numbers mean nothing without "
+                "their scales. Give the session bf16, fp16 or fp32; a transform may dequantize."
+            )
+        with self.quiet():
+            if self.unfilled.gaps(values):
+                raise LoaderError(
+                    f"{item.name}: a loader copies memory to it that nothing was written to. Fill it first."
+                )
+            view = item.on_twin(view) if item.virtual else view
+            for place, taken, origin in self.origins.split(view, values):
+                self.intake.turn_to(item, origin)
+                taken = taken.expand(place.shape)
+                self._write(Write(item, _trace(item, place, taken, origin.label), taken, origin, place))
+
+    def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
+        storage = item.quantized
+        if storage is None or final is not storage.weight:
+            self.touch_final(item)
+            return
+        with self.quiet():
+            origin, values = self.origins.of(values), values.expand(view.shape)
+            shape, offset = item.stored_shape, offset_of(view) - offset_of(final)
+            try:
+                pieces = trace_view(
+                    shape, final.stride(), offset, view.shape, view.stride(), values.stride(), offset_of(values)
+                )
+            except ValueError as error:
+                raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
+            # two axes that change places, or none
+            pieces = [item.as_stored(piece)._replace(src_name=origin.label) for piece in pieces]
+            self.intake.turn_to(item, origin)
+            self._write(Write(item, pieces, values, origin))
+
+    def _write(self, write: Write) -> None:
+        pair = self.origins.current is not None
+        # nobody sees when memory changes that others than torch can reach: it can't be read later
+        self.intake.write(write, pair=pair, stays=not pair or self.origins.is_seen(write.values))
+
+    def touch_final(self, item: Item) -> None:
+        with self.quiet():
+            raise LoaderError(
+                f"{item.name}: a loader reads or changes it when its layer is finished, and would deal in FP8 numbers "
+                "without their scale. Keep the weight out of the recipe, or let the loader do so before the next tensor."  # noqa: E501
+            )
+
+    def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
+        origin = self.origins.of(None)._replace(sure=True)  # no second tensor hides in one value for all
+        with self.quiet():
+            self.intake.turn_to(item, origin)
+            boxes = _boxes(item, view)
+            # one value for all is how loaders begin, not what they load; for a part, it is padding
+            if item.writes or sum(box.numel for box in boxes) < item.numel:
+                self.intake.claim(item, boxes, origin)
+                self.intake.wrote(item, boxes, origin)
+            run(self._held.real(item, view))
+
+    def scatter(
+        self, item: Item, view: Tensor, values: Tensor | None, run: Callable[[Tensor], Any], mark: Mark
+    ) -> None:
+        with self.quiet():
+            mask = torch.zeros(view.shape, dtype=torch.int32, device="cpu")
+            labels, origins = self._labels(values)
+            mark(mask, labels)
+            marked = [(origin, _marked(item, view, mask == n)) for n, origin in enumerate(origins, 1)]
+            for origin, boxes in marked:
+                self.intake.turn_to(item, origin)
+                self.intake.claim(item, boxes, origin)
+            run(self._held.real(item, view))
+            for origin, boxes in marked:
+                self.intake.wrote(item, boxes, origin, [_computed(box, origin) for box in boxes])
+
+    def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Origin]]:
+        """The origins of values, and a number for each element that tells which, or one for all."""
+        one = torch.ones((), dtype=torch.int32, device="cpu")
+        if values is None:
+            return one, [self.origins.of(None)._replace(sure=True)]  # no second tensor hides in one value for all
+        if not values.ndim:
+            return one, [self.origins.of(values)]
+        labels = torch.ones(values.shape, dtype=torch.int32, device="cpu")
+        parts = self.origins.split(labels, values)
+        origins = list(dict.fromkeys(part.origin for part in parts))
+        for part in parts:
+            part.place.fill_(1 + origins.index(part.origin))
+        return labels, origins
+
+    def overwrite(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        with self.quiet():
+            origin = self.origins.of_any(inputs)
+            self.intake.turn_to(item, origin)
+            boxes = _boxes(item, view)
+            self.intake.claim(item, boxes, origin)
+            real = self._held.real(item, view)
+            self.intake.wrote(item, boxes, origin, [_computed(box, origin) for box in boxes])
+            return real
+
+    def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        real = self.access(item, view)
+        if item.scheme and inputs:  # what begins as zeros, and gets values by being added to
+            with self.quiet():
+                origin = self.origins.of_any(inputs)
+                rest = _boxes(item, view)
+                for piece in item.writes:
+                    rest = [part for box in rest for part in box.without(piece.box)]
+                item.wrote((), [_computed(box, origin) for box in rest])
+        return real
+
+    def access(self, item: Item, view: Tensor) -> Tensor:
+        if not item.virtual:
+            return view
+        with self.quiet():
+            if item.settled and not item.scheme and item.real is None:
+                raise LoaderError(f"{item.name}: a loader comes back to it when its layer is finished")
+            whole_is_filled = item.real is not None and item.untouched
+            for box in _boxes(item, view):
+                if any(box.common(gap) for gap in item.gaps.boxes) and not whole_is_filled:
+                    raise LoaderError(f"{item.name}{box}: a loader reads it before it is written")
+                if item.quantized is not None and any(stored(item, box).common(done) for done in item.pressed):
+                    raise LoaderError(
+                        f"{item.name}{box}: a loader reads or changes what is quantized already. With direct=False a "
+                        "layer stays in high precision until it is complete."
+                    )
+            return self._held.real(item, view)
+
+    def device_of(self, item: Item) -> torch.device:
+        return item.device
+
+    def mutated(self, tensor: Tensor) -> None:
+        self.settle()
+        if self._held.reads_later(tensor):
+            with self.quiet():
+                self._held.flush()
+                self.settle()
+
+    def computed(self, done: Operation) -> None:
+        with self.quiet():
+            self.origins.computed(done)
+            self.unfilled.computed(done)
+
+    def escaped(self, tensor: Tensor) -> None:
+        self.mutated(tensor)
+        self.origins.expose(tensor)
+        self.unfilled.forget(tensor)
+        item = self.inventory.find(tensor)
+        if item is not None and not item.virtual:
+            item.expect([])  # whoever writes there does not tell
+
+
+def _trace(item: Item, view: Tensor, values: Tensor | None = None, label: str = "") -> list[Piece]:
+    """A view of an item as boxes of it, and where ``values`` hold theirs."""
+    try:
+        offset, sizes, strides = item.elements(view)
+        if values is None:
+            return trace_view(item.shape, item.strides, offset, sizes, strides, (0,) * len(sizes))
+        if sizes != list(values.shape):
+            raise NoBoxError(f"bits are written as {view.dtype}")
+        return trace_view(item.shape, item.strides, offset, sizes, strides, values.stride(), offset_of(values), label)
+    except ValueError as error:
+        raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
+
+
+def _boxes(item: Item, view: Tensor) -> list[Box]:
+    return [piece.box for piece in _trace(item, view)]
+
+
+def _marked(item: Item, view: Tensor, mask: Tensor) -> list[Box]:
+    """The boxes of the marked elements: whole rows of the view, or one element each."""
+    boxes = []
+    view = item.on_twin(view) if item.virtual else view
+    for row in range(mask.shape[0]):
+        if bool(mask[row].all()):
+            boxes += _boxes(item, view[row])
+        else:
+            boxes += [b for at in mask[row].nonzero().tolist() for b in _boxes(item, view[(row, *at)])]
+    return boxes
+
+
+def _computed(box: Box, origin: Origin) -> Piece:
+    """A box whose values come from an origin, and not as they lie there."""
+    return Piece(*box, origin.label, 0, (0,) * len(box.off))
