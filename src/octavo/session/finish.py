@@ -111,7 +111,7 @@ class Finisher:
 
     def __call__(self, layer: Layer) -> None:
         assert not layer.finished
-        layer.finished, started, held_bytes = True, now(), self._ledger.held_bytes
+        layer.finished, started = True, now()
         way = "function" if self._provider is not None else _way(layer)
         try:
             with undisturbed():
@@ -127,7 +127,7 @@ class Finisher:
             raise
         took = now() - started
         loaded, final = sum(i.nbytes for i in layer.items), sum(tensor.nbytes for tensor in storages(layer.module))
-        self._report.layers.append(LayerReport(layer.name, took, loaded, final, way, held_bytes))
+        self._report.layers.append(LayerReport(layer.name, took, loaded, final, way))
         self._ledger.event(Event("finish", layer.name))
 
     def _provide(self, layer: Layer, provider: Provider) -> None:

@@ -61,13 +61,6 @@ class Held:
         """Items that were written to in part or in whole, whose final storage has not got all of it."""
         return [*self.staged.values(), *(write.item for write in self.writes)]
 
-    def waiting_problems(self) -> list[str]:
-        """What came of an update, and could not be quantized."""
-        return [
-            f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
-            for item in self.staged.values()
-        ]
-
     def goes_straight(self, item: Item, pieces: Sequence[Piece], values: Tensor) -> bool:
         """Return True if a write can be quantized without high-precision storage."""
         if not item.scheme or item.real is not None or item.padding or not (self._direct or item.settled):

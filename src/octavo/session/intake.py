@@ -8,7 +8,9 @@ is used up. Without pairs (a function that brings its own tensors) it is quantiz
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -52,6 +54,10 @@ class Intake:
         """Wait until no value that was taken in is needed any more."""
         self.quantizer.settle()
 
+    def quiet(self) -> AbstractContextManager[None]:
+        """Nobody watches here."""
+        return contextlib.nullcontext()
+
     @property
     def waits(self) -> bool:
         """True if something is to be done when a pair is used up."""
@@ -84,10 +90,16 @@ class Intake:
             self._pending.remove(layer)
             self.finish(layer)
 
-    def forget(self) -> None:
-        """Drop what was not carried out."""
+    def give_up(self) -> None:
+        """An error has come: of what waits, quantize as much as can be."""
+        with contextlib.suppress(RuntimeError):  # the error that we have comes first
+            self.quantizer.press()
+
+    def close(self) -> None:
+        """Drop what was not carried out, and give back all memory."""
         self.held.forget()
         self._pending = []
+        self.quantizer.close()
 
     # -- boxes --------------------------------------------------------------------------------------------------------
 

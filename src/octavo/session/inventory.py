@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import fnmatch
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -12,14 +13,23 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..elements.operations import offset_of, storage_key
+from ..errors import CoverageError
 from .parameters import Face, Item, Layer
 
 
 class Inventory:
-    """All layers and items of a model, and which of them a tensor is a view of."""
+    """All layers and items of a model, and which of them a tensor is a view of.
 
-    def __init__(self, model: nn.Module, device: torch.device | None = None) -> None:
+    Args:
+        device: where storage goes; default: where the parameters are, the CPU for those on meta.
+        optional: patterns of parameters whose values are right when no tensor comes.
+    """
+
+    def __init__(
+        self, model: nn.Module, device: torch.device | None = None, optional: str | Iterable[str] = ()
+    ) -> None:
         self.model, self._device = model, device
+        self._optional = (optional,) if isinstance(optional, str) else tuple(optional)
         self.layers: list[Layer] = []
         self.items: list[Item] = []
         self._by_face: dict[int, tuple[Item, Any]] = {}  # by address; the weak reference tells whose it is now
@@ -69,6 +79,17 @@ class Inventory:
     def _of_face(self, tensor: Tensor) -> Item | None:
         found = self._by_face.get(id(tensor))
         return found[0] if found is not None and found[1]() is tensor else None
+
+    def is_optional(self, item: Item) -> bool:
+        return any(fnmatch.fnmatchcase(item.name, pattern) for pattern in self._optional)
+
+    def require(self) -> None:
+        """Whatever is not optional has to come; of buffers, those that have no values yet."""
+        for pattern in self._optional:
+            if not any(fnmatch.fnmatchcase(item.name, pattern) for item in self.items):
+                raise CoverageError(f"the optional pattern {pattern!r} matches no parameter")
+        for item in self.items:
+            item.required = not self.is_optional(item) and (not item.is_buffer or item.faces[0].tensor.is_meta)
 
     def drop(self, names: Collection[str]) -> None:
         """Pass over parameters that nobody loads."""

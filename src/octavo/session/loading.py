@@ -2,20 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..elements.operations import storage_key
-from ..errors import WeightError
+from ..errors import CoverageError, WeightError, raise_problems
+from ..machine import now
+from .intake import Intake
 from .inventory import Inventory
 from .parameters import Item
 from .report import LayerwiseReport, Ledger
 
 
-def begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport) -> list[Tensor]:
-    """Parameters give their memory back, unless their values may be right as they are. Returns those that did."""
+@contextlib.contextmanager
+def use(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> Iterator[None]:
+    """A load or an update: whatever comes of it, its time is reported, and its memory goes."""
+    began, ledger = now(), intake.ledger
+    try:
+        with torch.no_grad():
+            yield
+    except BaseException:
+        intake.give_up()
+        raise
+    finally:
+        intake.close()
+        inventory.untrack()
+        report.total_s += now() - began
+        report.peak_bytes, report.taken_bytes = ledger.peak_bytes, ledger.taken_bytes
+
+
+@contextlib.contextmanager
+def loading(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> Iterator[None]:
+    """A load: all that is required must come within.
+
+    Raises:
+        CoverageError: boxes that nothing wrote.
+        WeightError: on an accelerator, a weight that is not finite.
+    """
+    emptied: list[Tensor] = []
+    try:
+        with use(inventory, intake, report):
+            inventory.require()
+            _begin(inventory, intake.ledger, report, emptied)
+            yield
+            intake.turn()
+            advice = "Parameters that are right without a tensor can be named: optional=[...]."
+            raise_problems(CoverageError, type(inventory.model).__name__, _coverage_problems(inventory), advice)
+            present = {id(module) for module in inventory.model.modules()}
+            for layer in inventory.layers:
+                if not layer.finished and id(layer.module) in present:  # nothing of it was to be loaded
+                    intake.finish(layer)
+            intake.quantizer.check()
+    except BaseException as error:
+        for item in inventory.items:
+            bad = isinstance(error, WeightError) and is_about(error, item)
+            if item.virtual and (bad or not item.settled):
+                item.abandon()
+        raise
+    finally:
+        _make_safe(emptied)
+    # modules that the loader took out of the model
+    inventory.drop({item.name for item in inventory.items if item.virtual and not item.settled})
+
+
+def _begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport, emptied: list[Tensor]) -> None:
+    """Parameters give their memory back, unless their values may be right as they are; those that do are noted."""
     stays = {storage_key(item.faces[0].tensor) for item in inventory.items if not item.required}
     for item in inventory.items:
         face = item.faces[0].tensor
@@ -32,17 +87,15 @@ def begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport) -> list
         if not item.scheme and not item.is_buffer:
             report.kept[item.name] = item.decision.reason
         item.restart()
-    emptied = []
     for item in inventory.items:
         if item.virtual and not item.faces[0].tensor.is_meta:
             emptied.append(item.faces[0].tensor)
             item.give_back()
     for layer in inventory.layers:  # tables that the model computes are no layer
         layer.finished = all(item.is_buffer and not item.required for item in layer.items)
-    return emptied
 
 
-def make_safe(emptied: list[Tensor]) -> None:
+def _make_safe(emptied: list[Tensor]) -> None:
     """Parameters that gave their memory back, and got none: reading them must not crash, nor look like weights."""
     for tensor in emptied:
         if tensor.numel() and not tensor.untyped_storage().nbytes():
@@ -50,7 +103,7 @@ def make_safe(emptied: list[Tensor]) -> None:
             tensor.data = nothing.to(tensor).expand(tensor.shape)
 
 
-def coverage_problems(inventory: Inventory) -> list[str]:
+def _coverage_problems(inventory: Inventory) -> list[str]:
     """What the loader has not written, parameter by parameter."""
     problems, present = [], {id(module) for module in inventory.model.modules()}
     for item in inventory.items:
@@ -71,14 +124,6 @@ def strangers(inventory: Inventory) -> list[str]:
         for path, module in inventory.model.named_modules()
         if id(module) not in known and any(p is not None for p in module._parameters.values())
     ]
-
-
-def abandon(inventory: Inventory, error: BaseException) -> None:
-    """Nothing that looks loaded: what is not finished, or was found to be bad at the end, is on meta."""
-    for item in inventory.items:
-        bad = isinstance(error, WeightError) and is_about(error, item)
-        if item.virtual and (bad or not item.settled):
-            item.abandon()
 
 
 def is_about(error: BaseException, item: Item) -> bool:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from ..errors import LoaderError
 from ..planning.recipe import Decision
@@ -17,9 +22,16 @@ from .writes import Writes
 class ModuleHooks:
     """Hooks of `torch.nn.modules.module` for the modules of a model that is loaded."""
 
-    def __init__(self, writes: Writes, report: LayerwiseReport, is_optional: Callable[[Item], bool]) -> None:
+    def __init__(self, writes: Writes, report: LayerwiseReport) -> None:
         self._writes, self._intake, self._inventory, self._report = writes, writes.intake, writes.inventory, report
-        self._is_optional = is_optional
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Modules call the hooks, until this is left."""
+        with contextlib.ExitStack() as stack:
+            stack.callback(register_module_parameter_registration_hook(self.parameter).remove)  # type: ignore[arg-type]
+            stack.callback(register_module_buffer_registration_hook(self.buffer).remove)
+            yield
 
     def parameter(self, module: nn.Module, leaf: str, tensor: nn.Parameter | None) -> nn.Parameter | None:
         """A loader gives a module a parameter; returns the one that takes its place, if there is one."""
@@ -61,7 +73,7 @@ class ModuleHooks:
         # the loader's own memory: it holds its values, or gets them
         item.keep(tensor)
         item.expect(self._writes.unfilled.gaps(tensor))
-        item.required = bool(item.gaps) and not self._is_optional(item)
+        item.required = bool(item.gaps) and not self._inventory.is_optional(item)
         self._writes.unfilled.forget(tensor)
         self._intake.ledger.hold(item.nbytes)
         if item.required:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import CoverageError
+from .intake import Intake
+from .parameters import Layer
 from .writes import Writes
 
 Pair = tuple[str, Tensor]
@@ -21,36 +27,36 @@ _PLAIN = (tuple.__iter__, list.__iter__)
 
 
 class Pairs(Iterator[Pair]):
-    """Pairs, through a transform; tells the session where one ends and the next begins."""
+    """Pairs, through a transform; tells the taker where one ends and the next begins."""
 
-    def __init__(self, writes: Writes, pairs: Iterable[Pair], transform: Transform | None) -> None:
-        self._writes, self._pairs, self._transform = writes, iter(pairs), transform
+    def __init__(self, taker: Intake | Writes, pairs: Iterable[Pair], transform: Transform | None) -> None:
+        self._taker, self._pairs, self._transform = taker, iter(pairs), transform
         self._ready: list[Pair] = []
         #: where no code runs between two pairs, nobody changes a tensor meanwhile
         self.at_rest = transform is None and type(pairs) in _AT_REST
 
     def __next__(self) -> Pair:
-        self._writes.turn()
+        self._taker.turn()
         if not self.at_rest:
-            self._writes.intake.quantizer.settle()
+            self._taker.settle()
         while not self._ready:
             given = next(self._pairs)
             if self.at_rest and getattr(type(given), "__iter__", None) not in _PLAIN:
                 self.at_rest = False
-                self._writes.intake.quantizer.settle()
+                self._taker.settle()
             name, tensor = given
             if self._transform is None:
                 self._ready = [(name, tensor)]
                 break
-            with self._writes.quiet():
+            with self._taker.quiet():
                 self._ready = transformed(self._transform, name, tensor)
         pair = self._ready.pop(0)
-        self._writes.take(*pair)
+        self._taker.take(*pair)
         return pair
 
 
 def transformed(transform: Transform | None, name: str, tensor: Tensor) -> list[Pair]:
-    """What takes a pair's place."""
+    """The pairs that take a pair's place."""
     if transform is None:
         return [(name, tensor)]
     made = transform(name, tensor)
@@ -74,3 +80,35 @@ def load_by_name(model: nn.Module, pairs: Iterable[Pair]) -> None:
             raise CoverageError(f"{name} is {list(target.shape)} in the model, {list(tensor.shape)} in the source")
         else:
             target.data.copy_(tensor)
+
+
+@contextlib.contextmanager
+def load_weights_by(model: nn.Module, pairs: Callable[[Iterable[Pair]], Pairs]) -> Iterator[None]:
+    """Meanwhile, ``model.load_weights``, if there is one, reads what ``pairs`` makes of the pairs that it is given."""
+    attributes, name = model.__dict__, "load_weights"
+    original = getattr(model, name, None)
+    if not callable(original):
+        yield
+        return
+    before = {name: attributes[name]} if name in attributes else {}
+
+    def load_weights(given: Iterable[Pair], *args: Any, **kwargs: Any) -> Any:
+        return original(given if isinstance(given, Pairs) else pairs(given), *args, **kwargs)
+
+    attributes[name] = load_weights
+    try:
+        yield
+    finally:
+        del attributes[name]
+        attributes.update(before)
+
+
+def dummy(layers: Iterable[Layer], seed: int) -> Iterator[tuple[Tensor, str, Tensor]]:
+    """Random values for what is still to come, matrix by matrix: where they go, their name, and they themselves."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    for item in (item for layer in layers for item in layer.items if item.required and item.gaps):
+        target = item.faces[0].tensor.detach()
+        for index in itertools.product(*map(range, item.shape[:-2])):
+            shape = item.shape[len(index) :]
+            values = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") * 0.02
+            yield target[index] if index else target, item.name, values.to(item.dtype)

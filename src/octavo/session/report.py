@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any, NamedTuple
 
@@ -43,7 +43,6 @@ class LayerReport:
     loaded_bytes: int  # as loaded, in high precision
     final_bytes: int
     way: str  # direct (straight into FP8), whole layer, kept (nothing of it is quantized), or function
-    held_bytes: int  # tracked by the session when the layer was finished
 
 
 @dataclass
@@ -72,18 +71,8 @@ class LayerwiseReport:
 
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON can hold."""
-        layers = [{name: getattr(layer, name) for name in LayerReport.__slots__} for layer in self.layers]
-        totals = {
-            name: getattr(self, name)
-            for name in ("loaded_bytes", "final_bytes", "peak_bytes", "taken_bytes", "finish_s", "total_s")
-        }
-        return {
-            **totals,
-            "layers": layers,
-            "kept": dict(self.kept),
-            "updated": list(self.updated),
-            "notes": list(self.notes),
-        }
+        totals = {name: getattr(self, name) for name in ("loaded_bytes", "final_bytes", "finish_s")}
+        return {**totals, **asdict(self)}
 
     def table(self) -> str:
         """The report for people."""

@@ -21,12 +21,22 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..elements.operations import storage_key
 from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
+from ..numerics import schemes
+from ..planning.budget import check_options
 from ..planning.plan import Plan
+from ..planning.recipe import Decision
 from ..running import modules
-from .pairs import Pair, Transform
+from .finish import Finisher
+from .held import Held
+from .intake import Intake
+from .inventory import Inventory
+from .pairs import Pair, Pairs, Transform
 from .parameters import Item
-from .report import LayerwiseReport
-from .session import Session
+from .quantize.quantizer import Quantizer
+from .quantize.storage import QuantizedStorage
+from .report import LayerwiseReport, Ledger
+from .updating import updating
+from .watch.origins import Origin
 
 #: of tied parameters, a part at a time
 _COMPARED_BYTES = 16 << 20
@@ -63,15 +73,18 @@ def update_model(
 def _update(
     model: nn.Module, pairs: Iterable[Pair] | Mapping[str, Tensor], transform: Transform | None, staging_bytes: int
 ) -> LayerwiseReport:
+    check_options(staging_bytes)
     routes: Routes | None = getattr(model, "load_routes", None)
-    session = Session.of_loaded(model, follow=False, transform=transform, staging_bytes=staging_bytes)
-    items, quantizer = session.inventory.by_name(), session.writes.intake.quantizer
+    inventory, report, ledger, quantizer = _quantized(model), LayerwiseReport(), Ledger(), Quantizer(staging_bytes)
+    held = Held(quantizer, ledger, cast=False)
+    finish = Finisher(inventory, held, ledger, report)
+    intake = Intake(held, finish, ledger, updating=True)
+    items = inventory.by_name()
     written: set[str] = set()  # tied parameters, by the item's name
     own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
-    with session:
-        intake = session.writes.intake
-        source = session.pairs(pairs.items() if isinstance(pairs, Mapping) else pairs)
-        for name, tensor in source:
+    with updating(inventory, intake, report):
+        source = Pairs(intake, pairs.items() if isinstance(pairs, Mapping) else pairs, transform)
+        for number, (name, tensor) in enumerate(source, 1):
             quantizer.values_stay = source.at_rest
             if routes is not None and name in routes.unused:
                 continue
@@ -88,11 +101,32 @@ def _update(
                 found, values = [_by_own_name(name, tensor, items)], tensor
             for parameter, piece in found:
                 _refuse_dtype(items[parameter], name, values)
-                intake.put(items[parameter], [piece], values, session.writes.origins.of(values))
+                intake.put(items[parameter], [piece], values, Origin(number, name))
             # a copy of it, which nobody else holds; or the model's own, which a later pair may write
             if values is not tensor or storage_key(values) in own:
                 quantizer.gather()
-    return session.report
+    return report
+
+
+def _quantized(model: nn.Module) -> Inventory:
+    """The parameters and buffers of a loaded model, those that octavo quantized with their FP8 storage."""
+    inventory = Inventory(model)
+    quantized = {name: (scheme, parts) for name, scheme, parts in modules.quantized_weights(model)}
+    inventory.drop({modules.scale_name(name) for name in quantized})
+    for item in inventory.items:
+        module, leaf, tensor = item.faces[0]
+        if item.name in quantized:
+            scheme, parts = quantized[item.name]
+            scale = module.get_parameter(modules.scale_name(leaf))
+            item.decision = Decision(scheme, "quantized by octavo")
+            item.dtype = torch.float32  # which holds whatever comes
+            item.adopt(QuantizedStorage(item.name, tensor.data, schemes.get(scheme), parts, scale.data))
+        else:
+            item.required = not item.is_buffer
+            item.keep(tensor)
+        item.restart()
+        item.settle()
+    return inventory
 
 
 @contextlib.contextmanager

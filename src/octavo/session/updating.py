@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
-from ..errors import LoaderError, UpdateError, WeightError
+from ..errors import CoverageError, LoaderError, UpdateError, WeightError, raise_problems
 from ..numerics import schemes
 from ..running import modules
+from .intake import Intake
 from .inventory import Inventory
-from .loading import is_about
+from .loading import is_about, use
 from .parameters import Item
+from .report import Event, LayerwiseReport
 
 
-def lend(inventory: Inventory, *, follow: bool) -> list[tuple[Item, Tensor]]:
-    """Loaders see high-precision parameters again; what they write goes into the FP8 storage that exists.
-
-    Args:
-        follow: put them into the model; else it stays as it is.
-
-    Returns:
-        what `take_back` puts in its place again.
-    """
-    lent: list[tuple[Item, Tensor]] = []
+@contextlib.contextmanager
+def lent(inventory: Inventory) -> Iterator[None]:
+    """Loaders see high-precision parameters meanwhile; then the model has its FP8 ones again: the same objects."""
+    installed: list[tuple[Item, Tensor]] = []
     try:
         for item in inventory.items:
             item.restart()
@@ -35,41 +32,56 @@ def lend(inventory: Inventory, *, follow: bool) -> list[tuple[Item, Tensor]]:
                 item.required = not item.is_buffer
                 inventory.track(item, holder[face.leaf])
                 continue
-            scale = modules.scale_name(face.leaf)
-            weight, scales = face.module._parameters.get(face.leaf), face.module._parameters.get(scale)
-            if weight is None or scales is None or weight.dtype != schemes.FP8:
+            leaf = modules.scale_name(face.leaf)
+            weight: Tensor | None = face.module._parameters.get(face.leaf)
+            scale = face.module._parameters.get(leaf)
+            if weight is None or scale is None or weight.dtype != schemes.FP8:
                 raise LoaderError(
-                    f"{item.name}: the model no longer has its FP8 numbers and {scale}, so it can't be updated in "
+                    f"{item.name}: the model no longer has its FP8 numbers and {leaf}, so it can't be updated in "
                     "place. Load it anew."
                 )
-            if follow:
-                lent.append((item, weight))
-                inventory.track(item, item.lend(weight, scales))
-                assert item.quantized is not None
-                assert item.quantized.scale is not None
-                for final in (item.quantized.weight, item.quantized.scale):
-                    inventory.track_final(item, final)
-    except BaseException:
-        take_back(lent)
-        raise
-    return lent
+            installed.append((item, weight))
+            inventory.track(item, item.lend(weight, scale))
+            assert item.quantized is not None
+            assert item.quantized.scale is not None
+            for final in (item.quantized.weight, item.quantized.scale):
+                inventory.track_final(item, final)
+        yield
+    finally:
+        inventory.untrack()
+        for item, weight in installed:
+            item.take_back(weight)
 
 
-def take_back(lent: Iterable[tuple[Item, Tensor]]) -> None:
-    """The model has its FP8 parameters again: the same objects, at the same addresses."""
-    for item, weight in lent:
-        item.take_back(weight)
+@contextlib.contextmanager
+def updating(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> Iterator[None]:
+    """An update: what comes within goes into the storage that exists.
 
-
-def update_error(
-    inventory: Inventory, unfinished: Collection[str], lost: Collection[str], error: BaseException
-) -> UpdateError:
-    """Which layers are new, old, or some of both when an update has failed.
-
-    Args:
-        unfinished: parameters of which something came that is not in its storage.
-        lost: those of which nobody knows whether it is.
+    Raises:
+        UpdateError: whatever failed, and which layers are new, old or torn.
     """
+    with use(inventory, intake, report):
+        try:
+            yield
+            intake.turn()
+            problems = [
+                f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
+                for item in intake.held.staged.values()
+            ]
+            raise_problems(CoverageError, type(inventory.model).__name__, problems)
+            intake.quantizer.check()
+        except Exception as error:
+            intake.give_up()
+            raise _update_error(inventory, intake, error) from error
+        finally:
+            report.updated = [str(layer) for layer in inventory.layers if any(item.changed for item in layer.items)]
+
+
+def _update_error(inventory: Inventory, intake: Intake, error: BaseException) -> UpdateError:
+    """Which layers are new, old, or some of both when an update has failed."""
+    unfinished = {item.name for item in intake.held.unfinished}
+    # of which nobody knows whether it is in its storage
+    lost = {what.parameter for what in intake.quantizer.lost if isinstance(what, Event)}
     new: list[str] = []
     old: list[str] = []
     torn: list[str] = []

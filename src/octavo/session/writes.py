@@ -51,11 +51,6 @@ class Writes:
     def settle(self) -> None:
         self.intake.settle()
 
-    def forget(self) -> None:
-        """Drop what was not carried out."""
-        self.intake.forget()
-        self.origins.clear()
-
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
         """Operations within pass, as those of a provider."""
