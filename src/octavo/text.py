@@ -23,6 +23,11 @@ def count_text(counted: tuple[int, int]) -> str:
     return f"{counted[0]:,} tensor{'s' * (counted[0] != 1)}, {human_bytes(counted[1])}"
 
 
+def pattern(name: str) -> str:
+    """'model.layers.3.mlp' -> 'model.layers.*.mlp', which all of a model's layers have in common."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def to_text(table: Table) -> str:
     """A table as lines of plain text."""
     # as wide as the terminal; 140 columns where there is none

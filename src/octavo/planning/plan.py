@@ -22,7 +22,7 @@ from ..choices import DEFAULT_STAGING_BYTES
 from ..elements.boxes import coverage_problem
 from ..elements.pieces import whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
-from ..text import human_bytes, to_text
+from ..text import human_bytes, pattern, to_text
 from . import kinds
 from .budget import Budget
 from .chunks import cut_placements
@@ -145,7 +145,7 @@ class Plan:
         for p in self.placements:
             sources = "+".join(dtypes.short(d) if (d := dtypes.TORCH[n]) else n for n in p.source_dtype_names)
             to = p.scheme or dtypes.short(p.dtype)
-            key = (_pattern(p.name), "x".join(map(str, p.shape)) or "scalar", sources, to, p.reason)
+            key = (pattern(p.name), "x".join(map(str, p.shape)) or "scalar", sources, to, p.reason)
             groups.setdefault(key, []).append(p)
         for labels, members in groups.items():
             table.add_row(*labels, str(len(members)), human_bytes(sum(p.final_bytes for p in members)))
@@ -167,10 +167,6 @@ def _summary(placement: Placement) -> str:
     parts = f" in {len(placement.parts)} parts" if len(placement.parts) > 1 else ""
     device = f" on {placement.device}" if placement.device != "cpu" else ""
     return f"{placement.scheme or placement.dtype_name} {list(placement.shape)}{parts}{device}"
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 # -- making a plan ----------------------------------------------------------------------------------------------------

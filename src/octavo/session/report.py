@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from io import StringIO
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from ..elements.boxes import Box
-from ..text import human_bytes
+from ..text import human_bytes, pattern, to_text
 
 
 class Event(NamedTuple):
@@ -79,7 +76,10 @@ class LayerwiseReport:
         table = Table(title="layers", title_justify="left")
         for column in ("layer", "loaded", "final", "way", "finish"):
             table.add_column(column, justify="left" if column in ("layer", "way") else "right", overflow="fold")
-        for name, members in _grouped(self.layers).items():
+        groups: dict[str, list[LayerReport]] = {}
+        for layer in self.layers:
+            groups.setdefault(pattern(layer.name) or "the model itself", []).append(layer)
+        for name, members in groups.items():
             label = name if len(members) == 1 else f"{name} ({len(members)})"
             way = ", ".join(dict.fromkeys(m.way for m in members))
             table.add_row(
@@ -89,14 +89,11 @@ class LayerwiseReport:
                 way,
                 f"{sum(m.finish_s for m in members):.3f} s",
             )
-        output = StringIO()
-        Console(file=output, width=120, color_system=None).print(table)
-        lines = [line.rstrip() for line in output.getvalue().rstrip().splitlines()]
-        lines.append(
+        total = (
             f"loaded {human_bytes(self.loaded_bytes)}, final {human_bytes(self.final_bytes)}, peak "
             f"{human_bytes(self.peak_bytes)}; finishing took {self.finish_s:.2f} of {self.total_s:.2f} s"
         )
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([to_text(table), total, *(f"note: {note}" for note in self.notes)])
 
     def __str__(self) -> str:
         return self.table()
@@ -115,11 +112,3 @@ class Ledger:
     def hold(self, nbytes: int) -> None:
         self.held_bytes += nbytes
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
-
-
-def _grouped(layers: Sequence[LayerReport]) -> dict[str, list[LayerReport]]:
-    groups: dict[str, list[LayerReport]] = {}
-    for layer in layers:
-        name = ".".join("*" if part.isdigit() else part for part in layer.name.split("."))
-        groups.setdefault(name or "the model itself", []).append(layer)
-    return groups
