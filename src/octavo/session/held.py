@@ -176,8 +176,7 @@ class Held:
         storage = self.storage(item)
         for cut in storage.split(piece):
             dtype = item.dtype if self._cast or values.dtype not in dtypes.QUANTIZABLE else None
-            if storage.parts is not None and not storage.holds_groups(cut.box):
-                raise LoaderError(f"{what}: holds parts of scale groups whose rest is quantized. Write it as a whole.")
+            assert storage.parts is None or storage.holds_groups(cut.box)
             taken = values_of(cut, values)
             try:
                 self.quantizer.put(storage, cut, taken, dtype, what)

@@ -55,12 +55,12 @@ class Intake:
         self.quantizer.settle()
 
     def quiet(self) -> AbstractContextManager[None]:
-        """Nobody watches here."""
+        """What happens within is not the loader's doing; here, nobody looks."""
         return contextlib.nullcontext()
 
     @property
     def waits(self) -> bool:
-        """True if something is to be done when a pair is used up."""
+        """True if something is to be done when the pair is used up."""
         return bool(self.held.writes or self._pending or self.held.staged)
 
     def turn(self) -> None:

@@ -23,7 +23,7 @@ class ModuleHooks:
     """Hooks of `torch.nn.modules.module` for the modules of a model that is loaded."""
 
     def __init__(self, writes: Writes, report: LayerwiseReport) -> None:
-        self._writes, self._intake, self._inventory, self._report = writes, writes.intake, writes.inventory, report
+        self._writes, self._inventory, self._report = writes, writes.inventory, report
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -68,16 +68,16 @@ class ModuleHooks:
         self._inventory.track(item, tensor)
         if tensor.is_meta:
             item.hide()
-            self._intake.reopen(layer)
+            self._writes.reopen(layer)
             return None
         # the loader's own memory: it holds its values, or gets them
         item.keep(tensor)
         item.expect(self._writes.unfilled.gaps(tensor))
         item.required = bool(item.gaps) and not self._inventory.is_optional(item)
         self._writes.unfilled.forget(tensor)
-        self._intake.ledger.hold(item.nbytes)
+        self._writes.ledger.hold(item.nbytes)
         if item.required:
-            self._intake.reopen(layer)
+            self._writes.reopen(layer)
         return None
 
     def buffer(self, module: nn.Module, leaf: str, tensor: Tensor | None) -> Any:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..errors import CoverageError
 from .intake import Intake
 from .parameters import Layer
-from .writes import Writes
 
 Pair = tuple[str, Tensor]
 #: sees each pair before the loader: returns what takes its place (a pair, or several), or None to drop it
@@ -27,31 +26,31 @@ _PLAIN = (tuple.__iter__, list.__iter__)
 
 
 class Pairs(Iterator[Pair]):
-    """Pairs, through a transform; tells the taker where one ends and the next begins."""
+    """Pairs, through a transform; tells the intake where one ends and the next begins."""
 
-    def __init__(self, taker: Intake | Writes, pairs: Iterable[Pair], transform: Transform | None) -> None:
-        self._taker, self._pairs, self._transform = taker, iter(pairs), transform
+    def __init__(self, intake: Intake, pairs: Iterable[Pair], transform: Transform | None) -> None:
+        self._intake, self._pairs, self._transform = intake, iter(pairs), transform
         self._ready: list[Pair] = []
         #: where no code runs between two pairs, nobody changes a tensor meanwhile
         self.at_rest = transform is None and type(pairs) in _AT_REST
 
     def __next__(self) -> Pair:
-        self._taker.turn()
+        self._intake.turn()
         if not self.at_rest:
-            self._taker.settle()
+            self._intake.settle()
         while not self._ready:
             given = next(self._pairs)
             if self.at_rest and getattr(type(given), "__iter__", None) not in _PLAIN:
                 self.at_rest = False
-                self._taker.settle()
+                self._intake.settle()
             name, tensor = given
             if self._transform is None:
                 self._ready = [(name, tensor)]
                 break
-            with self._taker.quiet():
+            with self._intake.quiet():
                 self._ready = transformed(self._transform, name, tensor)
         pair = self._ready.pop(0)
-        self._taker.take(*pair)
+        self._intake.take(*pair)
         return pair
 
 

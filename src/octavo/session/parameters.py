@@ -20,6 +20,7 @@ from ..checkpoint.header import TensorInfo
 from ..elements.boxes import Box, Gaps
 from ..elements.operations import offset_of, view_on
 from ..elements.pieces import Piece
+from ..elements.views import NoBoxError
 from ..numerics import schemes
 from ..planning import kinds
 from ..planning.recipe import Decision, Recipe, Weight
@@ -55,18 +56,10 @@ class Layout:
         return self.numel * self.dtype.itemsize
 
     def elements(self, view: Tensor) -> tuple[int, list[int], list[int]]:
-        """Offset, sizes and strides of a view, in elements of the parameter; a `ValueError` where that can't be."""
-        sizes, strides = list(view.shape), list(view.stride())
-        mine, its = self.dtype.itemsize, view.dtype.itemsize
-        if its == mine:
-            return offset_of(view) - self.offset, sizes, strides
-        at = offset_of(view) * its - self.offset * mine
-        if not sizes or strides[-1] != 1 or sizes[-1] * its % mine or at % mine:
-            raise ValueError(f"a view as {view.dtype} that holds no whole elements")
-        if any(stride * its % mine for stride in strides[:-1]):
-            raise ValueError(f"a view as {view.dtype} whose rows begin within elements")
-        sizes[-1] = sizes[-1] * its // mine
-        return at // mine, sizes, [*(stride * its // mine for stride in strides[:-1]), 1]
+        """Offset, sizes and strides of a view, which must not tear elements."""
+        if view.dtype.itemsize != self.dtype.itemsize:
+            raise NoBoxError(f"bits are seen as {view.dtype}")
+        return offset_of(view) - self.offset, list(view.shape), list(view.stride())
 
     def like(self, view: Tensor, storage: Tensor) -> Tensor:
         """``view`` of the parameter as a view of ``storage``, which has taken the parameter's place."""

@@ -26,7 +26,6 @@ from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
 from .finish import Finisher, Provider
 from .held import Held
-from .intake import Intake
 from .inventory import Inventory
 from .loading import loading, strangers
 from .module_hooks import ModuleHooks
@@ -100,14 +99,13 @@ class Session:
         self._ledger.events, self._saw_pairs = [], False
         held = Held(self._quantizer, self._ledger, direct=self._direct)
         finish = Finisher(self.inventory, held, self._ledger, self.report, self.provider)
-        intake = Intake(held, finish, self._ledger, duplicates=self._duplicates, updating=self.loaded)
-        writes = Writes(self.inventory, intake)
+        writes = Writes(self.inventory, held, finish, self._ledger, duplicates=self._duplicates, updating=self.loaded)
         with contextlib.ExitStack() as stack:
             if self.loaded:
                 stack.enter_context(lent(self.inventory))
-                stack.enter_context(updating(self.inventory, intake, self.report))
+                stack.enter_context(updating(self.inventory, writes, self.report))
             else:
-                stack.enter_context(loading(self.inventory, intake, self.report))
+                stack.enter_context(loading(self.inventory, writes, self.report))
             stack.enter_context(self._watching(writes))
             self._active = stack.pop_all(), writes
         return self
@@ -205,14 +203,14 @@ class Session:
         if recording is None or recording.plan is not plan:
             raise LoaderError("this plan was not recorded by this session")
         with self:
-            intake = self._writes.intake
-            with self._writes.quiet():
+            writes = self._writes
+            with writes.quiet():
                 storages = {p.name: Storage.allocate(p) for p in plan.placements}
                 self._ledger.hold(plan.final_bytes() - sum(plan.other_bytes.values()))
                 Stream(recording.checkpoint, plan, ParameterSink(storages), threads=threads).run()
                 items = {item.name: item for item in self.inventory.items}
                 for placement in plan.placements:
-                    intake.settle_streamed(items[placement.name], placement, storages.pop(placement.name))
+                    writes.settle_streamed(items[placement.name], placement, storages.pop(placement.name))
             for name, why in recording.online.items():
                 self.report.notes.append(f"{name}: loaded online: {why}")
             if recording.online_sources:

@@ -13,43 +13,42 @@ from ..checkpoint import dtypes
 from ..elements.boxes import Box
 from ..elements.operations import Operation, offset_of
 from ..elements.pieces import Piece
-from ..elements.views import NoBoxError, trace_view
+from ..elements.views import trace_view
 from ..errors import LoaderError
-from .held import Write, holds_weights, stored
+from .finish import Finisher
+from .held import Held, Write, holds_weights, stored
 from .intake import Intake
 from .inventory import Inventory
 from .parameters import Item
+from .report import Ledger
 from .watch.modes import Mark
 from .watch.origins import Origin, Origins
 from .watch.unfilled import Unfilled
 
 
-class Writes:
-    """The `octavo.session.watch.modes.Receiver` of a session."""
+class Writes(Intake):
+    """Takes in what a loader does: the `octavo.session.watch.modes.Receiver` of a session."""
 
-    def __init__(self, inventory: Inventory, intake: Intake) -> None:
-        self.inventory, self.intake, self._held = inventory, intake, intake.held
-        self.origins, self.unfilled = Origins(), Unfilled()
+    def __init__(
+        self, inventory: Inventory, held: Held, finish: Finisher, ledger: Ledger, *, duplicates: str, updating: bool
+    ) -> None:
+        super().__init__(held, finish, ledger, duplicates=duplicates, updating=updating)
+        self.inventory, self.origins, self.unfilled = inventory, Origins(), Unfilled()
         self.paused = False
         self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
 
     # -- boundaries ---------------------------------------------------------------------------------------------------
 
     def take(self, name: str, tensor: Tensor) -> None:
-        """The loader is given a pair."""
+        super().take(name, tensor)
         self.unfilled.forget(tensor)
-        self.intake.take(name, tensor)
         self.origins.take(name, tensor)
 
     def turn(self) -> None:
-        """The loader is done with its pair."""
-        if self.intake.waits:
+        if self.waits:
             with self.quiet():
-                self.intake.turn()
+                super().turn()
         self.origins.current = None
-
-    def settle(self) -> None:
-        self.intake.settle()
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -82,9 +81,10 @@ class Writes:
                 )
             view = item.on_twin(view) if item.virtual else view
             for place, taken, origin in self.origins.split(view, values):
-                self.intake.turn_to(item, origin)
+                self.turn_to(item, origin)
                 taken = taken.expand(place.shape)
-                self._write(Write(item, _trace(item, place, taken, origin.label), taken, origin, place))
+                pieces = _trace(item, place, taken.stride(), offset_of(taken), origin.label)
+                self._write(Write(item, pieces, taken, origin, place))
 
     def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
         storage = item.quantized
@@ -102,13 +102,13 @@ class Writes:
                 raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
             # two axes that change places, or none
             pieces = [item.as_stored(piece)._replace(src_name=origin.label) for piece in pieces]
-            self.intake.turn_to(item, origin)
+            self.turn_to(item, origin)
             self._write(Write(item, pieces, values, origin))
 
     def _write(self, write: Write) -> None:
         pair = self.origins.current is not None
         # nobody sees when memory changes that others than torch can reach: it can't be read later
-        self.intake.write(write, pair=pair, stays=not pair or self.origins.is_seen(write.values))
+        self.write(write, pair=pair, stays=not pair or self.origins.is_seen(write.values))
 
     def touch_final(self, item: Item) -> None:
         with self.quiet():
@@ -120,13 +120,13 @@ class Writes:
     def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
         origin = self.origins.of(None)._replace(sure=True)  # no second tensor hides in one value for all
         with self.quiet():
-            self.intake.turn_to(item, origin)
+            self.turn_to(item, origin)
             boxes = _boxes(item, view)
             # one value for all is how loaders begin, not what they load; for a part, it is padding
             if item.writes or sum(box.numel for box in boxes) < item.numel:
-                self.intake.claim(item, boxes, origin)
-                self.intake.wrote(item, boxes, origin)
-            run(self._held.real(item, view))
+                self.claim(item, boxes, origin)
+                self.wrote(item, boxes, origin)
+            run(self.held.real(item, view))
 
     def scatter(
         self, item: Item, view: Tensor, values: Tensor | None, run: Callable[[Tensor], Any], mark: Mark
@@ -137,11 +137,11 @@ class Writes:
             mark(mask, labels)
             marked = [(origin, _marked(item, view, mask == n)) for n, origin in enumerate(origins, 1)]
             for origin, boxes in marked:
-                self.intake.turn_to(item, origin)
-                self.intake.claim(item, boxes, origin)
-            run(self._held.real(item, view))
+                self.turn_to(item, origin)
+                self.claim(item, boxes, origin)
+            run(self.held.real(item, view))
             for origin, boxes in marked:
-                self.intake.wrote(item, boxes, origin, [_computed(box, origin) for box in boxes])
+                self.wrote(item, boxes, origin, [_computed(box, origin) for box in boxes])
 
     def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Origin]]:
         """The origins of values, and a number for each element that tells which, or one for all."""
@@ -160,11 +160,11 @@ class Writes:
     def overwrite(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         with self.quiet():
             origin = self.origins.of_any(inputs)
-            self.intake.turn_to(item, origin)
+            self.turn_to(item, origin)
             boxes = _boxes(item, view)
-            self.intake.claim(item, boxes, origin)
-            real = self._held.real(item, view)
-            self.intake.wrote(item, boxes, origin, [_computed(box, origin) for box in boxes])
+            self.claim(item, boxes, origin)
+            real = self.held.real(item, view)
+            self.wrote(item, boxes, origin, [_computed(box, origin) for box in boxes])
             return real
 
     def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
@@ -193,16 +193,16 @@ class Writes:
                         f"{item.name}{box}: a loader reads or changes what is quantized already. With direct=False a "
                         "layer stays in high precision until it is complete."
                     )
-            return self._held.real(item, view)
+            return self.held.real(item, view)
 
     def device_of(self, item: Item) -> torch.device:
         return item.device
 
     def mutated(self, tensor: Tensor) -> None:
         self.settle()
-        if self._held.reads_later(tensor):
+        if self.held.reads_later(tensor):
             with self.quiet():
-                self._held.flush()
+                self.held.flush()
                 self.settle()
 
     def computed(self, done: Operation) -> None:
@@ -219,21 +219,16 @@ class Writes:
             item.expect([])  # whoever writes there does not tell
 
 
-def _trace(item: Item, view: Tensor, values: Tensor | None = None, label: str = "") -> list[Piece]:
-    """A view of an item as boxes of it, and where ``values`` hold theirs."""
+def _trace(item: Item, view: Tensor, values: tuple[int, ...], begin: int = 0, label: str = "") -> list[Piece]:
+    """A view of an item as boxes of it, and where values of these strides hold theirs."""
     try:
-        offset, sizes, strides = item.elements(view)
-        if values is None:
-            return trace_view(item.shape, item.strides, offset, sizes, strides, (0,) * len(sizes))
-        if sizes != list(values.shape):
-            raise NoBoxError(f"bits are written as {view.dtype}")
-        return trace_view(item.shape, item.strides, offset, sizes, strides, values.stride(), offset_of(values), label)
+        return trace_view(item.shape, item.strides, *item.elements(view), values, begin, label)
     except ValueError as error:
         raise LoaderError(f"{item.name}: a write that boxes can't express: {error}") from error
 
 
 def _boxes(item: Item, view: Tensor) -> list[Box]:
-    return [piece.box for piece in _trace(item, view)]
+    return [piece.box for piece in _trace(item, view, (0,) * view.ndim)]
 
 
 def _marked(item: Item, view: Tensor, mask: Tensor) -> list[Box]:
