@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
-from octavo.adapters.transformers.model_plan import _reads_weight
+from octavo.adapters.transformers.facts import _reads_weight
 
 
 def bare(function):

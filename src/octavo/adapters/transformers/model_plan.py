@@ -5,20 +5,14 @@ transformers' own conversion mapping is run on symbolic tensors; the modules tel
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -32,8 +26,7 @@ from ...planning import kinds
 from ...planning.placement import Target
 from ...planning.plan import Plan, make_plan
 from ...planning.recipe import Recipe
-
-_STACKS = ("gate_up_proj", "up_proj", "down_proj")
+from .facts import Fact, facts_of
 
 
 def plan_model(
@@ -85,13 +78,13 @@ def plan_model(
     )
     raise_problems(CoverageError, f"{checkpoint.path} into {type(model).__name__}", problems, advice)
 
-    facts = _facts(model)
+    facts = facts_of(model)
     fp32 = _kept_in_fp32(model)
     targets = []
     for name, symbolic in found.items():
-        fact = facts.get(name, _Fact("buffer"))
+        fact = facts.get(name, Fact("buffer"))
         if name in tied and fact.kind in kinds.QUANTIZABLE:
-            fact = _Fact(f"tied to {min(tied[name] - {name}, default=name)}")
+            fact = Fact(f"tied to {min(tied[name] - {name}, default=name)}")
         dtype = torch.float32 if fp32 and fp32.search(name) else expected[name].dtype
         kind = fact.kind
         if dtype == torch.float32 and expected[name].dtype != torch.float32:
@@ -221,84 +214,3 @@ def _kept_in_fp32(model: Any) -> re.Pattern[str] | None:
     dtype_plan = model._get_dtype_plan(model.dtype)
     patterns = [pattern.replace("*", ".*") for pattern, dtype in dtype_plan.items() if dtype == torch.float32]
     return re.compile("|".join(f"(?:{p})" for p in patterns)) if patterns else None
-
-
-@dataclass(frozen=True)
-class _Fact:
-    kind: str
-    transposed: bool = False
-    keep: str | None = None
-
-
-def _facts(model: Any) -> dict[str, _Fact]:
-    """What each parameter is, asked from its module."""
-    facts = {}
-    head = model.get_output_embeddings()
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for leaf, parameter in module.named_parameters(recurse=False):
-            name = prefix + leaf
-            keep = "output head" if module is head else None
-            if parameter.dtype not in dtypes.QUANTIZABLE or leaf.endswith("_scale"):
-                facts[name] = _Fact("quantized already")
-            elif _is_linear(module) and leaf == "weight":
-                parent, _, child = path.rpartition(".")
-                read = _reads_weight(type(model.get_submodule(parent)), child)  # type: ignore[arg-type]
-                facts[name] = _Fact("its weight is read by another module" if read else kinds.LINEAR, keep=keep)
-            elif is_experts(module) and leaf in _STACKS and parameter.ndim == 3:
-                facts[name] = _Fact(kinds.EXPERTS, transposed=bool(module.is_transposed))
-            elif leaf.endswith("bias"):
-                facts[name] = _Fact("bias")
-            elif parameter.ndim == 1:
-                facts[name] = _Fact("vector")
-            else:
-                facts[name] = _Fact(f"{type(module).__name__}, not a linear layer", keep=keep)
-    return facts
-
-
-#: subclasses whose forward is that of a linear layer
-_LINEAR_SUBCLASSES = frozenset({"FalconLinear"})
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module).__name__ in _LINEAR_SUBCLASSES
-
-
-@functools.cache
-def _reads_weight(parent: Any, child: str) -> bool:
-    """Whether a class uses ``self.child.weight`` itself, beside calling the layer: FP8 numbers would surprise it."""
-    written = re.compile(rf"self\.{re.escape(child)}\.weight\b")
-    for cls in parent.__mro__:
-        # by the names in its code first: finding the source takes a while
-        if cls not in nn.Module.__mro__ and any({child, "weight"} <= {*code.co_names} for code in _codes(cls)):
-            with contextlib.suppress(OSError, TypeError):
-                if written.search(inspect.getsource(cls)):
-                    return True
-    return False
-
-
-def _codes(cls: Any) -> Iterator[CodeType]:
-    """The code of a class's own methods and properties, of what their decorators wrap, and of functions within them."""
-    left: list[Any] = [*vars(cls).values()]
-    seen = set()
-    while left:
-        found = left.pop()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, CodeType):
-            yield found
-            left += (constant for constant in found.co_consts if isinstance(constant, CodeType))
-        elif inspect.isfunction(found):
-            left += (found.__code__, getattr(found, "__wrapped__", None))
-            with contextlib.suppress(ValueError):  # a cell that is not filled yet
-                left += (c for cell in found.__closure__ or () if inspect.isfunction(c := cell.cell_contents))
-        elif isinstance(found, property):
-            left += (found.fget, found.fset)
-        else:  # static and class methods, partial methods, cached properties
-            left += (getattr(found, "__wrapped__", None), getattr(found, "func", None))
-
-
-def is_experts(module: nn.Module) -> bool:
-    """Whether transformers' ``use_experts_implementation`` made this class: its flags tell how to run it."""
-    return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "down_proj"))
