@@ -8,7 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -41,63 +42,79 @@ def plan_model(
     """Decide what becomes of every parameter of a model whose parameters are on meta, before modules are swapped."""
     problems: list[str] = []
     found, unexpected = trace(model, checkpoint, problems)
-    expected = model.state_dict()
     tied = _tied(model)
-    for name, tensor in expected.items():
-        if name in found:
-            if not found[name].pieces and tensor.numel():
-                continue  # its missing sources have been named
-            shape = tuple(found[name].shape)
-            if shape != tuple(tensor.shape):
-                hint = " (transposed?)" if shape == tuple(reversed(tensor.shape)) and len(shape) == 2 else ""
-                sources = ", ".join(sorted({piece.src_name for piece in found[name].pieces})[:3])
-                problems.append(
-                    f"misshapen: {name} is {list(tensor.shape)} in the model, {sources} make it {list(shape)}{hint}"
-                )
-            elif problem := coverage_problem(shape, found[name].pieces):
-                problems.append(f"{name} {list(shape)}: {problem}")
-            problems += _wrong_dtypes(name, tensor.dtype, found[name], checkpoint)
-        elif name not in tied or not ({*tied[name], name} & found.keys()):
-            problems.append(f"missing: no checkpoint tensor makes {name} {list(tensor.shape)}")
-    ignorable = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    # tables that older versions of a model saved, and newer ones compute (position_ids, inv_freq)
-    computed = {name.rpartition(".")[2] for name, _ in model.named_buffers() if name not in expected}
-    unused = {}
-    for name in unexpected:
-        if name.rpartition(".")[2] in computed:
-            unused[name] = "the model computes this buffer"
-        elif any(pattern.search(name) for pattern in ignorable):
-            unused[name] = "this architecture ignores it"
-        elif not strict:
-            unused[name] = "the model has no place for it (strict=False)"
-        else:
-            problems.append(f"unexpected: the model has no place for {name} {list(checkpoint.tensors[name].shape)}")
+    problems += _misfits(model, checkpoint, found, tied)
+    unneeded = _unneeded(model, unexpected)
+    if strict:
+        homeless = [f"{name} {list(checkpoint.tensors[name].shape)}" for name in unexpected if name not in unneeded]
+        problems += [f"unexpected: the model has no place for {tensor}" for tensor in homeless]
     advice = (
         "Is this the checkpoint of that architecture? octavo.load(..., strict=False) passes over unexpected tensors; "
         "missing ones never."
     )
     raise_problems(CoverageError, f"{checkpoint.path} into {type(model).__name__}", problems, advice)
 
-    facts = facts_of(model)
-    fp32 = _kept_in_fp32(model)
-    targets = []
-    for name, symbolic in found.items():
-        fact = facts.get(name, Fact("buffer"))
-        if name in tied and fact.kind in kinds.QUANTIZABLE:
-            fact = Fact(f"tied to {min(tied[name] - {name}, default=name)}")
-        dtype = torch.float32 if fp32 and fp32.search(name) else expected[name].dtype
-        kind = fact.kind
-        if dtype == torch.float32 and expected[name].dtype != torch.float32:
-            kind = "kept in fp32 by the model"
-        where = device if isinstance(device, str) else device(name)
-        pieces = tuple(symbolic.pieces)
-        targets.append(Target(name, tuple(symbolic.shape), dtype, kind, pieces, where, fact.keep, fact.transposed))
-    others: dict[str, int] = {}
+    device_of = device if callable(device) else lambda _: device
+    targets = _targets(model, found, tied, device_of)
+    others: Counter[str] = Counter()
     for name, buffer in model.named_buffers():
         if name not in found:
-            where = device if isinstance(device, str) else device(name)
-            others[where] = others.get(where, 0) + buffer.nbytes
+            others[device_of(name)] += buffer.nbytes
+    unused = {name: unneeded.get(name, "the model has no place for it (strict=False)") for name in unexpected}
     return make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
+
+
+def _misfits(
+    model: Any, checkpoint: Checkpoint, found: Mapping[str, Symbolic], tied: Mapping[str, set[str]]
+) -> Iterator[str]:
+    """Parameters that nothing makes, or that come out otherwise than the model wants them."""
+    for name, tensor in model.state_dict().items():
+        if name not in found:
+            if not tied.get(name, set()) & found.keys():
+                yield f"missing: no checkpoint tensor makes {name} {list(tensor.shape)}"
+            continue
+        if not found[name].pieces and tensor.numel():
+            continue  # its missing sources have been named
+        shape = tuple(found[name].shape)
+        if shape != tuple(tensor.shape):
+            hint = " (transposed?)" if shape == tuple(reversed(tensor.shape)) and len(shape) == 2 else ""
+            sources = ", ".join(sorted({piece.src_name for piece in found[name].pieces})[:3])
+            yield f"misshapen: {name} is {list(tensor.shape)} in the model, {sources} make it {list(shape)}{hint}"
+        elif problem := coverage_problem(shape, found[name].pieces):
+            yield f"{name} {list(shape)}: {problem}"
+        yield from _wrong_dtypes(name, tensor.dtype, found[name], checkpoint)
+
+
+def _unneeded(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Checkpoint tensors that the model does without -> why."""
+    ignorable = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    # tables that older versions of a model saved, and newer ones compute (position_ids, inv_freq)
+    computed = {name.rpartition(".")[2] for name in dict(model.named_buffers()).keys() - model.state_dict().keys()}
+    unneeded = {}
+    for name in names:
+        if name.rpartition(".")[2] in computed:
+            unneeded[name] = "the model computes this buffer"
+        elif any(pattern.search(name) for pattern in ignorable):
+            unneeded[name] = "this architecture ignores it"
+    return unneeded
+
+
+def _targets(
+    model: Any, found: Mapping[str, Symbolic], tied: Mapping[str, set[str]], device_of: Callable[[str], str]
+) -> list[Target]:
+    """Every parameter that is made: what it is, where it goes, and the pieces that make it."""
+    facts, expected, fp32 = facts_of(model), model.state_dict(), _kept_in_fp32(model)
+    targets = []
+    for name, symbolic in found.items():
+        fact, dtype = facts.get(name, Fact("buffer")), expected[name].dtype
+        kind = fact.kind
+        if name in tied and kind in kinds.QUANTIZABLE:
+            kind = f"tied to {min(tied[name] - {name}, default=name)}"
+        if dtype != torch.float32 and fp32 and fp32.search(name):
+            dtype, kind = torch.float32, "kept in fp32 by the model"
+        shape, pieces = tuple(symbolic.shape), tuple(symbolic.pieces)
+        targets.append(Target(name, shape, dtype, kind, pieces, device_of(name), fact.keep, fact.transposed))
+    return targets
 
 
 def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict[str, Symbolic], list[str]]:
