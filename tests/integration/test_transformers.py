@@ -302,6 +302,7 @@ def test_from_pretrained_with_octavo_config_equals_load(
     assert torch.equal(logits(model), logits(direct))
     assert model.load_report.final_bytes == direct.load_report.final_bytes
     assert model.load_report.kept == direct.load_report.kept
+    assert model.load_report.notes == direct.load_report.notes
 
 
 @by_architecture

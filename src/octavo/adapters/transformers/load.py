@@ -75,8 +75,7 @@ def load_model(
             _move_buffers(model, target_device)
             _tie(model, plan)
 
-    options: dict[str, Any] = {"threads": threads, "direct_io": direct_io, "progress": progress}
-    fill(model, checkpoint, plan, stages, **options, notes=plan.notes, finish=finish)
+    fill(model, checkpoint, plan, stages, threads=threads, direct_io=direct_io, progress=progress, finish=finish)
     if prepared.saved:
         model.load_routes = None  # its checkpoint has the model's own names
     if prepared.saved or plan.quantized:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ def fill(
     threads: int | None,
     direct_io: bool | None = None,
     progress: bool | Callable[[int, int], None] | None = None,
-    notes: Sequence[str] = (),
     finish: Callable[[], None] | None = None,
 ) -> None:
     """Swap the modules of a model on meta, then allocate its memory and stream the checkpoint into it.
@@ -40,7 +39,6 @@ def fill(
     Args:
         stages: where the seconds of each stage are counted.
         threads: as for `octavo.load`, and so are ``direct_io`` and ``progress``.
-        notes: what the report tells beside its figures.
         finish: whatever else belongs to the load, and to what is measured of it.
     """
     with stages("swap"):
@@ -55,7 +53,7 @@ def fill(
             tally = stream.run(meter.progress)
         if finish is not None:
             finish()
-    model.load_report = Report.of(plan, stream.budget, tally, stages, meter, notes=notes)
+    model.load_report = Report.of(plan, stream.budget, tally, stages, meter, notes=plan.notes)
     model.load_routes = Routes.of(plan, checkpoint)
 
 
