@@ -1,14 +1,15 @@
 """octavo as a quantizer of transformers: ``from_pretrained(path, quantization_config=OctavoConfig("fp8_channel"))``.
 
-On a bf16 checkpoint, the model is planned, swapped and streamed in the hook that runs before weights are loaded;
-transformers' own loading then finds converters that hand out what is already there, and reads nothing itself. On a
-checkpoint that ``save_pretrained`` wrote, modules are swapped and transformers loads FP8 and scales as they are.
+A bf16 checkpoint is planned and streamed into the model in the hook that transformers calls before it loads weights.
+Its own loading then meets converters that hand out what is already there, and reads nothing itself.
+
+Of a checkpoint that ``save_pretrained`` wrote, only the modules are swapped; transformers loads FP8 numbers and scales
+like any other parameters.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,17 @@ class OctavoConfig(QuantizationConfigMixin):
         self.weights = None if weights is None else dict(weights)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: not how this machine loaded it."""
+        """The form that is saved: what was done to the weights, and not how this machine loaded them."""
         saved: dict[str, Any] = super().to_dict()
         return {key: value for key, value in saved.items() if key not in ("staging_bytes", "threads")}
 
     @property
     def recipe(self) -> Recipe:
+        """Scheme, targets and ignore."""
         return Recipe(self.scheme, self.targets, self.ignore)
 
     def swap(self, model: Any) -> None:
-        """Give the modules of a saved model the FP8 form that ``weights`` tells of.
+        """Give the modules of a model that was saved in FP8 the form that its ``weights`` list.
 
         Raises:
             CheckpointError: the model has no such weights, or none are listed.
@@ -97,14 +99,15 @@ class OctavoConfig(QuantizationConfigMixin):
             ) from error
 
     def record(self, model: Any) -> None:
-        """Take down which weights of a model are quantized, and how: what `swap` needs when it has been saved."""
+        """List the weights of a model that are quantized: once it is saved, `swap` needs to know them."""
         self.weights = {name: [scheme, list(parts)] for name, scheme, parts in modules.quantized_weights(model)}
 
 
 class _StreamedConverter(WeightConverter):
-    """Hands out all that the stream has filled, when it is first asked to convert anything; later, nothing.
+    """Stands in for a converter whose parameters are in the model already.
 
-    The readers that it collected are dropped unread.
+    The first one that transformers asks hands out all of them, the others nothing. The tensors that transformers has
+    collected for converting are not read yet, and never will be.
     """
 
     __slots__ = ()
@@ -125,7 +128,7 @@ class _StreamedConverter(WeightConverter):
 
 @register_quantizer(METHOD)
 class OctavoQuantizer(HfQuantizer):
-    """Streams a bf16 checkpoint into FP8, or swaps modules for one that is FP8 already."""
+    """What transformers asks, and calls before and after it loads weights."""
 
     requires_calibration = False
     is_trainable = False
@@ -133,16 +136,17 @@ class OctavoQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config: OctavoConfig = quantization_config
-        self.streamed: set[str] = set()  # parameters and scales that are in memory before transformers loads any
+        self.streamed: set[str] = set()  # parameters and scales that the stream has filled, until they are handed out
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """Let ``save_pretrained`` write these models."""
         return True
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
-        """Bytes that each element of a parameter still takes: none where the stream has filled it.
+        """Bytes that each element of a parameter will take: none if the stream has filled it.
 
-        transformers multiplies these to reserve device memory and to choose devices for ``device_map="auto"``; both
-        come after streaming, when free memory is already less the model.
+        transformers reserves device memory by these, and chooses devices for ``device_map="auto"``. It does so after
+        streaming, when free memory is already less by the model.
         """
         return 0 if param_name in self.streamed else super().param_element_size(model, param_name, param)
 
@@ -153,6 +157,7 @@ class OctavoQuantizer(HfQuantizer):
         device_map: Any = None,
         **_: Any,
     ) -> None:
+        """Stream a bf16 checkpoint into the model, or prepare it for one that is FP8."""
         if self.pre_quantized:
             self.config.swap(model)
             return
@@ -170,32 +175,33 @@ class OctavoQuantizer(HfQuantizer):
         self.streamed = {p.name for p in plan.placements} | {modules.scale_name(p.name) for p in plan.quantized}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Put a stand-in in the place of each converter, and one at the end for tensors that no converter takes."""
         if self.pre_quantized:
             return weight_conversions
-        streamed = []
+        stand_ins = []
         for entry in weight_conversions:
             if isinstance(entry, WeightConverter):
-                twin = _StreamedConverter(
-                    list(entry._original_source_patterns), list(entry._original_target_patterns)[:1], [Chunk()]
-                )
-                twin.scope_prefix, twin.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
-                streamed.append(twin)
-            else:
-                streamed.append(entry)
-        return [*streamed, _StreamedConverter([r"^(.+)$"], [r"\1"], [Chunk()])]
+                sources, targets = entry._original_source_patterns, entry._original_target_patterns
+                stand_in = _StreamedConverter(list(sources), list(targets)[:1], [Chunk()])  # which is not run
+                stand_in.scope_prefix, stand_in.base_model_prefix = entry.scope_prefix, entry.base_model_prefix
+                stand_ins.append(stand_in)
+            else:  # a renaming
+                stand_ins.append(entry)
+        return [*stand_ins, _StreamedConverter([r"^(.+)$"], [r"\1"], [Chunk()])]
 
-    def _process_model_after_weight_loading(self, model: Any, **__: Any) -> Any:
-        model._weight_conversions = []  # saved under the model's own names
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Freeze what is FP8, and have ``save_pretrained`` write it under the model's own names."""
+        model._weight_conversions = []
         self.config.record(model)
-        for name, *_ in modules.quantized_weights(model):
-            for parameter in (name, modules.scale_name(name)):
-                model.get_parameter(parameter).requires_grad_(False)
+        for weight, _scheme, _parts in modules.quantized_weights(model):
+            for name in (weight, modules.scale_name(weight)):
+                model.get_parameter(name).requires_grad_(False)
         model.config.quantization_config = self.config  # which transformers does itself, in ``from_pretrained``
         return model
 
 
 def saved_config(checkpoint: Checkpoint, asked: Recipe) -> OctavoConfig | None:
-    """The config that ``save_pretrained`` wrote of a model that octavo quantized; None for a bf16 checkpoint.
+    """The config of a model that octavo quantized and ``save_pretrained`` wrote; None for a bf16 checkpoint.
 
     Raises:
         RecipeError: the model was quantized by another recipe than the one asked for.
@@ -211,7 +217,7 @@ def saved_config(checkpoint: Checkpoint, asked: Recipe) -> OctavoConfig | None:
 
 
 def mark_quantized(model: Any, recipe: Recipe) -> None:
-    """Make a model that octavo quantized known to transformers as such, so that ``save_pretrained`` works."""
+    """Leave a model that octavo loaded as ``from_pretrained`` would, so that ``save_pretrained`` works."""
     quantizer = OctavoQuantizer(OctavoConfig(recipe.scheme, dict(recipe.targets), recipe.ignore), pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True
@@ -219,8 +225,8 @@ def mark_quantized(model: Any, recipe: Recipe) -> None:
     quantizer._process_model_after_weight_loading(model)
 
 
-def _placer(device_map: Any) -> Any:
-    """transformers' ``device_map`` as a function from a parameter's name to its device."""
+def _placer(device_map: Any) -> str | Callable[[str], str]:
+    """transformers' ``device_map`` as one device, or as a function from a parameter's name to its device."""
     if device_map is None:
         return "cpu"
     if isinstance(device_map, str):
@@ -232,7 +238,7 @@ def _placer(device_map: Any) -> Any:
                 )
             return "cuda:0" if torch.cuda.is_available() else "cpu"
         return str(usable_device(device_map, begin=False))
-    places = {str(module): _device_name(device) for module, device in dict(device_map).items()}
+    places = {str(module): f"cuda:{d}" if isinstance(d, int) else str(d) for module, d in dict(device_map).items()}
     if "disk" in places.values():
         raise DeviceError("device_map with 'disk' is not supported with OctavoConfig")
 
@@ -245,9 +251,3 @@ def _placer(device_map: Any) -> Any:
         return places[path]
 
     return place
-
-
-def _device_name(device: Any) -> str:
-    return (
-        f"cuda:{device}" if isinstance(device, int) else os.fspath(device) if isinstance(device, str) else str(device)
-    )
