@@ -1,1 +1,1 @@
-"""transformers' models: loaded by octavo, or by way of ``from_pretrained``."""
+"""transformers' models, loaded by octavo itself or on the way through ``from_pretrained``."""

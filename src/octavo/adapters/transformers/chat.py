@@ -26,12 +26,12 @@ def answer(
     out: Output | None = None,
     tokenizer: Any = None,
 ) -> str:
-    """The model's greedy answer; written to ``out`` word by word if given.
+    """The model's greedy answer.
 
     Args:
         raw: continue the prompt as text, even where the tokenizer has a chat template.
-
-        tokenizer: that of the model's folder by default.
+        out: where the answer is written, word by word as it comes.
+        tokenizer: by default, that of the folder which the model was loaded from.
 
     Raises:
         CheckpointError: the model's folder has no tokenizer.

@@ -1,4 +1,7 @@
-"""What each parameter of a transformers model is: its module is asked."""
+"""What each parameter of a transformers model is, as its module tells.
+
+Planning asks: is it the weight of a linear layer, a stack of experts, or something that stays as it is, and why?
+"""
 
 from __future__ import annotations
 
@@ -16,18 +19,23 @@ from torch import nn
 from ...checkpoint import dtypes
 from ...planning import kinds
 
+#: the stacks of an experts module, each one parameter [experts, out, in] (or [experts, in, out])
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
+#: subclasses of a linear layer whose forward is the same
+_LINEAR_SUBCLASSES = frozenset({"FalconLinear"})
 
 
 @dataclass(frozen=True)
 class Fact:
-    kind: str
-    transposed: bool = False
-    keep: str | None = None
+    """What one parameter is."""
+
+    kind: str  # `kinds.LINEAR` or `kinds.EXPERTS`; for all others, the reason why they are not quantized
+    transposed: bool = False  # a stack that its class stores [experts, in, out]
+    keep: str | None = None  # what it is, if it could be quantized but stays by default
 
 
 def facts_of(model: Any) -> dict[str, Fact]:
-    """What each parameter is, asked from its module."""
+    """Name -> fact, for every parameter."""
     facts = {}
     head = model.get_output_embeddings()
     for path, module in model.named_modules():
@@ -52,20 +60,19 @@ def facts_of(model: Any) -> dict[str, Fact]:
     return facts
 
 
-#: subclasses whose forward is that of a linear layer
-_LINEAR_SUBCLASSES = frozenset({"FalconLinear"})
-
-
 def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ in _LINEAR_SUBCLASSES
 
 
 @functools.cache
 def _reads_weight(parent: Any, child: str) -> bool:
-    """Whether a class uses ``self.child.weight`` itself, beside calling the layer: FP8 numbers would surprise it."""
+    """Return True if a class uses ``self.child.weight`` itself, beside calling the layer.
+
+    FP8 numbers without their scales would surprise it. T5's ``wo`` and Mamba's ``dt_proj`` are used like that.
+    """
     written = re.compile(rf"self\.{re.escape(child)}\.weight\b")
     for cls in parent.__mro__:
-        # by the names in its code first: finding the source takes a while
+        # finding the source takes a while, so the names that the code uses are looked at first
         if cls not in nn.Module.__mro__ and any({child, "weight"} <= {*code.co_names} for code in _codes(cls)):
             with contextlib.suppress(OSError, TypeError):
                 if written.search(inspect.getsource(cls)):
@@ -96,5 +103,5 @@ def _codes(cls: Any) -> Iterator[CodeType]:
 
 
 def _is_experts(module: nn.Module) -> bool:
-    """Whether transformers' ``use_experts_implementation`` made this class: its flags tell how to run it."""
+    """Return True if transformers' ``use_experts_implementation`` made the class, whose flags tell how to run it."""
     return all(hasattr(module, name) for name in ("has_gate", "is_transposed", "_apply_gate", "down_proj"))

@@ -1,16 +1,16 @@
-"""transformers models, loaded as FP8 while their checkpoint streams.
+"""`octavo.load`: a transformers model, as FP8, while its checkpoint streams.
 
-    open        headers, the config
-    import      transformers' code; files that are not cached are read ahead from here on
-    skeleton    the model, parameters on meta, buffers real
-    plan        transformers' own conversion mapping, run on symbolic tensors: where every checkpoint element goes
-    swap        linear layers and expert stacks that the plan quantizes take their FP8 form
-    stream      parameters are allocated, then filled chunk by chunk
-    tie         tied weights, generation config
+    open        the headers and the config are read
+    import      transformers' code; from here on, files that are not cached are read ahead
+    skeleton    the model is built, its parameters on meta, its buffers real
+    plan        where does every element of the checkpoint go, and what becomes of every parameter?
+    swap        the modules that the plan quantizes take their FP8 form
+    allocate    parameters get their memory
+    stream      and are filled, chunk by chunk
+    finish      buffers go to the device, tied weights are tied
 
-How checkpoint tensors become parameters (stacking experts, fusing gate and up, transposing, renaming) is transformers'
-knowledge; none of it is repeated here. `octavo.load` and the quantizer for ``from_pretrained`` (`OctavoConfig`) both go
-this way.
+These are the stages whose seconds the report counts. Importing transformers takes seconds, so nothing of it is imported
+here before its stage.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def load_model(
     direct_io: bool | None,
     progress: bool | Callable[[int, int], None] | None,
 ) -> Any:
-    """`octavo.load`, where arguments and errors are documented."""
+    """Do what `octavo.load` promises; arguments and errors are documented there."""
     stages = Stages()
     target_device = usable_device(device, begin=False)
     with WarmUp(target_device, staging_bytes, threads, recipe.schemes):
@@ -60,13 +60,7 @@ def load_model(
             _check_method(checkpoint)
         with contextlib.nullcontext() if direct_io else ReadAhead(checkpoint.shards):
             prepared = prepare(
-                checkpoint,
-                recipe,
-                str(target_device),
-                staging_bytes,
-                asked,
-                stages=stages,
-                strict=strict,
+                checkpoint, recipe, str(target_device), staging_bytes, asked, stages=stages, strict=strict
             )
     model, plan = prepared.model, prepared.plan
 
@@ -77,7 +71,7 @@ def load_model(
 
     fill(model, checkpoint, plan, stages, threads=threads, direct_io=direct_io, progress=progress, finish=finish)
     if prepared.saved:
-        model.load_routes = None  # its checkpoint has the model's own names
+        model.load_routes = None  # the names in its checkpoint are the model's own
     if prepared.saved or plan.quantized:
         from .quantizer import mark_quantized
 
@@ -87,11 +81,11 @@ def load_model(
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before a weight is read."""
+    """All that is known before a weight is read."""
 
-    model: Any  # on meta
+    model: Any  # its parameters are on meta
     plan: Plan
-    saved: Recipe | None  # of a model that octavo quantized and ``save_pretrained`` wrote
+    saved: Recipe | None  # the recipe of a model that ``save_pretrained`` wrote in FP8; None for any other checkpoint
 
 
 def prepare(
@@ -104,9 +98,9 @@ def prepare(
     stages: Stages | None = None,
     strict: bool = True,
 ) -> Prepared:
-    """Build the skeleton, and plan: all that comes between opening a checkpoint and reading weights.
+    """Import, build the skeleton, plan: all that comes between opening a checkpoint and reading weights.
 
-    Options and errors as for `load`; importing transformers' code is a part of it, and often the longest.
+    Arguments and errors are those of `octavo.load`.
     """
     stages = stages or Stages()
     with stages("import"):
@@ -122,13 +116,17 @@ def prepare(
     with stages("plan"):
         if saved:
             saved.swap(model)
-        todo = Recipe(None) if saved else recipe
-        plan = plan_model(model, checkpoint, todo, device, staging_bytes, strict=strict)
+        # what was saved in FP8 is loaded as it is
+        plan = plan_model(model, checkpoint, Recipe(None) if saved else recipe, device, staging_bytes, strict=strict)
     return Prepared(model, plan, saved.recipe if saved else None)
 
 
 def require() -> None:
-    """Import what a load needs of transformers; a `MissingExtraError` if that can't be done."""
+    """Import what a load needs of transformers.
+
+    Raises:
+        MissingExtraError: transformers or accelerate is not installed, or too old.
+    """
     try:
         from . import model_plan, skeleton  # noqa: F401
     except ImportError as error:
@@ -136,13 +134,13 @@ def require() -> None:
 
 
 def _require_installed() -> None:
-    """The same without importing, which takes seconds."""
+    """Find out the same, as far as it can be told without importing anything, which takes seconds."""
     if not all(find_spec(name) for name in ("transformers", "accelerate")):
         raise MissingExtraError("transformers", "loading a transformers model")
 
 
 def _check_method(checkpoint: Checkpoint) -> None:
-    """Refuse what another method than octavo's quantized."""
+    """Refuse a checkpoint that another method than octavo's has quantized."""
     if checkpoint.quantization not in (None, METHOD):
         raise RecipeError(
             f"{checkpoint.path}: already quantized ({checkpoint.quantization}, says its config.json). octavo.load "
@@ -152,6 +150,7 @@ def _check_method(checkpoint: Checkpoint) -> None:
 
 
 def _move_buffers(model: Any, device: torch.device) -> None:
+    """Bring to the device what no checkpoint holds: rotary tables and the like."""
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
@@ -159,7 +158,11 @@ def _move_buffers(model: Any, device: torch.device) -> None:
 
 
 def _tie(model: Any, plan: Plan) -> None:
-    """As ``from_pretrained`` does: to whichever the checkpoint has, and not where it has two that differ."""
+    """Tie weights as ``from_pretrained`` does.
+
+    Of two tied weights, the one that the checkpoint lacks becomes the other. If it has both, and they differ, they stay
+    two.
+    """
     tied = model.all_tied_weights_keys
     missing = {*tied.keys(), *tied.values()} - {placement.name for placement in plan.placements}
     model.tie_weights(missing_keys=missing, recompute_mapping=False)

@@ -1,6 +1,8 @@
 """The plan of a transformers model: where every checkpoint element goes, and what becomes of every parameter.
 
-transformers' own conversion mapping is run on symbolic tensors; the modules tell what their parameters are.
+How checkpoint tensors become parameters (stacking experts, fusing gate and up, transposing, renaming) is transformers'
+knowledge, and none of it is repeated here. Its own conversion mapping is run on symbolic tensors, which have no values
+but know where each of their elements comes from.
 """
 
 from __future__ import annotations
@@ -39,7 +41,15 @@ def plan_model(
     *,
     strict: bool = True,
 ) -> Plan:
-    """Decide what becomes of every parameter of a model whose parameters are on meta, before modules are swapped."""
+    """Decide what becomes of every parameter of a model on meta, whose modules are not swapped yet.
+
+    Args:
+        device: where the model goes, or a function from a parameter's name to its device.
+        strict: whether checkpoint tensors that the model has no place for are an error.
+
+    Raises:
+        CoverageError: with all tensors that are missing, unexpected, misshapen, or there twice.
+    """
     problems: list[str] = []
     found, unexpected = trace(model, checkpoint, problems)
     tied = _tied(model)
@@ -118,9 +128,13 @@ def _targets(
 
 
 def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict[str, Symbolic], list[str]]:
-    """Run transformers' loading on symbolic tensors: (parameter -> symbolic, unexpected keys).
+    """Run transformers' loading on symbolic tensors.
 
-    Follows ``convert_and_load_state_dict_in_model``, with its fall-backs.
+    It goes as ``convert_and_load_state_dict_in_model`` does, with its fall-backs.
+
+    Returns:
+        parameter -> the symbolic tensor that it becomes; and the checkpoint tensors that become none. What is wrong is
+        added to ``problems``.
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -143,10 +157,10 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
         if name in plain or (pattern is None and name in jobs):
             other = plain.get(name) or min(itertools.chain.from_iterable(jobs[name].layer_targets.values()))
             problems.append(f"duplicate: {other} and {key} both make {name}")
-        elif pattern is None:  # what transformers makes a renaming of, with a regular expression each
+        elif pattern is None:  # transformers makes a converter of each of these, too, and compiles an expression for it
             plain[name], found[name] = key, source
         else:
-            if name not in jobs:  # copying is costly, and a stack has a hundred members
+            if name not in jobs:  # a stack has a hundred members, and copying takes a while
                 jobs[name] = deepcopy(by_pattern[pattern])
             jobs[name].add_tensor(name, key, pattern, source)
     made_of: dict[str, str] = dict(plain)  # parameter -> one of its sources
@@ -162,7 +176,7 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
         except NotMovementError as error:
             problems.append(f"{first}: transformers computes it from {min(sources, key=dot_natural_key)}...: {error}")
             continue
-        except Exception as error:  # a converter given tensors that don't fit fails in its own way
+        except Exception as error:  # given tensors that don't fit, each converter fails in its own way
             some = sorted(sources, key=dot_natural_key)[:4]
             problems.append(f"misshapen: {', '.join(some)} can't be made into {first}: {error}")
             continue
@@ -177,9 +191,10 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
 
 
 def _holes(names: Iterable[str]) -> list[str]:
-    """Members that are missing from numbered series, such as one of ``experts.0.up``, ``experts.1.up``, ...
+    """Names that are missing from numbered series: ``experts.1.up``, where there are ``experts.0.up`` and ``.2.up``.
 
-    Series that are made into one parameter run alongside: each must have every number that any of them has, from 0.
+    Series that become one parameter (all gates, all ups) run alongside each other: each must have every number that any
+    of them has, from 0.
     """
     series: dict[str, set[tuple[int, ...]]] = {}
     for name in names:
@@ -187,10 +202,10 @@ def _holes(names: Iterable[str]) -> list[str]:
         template = ".".join("*" if part.isdigit() else part for part in parts)
         series.setdefault(template, set()).add(tuple(int(part) for part in parts if part.isdigit()))
     if len({len(numbers) for found in series.values() for numbers in found}) != 1:
-        return []  # not alongside each other
+        return []  # these don't run alongside each other
     every = set().union(*series.values())
     columns = [set(column) for column in zip(*every, strict=True)]
-    # a number that is the same in all names (the layer's) is no series
+    # a number that is the same in all names, as the layer's is, makes no series
     ranges = [sorted(column) if len(column) == 1 else range(max(column) + 1) for column in columns]
     missing = []
     for template, found in series.items():
@@ -204,7 +219,7 @@ def _holes(names: Iterable[str]) -> list[str]:
 
 
 def _wrong_dtypes(name: str, wanted: torch.dtype, symbolic: Symbolic, checkpoint: Checkpoint) -> list[str]:
-    """Sources that are no floating-point weights, where the model wants some (FP8 without its scale, say)."""
+    """Sources that are no weights in bf16, fp16, fp32 or fp64, where the model wants such: FP8 without a scale, say."""
     if wanted not in dtypes.QUANTIZABLE:
         return []
     plain = {*dtypes.QUANTIZABLE, torch.float64}
@@ -218,7 +233,7 @@ def _wrong_dtypes(name: str, wanted: torch.dtype, symbolic: Symbolic, checkpoint
 
 
 def _tied(model: Any) -> dict[str, set[str]]:
-    """Parameter -> the names that share its storage once tied."""
+    """Parameter -> all names of the weight that it is tied to, its own included."""
     groups: dict[str, set[str]] = {}
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         group = groups.get(name, {name}) | groups.get(source, {source})
@@ -228,6 +243,7 @@ def _tied(model: Any) -> dict[str, set[str]]:
 
 
 def _kept_in_fp32(model: Any) -> re.Pattern[str] | None:
+    """A pattern for the parameters that a model in half precision has in fp32 all the same."""
     dtype_plan = model._get_dtype_plan(model.dtype)
     patterns = [pattern.replace("*", ".*") for pattern, dtype in dtype_plan.items() if dtype == torch.float32]
     return re.compile("|".join(f"(?:{p})" for p in patterns)) if patterns else None

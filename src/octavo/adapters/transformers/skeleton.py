@@ -1,4 +1,8 @@
-"""A transformers model without weights: parameters on meta, buffers real, set up as ``from_pretrained`` would."""
+"""A transformers model without weights.
+
+Its parameters are on meta, which knows shapes and dtypes and holds no memory. Its buffers are real, since no checkpoint
+holds them. All else is as ``from_pretrained`` would set it up.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,18 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError, RecipeError
 from .options import DEFAULTS, ModelOptions
 
-#: building a model changes torch and transformers for all threads; two that do and undo it at once would leave it so
+#: Building a model patches torch and transformers for all threads. Of two that do so at once, the one that ends last
+#: would restore the other's patch, and leave it for good.
 _building = threading.RLock()
 
 
 def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
-    """The model with parameters on meta and buffers real, as ``from_pretrained`` would set it up."""
+    """Build the model that a checkpoint's config.json describes, in eval mode.
+
+    Raises:
+        CheckpointError: there is no config, or transformers can't make a model of it.
+        RecipeError: the dtype that was asked for is none that a model computes in.
+    """
     folder = str(checkpoint.folder)
     if not checkpoint.config:
         raise CheckpointError(f"{folder}: no config.json (or an empty one), which would say what model this is")
@@ -30,7 +40,7 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
     except Exception as error:  # transformers raises many kinds; all mean the same here
         raise CheckpointError(f"{folder}/config.json: transformers can't read it: {error}") from error
     chosen = _dtype(asked.dtype, config, checkpoint)
-    cls = asked.model_class or _model_class(config, checkpoint, asked.trust_remote_code)
+    cls = asked.model_class or _model_class(config, asked.trust_remote_code)
     options: dict[str, Any] = {"dtype": chosen}
     if asked.attn_implementation:
         options["attn_implementation"] = asked.attn_implementation
@@ -56,6 +66,7 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that was asked for, or the config's, or that of the first weight in the checkpoint."""
     if dtype is not None and dtype != "auto":
         named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if named not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -70,8 +81,8 @@ def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint)
     return next(floats, None) or torch.float32
 
 
-def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """The class that the config names; the causal language model of its type where it names none."""
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    """The class that the config names; where it names none, the causal language model of its type."""
     auto_map = getattr(config, "auto_map", None) or {}
     if trust_remote_code and auto_map:
         name = next((n for n in ("AutoModelForCausalLM", "AutoModel") if n in auto_map), "AutoModelForCausalLM")
@@ -84,12 +95,13 @@ def _model_class(config: Any, checkpoint: Checkpoint, trust_remote_code: bool) -
 
 
 def _compute_buffers(model: Any) -> None:
-    """Recompute buffers (rotary and position tables) outside of the model's half-precision default dtype.
+    """Compute buffers (rotary and position tables) a second time, now in torch's default dtype.
 
-    ``from_config`` builds them under it, ``from_pretrained`` does not: GPT-J's sines would be wrong by most of 1.
+    ``from_config`` computes them while the model's half precision is the default, ``from_pretrained`` does not. GPT-J's
+    sines would be wrong by most of 1.
     """
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True
+        parameter._is_hf_initialized = True  # parameters have nothing to be initialised
     for module in model.modules():
         module._is_hf_initialized = False
     model.initialize_weights()

@@ -1,4 +1,8 @@
-"""From a plan to a filled model: its modules take their FP8 form, and its parameters memory that a stream fills."""
+"""From a plan to a filled model, in `octavo.load` and in ``from_pretrained``.
+
+Modules take their FP8 form while all parameters are still on meta. Then each parameter gets its memory, and a stream
+fills it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from ...streaming.report import Report
 from ...streaming.sinks import ParameterSink, Storage, allocate_all
 from ...streaming.stream import Stream
 
-#: what quantization_config.quant_method says of a model that octavo quantized
+#: the ``quant_method`` in the quantization_config of a model that octavo quantized
 METHOD = "octavo"
 
 
@@ -32,14 +36,14 @@ def fill(
     progress: bool | Callable[[int, int], None] | None = None,
     finish: Callable[[], None] | None = None,
 ) -> None:
-    """Swap the modules of a model on meta, then allocate its memory and stream the checkpoint into it.
+    """Turn a model on meta into one that holds what the plan says.
 
-    The model is left with its ``load_report``, and with the ``load_routes`` by which `octavo.update` finds its way.
+    Afterwards ``model.load_report`` tells what happened, and ``model.load_routes`` where each checkpoint tensor has
+    gone, for `octavo.update`. Threads, direct_io and progress are those of `octavo.load`.
 
     Args:
-        stages: where the seconds of each stage are counted.
-        threads: as for `octavo.load`, and so are ``direct_io`` and ``progress``.
-        finish: whatever else belongs to the load, and to what is measured of it.
+        stages: counts the seconds of each stage.
+        finish: does what else belongs to this load, once all weights are in place, and is measured with it.
     """
     with stages("swap"):
         swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
@@ -58,11 +62,11 @@ def fill(
 
 
 def swap(model: Any, weights: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
-    """Give the modules of some weights their FP8 form, storage not yet assigned.
+    """Give the modules of these weights their FP8 form, still without memory.
 
     Args:
-        weights: (name, scheme, parts) of each, as a plan decides them, or as `quantized_weights` told them of a model
-            that was saved.
+        weights: name, scheme and parts of each: what a plan has decided, or what `modules.quantized_weights` told of a
+            model when it was saved.
     """
     for name, scheme, parts in weights:
         path, _, leaf = name.rpartition(".")
@@ -71,13 +75,13 @@ def swap(model: Any, weights: Iterable[tuple[str, str, tuple[int, ...]]]) -> Non
             modules.quantize_linear(model, path, scheme, parts)
             continue
         shape = tuple(getattr(module, leaf).shape)
-        if module.is_transposed:
+        if module.is_transposed:  # quantized stacks are stored [experts, out, in], whatever the class does
             shape = (*shape[:-2], shape[-1], shape[-2])
         modules.quantize_stack(module, leaf, scheme, shape, parts)
 
 
 def assign(model: Any, storages: Mapping[str, Storage]) -> None:
-    """Give parameters and buffers the memory that a stream has filled."""
+    """Give a model's parameters and buffers their memory, by name."""
     for name, storage in storages.items():
         _set(model, name, storage.weight)
         if storage.scale is not None:
@@ -91,5 +95,5 @@ def _set(model: Any, name: str, tensor: torch.Tensor) -> None:
         module._buffers[leaf] = tensor
         return
     parameter = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # or transformers would initialise it anew
     module._parameters[leaf] = parameter
