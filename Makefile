@@ -55,7 +55,7 @@ peers: $(READY) ## our output against other libraries
 	$(PY) -m pytest -m "peers and not gpu" $(ARGS)
 
 peers-vllm: $(VLLM_VENV)/.installed ## octavo in vLLM's real engine, on a CPU
-	$(VLLM_VENV)/bin/python -m pytest -m peers tests/peers/test_*vllm*.py $(ARGS)
+	$(VLLM_VENV)/bin/python -m pytest -m peers tests/peers/adapters/vllm tests/peers/session/test_layerwise_vllm*.py $(ARGS)
 
 gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)

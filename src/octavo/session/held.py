@@ -68,9 +68,7 @@ class Held:
         if not holds_weights(values):
             return False
         storage = self.storage(item)
-        return all(
-            storage.holds_groups(cut.box) for piece in pieces for cut in storage.split(item.as_stored(piece))
-        )
+        return all(storage.holds_groups(cut.box) for piece in pieces for cut in storage.split(item.as_stored(piece)))
 
     def storage(self, item: Item) -> QuantizedStorage:
         """An item's FP8 storage, allocated when first asked for."""

@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("vllm_engine"),
 ]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[4]
 LINE = "--enforce-eager --dtype=bfloat16 --max_model_len=2048 --quantization={} -tp=2"
 MORE = " --block-size 64 --gpu-memory-utilization 0.3 --trust-remote-code"
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 OLDEST = "5.17.0"
-REPOSITORY = Path(__file__).resolve().parents[2]
-SUITE = sorted((REPOSITORY / "tests" / "integration").glob("test_transformers*.py"))
+REPOSITORY = Path(__file__).resolve().parents[4]
+SUITE = sorted((REPOSITORY / "tests" / "integration" / "adapters" / "transformers").glob("test_*.py"))
 
 pytestmark = [pytest.mark.peers, pytest.mark.slow]
 

@@ -1,6 +1,6 @@
 """What is written loads in stock transformers, without octavo, as the weights that it stands for.
 
-Three cases that are always tried; `tests/peers/test_formats.py` has the whole table.
+Three cases that are always tried; `tests/peers/conversion/test_formats.py` has the whole table.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from helpers import random_weights, same_bytes
 from octavo.errors import WeightError
 from octavo.numerics import schemes
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from _models import CONFIGS, make_checkpoint
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
