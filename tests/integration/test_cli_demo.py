@@ -36,7 +36,7 @@ def _tiny(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return answer(*args, max_new_tokens=3, **options)
 
     monkeypatch.setattr(demo, "prepare", lambda progress: llama)
-    monkeypatch.setattr(demo, "EVAL_TEXT", demo.EVAL_TEXT[:100])  # the model here has 128 positions
+    monkeypatch.setattr(demo, "EVAL_TEXT", demo.EVAL_TEXT[:64])  # the model here has 128 positions
     monkeypatch.setattr(demo, "answer", short)
 
 
@@ -49,7 +49,7 @@ def test_it_shows_the_curve_answers_and_a_comparison(llama: Path, tmp_path: Path
     threads = torch.get_num_threads()
     ended = run("demo", "--plot", tmp_path / "curve.png")
     assert (ended.code, ended.err) == (0, "")
-    for part in ("the model, unquantized", demo.QUESTION, "bf16", "100 tokens of prose", "KL divergence"):
+    for part in ("the model, unquantized", demo.QUESTION, "bf16", "64 tokens of prose", "KL divergence"):
         assert part in ended.out
     assert f"octavo convert {llama} " in ended.out
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
