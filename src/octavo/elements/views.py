@@ -1,14 +1,15 @@
 """A view of a tensor, as boxes of it.
 
 A loader narrows, chunks, transposes and views a parameter before it writes. All that is left of it when the write comes
-are the view's offset, sizes and strides; `trace_view` turns them back into boxes of the parameter, and says which part
-of the written values each box takes.
+are the view's offset, sizes and strides; a `Layout` turns them back into boxes of the parameter, and says which part of
+the written values each box takes.
 
 Offsets, sizes and strides are in elements.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
@@ -18,16 +19,146 @@ from .boxes import Box
 from .pieces import Piece
 
 
+class NoBoxError(ValueError):
+    """A view that boxes of the tensor can't express (overlapping elements, a tensor with holes)."""
+
+
 class _Dim(NamedTuple):
-    """An axis of a view: ``size`` elements, ``dst`` apart in the parameter, ``src`` apart in the written values."""
+    """An axis of a view: ``size`` elements, ``dst`` apart in the tensor, ``src`` apart in the written values."""
 
     size: int
     dst: int
     src: int
 
 
-class NoBoxError(ValueError):
-    """A view that boxes of the parameter can't express (overlapping elements, a parameter with holes)."""
+class Layout:
+    """Shape and strides of a tensor; finds the boxes of it that its views are.
+
+    Nearly all views that loaders make are one box whose axes are the tensor's own: these are found in a few
+    microseconds, all others in some ten times as many.
+    """
+
+    def __init__(self, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        self.shape, self.strides = shape, strides
+        #: axes with more than one element, outermost first: (axis, stride, extent)
+        self._axes = [(d, strides[d], n) for d, n in enumerate(shape) if n > 1]
+        self._axes.sort(key=lambda axis: -axis[1])
+        self._axis_of = {step: axis for axis, step, _ in self._axes}
+        self._is_dense = self._is_nested = 0 not in shape
+        reach = 1  # elements from the first to beyond the last of the inner axes
+        for _, step, extent in reversed(self._axes):
+            self._is_dense &= step == reach
+            self._is_nested &= step >= reach
+            reach = extent * step
+
+    def boxes(self, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> list[Box]:
+        """The boxes that a view covers. Errors as for `pieces`."""
+        return [piece.box for piece in self.pieces(offset, sizes, strides, (0,) * len(sizes))]
+
+    def pieces(
+        self,
+        offset: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        src_strides: Sequence[int],
+        src_off: int = 0,
+        src_name: str = "",
+    ) -> list[Piece]:
+        """The boxes that a view covers, in order of the view, and where the values that are written to it come from.
+
+        Args:
+            offset, sizes, strides: of the view, the offset relative to the tensor's own.
+            src_strides, src_off: of what is written to the view, axis by axis.
+
+        Raises:
+            NoBoxError: elements of the view coincide or lie outside of the tensor, or the tensor has holes and the view
+                does not keep its axes.
+        """
+        if 0 in sizes:
+            return []
+        one = self._one_box(offset, sizes, strides, src_strides, src_off, src_name)
+        if one is not None:
+            return [one]
+        if not self._is_dense:
+            raise NoBoxError(f"shape {list(self.shape)} with strides {list(self.strides)} is not dense")
+        dims = [_Dim(*dim) for dim in zip(sizes, strides, src_strides, strict=True) if dim[0] > 1]
+        if any(dim.dst <= 0 for dim in dims):
+            raise NoBoxError("the view repeats elements")
+        if offset < 0 or offset + sum((dim.size - 1) * dim.dst for dim in dims) >= math.prod(self.shape):
+            raise NoBoxError("the view reaches beyond the tensor")
+        return [
+            Piece(tuple(start), tuple(size), src_name, shift, tuple(src))
+            for start, size, src, shift in self._decode(offset, _merged(dims), src_off)
+        ]
+
+    def _one_box(
+        self,
+        offset: int,
+        sizes: Sequence[int],
+        strides: Sequence[int],
+        src_strides: Sequence[int],
+        src_off: int,
+        src_name: str,
+    ) -> Piece | None:
+        """The box of a view that keeps the tensor's axes, in whatever order; None for any other."""
+        if offset < 0 or not self._is_nested:
+            return None
+        shape, axis_of = self.shape, self._axis_of
+        start, size, src = [0] * len(shape), [1] * len(shape), [0] * len(shape)
+        for axis, step, extent in self._axes:
+            start[axis] = at = offset // step
+            if at >= extent:
+                return None
+            offset -= at * step
+        if offset:  # in a hole
+            return None
+        for n, step, src_step in zip(sizes, strides, src_strides, strict=True):
+            if n > 1:
+                found = axis_of.get(step, -1)
+                if found < 0 or size[found] > 1 or start[found] + n > shape[found]:
+                    return None
+                size[found], src[found] = n, src_step
+        return Piece(tuple(start), tuple(size), src_name, src_off, tuple(src))
+
+    def _decode(self, offset: int, dims: Sequence[_Dim], shift: int) -> Iterator[_Found]:
+        """Offsets, sizes and source strides along the axes, and the source offset, of each box."""
+        start, rest = [0] * len(self.shape), offset
+        for axis, step, _ in self._axes:
+            start[axis], rest = divmod(rest, step)
+        size, src = [1] * len(start), [0] * len(start)
+        queue = list(dims)
+        while queue:
+            dim = queue.pop(0)
+            axis, step, extent = next(found for found in self._axes if found[1] <= dim.dst)
+            others = [*(_Dim(size[a], s, src[a]) for a, s, _ in self._axes if size[a] > 1), *queue]
+            if dim.dst != step or size[axis] > 1:  # every other row, say: each is a box of its own
+                for k in range(dim.size):
+                    yield from self._decode(offset + k * dim.dst, others, shift + k * dim.src)
+                return
+            if start[axis] + dim.size <= extent:
+                size[axis], src[axis] = dim.size, dim.src
+                continue
+            # a run that goes on in the next row: what is left of this row, then whole rows, then the rest
+            if start[axis] == 0 and dim.size % extent == 0:
+                rows = _Dim(dim.size // extent, step * extent, dim.src * extent)
+                queue = sorted([rows, _Dim(extent, step, dim.src), *queue], key=lambda d: -d.dst)
+                continue
+            first = extent - start[axis] if start[axis] else dim.size // extent * extent
+            for begin, count in ((0, first), (first, dim.size - first)):
+                part = [*others, _Dim(count, step, dim.src)]
+                ordered = sorted((d for d in part if d.size > 1), key=lambda d: -d.dst)
+                yield from self._decode(offset + begin * step, ordered, shift + begin * dim.src)
+            return
+        yield start, size, src, shift
+
+
+_Found = tuple[list[int], list[int], list[int], int]
+
+
+@functools.lru_cache(maxsize=4096)
+def layout_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+    """The layout of a tensor; a model has thousands of them, and few that differ."""
+    return Layout(shape, strides)
 
 
 def trace_view(
@@ -40,35 +171,8 @@ def trace_view(
     src_off: int = 0,
     src_name: str = "",
 ) -> list[Piece]:
-    """The boxes of a parameter that a view of it covers, in order of the view, and where their values come from.
-
-    Args:
-        shape, strides: of the parameter, which must be dense (any order of axes).
-        offset, sizes, dst_strides: of the view, the offset relative to the parameter's own.
-        src_strides, src_off: of what is written to the view, axis by axis.
-
-    Raises:
-        NoBoxError: the parameter has holes, or elements of the view coincide.
-    """
-    if not math.prod(sizes):
-        return []
-    order = sorted((d for d in range(len(shape)) if shape[d] > 1), key=lambda d: -strides[d])
-    extents, steps = [shape[d] for d in order], [strides[d] for d in order]
-    inner = 1
-    for extent, step in zip(reversed(extents), reversed(steps), strict=True):
-        if step != inner:
-            raise NoBoxError(f"shape {list(shape)} with strides {list(strides)} is not dense")
-        inner *= extent
-    dims = [_Dim(*dim) for dim in zip(sizes, dst_strides, src_strides, strict=True) if dim[0] > 1]
-    if any(dim.dst <= 0 for dim in dims):
-        raise NoBoxError("the view repeats elements")
-    pieces = []
-    for off, size, src, shift in _decode(extents, steps, offset, _merged(dims), src_off):
-        whole_off, whole_size, whole_src = [0] * len(shape), [1] * len(shape), [0] * len(shape)
-        for d, a, n, s in zip(order, off, size, src, strict=True):
-            whole_off[d], whole_size[d], whole_src[d] = a, n, s
-        pieces.append(Piece(tuple(whole_off), tuple(whole_size), src_name, shift, tuple(whole_src)))
-    return pieces
+    """`Layout.pieces` for a tensor of that shape and with these strides."""
+    return layout_of(tuple(shape), tuple(strides)).pieces(offset, sizes, dst_strides, src_strides, src_off, src_name)
 
 
 #: rows of a layout: more than any storage has
@@ -122,43 +226,3 @@ def _merged(dims: Sequence[_Dim]) -> list[_Dim]:
             dim = _Dim(merged.pop().size * dim.size, dim.dst, dim.src)
         merged.append(dim)
     return merged
-
-
-_Found = tuple[list[int], list[int], list[int], int]
-
-
-def _decode(extents: list[int], steps: list[int], offset: int, dims: list[_Dim], shift: int) -> Iterator[_Found]:
-    """(offsets, sizes, source strides) along the parameter's axes, outermost first, and the source offset."""
-    start, rest = [], offset
-    for step in steps:
-        start.append(rest // step)
-        rest %= step
-    size, src, taken = [1] * len(steps), [0] * len(steps), [False] * len(steps)
-    queue = list(dims)
-    while queue:
-        dim = queue.pop(0)
-        axis = next(i for i, step in enumerate(steps) if step <= dim.dst)
-        others = [*(_Dim(size[i], steps[i], src[i]) for i in range(len(steps)) if taken[i]), *queue]
-        if dim.dst != steps[axis] or taken[axis]:  # every other row, say: each is a box of its own
-            for k in range(dim.size):
-                yield from _decode(extents, steps, offset + k * dim.dst, others, shift + k * dim.src)
-            return
-        room = extents[axis] - start[axis]
-        if dim.size <= room:
-            size[axis], src[axis], taken[axis] = dim.size, dim.src, True
-            continue
-        if axis == 0:
-            raise NoBoxError("the view reaches beyond the parameter")
-        # a run that goes on in the next row: what is left of this row, then whole rows, then the rest
-        extent = extents[axis]
-        if start[axis] == 0 and dim.size % extent == 0:
-            rows = _Dim(dim.size // extent, steps[axis - 1], dim.src * extent)
-            queue = sorted([rows, _Dim(extent, dim.dst, dim.src), *queue], key=lambda d: -d.dst)
-            continue
-        first = room if start[axis] else dim.size // extent * extent
-        for begin, count in ((0, first), (first, dim.size - first)):
-            part = [*others, _Dim(count, dim.dst, dim.src)]
-            ordered = sorted((d for d in part if d.size > 1), key=lambda d: -d.dst)
-            yield from _decode(extents, steps, offset + begin * dim.dst, ordered, shift + begin * dim.src)
-        return
-    yield start, size, src, shift

@@ -153,3 +153,16 @@ def test_buffers_are_loaded_where_they_are_on_meta_or_written() -> None:
     assert torch.equal(model["b"].running_var, torch.full((8,), 3.0))
     assert torch.equal(model["b"].running_mean, torch.zeros(8))
     assert int(model["a"].num_batches_tracked) == 3
+
+
+@pytest.mark.parametrize("scheme", [None, "fp8_channel"])
+def test_a_parameter_with_holes_is_loaded(scheme: str | None) -> None:
+    model = nn.ModuleDict({"a": nn.Linear(64, 8, bias=False)})
+    model["a"].weight = nn.Parameter(torch.zeros(8, 80)[:, :64])
+    weight = torch.randn(8, 64)
+    with Session(model, scheme, "cpu") as session:
+        session.load([("a.weight", weight)])
+    if scheme:
+        assert_quantized(model["a"], weight, scheme)
+    else:
+        assert torch.equal(model["a"].weight, weight)
