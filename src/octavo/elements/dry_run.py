@@ -9,7 +9,6 @@ names, fusing and sharding; none of it is repeated here.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from ..errors import CoverageError
 from .boxes import Box
 from .operations import PlainDispatchMode, is_view, storage_key, tensors_in
 from .pieces import contiguous_strides
+from .views import Layout, NoBoxError, layout_of
 
 _aten = torch.ops.aten
 _copy_ = _aten.copy_.default
@@ -160,15 +160,37 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+class _Target(NamedTuple):
+    """A parameter or buffer that is written to."""
+
+    name: str
+    itemsize: int
+    offset: int
+    layout: Layout
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> _Target:
+        offset, size, strides = View.of(tensor)
+        return cls(name, tensor.itemsize, offset, layout_of(size, strides))
+
+    def box_of(self, part: View) -> Box | None:
+        """The box that a view of the same memory is; None if it is none."""
+        try:
+            (box,) = self.layout.boxes(part.offset - self.offset, part.size, part.strides, at_most=1)
+        except NoBoxError:
+            return None
+        return box
+
+
 class _Recorder(PlainDispatchMode):
     """Notes writes into ``targets``; follows sources through views and computations by the identity of storages."""
 
     def __init__(self, targets: dict[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
-        self._targets: dict[int, list[tuple[str, Whole]]] = {}
+        self._targets: dict[int, list[_Target]] = {}
         for name, tensor in targets.items():
-            self._targets.setdefault(_storage(tensor), []).append((name, Whole(tensor)))
+            self._targets.setdefault(_storage(tensor), []).append(_Target.of(name, tensor))
         self._roots: dict[int, frozenset[str]] = {}
         self._itemsizes: dict[int, int] = {}  # of roots; seen as another dtype, they are not counted in elements
         self._derived: dict[int, frozenset[str]] = {}
@@ -188,7 +210,7 @@ class _Recorder(PlainDispatchMode):
     def adopt(self, made: dict[str, Tensor]) -> None:
         """Count parameters that the loader has made on the way, and what was written into them, as the model's."""
         for name, tensor in made.items():
-            self._targets[_storage(tensor)] = [(name, Whole(tensor))]
+            self._targets[_storage(tensor)] = [_Target.of(name, tensor)]
             self.trace.computes = True
         for target, sources, view in self._elsewhere:
             if _storage(target) in self._targets:
@@ -282,67 +304,12 @@ class _Recorder(PlainDispatchMode):
         into, homes = View.of(target), self._targets[_storage(target)]
         if 0 in into.size:
             return
-        for name, whole in homes:
-            box = whole.box_of(into) if target.itemsize == whole.itemsize else None
+        for home in homes:
+            box = home.box_of(into) if target.itemsize == home.itemsize else None
             if box is not None:
-                self.trace.copies.append(Copy(name, box, sources, view, into))
+                self.trace.copies.append(Copy(home.name, box, sources, view, into))
                 return
-        self.trace.opaque[homes[0][0]] = min(sources, default="a constant")
-
-
-class Whole:
-    """A parameter, for finding the boxes of it that views are."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.offset, self.shape, self.strides = View.of(tensor)
-        self.itemsize = tensor.itemsize
-        axes = range(len(self.shape))
-        #: (axis, stride) of axes with more than one element, outermost first
-        self._outer = [(d, self.strides[d]) for d in sorted(axes, key=lambda d: -self.strides[d]) if self.shape[d] > 1]
-        self._axis_of = {stride: axis for axis, stride in self._outer}
-        self._empty = 0 in self.shape
-
-    def box_of(self, part: View) -> Box | None:
-        """The box that a part is, along the axes of the parameter; None if it is none."""
-        rest = part.offset - self.offset
-        if rest < 0 or self._empty or 0 in part.size:
-            return None
-        at, start, size = rest, [0] * len(self.shape), [1] * len(self.shape)
-        for axis, stride in self._outer:
-            start[axis], rest = divmod(rest, stride)
-        taken = set()
-        for n, stride in zip(part.size, part.strides, strict=True):
-            if n > 1:
-                axis = self._axis_of.get(stride, -1)
-                if axis < 0 or axis in taken:
-                    return self._flat_box(at, part)
-                taken.add(axis)
-                size[axis] = n
-        if rest:
-            return self._flat_box(at, part)
-        for first, n, end in zip(start, size, self.shape, strict=True):
-            if first + n > end:
-                return self._flat_box(at, part)
-        return Box(tuple(start), tuple(size))
-
-    def _flat_box(self, begin: int, part: View) -> Box | None:
-        """The same for a contiguous part that is seen in another shape, where it is whole rows of an axis."""
-        if not is_run(part.size, part.strides) or not is_run(self.shape, self.strides):
-            return None
-        length = math.prod(part.size)
-        for axis, stride in enumerate(contiguous_strides(self.shape)):
-            if length % stride == 0 and begin % stride == 0:
-                outer = begin // (stride * self.shape[axis])
-                at, count = begin // stride % self.shape[axis], length // stride
-                if at + count > self.shape[axis]:
-                    return None
-                start, size = [0] * len(self.shape), list(self.shape)
-                for d in range(axis - 1, -1, -1):
-                    outer, start[d] = divmod(outer, self.shape[d])
-                    size[d] = 1
-                start[axis], size[axis] = at, count
-                return Box(tuple(start), tuple(size))
-        return None
+        self.trace.opaque[homes[0].name] = min(sources, default="a constant")
 
 
 def is_run(size: Sequence[int], strides: Sequence[int]) -> bool:

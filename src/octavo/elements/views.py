@@ -51,9 +51,11 @@ class Layout:
             self._is_nested &= step >= reach
             reach = extent * step
 
-    def boxes(self, offset: int, sizes: Sequence[int], strides: Sequence[int]) -> list[Box]:
+    def boxes(
+        self, offset: int, sizes: Sequence[int], strides: Sequence[int], at_most: int | None = None
+    ) -> list[Box]:
         """The boxes that a view covers. Errors as for `pieces`."""
-        return [piece.box for piece in self.pieces(offset, sizes, strides, (0,) * len(sizes))]
+        return [piece.box for piece in self.pieces(offset, sizes, strides, (0,) * len(sizes), at_most=at_most)]
 
     def pieces(
         self,
@@ -63,6 +65,8 @@ class Layout:
         src_strides: Sequence[int],
         src_off: int = 0,
         src_name: str = "",
+        *,
+        at_most: int | None = None,
     ) -> list[Piece]:
         """The boxes that a view covers, in order of the view, and where the values that are written to it come from.
 
@@ -72,7 +76,7 @@ class Layout:
 
         Raises:
             NoBoxError: elements of the view coincide or lie outside of the tensor, or the tensor has holes and the view
-                does not keep its axes.
+                does not keep its axes, or there are more than ``at_most`` boxes.
         """
         if 0 in sizes:
             return []
@@ -86,10 +90,10 @@ class Layout:
             raise NoBoxError("the view repeats elements")
         if offset < 0 or offset + sum((dim.size - 1) * dim.dst for dim in dims) >= math.prod(self.shape):
             raise NoBoxError("the view reaches beyond the tensor")
-        return [
-            Piece(tuple(start), tuple(size), src_name, shift, tuple(src))
-            for start, size, src, shift in self._decode(offset, _merged(dims), src_off)
-        ]
+        found = list(itertools.islice(self._decode(offset, _merged(dims), src_off), at_most and at_most + 1))
+        if at_most is not None and len(found) > at_most:
+            raise NoBoxError(f"the view is more than {at_most} boxes")
+        return [Piece(tuple(start), tuple(size), src_name, shift, tuple(src)) for start, size, src, shift in found]
 
     def _one_box(
         self,

@@ -6,13 +6,11 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.elements.boxes import Box
-from octavo.elements.dry_run import Copy, Source, View, Whole, trace
+from octavo.elements.dry_run import Copy, Source, View, trace
 from octavo.errors import CoverageError
 
 
@@ -228,42 +226,3 @@ def test_a_parameter_that_the_loader_makes_is_the_models():
     assert (late.box, late.src_name) == (((1,), (3,)), "late")
     assert (padding.box, padding.sources) == (((0,), (1,)), frozenset())
     assert seen.computes  # it makes another one each time
-
-
-@st.composite
-def boxes(draw):
-    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
-    start = [draw(st.integers(0, n - 1)) for n in shape]
-    size = [draw(st.integers(1, n - a)) for n, a in zip(shape, start, strict=True)]
-    return tuple(shape), tuple(start), tuple(size)
-
-
-@given(boxes())
-def test_every_slice_is_found_as_the_box_it_is(given_box):
-    shape, start, size = given_box
-    whole = torch.zeros(shape)
-    part = whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
-    assert Whole(whole).box_of(View.of(part)) == (start, size)
-
-
-@given(boxes(), st.data())
-def test_a_box_that_is_found_holds_the_elements_of_the_view(given_box, data):
-    """Whatever view is made of a parameter: if a box is named, it is the right one."""
-    shape, start, size = given_box
-    whole = torch.arange(torch.Size(shape).numel()).view(shape)
-    part = whole[tuple(slice(a, a + n) for a, n in zip(start, size, strict=True))]
-    for _ in range(2):
-        dim = data.draw(st.integers(0, part.ndim - 1)) if part.ndim else 0
-        how = data.draw(st.sampled_from(["select", "transpose", "flat", "step"]))
-        if how == "select" and part.ndim:
-            part = part.select(dim, 0)
-        elif how == "transpose" and part.ndim > 1:
-            part = part.transpose(0, 1)
-        elif how == "flat" and part.is_contiguous():
-            part = part.view(-1)
-        elif how == "step" and part.ndim:
-            part = part[::2]
-    found = Whole(whole).box_of(View.of(part))
-    if found is not None:
-        box = whole[tuple(slice(a, a + n) for a, n in zip(*found, strict=True))]
-        assert sorted(box.flatten().tolist()) == sorted(part.flatten().tolist())

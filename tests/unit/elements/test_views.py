@@ -70,6 +70,15 @@ def test_every_other_row_is_a_box_of_its_own():
     assert layout_of(tensor).boxes(*place(tensor[1::2])) == [Box((1, 0), (1, 6)), Box((3, 0), (1, 6))]
 
 
+def test_a_view_of_too_many_boxes_is_given_up_before_they_are_made():
+    layout, view = Layout((1 << 20, 1 << 20), (1 << 20, 1)), (0, (1 << 20, 1 << 19), (1 << 20, 2))
+    with pytest.raises(NoBoxError, match="more than 256 boxes"):
+        layout.boxes(*view, at_most=256)
+    assert len(Layout((4, 6), (6, 1)).boxes(0, (4, 3), (6, 2), at_most=12)) == 12
+    with pytest.raises(NoBoxError, match="more than 11 boxes"):
+        Layout((4, 6), (6, 1)).boxes(0, (4, 3), (6, 2), at_most=11)
+
+
 def test_views_without_elements_have_no_boxes():
     tensor = torch.empty(4, 6)
     assert layout_of(tensor).boxes(*place(tensor[2:2])) == []
