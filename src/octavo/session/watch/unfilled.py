@@ -10,8 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...elements.boxes import Box, Gaps
 from ...elements.operations import Operation, offset_of, storage_key
-from ...elements.pieces import Piece
-from ...elements.views import NoBoxError, trace_view
+from ...elements.views import Layout, NoBoxError, layout_of
 
 aten = torch.ops.aten
 _ALLOCATIONS = frozenset({aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided})
@@ -22,8 +21,7 @@ _MANY = 256
 class _Memory(NamedTuple):
     reference: Any
     itemsize: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    layout: Layout
     gaps: Gaps
 
 
@@ -55,10 +53,10 @@ class Unfilled:
     def gaps(self, view: Tensor) -> list[Box]:
         """The boxes of a view that nothing was written to; the whole view where they are not boxes of it."""
         found = self._find(view)
-        pieces = [] if found is None else self._trace(found, view)
-        if found is None or not any(piece.box.common(gap) for piece in pieces for gap in found.gaps.boxes):
+        boxes = [] if found is None else self._boxes(found, view)
+        if found is None or not any(box.common(gap) for box in boxes for gap in found.gaps.boxes):
             return []
-        if (found.shape, found.strides) == (tuple(view.shape), view.stride()):
+        if (found.layout.shape, found.layout.strides) == (tuple(view.shape), view.stride()):
             return list(found.gaps.boxes)
         return [Box((0,) * view.ndim, tuple(view.shape))]
 
@@ -69,18 +67,17 @@ class Unfilled:
             self._memory = {key: found for key, found in self._memory.items() if not found.reference.expired()}
             self._purge_at = 2 * len(self._memory) + 64
         reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-        self._memory[key] = _Memory(
-            reference, tensor.itemsize, tuple(tensor.shape), tensor.stride(), Gaps(tensor.shape)
-        )
+        layout = layout_of(tuple(tensor.shape), tensor.stride())
+        self._memory[key] = _Memory(reference, tensor.itemsize, layout, Gaps(tensor.shape))
 
     def _wrote(self, view: Tensor) -> None:
         found = self._find(view)
         if found is None:
             return
-        pieces = self._trace(found, view)
-        for piece in pieces:
-            found.gaps.fill(piece.box)
-        if not pieces or not found.gaps:
+        boxes = self._boxes(found, view)
+        for box in boxes:
+            found.gaps.fill(box)
+        if not boxes or not found.gaps:
             self.forget(view)
 
     def _find(self, view: Tensor) -> _Memory | None:
@@ -90,13 +87,10 @@ class Unfilled:
             return None
         return found
 
-    def _trace(self, found: _Memory, view: Tensor) -> list[Piece]:
+    def _boxes(self, found: _Memory, view: Tensor) -> list[Box]:
         if view.itemsize != found.itemsize:
             return []
         try:
-            pieces = trace_view(
-                found.shape, found.strides, offset_of(view), view.shape, view.stride(), (0,) * view.ndim
-            )
+            return found.layout.boxes(offset_of(view), view.shape, view.stride(), at_most=_MANY)
         except NoBoxError:
             return []
-        return pieces if len(pieces) <= _MANY else []
