@@ -51,9 +51,7 @@ class Layout:
             self._is_nested &= step >= reach
             reach = extent * step
 
-    def boxes(
-        self, offset: int, sizes: Sequence[int], strides: Sequence[int], at_most: int | None = None
-    ) -> list[Box]:
+    def boxes(self, offset: int, sizes: Sequence[int], strides: Sequence[int], at_most: int | None = None) -> list[Box]:
         """The boxes that a view covers. Errors as for `pieces`."""
         return [piece.box for piece in self.pieces(offset, sizes, strides, (0,) * len(sizes), at_most=at_most)]
 
@@ -134,19 +132,22 @@ class Layout:
         while queue:
             dim = queue.pop(0)
             axis, step, extent = next(found for found in self._axes if found[1] <= dim.dst)
+            if dim.dst == step and size[axis] == 1 and start[axis] + dim.size <= extent:
+                size[axis], src[axis] = dim.size, dim.src
+                continue
+            # where the next rows of an axis go on alike
+            row = next((outer for _, outer, _ in reversed(self._axes) if outer > dim.dst and not outer % dim.dst), 0)
+            count = row // dim.dst
+            if 0 < count < dim.size and not dim.size % count and offset % row < dim.dst:
+                rows = [_Dim(dim.size // count, row, dim.src * count), dim._replace(size=count)]
+                queue = sorted([*rows, *queue], key=lambda d: -d.dst)
+                continue
             others = [*(_Dim(size[a], s, src[a]) for a, s, _ in self._axes if size[a] > 1), *queue]
             if dim.dst != step or size[axis] > 1:  # every other row, say: each is a box of its own
                 for k in range(dim.size):
                     yield from self._decode(offset + k * dim.dst, others, shift + k * dim.src)
                 return
-            if start[axis] + dim.size <= extent:
-                size[axis], src[axis] = dim.size, dim.src
-                continue
             # a run that goes on in the next row: what is left of this row, then whole rows, then the rest
-            if start[axis] == 0 and dim.size % extent == 0:
-                rows = _Dim(dim.size // extent, step * extent, dim.src * extent)
-                queue = sorted([rows, _Dim(extent, step, dim.src), *queue], key=lambda d: -d.dst)
-                continue
             first = extent - start[axis] if start[axis] else dim.size // extent * extent
             for begin, count in ((0, first), (first, dim.size - first)):
                 part = [*others, _Dim(count, step, dim.src)]

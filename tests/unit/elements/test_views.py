@@ -74,9 +74,20 @@ def test_a_view_of_too_many_boxes_is_given_up_before_they_are_made():
     layout, view = Layout((1 << 20, 1 << 20), (1 << 20, 1)), (0, (1 << 20, 1 << 19), (1 << 20, 2))
     with pytest.raises(NoBoxError, match="more than 256 boxes"):
         layout.boxes(*view, at_most=256)
-    assert len(Layout((4, 6), (6, 1)).boxes(0, (4, 3), (6, 2), at_most=12)) == 12
-    with pytest.raises(NoBoxError, match="more than 11 boxes"):
-        Layout((4, 6), (6, 1)).boxes(0, (4, 3), (6, 2), at_most=11)
+    assert len(Layout((4, 6), (6, 1)).boxes(0, (4, 3), (6, 2), at_most=3)) == 3
+    with pytest.raises(NoBoxError, match="more than 2 boxes"):
+        Layout((4, 6), (6, 1)).boxes(0, (4, 3), (6, 2), at_most=2)
+
+
+def test_every_other_column_is_a_box_of_all_rows():
+    boxes = [Box((0, at), (4, 1)) for at in (1, 3, 5)]
+    assert Layout((4, 6), (6, 1)).boxes(1, (4, 3), (6, 2)) == boxes
+    assert Layout((4, 6), (6, 1)).boxes(1, (12,), (2,)) == boxes
+    assert Layout((2, 2, 6), (12, 6, 1)).boxes(2, (6,), (4,)) == [
+        Box((0, 0, 2), (2, 1, 1)),
+        Box((0, 1, 0), (2, 1, 1)),
+        Box((0, 1, 4), (2, 1, 1)),
+    ]
 
 
 def test_views_without_elements_have_no_boxes():
