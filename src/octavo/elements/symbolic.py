@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .pieces import Piece, put_at, whole
+from .pieces import Piece, contiguous_strides, put_at, whole
+from .views import layout_of
 
 
 class NotMovementError(NotImplementedError):
@@ -160,126 +162,17 @@ def _same(t: Symbolic, *_: Any, **__: Any) -> Symbolic:
     return _like(t, t.shape, t.pieces)
 
 
-class _Axis(NamedTuple):
-    """One axis of a box: [off, off + size) of ``extent``, ``stride`` apart in the source."""
-
-    off: int
-    size: int
-    stride: int
-    extent: int
-
-
-class _Axes(NamedTuple):
-    """A box along some axes, and the source's strides; ``shift`` is what it adds to the source offset."""
-
-    off: tuple[int, ...]
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
-    shift: int
-
-
 def _view(t: Symbolic, shape: Sequence[int]) -> Symbolic:
-    """Reshape, row-major. Axes fall into groups with equal products; each group is flattened and cut anew."""
+    """Reshape, row-major: what a piece fills is a view of the memory of the new shape."""
     new = list(shape)
     if -1 in new:
         new[new.index(-1)] = t.numel() // -math.prod(new)
-    groups = _matching_groups(list(t.shape), new)
+    layout, strides = layout_of(tuple(new), contiguous_strides(new)), contiguous_strides(t.shape)
     pieces = []
-    for piece in t.pieces:
-        per_group = []
-        for old_axes, new_axes in groups:
-            axes = [_Axis(piece.dst_off[d], piece.size[d], piece.src_strides[d], t.shape[d]) for d in old_axes]
-            per_group.append(_regroup(axes, [new[d] for d in new_axes]))
-        for boxes in itertools.product(*per_group):
-            pieces.append(
-                Piece(
-                    tuple(itertools.chain(*(box.off for box in boxes))),
-                    tuple(itertools.chain(*(box.size for box in boxes))),
-                    piece.src_name,
-                    piece.src_off + sum(box.shift for box in boxes),
-                    tuple(itertools.chain(*(box.strides for box in boxes))),
-                )
-            )
+    for p in t.pieces:
+        offset = sum(map(operator.mul, p.dst_off, strides))
+        pieces += layout.pieces(offset, p.size, strides, p.src_strides, p.src_off, p.src_name)
     return _like(t, new, pieces)
-
-
-def _matching_groups(old: list[int], new: list[int]) -> list[tuple[range, range]]:
-    """Cut both shapes into the shortest runs of axes whose products agree."""
-    groups = []
-    i = j = 0
-    while i < len(old) or j < len(new):
-        i0, j0 = i, j
-        a = b = 1
-        if i < len(old):
-            a, i = old[i], i + 1
-        if j < len(new):
-            b, j = new[j], j + 1
-        while a != b:
-            if (a < b and i < len(old)) or j == len(new):
-                a, i = a * old[i], i + 1
-            else:
-                b, j = b * new[j], j + 1
-        groups.append((range(i0, i), range(j0, j)))
-    return groups
-
-
-def _regroup(axes: Sequence[_Axis], extents: Sequence[int]) -> list[_Axes]:
-    """A box over ``axes``, seen as one row-major axis, cut into boxes over axes of the given extents."""
-    boxes = []
-    for run, shift in _flatten(axes):
-        boxes += [box._replace(shift=box.shift + shift) for box in _unflatten(run, extents)]
-    return boxes
-
-
-def _flatten(axes: Sequence[_Axis]) -> list[tuple[_Axis, int]]:
-    """A box as runs along the flat axis: (run, source shift)."""
-    runs = [(_Axis(0, 1, 0, 1), 0)]
-    for axis in axes:
-        extended = []
-        for run, shift in runs:
-            extent = run.extent * axis.extent
-            full = axis.off == 0 and axis.size == axis.extent
-            if axis.extent == 1:
-                extended.append((run, shift))
-            elif run.size == 1:
-                extended.append((_Axis(run.off * axis.extent + axis.off, axis.size, axis.stride, extent), shift))
-            elif full and run.stride == axis.stride * axis.extent:
-                extended.append((_Axis(run.off * axis.extent, run.size * axis.extent, axis.stride, extent), shift))
-            else:
-                for k in range(run.size):
-                    off = (run.off + k) * axis.extent + axis.off
-                    extended.append((_Axis(off, axis.size, axis.stride, extent), shift + k * run.stride))
-        runs = extended
-    return runs
-
-
-def _unflatten(run: _Axis, extents: Sequence[int]) -> list[_Axes]:
-    """A run along a flat axis as boxes over axes of the given extents."""
-    if not extents:
-        return [_Axes((), (), (), 0)]
-    if len(extents) == 1:
-        return [_Axes((run.off,), (run.size,), (run.stride,), 0)]
-    inner = math.prod(extents[1:])
-    boxes = []
-    at, end = run.off, run.off + run.size
-    while at < end:
-        index, rest = divmod(at, inner)
-        shift = (at - run.off) * run.stride
-        if rest == 0 and end - at >= inner:  # whole rows of the outer axis
-            count, length = (end - at) // inner, inner
-        else:
-            count, length = 1, min(inner - rest, end - at)
-        for box in _unflatten(_Axis(rest, length, run.stride, inner), extents[1:]):
-            boxes.append(
-                _Axes(
-                    (index, *box.off),
-                    (count, *box.size),
-                    (run.stride * inner, *box.strides),
-                    box.shift + shift,
-                )
-            )
-        at += count * length
-    return boxes
 
 
 _aten = torch.ops.aten
