@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checkpoint import dtypes
 from ..elements.pieces import Piece, whole
 from ..numerics import schemes
+from ..numerics.scale_grid import cells_of, cuts_no_group
 from ..numerics.schemes import Scheme
 from .placement import Placement
 
@@ -78,8 +79,12 @@ def cut_placement(placement: Placement, slot_bytes: int, first_unit: int = 0) ->
     """The chunks of one placement; units are numbered from ``first_unit``, and don't decrease."""
     itemsize = _itemsize(placement)
     found = list(_cut_placement(placement, slot_bytes))
+    grid = placement.grid if placement.scheme else None
     for left, (work, piece, part, unit) in zip(range(len(found) - 1, -1, -1), found, strict=True):
-        cells, phase = _position(placement, piece, part)
+        cells: tuple[slice, ...] = ()
+        phase = (0, 0)
+        if grid is not None:
+            cells, phase = grid.place(piece.box, part)
         yield Chunk(placement, work, piece, piece.numel * itemsize, cells, phase, first_unit + unit, last=not left)
 
 
@@ -91,7 +96,7 @@ def cut_tiles(shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int], li
     boxes = list(_cut(box, limit, groups, (-phase[0], -phase[1])))
     if any(b.numel > limit for b in boxes):
         boxes = list(_cut(box, limit, (1, 1), (0, 0)))
-    return tuple(Tile(b, *_cells(b, scheme, (-phase[0], -phase[1]), 0)) for b in boxes)
+    return tuple(Tile(b, *cells_of(b.box, scheme, (-phase[0], -phase[1]))) for b in boxes)
 
 
 def _itemsize(placement: Placement) -> int:
@@ -111,8 +116,7 @@ def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work
         groups = (scheme.group_rows or rows, scheme.group_cols or cols)
         spanning: list[Piece] = []  # pieces that hold only parts of scale groups
         for piece in filter(None, (_within_rows(p, start, start + rows) for p in placement.pieces)):
-            place = piece.dst_off[-2:], piece.size[-2:]
-            if not _holds_whole_groups(*place, groups, (start, 0), (start + rows, cols)):
+            if not cuts_no_group(piece.box, scheme, (start, start + rows), cols):
                 spanning.append(piece)
                 continue
             if _is_one_chunk(piece.size, piece.src_strides, limit, itemsize):
@@ -147,22 +151,6 @@ def _within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
 
 
 # a model has thousands of pieces, of few shapes
-
-
-@functools.lru_cache(maxsize=4096)
-def _holds_whole_groups(
-    place: tuple[int, ...],
-    size: tuple[int, ...],
-    groups: tuple[int, int],
-    origin: tuple[int, int],
-    end: tuple[int, int],
-) -> bool:
-    """Of a piece with so many rows and columns at that place, in a part of the matrix from ``origin`` to ``end``."""
-    for off, length, group, first, last in zip(place, size, groups, origin, end, strict=True):
-        stop = off + length
-        if (off - first) % group or (stop != last and (stop - first) % group):
-            return False
-    return True
 
 
 @functools.lru_cache(maxsize=4096)
@@ -212,40 +200,3 @@ def _cut(piece: Piece, limit: int, groups: tuple[int, int], origin: tuple[int, i
             start = stop
         return
     yield piece
-
-
-def _position(placement: Placement, piece: Piece, part: int) -> tuple[tuple[slice, ...], tuple[int, int]]:
-    if placement.scheme is None:
-        return (), (0, 0)
-    first_row, first_cell = _part_start(placement.scheme, placement.parts[:part], placement.shape[-1])
-    return _cells(piece, schemes.get(placement.scheme), (first_row, 0), first_cell)
-
-
-@functools.lru_cache(maxsize=4096)
-def _part_start(scheme: str, parts_before: tuple[int, ...], cols: int) -> tuple[int, int]:
-    """The first row of a part, and the first row of its scale groups."""
-    return sum(parts_before), sum(schemes.get(scheme).cells(rows, cols)[0] for rows in parts_before)
-
-
-def _cells(
-    box: Piece, scheme: Scheme, origin: tuple[int, int], first_cell: int
-) -> tuple[tuple[slice, ...], tuple[int, int]]:
-    """The scale groups of a box in a grid whose groups are counted from ``origin``; and where in them it begins."""
-    cells, phase = _matrix_cells(box.dst_off[-2:], box.size[-2:], scheme, origin, first_cell)
-    lead = (slice(off, off + n) for off, n in zip(box.dst_off[:-2], box.size, strict=False))
-    return (*lead, *cells), phase
-
-
-@functools.lru_cache(maxsize=4096)
-def _matrix_cells(
-    off: tuple[int, ...], size: tuple[int, ...], scheme: Scheme, origin: tuple[int, int], first_cell: int
-) -> tuple[tuple[slice, slice], tuple[int, int]]:
-    """Of rows and columns."""
-    row_cells, row_phase = _cells_along(off[0] - origin[0], size[0], scheme.group_rows, first_cell)
-    col_cells, col_phase = _cells_along(off[1] - origin[1], size[1], scheme.group_cols, 0)
-    return (row_cells, col_cells), (row_phase, col_phase)
-
-
-def _cells_along(off: int, length: int, group: int | None, first_cell: int) -> tuple[slice, int]:
-    cell, inner = divmod(off, group) if group else (0, 0)
-    return slice(first_cell + cell, first_cell + cell + schemes.count_cells(length, group, inner)), inner

@@ -13,6 +13,7 @@ from ..checkpoint import dtypes
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..numerics import schemes
+from ..numerics.scale_grid import ScaleGrid
 from .recipe import Decision
 
 
@@ -59,18 +60,20 @@ class Placement:
         return math.prod(self.shape) * dtypes.moved_bits(self.dtype_name) // 8
 
     @property
-    def scale_shape(self) -> tuple[int, ...]:
+    def grid(self) -> ScaleGrid:
+        """Its scale grid; only a quantized placement has one."""
         assert self.scheme is not None
-        return schemes.get(self.scheme).scale_shape(self.shape, self.parts)
+        return ScaleGrid(self.shape, schemes.get(self.scheme), self.parts)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape in which its scale is stored."""
+        return self.grid.stored_shape
 
     @property
     def scale_grid(self) -> tuple[int, ...]:
         """The scale's shape with its [row cells, column cells] always spelled out."""
-        assert self.scheme is not None
-        scheme = schemes.get(self.scheme)
-        *lead, _, cols = self.shape
-        rows = sum(scheme.cells(part, cols)[0] for part in self.parts)
-        return (*lead, rows, scheme.cells(1, cols)[1])
+        return self.grid.grid_shape
 
     @property
     def scale_bytes(self) -> int:

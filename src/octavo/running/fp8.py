@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..numerics import schemes
+from ..numerics.scale_grid import ScaleGrid
 from .opaque import opaque
 
 if TYPE_CHECKING:
@@ -116,23 +117,20 @@ def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
 @functools.lru_cache(maxsize=4096)
 def _layout(rows: int, cols: int, name: str, parts: tuple[int, ...]) -> _kernels_module.Layout:
     scheme = schemes.get(name)
-    if scheme.group_rows == 1:
-        parts = (rows,)
-    starts, firsts = [0], [0]
-    for part in parts:
-        starts.append(starts[-1] + part)
-        firsts.append(firsts[-1] + scheme.cells(part, cols)[0])
-    padded = [*starts[1:-1], *[rows] * 3][:3]
+    grid = ScaleGrid((rows, cols), scheme, (rows,) if scheme.group_rows == 1 else parts)
+    others = grid.each_part[1:]
+    starts, firsts = [*(part.start for part in others), rows, rows, rows], [*(p.first_cell for p in others), 0, 0, 0]
+    cell_rows, cell_cols = grid.grid_shape
     return _kernels().Layout(  # type: ignore[no-any-return]
         rows=rows,
         cols=cols,
-        cells=(firsts[-1], scheme.cells(rows, cols)[1]),
+        cells=(cell_rows, cell_cols),
         group_rows=scheme.group_rows or 1 << 30,
         group_cols=scheme.group_cols or 0,
         power_of_two=scheme.power_of_two,
-        parts=len(parts),
-        starts=(padded[0], padded[1], padded[2]),
-        firsts=tuple([*firsts[1:-1], 0, 0, 0][:3]),
+        parts=len(grid.parts),
+        starts=(starts[0], starts[1], starts[2]),
+        firsts=(firsts[0], firsts[1], firsts[2]),
     )
 
 

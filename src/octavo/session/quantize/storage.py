@@ -13,6 +13,7 @@ from ...checkpoint import dtypes
 from ...elements.boxes import Box
 from ...elements.operations import offset_of
 from ...elements.pieces import Piece
+from ...numerics.scale_grid import ScaleGrid, cuts_no_group
 from ...numerics.schemes import Scheme
 from ...planning.placement import Placement
 
@@ -55,8 +56,14 @@ class QuantizedStorage:
         return cut
 
     def holds_groups(self, box: Box) -> bool:
-        """Whether a box, within one part, holds whole scale groups; rows count from its own where parts are unknown."""
-        return _holds_groups(self.weight.shape, self.parts, self.scheme, box)
+        """Return True if a box holds whole scale groups. While parts are not known, it counts as a part of its own."""
+        if self.parts is None:
+            return cuts_no_group(box, self.scheme, (box.off[-2], box.off[-2] + box.size[-2]), self.weight.shape[-1])
+        return self._scale_grid.holds_groups(box)
+
+    @property
+    def _scale_grid(self) -> ScaleGrid:
+        return ScaleGrid.of(self.weight.shape, self.scheme, self.parts)
 
     @functools.cached_property
     def placement(self) -> Placement:
@@ -94,63 +101,11 @@ class QuantizedStorage:
     def grid(self) -> Tensor:
         """The scale with its [row cells, column cells] spelled out."""
         assert self.scale is not None
-        *lead, total, cols = self.weight.shape
-        rows = sum(self.scheme.cells(part, cols)[0] for part in self.parts or (total,))
-        return self.scale.view(*lead, rows, self.scheme.cells(1, cols)[1])
+        return self.scale.view(self._scale_grid.grid_shape)
 
     def cells(self, box: Box) -> tuple[slice, ...]:
         """The scale groups of a box, which holds them whole, in the `grid`."""
-        return _cells(self.weight.shape, self.parts, self.scheme, box)
-
-
-# the layers of a model are alike
-
-_Parts = tuple[int, ...] | None
-
-
-@functools.lru_cache(maxsize=4096)
-def _holds_groups(shape: tuple[int, ...], parts: _Parts, scheme: Scheme, box: Box) -> bool:
-    cols, start, stop = shape[-1], box.off[-2], box.end[-2]
-    if parts is not None:
-        found = _part_of(shape, parts, scheme, box)
-        if found is None:
-            return False
-        _, start, stop = found
-    return _aligned(box, -2, scheme.group_rows or stop - start, start, stop) and _aligned(
-        box, -1, scheme.group_cols or cols, 0, cols
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def _cells(shape: tuple[int, ...], parts: _Parts, scheme: Scheme, box: Box) -> tuple[slice, ...]:
-    found = _part_of(shape, parts, scheme, box)
-    assert found is not None
-    index, start, _ = found
-    total, cols = shape[-2:]
-    parts = parts or (total,)
-    before = sum(scheme.cells(rows, cols)[0] for rows in parts[:index])
-    row = before + (box.off[-2] - start) // (scheme.group_rows or parts[index])
-    col = box.off[-1] // (scheme.group_cols or cols)
-    rows, columns = scheme.cells(*box.size[-2:])
-    return (*box.slices[:-2], slice(row, row + rows), slice(col, col + columns))
-
-
-def _part_of(shape: tuple[int, ...], parts: _Parts, scheme: Scheme, box: Box) -> tuple[int, int, int] | None:
-    """The part that holds a box: its number, first row and end. Where rows have their own groups, all are one."""
-    if scheme.group_rows == 1:
-        return 0, 0, shape[-2]
-    assert parts is not None
-    start = 0
-    for index, rows in enumerate(parts):
-        if start <= box.off[-2] and box.end[-2] <= start + rows:
-            return index, start, start + rows
-        start += rows
-    return None
-
-
-def _aligned(box: Box, axis: int, group: int, start: int, stop: int) -> bool:
-    low, high = box.off[axis], box.end[axis]
-    return (low - start) % group == 0 and (high == stop or (high - start) % group == 0)
+        return self._scale_grid.cells(box)
 
 
 def values_of(piece: Piece, values: Tensor) -> Tensor:
