@@ -269,6 +269,11 @@ class _Recorder(PlainDispatchMode):
         self._derived[key] = self._names(tensor) | sources
         self._kept.append(tensor)
 
+    def _overwritten(self, tensor: Tensor, sources: frozenset[str]) -> None:
+        """Other memory than the model's got values: if it held those of a source, it does no longer."""
+        if _storage(tensor) not in self._targets and (sources or self._names(tensor)):
+            self._derive(tensor, sources)
+
     def _copy(self, target: Tensor, value: Tensor) -> Tensor:
         origin, home = _storage(value), _storage(target)
         derived = self._derived.get(origin)
@@ -284,7 +289,7 @@ class _Recorder(PlainDispatchMode):
             self._note(target, sources, view)
         elif sources:
             self._elsewhere.append((target, sources, view))
-            self._derive(target, sources)
+        self._overwritten(target, sources)
         return target if sources else target.copy_(value)
 
     def _mutate(self, func: Any, args: Sequence[Any], kwargs: Any, sources: frozenset[str]) -> Any:
@@ -293,11 +298,9 @@ class _Recorder(PlainDispatchMode):
             return func(*args, **kwargs)
         if _storage(target) in self._targets:
             self._note(target, sources, None)
-        else:
-            if sources or func in _FILLS:
-                self._elsewhere.append((target, sources, None))
-            if sources:
-                self._derive(target, sources)
+        elif sources or func in _FILLS:
+            self._elsewhere.append((target, sources, None))
+        self._overwritten(target, sources)
         return target if sources else func(*args, **kwargs)
 
     def _note(self, target: Tensor, sources: frozenset[str], view: View | None) -> None:

@@ -163,6 +163,29 @@ def test_what_is_computed_or_permuted_keeps_its_name_and_loses_its_place():
     assert (permuted.src_name, permuted.view) == ("permuted", None)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight[2:].zero_(),
+        lambda weight: weight[2:].fill_(1),
+        lambda weight: weight[2:].copy_(torch.ones(2, 6)),
+        lambda weight: weight.mul_(2),
+    ],
+)
+def test_a_tensor_that_the_loader_changes_is_not_followed(change):
+    class Changing(Fused):
+        def load_weights(self, weights):
+            def changed():
+                for name, weight in weights:
+                    change(weight)
+                    yield name, weight
+
+            super().load_weights(changed())
+
+    (copy,) = traced(Changing(), ("q", (4, 6))).copies
+    assert (copy.sources, copy.view) == (frozenset("q"), None)
+
+
 def test_padding_is_a_constant_and_values_that_are_asked_for_are_noted():
     seen = traced(Fused(), ("table", (5, 6)), ("factor", (1,)))
     table, padding, factor = seen.copies
