@@ -1,1 +1,1 @@
-"""What a checkpoint holds, known from its headers alone: no weight is read here."""
+"""A checkpoint, known from its headers alone: no weight is read here."""

@@ -145,7 +145,7 @@ class Format:
 
 
 def _ignore(kept: Iterable[Placement], quantized: Iterable[Placement]) -> list[str]:
-    """What readers must not look for a scale for.
+    """Patterns of modules for which readers must not look for a scale.
 
     By its name in the checkpoint; matrices also below another prefix, since readers may build the module under one
     (``vision_tower`` as ``model.vision_tower``); and tied heads, which are in no file.

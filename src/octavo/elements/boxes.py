@@ -136,7 +136,7 @@ class Filling(Protocol):
 
 
 def coverage_problem(shape: Sequence[int], fillings: Sequence[Filling]) -> str | None:
-    """What keeps ``fillings`` from tiling ``shape`` exactly, or None."""
+    """Say why ``fillings`` don't tile ``shape`` exactly; None if they do."""
     problem = _coverage_problem(tuple(shape), tuple([filling.box for filling in fillings]))
     return None if problem is None else problem.text.format(*(fillings[index].src_name for index in problem.boxes))
 
@@ -148,7 +148,7 @@ class _Problem(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def _coverage_problem(shape: tuple[int, ...], boxes: tuple[Box, ...]) -> _Problem | None:
-    """What keeps ``boxes`` from tiling ``shape``; the layers of a model are alike."""
+    """Say why ``boxes`` don't tile ``shape``. It is remembered, since the layers of a model are alike."""
     whole = Box.whole(shape)
     for index, box in enumerate(boxes):
         if len(box.size) != len(shape) or not whole.holds(box):

@@ -73,7 +73,7 @@ class Copy(NamedTuple):
 
 @dataclass
 class Trace:
-    """What a dry run saw."""
+    """Everything that a dry run saw."""
 
     copies: list[Copy] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # sources of which a value was asked for
@@ -316,7 +316,7 @@ class _Recorder(PlainDispatchMode):
 
 
 def is_run(size: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether the elements of a view lie one after another."""
+    """Return True if the elements of a view lie one after another."""
     wanted = contiguous_strides(size)
     return all(n == 1 or a == b for n, a, b in zip(size, strides, wanted, strict=True))
 

@@ -59,7 +59,7 @@ class Scheme:
 
     @property
     def by_row(self) -> bool:
-        """Whether a group is a row: float32 scales ``[..., out, 1]`` are broadcast as they are."""
+        """Return True if each row is a group: float32 scales ``[..., out, 1]`` are broadcast as they are."""
         return self.group_rows == 1 and self.group_cols is None and not self.power_of_two
 
     def cells(self, rows: int, cols: int) -> tuple[int, int]:

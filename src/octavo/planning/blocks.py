@@ -34,7 +34,7 @@ class Bundle(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What is copied at once. ``runs`` are (byte offset in the file, bytes), one after another in the block."""
+    """Bytes that are copied at once. ``runs`` are (byte offset in the file, bytes), one after another in the block."""
 
     shard: int
     runs: tuple[tuple[int, int], ...]
@@ -160,7 +160,7 @@ def _end_of_run(axis: int, bundles: Sequence[Bundle], at: int) -> int:
 
 
 def _alike(p: Piece, q: Piece, axis: int) -> bool:
-    """Whether two pieces are the same along all other axes."""
+    """Return True if two pieces are the same along all other axes."""
     for other, (n, m) in enumerate(zip(p.size, q.size, strict=True)):
         if other != axis and (
             n != m or p.dst_off[other] != q.dst_off[other] or (n != 1 and p.src_strides[other] != q.src_strides[other])

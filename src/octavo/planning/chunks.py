@@ -27,7 +27,7 @@ _ENDLESS = 1 << 62
 
 
 class Work(Enum):
-    """What happens to a chunk once it is read."""
+    """The work that is done with a chunk once it is read."""
 
     COPY = "copy"  # place it, casting if need be
     QUANTIZE = "quantize"  # its scale groups are complete: scale, quantize, place

@@ -1,4 +1,4 @@
-"""What a complete layer becomes: its parameters installed in its module, in FP8 or as loaded, and the provider run.
+"""Finishing a complete layer: its parameters are installed, in FP8 or as loaded, and the provider is run.
 
 Octavo's own schemes turn ``nn.Linear`` into `octavo.running.modules.QuantizedLinear`, expert stacks of transformers'
 kind into `octavo.running.modules.QuantizedExperts`, and give any other module its FP8 weight and, beside it,

@@ -85,7 +85,7 @@ class Held:
         self._read_later.add(storage_key(write.values))
 
     def reads_later(self, tensor: Tensor) -> bool:
-        """Whether something is held of a tensor's storage."""
+        """Return True if something is held of a tensor's storage."""
         return bool(self.writes) and storage_key(tensor) in self._read_later
 
     def flush(self) -> None:
@@ -220,7 +220,7 @@ class Held:
             self.release(item)
 
     def rewrite(self, item: Item, box: Box) -> None:
-        """What is in FP8 of a box gets other values, with scales of their own: only whole scale groups can."""
+        """Let a box that is in FP8 get other values, with scales of their own. Only whole scale groups can."""
         box = stored(item, box)
         met = [done for done in item.pressed if done.common(box)]
         if not met:
@@ -242,7 +242,7 @@ class Held:
 
 
 def holds_weights(tensor: Tensor) -> bool:
-    """Whether its numbers mean something by themselves; else they are bits, or lack their scales."""
+    """Return True if a tensor's numbers mean something by themselves, and are no bits and lack no scales."""
     return tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
 
 

@@ -104,7 +104,7 @@ def _make_safe(emptied: list[Tensor]) -> None:
 
 
 def _coverage_problems(inventory: Inventory) -> list[str]:
-    """What the loader has not written, parameter by parameter."""
+    """List what the loader has not written, parameter by parameter."""
     problems, present = [], {id(module) for module in inventory.model.modules()}
     for item in inventory.items:
         if not item.gaps or (not item.required and item.untouched) or _has_other_memory(item):

@@ -1,4 +1,4 @@
-"""What loaders do to modules: they register parameters, tie them, put others in their place."""
+"""Hooks that see what loaders do to modules: they register parameters, tie them, put others in their place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a session has to fill: the parameters and buffers of a model, and the layers that own them.
+"""Items, which a session has to fill: the parameters and buffers of a model; and the layers that own them.
 
 A layer is a module that has parameters of its own. An `Item` is one of them (or a buffer): the module attributes that
 hold it (several where it is tied), the boxes that are still to come, and its storage once there is some. Until then an
@@ -343,7 +343,7 @@ def decide(items: Sequence[Item], recipe: Recipe) -> None:
 
 
 def kind_of(item: Item) -> str:
-    """What an item is, asked from its module as far as that is torch's, else by name."""
+    """The kind of an item: its module tells as far as it is torch's own, and its name otherwise."""
     module, leaf = item.faces[0].module, item.faces[0].leaf
     if item.is_buffer:
         return "buffer"

@@ -40,7 +40,7 @@ Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]
 
 @dataclass
 class _Record:
-    """What a dry run found out about one item."""
+    """One item, as the recorder saw it."""
 
     gaps: Gaps
     pieces: list[Piece] = field(default_factory=list)

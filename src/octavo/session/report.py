@@ -1,4 +1,4 @@
-"""What a session did: each layer's way, its time and memory; events in order, for those who want proof."""
+"""The report of a session: each layer's way, its time and memory; and events in order, for those who want proof."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Event(NamedTuple):
     source: str = ""
 
     def __str__(self) -> str:
-        """What it happened to."""
+        """The parameter and the box that it happened to."""
         return f"{self.parameter}{self.box or ''}" + (f", from {self.source}" if self.source else "")
 
 

@@ -81,7 +81,7 @@ class Session:
 
     @property
     def events(self) -> list[Event]:
-        """What happened, in order, since the session was last entered."""
+        """Everything that happened since the session was last entered, in order."""
         return self._ledger.events
 
     # -- life ---------------------------------------------------------------------------------------------------------

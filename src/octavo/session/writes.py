@@ -1,4 +1,4 @@
-"""What a loader does to tensors, said in boxes of items: which elements it writes, and whose values those are."""
+"""Writes of a loader, as boxes of items: which elements it writes, and whose values those are."""
 
 from __future__ import annotations
 

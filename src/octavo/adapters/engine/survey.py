@@ -1,4 +1,4 @@
-"""What of a checkpoint becomes FP8 in a model of vLLM, what stays and why: decided by dry runs, before a byte is read.
+"""A survey of an engine's model: what becomes FP8, what stays and why. Dry runs decide it, before a byte is read.
 
 The recipe says what should become FP8, the model has layers that hold FP8, and its loader says which tensors go there
 and whether it takes their scales. Where the three agree, a tensor is quantized. Where vLLM keeps a layer unquantized,
@@ -148,7 +148,7 @@ class Surveyor:
         return current
 
     def _virtual(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:
-        """What the loader is given when these become FP8; ``without`` those of some patterns."""
+        """The tensors that the loader is given when these become FP8; ``without`` those of some patterns."""
         for placement in self.plan.placements:
             name, shape = placement.name, placement.shape
             if without and _pattern(name) in without:
@@ -204,7 +204,7 @@ class Surveyor:
     # -- whether weights and scales fit -------------------------------------------------------------------------------
 
     def _lacks_scale(self, seen: Trace, wanted: Collection[str]) -> bool:
-        """Whether an unquantized tensor goes into a parameter that holds FP8."""
+        """Return True if an unquantized tensor goes into a parameter that holds FP8."""
         holders = self._holders
         return any(c.target in holders and any(self._origin(n) not in wanted for n in c.sources) for c in seen.copies)
 
@@ -291,7 +291,7 @@ def _fillers(seen: Trace) -> Fillers:
 
 
 def _uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:
-    """What keeps the copies from tiling a parameter. Constants fill the padding, or what is written later."""
+    """Say why the copies don't tile a parameter, or None. Constants fill the padding, or what is written later."""
     from_checkpoint = [copy for copy in copies if copy.sources]
     problem = coverage_problem(parameter.shape, from_checkpoint)
     if problem and len(from_checkpoint) < len(copies):
@@ -350,7 +350,7 @@ class _Cut(NamedTuple):
 
 
 def _unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme) -> str | None:
-    """What keeps scales from lying beside their weights in the model, or None."""
+    """Say why scales don't lie beside their weights in the model; None if they do."""
     groups = (scheme.group_rows, scheme.group_cols)
     expected, actual = set(), set()
     for copy in weights:

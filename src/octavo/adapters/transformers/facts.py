@@ -1,4 +1,4 @@
-"""What each parameter of a transformers model is, as its module tells.
+"""The parameters of a transformers model: what each is, as its module tells.
 
 Planning asks: is it the weight of a linear layer, a stack of experts, or something that stays as it is, and why?
 """
@@ -27,7 +27,7 @@ _LINEAR_SUBCLASSES = frozenset({"FalconLinear"})
 
 @dataclass(frozen=True)
 class Fact:
-    """What one parameter is."""
+    """One parameter: its kind, and what is known of it."""
 
     kind: str  # `kinds.LINEAR` or `kinds.EXPERTS`; for all others, the reason why they are not quantized
     transposed: bool = False  # a stack that its class stores [experts, in, out]

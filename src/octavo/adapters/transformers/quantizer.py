@@ -128,7 +128,7 @@ class _StreamedConverter(WeightConverter):
 
 @register_quantizer(METHOD)
 class OctavoQuantizer(HfQuantizer):
-    """What transformers asks, and calls before and after it loads weights."""
+    """The quantizer that transformers asks, and calls before and after it loads weights."""
 
     requires_calibration = False
     is_trainable = False

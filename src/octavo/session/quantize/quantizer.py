@@ -26,7 +26,7 @@ from .storage import QuantizedStorage
 
 
 def has_batches(device: torch.device) -> bool:
-    """Whether launching is what costs on a device."""
+    """Return True if boxes are quantized in batches on a device, since launching is what costs there."""
     return device.type != "cpu"
 
 
@@ -93,7 +93,7 @@ class Quantizer:
 
     @property
     def lost(self) -> list[object]:
-        """What was put and is in no storage, since an error came between."""
+        """Values that were put and are in no storage, since an error came between."""
         return [what for batches in self._batches.values() for what in batches.lost]
 
     def check(self) -> None:

@@ -109,7 +109,7 @@ class QuantizedStorage:
 
 
 def values_of(piece: Piece, values: Tensor) -> Tensor:
-    """What a piece takes of the tensor that is written: a view, or all of it."""
+    """The values that a piece takes of the tensor that is written: a view, or all of it."""
     whole = piece.size == values.shape and piece.src_strides == values.stride() and piece.src_off == offset_of(values)
     if whole and values.untyped_storage().nbytes():
         return values

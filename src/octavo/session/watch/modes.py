@@ -1,4 +1,4 @@
-"""What a loader does, seen from below: every operation on a parameter that is loaded, told to the session.
+"""A loader, seen from below: every operation on a parameter that is loaded is told to the session.
 
 Two modes of torch, active inside of a session and in its thread only. The *dispatch mode* sees each operation after all
 Python of a loader is done: views of an item that has no storage are made on its meta twin, writes and reads are handed
@@ -172,7 +172,7 @@ class Operations(PlainDispatchMode):
         return func(*args, **kwargs)
 
     def _final(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
-        """Whether this was a copy to a finished item, which is done. Raises for what would deal in its FP8 numbers."""
+        """Return True for a copy to a finished item, which is done. Raise for whatever would deal in FP8 numbers."""
         receiver, find = self._receiver, self._receiver.inventory.find_final
         finals = {id(tensor): final for tensor in tensors if (final := find(tensor)) is not None}
         if not finals or is_view(func) or func.overloadpacket in _FACTORIES:

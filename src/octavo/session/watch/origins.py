@@ -41,7 +41,7 @@ class Origin(NamedTuple):
 
     @property
     def label(self) -> str:
-        """What tells boxes of one origin from those of another."""
+        """A text that tells boxes of one origin from those of another."""
         return f"{self.name}#{self.number}"
 
 
@@ -56,7 +56,7 @@ class _Region(NamedTuple):
     origin: Origin
 
     def is_near(self, sizes: Sequence[int], strides: Sequence[int], offset: int) -> bool:
-        """Whether a view's first and last elements are not both before the region, or both behind it."""
+        """Return False if a view lies before the region, or behind it, by its first and last elements."""
         begin, end = sum(map(operator.mul, self.box.off, self.strides)), offset + _reach(sizes, strides)
         return bool(begin <= end and offset <= begin + _reach(self.box.size, self.strides))
 
@@ -102,7 +102,7 @@ class _Span(NamedTuple):
     place_offset: int
 
     def within(self, layout: tuple[int, ...], box: Box) -> tuple[list[_Span], list[_Span]]:
-        """What lies in a box of a layout of the values' storage, and what does not; whole where that is all of it."""
+        """The views that lie in a box of a layout of the values' storage, and those that do not."""
         inside, outside = [], []
         for piece in trace_in(layout, self.sizes, self.strides, self.offset, self.place_strides, self.place_offset):
             found = piece.box
@@ -173,7 +173,7 @@ class Origins:
             self._exposed[key] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
     def is_seen(self, values: Tensor) -> bool:
-        """Whether memory changes by operations alone: a pair's, whose owner waits, or what the loader made of it."""
+        """Return True if memory changes by operations alone: a pair's, whose owner waits, or a loader's own."""
         found, key = self._lineage(values), storage_key(values)
         if found is None or key in self._exposed:
             return False
@@ -284,7 +284,7 @@ class Origins:
             self._remember(target, self._together([*origins, *([found.origin] if found.origin else [])]))
 
     def _made_of(self, func: Any, made: Tensor, inputs: Sequence[Tensor]) -> list[_Part]:
-        """What an operation made: the first input of a known pair tells whose it is, element by element if it can."""
+        """The parts of a result: the first input of a known pair tells whose it is, element by element if it can."""
         by_element = torch.Tag.pointwise in func.tags or func.overloadpacket in _COPIES
         for tensor in inputs:
             found = self._lineage(tensor)
