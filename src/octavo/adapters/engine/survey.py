@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +24,12 @@ from torch import Tensor, nn
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
 from ...elements.boxes import coverage_problem
-from ...elements.dry_run import Copy, Source, Trace, View, trace
+from ...elements.dry_run import Copy, Source, Trace, trace
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8, Scheme
 from ...planning.plan import Plan
+from .cuts import unequal
 from .placing import Places, split
 
 Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]
@@ -222,7 +222,7 @@ class Surveyor:
             elif not scales:
                 problems[name] = "vLLM's loader passes over its scale"
             else:
-                why = _unequal(weights, scales, shapes[name], self._scheme)
+                why = unequal(weights, scales, shapes[name], self._scheme)
                 if why:
                     problems[name] = why
         return problems
@@ -333,71 +333,3 @@ def _pattern(name: str) -> str:
 def _text(failed: tuple[str, Exception]) -> str:
     error = failed[1]
     return textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 160, placeholder=" ...")
-
-
-# -- weights beside scales --------------------------------------------------------------------------------------------
-
-
-class _Cut(NamedTuple):
-    """A matrix, or part of one, on its way from a source to a target; rows and columns counted in scale groups."""
-
-    target: str
-    at: tuple[int, ...]  # of the matrix within the target
-    stack: tuple[tuple[int, int], ...]  # (how many, how far apart) matrices of the source, if it is a stack
-    matrix: int  # of the source
-    rows: tuple[int, int, int]  # to, from, how many
-    cols: tuple[int, int, int]
-
-
-def _unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme) -> str | None:
-    """Say why scales don't lie beside their weights in the model; None if they do."""
-    groups = (scheme.group_rows, scheme.group_cols)
-    expected, actual = set(), set()
-    for copy in weights:
-        cut = _cut(copy, shape, groups)
-        if cut is None:
-            return "vLLM's loader rearranges it in a way that scales can't follow"
-        expected.add(cut._replace(target=copy.target + "_scale"))
-    for copy in scales:
-        cut = _cut(copy, scheme.scale_shape(shape) or (1, 1), (1, 1))
-        if cut is None:
-            return "vLLM's loader rearranges its scale"
-        actual.add(cut)
-    if expected == actual or _row_by_row(expected) == _row_by_row(actual):
-        return None
-    return "vLLM's loader does not cut its scale as it cuts the weight"
-
-
-def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | None]) -> _Cut | None:
-    """None if rows or columns are permuted, or if a scale group is cut."""
-    view, box = copy.view, copy.box
-    if view is None or len(view.size) < 2 or len(box.size) < 2 or view.size[-2:] != box.size[-2:]:
-        return None
-    spans = _spans(view, box.off[-2:], shape, groups)
-    return spans and _Cut(copy.target, box.off[:-2], *spans)
-
-
-@functools.lru_cache(maxsize=4096)  # a model has thousands of copies, and few shapes of them
-def _spans(
-    view: View, to: tuple[int, ...], shape: tuple[int, ...], groups: tuple[int | None, int | None]
-) -> tuple[tuple[tuple[int, int], ...], int, tuple[int, int, int], tuple[int, int, int]] | None:
-    """The fields of a `_Cut` from ``stack`` on, of a view that begins at row and column ``to`` of the target."""
-    (n, k), (height, width), strides = shape[-2:], view.size[-2:], view.strides
-    if (height > 1 and strides[-2] != k) or (width > 1 and strides[-1] != 1):
-        return None
-    matrix, within = divmod(view.offset, n * k)
-    spans = []
-    for first, origin, count, group, end in zip(to, divmod(within, k), (height, width), groups, (n, k), strict=True):
-        if group is None:  # one scale holds for the whole axis, and so for any part of it
-            spans.append((0, 0, 1))
-        elif first % group or origin % group or (count % group and origin + count != end):
-            return None
-        else:
-            spans.append((first // group, origin // group, math.ceil(count / group)))
-    leading = zip(view.size[:-2], strides[:-2], strict=True)
-    stack = tuple((size, stride // (n * k)) for size, stride in leading if size > 1)
-    return stack, matrix, spans[0], spans[1]
-
-
-def _row_by_row(cuts: Iterable[_Cut]) -> set[_Cut]:
-    return {cut._replace(rows=(cut.rows[0] + i, cut.rows[1] + i, 1)) for cut in cuts for i in range(cut.rows[2])}

@@ -1,0 +1,76 @@
+"""The rows and columns that a loader takes of a tensor, in scale cells: whether its scale is cut as its weight is."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ...elements.dry_run import Copy, View
+from ...numerics.schemes import Scheme
+
+
+class _Cut(NamedTuple):
+    """A matrix, or part of one, on its way from a source to a target; rows and columns counted in scale groups."""
+
+    target: str
+    at: tuple[int, ...]  # of the matrix within the target
+    stack: tuple[tuple[int, int], ...]  # (how many, how far apart) matrices of the source, if it is a stack
+    matrix: int  # of the source
+    rows: tuple[int, int, int]  # to, from, how many
+    cols: tuple[int, int, int]
+
+
+def unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme) -> str | None:
+    """Say why scales don't lie beside their weights in the model; None if they do."""
+    groups = (scheme.group_rows, scheme.group_cols)
+    expected, actual = set(), set()
+    for copy in weights:
+        cut = _cut(copy, shape, groups)
+        if cut is None:
+            return "vLLM's loader rearranges it in a way that scales can't follow"
+        expected.add(cut._replace(target=copy.target + "_scale"))
+    for copy in scales:
+        cut = _cut(copy, scheme.scale_shape(shape) or (1, 1), (1, 1))
+        if cut is None:
+            return "vLLM's loader rearranges its scale"
+        actual.add(cut)
+    if expected == actual or _row_by_row(expected) == _row_by_row(actual):
+        return None
+    return "vLLM's loader does not cut its scale as it cuts the weight"
+
+
+def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | None]) -> _Cut | None:
+    """None if rows or columns are permuted, or if a scale group is cut."""
+    view, box = copy.view, copy.box
+    if view is None or len(view.size) < 2 or len(box.size) < 2 or view.size[-2:] != box.size[-2:]:
+        return None
+    spans = _spans(view, box.off[-2:], shape, groups)
+    return spans and _Cut(copy.target, box.off[:-2], *spans)
+
+
+@functools.lru_cache(maxsize=4096)  # a model has thousands of copies, and few shapes of them
+def _spans(
+    view: View, to: tuple[int, ...], shape: tuple[int, ...], groups: tuple[int | None, int | None]
+) -> tuple[tuple[tuple[int, int], ...], int, tuple[int, int, int], tuple[int, int, int]] | None:
+    """The fields of a `_Cut` from ``stack`` on, of a view that begins at row and column ``to`` of the target."""
+    (n, k), (height, width), strides = shape[-2:], view.size[-2:], view.strides
+    if (height > 1 and strides[-2] != k) or (width > 1 and strides[-1] != 1):
+        return None
+    matrix, within = divmod(view.offset, n * k)
+    spans = []
+    for first, origin, count, group, end in zip(to, divmod(within, k), (height, width), groups, (n, k), strict=True):
+        if group is None:  # one scale holds for the whole axis, and so for any part of it
+            spans.append((0, 0, 1))
+        elif first % group or origin % group or (count % group and origin + count != end):
+            return None
+        else:
+            spans.append((first // group, origin // group, math.ceil(count / group)))
+    leading = zip(view.size[:-2], strides[:-2], strict=True)
+    stack = tuple((size, stride // (n * k)) for size, stride in leading if size > 1)
+    return stack, matrix, spans[0], spans[1]
+
+
+def _row_by_row(cuts: Iterable[_Cut]) -> set[_Cut]:
+    return {cut._replace(rows=(cut.rows[0] + i, cut.rows[1] + i, 1)) for cut in cuts for i in range(cut.rows[2])}
