@@ -114,8 +114,12 @@ def _start(home: Path, smollm2: Path, **more: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONWARNINGS", "COLUMNS")}
     environment |= {"HOME": str(home), "OCTAVO_CACHE": str(smollm2.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    # whoever runs the tests in the background of a shell may have told their processes to ignore Ctrl-C
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from octavo.cli import main; main()"
+    )
     return subprocess.Popen(
-        [sys.executable, "-c", "from octavo.cli import main; main()", "demo"],
+        [sys.executable, "-c", code, "demo"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
