@@ -34,7 +34,8 @@ class FiniteWatch(Generic[What]):
         """Watch values by the amax of their groups."""
         at = len(self._watched) % _PAGE
         if not at:
-            self._worst.append(torch.zeros(_PAGE, dtype=torch.float32, device=self._device))
+            with torch.inference_mode(False):  # else later magnitudes could be written in this mode alone
+                self._worst.append(torch.zeros(_PAGE, dtype=torch.float32, device=self._device))
         torch.amax(amax.view(-1), 0, out=self._worst[-1][at])
         self._watched.append(what)
 

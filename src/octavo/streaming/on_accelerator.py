@@ -234,6 +234,8 @@ class DevicePress:
         for bundle in block.bundles:  # in the order of the plan, though not done in that order
             self._placed.open(bundle.placement)
         for bundle in block.bundles:
+            if not bundle.piece.numel:  # its placement may be complete already
+                continue
             values = lane.values(bundle)
             if bundle.work is Work.COPY:
                 self._placed.destination(bundle.placement).put(bundle.piece, values)

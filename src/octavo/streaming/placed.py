@@ -51,11 +51,11 @@ class Placed:
 
     def done(self, placement: Placement, work: Work, elements: int) -> int:
         """Count elements, and close the placement with the last. Returns the bytes that are in their place by it."""
-        state = self._states[placement.name]
-        if work is Work.AMAX or state is None:
-            return 0
         placed = elements * dtypes.moved_bits(placement.dtype_name) // 8
         with self._lock:
+            state = self._states[placement.name]
+            if work is Work.AMAX or state is None:
+                return 0
             state.left -= elements
             if state.left:
                 return placed

@@ -306,3 +306,23 @@ def test_a_file_replaced_between_opening_and_reading_is_an_error(two, tmp_path):
     write_checkpoint(tmp_path, {"a.weight": torch.zeros(64, 64), "b.weight": torch.zeros(64, 64)})
     with pytest.raises(SourceChangedError, match="Run again when nothing writes to the checkpoint"):
         run_plan(two, plan)
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_pieces_without_elements_do_no_harm_when_their_parameter_is_complete(tmp_path, lanes):
+    sizes = {"a": 0, "b": 3, "c": 0, "d": 2, "e": 0}
+    tensors = {name: random_weights((rows, 4), torch.bfloat16, rows) for name, rows in sizes.items()}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors, 5))
+    with torch.no_grad():
+        joined = [
+            torch.cat([Symbolic.source(name, (sizes[name], 4), torch.bfloat16) for name in names])
+            for names in (("a", "c"), ("b", "d", "e"))
+        ]
+    targets = [
+        Target(name, tuple(made.shape), torch.bfloat16, kinds.LINEAR, tuple(made.pieces))
+        for name, made in zip(("empty.weight", "filled.weight"), joined, strict=True)
+    ]
+    plan = make_plan(checkpoint, targets, Recipe(None))
+    storages, _ = run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
+    assert storages["empty.weight"].weight.shape == (0, 4)
+    assert same_bytes(storages["filled.weight"].weight, torch.cat([tensors["b"], tensors["d"]]))

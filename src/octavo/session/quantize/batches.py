@@ -198,6 +198,7 @@ class Batches:
 
     def watch(self, worst: Tensor, storage: QuantizedStorage, piece: Piece, what: object) -> None:
         """Let `suspect` know of a box that was quantized elsewhere, by its largest magnitude."""
+        self._follow()
         self._watch.add(worst, [_Job(storage, piece, storage.weight.dtype, None, what)])
 
     def suspect(self) -> object | None:
