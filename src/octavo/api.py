@@ -74,7 +74,7 @@ def load(
         threads: The number of threads that read. By default one a core, at most 16.
         strict: Whether checkpoint tensors that the model has no place for are an error. Missing ones always are.
         revision: A branch, tag or commit of a hub id.
-        trust_remote_code: Whether the checkpoint may bring model code of its own, which is then run.
+        trust_remote_code: Whether to run model code that the checkpoint brings. If it needs some, False is an error.
         attn_implementation: As in ``from_pretrained``: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...
         direct_io: Whether loads to an accelerator read past the page cache. By default where files are not cached;
             scattered parts of tensors, and loads to a CPU, always go through it. Unless it is True, files are read

@@ -20,7 +20,20 @@ from typer.core import TyperGroup
 
 from ._version import __version__
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
-from .cli_options import Device, Format, Ignore, Json, Model, Prompt, Scheme, Staging, Threads, check_size, parse_size
+from .cli_options import (
+    Device,
+    Format,
+    Ignore,
+    Json,
+    Model,
+    Prompt,
+    Scheme,
+    Staging,
+    Threads,
+    TrustRemoteCode,
+    check_size,
+    parse_size,
+)
 from .errors import OctavoError
 from .quiet import others_quiet
 
@@ -123,6 +136,7 @@ def plan(
         bool, typer.Option("--checkpoint", help="Plan a conversion: the checkpoint's own tensors, no model.")
     ] = False,
     format: Format = DEFAULT_FORMAT,
+    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Say what would become of each tensor and why, and how much memory it takes. Reads headers only.
@@ -133,6 +147,8 @@ def plan(
     """
     if format != DEFAULT_FORMAT and not checkpoint:
         raise typer.BadParameter("--format is for planning a conversion: add --checkpoint")
+    if trust_remote_code and checkpoint:
+        raise typer.BadParameter("--trust-remote-code is for planning a model: leave --checkpoint out")
     from . import api
 
     if device_memory == "auto" and device == "cpu":
@@ -147,6 +163,7 @@ def plan(
         staging_bytes=parse_size(staging),
         model=False if checkpoint else None,
         format=format,
+        trust_remote_code=trust_remote_code,
     )
     # a conversion holds no model
     peak = max(made.peak_bytes(d) - (made.final_bytes(d) if checkpoint else 0) for d in made.devices or ("cpu",))
@@ -270,6 +287,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
     staging: Staging = _STAGING,
     threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Load a model as FP8 while it streams, and answer a prompt as the words come.
@@ -286,9 +304,17 @@ def generate(
         ignore=ignore or (),
         staging_bytes=parse_size(staging),
         threads=threads,
+        trust_remote_code=trust_remote_code,
         progress=_progress("Loading"),
     )
-    text = answer(loaded, prompt, max_new_tokens=max_new_tokens, raw=raw, out=None if json_ else sys.stdout)
+    text = answer(
+        loaded,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        raw=raw,
+        out=None if json_ else sys.stdout,
+        trust_remote_code=trust_remote_code,
+    )
     if json_:
         _print_json({"prompt": prompt, "text": text, "load": loaded.load_report.to_dict()})
 

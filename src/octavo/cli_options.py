@@ -89,6 +89,9 @@ Threads = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option("--threads", metavar="NUMBER", help="Threads that read; by default one a core, at most 16."),
 ]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings: read it before.")
+]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to answer.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

@@ -25,6 +25,7 @@ def answer(
     raw: bool = False,
     out: Output | None = None,
     tokenizer: Any = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """The model's greedy answer.
 
@@ -32,11 +33,12 @@ def answer(
         raw: continue the prompt as text, even where the tokenizer has a chat template.
         out: where the answer is written, word by word as it comes.
         tokenizer: by default, that of the folder which the model was loaded from.
+        trust_remote_code: whether that folder may bring tokenizer code of its own, which is then run.
 
     Raises:
-        CheckpointError: the model's folder has no tokenizer.
+        CheckpointError: the model's folder has no tokenizer, or what it says of generating can't be done.
     """
-    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path)
+    tokenizer = tokenizer or load_tokenizer(model.config.name_or_path, trust_remote_code)
     if tokenizer.chat_template and not raw:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
@@ -54,7 +56,12 @@ def answer(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 streamer=streamer,
+                trust_remote_code=trust_remote_code,
             )
+    except ValueError as error:  # the checkpoint may ask for a way to generate that is not there, or is others' code
+        raise CheckpointError(
+            f"{model.config.name_or_path}/generation_config.json: transformers can't generate by it: {error}"
+        ) from error
     except KeyboardInterrupt:
         if out:
             out.write("\n")  # whatever comes next has a line of its own
@@ -63,14 +70,21 @@ def answer(
     return text
 
 
-def load_tokenizer(folder: str) -> Any:
-    """The tokenizer of a checkpoint's folder."""
+def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a checkpoint's folder; without trust, of one that brings no code for it.
+
+    Raises:
+        CheckpointError: there is none, or it needs code that is not trusted.
+    """
     from transformers import AutoTokenizer
 
+    from .own_code import refusal
+
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean the same here
-        raise CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
+        refused = None if trust_remote_code else refusal(error, folder, "tokenizer_config.json")
+        raise refused or CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
 
 
 def _writer(tokenizer: Any, out: Output) -> Any:

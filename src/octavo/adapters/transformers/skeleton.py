@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError, RecipeError
+from . import own_code
 from .options import DEFAULTS, ModelOptions
 
 #: Building a model patches torch and transformers for all threads. Of two that do so at once, the one that ends last
@@ -32,28 +33,32 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
         CheckpointError: there is no config, or transformers can't make a model of it.
         RecipeError: the dtype that was asked for is none that a model computes in.
     """
-    folder = str(checkpoint.folder)
+    folder, trusted = str(checkpoint.folder), asked.trust_remote_code
     if not checkpoint.config:
         raise CheckpointError(f"{folder}: no config.json (or an empty one), which would say what model this is")
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=asked.trust_remote_code)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # transformers raises many kinds; all mean the same here
-        raise CheckpointError(f"{folder}/config.json: transformers can't read it: {error}") from error
+        refused = None if trusted else own_code.refusal(error, folder, "config.json")
+        raise refused or CheckpointError(f"{folder}/config.json: transformers can't read it: {error}") from error
+    if not trusted and not asked.attn_implementation:
+        own_code.refuse_kernels(config, folder)
     chosen = _dtype(asked.dtype, config, checkpoint)
-    cls = asked.model_class or _model_class(config, asked.trust_remote_code)
+    cls = asked.model_class or _model_class(config, trusted)
     options: dict[str, Any] = {"dtype": chosen}
     if asked.attn_implementation:
         options["attn_implementation"] = asked.attn_implementation
     try:
-        with _building:
+        with _building, contextlib.nullcontext() if trusted else own_code.hidden(config):
             with init_empty_weights(include_buffers=False), no_init_weights():
                 if hasattr(cls, "_model_mapping"):
-                    model = cls.from_config(config, trust_remote_code=asked.trust_remote_code, **options)
+                    model = cls.from_config(config, trust_remote_code=trusted, **options)
                 else:
                     model = cls._from_config(config, **options)
             _compute_buffers(model)
     except Exception as error:  # what a config and options lead to is transformers' to say
-        raise CheckpointError(
+        refused = None if trusted else own_code.refusal(error, folder, "config.json")
+        raise refused or CheckpointError(
             f"{folder}: transformers can't build {getattr(cls, '__name__', cls)} from this config.json "
             f"with {options}: {type(error).__name__}: {error}"
         ) from error
