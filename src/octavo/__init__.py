@@ -18,7 +18,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from . import errors as errors
     from . import schemes as schemes
     from .adapters.transformers.quantizer import OctavoConfig
-    from .api import convert, layerwise, load, plan, stream, update, verify
+    from .api import convert, load, plan, stream, verify
+    from .api_models import layerwise, update
     from .errors import OctavoError
     from .planning.recipe import Recipe
 
@@ -40,6 +41,8 @@ _DEFINED_IN = {
     "OctavoConfig": ".adapters.transformers.quantizer",
     "OctavoError": ".errors",
     "Recipe": ".planning.recipe",
+    "layerwise": ".api_models",
+    "update": ".api_models",
 }
 _MODULES = ("errors", "schemes")
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("session",),
     ("adapters.engine", "adapters.transformers"),
     ("adapters.vllm",),
-    ("api",),
+    ("api", "api_models"),
     ("demo",),
     ("cli", "cli_options", "quiet"),
     ("__init__", "__main__", "schemes"),
