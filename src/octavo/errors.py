@@ -13,12 +13,22 @@
     └── MissingExtraError    an optional package is not installed
 
 Messages say what happened, where, and what to do. Whatever is found in one step is reported in one message: see
-``raise_problems``.
+``raise_problems``. What Python, the system and torch raise because of what they were given becomes one of these at a
+``boundary``: there is one around each public function, and a narrower one, ``reading``, where a file is parsed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import ParamSpec, TypeVar
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 
 class OctavoError(Exception):
@@ -91,3 +101,101 @@ def raise_problems(error: type[OctavoError], subject: object, problems: Sequence
     else:
         text = f"{subject}: {len(problems)} problems\n" + "\n".join(f"  - {line}" for line in shown)
     raise error(f"{text}\n{advice}" if advice else text)
+
+
+# -- errors of others -------------------------------------------------------------------------------------------------
+
+#: what can be done, where the system's own words leave that open
+_ADVICE = {
+    errno.EMFILE: "this process may open no more files: close some, or raise the limit (ulimit -n)",
+    errno.ENFILE: "the system can open no more files: close some",
+    errno.EIO: "the disk, or the network on the way to it, fails: copy the file elsewhere, or fetch it again",
+    errno.ESTALE: "the server has another file there by now: run again when nothing writes to it",
+}
+
+
+def reason(error: OSError) -> str:
+    """The system's words, and what can be done."""
+    words = error.strerror or str(error) or type(error).__name__
+    return f"{words}: {_ADVICE[error.errno]}" if error.errno in _ADVICE else words
+
+
+@contextlib.contextmanager
+def boundary(
+    subject: object, kind: type[OctavoError] = OctavoError, also: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Turn what others raise because of what they were given into an `OctavoError`, and let all else pass.
+
+    Octavo's own errors pass, and so does what a function of the user raised: see `of_user`.
+
+    Args:
+        subject: what is being worked on: the file, the checkpoint.
+        kind: the class of errors that are about it.
+        also: exceptions that mean, here and nowhere else, that the subject is not as it should be.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OctavoError) or getattr(error, "of_user", False):
+            raise
+        found = _translated(error, subject, kind, also)
+        if found is None:
+            raise
+        raise found from error
+
+
+def _translated(
+    error: Exception, subject: object, kind: type[OctavoError], also: tuple[type[Exception], ...]
+) -> OctavoError | None:
+    text = next(iter(str(error).splitlines()), "")
+    # torch has no class for the host's memory
+    if isinstance(error, MemoryError) or "allocate memory" in text or type(error).__name__ == "OutOfMemoryError":
+        why = f" ({text})" if text else ""
+        return DeviceError(f"{subject}: not enough memory{why}. A smaller staging_bytes, or fewer threads, need less.")
+    if isinstance(error, RuntimeError) and "can't start new thread" in text:
+        return DeviceError(
+            f"{subject}: the system starts no more threads, {threading.active_count()} run here already. Ask for fewer "
+            "(threads=1), or raise the limit (ulimit -u)."
+        )
+    if isinstance(error, OSError):
+        return kind(f"{subject if error.filename is None else os.fsdecode(error.filename)}: {reason(error)}")
+    if isinstance(error, RecursionError):
+        return kind(f"{subject}: nested too deeply to be read")
+    if isinstance(error, (OverflowError, UnicodeError, *also)):
+        return kind(f"{subject}: {text or type(error).__name__}")
+    return None
+
+
+def reading(path: object) -> contextlib.AbstractContextManager[None]:
+    """A `boundary` around the code that parses a file: what can't be read, or is malformed, is a `CheckpointError`."""
+    return boundary(path, CheckpointError, (ValueError,))
+
+
+def public(kind: type[OctavoError]) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Decorate a public function with a `boundary`, whose subject is the first path among its arguments."""
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @functools.wraps(function)
+        def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            paths = (given for given in (*args, *kwargs.values()) if isinstance(given, (str, os.PathLike)))
+            with boundary(next(paths, f"octavo.{function.__name__}"), kind):
+                return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def of_user(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that a user gave: what it raises passes every `boundary` as it is."""
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            with contextlib.suppress(AttributeError, TypeError):  # a class may have no room for it
+                error.of_user = True  # type: ignore[attr-defined]
+            raise
+
+    return call
