@@ -8,7 +8,6 @@ Weights are never read here, and nothing is ever unpickled.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, MissingExtraError, raise_problems
-from .header import Shard, TensorInfo, read_shard, unique_keys
+from ..errors import CheckpointError, MissingExtraError, raise_problems, reading
+from .files import conforms, local_path, read_object
+from .header import MAX_HEADER_BYTES, Shard, TensorInfo, read_shard
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SHARD_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors$")
+#: an index is no larger than the headers of its shards may be
+_MAX_INDEX_BYTES, _MAX_CONFIG_BYTES = MAX_HEADER_BYTES, 16 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -42,16 +44,18 @@ class Checkpoint:
             CheckpointError: with every problem that the headers show, naming files and tensors.
             MissingExtraError: for a hub id without ``huggingface_hub``.
         """
-        local = resolve(path, revision)
-        problems: list[str] = []
-        files, index = _find_files(local, problems)
-        return cls._of(local, files, index, problems)
+        with reading(path):
+            local = resolve(path, revision)
+            problems: list[str] = []
+            files, index = _find_files(local, problems)
+            return cls._of(local, files, index, problems)
 
     @classmethod
     def open_files(cls, files: Sequence[Path]) -> Checkpoint:
         """Open exactly these files of one folder, without looking for an index. Errors as for `open`."""
         path = files[0] if len(files) == 1 else files[0].parent
-        return cls._of(path, files, None, [])
+        with reading(path):
+            return cls._of(path, files, None, [])
 
     @classmethod
     def _of(cls, local: Path, files: Sequence[Path], index: dict[str, str] | None, problems: list[str]) -> Checkpoint:
@@ -99,7 +103,7 @@ class Checkpoint:
 
 def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The local path of a checkpoint; a hub id is downloaded (safetensors, json and tokenizer files only)."""
-    local = Path(path).expanduser()
+    local = local_path(path)
     if local.exists():
         if revision is not None:
             raise CheckpointError(f"{local}: revision={revision!r} is for hub ids; this is a local path")
@@ -135,9 +139,7 @@ def _find_files(path: Path, problems: list[str]) -> tuple[list[Path], dict[str, 
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: not a .safetensors file. {_advice(path)}")
         return [path], None
-    if (path / INDEX_NAME).exists():
-        if not (path / INDEX_NAME).is_file():
-            raise CheckpointError(f"{path / INDEX_NAME}: not a regular file")
+    if os.path.lexists(path / INDEX_NAME):
         index = _read_index(path / INDEX_NAME, problems)
         files = []
         for name in sorted(set(index.values())):
@@ -192,13 +194,9 @@ def _incomplete_numbering(files: list[Path]) -> list[str]:
 
 
 def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
-    try:
-        index = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-        weight_map = index["weight_map"]
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise ValueError("weight_map must map tensor names to file names")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a valid index: {type(error).__name__}: {error}") from error
+    weight_map: Any = read_object(path, _MAX_INDEX_BYTES).get("weight_map")
+    if not conforms(weight_map, dict[str, str]):
+        raise CheckpointError(f"{path}: not a valid index: weight_map must map tensor names to file names")
     # a name that leaves the folder could read (or, in a conversion, write) anything
     strays = {file for file in set(weight_map.values()) if Path(file).name != file or not file.endswith(".safetensors")}
     checked = {name: file for name, file in weight_map.items() if file not in strays}
@@ -229,12 +227,13 @@ def _compare_index(index: dict[str, str], tensors: Mapping[str, TensorInfo], sha
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         return {}
-    try:
-        config = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
+    # of a key that is there twice, the last counts, as it does for whoever else reads a config
+    config = read_object(file, _MAX_CONFIG_BYTES, unique=False)
+    quantization = config.get("quantization_config")
+    if not conforms(quantization, dict[str, Any] | None):
+        raise CheckpointError(f"{file}: quantization_config must be an object, not {quantization!r}")
+    if quantization and not conforms(quantization.get("quant_method"), str | None):
+        raise CheckpointError(f"{file}: quant_method must be a text, not {quantization['quant_method']!r}")
     return config

@@ -8,7 +8,6 @@ The format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
@@ -19,8 +18,9 @@ from typing import Any
 
 import torch
 
-from ..errors import CheckpointError, SourceChangedError
+from ..errors import CheckpointError, SourceChangedError, reason
 from . import dtypes
+from .files import conforms, open_regular, parse_json
 
 #: the limit of the reference implementation (safetensors' MAX_HEADER_SIZE)
 MAX_HEADER_BYTES = 100_000_000
@@ -77,27 +77,10 @@ class Shard:
             )
 
 
-class _DuplicateKeyError(ValueError):
-    pass
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateKeyError(f"the key {key!r} appears twice")
-            seen.add(key)
-    return result
-
-
 def read_shard(path: Path, number: int, problems: list[str]) -> tuple[Shard | None, list[TensorInfo]]:
     """Read and validate one header; problems are appended, never raised, so that all files are heard."""
     try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError("not a regular file")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             stat = os.fstat(file.fileno())
             prefix = file.read(8)
             if len(prefix) < 8:
@@ -115,7 +98,7 @@ def read_shard(path: Path, number: int, problems: list[str]) -> tuple[Shard | No
             raw = file.read(header_bytes)
         entries, metadata = _parse_header(raw)
     except OSError as error:
-        problems.append(f"{path.name}: can't be read: {error.strerror}")
+        problems.append(f"{path.name}: can't be read: {reason(error)}")
         return None, []
     except CheckpointError as error:
         problems.append(f"{path.name}: {error}")
@@ -146,13 +129,11 @@ def _parse_header(raw: bytes) -> tuple[list[tuple[str, Any]], dict[str, str]]:
     if not raw.startswith(b"{"):
         raise CheckpointError("header does not start with '{': not a safetensors file")
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
-    except _DuplicateKeyError as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise CheckpointError(f"header: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"header is not valid JSON: {error}") from error
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not conforms(metadata, dict[str, str]):
         raise CheckpointError("header: __metadata__ must map strings to strings")
     return sorted(header.items(), key=lambda item: (_declared_begin(item[1]), _declared_end(item[1]))), metadata
 

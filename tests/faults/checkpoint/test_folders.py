@@ -130,10 +130,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("'a' points to 'pytorch_model-00001-of-00001.bin', which is no .safetensors file",),
     ),
     "an index with an empty file name": (_indexed({"a": ""}), ("'a' points to ''",)),
-    "an index that is no JSON": (_raw_index("{weight_map"), (INDEX, "not a valid index")),
-    "an index that is no UTF-8": (_raw_index(b'{"weight_map": {"\xff": ""}}'), (INDEX, "not a valid index")),
-    "an index that is empty": (_raw_index(""), (INDEX, "not a valid index")),
-    "an index that is a list": (_raw_index("[]"), (INDEX, "not a valid index")),
+    "an index that is no JSON": (_raw_index("{weight_map"), (INDEX, "not valid JSON")),
+    "an index that is no UTF-8": (_raw_index(b'{"weight_map": {"\xff": ""}}'), (INDEX, "not valid JSON")),
+    "an index that is empty": (_raw_index(""), (INDEX, "not valid JSON")),
+    "an index that is a list": (_raw_index("[]"), (INDEX, "not a JSON object")),
     "an index without a weight_map": (_raw_index('{"metadata": {}}'), (INDEX, "not a valid index", "weight_map")),
     "a weight_map that is empty": (_indexed({}, **{ONE: "a"}), (INDEX, "weight_map is empty")),
     "a weight_map that is a list": (_indexed([ONE]), (INDEX, "weight_map must map tensor names to file names")),
@@ -218,19 +218,89 @@ def test_file_without_permission_is_named(which: str, tmp_path: Path) -> None:
     fails(CheckpointError, (which, "Permission denied"), lambda: Checkpoint.open(tmp_path))
 
 
-def test_shard_that_cannot_be_opened_is_named_for_root_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import builtins
+def _link_to(target: str) -> Callable[[Path], None]:
+    return lambda path: path.symlink_to(target)
 
+
+#: what nobody can read, root neither -> what the system says of it
+UNREADABLE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a folder": (Path.mkdir, "not a regular file"),
+    "a named pipe": (os.mkfifo, "not a regular file"),
+    "a device": (_link_to("/dev/zero"), "not a regular file"),
+    "a link to nothing": (_link_to("absent"), "No such file"),
+    "a link to itself": (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    "a link through a file": (_link_to("plain/file"), "Not a directory"),
+    "a link to a name that is too long": (_link_to("x" * 300), "File name too long"),
+}
+
+
+@pytest.mark.parametrize("which", [MODEL, INDEX, "config.json"])
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_file_that_cannot_be_opened_is_named(case: str, which: str, tmp_path: Path) -> None:
+    make, says = UNREADABLE[case]
+    (tmp_path / "plain").touch()
+    if which != MODEL:
+        write_tensors(tmp_path / MODEL, "a")
+    make(tmp_path / which)
+    fails(CheckpointError, (str(tmp_path), which, says), lambda: Checkpoint.open(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file whose reads fail")
+@pytest.mark.parametrize("which", [MODEL, INDEX, "config.json"])
+def test_file_whose_reads_fail_is_named(which: str, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "other.safetensors", "a")
+    (tmp_path / which).symlink_to("/proc/self/mem")  # nothing is mapped where it begins
+    fails(CheckpointError, (which, "Input/output error", "fetch it again"), lambda: Checkpoint.open(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("~no_such_user/x", "Could not determine home directory"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "without NUL characters"),
+        (b"bytes", "paths are text"),
+        (5, "not a path here"),
+        (None, "not a path here"),
+    ],
+)
+def test_what_can_be_no_path_is_named(path: Any, says: str) -> None:
+    fails(CheckpointError, says, lambda: Checkpoint.open(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"a":' * 2000, "nested too deeply"),
+        ('{"a":' * 70 + "1" + "}" * 70, "nested deeper than 64"),
+        ('{"a": [' + "[" * 70 + "]" * 70 + "]}", "nested deeper than 64"),
+        ('{"a": ' + "9" * 5000 + "}", "not valid JSON: Exceeds the limit"),
+    ],
+)
+@pytest.mark.parametrize("which", [INDEX, "config.json"])
+def test_json_beyond_its_bounds_is_refused(which: str, content: str, says: str, tmp_path: Path) -> None:
     write_tensors(tmp_path / MODEL, "a")
-    original = builtins.open
+    (tmp_path / which).write_text(content)
+    fails(CheckpointError, (which, says), lambda: Checkpoint.open(tmp_path))
 
-    def refuse(file: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(file).endswith(MODEL):
-            raise PermissionError(13, "Permission denied")
-        return original(file, *args, **kwargs)
 
-    monkeypatch.setattr(builtins, "open", refuse)
-    fails(CheckpointError, (MODEL, "Permission denied"), lambda: Checkpoint.open(tmp_path))
+@pytest.mark.parametrize(("which", "limit"), [(INDEX, 100_000_000), ("config.json", 16 << 20)])
+def test_json_larger_than_its_bound_is_not_parsed(which: str, limit: int, tmp_path: Path) -> None:
+    write_tensors(tmp_path / MODEL, "a")
+    (tmp_path / which).touch()
+    os.truncate(tmp_path / which, 1 << 40)
+    says = (which, f"{1 << 40:,} bytes long; of such a file octavo reads at most {limit:,}")
+    fails(CheckpointError, says, lambda: Checkpoint.open(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "says"),
+    [("[]", "quantization_config must be an object"), ('"fp8"', "must be"), ('{"quant_method": []}', "quant_method")],
+)
+def test_quantization_config_of_another_type_is_refused(quantization: str, says: str, tmp_path: Path) -> None:
+    write_tensors(tmp_path / MODEL, "a")
+    (tmp_path / "config.json").write_text(f'{{"quantization_config": {quantization}}}')
+    fails(CheckpointError, ("config.json", says), lambda: Checkpoint.open(tmp_path))
 
 
 def test_directory_in_place_of_the_index_is_named(tmp_path: Path) -> None:

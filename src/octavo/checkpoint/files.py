@@ -1,0 +1,129 @@
+"""Small files of others, read whole: regular files only, no more bytes than are expected, and JSON within bounds."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any, BinaryIO, Union, get_args, get_origin
+
+from ..errors import CheckpointError, OctavoError, reading
+
+#: of the nesting of JSON that octavo reads, and may write again
+MAX_DEPTH = 64
+
+
+def local_path(path: str | os.PathLike[str], kind: type[OctavoError] = CheckpointError) -> Path:
+    """What a user gave as a path, with ``~`` expanded; an error of that kind where it can't be the path of anything."""
+    try:
+        text = os.fspath(path)
+        if isinstance(text, str) and "\0" not in text:
+            return Path(text).expanduser()
+    except (TypeError, RuntimeError) as error:  # no path; no such user, or a user without a home
+        raise kind(f"{path!r}: not a path here: {error}") from error
+    raise kind(f"{path!r}: not a path: paths are text, without NUL characters")
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a regular file for reading; an OSError for all else. Nothing waits for the other end of a named pipe."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+    """All of a regular file; a ValueError where it is larger than ``max_bytes``."""
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            size = max(os.fstat(file.fileno()).st_size, len(content))
+            raise ValueError(f"{size:,} bytes long; of such a file octavo reads at most {max_bytes:,}")
+        return content
+
+
+def read_object(path: Path, max_bytes: int, *, unique: bool = True) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Args:
+        unique: whether a key that appears twice in one object is an error. Else the last one counts.
+
+    Raises:
+        CheckpointError: the file can't be read, is too large, or holds something else.
+    """
+    with reading(path):
+        value = parse_json(read_bounded(path, max_bytes), unique=unique)
+        _check_depth(value)
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+
+
+def parse_json(raw: bytes, *, unique: bool = True) -> Any:
+    """The value of a JSON text in UTF-8; a ValueError in words for people where it is none."""
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys if unique else None)
+    except _DuplicateKeyError:
+        raise
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {error}") from error
+
+
+class _DuplicateKeyError(ValueError):
+    pass
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateKeyError(f"the key {key!r} appears twice")
+            seen.add(key)
+    return result
+
+
+def _check_depth(value: Any) -> None:
+    """Raise unless a value can be walked, and written again, without fear for the stack."""
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [part for each in level for part in _parts(each)]
+        if not level:
+            return
+    raise ValueError(f"not valid JSON: nested deeper than {MAX_DEPTH}")
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return (part for part in inner if isinstance(part, (dict, list)))
+
+
+# -- what is in them --------------------------------------------------------------------------------------------------
+
+
+def conforms(value: Any, kind: Any) -> bool:
+    """Return True if a parsed value is of a kind such as ``int``, ``dict[str, str]`` or ``list[str] | None``.
+
+    A bool is no int here.
+    """
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(conforms(value, one) for one in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(conforms(part, arguments[0]) for part in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            conforms(key, arguments[0]) and conforms(part, arguments[1]) for key, part in value.items()
+        )
+    return kind is Any or type(value) is (type(None) if kind is None else kind)
