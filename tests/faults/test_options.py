@@ -29,6 +29,22 @@ RECIPES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("unknown recipe key 'skip'", "scheme, targets, ignore"),
     ),
     "ignore as text": (lambda: Recipe(ignore="lm_head"), ("ignore must be a list of patterns", "'lm_head'")),
+    "ignore as a number": (lambda: Recipe(ignore=5), ("ignore must be a list of patterns, not 5",)),  # type: ignore[arg-type]
+    "ignore with a number": (lambda: Recipe(ignore=["a", 5]), ("ignore must be a list of patterns",)),  # type: ignore[list-item]
+    "targets as a number": (lambda: {"targets": 5}, ("targets must be patterns and their schemes, not 5",)),
+    "targets as text": (lambda: {"targets": "ab"}, ("targets must be patterns and their schemes, not the text 'ab'",)),
+    "targets with a number": (lambda: {"targets": {5: "mxfp8"}}, ("targets must be patterns and their schemes",)),
+    "a scheme that is a list": (lambda: {"scheme": []}, ("unknown scheme []",)),
+    "a target's scheme that is a list": (lambda: {"targets": {"*": []}}, ("unknown scheme []",)),
+    "a key that is a number": (lambda: {5: "mxfp8"}, ("unknown recipe key 5",)),
+    "an expression that repeats too often": (
+        lambda: Recipe(ignore=["re:a{1,99999999999}"]),
+        ("no regular expression",),
+    ),
+    "an expression that is nested too deeply": (
+        lambda: Recipe(ignore=["re:" + "(" * 5000 + ")" * 5000]),
+        ("no regular expression",),
+    ),
     "an empty pattern": (lambda: Recipe(ignore=[""]), ("an empty pattern",)),
     "a regular expression that is none": (lambda: Recipe(ignore=["re:("]), ("'re:('", "no regular expression")),
     "a target's expression that is none": (
@@ -165,6 +181,9 @@ def test_option_that_cannot_be_honoured_is_an_error_of_octavo(options: dict[str,
             "ignore must be a list",
         ),
         ({"ignore": ["re:("]}, "no regular expression"),
+        ({"targets": 5}, "targets must be patterns and their schemes"),
+        ({"weights": [1]}, "weights must map names to [scheme, parts]"),
+        ({"weights": {"a": 1}}, "weights must map names to [scheme, parts]"),
     ],
 )
 def test_octavo_config_that_is_wrong_is_refused_when_made(options: dict[str, Any], says: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,17 +79,17 @@ class Recipe:
         targets: Mapping[str, str] | Iterable[tuple[str, str]] = (),
         ignore: Iterable[str] = (),
     ) -> None:
-        if isinstance(ignore, str):
-            raise RecipeError(f"ignore must be a list of patterns, not the text {ignore!r}")
-        pairs = list(targets.items() if isinstance(targets, Mapping) else targets or ())
-        if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
-            raise RecipeError(f"targets must map patterns to schemes, not be {targets!r}")
-        repeated = {str(p) for p, _ in pairs if [str(q) for q, _ in pairs].count(str(p)) > 1}
+        if isinstance(targets, Mapping):
+            targets = targets.items()
+        pairs = _checked(targets, _is_pair, "targets must be patterns and their schemes")
+        patterns = _checked(ignore, _is_text, "ignore must be a list of patterns")
+        counts = Counter(pattern for pattern, _ in pairs)
+        repeated = [pattern for pattern, count in counts.items() if count > 1]
         if repeated:
             raise RecipeError(f"the target pattern {min(repeated)!r} is given twice")
         object.__setattr__(self, "scheme", scheme)
-        object.__setattr__(self, "targets", tuple((str(p), s) for p, s in pairs))
-        object.__setattr__(self, "ignore", tuple(str(p) for p in ignore or ()))
+        object.__setattr__(self, "targets", tuple((pattern, name) for pattern, name in pairs))
+        object.__setattr__(self, "ignore", tuple(patterns))
         for name in self.schemes:
             schemes.get(name)
         for pattern in self.patterns:
@@ -114,15 +115,15 @@ class Recipe:
             recipe = cls(scheme)
         if isinstance(ignore, str):
             ignore = [ignore]
-        extra = tuple(ignore)
+        extra = tuple(_checked(ignore, _is_text, "ignore must be a list of patterns"))
         return cls(recipe.scheme, recipe.targets, recipe.ignore + extra) if extra else recipe
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_dict`; an unknown key is an error."""
-        unknown = set(data) - {"scheme", "targets", "ignore"}
+        unknown = [key for key in data if key not in ("scheme", "targets", "ignore")]
         if unknown:
-            raise RecipeError(f"unknown recipe key {sorted(unknown)[0]!r}; known: scheme, targets, ignore")
+            raise RecipeError(f"unknown recipe key {unknown[0]!r}; known: scheme, targets, ignore")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,11 +189,29 @@ def _dtype_reason(dtype: torch.dtype | None) -> str:
     return f"{dtypes.short(dtype)}, not bf16, fp16 or fp32" if dtype else "a dtype that torch lacks"
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and isinstance(value[0], str)
+
+
+def _checked(given: Any, fits: Callable[[Any], bool], rule: str) -> list[Any]:
+    """What was given, as a list; a `RecipeError` if it is none, or one of it does not fit."""
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, (str, bytes)) else None
+    if given is None:
+        found = []
+    if found is None or not all(map(fits, found)):
+        raise RecipeError(f"{rule}, not {'the text ' if isinstance(given, str) else ''}{given!r}")
+    return found
+
+
 def _check_pattern(pattern: str) -> None:
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError, MemoryError) as error:
             raise RecipeError(f"the pattern {pattern!r} is no regular expression: {error}") from error
     elif not pattern:
         raise RecipeError("an empty pattern")

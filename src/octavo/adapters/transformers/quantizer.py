@@ -20,8 +20,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.files import conforms
 from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
-from ...errors import CheckpointError, DeviceError, RecipeError
+from ...errors import CheckpointError, DeviceError, RecipeError, boundary
 from ...machine import usable_device
 from ...planning.recipe import Recipe
 from ...running import modules
@@ -55,6 +56,7 @@ class OctavoConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
+        /,  # what a file holds may have a key of this name, too
         scheme: str | None = DEFAULT_SCHEME,
         targets: Mapping[str, str] | None = None,
         ignore: tuple[str, ...] | list[str] = (),
@@ -70,6 +72,8 @@ class OctavoConfig(QuantizationConfigMixin):
         recipe = Recipe(scheme, targets or {}, ignore)
         self.scheme, self.targets, self.ignore = recipe.scheme, dict(recipe.targets), list(recipe.ignore)
         self.staging_bytes, self.threads = staging_bytes, threads
+        if not conforms(weights, dict[str, list[Any]] | None):
+            raise RecipeError(f"OctavoConfig: weights must map names to [scheme, parts], not be {weights!r}")
         self.weights = None if weights is None else dict(weights)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,7 +175,8 @@ class OctavoQuantizer(HfQuantizer):
             checkpoint = Checkpoint.open_files([Path(file) for file in checkpoint_files])
             where = _placer(device_map)
             plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
-        fill(model, checkpoint, plan, stages, threads=config.threads)
+        with boundary(checkpoint.path, CheckpointError):
+            fill(model, checkpoint, plan, stages, threads=config.threads)
         self.streamed = {p.name for p in plan.placements} | {modules.scale_name(p.name) for p in plan.quantized}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -204,11 +209,15 @@ def saved_config(checkpoint: Checkpoint, asked: Recipe) -> OctavoConfig | None:
     """The config of a model that octavo quantized and ``save_pretrained`` wrote; None for a bf16 checkpoint.
 
     Raises:
+        CheckpointError: the config is none that octavo writes.
         RecipeError: the model was quantized by another recipe than the one asked for.
     """
     if checkpoint.quantization is None:
         return None
-    config = OctavoConfig(**checkpoint.config["quantization_config"])
+    try:
+        config = OctavoConfig(**checkpoint.config["quantization_config"])
+    except RecipeError as error:
+        raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from error
     if asked not in (config.recipe, Recipe(), Recipe(None)):
         raise RecipeError(
             f"{checkpoint.path}: saved as FP8 by another recipe ({config.recipe}); it can't be quantized again"
