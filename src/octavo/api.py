@@ -27,7 +27,7 @@ from .conversion import formats
 from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
 from .conversion.verify import VerifyReport, verify_checkpoint
-from .errors import MissingExtraError
+from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
 from .machine import usable_device
 from .planning.plan import Plan
 from .planning.recipe import Recipe
@@ -35,6 +35,7 @@ from .streaming.meter import collection_paused
 from .streaming.report import Report
 
 
+@public(CheckpointError)
 @collection_paused()  # importing transformers' model code makes half a million objects, too
 def load(
     path: str | os.PathLike[str],
@@ -115,6 +116,7 @@ def load(
     )
 
 
+@public(CheckpointError)
 def plan(
     path: str | os.PathLike[str],
     scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
@@ -179,6 +181,7 @@ def plan(
     return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, options, strict=strict).plan
 
 
+@public(OutputError)
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -227,6 +230,7 @@ def convert(
     return convert_checkpoint(src, dst, recipe, format, staging_bytes, threads, device, revision, progress)
 
 
+@public(CheckpointError)
 def verify(
     dst: str | os.PathLike[str],
     against: str | os.PathLike[str],
@@ -254,6 +258,7 @@ def verify(
     return verify_checkpoint(dst, against, progress)
 
 
+@public(CheckpointError)
 def stream(
     path: str | os.PathLike[str],
     scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
@@ -294,7 +299,7 @@ def stream(
     recipe, where = Recipe.coerce(scheme, ignore), str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision)
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
-    return iterate(checkpoint, made, layout, threads=threads, progress=progress)
+    return iterate(checkpoint, made, layout, threads=threads, progress=progress and of_user(progress))
 
 
 __all__ = ["convert", "layerwise", "load", "plan", "stream", "update", "verify"]

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from .errors import LoaderError, public
 from .planning.recipe import Recipe
 from .session import LayerwiseReport, Session, Transform, update_model
 
 
+@public(LoaderError)
 def update(
     model: nn.Module,
     pairs: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
@@ -50,6 +52,7 @@ def update(
     return update_model(model, pairs, transform, staging_bytes)
 
 
+@public(LoaderError)
 def layerwise(
     model: nn.Module,
     finish: str | Recipe | Mapping[str, Any] | Callable[[nn.Module], nn.Module | None] | None = DEFAULT_SCHEME,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
+from ..checkpoint.files import local_path
 from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
 from ..planning.budget import Budget
@@ -65,7 +66,7 @@ def convert_checkpoint(
         checkpoint = Checkpoint.open(src, revision)
     with stages("plan"):
         plan, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
-        job = Job.prepare(checkpoint, plan, layout, Path(dst))
+        job = Job.prepare(checkpoint, plan, layout, local_path(dst, OutputError))
     tally = Tally()
     with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:
         with stages("stream"):
@@ -101,7 +102,7 @@ class Job:
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint, plan: Plan, layout: formats.Format, dst: Path) -> Job:
-        dst = dst.expanduser().absolute()
+        dst = dst.absolute()
         check_free(dst)
         if not dst.parent.is_dir():
             raise OutputError(f"{dst.parent}: no such folder to put {dst.name} into")

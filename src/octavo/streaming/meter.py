@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from ..errors import of_user
 from ..machine import now, rss_bytes
 from ..text import human_bytes
 
@@ -137,7 +138,7 @@ def progress_bar(
 ) -> Iterator[Callable[[int, int], None] | None]:
     """Turn what users give as ``progress`` into a callback: theirs, that of a bar on stderr, or None."""
     if callable(progress):
-        yield progress
+        yield of_user(progress)
         return
     if progress is False or (progress is None and not sys.stderr.isatty()):
         yield None

@@ -20,7 +20,7 @@ import torch
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import DeviceError, OctavoError
+from ..errors import CheckpointError, DeviceError, OctavoError, boundary
 from ..machine import now
 from ..planning.blocks import Block, Read, cut_blocks, cut_reads
 from ..planning.budget import Budget
@@ -90,6 +90,11 @@ class Stream:
             if progress:
                 progress(done, self.total_bytes)
 
+        with boundary(self.checkpoint.path, CheckpointError):
+            self._run(on_tick)
+        return self.tally
+
+    def _run(self, on_tick: Callable[[int], None]) -> None:
         self._torch.hold()
         try:
             if self.budget.lanes:
@@ -105,7 +110,6 @@ class Stream:
             self.files.check_unchanged()
         finally:
             self._close()
-        return self.tally
 
     def iterate(self) -> Generator[tuple[Placement, Storage], None, None]:
         """Execute the plan, yielding each placement in plan order; the sink is an `IteratorSink`. Errors as for `run`.
@@ -113,6 +117,10 @@ class Stream:
         Reading runs ahead of the consumer. Close the generator to end early. On an accelerator, tensors are ready for
         what is given to the current stream from then on.
         """
+        with boundary(self.checkpoint.path, CheckpointError):
+            yield from self._iterate()
+
+    def _iterate(self) -> Generator[tuple[Placement, Storage], None, None]:
         sink = self.sink
         assert isinstance(sink, IteratorSink)
         ended = False
