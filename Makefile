@@ -5,11 +5,16 @@
 #   PIP_ARGS="..."       more options for pip install, such as another package index
 #   ARGS="..."           more options for pytest, or for the benchmark
 #   SYSTEM=1             no .venv: run with PYTHON as it is (a GPU image that brings its own torch)
+#   FUZZ_SECONDS=3600    for each target of fuzz; FUZZ_JOBS=7 processes at once; FUZZ_TARGETS="headers names"
 #   VLLM=0.24.0          another version of vLLM for peers-vllm, which has an environment of its own
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+FUZZ_SECONDS ?= 60
+FUZZ_JOBS ?= 2
+FUZZ_INPUTS ?= 100000
+FUZZ_TARGETS ?= headers indexes names configs recipes options manifests
 VLLM ?= 0.32.0
 VLLM_VENV := .venv-vllm-$(VLLM)
 DOCS_VENV := .venv-docs
@@ -21,12 +26,13 @@ READY := $(STAMP)
 PY := $(VENV)/bin/python
 endif
 
+FUZZ = PYTHONPATH=src:tests $(if $(SYSTEM),$(PYTHON),$(PY)) -m fuzz
 STARTED := $(shell date +%s)
 # $(call timed,name,command): run it, quote the wall time with and without what came before, keep the exit code.
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check lint types format peers peers-vllm gpu bench wheel workflow docs docs-serve pages clean
+.PHONY: help demo test check lint types format peers peers-vllm gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -59,6 +65,14 @@ peers-vllm: $(VLLM_VENV)/.installed ## octavo in vLLM's real engine, on a CPU
 
 gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
+
+fuzz: $(READY) ## what reads others' files, on inputs that atheris finds: FUZZ_SECONDS, FUZZ_JOBS, FUZZ_TARGETS
+	@$(PY) -c "import atheris" 2>/dev/null || $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt \
+		$(PIP_ARGS) -e '.[fuzz]'
+	$(FUZZ).guided --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) --targets $(FUZZ_TARGETS) $(ARGS)
+
+fuzz-inputs: $(READY) ## the same on FUZZ_INPUTS inputs that are alike on every run
+	$(FUZZ).run --inputs $(FUZZ_INPUTS) --jobs $(FUZZ_JOBS) --targets $(FUZZ_TARGETS) $(ARGS)
 
 bench: $(READY) ## one benchmark: make bench B=convert ARGS="..."; all of them without B
 	@for file in benchmarks/$(or $(B),[a-z]*).py; do \
