@@ -10,14 +10,13 @@ always has a slot. There are two ways:
 A slot is reused only when it is idle: on an accelerator, after the copy out of it has completed.
 
 `Ring.stop` wakes whatever waits: an exception in any thread, or Ctrl-C in the caller's,
-stops every worker after its current chunk, and joins them.
+stops every worker after its current chunk, and waits for them.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
@@ -25,7 +24,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..machine import PAGE, now
+from ..machine import PAGE
+from .workers import Workers
 
 Ticket = TypeVar("Ticket")
 TicketIn = TypeVar("TicketIn", contravariant=True)
@@ -52,10 +52,11 @@ class SingleThreadedTorch:
         with self._lock:
             if self._held:
                 return
-            self._held = True
             if not SingleThreadedTorch._holders:
                 SingleThreadedTorch._before = torch.get_num_threads()
+            # both or none, should Ctrl-C come
             SingleThreadedTorch._holders += 1
+            self._held = True
 
     def release(self) -> None:
         with self._lock:
@@ -104,10 +105,12 @@ class Worker(Protocol[TicketIn]):
 class Ring(Generic[Ticket]):
     """Threads that work off tickets in order. Use `run`, or `start` and `finish` around a consumer of one's own."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, what: str = "at work") -> None:
         self._count = threads
-        self._condition = threading.Condition()
-        self._threads: list[threading.Thread] = []
+        self.workers = Workers(what)
+        # entered by its lock: an interrupt within the condition's own `__enter__` would leave it locked
+        self._lock = threading.RLock()
+        self._condition = threading.Condition(self._lock)
         self._alive = 0
         self._stopping = False
         self._error: BaseException | None = None
@@ -128,16 +131,7 @@ class Ring(Generic[Ticket]):
         """Start the threads; each calls ``draw`` for its next ticket, until that is None."""
         self._alive = self._count
         for number in range(self._count):
-            thread = threading.Thread(target=self._work, args=(draw, make_worker), name=f"octavo-{number}", daemon=True)
-            try:
-                self._threads.append(thread)
-                thread.start()
-            except BaseException as error:
-                # Ctrl-C may come while `start` waits for a thread that runs already: it must be joined as the others
-                begun = isinstance(error, KeyboardInterrupt) and _has_begun(thread)
-                with self._condition:
-                    self._alive -= self._count - number - begun
-                raise
+            self.workers.start(lambda: self._work(draw, make_worker), f"octavo-{number}")
 
     def run(
         self,
@@ -148,11 +142,8 @@ class Ring(Generic[Ticket]):
         """Work off all tickets; raises the first error of any thread, after all threads have ended."""
         try:
             self.start(tickets, make_worker)
-            while True:
-                with self._condition:
-                    if not self._alive:
-                        break
-                    self._condition.wait(TICK_S)
+            while self._alive:
+                self.workers.wait(TICK_S)
                 if on_tick:
                     on_tick(self.done_bytes)
         finally:
@@ -214,16 +205,9 @@ class Ring(Generic[Ticket]):
             self.finish()
 
     def finish(self) -> None:
-        """Stop, join all threads, and raise the first error of any of them."""
-        self.stop()
-        interrupt = None
-        for thread in self._threads:
-            # a second Ctrl-C must not leave a thread behind that still reads from, or writes to, closed files
-            while thread.is_alive():
-                try:
-                    thread.join()
-                except KeyboardInterrupt as error:
-                    interrupt = error
+        """Stop, wait until all threads have ended, and raise the first error of any of them."""
+        interrupt = self.workers.finish(self.stop)
+        self._alive = 0
         first, self._error = self._error or interrupt, None
         try:
             if first is not None:
@@ -233,7 +217,7 @@ class Ring(Generic[Ticket]):
 
     def stop(self, error: BaseException | None = None) -> None:
         """Let every thread end after its current chunk."""
-        with self._condition:
+        with self._lock:
             self._stopping = True
             if self._error is None:
                 self._error = error
@@ -242,14 +226,14 @@ class Ring(Generic[Ticket]):
 
     def wait_for(self, predicate: Callable[[], bool]) -> None:
         """Block until ``predicate`` holds; `Cancelled` when the ring is stopped meanwhile."""
-        with self._condition:
+        with self._lock:
             self._condition.wait_for(lambda: self._stopping or predicate())
             if self._stopping and not predicate():
                 raise Cancelled
 
     def update(self, change: Callable[[], None]) -> None:
         """Change what a `wait_for` predicate reads, and wake the waiting."""
-        with self._condition:
+        with self._lock:
             change()
             self._condition.notify_all()
 
@@ -264,7 +248,7 @@ class Ring(Generic[Ticket]):
             worker = make_worker()
             while not self._stopping and (ticket := draw()) is not None:
                 count = worker.handle(ticket)
-                with self._condition:
+                with self._lock:
                     self.done_bytes += count
         except Cancelled:
             pass
@@ -276,7 +260,7 @@ class Ring(Generic[Ticket]):
                     worker.close()
             except BaseException as error:
                 self.stop(error)
-            with self._condition:
+            with self._lock:
                 self._alive -= 1
                 self._condition.notify_all()
 
@@ -298,11 +282,3 @@ class _Reader(Generic[Ticket]):
 
     def close(self) -> None:
         self._full.put(None)
-
-
-def _has_begun(thread: threading.Thread) -> bool:
-    """Return True if a thread whose start was interrupted runs or has run. Waits a little, since it may be about to."""
-    deadline = now() + 10 * TICK_S
-    while thread.ident is None and now() < deadline:
-        time.sleep(TICK_S / 100)
-    return thread.ident is not None

@@ -62,7 +62,7 @@ class Stream:
     ) -> None:
         self.checkpoint, self.plan, self.sink = checkpoint, plan, sink
         self.budget = budget or Budget.fit(plan.placements, plan.staging_bytes, threads, slot_bytes)
-        self.ring: Ring[Any] = Ring(self.budget.threads)
+        self.ring: Ring[Any] = Ring(self.budget.threads, f"reading {checkpoint.path}")
         if direct_io and not self.budget.lanes:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
         if direct_io and self.budget.read_bytes == self.budget.slot_bytes:
@@ -95,8 +95,8 @@ class Stream:
         return self.tally
 
     def _run(self, on_tick: Callable[[int], None]) -> None:
-        self._torch.hold()
         try:
+            self._torch.hold()
             if self.budget.lanes:
                 ticked = now()
                 with contextlib.closing(self._blocks()) as blocks:
@@ -125,8 +125,8 @@ class Stream:
         assert isinstance(sink, IteratorSink)
         ended = False
         blocks = self._blocks() if self.budget.lanes else None
-        self._torch.hold()
         try:
+            self._torch.hold()
             if blocks is not None:
                 for _ in blocks:
                     yield from iter(lambda: sink.take_ready(self.ring), None)
@@ -147,8 +147,11 @@ class Stream:
                 self._close()
 
     def _close(self) -> None:
-        self.files.close()
-        self._torch.release()
+        try:
+            self.ring.finish()  # once more, should Ctrl-C have come just before it was called
+        finally:
+            self.files.close()
+            self._torch.release()
 
     # -- on an accelerator: threads read blocks, this thread launches -------------------------------------------------
 
