@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import queue
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from rich.console import Console
 from ..errors import of_user
 from ..machine import now, rss_bytes
 from ..text import human_bytes
+from .workers import Workers
 
 if TYPE_CHECKING:
     from ..planning.plan import Plan
@@ -82,19 +83,28 @@ class Meter:
         self.samples: list[Sample] = []
         self._device = device
         self._tally: Tally | None = None
-        self._stop = threading.Event()
+        self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._began, self._rss, self._allocated = now(), rss_bytes(), self._device_bytes()
-        self._thread = threading.Thread(target=self._run, name="octavo-meter", daemon=True)
-        self._thread.start()
+        self._workers = Workers("that measure memory")
+        try:
+            self._workers.start(self._run, "octavo-meter")
+        except BaseException:
+            self.close()
+            raise
 
     def follow(self, tally: Tally) -> None:
         """Trace the bytes that are placed."""
         self._tally = tally
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join()
+        """End the thread, and take a last sample."""
+        interrupt = self._workers.finish(lambda: self._stop.put(None))
         self._sample()
+        try:
+            if interrupt is not None:
+                raise interrupt
+        finally:
+            del interrupt
 
     def _device_bytes(self) -> int:
         if self._device.type != "cuda":
@@ -105,13 +115,21 @@ class Meter:
 
     def _run(self) -> None:
         interval_s = _SAMPLE_S
-        while not self._stop.wait(interval_s):
+        while self._goes_on(interval_s):
             self._sample()
             if len(self.samples) >= _MAX_SAMPLES:
                 # the largest of each pair, so that peaks stay
                 pairs = zip(self.samples[::2], self.samples[1::2], strict=False)
                 self.samples = [max(pair, key=lambda s: (s.rss_bytes, s.device_bytes)) for pair in pairs]
                 interval_s *= 2
+
+    def _goes_on(self, seconds: float) -> bool:
+        """Wait so long; False as soon as the meter is closed."""
+        try:
+            self._stop.get(timeout=seconds)
+        except queue.Empty:
+            return True
+        return False
 
     def _sample(self) -> None:
         placed = self._tally.placed_bytes if self._tally else 0

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ from .nonfinite import FiniteWatch, describe_nonfinite
 from .placed import Placed
 from .ring import Slot
 from .sinks import enough_memory
+from .workers import Workers
 
 
 def backend_of(device: torch.device) -> Any:
@@ -158,17 +158,23 @@ class WarmUp:
         check_options(staging_bytes, threads)
         self._budget = Budget.on_accelerator(device, staging_bytes, threads) if device.type != "cpu" else None
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="octavo-warm-up", daemon=True)
+        self._workers = Workers(f"that prepare {device}")
 
     def __enter__(self) -> None:
         if self._budget is not None:
-            self._thread.start()
+            try:
+                self._workers.start(self._run, "octavo-warm-up")
+            except BaseException:
+                self._workers.finish()
+                raise
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        while self._thread.is_alive():
-            self._thread.join()
-        if self._error is not None and kind is None:
-            raise self._error
+        first = self._workers.finish() or (self._error if kind is None else None)
+        try:
+            if first is not None:
+                raise first
+        finally:
+            del first
 
     def _run(self) -> None:
         try:
