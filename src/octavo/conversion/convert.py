@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +35,9 @@ from ..streaming.sinks import ShardSink
 from ..streaming.stream import Stream, Tally
 from ..text import human_bytes
 from . import formats
+from .finisher import Finisher
 from .layout import ShardLayout, check_names, share_of
-from .partial import PART, Folder, PartialFolder, check_free
+from .partial import Folder, PartialFolder, check_free
 
 #: raised whenever the bytes of an output could differ from those of an earlier version
 _BYTES_VERSION = 1
@@ -196,38 +196,28 @@ class Job:
         """Write all shards that are not finished."""
         total = sum(plan.source_bytes for _, plan in self.shards)
         before = 0
-        with ThreadPoolExecutor(1, thread_name_prefix="octavo-sync") as syncing:
-            pending: list[Future[None]] = []
+        with Finisher.of(partial) as finisher:
             for shard, plan in self.shards:
                 if shard.name not in partial.finished:
                     shown = share_of(progress, before, plan.source_bytes, total)
-                    file = OutFile(partial.result.path / (shard.name + PART), shard.nbytes, partial.result.opener)
-                    self._write_shard(file, shard, plan, budget, tally, shown)
-                    # the disk is waited for while the next shard is read
-                    pending.append(syncing.submit(_finish_shard, partial, file, shard))
+                    file = self._write_shard(finisher, shard, plan, budget, tally, shown)
+                    finisher.submit(file, shard)
                 before += plan.source_bytes
-                for future in pending:
-                    if future.done():
-                        future.result()  # raises at once what went wrong
-            for future in pending:
-                future.result()
 
     def _write_shard(
         self,
-        file: OutFile,
+        finisher: Finisher,
         shard: ShardLayout,
         plan: Plan,
         budget: Budget,
         tally: Tally,
         progress: Callable[[int, int], None] | None,
-    ) -> None:
-        try:
-            file.write(memoryview(shard.header), 0)
-            sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
-            Stream(self.checkpoint, plan, sink, budget=budget, tally=tally).run(progress)
-        except BaseException:
-            file.close()
-            raise
+    ) -> OutFile:
+        file = finisher.open(shard)
+        file.write(memoryview(shard.header), 0)
+        sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
+        finisher.fill(Stream(self.checkpoint, plan, sink, budget=budget, tally=tally), file).run(progress)
+        return file
 
     def write_rest(self, partial: PartialFolder) -> None:
         """Config, tokenizer files, index."""
@@ -292,14 +282,3 @@ def _copy(file: Path, folder: Folder) -> None:
         raise SourceChangedError(f"{file}: can't be read any more: {error.strerror}") from error
     with source, folder.new_file(file.name) as copy:
         shutil.copyfileobj(source, copy)
-
-
-def _finish_shard(partial: PartialFolder, file: OutFile, shard: ShardLayout) -> None:
-    try:
-        try:
-            file.sync()
-        finally:
-            file.close()
-        partial.finish(shard.name, shard.nbytes)
-    except OSError as error:
-        raise disk_error(partial.result.path / shard.name, error) from error

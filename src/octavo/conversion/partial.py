@@ -2,7 +2,7 @@
 
     octavo.lock      written first and removed last: octavo's mark, and the lock against other processes
     manifest.json    what is converted and how, which files octavo makes in checkpoint/, which shards are finished
-    checkpoint/      the result; its shards end in .part until they are finished
+    checkpoint/      the result; until a shard is finished, its name ends in .part and has that of its run
 
 A folder that holds anything else, or no mark, is refused before anything in it is changed. Entries are reached by name
 in the open folder, links are never followed, and files are made under names that are free. What goes is unlinked
@@ -15,8 +15,9 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,7 @@ from ..streaming.outfile import disk_error
 
 _LOCK, _MANIFEST, _RESULT = "octavo.lock", "manifest.json", "checkpoint"
 #: ends the names of files that are not complete
-PART = ".part"
+_PART = ".part"
 #: never changed, so that later versions know the folders of earlier ones
 _MARK = b"""\
 octavo convert has not finished what it writes into this folder. The command that began goes on when it is run again.
@@ -45,7 +46,9 @@ class Folder:
         )
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        """Nothing reaches an entry any more: the descriptor's number may soon be that of another folder."""
+        descriptor, self.descriptor = self.descriptor, -1
+        os.close(descriptor)
 
     def names(self) -> set[str]:
         return set(os.listdir(self.descriptor))
@@ -118,6 +121,13 @@ class PartialFolder(Folder):
     manifest: dict[str, Any]  # empty where nothing was begun
     _wanted: set[str]  # the files of the result
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        # no other run may ever rename, or write to, what this one has begun
+        self._run = f"run-{secrets.token_hex(4)}"
+        self._writers: Callable[[], None] = lambda: None
+        self._process = os.getpid()
+
     @classmethod
     @contextlib.contextmanager
     def locked(cls, path: Path) -> Iterator[PartialFolder]:
@@ -128,7 +138,8 @@ class PartialFolder(Folder):
                     path.mkdir()
                 partial = cls(path)
                 stack.callback(partial.close)
-                stack.callback(os.close, partial._lock())
+                stack.callback(partial._unlock, partial._lock())
+                stack.callback(lambda: partial._writers())
             except NotADirectoryError:
                 raise OutputError(
                     f"{path}: is a link or a file, which octavo did not make. Move it, or name another target."
@@ -136,8 +147,8 @@ class PartialFolder(Folder):
             except OSError as error:
                 raise OutputError(f"{path}: can't be made: {error.strerror}") from error
             try:
-                if partial.is_file(_MANIFEST + PART):
-                    partial.remove(_MANIFEST + PART)
+                if partial.is_file(_MANIFEST + _PART):
+                    partial.remove(_MANIFEST + _PART)
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(_RESULT, dir_fd=partial.descriptor)
                 partial.result = Folder(path / _RESULT, partial)
@@ -152,7 +163,7 @@ class PartialFolder(Folder):
     def _lock(self) -> int:
         """A descriptor that keeps other processes out while it is open."""
         names = self.names()
-        files = {name for name in (_LOCK, _MANIFEST, _MANIFEST + PART) if self.is_file(name)}
+        files = {name for name in (_LOCK, _MANIFEST, _MANIFEST + _PART) if self.is_file(name)}
         self.refuse(names - files - ({_RESULT} if self.is_folder(_RESULT) else set()))
         if _LOCK not in names:
             self.refuse(names)
@@ -169,6 +180,15 @@ class PartialFolder(Folder):
             os.close(lock)
             raise
         return lock
+
+    def _unlock(self, lock: int) -> None:
+        if os.getpid() == self._process:  # what is forked has the lock too, and may live longer
+            fcntl.flock(lock, fcntl.LOCK_UN)
+        os.close(lock)
+
+    def keep_for(self, writers: Callable[[], None]) -> None:
+        """Keep other processes out until ``writers`` has returned, which waits for all that may still write."""
+        self._writers = writers
 
     def _mark(self, lock: int) -> None:
         """Find octavo's mark. Where there is nothing else, make it, or complete what a killed run began."""
@@ -223,19 +243,23 @@ class PartialFolder(Folder):
         for name in names - finished.keys():
             result.remove(name)
         self._wanted = {*shards, *others}
-        files = self._wanted.union(shard + PART for shard in shards)
+        files = self._wanted.union(map(self.part_of, shards))
         self.manifest = {**identity, "files": sorted(files), "finished": finished}
         self._write_manifest()
 
     def _write_manifest(self) -> None:
         """Replace it, so that a reader finds either the old or the new one."""
-        self.write(_MANIFEST + PART, json.dumps(self.manifest, indent=1))
-        self.rename(_MANIFEST + PART, _MANIFEST)
+        self.write(_MANIFEST + _PART, json.dumps(self.manifest, indent=1))
+        self.rename(_MANIFEST + _PART, _MANIFEST)
+
+    def part_of(self, shard: str) -> str:
+        """The name of a shard that this run has not finished."""
+        return f"{self._run}-{shard}{_PART}"
 
     def finish(self, shard: str, nbytes: int) -> None:
         """Note that a shard, synced, is complete."""
         self.result.refuse([shard])
-        self.result.rename(shard + PART, shard)
+        self.result.rename(self.part_of(shard), shard)
         self.finished[shard] = nbytes
         self._write_manifest()
 

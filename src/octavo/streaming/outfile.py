@@ -115,10 +115,11 @@ class OutFile:
         os.fsync(self._buffered)
 
     def close(self) -> None:
-        for descriptor in (self._buffered, self._direct):
+        # forgotten first: the numbers may soon be those of other files
+        descriptors, self._buffered, self._direct = (self._buffered, self._direct), -1, -1
+        for descriptor in descriptors:
             if descriptor >= 0:
                 os.close(descriptor)
-        self._buffered = self._direct = -1
 
     def __enter__(self) -> OutFile:
         return self

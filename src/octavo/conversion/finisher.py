@@ -1,0 +1,101 @@
+"""Whatever writes the shards of a conversion: the threads of a stream, and one that syncs and records what is complete.
+
+None of them outlives its conversion, and no file is closed before they have ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+from collections.abc import Iterator
+
+from ..streaming.outfile import OutFile, disk_error
+from ..streaming.stream import Stream
+from ..streaming.workers import Workers
+from .layout import ShardLayout
+from .partial import PartialFolder
+
+
+class Finisher:
+    """Finishes shards one after another in a thread of its own: the disk is waited for while the next one is read."""
+
+    def __init__(self, partial: PartialFolder) -> None:
+        self._partial = partial
+        self._files: list[OutFile] = []
+        self._stream: Stream | None = None
+        self._complete: queue.SimpleQueue[tuple[OutFile, ShardLayout] | None] = queue.SimpleQueue()
+        self._workers = Workers(f"syncing what is in {partial.path}")
+        self._begun = False
+        self._stops = 0
+        self._error: BaseException | None = None
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, partial: PartialFolder) -> Iterator[Finisher]:
+        """Left, it has finished all that is complete, and raises the first error."""
+        finisher = cls(partial)
+        partial.keep_for(finisher.close)
+        try:
+            yield finisher
+            finisher.close()
+            finisher.check()
+        finally:
+            finisher.close()
+
+    def open(self, shard: ShardLayout) -> OutFile:
+        """A file for a shard that is not complete."""
+        result = self._partial.result
+        file = OutFile(result.path / self._partial.part_of(shard.name), shard.nbytes, result.opener)
+        self._files.append(file)
+        return file
+
+    def fill(self, stream: Stream, file: OutFile) -> Stream:
+        """Note that a stream writes to a file."""
+        stream.ring.workers.what = f"reading {stream.checkpoint.path}, writing {file.path}"
+        self._stream = stream
+        return stream
+
+    def submit(self, file: OutFile, shard: ShardLayout) -> None:
+        """Have a shard that is complete synced, renamed and recorded; raises what went wrong with an earlier one."""
+        self.check()
+        if not self._begun:
+            self._begun = True
+            self._workers.start(self._work, "octavo-sync")
+        self._complete.put((file, shard))
+
+    def check(self) -> None:
+        """Raise what went wrong with a shard that was complete."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Wait until nothing writes any more, and close all files. A second interrupt leaves out what has not begun."""
+        try:
+            if self._stream is not None:
+                self._stream.ring.finish()
+        finally:
+            interrupt = self._workers.finish(self._no_more)
+            for file in self._files:
+                file.close()
+            try:
+                if interrupt is not None:
+                    raise interrupt
+            finally:
+                del interrupt
+
+    def _no_more(self) -> None:
+        self._stops += 1
+        self._complete.put(None)
+
+    def _work(self) -> None:
+        while (complete := self._complete.get()) is not None:
+            file, shard = complete
+            try:
+                if self._error is None and self._stops < 2:
+                    file.sync()
+                    file.close()
+                    self._partial.finish(shard.name, shard.nbytes)
+            except OSError as error:
+                self._error = disk_error(self._partial.result.path / shard.name, error)
+            except BaseException as error:
+                self._error = error
