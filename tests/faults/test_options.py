@@ -128,6 +128,22 @@ def test_option_that_cannot_be_honoured_is_explained(case: str, llama: Path) -> 
 
 
 @pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"format": ["fp8"]}, RecipeError, "unknown format ['fp8']"),
+        ({"format": None}, RecipeError, "unknown format None"),
+        ({"staging_bytes": "1MiB"}, DeviceError, "staging_bytes is '1MiB', not a number of bytes"),
+        ({"staging_bytes": 1.5e9}, DeviceError, "not a number of bytes"),
+        ({"staging_bytes": 5}, DeviceError, "staging_bytes is 5; at least"),
+    ],
+)
+def test_option_of_a_plan_that_is_none_is_explained(
+    options: dict[str, Any], error: type[OctavoError], says: str, llama: Path
+) -> None:
+    fails(error, says, lambda: octavo.plan(llama, model=False, **options))
+
+
+@pytest.mark.parametrize(
     ("options", "says"),
     [
         pytest.param(

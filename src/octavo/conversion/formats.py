@@ -223,7 +223,7 @@ _FORMATS = {name: Format(name, terms.scale_suffix, terms.schemes) for name, term
 
 def get(name: str) -> Format:
     """The format called ``name``; a `RecipeError` that lists them otherwise."""
-    if name not in _FORMATS:
+    if name not in NAMES:  # what is no text is not in a tuple either
         raise RecipeError(f"unknown format {name!r}; known: {', '.join(NAMES)}")
     return _FORMATS[name]
 

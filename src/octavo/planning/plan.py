@@ -24,7 +24,7 @@ from ..elements.pieces import whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
 from ..text import human_bytes, pattern, to_text
 from . import kinds
-from .budget import Budget
+from .budget import Budget, check_options
 from .chunks import cut_placements
 from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
@@ -219,6 +219,7 @@ def make_plan(
             f"{checkpoint.path}: already quantized ({checkpoint.quantization}, says its config.json); quantizing twice "
             "loses accuracy. Start from the bf16 checkpoint."
         )
+    check_options(staging_bytes)
     targets = list(targets)
     infos = checkpoint.tensors
     problems = []

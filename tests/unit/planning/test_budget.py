@@ -64,9 +64,8 @@ def test_what_an_accelerator_takes_is_within_the_budget(tmp_path, scheme, stagin
 
 
 def test_a_budget_that_is_too_small_is_an_error(checkpoint):
-    plan = plan_checkpoint(checkpoint, Recipe(), 1000)
     with pytest.raises(DeviceError, match=r"staging_bytes is 1,000; at least 1,048,576 \(1 MiB\) are needed"):
-        Stream(checkpoint, plan, ParameterSink({}))
+        plan_checkpoint(checkpoint, Recipe(), 1000)
 
 
 def test_no_threads_are_an_error(checkpoint):
