@@ -114,6 +114,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[OctavoError], tuple[str, ...]]] = 
     "too little staging": ({"staging_bytes": (1 << 20) - 1}, DeviceError, ("1,048,575; at least 1,048,576",)),
     "negative staging": ({"staging_bytes": -1}, DeviceError, ("staging_bytes is -1; at least",)),
     "a device that is none": ({"device": "gpu"}, DeviceError, ("device 'gpu' can't be used here",)),
+    "a device whose package is absent": (
+        {"device": "privateuseone"},
+        DeviceError,
+        ("device 'privateuseone' can't be used here",),
+    ),
     "an empty device": ({"device": ""}, DeviceError, ("device '' can't be used here",)),
     "a device that isn't there": ({"device": "cuda:97"}, DeviceError, ("device 'cuda:97' can't be used here",)),
     "an unknown dtype": ({"dtype": "bfloat17"}, RecipeError, ("dtype must be a torch dtype",)),
