@@ -19,7 +19,10 @@ def parse_size(text: str) -> int:
     if not found:
         raise typer.BadParameter(f"{text!r} is not a size; write 256MiB, 24GiB or 80GB")
     number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    size = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
+    if size >= 2**63:
+        raise typer.BadParameter(f"{text[:40]!r} is more than any machine has; write 256MiB, 24GiB or 80GB")
+    return int(size)
 
 
 def check_size(text: str | None) -> str | None:

@@ -239,6 +239,7 @@ def test_what_can_be_said_at_once_waits_for_no_import(args: list[str], code: int
         (["plan"], "Missing argument"),
         (["plan", "x", "--scheme", "int4"], "known: fp8_channel"),
         (["convert", "x", "y", "--staging", "much"], "'much' is not a size"),
+        (["convert", "x", "y", "--staging", "9" * 400 + "TiB"], "is more than any machine has"),
         (["demo", "--plot", "/no/such/folder/a.png"], "does not exist"),
     ],
 )
