@@ -63,8 +63,8 @@ class Configs(Target):
             assert config is not None
             config.to_dict()
             config.swap(_model())
-        elif checkpoint.quantization is not None:
-            formats.recognize(checkpoint)
+        else:
+            formats.recognize(checkpoint)  # as verify does
         octavo.plan(self.folder, model=False).to_dict()
 
 

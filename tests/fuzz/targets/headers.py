@@ -36,6 +36,9 @@ _STRICTER = re.compile(
     r"|does not start with '\{'"  # it passes over blanks
     r"|__metadata__ must map strings to strings"  # it takes null for none
     r"|unknown dtype"  # it takes {"U8": null} for "U8"
+    r"|may (have|be of) at most"  # bounds of names and axes
+    r"|of 63 bits|63 bits can count"  # torch's; the library counts in 64
+    r"|reads tensors of at most"
 )
 
 
