@@ -7,23 +7,19 @@ holds them. All else is as ``from_pretrained`` would set it up.
 from __future__ import annotations
 
 import contextlib
-import threading
+import inspect
 from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
-from transformers.initialization import no_init_weights
+from torch import nn
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError, RecipeError
 from . import own_code
+from .building import Unallocated
 from .options import DEFAULTS, ModelOptions
-
-#: Building a model patches torch and transformers for all threads. Of two that do so at once, the one that ends last
-#: would restore the other's patch, and leave it for good.
-_building = threading.RLock()
 
 
 def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
@@ -45,22 +41,15 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
         own_code.refuse_kernels(config, folder)
     chosen = _dtype(asked.dtype, config, checkpoint)
     cls = asked.model_class or _model_class(config, trusted)
-    options: dict[str, Any] = {"dtype": chosen}
-    if asked.attn_implementation:
-        options["attn_implementation"] = asked.attn_implementation
+    options = {"attn_implementation": asked.attn_implementation} if asked.attn_implementation else {}
     try:
-        with _building, contextlib.nullcontext() if trusted else own_code.hidden(config):
-            with init_empty_weights(include_buffers=False), no_init_weights():
-                if hasattr(cls, "_model_mapping"):
-                    model = cls.from_config(config, trust_remote_code=trusted, **options)
-                else:
-                    model = cls._from_config(config, **options)
-            _compute_buffers(model)
+        with contextlib.nullcontext() if trusted else own_code.hidden(config):
+            model = _build(cls, config, chosen, trusted, options)
     except Exception as error:  # what a config and options lead to is transformers' to say
         refused = None if trusted else own_code.refusal(error, folder, "config.json")
         raise refused or CheckpointError(
             f"{folder}: transformers can't build {getattr(cls, '__name__', cls)} from this config.json "
-            f"with {options}: {type(error).__name__}: {error}"
+            f"with { ({'dtype': chosen, **options}) }: {type(error).__name__}: {error}"
         ) from error
     model.config.name_or_path = folder
     if model.can_generate():
@@ -99,14 +88,53 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _compute_buffers(model: Any) -> None:
-    """Compute buffers (rotary and position tables) a second time, now in torch's default dtype.
+def _build(cls: Any, config: Any, dtype: torch.dtype, trusted: bool, options: dict[str, Any]) -> Any:
+    """A model of a class, or of the one that an auto class finds: its parameters on meta, its buffers computed."""
+    modules = [kind.__module__ for kind in (cls, type(config))]
+    own = not all(module.startswith("transformers.") for module in modules) or (trusted and hasattr(config, "auto_map"))
+    with Unallocated(dtype, values=own):  # a dtype that transformers is told becomes the default of all threads
+        if hasattr(cls, "_model_mapping"):
+            model = cls.from_config(config, trust_remote_code=trusted, dtype=None, **options)
+        else:
+            model = cls._from_config(config, dtype=None, **options)
+    for part in (model.config, *(getattr(model.config, name) for name in model.config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    _separate(model)
+    _compute_buffers(model)
+    return model
 
-    ``from_config`` computes them while the model's half precision is the default, ``from_pretrained`` does not. GPT-J's
-    sines would be wrong by most of 1.
+
+def _separate(model: Any) -> None:
+    """Give each parameter a tensor of its own on meta.
+
+    Tied ones are to be tied when it is known which of them the checkpoint has. Modules that are shared stay so.
+    """
+    tied, seen = {name for names in model.all_tied_weights_keys.items() for name in names}, set()
+    for path, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{path}.{leaf}" if path else leaf
+            if not parameter.is_meta or (id(parameter) in seen and name in tied):
+                empty = torch.empty_like(parameter, device="meta")
+                parameter = module._parameters[leaf] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            seen.add(id(parameter))
+
+
+def _compute_buffers(model: Any) -> None:
+    """Give buffers (rotary and position tables) memory and values.
+
+    That is in torch's default dtype, as in ``from_pretrained``: in the model's half precision, GPT-J's sines would be
+    wrong by most of 1.
     """
     for parameter in model.parameters():
         parameter._is_hf_initialized = True  # parameters have nothing to be initialised
     for module in model.modules():
         module._is_hf_initialized = False
-    model.initialize_weights()
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    # without its decorators: they replace functions of torch.nn.init, for all threads
+    with torch.no_grad():
+        inspect.unwrap(type(model).initialize_weights)(model)
