@@ -1,9 +1,11 @@
-"""Words for people: bytes, and tables as text."""
+"""Words for people: bytes, tables as text, and what others wrote, made fit for a terminal."""
 
 from __future__ import annotations
 
+import reprlib
 import shutil
 from io import StringIO
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +27,17 @@ def count_text(counted: tuple[int, int]) -> str:
 
 def pattern(name: str) -> str:
     """'model.layers.3.mlp' -> 'model.layers.*.mlp', which all of a model's layers have in common."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+_shown = reprlib.Repr()
+_shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxtuple = 3, 8, 8, 8
+_shown.maxstring, _shown.maxlong, _shown.maxother = 160, 40, 160
+
+
+def shown(value: Any) -> str:
+    """A value that a file or a user gave, in one line: what `repr` makes of it, shortened where that is long."""
+    return _shown.repr(value)
 
 
 def to_text(table: Table) -> str:

@@ -8,6 +8,7 @@ Weights are never read here, and nothing is ever unpickled.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError, MissingExtraError, raise_problems, reading
+from ..errors import MAX_PROBLEMS_SHOWN, CheckpointError, MissingExtraError, raise_problems, reading
+from ..text import shown
 from .files import conforms, local_path, read_object
-from .header import MAX_HEADER_BYTES, Shard, TensorInfo, read_shard
+from .header import MAX_BYTES, MAX_HEADER_BYTES, Shard, TensorInfo, read_shard
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -71,6 +73,9 @@ class Checkpoint:
                     other = shards[tensors[info.name].shard].path.name
                     problems.append(f"{file.name}: tensor {info.name!r} is also in {other}")
                 tensors[info.name] = info
+        total_bytes = sum(info.nbytes for info in tensors.values())
+        if total_bytes > MAX_BYTES:
+            problems.append(f"{total_bytes:,} bytes in all; octavo reads checkpoints of at most {MAX_BYTES:,}")
         if index is not None:
             problems += _compare_index(index, tensors, shards)
         raise_problems(CheckpointError, local, problems, "Nothing was loaded. Fetch the named files again.")
@@ -184,13 +189,16 @@ def _incomplete_numbering(files: list[Path]) -> list[str]:
     if len({(match["stem"], match["count"]) for match in found}) > 1:
         return [f"the .safetensors files belong to several sets, and there is no {INDEX_NAME}"]
     present = {int(match["number"]) for match in found}
-    first = found[0]
+    first, count = found[0], int(found[0]["count"])
     width = len(first["number"])
-    return [
+    gone = (number for number in range(1, count + 1) if number not in present)
+    # a file may claim to be one of billions
+    named = [
         f"{first['stem']}-{number:0{width}d}-of-{first['count']}.safetensors: missing from the folder"
-        for number in range(1, int(first["count"]) + 1)
-        if number not in present
+        for number in itertools.islice(gone, MAX_PROBLEMS_SHOWN - 1)
     ]
+    more = count - sum(1 <= number <= count for number in present) - len(named)
+    return [*named, f"{more:,} more are missing"] if more > 0 else named
 
 
 def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
@@ -233,7 +241,7 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     config = read_object(file, _MAX_CONFIG_BYTES, unique=False)
     quantization = config.get("quantization_config")
     if not conforms(quantization, dict[str, Any] | None):
-        raise CheckpointError(f"{file}: quantization_config must be an object, not {quantization!r}")
+        raise CheckpointError(f"{file}: quantization_config must be an object, not {shown(quantization)}")
     if quantization and not conforms(quantization.get("quant_method"), str | None):
-        raise CheckpointError(f"{file}: quant_method must be a text, not {quantization['quant_method']!r}")
+        raise CheckpointError(f"{file}: quant_method must be a text, not {shown(quantization['quant_method'])}")
     return config

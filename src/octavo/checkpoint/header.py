@@ -19,11 +19,17 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, SourceChangedError, reason
+from ..text import shown
 from . import dtypes
 from .files import conforms, open_regular, parse_json
 
 #: the limit of the reference implementation (safetensors' MAX_HEADER_SIZE)
 MAX_HEADER_BYTES = 100_000_000
+#: far beyond what any model has, and such that nothing that follows takes long or much memory: of a tensor's name, in
+#: characters; of its axes; of its bytes; and of the bytes of all tensors of a checkpoint
+MAX_NAME, MAX_AXES, MAX_TENSOR_BYTES, MAX_BYTES = 1024, 64, 1 << 42, 1 << 46
+#: what other readers, and torch, hold sides and counts in
+_MAX_COUNT = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +115,11 @@ def read_shard(path: Path, number: int, problems: list[str]) -> tuple[Shard | No
     end = 0
     for name, entry in entries:
         try:
+            _check_name(name)
             dtype_name, shape, begin, stop = _parse_entry(entry)
             _check_extent(dtype_name, shape, begin, stop, end)
         except CheckpointError as error:
-            problems.append(f"{path.name}: tensor {name!r}: {error}")
+            problems.append(f"{path.name}: tensor {shown(name)}: {error}")
             end = max(end, _declared_end(entry))
             continue
         infos.append(TensorInfo(name, dtype_name, shape, number, base + begin, stop - begin))
@@ -138,27 +145,41 @@ def _parse_header(raw: bytes) -> tuple[list[tuple[str, Any]], dict[str, str]]:
     return sorted(header.items(), key=lambda item: (_declared_begin(item[1]), _declared_end(item[1]))), metadata
 
 
+def _check_name(name: str) -> None:
+    if len(name) > MAX_NAME:
+        raise CheckpointError(f"its name is {len(name):,} characters long, and may be of at most {MAX_NAME:,}")
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise CheckpointError("its name is no Unicode text (it holds half a surrogate pair): no other reader opens it")
+
+
 def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError("an entry must have exactly dtype, shape and data_offsets")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype_name, str) or dtype_name not in dtypes.BITS:
-        raise CheckpointError(f"unknown dtype {dtype_name!r}; known: {', '.join(dtypes.BITS)}")
+        raise CheckpointError(f"unknown dtype {shown(dtype_name)}; known: {', '.join(dtypes.BITS)}")
+    if isinstance(shape, list) and len(shape) > MAX_AXES:
+        raise CheckpointError(f"its shape has {len(shape):,} axes, and may have at most {MAX_AXES}")
     if not isinstance(shape, list) or not all(_is_natural(n) for n in shape):
-        raise CheckpointError(f"shape {shape!r} is not a list of non-negative integers")
+        raise CheckpointError(f"shape {shown(shape)} is not a list of non-negative integers of 63 bits")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_natural(n) for n in offsets):
-        raise CheckpointError(f"data_offsets {offsets!r} are not two non-negative integers")
+        raise CheckpointError(f"data_offsets {shown(offsets)} are not two non-negative integers of 63 bits")
     return dtype_name, tuple(shape), offsets[0], offsets[1]
 
 
 def _check_extent(dtype_name: str, shape: tuple[int, ...], begin: int, stop: int, previous_end: int) -> None:
     if stop < begin:
         raise CheckpointError(f"data_offsets end at {stop:,} before they begin at {begin:,}")
+    # empty ones, too: torch computes strides of them
+    if math.prod(n or 1 for n in shape) > _MAX_COUNT:
+        raise CheckpointError(f"{dtype_name} {shown(list(shape))} takes more elements than 63 bits can count")
     bits = math.prod(shape) * dtypes.BITS[dtype_name]
     if bits % 8 or bits // 8 != stop - begin:
         raise CheckpointError(
             f"{dtype_name} {list(shape)} takes {bits / 8:,.10g} bytes, data_offsets give {stop - begin:,}"
         )
+    if stop - begin > MAX_TENSOR_BYTES:
+        raise CheckpointError(f"{stop - begin:,} bytes large; octavo reads tensors of at most {MAX_TENSOR_BYTES:,}")
     if begin < previous_end:
         raise CheckpointError(f"overlaps the tensor before it: begins at {begin:,}, that one ends at {previous_end:,}")
     if begin > previous_end:
@@ -166,7 +187,7 @@ def _check_extent(dtype_name: str, shape: tuple[int, ...], begin: int, stop: int
 
 
 def _is_natural(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value <= _MAX_COUNT
 
 
 def _declared(entry: Any, position: int) -> int:

@@ -88,6 +88,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "the first shard of three": (_shards(**{ONE: "a"}), (TWO, THREE, "missing from the folder")),
     "a set without its second shard": (_shards(**{ONE: "a", THREE: "c"}), (TWO, "missing from the folder")),
+    "two shards of billions": (
+        _shards(**{"m-00001-of-99999999999.safetensors": "a", "m-00003-of-99999999999.safetensors": "b"}),
+        ("m-00002-of-99999999999.safetensors: missing", "m-00051-of", "99,999,999,948 more are missing"),
+    ),
     "a tensor in two shards": (
         _shards(**{ONE: "a b", TWO: "b", THREE: "c"}),
         (f"{TWO}: tensor 'b' is also in {ONE}",),
