@@ -42,8 +42,12 @@ RECIPES: dict[str, tuple[Callable[[], Any], tuple[str, ...]]] = {
         ("no regular expression",),
     ),
     "an expression that is nested too deeply": (
-        lambda: Recipe(ignore=["re:" + "(" * 5000 + ")" * 5000]),
+        lambda: Recipe(ignore=["re:" + "(" * 2000 + ")" * 2000]),
         ("no regular expression",),
+    ),
+    "a pattern of thousands of characters": (
+        lambda: Recipe(ignore=["a" * 5000]),
+        ("a pattern of 5,000 characters; at most 4,096",),
     ),
     "an empty pattern": (lambda: Recipe(ignore=[""]), ("an empty pattern",)),
     "a regular expression that is none": (lambda: Recipe(ignore=["re:("]), ("'re:('", "no regular expression")),

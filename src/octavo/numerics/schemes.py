@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .. import choices
 from ..errors import RecipeError
+from ..text import shown
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -91,7 +92,7 @@ def get(name: str | Scheme) -> Scheme:
         return name
     if not isinstance(name, str) or name not in SCHEMES:
         hint = " (None is for no quantization)" if name in ("none", "bf16") else ""
-        raise RecipeError(f"unknown scheme {name!r}; known: {', '.join(SCHEMES)}{hint}")
+        raise RecipeError(f"unknown scheme {shown(name)}; known: {', '.join(SCHEMES)}{hint}")
     return SCHEMES[name]
 
 

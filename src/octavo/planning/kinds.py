@@ -37,21 +37,13 @@ TIED_HEADS = (
     r"output_projection",
 )
 
-#: (pattern over the module's name, what it is): kept by default, in a checkpoint and in a model
-DEFAULT_KEEPS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), what)
-    for pattern, what in (
-        (rf"(^|\.)({_HEADS})$", "output head"),
-        (
-            r"(^|\.)(wte|wpe|shared|relative_attention_bias|rel_pos_bias|[^.]*emb(ed[^.]*|s|_layers\.\d+)?)$",
-            "embedding",
-        ),
-        (r"(^|\.)[^.]*embeddings?\.[^.]*$", "embedding"),
-        (r"(^|\.)[^.]*norm[^.]*$", "norm"),
-        (r"(^|\.)(shared_expert_gate|shared_experts?\.gate)$", "shared expert's gate"),
-        (r"(^|\.)(gate|[^.]*router[^.]*|switch|gating)(\.(layer|weight|wg|linear|classifier|proj))?$", "MoE router"),
-    )
-)
+#: output heads, at the end of a module's name
+_HEAD = re.compile(rf"(^|\.)({_HEADS})$")
+#: names that embeddings have, and routers, without more
+_EMBEDDINGS = frozenset({"wte", "wpe", "shared", "relative_attention_bias", "rel_pos_bias"})
+_ROUTERS = frozenset({"gate", "switch", "gating"})
+#: layers within a router
+_OF_ROUTERS = frozenset({"layer", "weight", "wg", "linear", "classifier", "proj"})
 
 _NUMBER = re.compile(r"\d+")
 #: more rows than anything but a vocabulary has
@@ -60,9 +52,9 @@ _LARGE = 20_001
 # models that keep weights as [in, out] in transformers' Conv1D, in modules of these names
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_MODULES = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)$")
-_STACK = re.compile(
-    r"(^|\.)[^.]*experts?[^.]*\.(.*\.)?[^.]+$|(^|\.)(gate_up_proj|down_proj|input_linear|output_linear)$"
-)
+_STACKS = frozenset({"gate_up_proj", "down_proj", "input_linear", "output_linear"})
+#: more matrices than a stack of experts has: each is cut, and has scales, of its own
+_MAX_EXPERTS = 1 << 16
 
 
 def module_of(name: str) -> str:
@@ -78,10 +70,27 @@ def default_keep(name: str) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _default_keep(module: str) -> str | None:
-    for pattern, what in DEFAULT_KEEPS:
-        if pattern.search(module):
-            return what
+    # components are compared, and not searched by patterns, which take long on the names that a stranger can think of
+    *_, before, last = "", *module.split(".")
+    if _HEAD.search(module):
+        return "output head"
+    if last in _EMBEDDINGS or "embed" in last or last.endswith(("emb", "embs")):
+        return "embedding"
+    if before.endswith(("embedding", "embeddings")) or (before.endswith("emb_layers") and last.isdecimal()):
+        return "embedding"
+    if "norm" in last:
+        return "norm"
+    if last == "shared_expert_gate" or (last == "gate" and before in ("shared_expert", "shared_experts")):
+        return "shared expert's gate"
+    router = before if last in _OF_ROUTERS else last
+    if router in _ROUTERS or "router" in router or "router" in last:
+        return "MoE router"
     return None
+
+
+def _is_stack(module: str) -> bool:
+    *above, last = module.split(".")
+    return last in _STACKS or (last != "" and any("expert" in part for part in above))
 
 
 def kind_by_name(info: TensorInfo, config: Mapping[str, Any], names: Collection[str] = ()) -> str:
@@ -102,8 +111,8 @@ def kind_by_name(info: TensorInfo, config: Mapping[str, Any], names: Collection[
         if info.shape[0] >= _LARGE and info.shape[0] in _values(config, "vocab_size"):
             return "as many rows as the vocabulary: head or embedding"
         return LINEAR
-    if len(info.shape) == 3 and _STACK.search(module):
-        return EXPERTS
+    if len(info.shape) == 3 and _is_stack(module):
+        return EXPERTS if info.shape[0] <= _MAX_EXPERTS else f"{info.shape[0]:,} matrices, no expert stack"
     if info.name.endswith("bias"):
         return "bias"
     return {0: "scalar", 1: "vector"}.get(len(info.shape), f"{len(info.shape)}-D, no expert stack")

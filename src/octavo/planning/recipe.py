@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +16,13 @@ from ..checkpoint import dtypes
 from ..choices import DEFAULT_SCHEME
 from ..errors import RecipeError, raise_problems
 from ..numerics import schemes
+from ..text import shown
 from . import kinds
+
+#: for so many patterns without a match, among so many names, the nearest is looked for, which takes a while
+_MAX_NEAREST, _MAX_NEAR_NAMES = 5, 20_000
+#: of a pattern's length, in characters; a regular expression of any length may still take as long as it likes
+_MAX_PATTERN = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +130,7 @@ class Recipe:
         """The inverse of `to_dict`; an unknown key is an error."""
         unknown = [key for key in data if key not in ("scheme", "targets", "ignore")]
         if unknown:
-            raise RecipeError(f"unknown recipe key {unknown[0]!r}; known: scheme, targets, ignore")
+            raise RecipeError(f"unknown recipe key {shown(unknown[0])}; known: scheme, targets, ignore")
         return cls(**data)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +153,8 @@ class Recipe:
                 problems.append(str(error))
         for pattern in () if problems else self.patterns:
             if pattern not in matched:
-                problems.append(f"the pattern {pattern!r} matches no tensor{_nearest(pattern, weights)}")
+                near = _nearest(pattern, weights) if len(problems) < _MAX_NEAREST else ""
+                problems.append(f"the pattern {pattern!r} matches no tensor{near}")
             elif not matched[pattern] and pattern not in self.ignore:
                 problems.append(
                     f"the target {pattern!r} matches only weights that can't be quantized, or stay by default"
@@ -203,11 +211,13 @@ def _checked(given: Any, fits: Callable[[Any], bool], rule: str) -> list[Any]:
     if given is None:
         found = []
     if found is None or not all(map(fits, found)):
-        raise RecipeError(f"{rule}, not {'the text ' if isinstance(given, str) else ''}{given!r}")
+        raise RecipeError(f"{rule}, not {'the text ' if isinstance(given, str) else ''}{shown(given)}")
     return found
 
 
 def _check_pattern(pattern: str) -> None:
+    if len(pattern) > _MAX_PATTERN:
+        raise RecipeError(f"a pattern of {len(pattern):,} characters; at most {_MAX_PATTERN:,} are taken")
     if pattern.startswith("re:"):
         try:
             re.compile(pattern[3:])
@@ -249,6 +259,7 @@ def _matches_name(pattern: str, name: str) -> bool:
 def _nearest(pattern: str, weights: Sequence[Weight]) -> str:
     import difflib
 
-    names = [name for weight in weights for name in weight.names]
+    every = (name for weight in weights for name in weight.names)
+    names = list(itertools.islice(every, _MAX_NEAR_NAMES))
     close = difflib.get_close_matches(pattern, names, 1, cutoff=0.6)
     return f"; the nearest name is {close[0]!r}" if close else ""
