@@ -8,11 +8,24 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..errors import DeviceError
+from ..machine import available_bytes
 from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..streaming.sinks import IteratorSink
 from ..streaming.stream import Stream, Tally
 from . import formats
+
+
+def check_room(made: Plan) -> None:
+    """Raise a `DeviceError` unless this machine has memory for the largest tensor, which is handed out whole."""
+    largest = max(made.placements, key=lambda placement: placement.final_bytes, default=None)
+    room = available_bytes()
+    if largest and room and torch.device(largest.device).type == "cpu" and largest.final_bytes > room:
+        raise DeviceError(
+            f"{made.source}: {largest.name} takes {largest.final_bytes:,} bytes of memory, and {room:,} are available. "
+            "octavo.convert writes tensors of any size."
+        )
 
 
 def iterate(

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -24,7 +24,7 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_STAGING_BYTES
 from ...elements.boxes import coverage_problem
 from ...elements.symbolic import NotMovementError, Symbolic
-from ...errors import CoverageError, raise_problems
+from ...errors import MAX_PROBLEMS_SHOWN, CoverageError, raise_problems
 from ...planning import kinds
 from ...planning.placement import Target
 from ...planning.plan import Plan, make_plan
@@ -199,23 +199,33 @@ def _holes(names: Iterable[str]) -> list[str]:
     series: dict[str, set[tuple[int, ...]]] = {}
     for name in names:
         parts = name.split(".")
-        template = ".".join("*" if part.isdigit() else part for part in parts)
-        series.setdefault(template, set()).add(tuple(int(part) for part in parts if part.isdigit()))
+        template = ".".join("*" if part.isdecimal() else part for part in parts)
+        series.setdefault(template, set()).add(tuple(int(part) for part in parts if part.isdecimal()))
     if len({len(numbers) for found in series.values() for numbers in found}) != 1:
         return []  # these don't run alongside each other
     every = set().union(*series.values())
     columns = [set(column) for column in zip(*every, strict=True)]
     # a number that is the same in all names, as the layer's is, makes no series
-    ranges = [sorted(column) if len(column) == 1 else range(max(column) + 1) for column in columns]
+    ranges = [range(max(column), max(column) + 1) if len(column) == 1 else range(max(column) + 1) for column in columns]
     missing = []
     for template, found in series.items():
-        if len(found) == math.prod(map(len, ranges)):
-            continue
-        for numbers in itertools.product(*ranges):
-            if numbers not in found:
-                digits = iter(numbers)
-                missing.append(".".join(str(next(digits)) if part == "*" else part for part in template.split(".")))
+        absent = math.prod(numbers.stop - numbers.start for numbers in ranges) - len(found)
+        # a name may hold any number: of billions that are missing, no more are listed than are shown
+        gone = (numbers for numbers in _combinations(ranges) if numbers not in found)
+        for numbers in itertools.islice(gone, min(absent, MAX_PROBLEMS_SHOWN)):
+            digits = iter(numbers)
+            missing.append(".".join(str(next(digits)) if part == "*" else part for part in template.split(".")))
     return missing
+
+
+def _combinations(ranges: Sequence[range]) -> Iterator[tuple[int, ...]]:
+    """As `itertools.product`, which makes lists of all ranges first, however long they are."""
+    if not ranges:
+        yield ()
+        return
+    for first in ranges[0]:
+        for others in _combinations(ranges[1:]):
+            yield (first, *others)
 
 
 def _wrong_dtypes(name: str, wanted: torch.dtype, symbolic: Symbolic, checkpoint: Checkpoint) -> list[str]:

@@ -18,6 +18,7 @@ from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError, RecipeError
 from . import own_code
+from .bounds import check_layers
 from .building import Unallocated
 from .options import DEFAULTS, ModelOptions
 
@@ -32,6 +33,7 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
     folder, trusted = str(checkpoint.folder), asked.trust_remote_code
     if not checkpoint.config:
         raise CheckpointError(f"{folder}: no config.json (or an empty one), which would say what model this is")
+    check_layers(checkpoint)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # transformers raises many kinds; all mean the same here

@@ -1,0 +1,84 @@
+"""Configs and names of a few bytes that would take hours and all memory are refused, and the bound is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from _inputs import edit_config, entry, fails, write_raw
+
+import octavo
+from octavo.adapters.transformers.model_plan import _holes
+from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.errors import CheckpointError, DeviceError
+from octavo.planning import kinds
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer", "decoder_layers"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_config_with_more_layers_than_the_checkpoint_has_tensors_is_refused(
+    key: str, nested: bool, llama: Path
+) -> None:
+    tensors = len(Checkpoint.open(llama).tensors)
+    edit_config(llama, **({"text_config": {"parts": [{key: 10**9}]}} if nested else {key: 10**9}))
+    says = ("config.json", f"'{key}' is 1000000000", f"has {tensors} tensors", f"at most {1000 + tensors:,} are taken")
+    fails(CheckpointError, says, lambda: octavo.load(llama))
+
+
+def test_of_billions_of_missing_experts_some_are_named() -> None:
+    names = [f"layers.0.experts.{number}.{kind}_proj.weight" for number in (0, 10**20) for kind in ("gate", "up")]
+    found = _holes(names)
+    assert found[0] == "layers.0.experts.1.gate_proj.weight"
+    assert len(found) == 100
+    assert _holes(["experts.²0.w", "experts.0.w"]) == []  # no number, though Python calls it a digit
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["embed", "emb", "norm", "router.", "experts.", "cls.", "a_embeddings.", "..", "gate_proj.", "9", "lm_head."],
+)
+def test_names_as_long_as_they_may_be_are_judged_at_once(part: str, tmp_path: Path) -> None:
+    size, names = 12, [(part * 1024)[: 1010 - number] + end for number in range(60) for end in (".weight", ".x")]
+    entries = {name: entry(begin=size * i, end=size * (i + 1)) for i, name in enumerate(names)}
+    write_raw(tmp_path / "model.safetensors", json.dumps(entries).encode(), bytes(size * len(names)))
+    assert len(octavo.plan(tmp_path, model=False).placements) == len(names)
+
+
+def test_a_stack_of_more_matrices_than_experts_stays_as_it_is(tmp_path: Path) -> None:
+    entries = {"experts.w": entry(shape=(1 << 30, 1, 1), end=2 << 30)}
+    write_raw(tmp_path / "model.safetensors", json.dumps(entries).encode())
+    with open(tmp_path / "model.safetensors", "ab") as file:
+        file.truncate(file.tell() + (2 << 30))
+    plan = octavo.plan(tmp_path, model=False)
+    assert [p.reason for p in plan.placements] == ["1,073,741,824 matrices, no expert stack"]
+
+
+def test_a_tensor_larger_than_memory_is_not_handed_out_but_said(tmp_path: Path) -> None:
+    nbytes = 1 << 41
+    entries = {"m.weight": entry(shape=(1 << 20, 1 << 20), end=nbytes)}
+    write_raw(tmp_path / "model.safetensors", json.dumps(entries).encode())
+    try:
+        with open(tmp_path / "model.safetensors", "ab") as file:
+            file.truncate(file.tell() + nbytes)
+    except OSError:
+        pytest.skip("the file system has no files of two TiB")
+    says = ("m.weight takes 1,099,515,822,080 bytes of memory", "are available", "octavo.convert writes tensors of any")
+    fails(DeviceError, says, lambda: octavo.stream(tmp_path))
+
+
+def test_kinds_are_told_by_components_of_names() -> None:
+    told = {
+        "model.layers.0.mlp.gate": "MoE router",
+        "model.layers.0.mlp.my_router.proj": "MoE router",
+        "model.layers.0.mlp.gate_proj": None,
+        "a.b.classifier": "output head",
+        "h.0.cls.predictions": "output head",
+        "blk.embedding.dense": "embedding",
+        "time_emb_layers.3": "embedding",
+        "wte": "embedding",
+        "x.post_attention_layernorm": "norm",
+        "mlp.shared_expert.gate": "shared expert's gate",
+        "mlp.shared_expert.up_proj": None,
+    }
+    assert {name: kinds.default_keep(f"{name}.weight") for name in told} == told
