@@ -20,13 +20,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoint.checkpoint import Checkpoint
-from ...checkpoint.files import conforms
 from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from ...errors import CheckpointError, DeviceError, RecipeError, boundary
 from ...machine import usable_device
 from ...planning.recipe import Recipe
 from ...running import modules
 from ...streaming.meter import Stages
+from ...text import shown
 from .model_plan import plan_model
 from .swap import METHOD, fill, swap
 
@@ -72,8 +72,8 @@ class OctavoConfig(QuantizationConfigMixin):
         recipe = Recipe(scheme, targets or {}, ignore)
         self.scheme, self.targets, self.ignore = recipe.scheme, dict(recipe.targets), list(recipe.ignore)
         self.staging_bytes, self.threads = staging_bytes, threads
-        if not conforms(weights, dict[str, list[Any]] | None):
-            raise RecipeError(f"OctavoConfig: weights must map names to [scheme, parts], not be {weights!r}")
+        if not isinstance(weights, Mapping | None):
+            raise RecipeError(f"OctavoConfig: weights must map names to [scheme, parts], not be {shown(weights)}")
         self.weights = None if weights is None else dict(weights)
 
     def to_dict(self) -> dict[str, Any]:
