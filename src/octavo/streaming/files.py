@@ -13,12 +13,14 @@ import ctypes
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint.header import Shard
+from ..checkpoint import dtypes
+from ..checkpoint.header import Shard, TensorInfo
+from ..elements.pieces import Piece
 from ..errors import CheckpointError, SourceChangedError
 from ..machine import PAGE
 
@@ -32,10 +34,13 @@ class Files:
 
     Args:
         direct_io: True or False to read past the page cache or through it; None looks, for each file.
+        tensors: what errors name.
     """
 
-    def __init__(self, shards: Sequence[Shard], direct_io: bool | None = False) -> None:
-        self._shards = shards
+    def __init__(
+        self, shards: Sequence[Shard], direct_io: bool | None = False, tensors: Iterable[TensorInfo] = ()
+    ) -> None:
+        self._shards, self._tensors = shards, tensors
         self._direct_io = direct_io
         self._buffered: dict[int, int] = {}
         self._direct: dict[int, int | None] = {}
@@ -52,14 +57,33 @@ class Files:
                 count = os.preadv(descriptor, [view[done:]], offset + done)
             except OSError as error:
                 raise CheckpointError(
-                    f"{self._shards[shard].path}: reading {len(view):,} bytes at {offset:,} failed: {error.strerror}"
+                    f"{self._shards[shard].path}: reading {len(view):,} bytes at {offset:,}"
+                    f"{self._tensor_at(shard, offset + done)} failed: {error.strerror}"
                 ) from error
             if count == 0:
                 raise SourceChangedError(
-                    f"{self._shards[shard].path}: ended at byte {offset + done:,} while being read; it was longer when "
+                    f"{self._shards[shard].path}: ended at byte {offset + done:,} while being read"
+                    f"{self._tensor_at(shard, offset + done)}; it was {self._shards[shard].nbytes:,} bytes long when "
                     "opened. Run again when nothing writes to the checkpoint."
                 )
             done += count
+
+    def read_piece(self, info: TensorInfo, piece: Piece, view: memoryview) -> int:
+        """Read a piece of a tensor into the beginning of ``view``, in file order; returns its bytes."""
+        bits, at = dtypes.moved_bits(info.dtype_name), 0
+        if piece.numel:
+            length, offsets = piece.runs()
+            run_bytes = length * bits // 8
+            for offset in offsets:
+                self.read_into(info.shard, view[at : at + run_bytes], info.offset + offset * bits // 8)
+                at += run_bytes
+        return at
+
+    def _tensor_at(self, shard: int, offset: int) -> str:
+        for info in self._tensors:
+            if info.shard == shard and info.offset <= offset < info.offset + info.nbytes:
+                return f" (tensor {info.name!r}: bytes {info.offset:,} to {info.offset + info.nbytes:,})"
+        return ""
 
     def read_run(self, shard: int, view: memoryview, offset: int, nbytes: int) -> int:
         """Read into page-aligned memory, past the page cache if that is the way of this file.

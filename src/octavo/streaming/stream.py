@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, DeviceError, OctavoError, boundary
 from ..machine import now
@@ -67,7 +66,7 @@ class Stream:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
         if direct_io and self.budget.read_bytes == self.budget.slot_bytes:
             raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
-        self.files = Files(checkpoint.shards, direct_io if self.budget.lanes else False)
+        self.files = Files(checkpoint.shards, direct_io if self.budget.lanes else False, checkpoint.tensors.values())
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._placed = Placed(sink, self.ring)
         self._again_bytes = 0  # drawn to be read a second time
@@ -222,14 +221,7 @@ class Stream:
     def read(self, chunk: Chunk, slot: Slot) -> int:
         """Read a chunk into a slot, in file order; returns its bytes."""
         started = now()
-        piece, info = chunk.piece, self.checkpoint.tensors[chunk.piece.src_name]
-        bits, at = dtypes.moved_bits(info.dtype_name), 0
-        if piece.numel:
-            length, offsets = piece.runs()
-            run_bytes = length * bits // 8
-            for offset in offsets:
-                self.files.read_into(info.shard, slot.view[at : at + run_bytes], info.offset + offset * bits // 8)
-                at += run_bytes
+        at = self.files.read_piece(self.checkpoint.tensors[chunk.piece.src_name], chunk.piece, slot.view)
         self._count_read(started, at)
         return at
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import open_shards
-from octavo.checkpoint.header import Shard
+from octavo.checkpoint.header import Shard, TensorInfo
 from octavo.errors import CheckpointError, SourceChangedError
 from octavo.machine import PAGE
 from octavo.streaming.files import Files, cached_share
@@ -58,6 +58,27 @@ def test_a_file_that_ends_early_is_an_error_that_says_where(tmp_path):
     os.truncate(mine.path, 400)
     with pytest.raises(SourceChangedError, match=r"a.safetensors: ended at byte 400 while being read"):
         read(files, 0, 390, 50)
+    files.close()
+
+
+def test_errors_name_the_tensor_and_its_bytes(tmp_path, monkeypatch):
+    mine = shard(tmp_path)
+    tensors = [TensorInfo(name, "U8", (n,), 0, at, n) for name, at, n in (("a", 100, 250), ("b", 350, 650))]
+    files = Files([mine], tensors=tensors)
+    read(files, 0, 0, 1)
+    os.truncate(mine.path, 400)
+    with pytest.raises(SourceChangedError) as caught:
+        read(files, 0, 300, 500)
+    assert "ended at byte 400 while being read (tensor 'b': bytes 350 to 1,000); it was 1,000 bytes" in str(
+        caught.value
+    )
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(CheckpointError, match=r"reading 10 bytes at 110 \(tensor 'a': bytes 100 to 350\) failed: Inp"):
+        read(files, 0, 110, 10)
     files.close()
 
 
