@@ -235,6 +235,8 @@ def verify(
     dst: str | os.PathLike[str],
     against: str | os.PathLike[str],
     *,
+    staging_bytes: int = DEFAULT_STAGING_BYTES,
+    threads: int | None = None,
     progress: bool | Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Recompute a converted checkpoint from its source, tensor by tensor, and compare every byte.
@@ -242,6 +244,8 @@ def verify(
     Args:
         dst: What `convert` wrote: a folder or a ``.safetensors`` file.
         against: The checkpoint that it was made from: a folder, a file or a hub id.
+        staging_bytes: A bound in bytes on memory. 256 MiB by default, at least 1 MiB.
+        threads: The number of threads that read and compare. By default one a core, at most 16.
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
 
     Returns:
@@ -249,13 +253,15 @@ def verify(
         and, where it was quantized, the signal-to-noise ratio against the source in dB.
 
     Raises:
-        CheckpointError: The two don't hold the same tensors, or ``dst`` is in no format that octavo writes.
+        CheckpointError: The two don't hold the same tensors, or ``dst`` is in no format that octavo writes; or a file
+            is damaged, or ends early.
+        DeviceError: ``staging_bytes`` is too small.
 
     Examples:
         >>> report = octavo.convert("Qwen/Qwen3-8B", "qwen3-8b-fp8")
         >>> assert octavo.verify("qwen3-8b-fp8", against="Qwen/Qwen3-8B").ok
     """
-    return verify_checkpoint(dst, against, progress)
+    return verify_checkpoint(dst, against, staging_bytes, threads, progress)
 
 
 @public(CheckpointError)

@@ -248,6 +248,8 @@ def convert(
 def verify(
     dst: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint that octavo converted.")],
     against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The checkpoint that it was made from.")],
+    threads: Threads = None,
+    staging: Staging = _STAGING,
     json_: Json = False,
 ) -> None:
     """Recompute a converted checkpoint from its source: are the bytes equal, how large is the error?
@@ -258,14 +260,17 @@ def verify(
     """
     from . import api
 
-    report = api.verify(dst, against, progress=_progress("Verifying"))
+    report = api.verify(
+        dst, against, staging_bytes=parse_size(staging), threads=threads, progress=_progress("Verifying")
+    )
     if json_:
         _print_json(report.to_dict())
     else:
         for result in report.tensors:
             if result.scheme:
                 verdict = "equal" if result.equal else f"{result.differing_bytes:,} bytes differ"
-                typer.echo(f"{result.name}  {result.scheme}  {verdict}  {result.error_db:.2f} dB")
+                db = "of another dtype" if result.error_db is None else f"{result.error_db:.2f} dB"
+                typer.echo(f"{result.name}  {result.scheme}  {verdict}  {db}")
         kept = [result for result in report.tensors if not result.scheme]
         typer.echo(f"kept: {len(kept)} tensors, {sum(not result.equal for result in kept)} of them different")
         typer.echo("all bytes equal" if report.ok else f"DIFFERENT: {len(report.different)} tensors")

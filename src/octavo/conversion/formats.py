@@ -80,10 +80,9 @@ class Format:
             return scale.view(torch.uint8)
         return scale.reshape(1) if scale.ndim == 0 else scale
 
-    def loaded_scale(self, stored: Tensor, shape: tuple[int, ...], scheme: Scheme) -> Tensor:
-        """The inverse of `stored_scale`, as a grid [..., row cells, column cells]."""
-        scale = stored.view(E8M0) if scheme.power_of_two else stored
-        return scale.reshape(*shape[:-2], *scheme.cells(shape[-2], shape[-1]))
+    def stored_dtype(self, scheme: Scheme) -> torch.dtype:
+        """The dtype of `stored_scale`."""
+        return torch.uint8 if scheme.power_of_two else scheme.scale_dtype
 
     def scheme_of(self, shape: tuple[int, ...], stored: Tensor) -> Scheme:
         """The scheme that a weight of this shape with this scale was quantized by."""

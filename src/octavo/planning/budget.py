@@ -99,7 +99,7 @@ class Budget:
         if device.type != "cpu":
             room = staging_bytes * 2 // 3 if handing_out else staging_bytes
             return cls.on_accelerator(device, room, threads, slot_bytes)
-        wanted, size = threads or _default_threads(), slot_bytes or default_slot_bytes(placements, staging_bytes)
+        wanted, size = threads or default_threads(), slot_bytes or default_slot_bytes(placements, staging_bytes)
         while True:
             budget = cls(wanted, wanted, size, min(size // 2, TILE_ELEMENTS), device)
             if budget.staging_bytes <= staging_bytes:
@@ -119,7 +119,7 @@ class Budget:
         size = slot_bytes or _PINNED_SLOT_BYTES
         while size > _MIN_SLOT_BYTES and max(_LANES * _LANE_SLOTS, threads or 0) * size > staging_bytes:
             size = max(size // 2, _MIN_SLOT_BYTES)
-        count = threads or max(1, min(_default_threads(), staging_bytes // size))
+        count = threads or max(1, min(default_threads(), staging_bytes // size))
         read_bytes = size - 2 * PAGE if size >= _ALIGNED_SLOT_BYTES else size
         budget = cls(count, count, size, 0, device, _LANES, _BLOCK_SLOTS * read_bytes, _LANE_SLOTS * size)
         if budget.staging_bytes > staging_bytes:
@@ -144,5 +144,6 @@ def check_options(staging_bytes: Any, threads: Any = None) -> None:
         raise DeviceError(f"threads is {threads!r}; at least 1 is needed")
 
 
-def _default_threads() -> int:
+def default_threads() -> int:
+    """One thread a core, but not too many to feed."""
     return min(usable_cpus(), _MAX_THREADS)

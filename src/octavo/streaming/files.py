@@ -62,7 +62,7 @@ class Files:
                 ) from error
             if count == 0:
                 raise SourceChangedError(
-                    f"{self._shards[shard].path}: ended at byte {offset + done:,} while being read"
+                    f"{self._shards[shard].path}: ended at byte {os.fstat(descriptor).st_size:,} while being read"
                     f"{self._tensor_at(shard, offset + done)}; it was {self._shards[shard].nbytes:,} bytes long when "
                     "opened. Run again when nothing writes to the checkpoint."
                 )

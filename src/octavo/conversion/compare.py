@@ -1,0 +1,228 @@
+"""Two checkpoints, compared block by block: a source, by the definition of `octavo.schemes`, and what was made of it.
+
+An independent way: blocks are cut here, and not by the plan of a stream. Threads read both with `preadv`, into memory
+of their own, so that what is missing on disk is an error and not a signal that ends the process.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoint.header import TensorInfo
+from ..elements.pieces import Piece
+from ..numerics import schemes
+from ..numerics.schemes import Scheme
+from ..planning.budget import TILE_ELEMENTS, check_options, default_threads
+from ..streaming.files import Files
+from ..streaming.ring import Ring
+
+#: what comparing an element takes: the weight in float32, its FP8 number twice, and what the definition allocates
+_ELEMENT_BYTES = 32
+#: the smallest block holds a group of any scheme
+_LEAST_ELEMENTS = 128 * 128
+#: what each byte is as an FP8 number: looking it up is several times faster than torch's conversion
+_NUMBERS = torch.arange(256, dtype=torch.uint8).view(schemes.FP8).float().numpy()
+
+
+@dataclass
+class Pair:
+    """A tensor of the source, what was made of it, and how these compare so far."""
+
+    here: TensorInfo
+    there: TensorInfo
+    scheme: Scheme | None = None  # None: kept, byte for byte
+    scale: TensorInfo | None = None  # None although quantized: of dtypes that can't be compared
+    differing_bytes: int = 0
+    signal: float = 0.0  # |w|²
+    noise: float = 0.0  # |w - q·scale|²
+
+
+@dataclass
+class Unit:
+    """Scale groups that span blocks: all are read for the amax, and then to compare."""
+
+    left: int  # blocks whose amax is unknown
+    amax: Tensor = field(default_factory=lambda: torch.zeros((1, 1), dtype=torch.float32))
+
+
+class Block(NamedTuple):
+    """A box of a matrix, or a run of a kept tensor's bytes (rows of one byte)."""
+
+    pair: Pair
+    matrix: int  # of a stack
+    rows: tuple[int, int]
+    cols: tuple[int, int]
+    unit: Unit | None = None
+    measure: bool = False  # only the amax is wanted
+    scales: bool = True  # whether it is this block that compares the scales of its groups
+
+
+def cut(pairs: Iterable[Pair], limit: int) -> Iterator[Block]:
+    """Every element of every pair once (twice where groups span blocks), in blocks of ``limit`` elements or fewer."""
+    for pair in pairs:
+        if pair.scheme is None:
+            for start in range(0, pair.there.nbytes, limit):
+                yield Block(pair, 0, (start, min(start + limit, pair.there.nbytes)), (0, 1))
+            continue
+        *lead, rows, cols = pair.there.shape
+        for matrix in range(math.prod(lead) if pair.scale and rows and cols else 0):
+            yield from _cut_matrix(pair, matrix, rows, cols, pair.scheme, limit)
+
+
+def _cut_matrix(pair: Pair, matrix: int, rows: int, cols: int, scheme: Scheme, limit: int) -> Iterator[Block]:
+    high, wide = min(scheme.group_rows or rows, rows), min(scheme.group_cols or cols, cols)
+    if high * wide <= limit:
+        # whole groups: rows of them if they fit, else as many side by side as do
+        width = cols if high * cols <= limit else limit // high // wide * wide
+        height = limit // width // high * high
+        yield from (Block(pair, matrix, r, c) for r in _steps(rows, height) for c in _steps(cols, width))
+        return
+    for group in _steps(rows, high):  # as wide as the matrix, since only groups of columns are narrower, and they fit
+        width = min(cols, limit)
+        boxes = [
+            ((group[0] + a, group[0] + b), c)
+            for a, b in _steps(group[1] - group[0], limit // width)
+            for c in _steps(cols, width)
+        ]
+        unit = Unit(len(boxes))
+        yield from (Block(pair, matrix, r, c, unit, measure=True) for r, c in boxes)
+        yield from (Block(pair, matrix, *box, unit, scales=not n) for n, box in enumerate(boxes))
+
+
+def _steps(length: int, step: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + step, length)) for start in range(0, length, step))
+
+
+class Comparison:
+    """Compares pairs with several threads, in bounded memory."""
+
+    def __init__(self, made: Files, source: Files, staging_bytes: int, threads: int | None) -> None:
+        check_options(staging_bytes, threads)
+        self.made, self.source = made, source
+        room = staging_bytes // _ELEMENT_BYTES
+        count = min(threads or default_threads(), max(1, room // _LEAST_ELEMENTS))
+        self.limit = max(_LEAST_ELEMENTS, min(TILE_ELEMENTS, 1 << (room // count).bit_length() - 1))
+        self.ring: Ring[Block] = Ring(count)
+        self._lock = threading.Lock()
+
+    def add(self, pair: Pair, differing: int, signal: float = 0.0, noise: float = 0.0) -> None:
+        with self._lock:
+            pair.differing_bytes += differing
+            pair.signal += signal
+            pair.noise += noise
+
+    def fold(self, unit: Unit, amax: Tensor) -> None:
+        """Take the amax of one of a unit's blocks."""
+
+        def change() -> None:
+            unit.amax = torch.maximum(unit.amax, amax)
+            unit.left -= 1
+
+        self.ring.update(change)
+
+    def amax(self, unit: Unit) -> Tensor:
+        """Wait for all blocks of a unit."""
+        self.ring.wait_for(lambda: not unit.left)
+        return unit.amax
+
+
+class Worker:
+    """A thread that compares blocks."""
+
+    def __init__(self, job: Comparison) -> None:
+        torch.set_num_threads(1)
+        self._job = job
+
+        def memory(itemsize: int) -> tuple[Tensor, memoryview]:
+            buffer = torch.empty(job.limit * itemsize, dtype=torch.uint8)
+            return buffer, memoryview(buffer.numpy())  # type: ignore[arg-type]
+
+        self._theirs, self._mine, self._cells = memory(4), memory(1), memory(4)
+        self._expected = torch.empty(job.limit, dtype=schemes.FP8)
+        self._wide, self._error = (torch.empty(job.limit, dtype=torch.float32) for _ in range(2))
+
+    def handle(self, block: Block) -> int:
+        if block.pair.scheme is None:
+            return self._compare_bytes(block)
+        with torch.no_grad():
+            return self._compare(block, block.pair.scheme)
+
+    def close(self) -> None:
+        pass
+
+    def _compare_bytes(self, block: Block) -> int:
+        """Bytes as they are in the files: for dtypes that torch lacks, too."""
+        (start, stop), pair = block.rows, block.pair
+        for files, info, (_, view) in (
+            (self._job.made, pair.here, self._mine),
+            (self._job.source, pair.there, self._theirs),
+        ):
+            files.read_into(info.shard, view[: stop - start], info.offset + start)
+        self._job.add(pair, differing(self._mine[0][: stop - start], self._theirs[0][: stop - start]))
+        return stop - start
+
+    def _compare(self, block: Block, scheme: Scheme) -> int:
+        pair, job = block.pair, self._job
+        rows, cols = pair.there.shape[-2:]
+        box = _piece(block.matrix, (rows, cols), block.rows, block.cols)
+        nbytes = job.source.read_piece(pair.there, box, self._theirs[1])
+        weight = self._theirs[0][:nbytes].view(pair.there.dtype).view(box.size)
+        if block.unit is None or block.measure:
+            scratch = self._wide.view(weight.dtype)
+            amax = schemes.group_amax(weight, scheme, scratch=scratch)
+        if block.measure:
+            assert block.unit is not None
+            job.fold(block.unit, amax)
+            return 0
+        if block.unit is not None:
+            amax = job.amax(block.unit)
+        scale = schemes.scale_from_amax(amax, scheme)
+        found, wrong = self._found_scales(block, schemes.to_stored(scale, scheme), scheme)
+        job.made.read_piece(pair.here, box, self._mine[1])
+        mine = self._mine[0][: box.numel]
+        expected = self._expected[: box.numel].view(box.size)
+        schemes.quantize_into(expected, weight, scale, scheme, scratch=self._wide)
+        wrong = wrong if block.scales else 0
+        wrong += differing(expected.view(torch.uint8).view(-1), mine)
+        error, wide = (memory[: box.numel].view(box.size) for memory in (self._error, self._wide))
+        np.take(_NUMBERS, mine.view(box.size).numpy(), out=error.numpy(), mode="clip")
+        error.mul_(schemes.expand_scale(found, box.size, scheme)).sub_(wide.copy_(weight))
+        job.add(pair, wrong, _energy(wide), _energy(error))
+        return nbytes
+
+    def _found_scales(self, block: Block, wanted: Tensor, scheme: Scheme) -> tuple[Tensor, int]:
+        """The scales on disk of a block's groups, as float32, and how many of their bytes are not those wanted."""
+        info = block.pair.scale
+        assert info is not None
+        rows, cols = block.pair.there.shape[-2:]
+        grid = scheme.cells(rows, cols)
+        first = (block.rows[0] // (scheme.group_rows or rows), block.cols[0] // (scheme.group_cols or cols))
+        along = [(start, start + n) for start, n in zip(first, wanted.shape, strict=True)]
+        nbytes = self._job.made.read_piece(info, _piece(block.matrix, grid, *along), self._cells[1])
+        raw = self._cells[0][:nbytes]
+        return raw.view(wanted.dtype).view(wanted.shape), differing(raw, wanted.contiguous().view(torch.uint8).view(-1))
+
+
+def _piece(matrix: int, shape: tuple[int, ...], rows: tuple[int, int], cols: tuple[int, int]) -> Piece:
+    """A box of one matrix of a stack."""
+    height, width = shape
+    size = (rows[1] - rows[0], cols[1] - cols[0])
+    return Piece((rows[0], cols[0]), size, "", (matrix * height + rows[0]) * width + cols[0], (width, 1))
+
+
+def differing(a: Tensor, b: Tensor) -> int:
+    """How many bytes of two flat tensors of bytes are not the same."""
+    return int(np.count_nonzero(a.numpy() != b.numpy()))  # several times faster than torch
+
+
+def _energy(values: Tensor) -> float:
+    flat = values.view(-1)
+    return float(torch.dot(flat, flat))
