@@ -146,7 +146,7 @@ def _compare(
     single.hold()
     try:
         with contextlib.ExitStack() as stack:
-            files = [Files(checkpoint.shards, tensors=checkpoint.tensors.values()) for checkpoint in (made, source)]
+            files = [Files.of(checkpoint) for checkpoint in (made, source)]
             for opened in files:
                 stack.callback(opened.close)
             job = Comparison(files[0], files[1], staging_bytes, threads)

@@ -65,6 +65,11 @@ class Piece(NamedTuple):
         """Axes from the outermost in the file to the innermost."""
         return _file_order(self.src_strides)
 
+    def from_file_order(self, flat: Tensor) -> Tensor:
+        """Elements in file order -> a tensor of the piece's size (a view)."""
+        order = self.file_order()
+        return flat.view([self.size[d] for d in order]).permute([order.index(d) for d in range(len(order))])
+
     @property
     def run_length(self) -> int:
         """Elements of the contiguous stretches of the source that hold this piece: all of them where it is one."""

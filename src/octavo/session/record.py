@@ -9,13 +9,13 @@ make, are loaded the online way, by the loader itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
@@ -24,13 +24,14 @@ from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..elements.boxes import Gaps
 from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
-from ..elements.pieces import Piece
+from ..elements.pieces import Piece, whole
 from ..elements.symbolic import HANDLERS, NotMovementError, Symbolic
 from ..elements.views import trace_view
 from ..errors import CoverageError, LoaderError, raise_problems
 from ..planning.placement import Target
 from ..planning.plan import Plan, make_plan
 from ..planning.recipe import Recipe
+from ..streaming.files import Files
 from .inventory import Inventory
 from .parameters import Item, kind_of
 
@@ -60,10 +61,11 @@ class Recording:
 
     def online_pairs(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that the loader itself has to load, in file order."""
-        for name in self.online_sources:
-            with safe_open(self.checkpoint.shard_of(name).path, "pt") as file:
-                tensor = file.get_tensor(name)
-            yield name, tensor
+        with contextlib.closing(Files.of(self.checkpoint)) as files:
+            for name in self.online_sources:
+                info = self.checkpoint.tensors[name]
+                yield name, files.read_values(info, whole(name, info.shape))
+            files.check_unchanged()
 
 
 class Recorder(PlainDispatchMode):

@@ -17,8 +17,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..checkpoint import dtypes
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import Shard, TensorInfo
 from ..elements.pieces import Piece
 from ..errors import CheckpointError, SourceChangedError
@@ -78,6 +81,12 @@ class Files:
                 self.read_into(info.shard, view[at : at + run_bytes], info.offset + offset * bits // 8)
                 at += run_bytes
         return at
+
+    def read_values(self, info: TensorInfo, piece: Piece) -> Tensor:
+        """Read a piece of a tensor into memory of its own."""
+        flat = torch.empty(piece.numel, dtype=info.dtype, device="cpu")
+        self.read_piece(info, piece, memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+        return piece.from_file_order(flat)
 
     def _tensor_at(self, shard: int, offset: int) -> str:
         for info in self._tensors:
@@ -142,6 +151,11 @@ class Files:
                     "page cache"
                 ) from error
             return None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, direct_io: bool | None = False) -> Files:
+        """The files of a checkpoint."""
+        return cls(checkpoint.shards, direct_io, checkpoint.tensors.values())
 
     def close(self) -> None:
         """Close all; whoever reads afterwards gets an error."""

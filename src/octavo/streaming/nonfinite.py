@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..elements.pieces import Piece, contiguous_strides
 from ..planning.placement import Placement
+from .files import Files
 
 #: how many magnitudes are in one allocation
 _PAGE = 4096
@@ -65,10 +66,9 @@ def nonfinite_text(checkpoint: Checkpoint, piece: Piece, values: Tensor, placeme
 
 def describe_nonfinite(checkpoint: Checkpoint, pieces: Iterable[tuple[Placement, Piece]]) -> str:
     """`nonfinite_text` for pieces of which only the amax has been seen: reads them again."""
-    for placement, piece in pieces:
-        with safe_open(checkpoint.shard_of(piece.src_name).path, "pt") as file:
-            source = file.get_tensor(piece.src_name)
-        values = source.reshape(-1).as_strided(piece.size, piece.src_strides, piece.src_off)
-        if not bool(torch.isfinite(values).all()):
-            return nonfinite_text(checkpoint, piece, values, placement)
+    with contextlib.closing(Files.of(checkpoint)) as files:
+        for placement, piece in pieces:
+            values = files.read_values(checkpoint.tensors[piece.src_name], piece)
+            if not bool(torch.isfinite(values).all()):
+                return nonfinite_text(checkpoint, piece, values, placement)
     raise AssertionError("an amax is not finite, but the weights are")

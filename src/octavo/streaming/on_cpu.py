@@ -99,10 +99,8 @@ class Press:
 
     def _elements(self, chunk: Chunk, flat: Tensor) -> Tensor:
         """Bytes in file order -> a tensor of the piece's size (a view)."""
-        piece, info = chunk.piece, self._checkpoint.tensors[chunk.piece.src_name]
-        order = piece.file_order()
-        in_file = flat.view(dtypes.MOVED[info.dtype_name]).view([piece.size[d] for d in order])
-        return in_file.permute([order.index(d) for d in range(len(order))])
+        dtype = dtypes.MOVED[self._checkpoint.tensors[chunk.piece.src_name].dtype_name]
+        return chunk.piece.from_file_order(flat.view(dtype))
 
     def _place(self, chunk: Chunk, x: Tensor) -> None:
         placement, piece = chunk.placement, chunk.piece

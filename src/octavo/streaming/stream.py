@@ -66,7 +66,7 @@ class Stream:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
         if direct_io and self.budget.read_bytes == self.budget.slot_bytes:
             raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
-        self.files = Files(checkpoint.shards, direct_io if self.budget.lanes else False, checkpoint.tensors.values())
+        self.files = Files.of(checkpoint, direct_io if self.budget.lanes else False)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._placed = Placed(sink, self.ring)
         self._again_bytes = 0  # drawn to be read a second time

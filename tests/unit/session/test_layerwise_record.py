@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from helpers import SCHEMES, same_bytes, write_checkpoint
 from helpers.engine import Model, Rank, Shape, checkpoint
-from octavo.errors import CoverageError, LoaderError
+from octavo.errors import CheckpointError, CoverageError, LoaderError
 from octavo.numerics import schemes
 from octavo.session import Session
 
@@ -59,6 +60,26 @@ def test_a_rank_reads_its_slices_and_no_others(tmp_path: Path) -> None:
         wanted = sum(parameter.nbytes for parameter in model.parameters()) - padded_bytes(model)
         assert sum(piece.numel * 2 for p in plan.placements for piece in p.pieces) == wanted
         assert all(piece.src_name in pairs for p in plan.placements for piece in p.pieces)
+
+
+def test_a_file_that_is_cut_off_while_a_loader_computes_is_named(tmp_path: Path) -> None:
+    """What is loaded online is read, not mapped, so the process is not ended by a signal."""
+    folder = write_checkpoint(tmp_path, {"a.weight": torch.ones(8, 8), "b.weight": torch.ones(200, 200)})
+    file = folder / "model.safetensors"
+    model = nn.ModuleDict({"a": nn.Linear(8, 8, bias=False), "b": nn.Linear(200, 200, bias=False)})
+    streaming: list[bool] = []
+
+    def load(pairs: Iterable[tuple[str, Tensor]]) -> None:
+        for name, tensor in pairs:
+            model.get_parameter(name).data.copy_(tensor + 1)
+            if streaming:
+                os.truncate(file, 4096)
+
+    session = Session(model, None)
+    plan = session.record(folder, load)
+    streaming.append(True)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ended at byte 4,096 .*tensor 'b\.weight'"):
+        session.stream(plan)
 
 
 def test_what_a_loader_computes_is_loaded_online_and_the_report_says_so(tmp_path: Path) -> None:
