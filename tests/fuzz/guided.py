@@ -91,14 +91,17 @@ def fuzz(name: str, options: Sequence[str]) -> None:
     """Fuzz one target until libFuzzer ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["octavo"], enable_loader_override=False):
-        from .oracle import judge
-        from .targets import make
-        from .workplace import workplace
-
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with contextlib.ExitStack() as stack:
-        target = make(name, stack.enter_context(workplace()))
+        with atheris.instrument_imports(include=["octavo"], enable_loader_override=False):
+            from .oracle import FindingError, judge
+            from .targets import make
+            from .workplace import workplace
+
+            target = make(name, stack.enter_context(workplace()))
+            for seed in target.seeds:  # so that all is imported that is imported late
+                with contextlib.suppress(FindingError):
+                    judge(target, seed)
 
         def one_input(data: bytes) -> None:
             judge(target, data)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
+from typing import Any
 
 import octavo
 from octavo.checkpoint.checkpoint import Checkpoint
 
+from ..jsontext import Object
 from ..mutator import Words
 from .base import INDEX, Target, shard_bytes
 
@@ -40,6 +43,12 @@ class Indexes(Target):
             (folder / shard).write_bytes(shard_bytes({matrix: ("BF16", [2, 4], 16), vector: ("F32", [2], 8)}))
         (folder / "other.safetensors").write_bytes(b"no shard")
         (folder / "folder.safetensors").mkdir()
+
+    def repaired(self, tree: Any, random: Random) -> Any:
+        """A third of the indexes name every tensor's shard, whatever else they say."""
+        if isinstance(tree, Object) and random.random() < 0.35:
+            tree.set("weight_map", Object([name, _SHARDS[number // 2]] for number, name in enumerate(_TENSORS)))
+        return tree
 
     def run(self, data: bytes) -> None:
         (self.folder / INDEX).write_bytes(data)
