@@ -38,6 +38,10 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "a header that starts with a byte order mark": (b"\xef\xbb\xbf{}", "does not start with '{'"),
     "a header nested a hundred thousand deep": (b'{"a":' * 100_000, "not valid JSON"),
     "a number of ten thousand digits": (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+    "a side of minus zero": (
+        b'{"a": {"dtype": "U8", "shape": [-0], "data_offsets": [0, 0]}}',
+        "shape [-0.0] is not a list of non-negative integers",
+    ),
     "metadata that are no object": (b'{"__metadata__": "pt"}', "__metadata__ must map strings"),
     "metadata with a number": (b'{"__metadata__": {"format": 1}}', "__metadata__ must map strings"),
     "metadata that are null": (b'{"__metadata__": null}', "__metadata__ must map strings"),
