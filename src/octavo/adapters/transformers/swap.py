@@ -20,6 +20,7 @@ from ...streaming.meter import Stages, measured
 from ...streaming.report import Report
 from ...streaming.sinks import ParameterSink, Storage, allocate_all
 from ...streaming.stream import Stream
+from ...text import shown
 
 #: the ``quant_method`` in the quantization_config of a model that octavo quantized
 METHOD = "octavo"
@@ -67,17 +68,27 @@ def swap(model: Any, weights: Iterable[tuple[str, str, tuple[int, ...]]]) -> Non
     Args:
         weights: name, scheme and parts of each: what a plan has decided, or what `modules.quantized_weights` told of a
             model when it was saved.
+
+    Raises:
+        ValueError: parts that don't make up their weight. Others for weights that the model does not have.
     """
     for name, scheme, parts in weights:
         path, _, leaf = name.rpartition(".")
         module = model.get_submodule(path)
         if isinstance(module, nn.Linear):
+            _check_parts(name, parts, module.out_features)
             modules.quantize_linear(model, path, scheme, parts)
             continue
         shape = tuple(getattr(module, leaf).shape)
         if module.is_transposed:  # quantized stacks are stored [experts, out, in], whatever the class does
             shape = (*shape[:-2], shape[-1], shape[-2])
+        _check_parts(name, parts, shape[-2])
         modules.quantize_stack(module, leaf, scheme, shape, parts)
+
+
+def _check_parts(name: str, parts: tuple[int, ...], rows: int) -> None:
+    if not all(type(part) is int and part > 0 for part in parts) or sum(parts) != rows:
+        raise ValueError(f"{name}: {rows:,} rows in parts of {shown(list(parts))}")
 
 
 def assign(model: Any, storages: Mapping[str, Storage]) -> None:

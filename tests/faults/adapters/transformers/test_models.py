@@ -276,8 +276,14 @@ def test_quantized_checkpoint_is_not_quantized_again(scheme: str, llama: Path) -
 
 @pytest.mark.parametrize(
     "weights",
-    [None, {"model.nosuch.weight": ["fp8_channel", [32]]}, {Q: "fp8_channel"}],
-    ids=["absent", "of another model", "without parts"],
+    [
+        None,
+        {"model.nosuch.weight": ["fp8_channel", [32]]},
+        {Q: "fp8_channel"},
+        {Q: ["fp8_channel", [-32]]},
+        {Q: ["fp8_block", [16]]},
+    ],
+    ids=["absent", "of another model", "without parts", "of negative parts", "of too few rows"],
 )
 def test_saved_config_that_does_not_fit_its_model_is_named(weights: Any, llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
