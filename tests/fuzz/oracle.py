@@ -18,8 +18,8 @@ from .targets import Target
 _GROWTH_BYTES = 64 << 20
 #: seconds of computing that one small input may take
 _MOST_SECONDS = 2.0
-#: characters of a message; no input is as long
-_LONGEST_MESSAGE = 100_000
+#: lines of a message, and characters of a line
+_MOST_LINES, _LONGEST_LINE = 60, 2_500
 _SOURCES = Path(octavo.__file__).parent
 
 
@@ -64,9 +64,10 @@ def _outcome(target: Target, data: bytes) -> bool:
 
 def _unfit(message: str) -> str | None:
     """Why a message should not reach a terminal; None if it may."""
-    if len(message) > _LONGEST_MESSAGE:
+    lines = message.split("\n")
+    if len(lines) > _MOST_LINES or max(map(len, lines)) > _LONGEST_LINE:
         return "is too long"
-    if any(not character.isprintable() and character != "\n" for character in message):
+    if not all(line.isprintable() for line in lines):
         return "has characters that can't be printed"
     return None
 
