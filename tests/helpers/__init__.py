@@ -16,6 +16,7 @@ from torch import Tensor
 
 from octavo.checkpoint import dtypes
 from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.checkpoint.files import Identity
 from octavo.checkpoint.header import Shard, TensorInfo
 from octavo.elements.pieces import Piece
 from octavo.planning.budget import Budget
@@ -70,7 +71,7 @@ def headers(
         infos[name] = TensorInfo(name, dtype_name, tuple(shape), shard, offset, nbytes)
         ends[shard] = offset + nbytes
     count = max(ends, default=0) + 1
-    files = tuple(Shard(Path(f"/nowhere/{i}.safetensors"), ends.get(i, 0), 0) for i in range(count))
+    files = tuple(Shard(Path(f"/nowhere/{i}.safetensors"), Identity(0, i, ends.get(i, 0), 0, 0)) for i in range(count))
     return Checkpoint(Path("/nowhere"), files, infos, dict(config or {}))
 
 

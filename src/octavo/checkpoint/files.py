@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
-from typing import Any, BinaryIO, Union, get_args, get_origin
+from typing import Any, BinaryIO, NamedTuple, Union, get_args, get_origin
 
 from ..errors import CheckpointError, OctavoError, reading
 
@@ -26,6 +26,23 @@ def local_path(path: str | os.PathLike[str], kind: type[OctavoError] = Checkpoin
     except (TypeError, RuntimeError) as error:  # no path; no such user, or a user without a home
         raise kind(f"{path!r}: not a path here: {error}") from error
     raise kind(f"{path!r}: not a path: paths are text, without NUL characters")
+
+
+class Identity(NamedTuple):
+    """What a system keeps of a file: it changes when another file has the path, and when this one is written to.
+
+    The time of change (ctime) is the system's own: who restores the time of modification can't restore it.
+    """
+
+    device: int
+    inode: int
+    nbytes: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Identity:
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:

@@ -21,7 +21,7 @@ import torch
 from ..errors import CheckpointError, SourceChangedError, reason
 from ..text import shown
 from . import dtypes
-from .files import conforms, open_regular, parse_json
+from .files import Identity, conforms, open_regular, parse_json
 
 #: the limit of the reference implementation (safetensors' MAX_HEADER_SIZE)
 MAX_HEADER_BYTES = 100_000_000
@@ -66,19 +66,26 @@ class Shard:
     """One file of a checkpoint."""
 
     path: Path
-    nbytes: int
-    mtime_ns: int
+    identity: Identity
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.identity.nbytes
 
     def check_unchanged(self) -> None:
         """Raise if the file is not the one that was opened."""
         try:
-            now = os.stat(self.path)
+            found = os.stat(self.path)
         except OSError as error:
             raise SourceChangedError(f"{self.path}: disappeared while being read ({error.strerror})") from error
-        if (now.st_size, now.st_mtime_ns) != (self.nbytes, self.mtime_ns):
+        self.check_is(found)
+
+    def check_is(self, found: os.stat_result) -> None:
+        """Raise unless this is the file whose header was read, unchanged. Ask it of a descriptor that is read from."""
+        if Identity.of(found) != self.identity:
             raise SourceChangedError(
-                f"{self.path}: changed since it was opened ({self.nbytes:,} bytes then, {now.st_size:,} now). "
+                f"{self.path}: changed since it was opened ({self.nbytes:,} bytes then, {found.st_size:,} now). "
                 "Run again when nothing writes to the checkpoint."
             )
 
@@ -109,7 +116,7 @@ def read_shard(path: Path, number: int, problems: list[str]) -> tuple[Shard | No
     except CheckpointError as error:
         problems.append(f"{path.name}: {error}")
         return None, []
-    shard = Shard(path, stat.st_size, stat.st_mtime_ns, metadata)
+    shard = Shard(path, Identity.of(stat), metadata)
     base = 8 + header_bytes
     infos = []
     end = 0

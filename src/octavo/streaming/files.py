@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.files import open_regular
 from ..checkpoint.header import Shard, TensorInfo
 from ..elements.pieces import Piece
 from ..errors import CheckpointError, SourceChangedError
@@ -132,18 +133,19 @@ class Files:
                 self._shards[shard].check_unchanged()
                 self._read.add(shard)
                 if shard not in self._direct:
-                    self._direct[shard] = self._open_direct(path)
+                    self._direct[shard] = self._open_direct(self._shards[shard])
                 try:
-                    self._buffered[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    self._buffered[shard] = _open_same(self._shards[shard])
                 except OSError as error:
                     raise CheckpointError(f"{path}: can't be opened: {error.strerror}") from error
             return self._buffered[shard], self._direct[shard]
 
-    def _open_direct(self, path: Path) -> int | None:
+    def _open_direct(self, shard: Shard) -> int | None:
+        path = shard.path
         if self._direct_io is False or (self._direct_io is None and cached_share(path) >= CACHED):
             return None
         try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            return _open_same(shard, os.O_DIRECT)
         except (OSError, AttributeError) as error:  # a file system, or an operating system, without
             if self._direct_io:
                 raise CheckpointError(
@@ -173,6 +175,17 @@ class Files:
             self._shards[shard].check_unchanged()
 
 
+def _open_same(shard: Shard, flags: int = 0) -> int:
+    """A descriptor of the very file whose header was read: its path may lead to another by now, or to a pipe."""
+    descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags)
+    try:
+        shard.check_is(os.fstat(descriptor))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def cached_share(path: Path, start: int = 0, nbytes: int | None = None, windows: int = _WINDOWS) -> float:
     """About how much of a file, or of a part of it, the page cache holds: 0 to 1, and 1 where that can't be told."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
@@ -180,7 +193,7 @@ def cached_share(path: Path, start: int = 0, nbytes: int | None = None, windows:
         before = start % mmap.ALLOCATIONGRANULARITY
         length = 0 if nbytes is None else before + nbytes  # 0: to the end
         with (
-            path.open("rb") as file,
+            open_regular(path) as file,
             mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start - before) as mapped,
         ):
             pages = np.frombuffer(mapped, dtype=np.uint8)

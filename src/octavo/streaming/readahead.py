@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.files import open_regular
 from ..checkpoint.header import Shard
 from ..machine import available_bytes, usable_cpus
 from .files import CACHED, RUN_WINDOWS, cached_share
@@ -77,7 +78,7 @@ class _Reader:
 
     def handle(self, window: tuple[Path, int]) -> int:
         path, offset = window
-        with contextlib.suppress(OSError), path.open("rb", buffering=0) as file:
+        with contextlib.suppress(OSError), open_regular(path) as file:
             return os.preadv(file.fileno(), self._scratch, offset)
         return 0
 

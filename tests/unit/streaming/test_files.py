@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers import open_shards
+from octavo.checkpoint.files import Identity
 from octavo.checkpoint.header import Shard, TensorInfo
 from octavo.errors import CheckpointError, SourceChangedError
 from octavo.machine import PAGE
@@ -22,8 +23,7 @@ pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeou
 def shard(tmp_path: Path, name: str = "a.safetensors", size: int = 1000) -> Shard:
     path = tmp_path / name
     path.write_bytes(bytes(i % 251 for i in range(size)))
-    stat = path.stat()
-    return Shard(path, stat.st_size, stat.st_mtime_ns)
+    return Shard(path, Identity.of(path.stat()))
 
 
 def read(files: Files, shard: int, offset: int, length: int) -> bytes:

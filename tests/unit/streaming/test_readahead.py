@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from octavo import machine
+from octavo.checkpoint.files import Identity
 from octavo.checkpoint.header import Shard
 from octavo.machine import available_bytes
 from octavo.streaming import readahead as ahead
@@ -30,8 +31,7 @@ def cold_shard(folder: Path, name: str, size: int) -> Shard:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if cached_share(path) > 0.1:
         pytest.skip("the page cache can't be made to forget files here")
-    stat = path.stat()
-    return Shard(path, stat.st_size, stat.st_mtime_ns)
+    return Shard(path, Identity.of(path.stat()))
 
 
 def read_all(reading: ReadAhead, expected: int) -> None:
