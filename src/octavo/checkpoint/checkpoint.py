@@ -79,7 +79,7 @@ class Checkpoint:
         if index is not None:
             problems += _compare_index(index, tensors, shards)
         raise_problems(CheckpointError, local, problems, "Nothing was loaded. Fetch the named files again.")
-        return cls(local, tuple(shards), tensors, _read_config(local))
+        return cls(local, tuple(shards), tensors, read_config(local))
 
     @property
     def folder(self) -> Path:
@@ -233,7 +233,8 @@ def _compare_index(index: dict[str, str], tensors: Mapping[str, TensorInfo], sha
             yield f"{files[info.shard]}: holds {name!r}, which {INDEX_NAME} does not name"
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def read_config(path: Path) -> Mapping[str, Any]:
+    """What config.json holds, beside a shard or in a folder; empty where there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not os.path.lexists(file):
         return {}

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint
+from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint, read_config
 from ..checkpoint.files import local_path
 from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
@@ -34,18 +35,14 @@ from ..streaming.report import Report
 from ..streaming.sinks import ShardSink
 from ..streaming.stream import Stream, Tally
 from ..text import human_bytes
-from . import formats
+from . import formats, source
 from .finisher import Finisher
 from .layout import ShardLayout, check_names, share_of
-from .partial import Folder, PartialFolder, check_free
+from .partial import PartialFolder, check_free, permissions
+from .small_files import SmallFile, find_small_files
 
 #: raised whenever the bytes of an output could differ from those of an earlier version
 _BYTES_VERSION = 1
-#: weights in other forms, which can be as large as the model; and the index, which is written anew
-_NOT_COPIED = (
-    *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack"),
-    *(".onnx", ".onnx_data", ".ot", ".npz", ".tflite"),
-)
 
 
 def convert_checkpoint(
@@ -76,14 +73,14 @@ def convert_checkpoint(
         with stages("finish"):
             job.write_rest(partial)
             job.publish(partial)
-    notes = [*plan.notes, *layout.notes(plan), *job.notes()]
+    notes = [*plan.notes, *layout.notes(plan), *job.notes(), *partial.notes]
     return Report.of(plan, budget, tally, stages, meter, in_memory=False, notes=notes)
 
 
-def _check_apart(source: Iterable[Path], dst: Path) -> None:
+def _check_apart(read: Iterable[Path], dst: Path) -> None:
     """Raise if the source lies where octavo writes, by whatever names and links either is reached."""
     partial = _partial_of(dst)
-    real = [path.resolve() for path in source]
+    real = [path.resolve() for path in read]
     places = {place for path in real for place in (path, *path.parents) if place.is_dir()}
     if os.path.isdir(partial) and any(os.path.samefile(place, partial) for place in places):
         raise OutputError(f"{partial}: holds the source, and {dst.name} would be written there. Name another target.")
@@ -98,7 +95,9 @@ class Job:
     layout: formats.Format
     dst: Path
     shards: tuple[tuple[ShardLayout, Plan], ...]
-    small_files: tuple[Path, ...]
+    small_files: tuple[SmallFile, ...]
+    remarks: tuple[str, ...]
+    marks: source.Marks  # of the source's shards
 
     @classmethod
     def prepare(cls, checkpoint: Checkpoint, plan: Plan, layout: formats.Format, dst: Path) -> Job:
@@ -121,20 +120,23 @@ class Job:
             layout_of = ShardLayout.of(name, placements, layout, checkpoint)
             shards.append((layout_of, replace(plan, placements=tuple(placements))))
         check_names(plan, layout, dst)
-        small_files = _small_files(checkpoint)
-        _check_apart([checkpoint.path, *(shard.path for shard in checkpoint.shards), *small_files], dst)
-        return cls(checkpoint, plan, layout, dst, tuple(shards), small_files)
+        small_files, remarks = find_small_files(checkpoint)
+        read = [checkpoint.path, *(shard.path for shard in checkpoint.shards), *(file.path for file in small_files)]
+        _check_apart(read, dst)
+        marks = source.marks_of(checkpoint)
+        return cls(checkpoint, plan, layout, dst, tuple(shards), small_files, tuple(remarks), marks)
 
     # -- the partial folder -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def partial_folder(self) -> Iterator[PartialFolder]:
         """The partial folder, made or taken up again, and locked against other processes."""
-        with PartialFolder.locked(_partial_of(self.dst)) as partial:
-            if partial.finished:
-                self._check_resumable(partial)
+        folder = self.checkpoint.path
+        mode = permissions(folder) | stat.S_IRWXU if folder.is_dir() else 0o777
+        with PartialFolder.locked(_partial_of(self.dst), mode) as partial:
+            anew = self._check_resumable(partial) if partial.finished else set()
             try:
-                partial.take_up(self._identity(), [shard.name for shard, _ in self.shards], self._other_files())
+                partial.take_up(self._identity(), [shard.name for shard, _ in self.shards], self._other_files(), anew)
             except OSError as error:
                 raise disk_error(partial.path, error) from error
             self._check_room(partial)
@@ -143,7 +145,7 @@ class Job:
     def _other_files(self) -> list[str]:
         """Names of the files that `write_rest` writes."""
         written = ["config.json"] if self.checkpoint.config else []
-        return [file.name for file in self.small_files] + written + ([INDEX_NAME] if len(self.shards) > 1 else [])
+        return [file.path.name for file in self.small_files] + written + ([INDEX_NAME] if len(self.shards) > 1 else [])
 
     def _identity(self) -> dict[str, Any]:
         """A description of all that must not change between an interrupted run and its continuation."""
@@ -155,25 +157,26 @@ class Job:
             "recipe": self.plan.recipe.to_dict(),
             "format": self.layout.name,
             "layout": headers.hexdigest(),
-            "source": {
-                "path": str(self.checkpoint.path.absolute()),
-                "shards": {shard.path.name: [shard.nbytes, shard.mtime_ns] for shard in self.checkpoint.shards},
-            },
+            "source": self.marks,
         }
 
-    def _check_resumable(self, partial: PartialFolder) -> None:
+    def _check_resumable(self, partial: PartialFolder) -> set[str]:
+        """Raise if another conversion was begun; returns shards that are to be written again nevertheless."""
         manifest, wanted = partial.manifest, self._identity()
-        if manifest.get("source") != wanted["source"]:
+        if found := source.difference(manifest.get("source"), self.marks):
             raise SourceChangedError(
-                f"{self.checkpoint.path}: changed since the interrupted run that {partial.path} holds. Remove that "
-                "folder to begin anew."
+                f"{self.checkpoint.path}: changed since the interrupted run that {partial.path} holds: {found}. Remove "
+                "that folder to begin anew."
             )
-        different = [key for key in wanted if manifest.get(key) != wanted[key]]
+        different = [key for key in wanted if key != "source" and manifest.get(key) != wanted[key]]
         if different:
             raise OutputError(
                 f"{partial.path}: holds an interrupted conversion with another {', '.join(different)}. Give the same "
                 "options to go on with it, or remove the folder to begin anew."
             )
+        touched = source.touched(manifest["source"], self.marks)
+        pairs = zip(self.checkpoint.shards, self.shards, strict=True)
+        return {made.name for shard, (made, _) in pairs if shard.path.name in touched}
 
     def _check_room(self, partial: PartialFolder) -> None:
         needed = sum(shard.nbytes for shard, _ in self.shards if shard.name not in partial.finished)
@@ -197,46 +200,52 @@ class Job:
         total = sum(plan.source_bytes for _, plan in self.shards)
         before = 0
         with Finisher.of(partial) as finisher:
-            for shard, plan in self.shards:
+            for read, (shard, plan) in zip(self.checkpoint.shards, self.shards, strict=True):
                 if shard.name not in partial.finished:
                     shown = share_of(progress, before, plan.source_bytes, total)
-                    file = self._write_shard(finisher, shard, plan, budget, tally, shown)
+                    file = finisher.open(shard, permissions(read.path))
+                    self._write_shard(finisher, file, shard, plan, budget, tally, shown)
                     finisher.submit(file, shard)
                 before += plan.source_bytes
 
     def _write_shard(
         self,
         finisher: Finisher,
+        file: OutFile,
         shard: ShardLayout,
         plan: Plan,
         budget: Budget,
         tally: Tally,
         progress: Callable[[int, int], None] | None,
-    ) -> OutFile:
-        file = finisher.open(shard)
+    ) -> None:
         file.write(memoryview(shard.header), 0)
         sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
         finisher.fill(Stream(self.checkpoint, plan, sink, budget=budget, tally=tally), file).run(progress)
-        return file
 
     def write_rest(self, partial: PartialFolder) -> None:
         """Config, tokenizer files, index."""
-        result = partial.result
+        result, folder = partial.result, self.checkpoint.folder
+        # made from the config as it was planned with; whoever reads the result reads them together
+        if read_config(self.checkpoint.path) != self.checkpoint.config:
+            raise SourceChangedError(f"{folder / 'config.json'}: changed since it was opened. Run again.")
         try:
             for file in self.small_files:
-                _copy(file, result)
+                file.copy(result)
             config = dict(self.checkpoint.config)
             if config:
                 if self.plan.quantized:
                     config["quantization_config"] = self.layout.config(self.plan)
-                result.write("config.json", json.dumps(config, indent=2) + "\n")
+                result.write("config.json", json.dumps(config, indent=2) + "\n", permissions(folder / "config.json"))
             if len(self.shards) > 1:
-                result.write(INDEX_NAME, self._index())
+                index = folder / INDEX_NAME
+                made_from = index if index.is_file() else self.checkpoint.shards[0].path
+                result.write(INDEX_NAME, self._index(), permissions(made_from))
         except OSError as error:
             raise disk_error(result.path, error) from error
 
     def publish(self, partial: PartialFolder) -> None:
         """Make the complete folder appear under its name."""
+        self.checkpoint.check_unchanged()  # or it would be of two sources
         try:
             partial.publish(self.dst)
         except OSError as error:
@@ -246,7 +255,8 @@ class Job:
         """Remarks about files of the source's folder that are not in the result."""
         folders = [entry.name for entry in sorted(self.checkpoint.folder.iterdir()) if entry.is_dir()]
         visible = [name for name in folders if not name.startswith(".")]
-        return [f"subfolders are not copied: {', '.join(visible)}"] if visible and self.checkpoint.path.is_dir() else []
+        skipped = visible and self.checkpoint.path.is_dir()
+        return [*self.remarks, *([f"subfolders are not copied: {', '.join(visible)}"] if skipped else [])]
 
     def _index(self) -> str:
         total = sum(p.nbytes for p in self.plan.placements)
@@ -258,27 +268,3 @@ class Job:
 
 def _partial_of(dst: Path) -> Path:
     return dst.with_name(dst.name + ".partial")
-
-
-def _small_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """The files that are copied as they are: of the tokenizer, and the like."""
-    if not checkpoint.path.is_dir() and not checkpoint.config:
-        return ()  # a lone file: what lies beside it is not ours
-    written = {"config.json"} if checkpoint.config else set()
-    return tuple(
-        entry
-        for entry in sorted(checkpoint.folder.iterdir())
-        if entry.is_file()
-        and entry.name not in written
-        and not entry.name.startswith(".")
-        and not entry.name.endswith(_NOT_COPIED)
-    )
-
-
-def _copy(file: Path, folder: Folder) -> None:
-    try:
-        source = file.open("rb")
-    except OSError as error:
-        raise SourceChangedError(f"{file}: can't be read any more: {error.strerror}") from error
-    with source, folder.new_file(file.name) as copy:
-        shutil.copyfileobj(source, copy)

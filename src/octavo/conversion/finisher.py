@@ -6,6 +6,7 @@ None of them outlives its conversion, and no file is closed before they have end
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 from collections.abc import Iterator
 
@@ -42,10 +43,11 @@ class Finisher:
         finally:
             finisher.close()
 
-    def open(self, shard: ShardLayout) -> OutFile:
-        """A file for a shard that is not complete."""
+    def open(self, shard: ShardLayout, mode: int) -> OutFile:
+        """A file for a shard that is not complete; ``mode`` is what others may do with it, less the umask."""
         result = self._partial.result
-        file = OutFile(result.path / self._partial.part_of(shard.name), shard.nbytes, result.opener)
+        opener = functools.partial(result.opener, mode=mode)
+        file = OutFile(result.path / self._partial.part_of(shard.name), shard.nbytes, opener)
         self._files.append(file)
         return file
 

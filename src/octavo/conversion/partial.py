@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,21 +76,24 @@ class Folder:
         found = self.lstat(name)
         return found is not None and os.path.samestat(found, os.fstat(descriptor))
 
-    def opener(self, path: str, flags: int) -> int:
-        """Open an entry, for the built-in `open` and for `OutFile`; only the last part of ``path`` counts."""
-        flags |= os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(os.path.basename(path), flags, 0o666, dir_fd=self.descriptor)
+    def opener(self, path: str, flags: int, mode: int = 0o666) -> int:
+        """Open an entry, for the built-in `open` and for `OutFile`; only the last part of ``path`` counts.
+
+        Of a new file, ``mode`` is what may be done with it, less the umask. A named pipe is not waited for.
+        """
+        flags |= os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        return os.open(os.path.basename(path), flags, mode, dir_fd=self.descriptor)
 
     @contextlib.contextmanager
-    def new_file(self, name: str) -> Iterator[BinaryIO]:
+    def new_file(self, name: str, mode: int = 0o666) -> Iterator[BinaryIO]:
         """A file under a name that is free; on the disk at the end."""
-        with open(name, "xb", opener=self.opener) as file:
+        with open(name, "xb", opener=functools.partial(self.opener, mode=mode)) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
 
-    def write(self, name: str, text: str) -> None:
-        with self.new_file(name) as file:
+    def write(self, name: str, text: str, mode: int = 0o666) -> None:
+        with self.new_file(name, mode) as file:
             file.write(text.encode())
 
     def rename(self, old: str, new: str) -> None:
@@ -126,16 +130,21 @@ class PartialFolder(Folder):
         # no other run may ever rename, or write to, what this one has begun
         self._run = f"run-{secrets.token_hex(4)}"
         self._writers: Callable[[], None] = lambda: None
+        self.notes: list[str] = []  # for the report
         self._process = os.getpid()
 
     @classmethod
     @contextlib.contextmanager
-    def locked(cls, path: Path) -> Iterator[PartialFolder]:
-        """Make the folder, or take it up again, and keep other processes out of it."""
+    def locked(cls, path: Path, mode: int = 0o777) -> Iterator[PartialFolder]:
+        """Make the folder, or take it up again, and keep other processes out of it.
+
+        Args:
+            mode: of the folders that are made, less the umask.
+        """
         with contextlib.ExitStack() as stack:
             try:
                 with contextlib.suppress(FileExistsError):
-                    path.mkdir()
+                    path.mkdir(mode)
                 partial = cls(path)
                 stack.callback(partial.close)
                 stack.callback(partial._unlock, partial._lock())
@@ -150,7 +159,7 @@ class PartialFolder(Folder):
                 if partial.is_file(_MANIFEST + _PART):
                     partial.remove(_MANIFEST + _PART)
                 with contextlib.suppress(FileExistsError):
-                    os.mkdir(_RESULT, dir_fd=partial.descriptor)
+                    os.mkdir(_RESULT, mode, dir_fd=partial.descriptor)
                 partial.result = Folder(path / _RESULT, partial)
                 stack.callback(partial.result.close)
                 partial.manifest = partial._read_manifest()
@@ -230,16 +239,23 @@ class PartialFolder(Folder):
         finished: dict[str, int] = self.manifest.get("finished", {})
         return finished
 
-    def take_up(self, identity: dict[str, Any], shards: Sequence[str], others: Sequence[str]) -> None:
+    def take_up(
+        self, identity: dict[str, Any], shards: Sequence[str], others: Sequence[str], anew: Collection[str] = ()
+    ) -> None:
         """Keep finished shards, remove all else that an earlier run left, and note which files this one is to make.
 
         Unfinished shards go so that their room is free, and small files since they are copied anew.
+
+        Args:
+            anew: shards that are to be written again, though they are finished.
         """
         made, result = set(self.manifest.get("files", ())), self.result
         names = result.names()
         result.refuse(name for name in names if name not in made or not result.is_file(name))
         sizes = {name: found.st_size for name in names if (found := result.lstat(name))}
         finished = {name: nbytes for name, nbytes in self.finished.items() if sizes.get(name) == nbytes}
+        if again := [name for name in anew if finished.pop(name, None) is not None]:
+            self.notes.append(f"written again, since their source was touched meanwhile: {', '.join(sorted(again))}")
         for name in names - finished.keys():
             result.remove(name)
         self._wanted = {*shards, *others}
@@ -282,6 +298,14 @@ class PartialFolder(Folder):
             self.remove(_LOCK)
             if os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor)):
                 self.path.rmdir()
+
+
+def permissions(path: Path) -> int:
+    """What a file or folder that is made from ``path`` is given, less the umask: no more, as `cp` does.
+
+    Whoever owns it may always read and write.
+    """
+    return stat.S_IMODE(path.stat().st_mode) & 0o777 | stat.S_IRUSR | stat.S_IWUSR
 
 
 def check_free(dst: Path) -> None:
