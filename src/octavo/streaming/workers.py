@@ -15,13 +15,14 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
 
 from ..machine import now
 
 #: how long `Workers.finish` waits before it says for what
 PATIENCE_S = 5.0
-_TICK_S = 0.5
+_TICK_S, _MOMENT_S = 0.5, 1e-4
 
 
 def _nothing() -> None:
@@ -39,7 +40,6 @@ class Workers:
         self.what = what
         self._lock = threading.Lock()
         self._closed = False
-        self._made: list[threading.Thread] = []
         self._begun: list[threading.Thread] = []
         self._ended = 0
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -49,9 +49,7 @@ class Workers:
 
     def start(self, work: Callable[[], None], name: str) -> None:
         """Let a thread do ``work``, which handles its errors itself. Raises what starting it raises."""
-        thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
-        self._made.append(thread)
-        thread.start()
+        threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
 
     def _run(self, work: Callable[[], None]) -> None:
         with self._lock:
@@ -109,9 +107,9 @@ class Workers:
                 self._told = True
                 print(self._telling(), file=sys.stderr, flush=True)
             self.wait(_TICK_S)
-        for thread in self._made:  # all that is left to them is to go
-            with contextlib.suppress(RuntimeError):  # it never started
-                thread.join()
+        # all that is left to them is to go; after an interrupted `join`, the next one does not wait
+        while not sys.is_finalizing() and any(thread in self._begun for thread in threading.enumerate()):
+            time.sleep(_MOMENT_S)
 
     def _telling(self) -> str:
         threads = "1 thread" if self.at_work == 1 else f"{self.at_work} threads"
