@@ -150,6 +150,8 @@ def _compare(
             for opened in files:
                 stack.callback(opened.close)
             job = Comparison(files[0], files[1], staging_bytes, threads)
+            job.ring.workers.what = f"reading {made.path} and {source.path}"
+            stack.callback(job.ring.finish)  # before the files are closed, should Ctrl-C come just before `run` did it
             callback = stack.enter_context(progress_bar(progress, "Verifying"))
             on_tick = None if callback is None else lambda done: callback(done, source.nbytes)
             job.ring.run(cut(pairs, job.limit), lambda: Worker(job), on_tick)
