@@ -27,12 +27,29 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
+from .text import one_line
+
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 
+class Lines(str):
+    """A message of several lines, each of which is fit for a terminal."""
+
+    @classmethod
+    def of(cls, *thoughts: str) -> Lines:
+        """A line for each thought."""
+        return cls("\n".join(map(one_line, thoughts)))
+
+
 class OctavoError(Exception):
-    """Base of every error that a user can cause."""
+    """Base of every error that a user can cause.
+
+    A message is one line, whatever names it holds; only that of `Lines` is more.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message if isinstance(message, Lines) else one_line(message))
 
 
 class CheckpointError(OctavoError):
@@ -97,10 +114,10 @@ def raise_problems(error: type[OctavoError], subject: object, problems: Sequence
     if len(problems) > len(shown):
         shown.append(f"... and {len(problems) - len(shown)} more")
     if len(shown) == 1:
-        text = f"{subject}: {shown[0]}"
+        lines = [f"{subject}: {shown[0]}"]
     else:
-        text = f"{subject}: {len(problems)} problems\n" + "\n".join(f"  - {line}" for line in shown)
-    raise error(f"{text}\n{advice}" if advice else text)
+        lines = [f"{subject}: {len(problems)} problems", *(f"  - {line}" for line in shown)]
+    raise error(Lines.of(*lines, *([advice] if advice else [])))
 
 
 # -- errors of others -------------------------------------------------------------------------------------------------

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+#: of a line that is told, in characters; and what is kept of the end of a longer one
+_MAX_LINE, _END = 2000, 300
+#: what a terminal obeys, but for line breaks and tabs
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def human_bytes(count: float) -> str:
@@ -30,6 +34,38 @@ def pattern(name: str) -> str:
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
 
 
+# -- what others wrote ------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    r"""A name, or any text of others, on one line that a terminal only shows: ``a\x1b[2J`` for what would clear it.
+
+    Escaped is whatever Python does not call printable: control characters, line breaks, marks that turn the direction
+    of text, halves of surrogate pairs.
+    """
+    if text.isprintable():
+        return text
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
+
+
+def prose(text: str) -> str:
+    """A text of others with its line breaks, and with joined emoji and directions of writing, but no control codes."""
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """A text as one `printable` line, the middle left out where it is very long."""
+    safe = printable(text)
+    if len(safe) <= _MAX_LINE:
+        return safe
+    return f"{safe[: _MAX_LINE - _END]} [... {len(safe) - _MAX_LINE:,} characters ...] {safe[-_END:]}"
+
+
+def told(error: BaseException) -> str:
+    """What an exception of others says, with its class, as one line."""
+    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+
+
 _shown = reprlib.Repr()
 _shown.maxlevel, _shown.maxlist, _shown.maxdict, _shown.maxtuple = 3, 8, 8, 8
 _shown.maxstring, _shown.maxlong, _shown.maxother = 160, 40, 160
@@ -40,8 +76,24 @@ def shown(value: Any) -> str:
     return _shown.repr(value)
 
 
-def to_text(table: Table) -> str:
-    """A table as lines of plain text."""
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def table_text(title: str, columns: Mapping[str, str], rows: Iterable[Sequence[str]], *, heading: bool = True) -> str:
+    """A table as lines of plain text.
+
+    Args:
+        columns: heading -> "left" or "right", where its cells are.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=heading, title=Text(printable(title)), title_justify="left")
+    for name, justify in columns.items():
+        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))  # never as markup, which names may look like
     # as wide as the terminal; 140 columns where there is none
     width = min(140, shutil.get_terminal_size((140, 0)).columns)
     output = StringIO()

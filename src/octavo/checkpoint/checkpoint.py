@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MAX_PROBLEMS_SHOWN, CheckpointError, MissingExtraError, raise_problems, reading
-from ..text import shown
+from ..text import shown, told
 from .files import conforms, local_path, read_object
 from .header import MAX_BYTES, MAX_HEADER_BYTES, Shard, TensorInfo, read_shard
 
@@ -131,7 +131,7 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
         )
     except Exception as error:  # the hub client has many; all mean the same here
         raise CheckpointError(
-            f"{text}: no such file or folder here, and the hub did not give it: {type(error).__name__}: {error}"
+            f"{text}: no such file or folder here, and the hub did not give it: {told(error)}"
         ) from error
 
 

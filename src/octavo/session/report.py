@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
-from rich.table import Table
-
 from ..elements.boxes import Box
-from ..text import human_bytes, pattern, to_text
+from ..text import human_bytes, pattern, printable, table_text
 
 
 class Event(NamedTuple):
@@ -73,27 +71,23 @@ class LayerwiseReport:
 
     def table(self) -> str:
         """The report for people."""
-        table = Table(title="layers", title_justify="left")
-        for column in ("layer", "loaded", "final", "way", "finish"):
-            table.add_column(column, justify="left" if column in ("layer", "way") else "right", overflow="fold")
         groups: dict[str, list[LayerReport]] = {}
         for layer in self.layers:
             groups.setdefault(pattern(layer.name) or "the model itself", []).append(layer)
+        rows = []
         for name, members in groups.items():
             label = name if len(members) == 1 else f"{name} ({len(members)})"
+            loaded, final = sum(m.loaded_bytes for m in members), sum(m.final_bytes for m in members)
             way = ", ".join(dict.fromkeys(m.way for m in members))
-            table.add_row(
-                label,
-                human_bytes(sum(m.loaded_bytes for m in members)),
-                human_bytes(sum(m.final_bytes for m in members)),
-                way,
-                f"{sum(m.finish_s for m in members):.3f} s",
-            )
+            finish = f"{sum(m.finish_s for m in members):.3f} s"
+            rows.append((label, human_bytes(loaded), human_bytes(final), way, finish))
+        columns = {"layer": "left", "loaded": "right", "final": "right", "way": "left", "finish": "right"}
         total = (
             f"loaded {human_bytes(self.loaded_bytes)}, final {human_bytes(self.final_bytes)}, peak "
             f"{human_bytes(self.peak_bytes)}; finishing took {self.finish_s:.2f} of {self.total_s:.2f} s"
         )
-        return "\n".join([to_text(table), total, *(f"note: {note}" for note in self.notes)])
+        notes = [printable(f"note: {note}") for note in self.notes]
+        return "\n".join([table_text("layers", columns, rows), total, *notes])
 
     def __str__(self) -> str:
         return self.table()

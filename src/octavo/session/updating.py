@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import CoverageError, LoaderError, UpdateError, WeightError, raise_problems
+from ..errors import CoverageError, Lines, LoaderError, UpdateError, WeightError, raise_problems
 from ..numerics import schemes
 from ..running import modules
 from .intake import Intake
@@ -95,11 +95,11 @@ def _update_error(inventory: Inventory, intake: Intake, error: BaseException) ->
         changed = any(item.changed or item.name in lost for item in items)
         group = new if fresh and not bad else torn if changed else old
         group.append(str(layer))
-    text = (
-        f"the update failed: {error}\n{len(new)} layers have the new weights{_listed(new)}; {len(old)} the old ones"
-        f"{_listed(old)}; {len(torn)} some of both{_listed(torn)}. Run the whole update again."
+    outcome = (
+        f"{len(new)} layers have the new weights{_listed(new)}; {len(old)} the old ones{_listed(old)}; {len(torn)} "
+        f"some of both{_listed(torn)}. Run the whole update again."
     )
-    return UpdateError(text, new, old, torn)
+    return UpdateError(Lines.of(*f"the update failed: {error}".splitlines(), outcome), new, old, torn)
 
 
 def _listed(names: list[str]) -> str:

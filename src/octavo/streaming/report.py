@@ -10,10 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
-
 from ..errors import MissingExtraError
-from ..text import count_text, human_bytes, to_text
+from ..text import count_text, human_bytes, table_text
 from .meter import Meter, Sample, Stages
 
 if TYPE_CHECKING:
@@ -125,10 +123,7 @@ class Report:
         rows += [(f"kept: {k}", count_text(v)) for k, v in self.kept.items()]
         rows += [("not used", f"{name}: {why}") for name, why in list(self.unused.items())[:5]]
         rows += [("note", note) for note in self.notes]
-        table = Table(show_header=False, title=self.source, title_justify="left")
-        for row in rows:
-            table.add_row(*row)
-        return to_text(table)
+        return table_text(self.source, {"what": "left", "how much": "left"}, rows, heading=False)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw memory over time as a PNG.

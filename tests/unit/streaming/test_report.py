@@ -146,10 +146,15 @@ def test_collection_that_was_off_stays_off():
 
 
 def test_a_callback_is_used_as_it_is():
-    def callback(done: int, total: int) -> None: ...
+    told: list[tuple[int, int]] = []
+
+    def callback(done: int, total: int) -> None:
+        told.append((done, total))
 
     with progress_bar(callback, "Loading") as found:
-        assert found is callback
+        assert found is not None
+        found(1, 2)
+    assert told == [(1, 2)]
 
 
 def test_no_bar_is_drawn_where_there_is_no_terminal(monkeypatch):

@@ -6,7 +6,7 @@ from collections import Counter
 
 from ...streaming.meter import Meter, Stages
 from ...streaming.stream import Tally
-from ...text import human_bytes
+from ...text import human_bytes, printable
 from .survey import Survey
 
 _MAX_REASONS = 6
@@ -30,9 +30,10 @@ def describe(found: Survey, stages: Stages, tally: Tally, meter: Meter) -> list[
     samples, on_device = meter.samples, any(device != "cpu" for device in plan.devices)
     held = [sample.device_bytes if on_device else sample.rss_bytes for sample in samples]
     stream_s = stages.seconds["stream"]
-    return [
+    lines = [
         became,
         f"stayed as they were: {'; '.join(stayed) or 'none'}{unread}",
         f"{sum(stages.seconds.values()):.1f} s ({', '.join(f'{k} {v:.1f}' for k, v in stages.seconds.items())}), "
         f"{tally.read_bytes / stream_s / 1e9:.2f} GB/s, peak {human_bytes(max(0, max(held) - held[-1]))} over final",
     ]
+    return [printable(line) for line in lines]

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from ...errors import CheckpointError
+from ...text import told
 
 
 class Output(Protocol):
@@ -84,7 +85,7 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds; all mean the same here
         refused = None if trust_remote_code else refusal(error, folder, "tokenizer_config.json")
-        raise refused or CheckpointError(f"{folder}: no usable tokenizer: {error}") from error
+        raise refused or CheckpointError(f"{folder}: no usable tokenizer: {told(error)}") from error
 
 
 def _writer(tokenizer: Any, out: Output) -> Any:

@@ -29,6 +29,7 @@ from ...planning import kinds
 from ...planning.placement import Target
 from ...planning.plan import Plan, make_plan
 from ...planning.recipe import Recipe
+from ...text import told
 from .facts import Fact, facts_of
 
 
@@ -178,7 +179,7 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
             continue
         except Exception as error:  # given tensors that don't fit, each converter fails in its own way
             some = sorted(sources, key=dot_natural_key)[:4]
-            problems.append(f"misshapen: {', '.join(some)} can't be made into {first}: {error}")
+            problems.append(f"misshapen: {', '.join(some)} can't be made into {first}: {told(error)}")
             continue
         for name, value in made.items():
             symbolic = value[0] if isinstance(value, list) else value

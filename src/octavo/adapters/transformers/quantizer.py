@@ -26,7 +26,7 @@ from ...machine import usable_device
 from ...planning.recipe import Recipe
 from ...running import modules
 from ...streaming.meter import Stages
-from ...text import shown
+from ...text import shown, told
 from .model_plan import plan_model
 from .swap import METHOD, fill, swap
 
@@ -98,8 +98,7 @@ class OctavoConfig(QuantizationConfigMixin):
             swap(model, [(name, scheme, tuple(parts)) for name, (scheme, parts) in self.weights.items()])
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{model.config.name_or_path}/config.json: quantization_config does not fit the model: "
-                f"{type(error).__name__}: {error}"
+                f"{model.config.name_or_path}/config.json: quantization_config does not fit the model: {told(error)}"
             ) from error
 
     def record(self, model: Any) -> None:

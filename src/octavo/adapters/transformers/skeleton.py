@@ -17,6 +17,7 @@ from torch import nn
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError, RecipeError
+from ...text import told
 from . import own_code
 from .bounds import check_layers
 from .building import Unallocated
@@ -38,7 +39,7 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # transformers raises many kinds; all mean the same here
         refused = None if trusted else own_code.refusal(error, folder, "config.json")
-        raise refused or CheckpointError(f"{folder}/config.json: transformers can't read it: {error}") from error
+        raise refused or CheckpointError(f"{folder}/config.json: transformers can't read it: {told(error)}") from error
     if not trusted and not asked.attn_implementation:
         own_code.refuse_kernels(config, folder)
     chosen = _dtype(asked.dtype, config, checkpoint)
@@ -51,7 +52,7 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
         refused = None if trusted else own_code.refusal(error, folder, "config.json")
         raise refused or CheckpointError(
             f"{folder}: transformers can't build {getattr(cls, '__name__', cls)} from this config.json "
-            f"with { ({'dtype': chosen, **options}) }: {type(error).__name__}: {error}"
+            f"with { ({'dtype': chosen, **options}) }: {told(error)}"
         ) from error
     model.config.name_or_path = folder
     if model.can_generate():
