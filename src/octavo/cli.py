@@ -10,7 +10,6 @@ before a command has work to do. So commands import what they call.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -34,7 +33,8 @@ from .cli_options import (
     check_size,
     parse_size,
 )
-from .errors import OctavoError
+from .cli_output import Spoken, give_up_output, say, say_json, say_lines, show_what_cannot_be_encoded, tell, tell_fault
+from .errors import OctavoError, reason
 from .quiet import others_quiet
 
 _HELP = """Turn a bf16 checkpoint into FP8 while it streams: to run it, to write it, to check it.
@@ -96,13 +96,9 @@ def _progress(title: str) -> Any:
     return None if sys.stderr.isatty() else ProgressLines(title)
 
 
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, indent=2) + "\n")
-
-
 def _version(show: bool) -> None:
     if show:
-        typer.echo(f"octavo {__version__}")
+        say(f"octavo {__version__}")
         raise typer.Exit
 
 
@@ -170,15 +166,15 @@ def plan(
     fits = room is None or peak <= room
     if json_:
         extra = {} if room is None else {"device_memory_bytes": room, "fits": fits}
-        _print_json({**made.to_dict(), **extra})
+        say_json({**made.to_dict(), **extra})
     else:
-        typer.echo(made.table())
+        say_lines(made.table())
         if room is not None:
             from .text import human_bytes
 
             what = "staging, as a conversion takes" if checkpoint else "weights and staging; activations, caches on top"
             verdict = "fits" if fits else "does not fit"
-            typer.echo(f"{human_bytes(peak)} {verdict} into {human_bytes(room)} ({what})")
+            say(f"{human_bytes(peak)} {verdict} into {human_bytes(room)} ({what})")
     if not fits:
         raise typer.Exit(1)
 
@@ -236,12 +232,12 @@ def convert(
         progress=_progress("Converting"),
     )
     if json_:
-        _print_json(report.to_dict())
+        say_json(report.to_dict())
     else:
-        typer.echo(report.table())
-        typer.echo(f"written: {dst}")
+        say_lines(report.table())
+        say(f"written: {dst}")
     if not report.quantized and _chosen(scheme):
-        _tell("[yellow]warning:[/yellow] ", f"no weight became FP8: {dst} is a copy")
+        tell("warning", "yellow", f"no weight became FP8: {dst} is a copy")
 
 
 @app.command()
@@ -264,16 +260,16 @@ def verify(
         dst, against, staging_bytes=parse_size(staging), threads=threads, progress=_progress("Verifying")
     )
     if json_:
-        _print_json(report.to_dict())
+        say_json(report.to_dict())
     else:
         for result in report.tensors:
             if result.scheme:
                 verdict = "equal" if result.equal else f"{result.differing_bytes:,} bytes differ"
                 db = "of another dtype" if result.error_db is None else f"{result.error_db:.2f} dB"
-                typer.echo(f"{result.name}  {result.scheme}  {verdict}  {db}")
+                say(f"{result.name}  {result.scheme}  {verdict}  {db}")
         kept = [result for result in report.tensors if not result.scheme]
-        typer.echo(f"kept: {len(kept)} tensors, {sum(not result.equal for result in kept)} of them different")
-        typer.echo("all bytes equal" if report.ok else f"DIFFERENT: {len(report.different)} tensors")
+        say(f"kept: {len(kept)} tensors, {sum(not result.equal for result in kept)} of them different")
+        say("all bytes equal" if report.ok else f"DIFFERENT: {len(report.different)} tensors")
     if not report.ok:
         raise typer.Exit(1)
 
@@ -317,11 +313,11 @@ def generate(
         prompt,
         max_new_tokens=max_new_tokens,
         raw=raw,
-        out=None if json_ else sys.stdout,
+        out=None if json_ else Spoken(),
         trust_remote_code=trust_remote_code,
     )
     if json_:
-        _print_json({"prompt": prompt, "text": text, "load": loaded.load_report.to_dict()})
+        say_json({"prompt": prompt, "text": text, "load": loaded.load_report.to_dict()})
 
 
 @app.command()
@@ -350,37 +346,36 @@ def demo(
 
     result = run(_chosen(scheme), QUESTION if prompt is None else prompt, plot=plot, out=None if json_ else sys.stdout)
     if json_:
-        _print_json(result)
+        say_json(result)
 
 
 def main() -> None:
-    """Entry point: errors that a user can cause are a message and an exit code, not a traceback."""
+    """Entry point: errors that a user can cause are a message and an exit code; a fault of octavo says that it is."""
+    show_what_cannot_be_encoded()
     try:
         # without standalone mode, an exit code is what the call returns; that of Ctrl-C, too
         code = app(standalone_mode=False)
         if code == 130:
             raise KeyboardInterrupt
-        sys.exit(code)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what can't be written shows now, and not when it is too late to say so
     except OctavoError as error:
-        _tell("[red]error:[/red] ", str(error))
-        sys.exit(2)
+        tell("error", "red", str(error))
+        code = 2
     except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _tell("", "interrupted")
-        sys.exit(130)
+        tell("", "", "interrupted")
+        code = 130
+    except OSError as error:  # of what is written by others than octavo's functions: help, a drawing
+        tell("error", "red", f"{error.filename or 'standard output'}: {reason(error)}")
+        code = 2
     except Exception as error:
+        code = getattr(error, "exit_code", 2)
         # click's own usage errors know how to show themselves
-        show = getattr(error, "show", None)
-        if show is None:
-            raise
-        show()
-        sys.exit(getattr(error, "exit_code", 2))
-
-
-def _tell(label: str, text: str) -> None:
-    """Print to stderr: a label with markup, and a text as it is."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    Console(stderr=True, highlight=False).print(label + escape(text), soft_wrap=True)
+        if show := getattr(error, "show", None):
+            show()
+        else:
+            tell_fault(error)
+    give_up_output()
+    sys.exit(code)

@@ -89,7 +89,7 @@ def table_text(title: str, columns: Mapping[str, str], rows: Iterable[Sequence[s
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=heading, title=Text(printable(title)), title_justify="left")
+    table = Table(show_header=heading)
     for name, justify in columns.items():
         table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
     for row in rows:
@@ -98,4 +98,5 @@ def table_text(title: str, columns: Mapping[str, str], rows: Iterable[Sequence[s
     width = min(140, shutil.get_terminal_size((140, 0)).columns)
     output = StringIO()
     Console(file=output, width=width, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in output.getvalue().rstrip().splitlines())
+    # a title of the table's own would be broken where the table ends
+    return "\n".join([printable(title), *(line.rstrip() for line in output.getvalue().rstrip().splitlines())])

@@ -27,7 +27,7 @@ LAYERS = (
     ("adapters.vllm",),
     ("api", "api_models"),
     ("demo",),
-    ("cli", "cli_options", "quiet"),
+    ("cli", "cli_options", "cli_output", "quiet"),
     ("__init__", "__main__", "schemes"),
 )
 
