@@ -10,6 +10,7 @@ before a command has work to do. So commands import what they call.
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -360,16 +361,14 @@ def main() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()  # what can't be written shows now, and not when it is too late to say so
     except OctavoError as error:
-        tell("error", "red", str(error))
-        code = 2
+        code = _complain(str(error), error.__cause__)
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         tell("", "", "interrupted")
         code = 130
     except OSError as error:  # of what is written by others than octavo's functions: help, a drawing
-        tell("error", "red", f"{error.filename or 'standard output'}: {reason(error)}")
-        code = 2
+        code = _complain(f"{error.filename or 'standard output'}: {reason(error)}", error)
     except Exception as error:
         code = getattr(error, "exit_code", 2)
         # click's own usage errors know how to show themselves
@@ -379,3 +378,11 @@ def main() -> None:
             tell_fault(error)
     give_up_output()
     sys.exit(code)
+
+
+def _complain(text: str, cause: BaseException | None) -> int:
+    """Tell an error, unless it is that nobody reads any more, as after ``| head``; returns the exit code."""
+    if isinstance(cause, BrokenPipeError):
+        return 128 + signal.SIGPIPE  # as of programs that the signal ends
+    tell("error", "red", text)
+    return 2
