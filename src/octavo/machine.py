@@ -1,11 +1,9 @@
-"""This machine, asked: its devices, cores, memory, clock and pages."""
+"""This machine, asked: its devices, cores, clock and pages."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from pathlib import Path
 
 import torch
 
@@ -48,24 +46,6 @@ PAGE = 4096  # what direct reads are aligned to; devices ask for no more
 def now() -> float:
     """The clock of all stage timings, in seconds."""
     return time.perf_counter()
-
-
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # of a container
-
-
-def available_bytes() -> int:
-    """Memory that programs, or the page cache, can have without swapping, as Linux reckons; 0 where it can't be told.
-
-    Within a container, no more than its limit.
-    """
-    found = 0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
-    for limit in _LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max", where there is none
-            found = min(found, int(Path(limit).read_text()))
-    return found
 
 
 def rss_bytes() -> int:

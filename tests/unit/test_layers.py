@@ -14,7 +14,7 @@ ROOT = Path(octavo.__file__).parent
 #: from the ground up; a module may import from its own layer and from those before it
 LAYERS = (
     ("errors", "text", "choices", "_version"),
-    ("machine",),
+    ("machine", "memory"),
     ("checkpoint",),
     ("elements",),
     ("numerics",),

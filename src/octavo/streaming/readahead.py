@@ -16,7 +16,8 @@ from typing import Any
 
 from ..checkpoint.files import open_regular
 from ..checkpoint.header import Shard
-from ..machine import available_bytes, usable_cpus
+from ..machine import usable_cpus
+from ..memory import available_bytes
 from .files import CACHED, RUN_WINDOWS, cached_share
 from .ring import Ring
 

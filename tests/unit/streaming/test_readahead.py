@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from octavo import machine
 from octavo.checkpoint.files import Identity
 from octavo.checkpoint.header import Shard
-from octavo.machine import available_bytes
 from octavo.streaming import readahead as ahead
 from octavo.streaming.files import cached_share
 from octavo.streaming.readahead import ReadAhead
@@ -113,14 +111,3 @@ def test_it_never_fails_and_hides_no_error_of_the_load(place, tmp_path, monkeypa
         pass
     with pytest.raises(ValueError, match="of the load"), ReadAhead([shard]):
         raise ValueError("of the load")
-
-
-def test_a_container_s_limit_counts(tmp_path, monkeypatch):
-    unlimited, limited = tmp_path / "unlimited", tmp_path / "limited"
-    unlimited.write_text("max\n")
-    limited.write_text("12345678\n")
-    monkeypatch.setattr(machine, "_LIMITS", (str(unlimited), str(tmp_path / "absent")))
-    there = available_bytes()
-    assert there > 100 * MIB
-    monkeypatch.setattr(machine, "_LIMITS", (str(unlimited), str(limited)))
-    assert available_bytes() == 12345678
