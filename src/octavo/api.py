@@ -25,7 +25,7 @@ from .checkpoint.checkpoint import Checkpoint
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.convert import convert_checkpoint
-from .conversion.iterate import check_room, iterate
+from .conversion.iterate import iterate
 from .conversion.verify import VerifyReport, verify_checkpoint
 from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
 from .machine import usable_device
@@ -305,7 +305,6 @@ def stream(
     recipe, where = Recipe.coerce(scheme, ignore), str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision)
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
-    check_room(made)
     return iterate(checkpoint, made, layout, threads=threads, progress=progress and of_user(progress))
 
 

@@ -7,7 +7,7 @@ is what is free at the moment; whoever else takes memory meanwhile is not forese
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +59,19 @@ def require(needed_bytes: int, threads: int, subject: object, advice: str) -> No
     Raises:
         DeviceError: it can't; says how much is needed, how much there is, and what limits it.
     """
-    for room in rooms():
+    _check(rooms(), needed_bytes, threads, subject, advice)
+
+
+def require_thread(name: str) -> None:
+    """Raise a `DeviceError` unless there is address space for one more thread.
+
+    Python waits for ever for a thread that was started and has no memory to begin.
+    """
+    _check(_rooms_of_process(), 0, 1, f"thread {name}", "Ask for fewer threads (threads=1), or raise the limit.")
+
+
+def _check(found: Iterable[Room], needed_bytes: int, threads: int, subject: object, advice: str) -> None:
+    for room in found:
         needed = needed_bytes + (threads * _reserved_bytes() if room.counts_address_space else 0)
         if needed > room.nbytes + room.swap_bytes:
             raise DeviceError(

@@ -64,10 +64,11 @@ def convert_checkpoint(
     with stages("plan"):
         plan, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
         job = Job.prepare(checkpoint, plan, layout, local_path(dst, OutputError))
+        budget = Budget.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
+        budget.require(plan.source)
     tally = Tally()
     with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:
         with stages("stream"):
-            budget = Budget.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
             meter.follow(tally)
             job.write_shards(partial, budget, tally, meter.progress)
         with stages("finish"):

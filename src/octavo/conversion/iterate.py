@@ -8,24 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..errors import DeviceError
-from ..machine import available_bytes
 from ..planning.budget import Budget
 from ..planning.plan import Plan
 from ..streaming.sinks import IteratorSink
 from ..streaming.stream import Stream, Tally
 from . import formats
-
-
-def check_room(made: Plan) -> None:
-    """Raise a `DeviceError` unless this machine has memory for the largest tensor, which is handed out whole."""
-    largest = max(made.placements, key=lambda placement: placement.final_bytes, default=None)
-    room = available_bytes()
-    if largest and room and torch.device(largest.device).type == "cpu" and largest.final_bytes > room:
-        raise DeviceError(
-            f"{made.source}: {largest.name} takes {largest.final_bytes:,} bytes of memory, and {room:,} are available. "
-            "octavo.convert writes tensors of any size."
-        )
 
 
 def iterate(
@@ -40,9 +27,23 @@ def iterate(
     """Carry out a plan as `octavo.stream` promises; ``tally`` collects bytes and seconds."""
     budget = Budget.fit(made.placements, made.staging_bytes, threads, handing_out=True)
     # on an accelerator, this thread does the work
-    sink = IteratorSink(None if budget.lanes else made.staging_bytes - budget.staging_bytes)
+    ahead_bytes = None if budget.lanes else made.staging_bytes - budget.staging_bytes
+    sizes = {p.final_bytes: p.name for p in made.placements if torch.device(p.device).type == "cpu"}
+    largest_bytes = max(sizes, default=0)  # which is handed out whole
+    if largest_bytes > (ahead_bytes or 0):
+        advice = "octavo.convert writes tensors of any size."
+        budget.require(f"{made.source}: {sizes[largest_bytes]}", largest_bytes, advice)
+    else:
+        budget.require(made.source, ahead_bytes or 0)
+    stream = Stream(checkpoint, made, IteratorSink(ahead_bytes), budget=budget, tally=tally)
+    return _handed_out(stream, layout, progress)
+
+
+def _handed_out(
+    stream: Stream, layout: formats.Format, progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     handed = 0
-    with contextlib.closing(Stream(checkpoint, made, sink, budget=budget, tally=tally).iterate()) as placed:
+    with contextlib.closing(stream.iterate()) as placed:
         for placement, storage in placed:
             name, weight, scale = placement.name, storage.weight, storage.scale
             del storage  # what the consumer drops is gone
@@ -53,4 +54,4 @@ def iterate(
             del scale
             handed += placement.source_bytes
             if progress:
-                progress(handed, made.source_bytes)
+                progress(handed, stream.plan.source_bytes)

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import DeviceError
 from ..machine import PAGE, usable_cpus
+from ..memory import require
 from .chunks import default_slot_bytes
 from .placement import Placement
 
@@ -21,6 +22,8 @@ _PINNED_SLOT_BYTES = 16 << 20
 #: slots of this size or more have room for aligning reads past the page cache
 _ALIGNED_SLOT_BYTES = 64 * PAGE
 _MAX_THREADS = 16
+#: that measure, wait for the disk, or prepare a device
+_OTHER_THREADS = 2
 #: lanes of an accelerator
 _LANES = 2
 #: slots that make a block
@@ -68,6 +71,15 @@ class Budget:
     def staging_bytes(self) -> int:
         """On the host or the device, whichever is more."""
         return max(self.host_bytes, self.device_bytes)
+
+    def require(self, subject: object, placed_bytes: int = 0, advice: str = "") -> None:
+        """Raise unless the host has the memory that this takes beside ``placed_bytes``.
+
+        Raises:
+            DeviceError: it has not; says how much is needed, how much there is, and what limits it.
+        """
+        less = "A smaller staging_bytes, or fewer threads, need less."
+        require(placed_bytes + self.host_bytes, self.threads + _OTHER_THREADS, subject, advice or less)
 
     @classmethod
     def fit(

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 
 from ..machine import now
+from ..memory import require_thread
 
 #: how long `Workers.finish` waits before it says for what
 PATIENCE_S = 5.0
@@ -49,6 +50,7 @@ class Workers:
 
     def start(self, work: Callable[[], None], name: str) -> None:
         """Let a thread do ``work``, which handles its errors itself. Raises what starting it raises."""
+        require_thread(name)
         threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
 
     def _run(self, work: Callable[[], None]) -> None:

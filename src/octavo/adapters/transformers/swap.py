@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...planning.budget import Budget
 from ...planning.plan import Plan
 from ...running import modules
 from ...session.update import Routes
@@ -46,6 +47,10 @@ def fill(
         stages: counts the seconds of each stage.
         finish: does what else belongs to this load, once all weights are in place, and is measured with it.
     """
+    budget = Budget.fit(plan.placements, plan.staging_bytes, threads)
+    on_host = sum(placement.final_bytes for placement in plan.placements if placement.device == "cpu")
+    advice = "Another device takes the weights; a smaller staging_bytes, or fewer threads, need less beside them."
+    budget.require(plan.source, on_host, advice if on_host else "")
     with stages("swap"):
         swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
     with measured(plan, progress) as meter:
@@ -53,7 +58,7 @@ def fill(
             storages = allocate_all(plan.placements)
             assign(model, storages)
         with stages("stream"):
-            stream = Stream(checkpoint, plan, ParameterSink(storages), threads=threads, direct_io=direct_io)
+            stream = Stream(checkpoint, plan, ParameterSink(storages), budget=budget, direct_io=direct_io)
             meter.follow(stream.tally)
             tally = stream.run(meter.progress)
         if finish is not None:
