@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..elements.operations import storage_key
-from ..errors import CoverageError, WeightError, raise_problems
+from ..errors import CoverageError, LoaderError, WeightError, raise_problems
 from ..machine import now
 from .intake import Intake
 from .inventory import Inventory
@@ -47,6 +47,7 @@ def loading(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> It
     try:
         with use(inventory, intake, report):
             inventory.require()
+            _refuse_changes(inventory)
             _begin(inventory, intake.ledger, report, emptied)
             yield
             intake.turn()
@@ -67,6 +68,18 @@ def loading(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> It
         _make_safe(emptied)
     # modules that the loader took out of the model
     inventory.drop({item.name for item in inventory.items if item.virtual and not item.settled})
+
+
+def _refuse_changes(inventory: Inventory) -> None:
+    """Raise if the model is not what it was when the session was made: its parameters are not those to be filled."""
+    for item in inventory.items:
+        for module, leaf, tensor in item.faces:
+            present = module._parameters.get(leaf, module._buffers.get(leaf))
+            if present is not tensor or (tuple(present.shape), present.dtype) != (item.shape, item.dtype):
+                raise LoaderError(
+                    f"{item.name}: the model has another one than when the session was made (it was moved, cast, tied, "
+                    "or loaded by another session). Make the session anew."
+                )
 
 
 def _begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport, emptied: list[Tensor]) -> None:

@@ -24,6 +24,7 @@ from ..planning.plan import Plan
 from ..planning.recipe import Recipe
 from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
+from .claims import claimed
 from .finish import Finisher, Provider
 from .held import Held
 from .inventory import Inventory
@@ -101,6 +102,7 @@ class Session:
         finish = Finisher(self.inventory, held, self._ledger, self.report, self.provider)
         writes = Writes(self.inventory, held, finish, self._ledger, duplicates=self._duplicates, updating=self.loaded)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(claimed(self.inventory))
             if self.loaded:
                 stack.enter_context(lent(self.inventory))
                 stack.enter_context(updating(self.inventory, writes, self.report))
@@ -189,9 +191,10 @@ class Session:
             own = getattr(self.model, "load_weights", None)
             load = own if callable(own) else functools.partial(load_by_name, self.model)
         self.inventory.require()
-        self.recording = record(
-            self.inventory, checkpoint, self.recipe, load, self._transforming, self._quantizer.staging_bytes
-        )
+        with claimed(self.inventory):
+            self.recording = record(
+                self.inventory, checkpoint, self.recipe, load, self._transforming, self._quantizer.staging_bytes
+            )
         return self.recording.plan
 
     def stream(self, plan: Plan, threads: int | None = None) -> None:

@@ -26,6 +26,7 @@ from ..planning.budget import check_options
 from ..planning.plan import Plan
 from ..planning.recipe import Decision
 from ..running import modules
+from .claims import claimed
 from .finish import Finisher
 from .held import Held
 from .intake import Intake
@@ -82,7 +83,7 @@ def _update(
     items = inventory.by_name()
     written: set[str] = set()  # tied parameters, by the item's name
     own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
-    with updating(inventory, intake, report):
+    with claimed(inventory), updating(inventory, intake, report):
         source = Pairs(intake, pairs.items() if isinstance(pairs, Mapping) else pairs, transform)
         for number, (name, tensor) in enumerate(source, 1):
             quantizer.values_stay = source.at_rest
