@@ -120,11 +120,13 @@ def _coverage_problems(inventory: Inventory) -> list[str]:
     """List what the loader has not written, parameter by parameter."""
     problems, present = [], {id(module) for module in inventory.model.modules()}
     for item in inventory.items:
-        if not item.gaps or (not item.required and item.untouched) or _has_other_memory(item):
+        blank = item.required and item.blank
+        if not (item.gaps or blank) or (not item.required and item.untouched) or _has_other_memory(item):
             continue
         if not any(id(face.module) in present for face in item.faces):
             continue  # the loader took the module out of the model
-        what = "nothing was loaded" if item.untouched else f"nothing wrote {item.gaps}"
+        what = "nothing was loaded" if item.untouched or blank else f"nothing wrote {item.gaps}"
+        what += ", only constants or random numbers were written" if blank else ""
         problems.append(f"{item.name} {list(item.shape)}: {what}")
     return problems
 

@@ -105,6 +105,7 @@ class Item(Layout):
     gaps: Gaps = field(init=False)
     writes: list[Piece] = field(default_factory=list)  # boxes as written; src_name tells what came together
     pressed: list[Box] = field(default_factory=list)  # boxes of the stored form that are in FP8
+    generated: bool = False  # some of what came were constants or random numbers: how loaders begin, or padding
     changed: bool = False  # its final storage has other values than before
 
     def __post_init__(self) -> None:
@@ -157,12 +158,18 @@ class Item(Layout):
         """True if nothing was written."""
         return not self.writes and self.gaps.boxes == self._all_gaps().boxes
 
+    @property
+    def blank(self) -> bool:
+        """True if all that came are constants and random numbers, and values of no tensor."""
+        return self.generated and not self.writes
+
     def is_complete(self) -> bool:
-        return not self.gaps or not self.required
+        return not (self.gaps or self.blank) or not self.required
 
     def restart(self) -> None:
         """Forget what was written; all but padding is to come."""
-        self.gaps, self.writes, self.pressed, self.changed = self._all_gaps(), [], [], False
+        self.gaps, self.writes, self.pressed = self._all_gaps(), [], []
+        self.changed = self.generated = False
 
     def expect(self, boxes: list[Box]) -> None:
         """These boxes are to come, and nothing else."""

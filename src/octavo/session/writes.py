@@ -118,15 +118,22 @@ class Writes(Intake):
             )
 
     def fill(self, item: Item, view: Tensor, run: Callable[[Tensor], Any]) -> None:
-        origin = self.origins.of(None)._replace(sure=True)  # no second tensor hides in one value for all
+        # no second tensor hides in one value for all
+        run(self._generated(item, view, self.origins.of(None)._replace(sure=True)))
+
+    def generate(self, item: Item, view: Tensor) -> Tensor:
+        return self._generated(item, view, self.origins.of(None))
+
+    def _generated(self, item: Item, view: Tensor, origin: Origin) -> Tensor:
+        """Values that are no tensor's: they are how loaders begin, not what they load; for a part, they are padding."""
         with self.quiet():
             self.turn_to(item, origin)
             boxes = _boxes(item, view)
-            # one value for all is how loaders begin, not what they load; for a part, it is padding
             if item.writes or sum(box.numel for box in boxes) < item.numel:
                 self.claim(item, boxes, origin)
+                item.generated = True
                 self.wrote(item, boxes, origin)
-            run(self.held.real(item, view))
+            return self.held.real(item, view)
 
     def scatter(
         self, item: Item, view: Tensor, values: Tensor | None, run: Callable[[Tensor], Any], mark: Mark
@@ -140,8 +147,9 @@ class Writes(Intake):
                 self.turn_to(item, origin)
                 self.claim(item, boxes, origin)
             run(self.held.real(item, view))
+            item.generated |= values is None
             for origin, boxes in marked:
-                self.wrote(item, boxes, origin, [_computed(box, origin) for box in boxes])
+                self.wrote(item, boxes, origin, [_computed(b, origin) for b in boxes if values is not None])
 
     def _labels(self, values: Tensor | None) -> tuple[Tensor, list[Origin]]:
         """The origins of values, and a number for each element that tells which, or one for all."""
@@ -169,7 +177,7 @@ class Writes(Intake):
 
     def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         real = self.access(item, view)
-        if item.scheme and inputs:  # what begins as zeros, and gets values by being added to
+        if (item.scheme or item.generated) and inputs:  # what begins as zeros, and gets values by being added to
             with self.quiet():
                 origin = self.origins.of_any(inputs)
                 rest = _boxes(item, view)

@@ -23,7 +23,10 @@ from ..parameters import Item
 aten = torch.ops.aten
 #: what gives a tensor all its values anew, without reading any
 _FILLS = frozenset({aten.fill_, aten.zero_})
-_RANDOM = frozenset({aten.normal_, aten.uniform_, aten.random_, aten.bernoulli_, aten.exponential_})
+_RANDOM = frozenset(
+    getattr(aten, f"{name}_")
+    for name in ("normal", "uniform", "random", "bernoulli", "exponential", "cauchy", "geometric", "log_normal")
+)
 _SCATTERS = frozenset({aten.index_put_, aten.index_copy_, aten.index_fill_, aten.masked_fill_})
 #: which of their arguments, after the tensor that they write, holds a value for each element
 _VALUES = {aten.index_put_: 1, aten.index_copy_: 2}
@@ -76,6 +79,9 @@ class Receiver(Protocol):
 
     def overwrite(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """All of ``view`` is about to be written, computed of ``inputs``: the real view to write to."""
+
+    def generate(self, item: Item, view: Tensor) -> Tensor:
+        """All of ``view`` is about to be written, computed of no tensor: the real view to write to."""
 
     def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         """``view`` is about to be changed in place, with ``inputs``: the real view."""
@@ -231,10 +237,15 @@ class Operations(PlainDispatchMode):
             return target
         overwrites = packet in _RANDOM or "out" in func._overloadname
         places: dict[int, Tensor] = {}
-        inputs = [tensor for tensor in tensors_in((args, kwargs)) if find(tensor) is None]
+        tensors = tensors_in((args, kwargs))
+        inputs = [tensor for tensor in tensors if find(tensor) is None]
+        generates = overwrites and all(any(tensor is other for other in targets) for tensor in tensors)
         for tensor in targets:
             if (found := find(tensor)) is not None:
-                places[id(tensor)] = (receiver.overwrite if overwrites else receiver.change)(found, tensor, inputs)
+                if generates:
+                    places[id(tensor)] = receiver.generate(found, tensor)
+                else:
+                    places[id(tensor)] = (receiver.overwrite if overwrites else receiver.change)(found, tensor, inputs)
 
         def real(tensor: Tensor) -> Tensor:
             if id(tensor) in places:
