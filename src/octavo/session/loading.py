@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from ..elements.operations import storage_key
 from ..errors import CoverageError, LoaderError, WeightError, raise_problems
 from ..machine import now
+from .emptied import Emptied
 from .intake import Intake
 from .inventory import Inventory
 from .parameters import Item
@@ -43,7 +43,7 @@ def loading(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> It
         CoverageError: boxes that nothing wrote.
         WeightError: on an accelerator, a weight that is not finite.
     """
-    emptied: list[Tensor] = []
+    emptied = Emptied()
     try:
         with use(inventory, intake, report):
             inventory.require()
@@ -51,6 +51,7 @@ def loading(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> It
             _begin(inventory, intake.ledger, report, emptied)
             yield
             intake.turn()
+            emptied.check()
             advice = "Parameters that are right without a tensor can be named: optional=[...]."
             raise_problems(CoverageError, type(inventory.model).__name__, _coverage_problems(inventory), advice)
             present = {id(module) for module in inventory.model.modules()}
@@ -65,7 +66,7 @@ def loading(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> It
                 item.abandon()
         raise
     finally:
-        _make_safe(emptied)
+        emptied.close()
     # modules that the loader took out of the model
     inventory.drop({item.name for item in inventory.items if item.virtual and not item.settled})
 
@@ -82,7 +83,7 @@ def _refuse_changes(inventory: Inventory) -> None:
                 )
 
 
-def _begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport, emptied: list[Tensor]) -> None:
+def _begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport, emptied: Emptied) -> None:
     """Parameters give their memory back, unless their values may be right as they are; those that do are noted."""
     stays = {storage_key(item.faces[0].tensor) for item in inventory.items if not item.required}
     for item in inventory.items:
@@ -100,20 +101,10 @@ def _begin(inventory: Inventory, ledger: Ledger, report: LayerwiseReport, emptie
         if not item.scheme and not item.is_buffer:
             report.kept[item.name] = item.decision.reason
         item.restart()
-    for item in inventory.items:
-        if item.virtual and not item.faces[0].tensor.is_meta:
-            emptied.append(item.faces[0].tensor)
-            item.give_back()
+    real = [item for item in inventory.items if item.virtual and not item.faces[0].tensor.is_meta]
+    emptied.empty(inventory, real)
     for layer in inventory.layers:  # tables that the model computes are no layer
         layer.finished = all(item.is_buffer and not item.required for item in layer.items)
-
-
-def _make_safe(emptied: list[Tensor]) -> None:
-    """Parameters that gave their memory back, and got none: reading them must not crash, nor look like weights."""
-    for tensor in emptied:
-        if tensor.numel() and not tensor.untyped_storage().nbytes():
-            nothing = torch.full((), math.nan if tensor.is_floating_point() else 0)
-            tensor.data = nothing.to(tensor).expand(tensor.shape)
 
 
 def _coverage_problems(inventory: Inventory) -> list[str]:

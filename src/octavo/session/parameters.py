@@ -214,7 +214,7 @@ class Item(Layout):
     def give_back(self) -> None:
         """Free the memory of faces that are not on meta: whoever holds such a parameter holds no values."""
         for face in self.faces:
-            if self.virtual and not face.tensor.is_meta:
+            if self.virtual and not face.tensor.is_meta and face.tensor.untyped_storage().resizable():
                 face.tensor.untyped_storage().resize_(0)
 
     def keep(self, tensor: Tensor) -> None:
