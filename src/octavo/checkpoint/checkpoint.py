@@ -25,7 +25,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 SHARD_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors$")
 #: an index is no larger than the headers of its shards may be
-_MAX_INDEX_BYTES, _MAX_CONFIG_BYTES = MAX_HEADER_BYTES, 16 << 20
+_MAX_INDEX_BYTES = MAX_HEADER_BYTES
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -239,7 +239,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
     if not os.path.lexists(file):
         return {}
     # of a key that is there twice, the last counts, as it does for whoever else reads a config
-    config = read_object(file, _MAX_CONFIG_BYTES, unique=False)
+    config = read_object(file, unique=False)
     quantization = config.get("quantization_config")
     if not conforms(quantization, dict[str, Any] | None):
         raise CheckpointError(f"{file}: quantization_config must be an object, not {shown(quantization)}")

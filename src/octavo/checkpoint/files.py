@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple, Union, get_args, get_origin
 
 from ..errors import CheckpointError, OctavoError, reading
 
+#: of a config
+MAX_CONFIG_BYTES = 16 << 20
 #: of the nesting of JSON that octavo reads, and may write again
 MAX_DEPTH = 64
 
@@ -67,7 +69,7 @@ def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         return content
 
 
-def read_object(path: Path, max_bytes: int, *, unique: bool = True) -> dict[str, Any]:
+def read_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES, *, unique: bool = True) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Args:

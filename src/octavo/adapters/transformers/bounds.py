@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch import nn
+
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import CheckpointError
 from ...text import shown
 
-#: more layers than a model has, whose checkpoint is not at hand as yet
+#: more layers than a model has
 _LAYERS = 1000
+#: of torch's functions, models call less than four for each of their tensors; a few tensors may be made of one
+_CALLS, _CALLS_EACH = 20_000, 40
+#: tables of positions, masks: a model may compute so much, and so much for each byte of its checkpoint
+_BUFFER_BYTES, _BUFFER_BYTES_EACH = 1 << 30, 4
 
 
 def check_layers(checkpoint: Checkpoint) -> None:
@@ -30,6 +36,22 @@ def check_layers(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.folder}/config.json: {shown(key)} is {shown(value)}, and the checkpoint has "
                 f"{len(checkpoint.tensors):,} tensors: of such a config at most {allowed:,} are taken"
             )
+
+
+def most_calls(checkpoint: Checkpoint) -> int:
+    """How many functions of torch a model may call while it is built, which it does for each parameter."""
+    return _CALLS + _CALLS_EACH * len(checkpoint.tensors)
+
+
+def check_buffers(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise a `CheckpointError` where what the model computes is larger than any that belongs to this checkpoint."""
+    allowed = _BUFFER_BYTES + _BUFFER_BYTES_EACH * checkpoint.nbytes
+    needed = sum(buffer.nbytes for buffer in model.buffers())
+    if needed > allowed:
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: the model would compute {needed:,} bytes of tables, and the checkpoint "
+            f"holds {checkpoint.nbytes:,}: of such a config at most {allowed:,} are taken"
+        )
 
 
 def _values(config: Any) -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,10 @@ _INITS = frozenset(
 _TELLING = frozenset({Tensor.float, Tensor.type})
 
 
+class TooMany(Exception):
+    """A model has more parameters than it may have."""
+
+
 class Unallocated(TorchFunctionMode):
     """Tensors are made on meta, and where nobody tells their dtype they have that of the model.
 
@@ -38,15 +42,20 @@ class Unallocated(TorchFunctionMode):
         dtype: takes the part of torch's default dtype.
         values: tensors that get values have memory; models whose own code nobody knows may need them. (An empty one
             is on meta all the same, since transformers makes one to learn whether it has anything to initialise.)
+        most: calls of torch's functions, after which it is a `TooMany`; None for any number.
     """
 
-    def __init__(self, dtype: torch.dtype, *, values: bool) -> None:
+    def __init__(self, dtype: torch.dtype, *, values: bool, most: int | None = None) -> None:
         super().__init__()
+        self._left = -1 if most is None else most
         self._dtype = dtype
         self._constructors = _EMPTY if values else _device_constructors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._left -= 1
+        if not self._left:
+            raise TooMany
         if func in _INITS and (args[0] if args else kwargs["tensor"]).is_meta:
             return args[0] if args else kwargs["tensor"]
         if kwargs.get("device") is None and (func in self._constructors or (func is torch.tensor and args == ([],))):

@@ -24,7 +24,7 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_STAGING_BYTES
 from ...elements.boxes import coverage_problem
 from ...elements.symbolic import NotMovementError, Symbolic
-from ...errors import MAX_PROBLEMS_SHOWN, CoverageError, raise_problems
+from ...errors import MAX_PROBLEMS_SHOWN, CoverageError, raise_problems, reading
 from ...planning import kinds
 from ...planning.placement import Target
 from ...planning.plan import Plan, make_plan
@@ -52,7 +52,8 @@ def plan_model(
         CoverageError: with all tensors that are missing, unexpected, misshapen, or there twice.
     """
     problems: list[str] = []
-    found, unexpected = trace(model, checkpoint, problems)
+    with reading(checkpoint.path):  # transformers takes some names for numbers that Python does not
+        found, unexpected = trace(model, checkpoint, problems)
     tied = _tied(model)
     problems += _misfits(model, checkpoint, found, tied)
     unneeded = _unneeded(model, unexpected)

@@ -7,7 +7,6 @@ tell it, is taken out of its sight: see `hidden`.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import transformers
 from transformers.integrations.hub_kernels import is_kernel
 
+from ...checkpoint.files import read_object
 from ...errors import CheckpointError
 
 _ADVICE = (
@@ -34,8 +34,8 @@ def refusal(error: Exception, folder: str, file: str) -> CheckpointError | None:
     """
     if not any(words in str(error) for words in _REFUSED):
         return None
-    with contextlib.suppress(OSError, ValueError):
-        if named := ", ".join(dict.fromkeys(_named(json.loads(Path(folder, file).read_bytes())))):
+    with contextlib.suppress(CheckpointError):
+        if named := ", ".join(dict.fromkeys(_named(read_object(Path(folder, file), unique=False)))):
             return CheckpointError(f"{folder}/{file}: needs code that the checkpoint brings ({named}). {_ADVICE}")
     return None
 

@@ -16,11 +16,11 @@ from torch import nn
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
-from ...errors import CheckpointError, RecipeError
+from ...errors import CheckpointError, RecipeError, boundary
 from ...text import told
 from . import own_code
-from .bounds import check_layers
-from .building import Unallocated
+from .bounds import check_buffers, check_layers, most_calls
+from .building import TooMany, Unallocated
 from .options import DEFAULTS, ModelOptions
 
 
@@ -42,12 +42,21 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
         raise refused or CheckpointError(f"{folder}/config.json: transformers can't read it: {told(error)}") from error
     if not trusted and not asked.attn_implementation:
         own_code.refuse_kernels(config, folder)
-    chosen = _dtype(asked.dtype, config, checkpoint)
-    cls = asked.model_class or _model_class(config, trusted)
+    # a config takes values of any type
+    with boundary(f"{folder}/config.json", CheckpointError, (TypeError, ValueError, AttributeError)):
+        chosen = _dtype(asked.dtype, config, checkpoint)
+        cls = asked.model_class or _model_class(config, trusted)
     options = {"attn_implementation": asked.attn_implementation} if asked.attn_implementation else {}
     try:
         with contextlib.nullcontext() if trusted else own_code.hidden(config):
-            model = _build(cls, config, chosen, trusted, options)
+            model = _build(cls, config, chosen, trusted, options, checkpoint)
+    except TooMany:
+        raise CheckpointError(
+            f"{folder}/config.json: describes a model of many more parameters than the checkpoint's "
+            f"{len(checkpoint.tensors):,} tensors could make"
+        ) from None
+    except CheckpointError:
+        raise
     except Exception as error:  # what a config and options lead to is transformers' to say
         refused = None if trusted else own_code.refusal(error, folder, "config.json")
         raise refused or CheckpointError(
@@ -56,8 +65,12 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
         ) from error
     model.config.name_or_path = folder
     if model.can_generate():
-        with contextlib.suppress(OSError):
-            model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        try:
+            with contextlib.suppress(OSError):
+                model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+        except Exception as error:
+            file = f"{folder}/generation_config.json"
+            raise CheckpointError(f"{file}: transformers can't read it: {told(error)}") from error
     model.eval()
     return model
 
@@ -91,11 +104,15 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _build(cls: Any, config: Any, dtype: torch.dtype, trusted: bool, options: dict[str, Any]) -> Any:
+def _build(
+    cls: Any, config: Any, dtype: torch.dtype, trusted: bool, options: dict[str, Any], checkpoint: Checkpoint
+) -> Any:
     """A model of a class, or of the one that an auto class finds: its parameters on meta, its buffers computed."""
     modules = [kind.__module__ for kind in (cls, type(config))]
     own = not all(module.startswith("transformers.") for module in modules) or (trusted and hasattr(config, "auto_map"))
-    with Unallocated(dtype, values=own):  # a dtype that transformers is told becomes the default of all threads
+    with Unallocated(
+        dtype, values=own, most=most_calls(checkpoint)
+    ):  # a dtype that transformers is told becomes the default of all threads
         if hasattr(cls, "_model_mapping"):
             model = cls.from_config(config, trust_remote_code=trusted, dtype=None, **options)
         else:
@@ -104,6 +121,7 @@ def _build(cls: Any, config: Any, dtype: torch.dtype, trusted: bool, options: di
         if part is not None:
             part.dtype = dtype
     _separate(model)
+    check_buffers(model, checkpoint)
     _compute_buffers(model)
     return model
 

@@ -9,9 +9,10 @@ import pytest
 from _inputs import edit_config, entry, fails, write_raw
 
 import octavo
+from helpers.models import random_model
 from octavo.adapters.transformers.model_plan import _holes
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.errors import CheckpointError, DeviceError
+from octavo.errors import CheckpointError, DeviceError, OctavoError
 from octavo.planning import kinds
 
 
@@ -82,3 +83,52 @@ def test_kinds_are_told_by_components_of_names() -> None:
         "mlp.shared_expert.up_proj": None,
     }
     assert {name: kinds.default_keep(f"{name}.weight") for name in told} == told
+
+
+def test_a_model_of_many_more_parameters_than_tensors_is_not_built_to_its_end(llama: Path) -> None:
+    edit_config(llama, num_hidden_layers=1000)
+    says = ("config.json: describes a model of many more parameters than the checkpoint's", "tensors could make")
+    fails(CheckpointError, says, lambda: octavo.load(llama))
+
+
+def test_tables_that_a_config_makes_larger_than_its_checkpoint_are_not_computed(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 8}
+    random_model("GPTJConfig", sizes).save_pretrained(tmp_path / "gptj")
+    edit_config(tmp_path / "gptj", n_positions=10**9)
+    says = ("config.json: the model would compute", "bytes of tables", "of such a config at most")
+    fails(CheckpointError, says, lambda: octavo.load(tmp_path / "gptj"))
+
+
+def refusal(folder: Path) -> str:
+    """What the error of a load says; where it loads, the names that any error could say."""
+    try:
+        octavo.load(folder)
+    except OctavoError as error:
+        return str(error)
+    return str(folder / "generation_config.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"architectures": 5}, {"architectures": [5]}, {"architectures": {"a": "b"}}, {"torch_dtype": "nosuch"}),
+        *({"dtype": "nosuch"}, {"auto_map": 5}, {"model_type": []}, {"hidden_size": "many"}, {"vocab_size": -1}),
+        *({"rope_parameters": 5}, {"num_hidden_layers": None}, {"pad_token_id": {}}, {"num_attention_heads": 0}),
+    ],
+    ids=str,
+)
+def test_config_with_values_of_other_types_is_refused_or_taken(changes: dict[str, object], llama: Path) -> None:
+    edit_config(llama, **changes)
+    assert str(llama) in refusal(llama)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", '{"temperature": "hot"}', '{"a":' * 3000, '{"eos_token_id": {}}'])
+def test_generation_config_of_any_content_is_refused_or_taken(content: str, llama: Path) -> None:
+    (llama / "generation_config.json").write_text(content)
+    assert str(llama / "generation_config.json") in refusal(llama)
+
+
+def test_names_with_digits_that_are_no_numbers_are_no_fault(llama: Path) -> None:
+    header, size = {"layers.².weight": entry()}, 12
+    write_raw(llama / "model.safetensors", json.dumps(header).encode(), bytes(size))
+    fails(CheckpointError, (str(llama), "invalid literal for int()"), lambda: octavo.load(llama))
