@@ -175,7 +175,9 @@ def _translated(
             "(threads=1), or raise the limit (ulimit -u)."
         )
     if isinstance(error, OSError):
-        return kind(f"{subject if error.filename is None else os.fsdecode(error.filename)}: {reason(error)}")
+        named = error.filename  # a descriptor, where one was asked about
+        where = os.fsdecode(named) if isinstance(named, (str, bytes)) else subject
+        return kind(f"{where}: {reason(error)}")
     if isinstance(error, RecursionError):
         return kind(f"{subject}: nested too deeply to be read")
     if isinstance(error, (OverflowError, UnicodeError, *also)):

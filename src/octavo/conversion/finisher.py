@@ -77,11 +77,12 @@ class Finisher:
                 self._stream.ring.finish()
         finally:
             interrupt = self._workers.finish(self._no_more)
-            for file in self._files:
-                file.close()
             try:
-                if interrupt is not None:
-                    raise interrupt
+                with contextlib.ExitStack() as stack:
+                    for file in self._files:
+                        stack.callback(file.close)
+                    if interrupt is not None:
+                        raise interrupt
             finally:
                 del interrupt
 

@@ -27,6 +27,7 @@ from ..checkpoint.header import Shard, TensorInfo
 from ..elements.pieces import Piece
 from ..errors import CheckpointError, SourceChangedError
 from ..machine import PAGE
+from .outfile import close_all
 
 #: windows of a file that are looked up, those of a single read, and the share of them that must be cached for either to
 #: count as such
@@ -163,11 +164,10 @@ class Files:
         """Close all; whoever reads afterwards gets an error."""
         with self._lock:
             self._closed = True
-            for descriptor in (*self._buffered.values(), *self._direct.values()):
-                if descriptor is not None:
-                    os.close(descriptor)
+            descriptors = [*self._buffered.values(), *self._direct.values()]
             self._buffered.clear()
             self._direct.clear()
+            close_all(descriptor for descriptor in descriptors if descriptor is not None)
 
     def check_unchanged(self) -> None:
         """Raise if a shard that was read is no longer the file that was opened."""

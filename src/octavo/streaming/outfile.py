@@ -8,11 +8,12 @@ the two never meet.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 import numpy as np
@@ -34,6 +35,13 @@ def disk_error(path: object, error: OSError) -> OutputError:
         f"{path}: writing failed: {error.strerror}. Finished shards are kept: make room and run the same command again "
         "to go on."
     )
+
+
+def close_all(descriptors: Iterable[int]) -> None:
+    """Close each, and then raise what went wrong with one of them."""
+    with contextlib.ExitStack() as stack:
+        for descriptor in descriptors:
+            stack.callback(os.close, descriptor)
 
 
 def _create(path: str, flags: int) -> int:
@@ -117,9 +125,7 @@ class OutFile:
     def close(self) -> None:
         # forgotten first: the numbers may soon be those of other files
         descriptors, self._buffered, self._direct = (self._buffered, self._direct), -1, -1
-        for descriptor in descriptors:
-            if descriptor >= 0:
-                os.close(descriptor)
+        close_all(descriptor for descriptor in descriptors if descriptor >= 0)
 
     def __enter__(self) -> OutFile:
         return self
