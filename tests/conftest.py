@@ -17,7 +17,9 @@ torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).parent))
 # an assert in a shared helper tells what it compared, as one in a test does
-pytest.register_assert_rewrite("helpers", "_cli", "_conversions", "_inputs", "_layerwise", "_models", "_sources")
+pytest.register_assert_rewrite(
+    "helpers", "_cases", "_cli", "_conversions", "_inputs", "_layerwise", "_models", "_sources"
+)
 
 hypothesis.settings.register_profile(
     "octavo",
