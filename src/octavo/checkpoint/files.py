@@ -6,12 +6,15 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, BinaryIO, NamedTuple, Union, get_args, get_origin
 
 from ..errors import CheckpointError, OctavoError, reading
+
+#: opens a path with flags, as that of the built-in `open` does
+Opener = Callable[[str, int], int]
 
 #: of a config
 MAX_CONFIG_BYTES = 16 << 20
@@ -47,9 +50,9 @@ class Identity(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str], opener: Opener = os.open) -> BinaryIO:
     """Open a regular file for reading; an OSError for all else. Nothing waits for the other end of a named pipe."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    descriptor = opener(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
@@ -59,9 +62,9 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         raise
 
 
-def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
+def read_bounded(path: str | os.PathLike[str], max_bytes: int, opener: Opener = os.open) -> bytes:
     """All of a regular file; a ValueError where it is larger than ``max_bytes``."""
-    with open_regular(path) as file:
+    with open_regular(path, opener) as file:
         content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
             size = max(os.fstat(file.fileno()).st_size, len(content))
@@ -69,7 +72,9 @@ def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
         return content
 
 
-def read_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES, *, unique: bool = True) -> dict[str, Any]:
+def read_object(
+    path: Path, max_bytes: int = MAX_CONFIG_BYTES, *, unique: bool = True, opener: Opener = os.open
+) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Args:
@@ -79,7 +84,7 @@ def read_object(path: Path, max_bytes: int = MAX_CONFIG_BYTES, *, unique: bool =
         CheckpointError: the file can't be read, is too large, or holds something else.
     """
     with reading(path):
-        value = parse_json(read_bounded(path, max_bytes), unique=unique)
+        value = parse_json(read_bounded(path, max_bytes, opener), unique=unique)
         _check_depth(value)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")

@@ -22,7 +22,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import OutputError
+from ..checkpoint.files import conforms, read_object
+from ..checkpoint.header import MAX_HEADER_BYTES
+from ..errors import CheckpointError, OutputError
 from ..streaming.outfile import disk_error
 
 _LOCK, _MANIFEST, _RESULT = "octavo.lock", "manifest.json", "checkpoint"
@@ -214,23 +216,17 @@ class PartialFolder(Folder):
     # -- what it holds ------------------------------------------------------------------------------------------------
 
     def _read_manifest(self) -> dict[str, Any]:
-        try:
-            with open(_MANIFEST, "rb", opener=self.opener) as file:
-                manifest = json.load(file)
-        except FileNotFoundError:
+        if self.lstat(_MANIFEST) is None:
             return {}
-        except (ValueError, RecursionError) as error:
-            raise OutputError(f"{self.path / _MANIFEST}: damaged ({error}); remove {self.path}") from error
-        files = manifest.get("files") if isinstance(manifest, dict) else None
-        finished = manifest.get("finished") if isinstance(manifest, dict) else None
-        if (
-            not isinstance(files, list)
-            or not isinstance(finished, dict)
-            or not all(isinstance(name, str) for name in files)
-            or not all(isinstance(nbytes, int) for nbytes in finished.values())
-        ):
+        try:
+            manifest = read_object(self.path / _MANIFEST, MAX_HEADER_BYTES, opener=self.opener)
+        except CheckpointError as error:
+            if isinstance(error.__cause__, OSError):  # it may be sound
+                raise error.__cause__ from None
+            raise OutputError(f"{error}: damaged; remove {self.path}") from error
+        kinds = {"files": list[str], "finished": dict[str, int]}
+        if not all(conforms(manifest.get(key), kind) for key, kind in kinds.items()):
             raise OutputError(f"{self.path / _MANIFEST}: damaged; remove {self.path}")
-        assert isinstance(manifest, dict)
         return manifest
 
     @property

@@ -184,6 +184,9 @@ def test_shard_that_was_lost_since_the_interruption_is_written_again(small: Path
         b"null",
         b"7",
         b"[" * 100_000,
+        b'{"files": [], "finished": {}, "files": []}',
+        b'{"files": [], "finished": {}, "a": ' + b"[" * 70 + b"]" * 70 + b"}",
+        b'{"files": [], "finished": {}, "a": ' + b"9" * 5000 + b"}",
     ],
 )
 def test_damaged_manifest_is_refused_with_advice(content: bytes, small: Path, tmp_path: Path) -> None:
