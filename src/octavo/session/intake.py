@@ -43,6 +43,7 @@ class Intake:
         self.held, self.quantizer, self.finish, self.ledger = held, held.quantizer, finish, ledger
         self._duplicates, self._updating = duplicates, updating
         self._pending: list[Layer] = []  # complete, and about to be finished
+        self.closed = False  # the load or update is over
 
     # -- boundaries ---------------------------------------------------------------------------------------------------
 
@@ -97,6 +98,7 @@ class Intake:
 
     def close(self) -> None:
         """Drop what was not carried out, and give back all memory."""
+        self.closed = True
         self.held.forget()
         self._pending = []
         self.quantizer.close()

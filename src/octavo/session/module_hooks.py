@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,8 +21,40 @@ from .report import LayerwiseReport
 from .writes import Writes
 
 
+class _Active(threading.local):
+    """The hooks of this thread's sessions."""
+
+    def __init__(self) -> None:
+        self.hooks: list[ModuleHooks] = []
+
+
+_active = _Active()
+
+
+def _parameter(module: nn.Module, leaf: str, tensor: Any) -> Any:
+    """What the session of the module's model makes of a parameter; None if nothing."""
+    made = (hooks.parameter(module, leaf, tensor) for hooks in _active.hooks)
+    return next((other for other in made if other is not None), None)
+
+
+def _buffer(module: nn.Module, leaf: str, tensor: Any) -> Any:
+    made = (hooks.buffer(module, leaf, tensor) for hooks in _active.hooks)
+    return next((other for other in made if other is not None), None)
+
+
+@functools.cache
+def _register() -> None:
+    """Have torch call hooks, from the first session on.
+
+    They are not removed: torch keeps hooks in a dictionary, and a thread that makes a module in the moment in which
+    another removes one fails. Where there is no session they cost a tenth of a microsecond a parameter.
+    """
+    register_module_parameter_registration_hook(_parameter)
+    register_module_buffer_registration_hook(_buffer)
+
+
 class ModuleHooks:
-    """Hooks of `torch.nn.modules.module` for the modules of a model that is loaded."""
+    """Hooks of `torch.nn.modules.module` for the modules of a model that is loaded, in this thread."""
 
     def __init__(self, writes: Writes, report: LayerwiseReport) -> None:
         self._writes, self._inventory, self._report = writes, writes.inventory, report
@@ -28,10 +62,12 @@ class ModuleHooks:
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         """Modules call the hooks, until this is left."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(register_module_parameter_registration_hook(self.parameter).remove)  # type: ignore[arg-type]
-            stack.callback(register_module_buffer_registration_hook(self.buffer).remove)
+        _register()
+        _active.hooks.append(self)
+        try:
             yield
+        finally:
+            _active.hooks.remove(self)
 
     def parameter(self, module: nn.Module, leaf: str, tensor: nn.Parameter | None) -> nn.Parameter | None:
         """A loader gives a module a parameter; returns the one that takes its place, if there is one."""

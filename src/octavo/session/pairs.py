@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CoverageError
+from ..errors import CoverageError, LoaderError
 from .intake import Intake
 from .parameters import Layer
 
@@ -35,6 +35,11 @@ class Pairs(Iterator[Pair]):
         self.at_rest = transform is None and type(pairs) in _AT_REST
 
     def __next__(self) -> Pair:
+        if self._intake.closed:
+            raise LoaderError(
+                "these pairs are a session's that has been left, and nobody would see where they go: let the loader "
+                "use them up within `with session:`"
+            )
         self._intake.turn()
         if not self.at_rest:
             self._intake.settle()

@@ -125,3 +125,32 @@ def test_a_session_made_before_the_model_changed_is_refused(change: Callable[[An
         pytest.fail("entered")
     after = model.state_dict()
     assert all(tensor.is_meta or torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_pairs_of_a_session_end_with_it() -> None:
+    model, values = linears("a"), weights(0, 1)
+    session = octavo.layerwise(model)
+    with session:
+        session.load([("a.weight", values[0])])
+    with session:
+        pairs = session.pairs([("a.weight", values[0] + 1)])
+    with pytest.raises(LoaderError, match="a session's that has been left"):
+        next(pairs)
+    assert_quantized(model["a"], values[0], "fp8_channel")
+
+
+def test_modules_of_other_threads_are_made_as_ever() -> None:
+    model, values, made = linears("a"), weights(0, 1), []
+
+    def make() -> None:
+        made.append(nn.Linear(4, 4))
+        made[0].weight = nn.Parameter(torch.ones(4, 4))
+        model["a"].more = nn.Parameter(torch.ones(1))
+
+    with octavo.layerwise(model) as session:
+        other = threading.Thread(target=make)
+        other.start()
+        other.join()
+        session.load([("a.weight", values[0])])
+    assert torch.equal(made[0].weight, torch.ones(4, 4))
+    assert list(session.report.kept) == []  # whoever adds a parameter in another thread is not followed
