@@ -113,6 +113,7 @@ def _pairs(made: Checkpoint, source: Checkpoint, layout: formats.Format, problem
         pairs.append(pair)
         if here.shape != there.shape:
             problems.append(f"{name}: {list(here.shape)} here, {list(there.shape)} there")
+            continue
         if here.dtype_name == there.dtype_name:
             continue
         scale = made.tensors.get(layout.scale_name(name))

@@ -158,6 +158,7 @@ def test_verify_finds_a_source_that_changes_without_an_error(
             id="scale of another shape",
         ),
         pytest.param(lambda t: t.update({_WEIGHT: t[_WEIGHT][:5].clone()}), "[5, 96] here, [96, 96] there", id="shape"),
+        pytest.param(lambda t: t.update({_WEIGHT: t[_WEIGHT].flatten()}), "[9216] here, [96, 96] there", id="axes"),
         pytest.param(
             lambda t: t.update({"model.layers.0.input_layernorm.weight_scale": torch.ones(1)}),
             "model.layers.0.input_layernorm.weight_scale",
