@@ -14,7 +14,6 @@ STAMP := $(VENV)/.installed
 FUZZ_SECONDS ?= 60
 FUZZ_JOBS ?= 2
 FUZZ_INPUTS ?= 100000
-FUZZ_TARGETS ?= headers indexes names configs recipes options manifests
 VLLM ?= 0.32.0
 VLLM_VENV := .venv-vllm-$(VLLM)
 DOCS_VENV := .venv-docs
@@ -69,10 +68,10 @@ gpu: $(READY) ## the tests that need a CUDA device
 fuzz: $(READY) ## what reads others' files, on inputs that atheris finds: FUZZ_SECONDS, FUZZ_JOBS, FUZZ_TARGETS
 	@$(PY) -c "import atheris" 2>/dev/null || $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		$(PIP_ARGS) -e '.[fuzz]'
-	$(FUZZ).guided --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) --targets $(FUZZ_TARGETS) $(ARGS)
+	$(FUZZ).guided --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) $(if $(FUZZ_TARGETS),--targets $(FUZZ_TARGETS)) $(ARGS)
 
 fuzz-inputs: $(READY) ## the same on FUZZ_INPUTS inputs that are alike on every run
-	$(FUZZ).run --inputs $(FUZZ_INPUTS) --jobs $(FUZZ_JOBS) --targets $(FUZZ_TARGETS) $(ARGS)
+	$(FUZZ).run --inputs $(FUZZ_INPUTS) --jobs $(FUZZ_JOBS) $(if $(FUZZ_TARGETS),--targets $(FUZZ_TARGETS)) $(ARGS)
 
 bench: $(READY) ## one benchmark: make bench B=convert ARGS="..."; all of them without B
 	@for file in benchmarks/$(or $(B),[a-z]*).py; do \

@@ -9,12 +9,14 @@ from .configs import Configs
 from .headers import Headers
 from .indexes import Indexes
 from .manifests import Manifests
+from .models import Models
 from .names import Names
 from .options import Options
 from .recipes import Recipes
+from .results import Results
 
 TARGETS: dict[str, type[Target]] = {
-    target.name: target for target in (Headers, Indexes, Names, Configs, Recipes, Options, Manifests)
+    target.name: target for target in (Headers, Indexes, Names, Configs, Recipes, Options, Manifests, Models, Results)
 }
 
 

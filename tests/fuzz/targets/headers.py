@@ -47,6 +47,8 @@ class Headers(Target):
 
     name = "headers"
     share = 30
+    #: how many of the headers are new ones, not changed ones
+    new = 0.5
     words = Words(
         keys=("dtype", "shape", "data_offsets", "__metadata__", "format", *_NAMES),
         texts=(*BITS, *_NAMES, "pt", "F8_E4M3FN", "f32", "BF16 ", "__metadata__"),
@@ -88,7 +90,7 @@ class Headers(Target):
 
     def mutated(self, data: bytes, random: Random) -> bytes:
         mutator = Mutator(random, self.words)
-        tree = self._new_header(mutator) if random.random() < 0.5 else _header_of(data)
+        tree = self._new_header(mutator) if random.random() < self.new else _header_of(data)
         if tree is None or random.random() < 0.05:
             return mutator.damaged(data)
         if random.random() < 0.85:
@@ -106,8 +108,11 @@ class Headers(Target):
         held = _declared_end(tree)
         if random.random() < 0.1:
             held += random.choice((-1, 1, 8, -held, 100))
-        content = bytes(i * 7 % 251 for i in range(max(0, min(held, 5000))))
-        return struct.pack("<Q", length % 2**64) + header + content
+        return struct.pack("<Q", length % 2**64) + header + self.content(data, max(0, min(held, 5000)))
+
+    def content(self, data: bytes, nbytes: int) -> bytes:
+        """What follows the header, so that each byte tells where it is."""
+        return bytes(i * 7 % 251 for i in range(nbytes))
 
     def _new_header(self, mutator: Mutator) -> Object:
         """A sound header of a few small tensors."""
