@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import queue
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,20 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + now() - started
 
 
+#: the thread that has paused the garbage collector
+_pauser: int | None = None
+
+
+def _resume_elsewhere() -> None:
+    """In a forked process, whose only thread is the one that forked: the collector goes on if another had paused it."""
+    if _pauser not in (None, threading.get_ident()):
+        gc.enable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_resume_elsewhere)
+
+
 @contextlib.contextmanager
 def collection_paused() -> Iterator[None]:
     """Without Python's cyclic garbage collector.
@@ -53,12 +69,16 @@ def collection_paused() -> Iterator[None]:
     time beside vLLM. What loading makes holds no cycles. Nor is it passed over at the end, with the model code that has
     been imported meanwhile (0.1 s): it counts as old, and waits for the next full collection.
     """
+    global _pauser
     was_enabled = gc.isenabled()
     gc.disable()
+    if was_enabled:
+        _pauser = threading.get_ident()
     try:
         yield
     finally:
         if was_enabled:
+            _pauser = None
             if not gc.get_freeze_count():  # else these would be unfrozen, too
                 gc.freeze()
                 gc.unfreeze()

@@ -15,6 +15,7 @@ stops every worker after its current chunk, and waits for them.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections import deque
@@ -63,9 +64,21 @@ class SingleThreadedTorch:
             if not self._held:
                 return
             self._held = False
-            SingleThreadedTorch._holders -= 1
+            SingleThreadedTorch._holders = max(0, SingleThreadedTorch._holders - 1)
             if not SingleThreadedTorch._holders:
                 torch.set_num_threads(SingleThreadedTorch._before)
+
+    @classmethod
+    def begin_anew(cls) -> None:
+        """In a forked process: rings that held it, and threads that were about to, are not here."""
+        cls._lock = threading.Lock()
+        if cls._holders:
+            cls._holders = 0
+            torch.set_num_threads(cls._before)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=SingleThreadedTorch.begin_anew)
 
 
 class Slot:

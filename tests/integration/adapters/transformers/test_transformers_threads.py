@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -96,7 +97,7 @@ def test_a_process_forked_in_the_middle_can_load(folder: Path, monkeypatch: pyte
     def build(said: Any) -> None:
         layer = nn.Linear(8, 8)
         load.prepare(checkpoint, octavo.Recipe("fp8_channel"))
-        said.send((str(layer.weight.dtype), layer.weight.is_meta))
+        said.send((str(layer.weight.dtype), layer.weight.is_meta, gc.isenabled()))
 
     def fork() -> Any:
         context = multiprocessing.get_context("fork")
@@ -110,7 +111,7 @@ def test_a_process_forked_in_the_middle_can_load(folder: Path, monkeypatch: pyte
 
     found = in_the_middle(monkeypatch, fork)
     octavo.load(folder)
-    assert found[1] == ("torch.float32", False)
+    assert found[1] == ("torch.float32", False, True)
 
 
 def test_buffers_of_other_peoples_models_are_those_that_they_compute(checkpoints: Checkpoints) -> None:
