@@ -29,11 +29,27 @@ _DIRECT_BLOCK_BYTES = 4 << 20
 _BLOCK_BYTES = 1 << 20
 
 
+#: what helps before the same command is run again
+_ADVICE = {
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room within your quota",
+    errno.EFBIG: "allow larger files there (see ulimit -f)",
+    errno.EROFS: "mount that file system for writing",
+    errno.EACCES: "see to it that you may write there",
+    errno.EPERM: "see to it that you may write there",
+    errno.EXDEV: "see to it that the folder and its target are on one file system",
+    errno.EMFILE: "let the process open more files (ulimit -n)",
+    errno.EIO: "see to that disk, or to the way to it,",
+    errno.ESTALE: "see to that disk, or to the way to it,",
+}
+
+
 def disk_error(path: object, error: OSError) -> OutputError:
-    """The error for a user whose disk is full or failing."""
+    """The error for a user whose disk is full, failing, or not to be written."""
+    advice = f"{_ADVICE[error.errno]} and " if error.errno in _ADVICE else ""
     return OutputError(
-        f"{path}: writing failed: {error.strerror}. Finished shards are kept: make room and run the same command again "
-        "to go on."
+        f"{path}: writing failed: {error.strerror}. Finished shards are kept: {advice}run the same command again to go "
+        "on."
     )
 
 

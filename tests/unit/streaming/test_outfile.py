@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from octavo.errors import OutputError
-from octavo.streaming.outfile import OutFile
+from octavo.streaming.outfile import OutFile, disk_error
 
 
 def fill(path, content: bytes, seed: int, threads: int = 4) -> None:
@@ -129,3 +129,23 @@ def test_long_writes_reach_the_file_that_was_made_whatever_its_name_means_by_the
         file.write(memoryview(b"7" * 2_000_000), 0)
     assert (tmp_path / "mine").read_text() == "mine"
     assert (tmp_path / "moved").read_bytes() == b"7" * 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "make room and run the same command again"),
+        (errno.EDQUOT, "make room within your quota and run"),
+        (errno.EROFS, "mount that file system for writing and run"),
+        (errno.EACCES, "see to it that you may write there and run"),
+        (errno.EXDEV, "are on one file system and run"),
+        (errno.EIO, "see to that disk, or to the way to it, and run"),
+        (errno.EINTR, "kept: run the same command again"),
+    ],
+    ids=lambda value: errno.errorcode.get(value, ""),
+)
+def test_the_advice_is_for_the_error(number, advice):
+    text = str(disk_error("file", OSError(number, os.strerror(number))))
+    assert text.startswith(f"file: writing failed: {os.strerror(number)}. Finished shards are kept: ")
+    assert advice in text
+    assert ("make room" in text) == (number in (errno.ENOSPC, errno.EDQUOT))
