@@ -1,5 +1,20 @@
-"""``python -m octavo``: the command line."""
+"""The command ``octavo``, and ``python -m octavo``."""
 
-from .cli import main
+from __future__ import annotations
 
-main()
+import sys
+
+
+def main() -> None:
+    """Run the command line. An interrupt is one word, also while it is being imported or says its last."""
+    try:
+        from .cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
