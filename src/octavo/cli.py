@@ -221,23 +221,29 @@ def convert(
     """
     from . import api
 
-    report = api.convert(
-        src,
-        dst,
-        _chosen(scheme),
-        format=format,
-        ignore=ignore or (),
-        staging_bytes=parse_size(staging),
-        threads=threads,
-        device=device,
-        progress=_progress("Converting"),
-    )
-    if json_:
-        say_json(report.to_dict())
-    else:
-        say_lines(report.table())
-        say(f"written: {dst}")
-    if not report.quantized and _chosen(scheme):
+    report = None
+    try:
+        report = api.convert(
+            src,
+            dst,
+            _chosen(scheme),
+            format=format,
+            ignore=ignore or (),
+            staging_bytes=parse_size(staging),
+            threads=threads,
+            device=device,
+            progress=_progress("Converting"),
+        )
+        if json_:
+            say_json(report.to_dict())
+        else:
+            say_lines(report.table())
+            say(f"written: {dst}")
+    except KeyboardInterrupt as interrupt:
+        if report is None and not interrupt.args:
+            raise
+        tell("", "", f"{dst} is complete: the interrupt came after that")
+    if report is not None and not report.quantized and _chosen(scheme):
         tell("warning", "yellow", f"no weight became FP8: {dst} is a copy")
 
 

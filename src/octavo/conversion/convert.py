@@ -67,15 +67,21 @@ def convert_checkpoint(
         budget = Budget.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
         budget.require(plan.source)
     tally = Tally()
-    with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:
-        with stages("stream"):
-            meter.follow(tally)
-            job.write_shards(partial, budget, tally, meter.progress)
-        with stages("finish"):
-            job.write_rest(partial)
-            job.publish(partial)
-    notes = [*plan.notes, *layout.notes(plan), *job.notes(), *partial.notes]
-    return Report.of(plan, budget, tally, stages, meter, in_memory=False, notes=notes)
+    notes = [*plan.notes, *layout.notes(plan), *job.notes()]  # which read the source's folder: nothing fails at the end
+    partial: PartialFolder | None = None
+    try:
+        with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:
+            with stages("stream"):
+                meter.follow(tally)
+                job.write_shards(partial, budget, tally, meter.progress)
+            with stages("finish"):
+                job.write_rest(partial)
+                job.publish(partial)
+        return Report.of(plan, budget, tally, stages, meter, in_memory=False, notes=[*notes, *partial.notes])
+    except KeyboardInterrupt:
+        if partial is not None and partial.became(job.dst):
+            raise KeyboardInterrupt(f"{job.dst} is complete: the interrupt came after that") from None
+        raise
 
 
 def _check_apart(read: Iterable[Path], dst: Path) -> None:

@@ -126,6 +126,7 @@ class PartialFolder(Folder):
     result: Folder
     manifest: dict[str, Any]  # empty where nothing was begun
     _wanted: set[str]  # the files of the result
+    _made: os.stat_result  # the folder that becomes the result
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -164,6 +165,7 @@ class PartialFolder(Folder):
                     os.mkdir(_RESULT, mode, dir_fd=partial.descriptor)
                 partial.result = Folder(path / _RESULT, partial)
                 stack.callback(partial.result.close)
+                partial._made = os.fstat(partial.result.descriptor)
                 partial.manifest = partial._read_manifest()
             except OSError as error:
                 raise disk_error(path, error) from error
@@ -285,15 +287,30 @@ class PartialFolder(Folder):
             self.refuse([_RESULT])
         check_free(dst)
         os.fsync(result.descriptor)
-        os.rename(_RESULT, dst, src_dir_fd=self.descriptor)
-        # it is there: nothing that follows may say otherwise
+        try:
+            os.rename(_RESULT, dst, src_dir_fd=self.descriptor)
+            self._leave(dst)
+        except BaseException:
+            if self.became(dst):  # and then came Ctrl-C
+                self._leave(dst)
+            raise
+
+    def _leave(self, dst: Path) -> None:
+        """Remove what is left, as far as it is there. The result is complete: no failure may say otherwise."""
         with contextlib.suppress(OSError):
             _sync(dst.parent)
+        for name in (_MANIFEST, _LOCK):
+            with contextlib.suppress(OSError):
+                self.remove(name)
         with contextlib.suppress(OSError):
-            self.remove(_MANIFEST)
-            self.remove(_LOCK)
             if os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor)):
                 self.path.rmdir()
+
+    def became(self, path: Path) -> bool:
+        """Return True if the result is there by now."""
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.lstat(path), self._made)
+        return False
 
 
 def permissions(path: Path) -> int:

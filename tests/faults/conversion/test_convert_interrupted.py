@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _conversions import Stopped, same_files, stop_after
 from _inputs import fails
 
 import octavo
+from octavo import cli as commands
 from octavo.conversion.partial import PartialFolder
 from octavo.errors import OutputError
 
@@ -149,3 +151,62 @@ def test_process_forked_during_a_conversion_does_not_keep_the_lock(small: Path, 
         os.kill(children[0], signal.SIGKILL)
         os.waitpid(children[0], 0)
     fails(OutputError, "exists already", lambda: octavo.convert(small, tmp_path / "out"))
+
+
+# -- interrupted when all is done -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["rename", "unlink", "rmdir"])
+def test_interrupt_after_the_last_rename_says_that_the_result_is_complete(
+    step: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves nothing beside it."""
+    octavo.convert(small, tmp_path / "undisturbed")
+    dst, original = tmp_path / "out", getattr(os, step)
+    sent: list[int] = []
+
+    def interrupted(*args: Any, **options: Any) -> None:
+        original(*args, **options)
+        if dst.exists() and not sent:
+            sent.append(os.getpid())
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, step, interrupted)
+        with pytest.raises(KeyboardInterrupt, match="out is complete"):
+            octavo.convert(small, dst)
+    assert sent
+    assert same_files(dst, tmp_path / "undisturbed")
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("moment", ["while it is published", "while it is told"])
+def test_command_that_is_interrupted_when_all_is_done_says_so_and_exits_0(
+    moment: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if moment == "while it is told":
+        monkeypatch.setattr(commands, "say_lines", interrupt)
+    else:
+        monkeypatch.setattr(PartialFolder, "_leave", interrupt)
+    monkeypatch.setattr(commands, "give_up_output", lambda: None)
+    monkeypatch.setattr("sys.argv", ["octavo", "convert", str(small), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as ended:
+        commands.main()
+    said = capsys.readouterr().err
+    assert "out is complete" in said
+    assert "interrupted" not in said
+    assert ended.value.code in (None, 0)
+    assert octavo.verify(tmp_path / "out", small).ok
+
+
+def test_folder_that_another_made_meanwhile_is_not_called_complete(small: Path, tmp_path: Path) -> None:
+    def progress(done: int, of: int) -> None:
+        (tmp_path / "out").mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        octavo.convert(small, tmp_path / "out", progress=progress)
+    assert interrupt.value.args == ()
