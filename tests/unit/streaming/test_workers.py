@@ -16,57 +16,64 @@ from octavo.streaming.workers import Workers
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(30)]
 
 
-@pytest.fixture
-def signals() -> Iterator[Callable[..., threading.Event]]:
-    """Send signals to the main thread from another one, and set the event that is returned after the last of them."""
-    main, senders = threading.main_thread().ident, []
-    assert main is not None
+class Sender:
+    """Sends signals to the main thread from another one, when it has been told to begin."""
 
-    def send(count: int, number: int = signal.SIGINT) -> threading.Event:
-        sent = threading.Event()
+    def __init__(self, count: int, number: int = signal.SIGINT) -> None:
+        self.begin, self.sent = threading.Event(), threading.Event()
+        self._count, self._number = count, number
+        self._main = threading.main_thread().ident
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
 
-        def run() -> None:
-            for _ in range(count):
-                time.sleep(0.02)
-                signal.pthread_kill(main, number)
+    def _run(self) -> None:
+        self.begin.wait()
+        for _ in range(self._count):
             time.sleep(0.02)
-            sent.set()
-
-        senders.append(threading.Thread(target=run))
-        senders[-1].start()
-        return sent
-
-    yield send
-    for sender in senders:
-        sender.join()
+            assert self._main is not None
+            signal.pthread_kill(self._main, self._number)
+        time.sleep(0.02)
+        self.sent.set()
 
 
-def test_threads_are_waited_for_however_many_interrupts_come(signals):
-    workers, ended = Workers("at work"), []
-    sent = signals(5)
+@pytest.fixture
+def sender() -> Iterator[Callable[..., Sender]]:
+    made: list[Sender] = []
+
+    def make(*args: int) -> Sender:
+        made.append(Sender(*args))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.begin.set()
+        one.thread.join()
+
+
+def test_threads_are_waited_for_however_many_interrupts_come(sender):
+    workers, ended, sending = Workers("at work"), [], sender(5)
 
     def work() -> None:
-        sent.wait()
+        sending.sent.wait()
         time.sleep(0.02)
         ended.append(1)
 
     for number in range(3):
         workers.start(work, f"octavo-{number}")
-    assert isinstance(workers.finish(), KeyboardInterrupt)
+    assert isinstance(workers.finish(sending.begin.set), KeyboardInterrupt)
     assert len(ended) == 3
     assert workers.at_work == 0
 
 
-def test_what_another_signal_s_handler_raises_is_no_less_an_interrupt(signals):
+def test_what_another_signal_s_handler_raises_is_no_less_an_interrupt(sender):
     def late(*_):
         raise TimeoutError("too late")
 
     before = signal.signal(signal.SIGUSR1, late)
     try:
-        workers, ended = Workers("at work"), []
-        sent = signals(2, signal.SIGUSR1)
-        workers.start(lambda: (sent.wait(), ended.append(1)), "octavo-0")
-        assert isinstance(workers.finish(), TimeoutError)
+        workers, ended, sending = Workers("at work"), [], sender(2, signal.SIGUSR1)
+        workers.start(lambda: (sending.sent.wait(), ended.append(1)), "octavo-0")
+        assert isinstance(workers.finish(sending.begin.set), TimeoutError)
         assert ended == [1]
     finally:
         signal.signal(signal.SIGUSR1, before)
@@ -114,7 +121,7 @@ def test_forked_process_does_not_wait_for_threads_that_it_does_not_have():
     workers.finish(go_on.set)
 
 
-def test_who_waits_long_hears_once_for_what(monkeypatch, capsys, signals):
+def test_who_waits_long_hears_once_for_what(monkeypatch, capsys, sender):
     monkeypatch.setattr(module, "PATIENCE_S", 0.01)
     monkeypatch.setattr(module, "_TICK_S", 0.02)
     workers, told, telling = Workers("reading /models/qwen"), threading.Event(), Workers._telling
@@ -124,9 +131,9 @@ def test_who_waits_long_hears_once_for_what(monkeypatch, capsys, signals):
         return telling(workers)
 
     monkeypatch.setattr(Workers, "_telling", tell)
-    sent = signals(3)
-    workers.start(lambda: told.wait() and sent.wait() and None, "octavo-0")
-    workers.finish()
+    sending = sender(3)
+    workers.start(lambda: told.wait() and sending.sent.wait() and None, "octavo-0")
+    workers.finish(sending.begin.set)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith(
