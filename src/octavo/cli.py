@@ -37,6 +37,7 @@ from .cli_options import (
 from .cli_output import Spoken, give_up_output, say, say_json, say_lines, show_what_cannot_be_encoded, tell, tell_fault
 from .errors import OctavoError, reason
 from .quiet import others_quiet
+from .text import printable
 
 _HELP = """Turn a bf16 checkpoint into FP8 while it streams: to run it, to write it, to check it.
 
@@ -379,6 +380,7 @@ def main() -> None:
         code = getattr(error, "exit_code", 2)
         # click's own usage errors know how to show themselves
         if show := getattr(error, "show", None):
+            error.message = printable(getattr(error, "message", ""))  # type: ignore[attr-defined]
             show()
         else:
             tell_fault(error)

@@ -8,6 +8,7 @@ import time
 import torch
 
 from .errors import DeviceError
+from .text import shown
 
 
 def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.device:
@@ -26,9 +27,10 @@ def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.de
             return torch.empty(1, device=found).device
         if there and found.index is None:  # each thread has a current device of its own: say which is meant
             return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_initialized() else 0)
-    except (RuntimeError, AssertionError, TypeError, ImportError) as error:  # some kinds are packages of their own
-        reason = str(error).splitlines()[0]
-        raise DeviceError(f"device {str(device)!r} can't be used here: {reason}") from error
+    # some kinds are packages of their own
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DeviceError(f"device {shown(str(device))} can't be used here: {reason}") from error
     return found
 
 

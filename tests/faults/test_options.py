@@ -123,6 +123,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[OctavoError], tuple[str, ...]]] = 
         DeviceError,
         ("device 'privateuseone' can't be used here",),
     ),
+    "a device of too many digits": ({"device": 2**70}, DeviceError, ("can't be used here",)),
     "an empty device": ({"device": ""}, DeviceError, ("device '' can't be used here",)),
     "a device that isn't there": ({"device": "cuda:97"}, DeviceError, ("device 'cuda:97' can't be used here",)),
     "an unknown dtype": ({"dtype": "bfloat17"}, RecipeError, ("dtype must be a torch dtype",)),

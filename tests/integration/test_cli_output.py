@@ -68,6 +68,13 @@ def test_half_a_surrogate_pair_is_refused_before_anything_is_written(tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
+def test_wrong_usage_is_told_as_it_can_be_shown(run: Run) -> None:
+    ended = run("demo", "--plot", "a\u202eb\x1b[2J/x/y.png")
+    assert ended.code == 2
+    assert r"a\u202eb\x1b[2J" in ended.err
+    assert "\x1b[2J" not in ended.err
+
+
 def process(*args: object, **options: Any) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **options.pop("env", {})}
     return subprocess.run([*OCTAVO, *map(str, args)], text=True, env=environment, stderr=subprocess.PIPE, **options)

@@ -24,6 +24,7 @@ from ..planning.plan import Plan
 from ..planning.recipe import Recipe
 from ..streaming.sinks import ParameterSink, Storage
 from ..streaming.stream import Stream
+from ..text import shown
 from .claims import claimed
 from .finish import Finisher, Provider
 from .held import Held
@@ -42,6 +43,20 @@ from .writes import Writes
 Finish = str | Recipe | Mapping[str, Any] | Provider | None
 
 
+def _checked(model: Any, transform: Any, duplicates: Any, optional: Any) -> tuple[str, ...]:
+    """The optional patterns; a `LoaderError` where one of these arguments is of another type than it must be."""
+    if not isinstance(model, nn.Module):
+        raise LoaderError(f"model is {shown(model)}, not a torch.nn.Module")
+    if transform is not None and not callable(transform):
+        raise LoaderError(f"transform is {shown(transform)}, not a function of a name and a tensor")
+    if duplicates not in ("error", "update"):
+        raise LoaderError(f"duplicates is {shown(duplicates)}, not 'error' or 'update'")
+    patterns = tuple(optional) if isinstance(optional, Iterable) and not isinstance(optional, str) else (None,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise LoaderError(f"optional is {shown(optional)}, not a list of patterns")
+    return patterns
+
+
 class Session:
     """See `octavo.layerwise`. A context manager; entered again after a load, it updates in place."""
 
@@ -57,8 +72,7 @@ class Session:
         optional: Iterable[str] = (),
         staging_bytes: int = DEFAULT_STAGING_BYTES,
     ) -> None:
-        if duplicates not in ("error", "update"):
-            raise LoaderError(f"duplicates is {duplicates!r}, not 'error' or 'update'")
+        optional = _checked(model, transform, duplicates, optional)
         check_options(staging_bytes)
         self.model, self.transform = model, transform
         self.provider: Provider | None = None
@@ -67,7 +81,7 @@ class Session:
         elif callable(finish):
             self.provider, self.recipe = finish, Recipe(None)
         else:
-            raise LoaderError(f"finish is {finish!r}: not a scheme, a recipe, a function of a layer, or None")
+            raise LoaderError(f"finish is {shown(finish)}: not a scheme, a recipe, a function of a layer, or None")
         self.report = LayerwiseReport()
         self.recording: Recording | None = None
         self.loaded = self.failed = False

@@ -24,11 +24,16 @@ def test_a_session_says_what_is_wrong_with_its_arguments() -> None:
         ({"finish": "fp9"}, "unknown scheme 'fp9'"),
         ({"finish": octavo.Recipe(ignore=["b"])}, "the pattern 'b' matches no tensor"),
         ({"duplicates": "maybe"}, "duplicates is 'maybe'"),
+        ({"transform": 5}, "transform is 5, not a function"),
+        ({"optional": "b"}, "optional is 'b', not a list of patterns"),
+        ({"optional": [5]}, r"optional is \[5\], not a list of patterns"),
         ({"staging_bytes": 5}, "staging_bytes is 5"),
         ({"device": "nowhere"}, "device 'nowhere' can't be used"),
     ):
         with pytest.raises(octavo.OctavoError, match=text):
             Session(model, **options)
+    with pytest.raises(octavo.OctavoError, match="model is 'path', not a torch"):
+        Session("path")  # type: ignore[arg-type]
     with pytest.raises(octavo.OctavoError, match="optional pattern 'z' matches no parameter"):
         Session(model, optional=["z"]).__enter__()
 
