@@ -106,11 +106,10 @@ class Meter:
         self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._began, self._rss, self._allocated = now(), rss_bytes(), self._device_bytes()
         self._workers = Workers("that measure memory")
-        try:
-            self._workers.start(self._run, "octavo-meter")
-        except BaseException:
-            self.close()
-            raise
+
+    def start(self) -> None:
+        """Begin to sample; `close` must follow, whatever this raises."""
+        self._workers.start(self._run, "octavo-meter")
 
     def follow(self, tally: Tally) -> None:
         """Trace the bytes that are placed."""
@@ -165,6 +164,7 @@ def measured(plan: Plan, progress: bool | Callable[[int, int], None] | None, tit
     with progress_bar(progress, title) as callback:
         meter = Meter(device, callback)
         try:
+            meter.start()
             yield meter
         finally:
             meter.close()

@@ -36,7 +36,7 @@ class ReadAhead:
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
         # on few cores, more would keep the thread that imports waiting
-        self._ring: Ring[tuple[Path, int]] = Ring(max(2, min(_MOST_THREADS, usable_cpus() // 2)))
+        self._ring: Ring[tuple[Path, int]] = Ring(max(2, min(_MOST_THREADS, usable_cpus() // 2)), "reading ahead")
 
     def __enter__(self) -> ReadAhead:
         try:
