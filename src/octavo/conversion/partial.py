@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import secrets
@@ -30,6 +31,7 @@ from ..streaming.outfile import disk_error
 _LOCK, _MANIFEST, _RESULT = "octavo.lock", "manifest.json", "checkpoint"
 #: ends the names of files that are not complete
 _PART = ".part"
+_MAX_NAME_BYTES = 255  # of any file system
 #: never changed, so that later versions know the folders of earlier ones
 _MARK = b"""\
 octavo convert has not finished what it writes into this folder. The command that began goes on when it is run again.
@@ -184,10 +186,15 @@ class PartialFolder(Folder):
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not self.is_at(_LOCK, lock):
-                    raise FileNotFoundError  # that of a run which ended just now
-            except OSError:
+            except BlockingIOError:
                 raise OutputError(f"{self.path}: another process is converting into it") from None
+            except OSError as error:
+                raise OutputError(
+                    f"{self.path}: can't be locked against other processes: {error.strerror}. Name a target on a file "
+                    "system that can lock files."
+                ) from error
+            if not self.is_at(_LOCK, lock):
+                raise OutputError(f"{self.path}: another process was converting into it. Run the same command again.")
             self._mark(lock)
         except BaseException:
             os.close(lock)
@@ -196,7 +203,8 @@ class PartialFolder(Folder):
 
     def _unlock(self, lock: int) -> None:
         if os.getpid() == self._process:  # what is forked has the lock too, and may live longer
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # closing it does the same
+                fcntl.flock(lock, fcntl.LOCK_UN)
         os.close(lock)
 
     def keep_for(self, writers: Callable[[], None]) -> None:
@@ -268,7 +276,10 @@ class PartialFolder(Folder):
 
     def part_of(self, shard: str) -> str:
         """The name of a shard that this run has not finished."""
-        return f"{self._run}-{shard}{_PART}"
+        name = f"{self._run}-{shard}{_PART}"
+        if len(os.fsencode(name)) > _MAX_NAME_BYTES:
+            name = f"{self._run}-{hashlib.sha256(os.fsencode(shard)).hexdigest()}{_PART}"
+        return name
 
     def finish(self, shard: str, nbytes: int) -> None:
         """Note that a shard, synced, is complete."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import json
 import os
 import resource
 import shutil
@@ -107,6 +109,36 @@ def test_second_process_with_the_same_target_is_refused(conversions: Conversions
         go_on.set()
         first.join()
     assert same_files(dst, tmp_path / "other")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_file_system_that_cannot_lock_is_not_called_another_process(
+    number: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    text = fails(
+        OutputError,
+        ["out.partial: can't be locked", os.strerror(number)],
+        lambda: octavo.convert(small, tmp_path / "out"),
+    )
+    assert "another process is converting" not in text
+
+
+def test_shards_with_the_longest_names_are_converted(small: Path, tmp_path: Path) -> None:
+    """Also while they are not finished, when names are longer by some characters."""
+    index = small / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    longest = {name: name.replace("model", "m" * 222) for name in set(content["weight_map"].values())}
+    assert {len(name) for name in longest.values()} == {249}
+    for name, long in longest.items():
+        (small / name).rename(small / long)
+    content["weight_map"] = {tensor: longest[name] for tensor, name in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    octavo.convert(small, tmp_path / "out")
+    assert octavo.verify(tmp_path / "out", small).ok
 
 
 # -- no room ----------------------------------------------------------------------------------------------------------
