@@ -26,11 +26,12 @@ from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
-from .conversion.verify import VerifyReport, verify_checkpoint
+from .conversion.verify import VerifyReport, verify_checkpoint, verify_digests
 from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
 from .machine import usable_device
 from .planning.plan import Plan
 from .planning.recipe import Recipe
+from .streaming.checks import Checks
 from .streaming.meter import collection_paused
 from .streaming.report import Report
 
@@ -52,6 +53,7 @@ def load(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     direct_io: bool | None = None,
+    verify: bool = False,
     progress: bool | Callable[[int, int], None] | None = None,
 ) -> Any:
     """Load a transformers model as FP8 while its checkpoint streams.
@@ -80,6 +82,8 @@ def load(
         direct_io: Whether loads to an accelerator read past the page cache. By default where files are not cached;
             scattered parts of tensors, and loads to a CPU, always go through it. Unless it is True, files are read
             ahead into it, up to half of the available memory, while transformers' code is imported.
+        verify: Whether what is read is compared with the digests that came with it, such as those of a copy by
+            `convert` (``scheme=None``).
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
 
     Returns:
@@ -112,6 +116,7 @@ def load(
         strict=strict,
         revision=revision,
         direct_io=direct_io,
+        verify=verify,
         progress=progress,
     )
 
@@ -193,6 +198,8 @@ def convert(
     threads: int | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    digests: bool = False,
+    verify: bool = False,
     progress: bool | Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write an FP8 checkpoint, with config, tokenizer files and index, in bounded memory.
@@ -211,6 +218,9 @@ def convert(
         threads: The number of threads that read. By default one a core, at most 16.
         device: Where to quantize. The bytes are the same everywhere.
         revision: A branch, tag or commit of a hub id.
+        digests: Whether a digest of each tensor is recorded, in ``octavo-digests.json``: for `verify` without a source,
+            and for loading with ``verify=True``. It takes a tenth more work.
+        verify: Whether what is read is compared with the digests that the source has, if `convert` wrote it.
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
 
     Returns:
@@ -227,13 +237,15 @@ def convert(
         >>> print(report)
     """
     recipe = Recipe.coerce(scheme, ignore)
-    return convert_checkpoint(src, dst, recipe, format, staging_bytes, threads, device, revision, progress)
+    return convert_checkpoint(
+        src, dst, recipe, format, staging_bytes, threads, device, revision, digests, verify, progress
+    )
 
 
 @public(CheckpointError)
 def verify(
     dst: str | os.PathLike[str],
-    against: str | os.PathLike[str],
+    against: str | os.PathLike[str] | None = None,
     *,
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     threads: int | None = None,
@@ -241,26 +253,30 @@ def verify(
 ) -> VerifyReport:
     """Recompute a converted checkpoint from its source, tensor by tensor, and compare every byte.
 
+    Without a source, compare each tensor with the digest that was recorded when it was written.
+
     Args:
         dst: What `convert` wrote: a folder or a ``.safetensors`` file.
-        against: The checkpoint that it was made from: a folder, a file or a hub id.
+        against: The checkpoint that it was made from: a folder, a file or a hub id. None compares digests.
         staging_bytes: A bound in bytes on memory. 256 MiB by default, at least 1 MiB.
         threads: The number of threads that read and compare. By default one a core, at most 16.
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
 
     Returns:
         A report whose ``ok`` says whether every byte is right. Of each tensor it holds the number of bytes that differ
-        and, where it was quantized, the signal-to-noise ratio against the source in dB.
+        (which a digest does not tell) and, where it was quantized, the signal-to-noise ratio against the source in dB.
 
     Raises:
         CheckpointError: The two don't hold the same tensors, or ``dst`` is in no format that octavo writes; or a file
-            is damaged, or ends early.
+            is damaged, or ends early; or there are no digests, or not of these tensors.
         DeviceError: ``staging_bytes`` is too small.
 
     Examples:
         >>> report = octavo.convert("Qwen/Qwen3-8B", "qwen3-8b-fp8")
         >>> assert octavo.verify("qwen3-8b-fp8", against="Qwen/Qwen3-8B").ok
     """
+    if against is None:
+        return verify_digests(dst, staging_bytes, threads, progress)
     return verify_checkpoint(dst, against, staging_bytes, threads, progress)
 
 
@@ -275,6 +291,7 @@ def stream(
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     threads: int | None = None,
     revision: str | None = None,
+    verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Iterate over the ``(name, tensor)`` pairs of the FP8 checkpoint that `convert` would write.
@@ -292,6 +309,8 @@ def stream(
         staging_bytes: A bound in bytes on memory, which a single tensor may exceed. 256 MiB by default, at least 1 MiB.
         threads: The number of threads that read. By default one a core, at most 16.
         revision: A branch, tag or commit of a hub id.
+        verify: Whether what is read is compared with the digests that `convert` recorded of it. None is handed out of
+            a tensor that is not what was written.
         progress: A function of the bytes done and the bytes in all, both of the source.
 
     Raises:
@@ -305,7 +324,9 @@ def stream(
     recipe, where = Recipe.coerce(scheme, ignore), str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision)
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
-    return iterate(checkpoint, made, layout, threads=threads, progress=progress and of_user(progress))
+    checks = Checks(checkpoint) if verify else None
+    told = progress and of_user(progress)
+    return iterate(checkpoint, made, layout, threads=threads, progress=told, checks=checks)
 
 
 __all__ = ["convert", "layerwise", "load", "plan", "stream", "update", "verify"]

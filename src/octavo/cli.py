@@ -31,6 +31,7 @@ from .cli_options import (
     Staging,
     Threads,
     TrustRemoteCode,
+    Verify,
     check_size,
     parse_size,
 )
@@ -212,6 +213,10 @@ def convert(
     threads: Threads = None,
     staging: Staging = _STAGING,
     device: Device = "cpu",
+    digests: Annotated[
+        bool, typer.Option("--digests", help="Record a digest of each tensor, by which octavo verify needs no source.")
+    ] = False,
+    verify: Verify = False,
     json_: Json = False,
 ) -> None:
     """Write an FP8 checkpoint that stock transformers, compressed-tensors and vLLM load.
@@ -233,6 +238,8 @@ def convert(
             staging_bytes=parse_size(staging),
             threads=threads,
             device=device,
+            digests=digests,
+            verify=verify,
             progress=_progress("Converting"),
         )
         if json_:
@@ -251,7 +258,10 @@ def convert(
 @app.command()
 def verify(
     dst: Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint that octavo converted.")],
-    against: Annotated[str, typer.Option("--against", metavar="MODEL", help="The checkpoint that it was made from.")],
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--against", metavar="MODEL", help="What it was made from; without it, digests are compared."),
+    ] = None,
     threads: Threads = None,
     staging: Staging = _STAGING,
     json_: Json = False,
@@ -260,7 +270,7 @@ def verify(
 
     [cyan]octavo verify qwen3-8b-fp8 --against Qwen/Qwen3-8B[/cyan]
 
-    Exit code 1 when a byte differs.
+    Without --against, are the bytes those that were written? Exit code 1 when a byte differs.
     """
     from . import api
 
@@ -270,14 +280,8 @@ def verify(
     if json_:
         say_json(report.to_dict())
     else:
-        for result in report.tensors:
-            if result.scheme:
-                verdict = "equal" if result.equal else f"{result.differing_bytes:,} bytes differ"
-                db = "of another dtype" if result.error_db is None else f"{result.error_db:.2f} dB"
-                say(f"{result.name}  {result.scheme}  {verdict}  {db}")
-        kept = [result for result in report.tensors if not result.scheme]
-        say(f"kept: {len(kept)} tensors, {sum(not result.equal for result in kept)} of them different")
-        say("all bytes equal" if report.ok else f"DIFFERENT: {len(report.different)} tensors")
+        for line in report.lines():
+            say(line)
     if not report.ok:
         raise typer.Exit(1)
 
@@ -296,6 +300,7 @@ def generate(
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text: no chat template.")] = False,
     staging: Staging = _STAGING,
     threads: Threads = None,
+    verify: Verify = False,
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
@@ -313,6 +318,7 @@ def generate(
         ignore=ignore or (),
         staging_bytes=parse_size(staging),
         threads=threads,
+        verify=verify,
         trust_remote_code=trust_remote_code,
         progress=_progress("Loading"),
     )

@@ -97,4 +97,5 @@ TrustRemoteCode = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to answer.")]
+Verify = Annotated[bool, typer.Option("--verify", help="Compare what is read with the digests that came with it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

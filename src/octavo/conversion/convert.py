@@ -22,6 +22,9 @@ from typing import Any
 import torch
 
 from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint, read_config
+from ..checkpoint.digests import NAME as DIGESTS_NAME
+from ..checkpoint.digests import ShardDigests
+from ..checkpoint.digests import to_text as digests_text
 from ..checkpoint.files import local_path
 from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
@@ -29,6 +32,7 @@ from ..planning.budget import Budget
 from ..planning.placement import Placement
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
+from ..streaming.checks import Checks
 from ..streaming.meter import Stages, measured
 from ..streaming.outfile import OutFile, disk_error
 from ..streaming.report import Report
@@ -54,6 +58,8 @@ def convert_checkpoint(
     threads: int | None,
     device: str | torch.device,
     revision: str | None,
+    digests: bool,
+    verify: bool,
     progress: bool | Callable[[int, int], None] | None,
 ) -> Report:
     """`octavo.convert`, where arguments and errors are documented."""
@@ -61,9 +67,10 @@ def convert_checkpoint(
     where = str(usable_device(device))
     with stages("open"):
         checkpoint = Checkpoint.open(src, revision)
+        checks = Checks(checkpoint) if verify else None
     with stages("plan"):
         plan, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
-        job = Job.prepare(checkpoint, plan, layout, local_path(dst, OutputError))
+        job = Job.prepare(checkpoint, plan, layout, local_path(dst, OutputError), digests, checks)
         budget = Budget.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
         budget.require(plan.source)
     tally = Tally()
@@ -105,9 +112,19 @@ class Job:
     small_files: tuple[SmallFile, ...]
     remarks: tuple[str, ...]
     marks: source.Marks  # of the source's shards
+    digests: bool  # whether they are recorded
+    checks: Checks | None  # of the source
 
     @classmethod
-    def prepare(cls, checkpoint: Checkpoint, plan: Plan, layout: formats.Format, dst: Path) -> Job:
+    def prepare(
+        cls,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        layout: formats.Format,
+        dst: Path,
+        digests: bool,
+        checks: Checks | None,
+    ) -> Job:
         dst = dst.absolute()
         check_free(dst)
         if not dst.parent.is_dir():
@@ -131,7 +148,7 @@ class Job:
         read = [checkpoint.path, *(shard.path for shard in checkpoint.shards), *(file.path for file in small_files)]
         _check_apart(read, dst)
         marks = source.marks_of(checkpoint)
-        return cls(checkpoint, plan, layout, dst, tuple(shards), small_files, tuple(remarks), marks)
+        return cls(checkpoint, plan, layout, dst, tuple(shards), small_files, tuple(remarks), marks, digests, checks)
 
     # -- the partial folder -------------------------------------------------------------------------------------------
 
@@ -143,7 +160,8 @@ class Job:
         with PartialFolder.locked(_partial_of(self.dst), mode) as partial:
             anew = self._check_resumable(partial) if partial.finished else set()
             try:
-                partial.take_up(self._identity(), [shard.name for shard, _ in self.shards], self._other_files(), anew)
+                names = [shard.name for shard, _ in self.shards]
+                partial.take_up(self._identity(), names, self._other_files(), anew, digests=self.digests)
             except OSError as error:
                 raise disk_error(partial.path, error) from error
             self._check_room(partial)
@@ -152,7 +170,9 @@ class Job:
     def _other_files(self) -> list[str]:
         """Names of the files that `write_rest` writes."""
         written = ["config.json"] if self.checkpoint.config else []
-        return [file.path.name for file in self.small_files] + written + ([INDEX_NAME] if len(self.shards) > 1 else [])
+        written += [INDEX_NAME] if len(self.shards) > 1 else []
+        written += [DIGESTS_NAME] if self.digests else []
+        return [file.path.name for file in self.small_files] + written
 
     def _identity(self) -> dict[str, Any]:
         """A description of all that must not change between an interrupted run and its continuation."""
@@ -211,8 +231,9 @@ class Job:
                 if shard.name not in partial.finished:
                     shown = share_of(progress, before, plan.source_bytes, total)
                     file = finisher.open(shard, permissions(read.path))
-                    self._write_shard(finisher, file, shard, plan, budget, tally, shown)
-                    finisher.submit(file, shard)
+                    digests = ShardDigests(shard.header) if self.digests else None
+                    self._write_shard(finisher, file, shard, plan, budget, tally, shown, digests)
+                    finisher.submit(file, shard, digests)
                 before += plan.source_bytes
 
     def _write_shard(
@@ -224,10 +245,12 @@ class Job:
         budget: Budget,
         tally: Tally,
         progress: Callable[[int, int], None] | None,
+        digests: ShardDigests | None,
     ) -> None:
         file.write(memoryview(shard.header), 0)
-        sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale)
-        finisher.fill(Stream(self.checkpoint, plan, sink, budget=budget, tally=tally), file).run(progress)
+        sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale, digests)
+        stream = Stream(self.checkpoint, plan, sink, budget=budget, tally=tally, checks=self.checks)
+        finisher.fill(stream, file).run(progress)
 
     def write_rest(self, partial: PartialFolder) -> None:
         """Config, tokenizer files, index."""
@@ -247,6 +270,9 @@ class Job:
                 index = folder / INDEX_NAME
                 made_from = index if index.is_file() else self.checkpoint.shards[0].path
                 result.write(INDEX_NAME, self._index(), permissions(made_from))
+            if self.digests:
+                found = {shard.name: partial.digests[shard.name] for shard, _ in self.shards}
+                result.write(DIGESTS_NAME, digests_text(found), permissions(self.checkpoint.shards[0].path))
         except OSError as error:
             raise disk_error(result.path, error) from error
 

@@ -10,6 +10,7 @@ import functools
 import queue
 from collections.abc import Iterator
 
+from ..checkpoint.digests import ShardDigests
 from ..streaming.outfile import OutFile, disk_error
 from ..streaming.stream import Stream
 from ..streaming.workers import Workers
@@ -24,7 +25,7 @@ class Finisher:
         self._partial = partial
         self._files: list[OutFile] = []
         self._stream: Stream | None = None
-        self._complete: queue.SimpleQueue[tuple[OutFile, ShardLayout] | None] = queue.SimpleQueue()
+        self._complete: queue.SimpleQueue[tuple[OutFile, ShardLayout, ShardDigests | None] | None] = queue.SimpleQueue()
         self._workers = Workers(f"syncing what is in {partial.path}")
         self._begun = False
         self._stops = 0
@@ -57,13 +58,13 @@ class Finisher:
         self._stream = stream
         return stream
 
-    def submit(self, file: OutFile, shard: ShardLayout) -> None:
+    def submit(self, file: OutFile, shard: ShardLayout, digests: ShardDigests | None) -> None:
         """Have a shard that is complete synced, renamed and recorded; raises what went wrong with an earlier one."""
         self.check()
         if not self._begun:
             self._begun = True
             self._workers.start(self._work, "octavo-sync")
-        self._complete.put((file, shard))
+        self._complete.put((file, shard, digests))
 
     def check(self) -> None:
         """Raise what went wrong with a shard that was complete."""
@@ -92,12 +93,12 @@ class Finisher:
 
     def _work(self) -> None:
         while (complete := self._complete.get()) is not None:
-            file, shard = complete
+            file, shard, digests = complete
             try:
                 if self._error is None and self._stops < 2:
                     file.sync()
                     file.close()
-                    self._partial.finish(shard.name, shard.nbytes)
+                    self._partial.finish(shard.name, shard.nbytes, None if digests is None else digests.to_dict())
             except OSError as error:
                 self._error = disk_error(self._partial.result.path / shard.name, error)
             except BaseException as error:

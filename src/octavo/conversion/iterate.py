@@ -10,6 +10,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..planning.budget import Budget
 from ..planning.plan import Plan
+from ..streaming.checks import Checks
 from ..streaming.sinks import IteratorSink
 from ..streaming.stream import Stream, Tally
 from . import formats
@@ -23,8 +24,9 @@ def iterate(
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     tally: Tally | None = None,
+    checks: Checks | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Carry out a plan as `octavo.stream` promises; ``tally`` collects bytes and seconds."""
+    """Carry out a plan as `octavo.stream` promises; ``tally`` collects bytes and seconds, ``checks`` compares."""
     budget = Budget.fit(made.placements, made.staging_bytes, threads, handing_out=True)
     # on an accelerator, this thread does the work
     ahead_bytes = None if budget.lanes else made.staging_bytes - budget.staging_bytes
@@ -35,7 +37,7 @@ def iterate(
         budget.require(f"{made.source}: {sizes[largest_bytes]}", largest_bytes, advice)
     else:
         budget.require(made.source, ahead_bytes or 0)
-    stream = Stream(checkpoint, made, IteratorSink(ahead_bytes), budget=budget, tally=tally)
+    stream = Stream(checkpoint, made, IteratorSink(ahead_bytes), budget=budget, tally=tally, checks=checks)
     return _handed_out(stream, layout, progress)
 
 

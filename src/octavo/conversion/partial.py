@@ -234,7 +234,7 @@ class PartialFolder(Folder):
             if isinstance(error.__cause__, OSError):  # it may be sound
                 raise error.__cause__ from None
             raise OutputError(f"{error}: damaged; remove {self.path}") from error
-        kinds = {"files": list[str], "finished": dict[str, int]}
+        kinds = {"files": list[str], "finished": dict[str, int], "digests": dict[str, dict[str, Any]] | None}
         if not all(conforms(manifest.get(key), kind) for key, kind in kinds.items()):
             raise OutputError(f"{self.path / _MANIFEST}: damaged; remove {self.path}")
         return manifest
@@ -245,8 +245,20 @@ class PartialFolder(Folder):
         finished: dict[str, int] = self.manifest.get("finished", {})
         return finished
 
+    @property
+    def digests(self) -> dict[str, Any]:
+        """The digests of finished shards, where they were asked for."""
+        digests: dict[str, Any] | None = self.manifest.get("digests")
+        return {} if digests is None else digests
+
     def take_up(
-        self, identity: dict[str, Any], shards: Sequence[str], others: Sequence[str], anew: Collection[str] = ()
+        self,
+        identity: dict[str, Any],
+        shards: Sequence[str],
+        others: Sequence[str],
+        anew: Collection[str] = (),
+        *,
+        digests: bool = False,
     ) -> None:
         """Keep finished shards, remove all else that an earlier run left, and note which files this one is to make.
 
@@ -254,19 +266,24 @@ class PartialFolder(Folder):
 
         Args:
             anew: shards that are to be written again, though they are finished.
+            digests: so are those of which there are no digests.
         """
         made, result = set(self.manifest.get("files", ())), self.result
         names = result.names()
         result.refuse(name for name in names if name not in made or not result.is_file(name))
         sizes = {name: found.st_size for name in names if (found := result.lstat(name))}
-        finished = {name: nbytes for name, nbytes in self.finished.items() if sizes.get(name) == nbytes}
+        known = self.digests if digests else self.finished
+        finished = {
+            name: nbytes for name, nbytes in self.finished.items() if sizes.get(name) == nbytes and name in known
+        }
         if again := [name for name in anew if finished.pop(name, None) is not None]:
             self.notes.append(f"written again, since their source was touched meanwhile: {', '.join(sorted(again))}")
         for name in names - finished.keys():
             result.remove(name)
         self._wanted = {*shards, *others}
         files = self._wanted.union(map(self.part_of, shards))
-        self.manifest = {**identity, "files": sorted(files), "finished": finished}
+        kept = {name: found for name, found in self.digests.items() if name in finished}
+        self.manifest = {**identity, "files": sorted(files), "finished": finished, "digests": kept}
         self._write_manifest()
 
     def _write_manifest(self) -> None:
@@ -281,11 +298,13 @@ class PartialFolder(Folder):
             name = f"{self._run}-{hashlib.sha256(os.fsencode(shard)).hexdigest()}{_PART}"
         return name
 
-    def finish(self, shard: str, nbytes: int) -> None:
-        """Note that a shard, synced, is complete."""
+    def finish(self, shard: str, nbytes: int, digests: dict[str, Any] | None = None) -> None:
+        """Note that a shard, synced, is complete, and its digests."""
         self.result.refuse([shard])
         self.result.rename(self.part_of(shard), shard)
         self.finished[shard] = nbytes
+        if digests is not None:
+            self.digests[shard] = digests
         self._write_manifest()
 
     def publish(self, dst: Path) -> None:

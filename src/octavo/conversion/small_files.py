@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.digests import NAME as DIGESTS_NAME
 from ..checkpoint.files import Identity, open_regular
 from ..errors import CheckpointError, SourceChangedError, reason
 from .partial import Folder, permissions
 
-#: weights in other forms, which can be as large as the model; and the index, which is written anew
+#: weights in other forms, which can be as large as the model; and the index and digests, which are written anew
 _NOT_COPIED = (
+    DIGESTS_NAME,
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack"),
     *(".onnx", ".onnx_data", ".ot", ".npz", ".tflite"),
 )

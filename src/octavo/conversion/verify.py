@@ -9,20 +9,26 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.digests import Digest, Recorded
+from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError, raise_problems
 from ..numerics import schemes
+from ..planning.budget import check_options, default_threads
 from ..streaming.files import Files
 from ..streaming.meter import progress_bar
-from ..streaming.ring import SingleThreadedTorch
+from ..streaming.ring import Ring, SingleThreadedTorch
 from . import formats
 from .compare import Comparison, Pair, Worker, cut
+
+#: what a thread reads at once for a digest
+_STEP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +37,7 @@ class TensorResult:
 
     name: str
     scheme: str | None  # None: kept
-    differing_bytes: int  # of weight and scale
+    differing_bytes: int | None  # of weight and scale; None if it has not its digest, which does not tell how many
     error_db: float | None  # signal-to-noise against the source; None where nothing was quantized, or to FP8
 
     @property
@@ -41,9 +47,10 @@ class TensorResult:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All tensors. ``ok`` when every byte is what quantizing the source gives."""
+    """All tensors. ``ok`` when every byte is what quantizing the source gives, or what the digests tell."""
 
     tensors: tuple[TensorResult, ...]
+    by_digests: bool = False  # no source was read
 
     @property
     def ok(self) -> bool:
@@ -53,10 +60,27 @@ class VerifyReport:
     def different(self) -> list[TensorResult]:
         return [result for result in self.tensors if not result.equal]
 
+    def lines(self) -> Iterator[str]:
+        """What the command line says. Each line is one, whatever names it holds."""
+        if self.by_digests:
+            yield from (f"{result.name}  not the bytes that were written" for result in self.different)
+            verdict = f"DIFFERENT: {len(self.different)} of" if self.different else "all bytes as they were written:"
+            yield f"{verdict} {len(self.tensors)} tensors (by their digests; no source was read)"
+            return
+        for result in self.tensors:
+            if result.scheme:
+                verdict = "equal" if result.equal else f"{result.differing_bytes:,} bytes differ"
+                db = "of another dtype" if result.error_db is None else f"{result.error_db:.2f} dB"
+                yield f"{result.name}  {result.scheme}  {verdict}  {db}"
+        kept = [result for result in self.tensors if not result.scheme]
+        yield f"kept: {len(kept)} tensors, {sum(not result.equal for result in kept)} of them different"
+        yield "all bytes equal" if self.ok else f"DIFFERENT: {len(self.different)} tensors"
+
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON can hold."""
         return {
             "ok": self.ok,
+            "by": "digests" if self.by_digests else "source",
             "tensors": [
                 {
                     "name": r.name,
@@ -93,6 +117,51 @@ def verify_checkpoint(
     raise_problems(CheckpointError, dst, problems, f"Was it made from {against}?")
     _compare(pairs, made, source, staging_bytes, threads, progress)
     return VerifyReport(tuple(_result(pair) for pair in pairs))
+
+
+def verify_digests(
+    dst: str | os.PathLike[str],
+    staging_bytes: int,
+    threads: int | None,
+    progress: bool | Callable[[int, int], None] | None,
+) -> VerifyReport:
+    """`octavo.verify` without a source."""
+    check_options(staging_bytes, threads)
+    made = Checkpoint.open(dst)
+    problems = _strays(made)
+    raise_problems(CheckpointError, dst, problems)
+    recorded = Recorded.of(made)
+    count = threads or default_threads()
+    step = max(1, min(_STEP_BYTES, staging_bytes // count))
+    digests = {name: Digest(info.nbytes) for name, info in made.tensors.items()}
+    ring: Ring[tuple[TensorInfo, int, int]] = Ring(count, f"reading {made.path}")
+    infos = made.tensors.values()
+    steps = ((info, at, min(step, info.nbytes - at)) for info in infos for at in range(0, info.nbytes, step))
+    with contextlib.closing(Files.of(made)) as files, progress_bar(progress, "Verifying") as callback:
+        on_tick = None if callback is None else lambda done: callback(done, made.nbytes)
+        ring.run(steps, lambda: _Reader(files, digests, step), on_tick)
+        files.check_unchanged()
+    results = []
+    for name, digest in digests.items():
+        same = recorded.tensors[name] == digest.value
+        results.append(TensorResult(name, None, 0 if same else None, None))
+    return VerifyReport(tuple(results), by_digests=True)
+
+
+class _Reader:
+    """A thread that reads parts of tensors for their digests."""
+
+    def __init__(self, files: Files, digests: Mapping[str, Digest], nbytes: int) -> None:
+        self._files, self._digests, self._view = files, digests, memoryview(bytearray(nbytes))
+
+    def handle(self, part: tuple[TensorInfo, int, int]) -> int:
+        info, start, nbytes = part
+        self._files.read_into(info.shard, self._view[:nbytes], info.offset + start)
+        self._digests[info.name].add(start, self._view[:nbytes])
+        return nbytes
+
+    def close(self) -> None:
+        pass
 
 
 def _strays(made: Checkpoint) -> list[str]:
@@ -175,4 +244,4 @@ def _ratio_db(signal: float, noise: float) -> float:
     return 10 * math.log10(ratio) if ratio > 0 else -math.inf  # -inf also for a damaged scale: noise without bounds
 
 
-__all__ = ["TensorResult", "VerifyReport", "verify_checkpoint"]
+__all__ = ["TensorResult", "VerifyReport", "verify_checkpoint", "verify_digests"]

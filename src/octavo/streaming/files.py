@@ -27,11 +27,13 @@ from ..checkpoint.header import Shard, TensorInfo
 from ..elements.pieces import Piece
 from ..errors import CheckpointError, SourceChangedError
 from ..machine import PAGE
+from .checks import Checks
 from .outfile import close_all
 
 #: windows of a file that are looked up, those of a single read, and the share of them that must be cached for either to
 #: count as such
 _WINDOWS, RUN_WINDOWS, _WINDOW_BYTES, CACHED = 64, 4, 1 << 16, 0.9
+_REST_BYTES = 1 << 20
 
 
 class Files:
@@ -40,12 +42,17 @@ class Files:
     Args:
         direct_io: True or False to read past the page cache or through it; None looks, for each file.
         tensors: what errors name.
+        checks: told of all that is read.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], direct_io: bool | None = False, tensors: Iterable[TensorInfo] = ()
+        self,
+        shards: Sequence[Shard],
+        direct_io: bool | None = False,
+        tensors: Iterable[TensorInfo] = (),
+        checks: Checks | None = None,
     ) -> None:
-        self._shards, self._tensors = shards, tensors
+        self._shards, self._tensors, self._checks = shards, tensors, checks
         self._direct_io = direct_io
         self._buffered: dict[int, int] = {}
         self._direct: dict[int, int | None] = {}
@@ -55,6 +62,11 @@ class Files:
 
     def read_into(self, shard: int, view: memoryview, offset: int) -> None:
         """Fill ``view`` from ``offset`` of the shard, or raise naming the file."""
+        self._read_into(shard, view, offset)
+        if self._checks is not None:
+            self._checks.add(shard, offset, view)
+
+    def _read_into(self, shard: int, view: memoryview, offset: int) -> None:
         descriptor = self._open(shard)[0]
         done = 0
         while done < len(view):
@@ -118,7 +130,9 @@ class Files:
             self.read_into(shard, view[:nbytes], offset)
             return 0
         if done < start + nbytes:  # interrupted
-            self.read_into(shard, view[done : start + nbytes], offset - start + done)
+            self._read_into(shard, view[done : start + nbytes], offset - start + done)
+        if self._checks is not None:
+            self._checks.add(shard, offset, view[start : start + nbytes])
         return start
 
     def _is_cached(self, path: Path, offset: int, nbytes: int) -> bool:
@@ -156,9 +170,9 @@ class Files:
             return None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, direct_io: bool | None = False) -> Files:
+    def of(cls, checkpoint: Checkpoint, direct_io: bool | None = False, checks: Checks | None = None) -> Files:
         """The files of a checkpoint."""
-        return cls(checkpoint.shards, direct_io, checkpoint.tensors.values())
+        return cls(checkpoint.shards, direct_io, checkpoint.tensors.values(), checks)
 
     def close(self) -> None:
         """Close all; whoever reads afterwards gets an error."""
@@ -170,7 +184,15 @@ class Files:
             close_all(descriptor for descriptor in descriptors if descriptor is not None)
 
     def check_unchanged(self) -> None:
-        """Raise if a shard that was read is no longer the file that was opened."""
+        """Raise if a shard that was read is no longer the file that was opened.
+
+        Where digests are compared, the rest of what was read in part is read for it.
+        """
+        if self._checks is not None:
+            buffer = memoryview(bytearray(_REST_BYTES))
+            for info, start, stop in self._checks.rest():
+                for at in range(start, stop, _REST_BYTES):
+                    self.read_into(info.shard, buffer[: min(_REST_BYTES, stop - at)], info.offset + at)
         for shard in self._read:
             self._shards[shard].check_unchanged()
 

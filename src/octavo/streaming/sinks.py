@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
+from ..checkpoint.digests import ShardDigests
 from ..elements.pieces import Piece, contiguous_strides
 from ..errors import DeviceError
 from ..numerics import schemes
@@ -220,7 +221,7 @@ class ShardSink:
     """Writes boxes to their places in one file whose layout is known.
 
     ``extents`` maps a placement's name to where its weight begins, ``scale_extents`` to where its scale does;
-    ``cast_scale`` turns stored scales into those of the format.
+    ``cast_scale`` turns stored scales into those of the format; ``digests`` are made of what is written.
     """
 
     def __init__(
@@ -229,8 +230,9 @@ class ShardSink:
         extents: Mapping[str, int],
         scale_extents: Mapping[str, int],
         cast_scale: Callable[[Tensor], Tensor],
+        digests: ShardDigests | None = None,
     ) -> None:
-        self._file = file
+        self._file, self._digests = file, digests
         self._extents, self._scale_extents, self._cast_scale = extents, scale_extents, cast_scale
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
@@ -248,7 +250,10 @@ class ShardSink:
         length, offsets = region.runs()
         run_bytes, at = length * bits // 8, 0
         for offset in offsets:
-            self._file.write(flat[at : at + run_bytes], base + offset * bits // 8)
+            run = flat[at : at + run_bytes]
+            if self._digests is not None:
+                self._digests.add(base, base + offset * bits // 8, run)
+            self._file.write(run, base + offset * bits // 8)
             at += run_bytes
 
 

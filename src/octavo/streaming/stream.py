@@ -26,6 +26,7 @@ from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Work, cut_placements
 from ..planning.placement import Placement
 from ..planning.plan import Plan
+from .checks import Checks
 from .files import Files
 from .on_accelerator import DevicePress
 from .on_cpu import Press
@@ -58,6 +59,7 @@ class Stream:
         budget: Budget | None = None,
         tally: Tally | None = None,
         direct_io: bool | None = None,
+        checks: Checks | None = None,
     ) -> None:
         self.checkpoint, self.plan, self.sink = checkpoint, plan, sink
         self.budget = budget or Budget.fit(plan.placements, plan.staging_bytes, threads, slot_bytes)
@@ -66,7 +68,7 @@ class Stream:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
         if direct_io and self.budget.read_bytes == self.budget.slot_bytes:
             raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
-        self.files = Files.of(checkpoint, direct_io if self.budget.lanes else False)
+        self.files = Files.of(checkpoint, direct_io if self.budget.lanes else False, checks)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._placed = Placed(sink, self.ring)
         self._again_bytes = 0  # drawn to be read a second time

@@ -200,3 +200,16 @@ def test_load_succeeds_once_the_fault_is_gone(llama: Path, monkeypatch: pytest.M
         patch.setattr(os, "preadv", Reads(lambda count: 0))
         fails(SourceChangedError, "ended at byte", lambda: octavo.load(llama))
     assert octavo.load(llama).load_report.quantized["fp8_channel"][0] == 14
+
+
+def test_a_load_that_verifies_finds_a_flipped_bit(llama: Path, tmp_path: Path) -> None:
+    octavo.convert(llama, tmp_path / "copy", None, digests=True)
+    octavo.load(tmp_path / "copy", verify=True)
+    file = tmp_path / "copy" / MODEL
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 16
+    file.write_bytes(raw)
+    octavo.load(tmp_path / "copy")
+    says = (str(file), "the digest of its bytes is", "fetch it again, or convert again")
+    fails(CheckpointError, says, lambda: octavo.load(tmp_path / "copy", verify=True))
+    fails(CheckpointError, "has no octavo-digests.json", lambda: octavo.load(llama, verify=True))

@@ -30,6 +30,7 @@ from ...errors import MissingExtraError, RecipeError
 from ...machine import usable_device
 from ...planning.plan import Plan
 from ...planning.recipe import Recipe
+from ...streaming.checks import Checks
 from ...streaming.meter import Stages
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
@@ -48,6 +49,7 @@ def load_model(
     strict: bool,
     revision: str | None,
     direct_io: bool | None,
+    verify: bool,
     progress: bool | Callable[[int, int], None] | None,
 ) -> Any:
     """Do what `octavo.load` promises; arguments and errors are documented there."""
@@ -58,6 +60,7 @@ def load_model(
             _require_installed()  # before anything is fetched
             checkpoint = Checkpoint.open(path, revision)
             _check_method(checkpoint)
+            checks = Checks(checkpoint) if verify else None
         with contextlib.nullcontext() if direct_io else ReadAhead(checkpoint.shards):
             prepared = prepare(
                 checkpoint, recipe, str(target_device), staging_bytes, asked, stages=stages, strict=strict
@@ -69,7 +72,8 @@ def load_model(
             _move_buffers(model, target_device)
             _tie(model, plan)
 
-    fill(model, checkpoint, plan, stages, threads=threads, direct_io=direct_io, progress=progress, finish=finish)
+    how: dict[str, Any] = {"threads": threads, "direct_io": direct_io, "checks": checks}
+    fill(model, checkpoint, plan, stages, progress=progress, finish=finish, **how)
     if prepared.saved:
         model.load_routes = None  # the names in its checkpoint are the model's own
     if prepared.saved or plan.quantized:

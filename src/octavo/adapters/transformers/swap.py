@@ -17,6 +17,7 @@ from ...planning.budget import Budget
 from ...planning.plan import Plan
 from ...running import modules
 from ...session.update import Routes
+from ...streaming.checks import Checks
 from ...streaming.meter import Stages, measured
 from ...streaming.report import Report
 from ...streaming.sinks import ParameterSink, Storage, allocate_all
@@ -37,6 +38,7 @@ def fill(
     direct_io: bool | None = None,
     progress: bool | Callable[[int, int], None] | None = None,
     finish: Callable[[], None] | None = None,
+    checks: Checks | None = None,
 ) -> None:
     """Turn a model on meta into one that holds what the plan says.
 
@@ -46,6 +48,7 @@ def fill(
     Args:
         stages: counts the seconds of each stage.
         finish: does what else belongs to this load, once all weights are in place, and is measured with it.
+        checks: compares what is read with the checkpoint's digests.
     """
     budget = Budget.fit(plan.placements, plan.staging_bytes, threads)
     on_host = sum(placement.final_bytes for placement in plan.placements if placement.device == "cpu")
@@ -58,7 +61,9 @@ def fill(
             storages = allocate_all(plan.placements)
             assign(model, storages)
         with stages("stream"):
-            stream = Stream(checkpoint, plan, ParameterSink(storages), budget=budget, direct_io=direct_io)
+            stream = Stream(
+                checkpoint, plan, ParameterSink(storages), budget=budget, direct_io=direct_io, checks=checks
+            )
             meter.follow(stream.tally)
             tally = stream.run(meter.progress)
         if finish is not None:
