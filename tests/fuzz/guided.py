@@ -15,10 +15,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
+
+from .workplace import workplace
 
 # octavo is imported only where atheris watches it, and so is what imports it
 _CORPUS = Path(__file__).parent / "corpus"
@@ -37,40 +39,54 @@ def main() -> int:
     parser.add_argument("--one", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
-        fuzz(given.one[0], given.one[1:])
+        fuzz(given.one[0], Path(given.one[1]), given.one[2:])
         return 0
     each = max(1, given.jobs // len(given.targets))
     waiting = deque((name, number) for number in range(each) for name in given.targets)
     running: dict[subprocess.Popen[bytes], str] = {}
     failed = []
-    try:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(workplace())
+        stack.callback(_end, running)
         while waiting or running:
             while waiting and len(running) < given.jobs:
                 name, number = waiting.popleft()
-                running[_begin(name, number, given.seconds)] = f"{name}-{number}"
+                running[_begin(name, number, given.seconds, folder)] = f"{name}-{number}"
             for process in [process for process in running if process.poll() is not None]:
                 label = running.pop(process)
                 print(f"{label}: {_last_words(label)}", flush=True)
                 if process.returncode:
                     failed.append(label)
             time.sleep(0.2)
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
     for label in failed:
         print(f"FINDING by {label}: the end of {_log_of(label)}, and the input it names")
     return 1 if failed else 0
 
 
-def _begin(name: str, number: int, seconds: int) -> subprocess.Popen[bytes]:
+def _end(running: Iterable[subprocess.Popen[bytes]]) -> None:
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+def _begin(name: str, number: int, seconds: int, folder: Path) -> subprocess.Popen[bytes]:
     found = _CACHE / "corpus" / name
     found.mkdir(parents=True, exist_ok=True)
     options = [
         *(f"-max_total_time={seconds}", f"-timeout={_TIMEOUT}", f"-rss_limit_mb={_RSS_LIMIT_MB}"),
         *(f"-max_len={_MAX_LEN}", f"-artifact_prefix={_CACHE}/{name}-", "-print_final_stats=1", "-reload=30"),
     ]
-    command = [sys.executable, "-m", "fuzz.guided", "--one", name, *options, str(found), str(_CORPUS / name)]
+    command = [
+        sys.executable,
+        "-m",
+        "fuzz.guided",
+        "--one",
+        name,
+        str(folder / str(number)),
+        *options,
+        str(found),
+        str(_CORPUS / name),
+    ]
     with open(_log_of(f"{name}-{number}"), "wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -87,31 +103,28 @@ def _last_words(label: str) -> str:
     return "  ".join([coverage.partition("exec/s")[0].strip(), *(" ".join(figure.split()) for figure in figures)])
 
 
-def fuzz(name: str, options: Sequence[str]) -> None:
+def fuzz(name: str, folder: Path, options: Sequence[str]) -> None:
     """Fuzz one target until libFuzzer ends the process."""
     import atheris
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with contextlib.ExitStack() as stack:
-        with atheris.instrument_imports(include=["octavo"], enable_loader_override=False):
-            from .oracle import FindingError, judge
-            from .targets import make
-            from .workplace import workplace
+    with atheris.instrument_imports(include=["octavo"], enable_loader_override=False):
+        from .oracle import FindingError, judge
+        from .targets import make
 
-            target = make(name, stack.enter_context(workplace()))
-            for seed in target.seeds:  # so that all is imported that is imported late
-                with contextlib.suppress(FindingError):
-                    judge(target, seed)
+        target = make(name, folder)
+        for seed in target.seeds:  # so that all is imported that is imported late
+            with contextlib.suppress(FindingError):
+                judge(target, seed)
 
-        def one_input(data: bytes) -> None:
-            judge(target, data)
+    def one_input(data: bytes) -> None:
+        judge(target, data)
 
-        def mutator(data: bytes, max_size: int, seed: int) -> bytes:
-            random = Random(seed)
-            return _mutated(target, data, random, atheris)[:max_size]
+    def mutator(data: bytes, max_size: int, seed: int) -> bytes:
+        return _mutated(target, data, Random(seed), atheris)[:max_size]
 
-        atheris.Setup([sys.argv[0], *options], one_input, custom_mutator=mutator)
-        atheris.Fuzz()
+    atheris.Setup([sys.argv[0], *options], one_input, custom_mutator=mutator)
+    atheris.Fuzz()
 
 
 def _mutated(target: Any, data: bytes, random: Random, atheris: Any) -> bytes:

@@ -68,7 +68,7 @@ def campaign(given: argparse.Namespace) -> dict[str, Any]:
         old.unlink()
     with workplace() as folder:
         tasks = [
-            Task(given.seed, index, given.jobs, _totals(given), began + given.seconds, str(given.findings))
+            Task(given.seed, index, given.jobs, _totals(given), began + given.seconds, str(given.findings), str(folder))
             for index in range(given.jobs)
         ]
         processes = [_Worker(task, folder) for task in tasks]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import mmap
+import os
 import resource
 import signal
 import struct
@@ -25,7 +26,6 @@ from octavo.machine import rss_bytes
 
 from .oracle import FindingError, judge, place_of
 from .targets import TARGETS, Target, make
-from .workplace import workplace
 
 #: memory that a process may ask for beyond what it has when it begins, so that an input can't bring down the machine
 _MOST_BYTES = 4 << 30
@@ -71,6 +71,7 @@ class Task:
     totals: Mapping[str, int]
     ends_at: float
     findings: str  # a folder
+    folder: str  # for its files
 
     def work(self, progress: Progress) -> None:
         """Judge inputs until all are done, or the time is over."""
@@ -78,17 +79,17 @@ class Task:
         signal.signal(signal.SIGALRM, _hang)
         signal.signal(signal.SIGPROF, _hang)
         log = _Log(Path(self.findings), self.index)
-        with workplace() as folder:
-            targets = {name: make(name, folder) for name in self.totals}
-            _limit_memory()
-            rounds, busy = 0, True
-            while busy and time.time() < self.ends_at:
-                busy = sum(self._round(target, progress, log) for target in targets.values()) > 0
-                rounds += 1
-                progress["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-                progress["last_bytes"] = rss_bytes()
-                if rounds <= _WARM_ROUNDS:
-                    progress["warm_bytes"] = progress["last_bytes"]
+        place = Path(self.folder) / str(os.getpid())
+        targets = {name: make(name, place) for name in self.totals}
+        _limit_memory()
+        rounds, busy = 0, True
+        while busy and time.time() < self.ends_at:
+            busy = sum(self._round(target, progress, log) for target in targets.values()) > 0
+            rounds += 1
+            progress["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+            progress["last_bytes"] = rss_bytes()
+            if rounds <= _WARM_ROUNDS:
+                progress["warm_bytes"] = progress["last_bytes"]
 
     def _round(self, target: Target, progress: Progress, log: _Log) -> bool:
         """Judge a share of a target's inputs; return False if there are no more."""

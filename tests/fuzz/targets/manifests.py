@@ -69,6 +69,7 @@ class Manifests(Target):
     def run(self, data: bytes) -> None:
         try:
             scene = json.loads(data)
+            json.dumps(scene)  # as it will be written
         except (ValueError, RecursionError):
             scene = {"manifest": data.decode("utf-8", "replace")}
         self._place(scene if isinstance(scene, dict) else {"manifest": scene})

@@ -50,8 +50,7 @@ class Names(Target):
     )
 
     def run(self, data: bytes) -> None:
-        scene = json.loads(data)
-        folder = self._place(scene)
+        folder = self._place(_scene(data))
         plan = octavo.plan(folder, model=False)
         json.dumps(plan.to_dict()).encode()
         for name in plan.placements:
@@ -103,3 +102,11 @@ class Names(Target):
                     return folder
         (parent / otherwise).mkdir()
         return parent / otherwise
+
+
+def _scene(data: bytes) -> dict[str, Any]:
+    """What the bytes describe; those that describe nothing are the name of a tensor."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(scene := json.loads(data), dict):
+            return scene
+    return {"files": {"model.safetensors": [data.decode("utf-8", "surrogateescape")]}}
