@@ -149,14 +149,20 @@ def _parse_header(raw: bytes) -> tuple[list[tuple[str, Any]], dict[str, str]]:
     metadata = header.pop("__metadata__", {})
     if not conforms(metadata, dict[str, str]):
         raise CheckpointError("header: __metadata__ must map strings to strings")
+    if not all(map(_is_unicode, (*metadata, *metadata.values()))):
+        raise CheckpointError("header: __metadata__ is no Unicode text (it holds half a surrogate pair)")
     return sorted(header.items(), key=lambda item: (_declared_begin(item[1]), _declared_end(item[1]))), metadata
 
 
 def _check_name(name: str) -> None:
     if len(name) > MAX_NAME:
         raise CheckpointError(f"its name is {len(name):,} characters long, and may be of at most {MAX_NAME:,}")
-    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+    if not _is_unicode(name):
         raise CheckpointError("its name is no Unicode text (it holds half a surrogate pair): no other reader opens it")
+
+
+def _is_unicode(text: str) -> bool:
+    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:

@@ -45,6 +45,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "metadata that are no object": (b'{"__metadata__": "pt"}', "__metadata__ must map strings"),
     "metadata with a number": (b'{"__metadata__": {"format": 1}}', "__metadata__ must map strings"),
     "metadata that are null": (b'{"__metadata__": null}', "__metadata__ must map strings"),
+    "metadata with half a surrogate pair": (b'{"__metadata__": {"a": "\\ud800"}}', "__metadata__ is no Unicode text"),
     "a tensor named twice": (b'{"a": {}, "b": {}, "a": {}}', "the key 'a' appears twice"),
     "metadata given twice": (b'{"__metadata__": {}, "__metadata__": {}}', "the key '__metadata__' appears twice"),
     "a dtype given twice": (b'{"a": {"dtype": "BF16", "dtype": "F32"}}', "the key 'dtype' appears twice"),
