@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .intake import Intake
 from .inventory import Inventory
 from .parameters import Item
 from .report import Ledger
+from .watch.generated import Generated
 from .watch.modes import Mark
 from .watch.origins import Origin, Origins
 from .watch.unfilled import Unfilled
@@ -33,7 +34,7 @@ class Writes(Intake):
         self, inventory: Inventory, held: Held, finish: Finisher, ledger: Ledger, *, duplicates: str, updating: bool
     ) -> None:
         super().__init__(held, finish, ledger, duplicates=duplicates, updating=updating)
-        self.inventory, self.origins, self.unfilled = inventory, Origins(), Unfilled()
+        self.inventory, self.origins, self.unfilled, self.generated = inventory, Origins(), Unfilled(), Generated()
         self.paused = False
         self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
 
@@ -42,6 +43,7 @@ class Writes(Intake):
     def take(self, name: str, tensor: Tensor) -> None:
         super().take(name, tensor)
         self.unfilled.forget(tensor)
+        self.generated.forget(tensor)
         self.origins.take(name, tensor)
 
     def turn(self) -> None:
@@ -74,6 +76,11 @@ class Writes(Intake):
                 f"{item.name}: a loader copies {dtypes.short(values.dtype)} to it, whose numbers mean nothing without "
                 "their scales. Give the session bf16, fp16 or fp32; a transform may dequantize."
             )
+        if self.generated.holds(values) and not self._updating:
+            real = self.generate(item, view)
+            with self.quiet():
+                real.copy_(values)
+            return
         with self.quiet():
             if self.unfilled.gaps(values):
                 raise LoaderError(
@@ -203,6 +210,14 @@ class Writes(Intake):
                     )
             return self.held.real(item, view)
 
+    def derived(self, items: Iterable[Item], others: Iterable[Tensor], made: Iterable[Tensor]) -> None:
+        blank = not self._updating and all(item.virtual and not item.writes for item in items)
+        if blank and all(map(self.generated.holds, others)):
+            self.generated.add(made)
+            return
+        for tensor in made:
+            self.generated.forget(tensor)
+
     def device_of(self, item: Item) -> torch.device:
         return item.device
 
@@ -216,12 +231,14 @@ class Writes(Intake):
     def computed(self, done: Operation) -> None:
         with self.quiet():
             self.origins.computed(done)
+            self.generated.computed(done)
             self.unfilled.computed(done)
 
     def escaped(self, tensor: Tensor) -> None:
         self.mutated(tensor)
         self.origins.expose(tensor)
         self.unfilled.forget(tensor)
+        self.generated.forget(tensor)
         item = self.inventory.find(tensor)
         if item is not None and not item.virtual:
             item.expect([])  # whoever writes there does not tell

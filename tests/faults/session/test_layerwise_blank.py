@@ -51,7 +51,12 @@ WAYS: dict[str, Callable[[Tensor], Any]] = {
     "log-normal": lambda w: w.log_normal_(),
     "geometric": lambda w: w.geometric_(0.5),
     "zeros, then noise": lambda w: w.zero_().normal_(),
+    "init.trunc_normal_": init.trunc_normal_,
+    "init.trunc_normal_, tight": lambda w: init.trunc_normal_(w, std=1.0, a=-0.1, b=0.1),
+    "init.orthogonal_": init.orthogonal_,
     "init.kaiming_uniform_": _kaiming,
+    "random, then copied": lambda w: w.copy_(torch.randn(w.shape) * 0.02),
+    "random, cast and copied": lambda w: w.copy_(torch.rand(w.shape, dtype=torch.float64).sub(0.5).float()),
     "init.xavier_normal_": init.xavier_normal_,
     "init.eye_": init.eye_,
     "into out=": lambda w: torch.ones(w.shape, out=w),
@@ -78,6 +83,42 @@ def test_what_is_initialised_first_is_loaded_as_ever(way: Callable[[Tensor], Any
         way(model["a"].weight.data)
         model["a"].weight.data.copy_(weight)
     assert_quantized(model["a"], weight, "fp8_channel")
+
+
+def test_random_pairs_are_loaded() -> None:
+    model = one_linear(16)
+    with Session(model) as session:
+        weight = torch.randn(16, 64).bfloat16()
+        session.load([("a.weight", weight)])
+    assert_quantized(model["a"], weight, "fp8_channel")
+
+
+def test_values_with_noise_are_loaded() -> None:
+    model, weight = one_linear(16).float(), torch.randn(16, 64)
+    with Session(model):
+        noise = torch.randn(16, 64)
+        noisy = weight + noise
+        model["a"].weight.data.copy_(noisy)
+    assert_quantized(model["a"], noisy, "fp8_channel")
+
+
+def test_random_memory_that_gets_values_is_loaded() -> None:
+    model, weight = one_linear(16).float(), torch.randn(16, 64)
+    with Session(model):
+        memory = torch.randn(16, 64)
+        memory.copy_(weight)
+        model["a"].weight.data.copy_(memory)
+    assert_quantized(model["a"], weight, "fp8_channel")
+
+
+def test_random_memory_that_gets_values_of_a_parameter_is_loaded() -> None:
+    model, weight = nn.ModuleDict({name: nn.Linear(64, 16, bias=False) for name in "ab"}), torch.randn(16, 64)
+    with Session(model, None):
+        memory = torch.randn(16, 64)
+        model["a"].weight.data.copy_(weight)
+        memory.copy_(model["a"].weight)
+        model["b"].weight.data.copy_(memory)
+    assert torch.equal(model["b"].weight, weight)
 
 
 def test_constants_beside_values_are_padding() -> None:

@@ -161,11 +161,11 @@ def test_a_finish_whose_error_the_loader_swallows_fails_the_load() -> None:
         if layer is model["a"]:
             raise ValueError("no kernel")
 
-    model = linears("abc")
+    model, values = linears("abc"), weights(0)[0]
     with pytest.raises(LoaderError, match="no kernel"), Session(model, finish):  # noqa: PT012
         with contextlib.suppress(LoaderError):
             for name in "ab":
-                model[name].weight.data.copy_(weights(0)[0])
+                model[name].weight.data.copy_(values)
         for name in "bc":
-            model[name].weight.data.copy_(weights(0)[0])
+            model[name].weight.data.copy_(values)
     assert model["a"].weight.is_meta

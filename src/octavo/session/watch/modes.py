@@ -8,7 +8,7 @@ to a `Receiver`. The *function mode* answers what never becomes an operation: th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -88,6 +88,9 @@ class Receiver(Protocol):
 
     def access(self, item: Item, view: Tensor) -> Tensor:
         """``view`` is about to be read, or changed in place: the real view."""
+
+    def derived(self, items: Iterable[Item], others: Iterable[Tensor], made: Iterable[Tensor]) -> None:
+        """Tensors, none of which is an item's, were computed of items and others."""
 
     def device_of(self, item: Item) -> torch.device:
         """Where an item's storage goes."""
@@ -175,7 +178,11 @@ class Operations(PlainDispatchMode):
         args, kwargs = swapped((args, kwargs), real)
         if _to_meta(kwargs):
             kwargs = {**kwargs, "device": next(iter(items.values())).device}
-        return func(*args, **kwargs)
+        made = func(*args, **kwargs)
+        places = {id(tensor) for tensor in targets}
+        others = [tensor for tensor in tensors if id(tensor) not in items and id(tensor) not in places]
+        self._receiver.derived(items.values(), others, (*targets, *tensors_in(made)))
+        return made
 
     def _final(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> bool:
         """Return True for a copy to a finished item, which is done. Raise for whatever would deal in FP8 numbers."""
