@@ -6,6 +6,7 @@
 #   ARGS="..."           more options for pytest, or for the benchmark
 #   SYSTEM=1             no .venv: run with PYTHON as it is (a GPU image that brings its own torch)
 #   FUZZ_SECONDS=3600    for each target of fuzz; FUZZ_JOBS=7 processes at once; FUZZ_TARGETS="headers names"
+#   JOBS=16              how much campaigns run at a time
 #   VLLM=0.24.0          another version of vLLM for peers-vllm, which has an environment of its own
 
 PYTHON ?= python3
@@ -15,6 +16,7 @@ FUZZ_SECONDS ?= 60
 FUZZ_JOBS ?= 2
 FUZZ_INPUTS ?= 100000
 VLLM ?= 0.32.0
+JOBS ?= $(shell nproc)
 VLLM_VENV := .venv-vllm-$(VLLM)
 DOCS_VENV := .venv-docs
 ifdef SYSTEM
@@ -31,7 +33,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check lint types format peers peers-vllm gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
+.PHONY: help demo test check faults lint types format peers peers-vllm gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -44,6 +46,9 @@ test: $(READY) ## the tests that need neither a GPU nor other engines
 	$(call timed,test,$(PY) -m pytest -n 2 -m "not peers and not gpu" $(ARGS))
 
 check: lint types test ## what CI runs: linter, types, tests
+
+faults: $(READY) ## every fault at every call, and hundreds of kills and interrupts: minutes on 16 cores (JOBS=16)
+	$(PY) tests/faults/injector/_injections.py -j $(JOBS) && $(PY) tests/faults/interrupts/_interrupts.py -j $(JOBS) $(ARGS)
 
 lint: $(READY) ## formatter and linter, changing nothing
 	$(PY) -m ruff format --check .
