@@ -53,7 +53,8 @@ class Folder:
     def close(self) -> None:
         """Nothing reaches an entry any more: the descriptor's number may soon be that of another folder."""
         descriptor, self.descriptor = self.descriptor, -1
-        os.close(descriptor)
+        with contextlib.suppress(OSError):  # nothing is written by way of it
+            os.close(descriptor)
 
     def names(self) -> set[str]:
         return set(os.listdir(self.descriptor))
@@ -202,10 +203,11 @@ class PartialFolder(Folder):
         return lock
 
     def _unlock(self, lock: int) -> None:
-        if os.getpid() == self._process:  # what is forked has the lock too, and may live longer
-            with contextlib.suppress(OSError):  # closing it does the same
+        with contextlib.suppress(OSError):  # closing it does the same, and what was written to it is on the disk
+            if os.getpid() == self._process:  # what is forked has the lock too, and may live longer
                 fcntl.flock(lock, fcntl.LOCK_UN)
-        os.close(lock)
+        with contextlib.suppress(OSError):
+            os.close(lock)
 
     def keep_for(self, writers: Callable[[], None]) -> None:
         """Keep other processes out until ``writers`` has returned, which waits for all that may still write."""
@@ -320,10 +322,12 @@ class PartialFolder(Folder):
         try:
             os.rename(_RESULT, dst, src_dir_fd=self.descriptor)
             self._leave(dst)
-        except BaseException:
-            if self.became(dst):  # and then came Ctrl-C
-                self._leave(dst)
-            raise
+        except BaseException as error:
+            if not self.became(dst):
+                raise
+            self._leave(dst)
+            if not isinstance(error, OSError):  # of a server whose answer was lost
+                raise
 
     def _leave(self, dst: Path) -> None:
         """Remove what is left, as far as it is there. The result is complete: no failure may say otherwise."""
@@ -335,6 +339,8 @@ class PartialFolder(Folder):
         with contextlib.suppress(OSError):
             if os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor)):
                 self.path.rmdir()
+        if os.path.lexists(self.path):
+            self.notes.append(f"{self.path} could not be removed: nothing in it is needed any more")
 
     def became(self, path: Path) -> bool:
         """Return True if the result is there by now."""

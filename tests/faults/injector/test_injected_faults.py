@@ -19,6 +19,7 @@ from _shim import KINDS, compiled, why_not
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 #: kinds of calls that each operation makes
 CALLED = {
+    "resume": {*KINDS} - {"map"},
     "verify": {"open", "read", "close", "stat", "memory"},
     "stream": {"open", "read", "close", "stat", "thread", "memory"},
 }
