@@ -20,6 +20,10 @@ Opener = Callable[[str, int], int]
 MAX_CONFIG_BYTES = 16 << 20
 #: of the nesting of JSON that octavo reads, and may write again
 MAX_DEPTH = 64
+#: of a number in it
+MAX_DIGITS = 100
+#: maps digits to zero, so that a run of them is found in a moment
+_DIGITS, _MANY_DIGITS = bytes(0 if chr(byte).isdecimal() else 1 for byte in range(256)), bytes(MAX_DIGITS)
 
 
 def local_path(path: str | os.PathLike[str], kind: type[OctavoError] = CheckpointError) -> Path:
@@ -95,7 +99,7 @@ def parse_json(raw: bytes, *, unique: bool = True) -> Any:
     """The value of a JSON text in UTF-8; a ValueError in words for people where it is none."""
     try:
         # rarely there, and a call for each number takes time
-        parse_int = _integer if b"-0" in raw else None
+        parse_int = _integer if b"-0" in raw or _MANY_DIGITS in raw.translate(_DIGITS) else None
         pairs_hook = _unique_keys if unique else None
         return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs_hook, parse_int=parse_int)
     except _DuplicateKeyError:
@@ -108,6 +112,8 @@ def parse_json(raw: bytes, *, unique: bool = True) -> Any:
 
 def _integer(text: str) -> int | float:
     """An integer; of "-0", which other readers take for no integer, a float."""
+    if len(text) > MAX_DIGITS:  # Python takes a time that grows with the square of their number
+        raise ValueError(f"a number of {len(text):,} digits; at most {MAX_DIGITS} are taken")
     return float(text) if text == "-0" else int(text)
 
 

@@ -37,7 +37,8 @@ HEADERS: dict[str, tuple[bytes, str]] = {
     "a header that starts with a space": (b" {}", "does not start with '{'"),
     "a header that starts with a byte order mark": (b"\xef\xbb\xbf{}", "does not start with '{'"),
     "a header nested a hundred thousand deep": (b'{"a":' * 100_000, "not valid JSON"),
-    "a number of ten thousand digits": (b'{"a": ' + b"9" * 10_000 + b"}", "not valid JSON"),
+    "a number of ten thousand digits": (b'{"a": ' + b"9" * 10_000 + b"}", "a number of 10,000 digits; at most 100"),
+    "a number of a hundred and one digits": (b'{"a": ' + b"9" * 101 + b"}", "a number of 101 digits; at most 100"),
     "a side of minus zero": (
         b'{"a": {"dtype": "U8", "shape": [-0], "data_offsets": [0, 0]}}',
         "shape [-0.0] is not a list of non-negative integers",
@@ -75,8 +76,8 @@ ENTRIES: dict[str, tuple[dict[str, Any], int, str]] = {
     "a side that is text": ({"w": entry(shape=("2", 3))}, 12, "tensor 'w': shape ['2', 3] is not a list"),
     "a side that is NaN": ({"w": entry(shape=(float("nan"), 3))}, 12, "tensor 'w': shape [nan, 3] is not a list"),
     "a side of 2**63": ({"w": entry(shape=(2**63, 2))}, 12, "tensor 'w': shape [9223372036854775808, 2] is not a list"),
-    "a side of thousands of digits": (
-        {"w": entry(shape=(10**4000,))},
+    "a side of ninety digits": (
+        {"w": entry(shape=(10**90,))},
         12,
         "000] is not a list of non-negative integers",
     ),
@@ -100,7 +101,7 @@ ENTRIES: dict[str, tuple[dict[str, Any], int, str]] = {
         1,
         "tensor 'w': its shape has 20,000 axes, and may have at most 64",
     ),
-    "offsets of thousands of digits": ({"w": entry(end=10**4000)}, 12, "are not two non-negative integers of 63 bits"),
+    "offsets of ninety digits": ({"w": entry(end=10**90)}, 12, "are not two non-negative integers of 63 bits"),
     "a name of 50,000 characters": (
         {"norm" * 12_500: entry()},
         12,
