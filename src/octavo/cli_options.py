@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .choices import FORMATS, SCHEMES
+from .text import shown
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
 
@@ -17,11 +18,11 @@ def parse_size(text: str) -> int:
     """'24GiB' -> 25769803776; KiB, MiB, GiB, TiB are powers of 1024, KB, MB, GB, TB (or K, M, G, T) of 1000."""
     found = _SIZE.match(text)
     if not found:
-        raise typer.BadParameter(f"{text!r} is not a size; write 256MiB, 24GiB or 80GB")
+        raise typer.BadParameter(f"{shown(text)} is not a size; write 256MiB, 24GiB or 80GB")
     number, unit, binary = found.groups()
     size = float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " ")
     if size >= 2**63:
-        raise typer.BadParameter(f"{text[:40]!r} is more than any machine has; write 256MiB, 24GiB or 80GB")
+        raise typer.BadParameter(f"{shown(text)} is more than any machine has; write 256MiB, 24GiB or 80GB")
     return int(size)
 
 
@@ -34,7 +35,7 @@ def check_size(text: str | None) -> str | None:
 
 def _check_scheme(text: str) -> str:
     if text not in (*SCHEMES, "none"):
-        raise typer.BadParameter(f"{text!r}; known: {', '.join(SCHEMES)}, none")
+        raise typer.BadParameter(f"{shown(text)}; known: {', '.join(SCHEMES)}, none")
     return text
 
 
