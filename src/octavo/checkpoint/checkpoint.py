@@ -19,7 +19,7 @@ from typing import Any
 from ..errors import MAX_PROBLEMS_SHOWN, CheckpointError, MissingExtraError, raise_problems, reading
 from ..text import shown, told
 from .files import conforms, local_path, read_object
-from .header import MAX_BYTES, MAX_HEADER_BYTES, Shard, TensorInfo, read_shard
+from .header import MAX_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -73,6 +73,11 @@ class Checkpoint:
                     other = shards[tensors[info.name].shard].path.name
                     problems.append(f"{file.name}: tensor {info.name!r} is also in {other}")
                 tensors[info.name] = info
+            if len(tensors) > MAX_TENSORS:
+                raise CheckpointError(
+                    f"{local}: {len(tensors):,} tensors in {len(shards):,} of {len(files):,} files; octavo reads "
+                    f"checkpoints of at most {MAX_TENSORS:,}"
+                )
         total_bytes = sum(info.nbytes for info in tensors.values())
         if total_bytes > MAX_BYTES:
             problems.append(f"{total_bytes:,} bytes in all; octavo reads checkpoints of at most {MAX_BYTES:,}")

@@ -20,6 +20,8 @@ Opener = Callable[[str, int], int]
 MAX_CONFIG_BYTES = 16 << 20
 #: of the nesting of JSON that octavo reads, and may write again
 MAX_DEPTH = 64
+#: lists and objects in it: three for each of the most tensors that a checkpoint may have, and more
+MAX_PARTS = 2_000_000
 #: of a number in it
 MAX_DIGITS = 100
 #: maps digits to zero, so that a run of them is found in a moment
@@ -97,6 +99,10 @@ def read_object(
 
 def parse_json(raw: bytes, *, unique: bool = True) -> Any:
     """The value of a JSON text in UTF-8; a ValueError in words for people where it is none."""
+    # without parsing: each costs twenty times its text
+    parts = raw.count(b"[") + raw.count(b"{")
+    if parts > MAX_PARTS:
+        raise ValueError(f"{parts:,} lists and objects; at most {MAX_PARTS:,} are taken")
     try:
         # rarely there, and a call for each number takes time
         parse_int = _integer if b"-0" in raw or _MANY_DIGITS in raw.translate(_DIGITS) else None

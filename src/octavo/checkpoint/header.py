@@ -26,7 +26,8 @@ from .files import Identity, conforms, open_regular, parse_json
 #: the limit of the reference implementation (safetensors' MAX_HEADER_SIZE)
 MAX_HEADER_BYTES = 100_000_000
 #: far beyond what any model has, and such that nothing that follows takes long or much memory: of a tensor's name, in
-#: characters; of its axes; of its bytes; and of the bytes of all tensors of a checkpoint
+#: characters; of its axes; of its bytes; and of the bytes of all tensors of a checkpoint, and their number
+MAX_TENSORS = 500_000
 MAX_NAME, MAX_AXES, MAX_TENSOR_BYTES, MAX_BYTES = 1024, 64, 1 << 42, 1 << 46
 #: what other readers, and torch, hold sides and counts in
 _MAX_COUNT = (1 << 63) - 1

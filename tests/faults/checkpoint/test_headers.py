@@ -246,6 +246,19 @@ def test_problems_of_a_tebibyte_are_found_without_reading_it(tmp_path: Path) -> 
     fails(CheckpointError, "tensor 'b': 1 bytes before it belong to no tensor", lambda: Checkpoint.open(file))
 
 
+def test_headers_of_more_parts_or_tensors_than_a_model_has_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_raw(tmp_path / "model.safetensors", b'{"a": [' + b"[]," * 2_000_000 + b"1]}")
+    fails(CheckpointError, "2,000,002 lists and objects; at most 2,000,000", lambda: Checkpoint.open(file))
+    monkeypatch.setattr("octavo.checkpoint.checkpoint.MAX_TENSORS", 3)
+    for number in (1, 2, 3):
+        write_tensors(tmp_path / f"model-0000{number}-of-00003.safetensors", f"a{number}", f"b{number}")
+    file.unlink()
+    says = (str(tmp_path), "4 tensors in 2 of 3 files", "at most 3")
+    fails(CheckpointError, says, lambda: Checkpoint.open(tmp_path))
+
+
 def test_tensors_and_checkpoints_have_a_largest_size(tmp_path: Path) -> None:
     tib = 1 << 40
     file = write_raw(tmp_path / "model.safetensors", json.dumps({"a": entry("U8", (5 * tib,), 0, 5 * tib)}).encode())
