@@ -137,7 +137,7 @@ def test_completion_is_installed_for_a_shell(tmp_path: Path) -> None:
         (["plan"], ["Missing argument"]),
         (["convert", "/no/such/folder"], ["Missing argument"]),
         (["generate", "/no/such/folder"], ["Missing option", "--prompt"]),
-        (["verify", "/no/such/folder"], ["Missing option", "--against"]),
+        (["verify"], ["Missing argument"]),
         (["bake", "x"], ["No such command 'bake'"]),
         (["plan", "x", "--bake"], ["No such option", "--bake"]),
         (["generate", "x", "-p", "y", "-n", "0"], ["--max-new-tokens"]),
