@@ -41,6 +41,7 @@ class Workers:
         self.what = what
         self._lock = threading.Lock()
         self._closed = False
+        self._made: list[threading.Thread] = []
         self._begun: list[threading.Thread] = []
         self._ended = 0
         self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -51,7 +52,9 @@ class Workers:
     def start(self, work: Callable[[], None], name: str) -> None:
         """Let a thread do ``work``, which handles its errors itself. Raises what starting it raises."""
         require_thread(name)
-        threading.Thread(target=self._run, args=(work,), name=name, daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(work,), name=name, daemon=True)
+        self._made.append(thread)
+        thread.start()
 
     def _run(self, work: Callable[[], None]) -> None:
         with self._lock:
@@ -110,8 +113,13 @@ class Workers:
                 print(self._telling(), file=sys.stderr, flush=True)
             self.wait(_TICK_S)
         # all that is left to them is to go; after an interrupted `join`, the next one does not wait
-        while not sys.is_finalizing() and any(thread in self._begun for thread in threading.enumerate()):
+        since = now()
+        while not sys.is_finalizing() and any(self._goes(thread, since) for thread in threading.enumerate()):
             time.sleep(_MOMENT_S)
+
+    def _goes(self, thread: threading.Thread, since: float) -> bool:
+        """Return True if it is one of these. One whose start was interrupted may be listed for ever, and never be."""
+        return thread in self._begun or (thread in self._made and now() - since < _TICK_S)
 
     def _telling(self) -> str:
         threads = "1 thread" if self.at_work == 1 else f"{self.at_work} threads"
