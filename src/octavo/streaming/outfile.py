@@ -84,15 +84,15 @@ class OutFile:
                 os.posix_fallocate(self._buffered, 0, nbytes)
             else:
                 os.ftruncate(self._buffered, nbytes)
-        except OSError as error:
+            if hasattr(os, "O_DIRECT"):
+                with contextlib.suppress(OSError):  # not on this file system
+                    # not by its path, which may name another file by now
+                    self._direct = os.open(f"/proc/self/fd/{self._buffered}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except BaseException as error:  # Ctrl-C, too
             self.close()
-            raise disk_error(path, error) from error
-        if hasattr(os, "O_DIRECT"):
-            try:
-                # not by its path, which may name another file by now
-                self._direct = os.open(f"/proc/self/fd/{self._buffered}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
-            except OSError:
-                self._direct = -1  # not on this file system
+            if isinstance(error, OSError):
+                raise disk_error(path, error) from error
+            raise
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write ``data``, bytes, at ``offset``."""
@@ -142,6 +142,9 @@ class OutFile:
         # forgotten first: the numbers may soon be those of other files
         descriptors, self._buffered, self._direct = (self._buffered, self._direct), -1, -1
         close_all(descriptor for descriptor in descriptors if descriptor >= 0)
+
+    def __del__(self) -> None:
+        self.close()  # should Ctrl-C have come before it was anybody's
 
     def __enter__(self) -> OutFile:
         return self

@@ -101,6 +101,17 @@ def test_a_failing_disk_is_named(tmp_path, monkeypatch):
         OutFile(tmp_path / "absent" / "file", 10)
 
 
+def test_file_that_is_interrupted_while_its_room_is_claimed_is_closed(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "posix_fallocate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        OutFile(tmp_path / "file", 10)
+    assert os.listdir("/proc/self/fd") == before
+
+
 @pytest.mark.parametrize("kind", ["file", "link", "dangling link"])
 def test_what_has_the_name_already_is_left_alone(tmp_path, kind):
     mine = tmp_path / "mine"
