@@ -85,10 +85,19 @@ def convert_checkpoint(
                 job.write_rest(partial)
                 job.publish(partial)
         return Report.of(plan, budget, tally, stages, meter, in_memory=False, notes=[*notes, *partial.notes])
-    except KeyboardInterrupt:
-        if partial is not None and partial.became(job.dst):
-            raise KeyboardInterrupt(f"{job.dst} is complete: the interrupt came after that") from None
+    except KeyboardInterrupt as interrupt:
+        if partial is not None:
+            _tell_if_complete(interrupt, partial, job.dst)
         raise
+
+
+def _tell_if_complete(interrupt: KeyboardInterrupt, partial: PartialFolder, dst: Path) -> None:
+    """Let an interrupt say that nothing is missing, if that is so; another one meanwhile is no more than the first."""
+    for _ in range(5):
+        with contextlib.suppress(KeyboardInterrupt):
+            if partial.became(dst):
+                interrupt.args = (f"{dst} is complete: the interrupt came after that",)
+            return
 
 
 def _check_apart(read: Iterable[Path], dst: Path) -> None:

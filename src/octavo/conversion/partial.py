@@ -138,6 +138,7 @@ class PartialFolder(Folder):
         self._writers: Callable[[], None] = lambda: None
         self.notes: list[str] = []  # for the report
         self._process = os.getpid()
+        self._held = -1  # the lock
 
     @classmethod
     @contextlib.contextmanager
@@ -153,7 +154,8 @@ class PartialFolder(Folder):
                     path.mkdir(mode)
                 partial = cls(path)
                 stack.callback(partial.close)
-                stack.callback(partial._unlock, partial._lock())
+                stack.callback(partial._unlock)
+                partial._lock()
                 stack.callback(lambda: partial._writers())
             except NotADirectoryError:
                 raise OutputError(
@@ -176,38 +178,36 @@ class PartialFolder(Folder):
 
     # -- whose it is --------------------------------------------------------------------------------------------------
 
-    def _lock(self) -> int:
-        """A descriptor that keeps other processes out while it is open."""
+    def _lock(self) -> None:
+        """Keep other processes out, or raise; `_unlock` must follow in any case."""
         names = self.names()
         files = {name for name in (_LOCK, _MANIFEST, _MANIFEST + _PART) if self.is_file(name)}
         self.refuse(names - files - ({_RESULT} if self.is_folder(_RESULT) else set()))
         if _LOCK not in names:
             self.refuse(names)
-        lock = self.opener(_LOCK, os.O_RDWR | os.O_CREAT)
+        self._held = self.opener(_LOCK, os.O_RDWR | os.O_CREAT)
         try:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{self.path}: another process is converting into it") from None
-            except OSError as error:
-                raise OutputError(
-                    f"{self.path}: can't be locked against other processes: {error.strerror}. Name a target on a file "
-                    "system that can lock files."
-                ) from error
-            if not self.is_at(_LOCK, lock):
-                raise OutputError(f"{self.path}: another process was converting into it. Run the same command again.")
-            self._mark(lock)
-        except BaseException:
-            os.close(lock)
-            raise
-        return lock
+            fcntl.flock(self._held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{self.path}: another process is converting into it") from None
+        except OSError as error:
+            raise OutputError(
+                f"{self.path}: can't be locked against other processes: {error.strerror}. Name a target on a file "
+                "system that can lock files."
+            ) from error
+        if not self.is_at(_LOCK, self._held):
+            raise OutputError(f"{self.path}: another process was converting into it. Run the same command again.")
+        self._mark(self._held)
 
-    def _unlock(self, lock: int) -> None:
+    def _unlock(self) -> None:
+        held, self._held = self._held, -1
+        if held < 0:
+            return
         with contextlib.suppress(OSError):  # closing it does the same, and what was written to it is on the disk
             if os.getpid() == self._process:  # what is forked has the lock too, and may live longer
-                fcntl.flock(lock, fcntl.LOCK_UN)
+                fcntl.flock(held, fcntl.LOCK_UN)
         with contextlib.suppress(OSError):
-            os.close(lock)
+            os.close(held)
 
     def keep_for(self, writers: Callable[[], None]) -> None:
         """Keep other processes out until ``writers`` has returned, which waits for all that may still write."""
