@@ -112,9 +112,9 @@ def test_run_that_is_over_can_change_nothing_in_its_folder(small: Path, tmp_path
     held: list[PartialFolder] = []
     original = PartialFolder.take_up
 
-    def take_up(partial: PartialFolder, *args: object) -> None:
+    def take_up(partial: PartialFolder, *args: Any, **options: Any) -> None:
         held.append(partial)
-        original(partial, *args)  # type: ignore[arg-type]
+        original(partial, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PartialFolder, "take_up", take_up)
