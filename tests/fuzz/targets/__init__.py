@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .base import Target
 from .configs import Configs
+from .digests import Digests
 from .headers import Headers
 from .indexes import Indexes
 from .manifests import Manifests
@@ -16,7 +17,8 @@ from .recipes import Recipes
 from .results import Results
 
 TARGETS: dict[str, type[Target]] = {
-    target.name: target for target in (Headers, Indexes, Names, Configs, Recipes, Options, Manifests, Models, Results)
+    target.name: target
+    for target in (Headers, Indexes, Names, Configs, Recipes, Options, Manifests, Models, Results, Digests)
 }
 
 
