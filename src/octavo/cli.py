@@ -10,7 +10,6 @@ before a command has work to do. So commands import what they call.
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -35,7 +34,18 @@ from .cli_options import (
     check_size,
     parse_size,
 )
-from .cli_output import Spoken, give_up_output, say, say_json, say_lines, show_what_cannot_be_encoded, tell, tell_fault
+from .cli_output import (
+    Spoken,
+    complain,
+    give_up_output,
+    progress_of,
+    say,
+    say_json,
+    say_lines,
+    show_what_cannot_be_encoded,
+    tell,
+    tell_fault,
+)
 from .errors import OctavoError, reason
 from .quiet import others_quiet
 from .text import printable
@@ -90,13 +100,6 @@ _STAGING = f"{DEFAULT_STAGING_BYTES >> 20}MiB"
 
 def _chosen(scheme: str) -> str | None:
     return None if scheme == "none" else scheme
-
-
-def _progress(title: str) -> Any:
-    """A bar on a terminal, lines elsewhere: whoever reads a log wants to know that it goes on."""
-    from .streaming.meter import ProgressLines
-
-    return None if sys.stderr.isatty() else ProgressLines(title)
 
 
 def _version(show: bool) -> None:
@@ -240,7 +243,7 @@ def convert(
             device=device,
             digests=digests,
             verify=verify,
-            progress=_progress("Converting"),
+            progress=progress_of("Converting"),
         )
         if json_:
             say_json(report.to_dict())
@@ -275,7 +278,7 @@ def verify(
     from . import api
 
     report = api.verify(
-        dst, against, staging_bytes=parse_size(staging), threads=threads, progress=_progress("Verifying")
+        dst, against, staging_bytes=parse_size(staging), threads=threads, progress=progress_of("Verifying")
     )
     if json_:
         say_json(report.to_dict())
@@ -320,7 +323,7 @@ def generate(
         threads=threads,
         verify=verify,
         trust_remote_code=trust_remote_code,
-        progress=_progress("Loading"),
+        progress=progress_of("Loading"),
     )
     text = answer(
         loaded,
@@ -374,14 +377,14 @@ def main() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()  # what can't be written shows now, and not when it is too late to say so
     except OctavoError as error:
-        code = _complain(str(error), error.__cause__)
+        code = complain(str(error), error.__cause__)
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
         tell("", "", "interrupted")
         code = 130
     except OSError as error:  # of what is written by others than octavo's functions: help, a drawing
-        code = _complain(f"{error.filename or 'standard output'}: {reason(error)}", error)
+        code = complain(f"{error.filename or 'standard output'}: {reason(error)}", error)
     except Exception as error:
         code = getattr(error, "exit_code", 2)
         # click's own usage errors know how to show themselves
@@ -392,11 +395,3 @@ def main() -> None:
             tell_fault(error)
     give_up_output()
     sys.exit(code)
-
-
-def _complain(text: str, cause: BaseException | None) -> int:
-    """Tell an error, unless it is that nobody reads any more, as after ``| head``; returns the exit code."""
-    if isinstance(cause, BrokenPipeError):
-        return 128 + signal.SIGPIPE  # as of programs that the signal ends
-    tell("error", "red", text)
-    return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -53,6 +54,13 @@ class Spoken:
         """Nothing waits: each word is written at once."""
 
 
+def progress_of(title: str) -> Any:
+    """A bar on a terminal, lines elsewhere: whoever reads a log wants to know that it goes on."""
+    from .streaming.meter import ProgressLines
+
+    return None if sys.stderr.isatty() else ProgressLines(title)
+
+
 def tell(label: str, style: str, text: str) -> None:
     """Print to stderr, a label in a style and lines behind it; where there is no stderr, nothing."""
     from rich.console import Console
@@ -62,6 +70,14 @@ def tell(label: str, style: str, text: str) -> None:
     with contextlib.suppress(OSError):
         console = Console(stderr=True, highlight=False)
         console.print(Text.assemble((f"{label}: ", style) if label else "", lines), soft_wrap=True)
+
+
+def complain(text: str, cause: BaseException | None) -> int:
+    """Tell an error, unless it is that nobody reads any more, as after ``| head``; returns the exit code."""
+    if isinstance(cause, BrokenPipeError):
+        return 128 + signal.SIGPIPE  # as of programs that the signal ends
+    tell("error", "red", text)
+    return 2
 
 
 def tell_fault(error: BaseException) -> None:
