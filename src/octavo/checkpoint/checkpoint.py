@@ -18,7 +18,7 @@ from typing import Any
 
 from ..errors import MAX_PROBLEMS_SHOWN, CheckpointError, MissingExtraError, raise_problems, reading
 from ..text import shown, told
-from .files import conforms, local_path, read_object
+from .files import conforms, is_there, local_path, read_object
 from .header import MAX_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -149,7 +149,7 @@ def _find_files(path: Path, problems: list[str]) -> tuple[list[Path], dict[str, 
         if path.suffix != ".safetensors":
             raise CheckpointError(f"{path}: not a .safetensors file. {_advice(path)}")
         return [path], None
-    if os.path.lexists(path / INDEX_NAME):
+    if is_there(path / INDEX_NAME):
         index = _read_index(path / INDEX_NAME, problems)
         files = []
         for name in sorted(set(index.values())):
@@ -241,7 +241,7 @@ def _compare_index(index: dict[str, str], tensors: Mapping[str, TensorInfo], sha
 def read_config(path: Path) -> Mapping[str, Any]:
     """What config.json holds, beside a shard or in a folder; empty where there is none."""
     file = (path if path.is_dir() else path.parent) / "config.json"
-    if not os.path.lexists(file):
+    if not is_there(file):
         return {}
     # of a key that is there twice, the last counts, as it does for whoever else reads a config
     config = read_object(file, unique=False)

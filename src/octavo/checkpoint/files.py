@@ -56,6 +56,21 @@ class Identity(NamedTuple):
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
+def is_there(path: str | os.PathLike[str]) -> bool:
+    """Return True if the path has an entry, be it a link to nothing.
+
+    Unlike `os.path.lexists`, it does not take a disk that does not answer for an entry that is not there.
+
+    Raises:
+        OSError: it can't be told.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def open_regular(path: str | os.PathLike[str], opener: Opener = os.open) -> BinaryIO:
     """Open a regular file for reading; an OSError for all else. Nothing waits for the other end of a named pipe."""
     descriptor = opener(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..checkpoint.files import conforms, read_object
+from ..checkpoint.files import conforms, is_there, read_object
 from ..checkpoint.header import MAX_HEADER_BYTES
 from ..errors import CheckpointError, OutputError
 from ..streaming.outfile import disk_error
@@ -336,10 +336,12 @@ class PartialFolder(Folder):
         for name in (_MANIFEST, _LOCK):
             with contextlib.suppress(OSError):
                 self.remove(name)
-        with contextlib.suppress(OSError):
+        try:
             if os.path.samestat(os.lstat(self.path), os.fstat(self.descriptor)):
                 self.path.rmdir()
-        if os.path.lexists(self.path):
+        except FileNotFoundError:
+            pass
+        except OSError:
             self.notes.append(f"{self.path} could not be removed: nothing in it is needed any more")
 
     def became(self, path: Path) -> bool:
@@ -359,7 +361,7 @@ def permissions(path: Path) -> int:
 
 def check_free(dst: Path) -> None:
     """Raise if something has the name already."""
-    if os.path.lexists(dst):
+    if is_there(dst):
         raise OutputError(f"{dst}: exists already. Remove it or name another folder; octavo overwrites nothing.")
 
 

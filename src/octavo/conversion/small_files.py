@@ -44,7 +44,7 @@ class SmallFile(NamedTuple):
             if Identity.of(os.fstat(source.fileno())) != self.identity:
                 raise changed
             shutil.copyfileobj(source, copy)
-            if Identity.of(os.fstat(source.fileno())) != self.identity:
+            if Identity.of(os.fstat(source.fileno())) != self.identity or copy.tell() != self.identity.nbytes:
                 raise changed
 
 

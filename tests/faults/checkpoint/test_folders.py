@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -362,3 +363,21 @@ def test_hub_folder_without_safetensors_is_described(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
     fails(CheckpointError, "no .safetensors file here", lambda: Checkpoint.open("no-org/no-model"))
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_a_disk_that_does_not_answer_is_no_absent_file(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its config a converted checkpoint would not say that it is FP8."""
+    write_tensors(tmp_path / MODEL, "a")
+    (tmp_path / "config.json").write_text("{}")
+    original = os.lstat
+
+    def lstat(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(name):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return original(path, **options)
+
+    monkeypatch.setattr(os, "lstat", lstat)
+    fails(CheckpointError, (name, os.strerror(errno.EIO)), lambda: Checkpoint.open(tmp_path))

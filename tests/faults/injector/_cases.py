@@ -43,7 +43,7 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "memory": ("ENOMEM", "ENOMEM+"),
 }
 #: said in other words than the system's
-_OWN_WORDS = {"thread"}
+_OWN_WORDS = {"EAGAIN", "EWOULDBLOCK"}
 _FULL = {"ENOSPC", "EDQUOT"}
 #: one thread, so that calls come in the same order every time
 OPTIONS: dict[str, Any] = {"threads": 1, "staging_bytes": 1 << 20}
@@ -311,7 +311,7 @@ def _complaints(error: BaseException, fault: Fault, root: Path) -> list[str]:
     found = []
     if str(root) not in text and fault.kind not in ("thread", "memory"):
         found.append("does not say where")
-    if fault.code and os.strerror(fault.code) not in text and fault.kind not in _OWN_WORDS:
+    if fault.code and os.strerror(fault.code) not in text and fault.error not in _OWN_WORDS:
         found.append("does not say what")
     if "None" in text:
         found.append("says None")
