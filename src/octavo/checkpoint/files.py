@@ -73,14 +73,19 @@ def is_there(path: str | os.PathLike[str]) -> bool:
 
 def open_regular(path: str | os.PathLike[str], opener: Opener = os.open) -> BinaryIO:
     """Open a regular file for reading; an OSError for all else. Nothing waits for the other end of a named pipe."""
-    descriptor = opener(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-        return open(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
+
+    def open_(path: str, flags: int) -> int:
+        # `open` takes it over at once, so that it is closed only once, wherever an interrupt comes
+        descriptor = opener(path, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+
+    return open(os.fspath(path), "rb", opener=open_)
 
 
 def read_bounded(path: str | os.PathLike[str], max_bytes: int, opener: Opener = os.open) -> bytes:
