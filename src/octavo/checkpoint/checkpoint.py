@@ -102,6 +102,13 @@ class Checkpoint:
         config = self.config.get("quantization_config")
         return str(config.get("quant_method", "unknown")) if isinstance(config, dict) else None
 
+    def by_shard(self) -> list[list[TensorInfo]]:
+        """The tensors of each shard."""
+        found: list[list[TensorInfo]] = [[] for _ in self.shards]
+        for info in self.tensors.values():
+            found[info.shard].append(info)
+        return found
+
     def shard_of(self, name: str) -> Shard:
         return self.shards[self.tensors[name].shard]
 

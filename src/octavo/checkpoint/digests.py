@@ -169,8 +169,8 @@ class Recorded(NamedTuple):
             raise CheckpointError(f"{path}: not what octavo writes, or of a later version")
         problems: list[str] = []
         tensors: dict[str, str] = {}
-        for number, shard in enumerate(checkpoint.shards):
-            name, infos = shard.path.name, [info for info in checkpoint.tensors.values() if info.shard == number]
+        for shard, infos in zip(checkpoint.shards, checkpoint.by_shard(), strict=True):
+            name = shard.path.name
             recorded = shards.get(name, {})
             if not conforms(recorded.get("tensors"), dict[str, str]):
                 problems.append(f"{name}: no digests of it in {NAME}")

@@ -31,15 +31,12 @@ def marks_of(checkpoint: Checkpoint) -> Marks:
     Raises:
         SourceChangedError: a shard is not the one whose header was read, or can't be read any more.
     """
-    tensors: list[list[TensorInfo]] = [[] for _ in checkpoint.shards]
-    for info in checkpoint.tensors.values():
-        tensors[info.shard].append(info)
     return {
         shard.path.name: [
             *(shard.nbytes, shard.identity.mtime_ns, _digest(shard, mine)),
             *(shard.identity.inode, shard.identity.ctime_ns),
         ]
-        for shard, mine in zip(checkpoint.shards, tensors, strict=True)
+        for shard, mine in zip(checkpoint.shards, checkpoint.by_shard(), strict=True)
     }
 
 

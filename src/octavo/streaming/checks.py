@@ -22,10 +22,10 @@ class Checks:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint, self._recorded = checkpoint, Recorded.of(checkpoint)
-        self._infos: list[list[TensorInfo]] = [[] for _ in checkpoint.shards]
-        for info in sorted(checkpoint.tensors.values(), key=lambda info: info.offset):
-            if info.nbytes:
-                self._infos[info.shard].append(info)
+        self._infos = [
+            sorted((info for info in infos if info.nbytes), key=lambda info: info.offset)
+            for infos in checkpoint.by_shard()
+        ]
         self._begun: dict[str, list[Digest]] = {}  # one for each time that a tensor is read
         self._lock = threading.Lock()
 
