@@ -31,7 +31,9 @@ from .cli_options import (
     Threads,
     TrustRemoteCode,
     Verify,
+    accelerator,
     check_size,
+    device_memory_bytes,
     parse_size,
 )
 from .cli_output import (
@@ -154,8 +156,8 @@ def plan(
     from . import api
 
     if device_memory == "auto" and device == "cpu":
-        device = _accelerator()
-    room = None if device_memory is None else _device_memory(device_memory, device)
+        device = accelerator()
+    room = None if device_memory is None else device_memory_bytes(device_memory, device)
     made = api.plan(
         model,
         _chosen(scheme),
@@ -183,27 +185,6 @@ def plan(
             say(f"{human_bytes(peak)} {verdict} into {human_bytes(room)} ({what})")
     if not fits:
         raise typer.Exit(1)
-
-
-def _accelerator() -> str:
-    import torch
-
-    for kind in ("cuda", "xpu"):
-        if getattr(torch, kind).is_available():
-            return kind
-    raise typer.BadParameter("auto needs a GPU here; write a size such as 24GiB")
-
-
-def _device_memory(text: str, device: str) -> int:
-    if text != "auto":
-        return parse_size(text)
-    import torch
-
-    from .machine import usable_device
-
-    found = usable_device(device)
-    free, _ = getattr(torch, found.type).mem_get_info(found)
-    return int(free)
 
 
 @app.command()

@@ -33,6 +33,29 @@ def check_size(text: str | None) -> str | None:
     return text
 
 
+def accelerator() -> str:
+    """The kind of device that ``--device-memory auto`` asks where none is named."""
+    import torch
+
+    for kind in ("cuda", "xpu"):
+        if getattr(torch, kind).is_available():
+            return kind
+    raise typer.BadParameter("auto needs a GPU here; write a size such as 24GiB")
+
+
+def device_memory_bytes(text: str, device: str) -> int:
+    """A size, or for ``auto`` what the device has free."""
+    if text != "auto":
+        return parse_size(text)
+    import torch
+
+    from .machine import usable_device
+
+    found = usable_device(device)
+    free, _ = getattr(torch, found.type).mem_get_info(found)
+    return int(free)
+
+
 def _check_scheme(text: str) -> str:
     if text not in (*SCHEMES, "none"):
         raise typer.BadParameter(f"{shown(text)}; known: {', '.join(SCHEMES)}, none")
