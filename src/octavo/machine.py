@@ -42,7 +42,8 @@ def usable_cpus() -> int:
         return os.cpu_count() or 1
 
 
-PAGE = 4096  # what direct reads are aligned to; devices ask for no more
+#: what reads and writes past the page cache are aligned to, in files and in memory; devices ask for no more
+PAGE = 4096
 
 
 def now() -> float:

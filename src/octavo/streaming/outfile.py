@@ -13,21 +13,20 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 
 import numpy as np
 
+from ..checkpoint.files import Opener
 from ..errors import OutputError
+from ..machine import PAGE
 
-#: of file offsets, lengths and memory: what any file system asks for at most
-_PAGE_BYTES = 4096
 #: shorter writes are not worth a wait for the disk
 _DIRECT_BYTES = 256 << 10
 _DIRECT_BLOCK_BYTES = 4 << 20
 #: writes through the page cache larger than this were measured up to ten times slower: see docs/log.md
 _BLOCK_BYTES = 1 << 20
-
 
 #: what helps before the same command is run again
 _ADVICE = {
@@ -67,14 +66,13 @@ def _create(path: str, flags: int) -> int:
 class OutFile:
     """A new file, its room claimed at once, so that a full disk is an error now and not after an hour.
 
-    ``opener`` opens a path with flags, as that of the built-in `open` does. What has the name already, be it a link, is
-    an error and is left alone.
+    What has the name already, be it a link, is an error and is left alone.
 
     Raises:
         OutputError: here and in `write`, with advice.
     """
 
-    def __init__(self, path: str | os.PathLike[str], nbytes: int, opener: Callable[[str, int], int] = _create) -> None:
+    def __init__(self, path: str | os.PathLike[str], nbytes: int, opener: Opener = _create) -> None:
         self.path = path
         self._buffered = self._direct = -1
         self._blocks = threading.local()  # page-aligned memory of each writing thread
@@ -97,8 +95,8 @@ class OutFile:
     def write(self, data: memoryview, offset: int) -> None:
         """Write ``data``, bytes, at ``offset``."""
         try:
-            begin = -(-offset // _PAGE_BYTES) * _PAGE_BYTES
-            end = (offset + len(data)) // _PAGE_BYTES * _PAGE_BYTES
+            begin = -(-offset // PAGE) * PAGE
+            end = (offset + len(data)) // PAGE * PAGE
             if self._direct < 0 or end - begin < _DIRECT_BYTES:
                 self._write_buffered(data, offset)
                 return
@@ -129,7 +127,7 @@ class OutFile:
                 if error.errno != errno.EINVAL:
                     raise
                 written = 0
-            if written % _PAGE_BYTES or not written:  # the file system has other ideas of what is aligned
+            if written % PAGE or not written:  # the file system has other ideas of what is aligned
                 self._write_buffered(part, offset + done)
                 written = len(part)
             done += written
