@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 
 _SAMPLE_S = 0.01
-
-
 #: a longer trace is thinned to half, and sampled half as often
 _MAX_SAMPLES = 2048
 

@@ -9,8 +9,8 @@ always has a slot. There are two ways:
 
 A slot is reused only when it is idle: on an accelerator, after the copy out of it has completed.
 
-`Ring.stop` wakes whatever waits: an exception in any thread, or Ctrl-C in the caller's,
-stops every worker after its current chunk, and waits for them.
+`Ring.stop` wakes whatever waits: an exception in any thread, or Ctrl-C in the caller's, stops every worker after its
+current chunk, and waits for them.
 """
 
 from __future__ import annotations

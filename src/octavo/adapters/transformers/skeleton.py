@@ -61,7 +61,7 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
         refused = None if trusted else own_code.refusal(error, folder, "config.json")
         raise refused or CheckpointError(
             f"{folder}: transformers can't build {getattr(cls, '__name__', cls)} from this config.json "
-            f"with { ({'dtype': chosen, **options}) }: {told(error)}"
+            f"with {dict(dtype=chosen, **options)}: {told(error)}"
         ) from error
     model.config.name_or_path = folder
     if model.can_generate():
@@ -110,9 +110,8 @@ def _build(
     """A model of a class, or of the one that an auto class finds: its parameters on meta, its buffers computed."""
     modules = [kind.__module__ for kind in (cls, type(config))]
     own = not all(module.startswith("transformers.") for module in modules) or (trusted and hasattr(config, "auto_map"))
-    with Unallocated(
-        dtype, values=own, most=most_calls(checkpoint)
-    ):  # a dtype that transformers is told becomes the default of all threads
+    # a dtype that transformers is told becomes the default of all threads
+    with Unallocated(dtype, values=own, most=most_calls(checkpoint)):
         if hasattr(cls, "_model_mapping"):
             model = cls.from_config(config, trust_remote_code=trusted, dtype=None, **options)
         else:
