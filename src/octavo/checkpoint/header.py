@@ -79,7 +79,7 @@ class Shard:
         try:
             found = os.stat(self.path)
         except OSError as error:
-            raise SourceChangedError(f"{self.path}: disappeared while being read ({error.strerror})") from error
+            raise SourceChangedError(f"{self.path}: can't be read any more: {reason(error)}") from error
         self.check_is(found)
 
     def check_is(self, found: os.stat_result) -> None:

@@ -25,7 +25,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.files import open_regular
 from ..checkpoint.header import Shard, TensorInfo
 from ..elements.pieces import Piece
-from ..errors import CheckpointError, SourceChangedError
+from ..errors import CheckpointError, SourceChangedError, reason
 from ..machine import PAGE
 from .checks import Checks
 from .outfile import close_all
@@ -75,7 +75,7 @@ class Files:
             except OSError as error:
                 raise CheckpointError(
                     f"{self._shards[shard].path}: reading {len(view):,} bytes at {offset:,}"
-                    f"{self._tensor_at(shard, offset + done)} failed: {error.strerror}"
+                    f"{self._tensor_at(shard, offset + done)} failed: {reason(error)}"
                 ) from error
             if count == 0:
                 raise SourceChangedError(
@@ -152,7 +152,7 @@ class Files:
                 try:
                     self._buffered[shard] = _open_same(self._shards[shard])
                 except OSError as error:
-                    raise CheckpointError(f"{path}: can't be opened: {error.strerror}") from error
+                    raise CheckpointError(f"{path}: can't be opened: {reason(error)}") from error
             return self._buffered[shard], self._direct[shard]
 
     def _open_direct(self, shard: Shard) -> int | None:

@@ -51,7 +51,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "is truncated": (_truncate, "changed since it was opened"),
     "grows": (_grow, "changed since it was opened"),
     "is replaced": (_rewrite, "changed since it was opened"),
-    "is deleted": (Path.unlink, "disappeared while being read"),
+    "is deleted": (Path.unlink, "can't be read any more: No such file"),
     "becomes a folder": (_replace_by_folder, "changed since it was opened"),
 }
 
