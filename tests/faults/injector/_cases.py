@@ -48,7 +48,7 @@ _FULL = {"ENOSPC", "EDQUOT"}
 #: one thread, so that calls come in the same order every time
 OPTIONS: dict[str, Any] = {"threads": 1, "staging_bytes": 1 << 20}
 _FOR_EVER = 1 << 40
-_QUICK_CALLS = 16
+_QUICK_CALLS = 6
 
 
 @dataclass(frozen=True)
@@ -325,7 +325,7 @@ def cases(shim: Shim, operation: Operation, chosen: Sequence[str]) -> Iterator[d
 
     Args:
         chosen: ``full``, kinds of call, and faults as ``kind:name``; ``quick`` for the first of each kind, at no more
-            than some dozen calls of a kind.
+            than half a dozen calls of a kind.
     """
     disturber = Disturber(shim, operation)
     yield {"counts": disturber.counts}

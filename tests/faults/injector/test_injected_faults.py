@@ -1,6 +1,6 @@
 """Calls of the C library that fail, one at a time, in all that octavo does: the right bytes, or a clear error.
 
-Each fault is put at every call of its kind, or at a dozen where there are many; all faults at all calls: `make faults`.
+The first fault of each kind is put at a few of its calls; all faults at all calls: `make faults`.
 """
 
 from __future__ import annotations
