@@ -186,61 +186,13 @@ def _judge(trial: Trial, place: Place, code: int, said: str, expected: set[int])
 
 # -- one process for all runs -----------------------------------------------------------------------------------------
 
-# Answers a line for each line: converts, and says how that ended and what is left of it.
-_SESSION = """
-import json, os, signal, sys, threading
-import octavo
-src, dst, where = sys.argv[1:]
-
-def attempt():
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        octavo.convert(src, dst, threads=2, staging_bytes=1 << 20, progress=False)
-        return "done"
-    except KeyboardInterrupt:
-        return "interrupted"
-    except octavo.OctavoError as error:
-        return f"{type(error).__name__}: {error}"
-
-def guarded():
-    try:
-        try:
-            return attempt()
-        finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        return "interrupted"
-
-def in_thread():
-    # the main thread is interrupted, and the conversion goes on in its own
-    found = []
-    thread = threading.Thread(target=lambda: found.append(attempt()), daemon=True)
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.01)
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        os._exit(130)
-    return found[0]
-
-octavo.plan(src, model=False)
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-print("ready", flush=True)
-for line in sys.stdin:
-    outcome = guarded() if where == "main" else in_thread()
-    threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("octavo")]
-    files = [path for path in map(os.path.realpath, (f"/proc/self/fd/{n}" for n in os.listdir("/proc/self/fd")))
-             if ".partial" in path or path.endswith(".safetensors")]
-    print(json.dumps([outcome, threads, files]), flush=True)
-"""
+#: answers a line for each line: converts, and says how that ended and what is left of it
+_SESSION = Path(__file__).with_name("_session.py")
 
 
 def _session(place: Place, where: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", _SESSION, str(place.source), str(place.dst), where],
+        [sys.executable, str(_SESSION), str(place.source), str(place.dst), where],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
