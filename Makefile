@@ -72,7 +72,7 @@ gpu: $(READY) ## the tests that need a CUDA device
 
 fuzz: $(READY) ## what reads others' files, on inputs that atheris finds: FUZZ_SECONDS, FUZZ_JOBS, FUZZ_TARGETS
 	@$(PY) -c "import atheris" 2>/dev/null || $(PY) -m pip install -qq --disable-pip-version-check -c constraints.txt \
-		$(PIP_ARGS) -e '.[fuzz]'
+		$(PIP_ARGS) atheris
 	$(FUZZ).guided --seconds $(FUZZ_SECONDS) --jobs $(FUZZ_JOBS) $(if $(FUZZ_TARGETS),--targets $(FUZZ_TARGETS)) $(ARGS)
 
 fuzz-inputs: $(READY) ## the same on FUZZ_INPUTS inputs that are alike on every run
