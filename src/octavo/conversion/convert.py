@@ -169,8 +169,8 @@ class Job:
         with PartialFolder.locked(_partial_of(self.dst), mode) as partial:
             anew = self._check_resumable(partial) if partial.finished else set()
             try:
-                names = [shard.name for shard, _ in self.shards]
-                partial.take_up(self._identity(), names, self._other_files(), anew, digests=self.digests)
+                names, verify = [shard.name for shard, _ in self.shards], self.checks is not None
+                partial.take_up(self._identity(), names, self._other_files(), anew, digests=self.digests, verify=verify)
             except OSError as error:
                 raise disk_error(partial.path, error) from error
             self._check_room(partial)

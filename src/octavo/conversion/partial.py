@@ -137,6 +137,7 @@ class PartialFolder(Folder):
         self._run = f"run-{secrets.token_hex(4)}"
         self._writers: Callable[[], None] = lambda: None
         self.notes: list[str] = []  # for the report
+        self._verify = False  # whether this run compares what it reads with the source's digests
         self._process = os.getpid()
         self._held = -1  # the lock
 
@@ -236,7 +237,12 @@ class PartialFolder(Folder):
             if isinstance(error.__cause__, OSError):  # it may be sound
                 raise error.__cause__ from None
             raise OutputError(f"{error}: damaged; remove {self.path}") from error
-        kinds = {"files": list[str], "finished": dict[str, int], "digests": dict[str, dict[str, Any]] | None}
+        kinds = {
+            "files": list[str],
+            "finished": dict[str, int],
+            "digests": dict[str, dict[str, Any]] | None,
+            "verified": list[str] | None,
+        }
         if not all(conforms(manifest.get(key), kind) for key, kind in kinds.items()):
             raise OutputError(f"{self.path / _MANIFEST}: damaged; remove {self.path}")
         return manifest
@@ -253,6 +259,12 @@ class PartialFolder(Folder):
         digests: dict[str, Any] | None = self.manifest.get("digests")
         return {} if digests is None else digests
 
+    @property
+    def verified(self) -> list[str]:
+        """Finished shards whose source was compared with its digests while it was read."""
+        verified: list[str] | None = self.manifest.get("verified")
+        return [] if verified is None else verified
+
     def take_up(
         self,
         identity: dict[str, Any],
@@ -261,6 +273,7 @@ class PartialFolder(Folder):
         anew: Collection[str] = (),
         *,
         digests: bool = False,
+        verify: bool = False,
     ) -> None:
         """Keep finished shards, remove all else that an earlier run left, and note which files this one is to make.
 
@@ -269,15 +282,17 @@ class PartialFolder(Folder):
         Args:
             anew: shards that are to be written again, though they are finished.
             digests: so are those of which there are no digests.
+            verify: so are those that were made from what nothing compared with the source's digests.
         """
+        self._verify = verify
         made, result = set(self.manifest.get("files", ())), self.result
         names = result.names()
         result.refuse(name for name in names if name not in made or not result.is_file(name))
         sizes = {name: found.st_size for name in names if (found := result.lstat(name))}
-        known = self.digests if digests else self.finished
-        finished = {
-            name: nbytes for name, nbytes in self.finished.items() if sizes.get(name) == nbytes and name in known
-        }
+        known = set(self.finished)
+        known &= self.digests.keys() if digests else known
+        known &= set(self.verified) if verify else known
+        finished = {name: self.finished[name] for name in sorted(known) if sizes.get(name) == self.finished[name]}
         if again := [name for name in anew if finished.pop(name, None) is not None]:
             self.notes.append(f"written again, since their source was touched meanwhile: {', '.join(sorted(again))}")
         for name in names - finished.keys():
@@ -285,7 +300,11 @@ class PartialFolder(Folder):
         self._wanted = {*shards, *others}
         files = self._wanted.union(map(self.part_of, shards))
         kept = {name: found for name, found in self.digests.items() if name in finished}
-        self.manifest = {**identity, "files": sorted(files), "finished": finished, "digests": kept}
+        verified = [name for name in self.verified if name in finished]
+        self.manifest = {
+            **identity,
+            **{"files": sorted(files), "finished": finished, "digests": kept, "verified": verified},
+        }
         self._write_manifest()
 
     def _write_manifest(self) -> None:
@@ -307,6 +326,8 @@ class PartialFolder(Folder):
         self.finished[shard] = nbytes
         if digests is not None:
             self.digests[shard] = digests
+        if self._verify:
+            self.verified.append(shard)
         self._write_manifest()
 
     def publish(self, dst: Path) -> None:

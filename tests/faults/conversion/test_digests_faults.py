@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from _conversions import CONFIG, cli, same_files, stop_after, tensors_of_size
+from _conversions import CONFIG, cli, same_files, states, stop_after, tensors_of_size
 from _inputs import fails
 from safetensors import safe_open
 
@@ -216,6 +216,25 @@ def test_a_stream_that_verifies_hands_out_no_tensor_that_was_damaged(
         fails(CheckpointError, says, lambda: convert(tmp_path / "copy", tmp_path / "out", scheme, verify=True))
         assert not (tmp_path / "out").exists()
         flip(file, -5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_resumed_conversion_that_verifies_keeps_only_what_was_verified(first: bool, tmp_path: Path) -> None:
+    """A shard that an earlier run had finished from damaged bytes, unseen, is not passed on as verified."""
+    made_from = write_checkpoint(tmp_path / "made_from", tensors_of_size(3, 512), 3, CONFIG)
+    source, out = tmp_path / "source", tmp_path / "out"
+    convert(made_from, source, None)
+    bit = 8 * (source / "model-00001-of-00003.safetensors").stat().st_size - 1
+    if not first:
+        flip(source / "model-00001-of-00003.safetensors", bit)
+    stop_after(1, source, out, verify=first, threads=1, staging_bytes=MIB)
+    before = states(tmp_path / "out.partial" / "checkpoint")
+    if first:
+        octavo.convert(source, out, verify=True)
+        assert before.items() <= states(out).items()
+    else:
+        fails(CheckpointError, "the digest of its bytes", lambda: octavo.convert(source, out, verify=True))
+        assert not out.exists()
 
 
 def test_a_converted_checkpoint_is_handed_out_verified(odd: Path, tmp_path: Path) -> None:
