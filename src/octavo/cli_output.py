@@ -13,7 +13,7 @@ from typing import Any
 
 from ._version import __version__
 from .errors import OutputError, boundary
-from .text import printable, prose
+from .text import on_terminal, printable, prose
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def progress_of(title: str) -> Any:
     """A bar on a terminal, lines elsewhere: whoever reads a log wants to know that it goes on."""
     from .streaming.meter import ProgressLines
 
-    return None if sys.stderr.isatty() else ProgressLines(title)
+    return None if on_terminal() else ProgressLines(title)
 
 
 def tell(label: str, style: str, text: str) -> None:

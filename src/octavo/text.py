@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import reprlib
 import shutil
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from io import StringIO
 from typing import Any
@@ -32,6 +34,23 @@ def count_text(counted: tuple[int, int]) -> str:
 def pattern(name: str) -> str:
     """'model.layers.3.mlp' -> 'model.layers.*.mlp', which all of a model's layers have in common."""
     return ".".join("*" if part.isdecimal() else part for part in name.split("."))
+
+
+# -- on stderr --------------------------------------------------------------------------------------------------------
+
+
+def on_terminal() -> bool:
+    """Return True if stderr is a terminal, and False where a program has none, or has closed it."""
+    with contextlib.suppress(AttributeError, ValueError):
+        return sys.stderr.isatty()
+    return False
+
+
+def remark(line: str) -> None:
+    """Print a line to stderr. Where nobody can read it any more, as after a terminal was closed, nothing fails."""
+    if sys.stderr is not None:  # `print` would take stdout
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
 
 
 # -- what others wrote ------------------------------------------------------------------------------------------------

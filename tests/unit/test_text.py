@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import sys
+from typing import Any
 
 import pytest
 
 from octavo.errors import CheckpointError, CoverageError, Lines, UpdateError, raise_problems
-from octavo.text import one_line, printable, prose, shown, table_text, told
+from octavo.text import on_terminal, one_line, printable, prose, remark, shown, table_text, told
 
 HOSTILE = "a\x1b]0;pwned\x07\x1b[31m\r\nall bytes equal\u202egnp\ud800\x9b\u2028.weight"
 SAFE = r"a\x1b]0;pwned\x07\x1b[31m\r\nall bytes equal\u202egnp\ud800\x9b\u2028.weight"
@@ -77,3 +80,26 @@ def test_each_problem_is_one_line() -> None:
 def test_an_update_s_error_keeps_its_lines() -> None:
     error = UpdateError(Lines.of("the update failed: x", HOSTILE), ["a"], [], [])
     assert str(error) == f"the update failed: x\n{SAFE}"
+
+
+class _Gone(io.StringIO):
+    """The terminal of a connection that has ended."""
+
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def _closed() -> io.StringIO:
+    stream = io.StringIO()
+    stream.close()
+    return stream
+
+
+@pytest.mark.parametrize("stderr", [None, _closed(), _Gone(), object()], ids=["none", "closed", "gone", "odd"])
+def test_a_remark_that_nobody_can_read_is_no_error(
+    stderr: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stderr", stderr)
+    remark("a line")
+    assert not on_terminal()
+    assert capsys.readouterr().out == ""

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from rich.console import Console
 
 from ..errors import of_user
 from ..machine import now, rss_bytes
-from ..text import human_bytes
+from ..text import human_bytes, on_terminal, remark
 from .workers import Workers
 
 if TYPE_CHECKING:
@@ -176,7 +175,7 @@ def progress_bar(
     if callable(progress):
         yield of_user(progress)
         return
-    if progress is False or (progress is None and not sys.stderr.isatty()):
+    if progress is False or (progress is None and not on_terminal()):
         yield None
         return
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -196,4 +195,4 @@ class ProgressLines:
     def __call__(self, done: int, total: int) -> None:
         if now() - self._told >= self._every_s:
             self._told = now()
-            print(f"{self._title}: {human_bytes(done)} of {human_bytes(total)}", file=sys.stderr, flush=True)
+            remark(f"{self._title}: {human_bytes(done)} of {human_bytes(total)}")

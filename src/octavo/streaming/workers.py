@@ -20,6 +20,7 @@ from collections.abc import Callable
 
 from ..machine import now
 from ..memory import require_thread
+from ..text import remark
 
 #: how long `Workers.finish` waits before it says for what
 PATIENCE_S = 5.0
@@ -110,7 +111,7 @@ class Workers:
         while self.at_work and not sys.is_finalizing():
             if not self._told and now() - self._waiting_since > PATIENCE_S:
                 self._told = True
-                print(self._telling(), file=sys.stderr, flush=True)
+                remark(self._telling())
             self.wait(_TICK_S)
         # all that is left to them is to go; after an interrupted `join`, the next one does not wait
         since = now()
