@@ -44,6 +44,7 @@ from .cli_output import (
     say,
     say_json,
     say_lines,
+    say_written,
     show_what_cannot_be_encoded,
     tell,
     tell_fault,
@@ -226,11 +227,7 @@ def convert(
             verify=verify,
             progress=progress_of("Converting"),
         )
-        if json_:
-            say_json(report.to_dict())
-        else:
-            say_lines(report.table())
-            say(f"written: {dst}")
+        say_written(report, dst, json_)
     except KeyboardInterrupt as interrupt:
         if report is None and not interrupt.args:
             raise

@@ -9,11 +9,15 @@ import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import OutputError, boundary
 from .text import on_terminal, printable, prose
+
+if TYPE_CHECKING:
+    from .streaming.report import Report
 
 
 @contextlib.contextmanager
@@ -41,6 +45,19 @@ def say_lines(text: str) -> None:
 def say_json(value: Any) -> None:
     with _writing() as out:
         out.write(json.dumps(value, indent=2) + "\n")
+
+
+def say_written(report: Report, dst: Path, as_json: bool) -> None:
+    """The report of a conversion. Where it can't be written, it is told that the folder is complete nevertheless."""
+    try:
+        if as_json:
+            say_json(report.to_dict())
+        else:
+            say_lines(report.table())
+            say(f"written: {dst}")
+    except OutputError:
+        tell("", "", f"{dst} is complete")
+        raise
 
 
 class Spoken:

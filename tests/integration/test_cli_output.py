@@ -95,6 +95,19 @@ def test_a_result_that_cannot_be_written_is_no_no(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_a_conversion_whose_report_cannot_be_written_is_complete(options: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with open("/dev/full", "w") as full:
+        done = process("convert", checkpoint(tmp_path / "source"), out, *options, stdout=full)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        f"{out} is complete",
+        "error: standard output: No space left on device",
+    ]
+
+
 def test_a_reader_who_goes_away_is_no_error(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
