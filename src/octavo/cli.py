@@ -40,12 +40,12 @@ from .cli_output import (
     Spoken,
     complain,
     give_up_output,
+    prepare_output,
     progress_of,
     say,
     say_json,
     say_lines,
     say_written,
-    show_what_cannot_be_encoded,
     tell,
     tell_fault,
 )
@@ -346,7 +346,7 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that a user can cause are a message and an exit code; a fault of octavo says that it is."""
-    show_what_cannot_be_encoded()
+    prepare_output()
     try:
         # without standalone mode, an exit code is what the call returns; that of Ctrl-C, too
         code = app(standalone_mode=False)

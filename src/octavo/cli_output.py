@@ -115,8 +115,15 @@ def give_up_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def show_what_cannot_be_encoded() -> None:
-    """Let characters that a terminal lacks be shown as escapes, and not end a command."""
+def prepare_output() -> None:
+    """Let characters that a terminal lacks be shown as escapes, and no file be what others take for stdout or stderr.
+
+    Where these are closed, the next files that are opened would get their numbers, and what libraries print.
+    """
+    with contextlib.suppress(OSError):
+        while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -108,6 +108,29 @@ def test_a_conversion_whose_report_cannot_be_written_is_complete(options: list[s
     ]
 
 
+_WHAT_IS_OPEN = """
+import os, pathlib, sys
+from octavo.cli import main
+try:
+    main()
+finally:
+    found = pathlib.Path("found")
+    found.write_text(" ".join(os.readlink(f"/proc/self/fd/{number}") for number in range(3)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs a system that tells what is open")
+def test_no_file_takes_the_place_of_a_standard_stream_that_is_closed(tmp_path: Path) -> None:
+    """What a library prints would be in it."""
+    checkpoint(tmp_path / "source")
+    command = [sys.executable, "-c", _WHAT_IS_OPEN, "convert", "source", "out"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
+    assert subprocess.run(shell, cwd=tmp_path, env=environment).returncode == 2  # nobody got the report
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert (tmp_path / "found").read_text() == "/dev/null /dev/null /dev/null"
+
+
 def test_a_reader_who_goes_away_is_no_error(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     os.close(reading)
