@@ -216,8 +216,8 @@ class Job:
 
     def _check_room(self, partial: PartialFolder) -> None:
         needed = sum(shard.nbytes for shard, _ in self.shards if shard.name not in partial.finished)
-        free = shutil.disk_usage(partial.descriptor).free
-        if needed > free:
+        total, _, free = shutil.disk_usage(partial.descriptor)
+        if total and needed > free:  # some file systems, of memory or of a network, do not tell
             raise OutputError(
                 f"{self.dst.parent}: {human_bytes(needed)} are still to be written, {human_bytes(free)} are free. "
                 "Make room and run the same command again."

@@ -182,6 +182,18 @@ def test_full_disk_is_noticed_before_anything_is_written(
     assert same_files(disk / "out", tmp_path / "measured")
 
 
+def test_file_system_that_does_not_tell_its_size_is_not_called_full(small: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "ramfs"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "ramfs", "ramfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        octavo.convert(small, disk / "out")
+        assert octavo.verify(disk / "out", small).ok
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_disk_that_fills_up_meanwhile_is_a_clear_error_and_the_run_goes_on(
     tmp_path: Path, tiny_disk: Callable[[int], Path]
 ) -> None:
