@@ -48,9 +48,22 @@ class Finisher:
         """A file for a shard that is not complete; ``mode`` is what others may do with it, less the umask."""
         result = self._partial.result
         opener = functools.partial(result.opener, mode=mode)
-        file = OutFile(result.path / self._partial.part_of(shard.name), shard.nbytes, opener)
-        self._files.append(file)
-        return file
+        made: queue.SimpleQueue[OutFile | BaseException] = queue.SimpleQueue()
+
+        def make() -> None:
+            try:
+                file = OutFile(result.path / self._partial.part_of(shard.name), shard.nbytes, opener)
+                self._files.append(file)
+                made.put(file)
+            except BaseException as error:
+                made.put(error)
+
+        # in the main thread an interrupt could come between opening a file and keeping it, which nobody would close
+        self._workers.start(make, "octavo-open")
+        found = made.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
     def fill(self, stream: Stream, file: OutFile) -> Stream:
         """Note that a stream writes to a file."""
