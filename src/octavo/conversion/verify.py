@@ -167,8 +167,10 @@ class _Reader:
 def _strays(made: Checkpoint) -> list[str]:
     """Weights in the folder that belong to no shard of the checkpoint: some readers would take them."""
     known = {shard.path.name for shard in made.shards}
-    files = sorted(file.name for file in made.path.glob("*.safetensors")) if made.path.is_dir() else []
-    return [f"{name}: belongs to no shard of this checkpoint" for name in files if name not in known]
+    files = sorted(made.path.glob("*.safetensors")) if made.path.is_dir() else []
+    # a shard without tensors is in no index, and does no harm
+    strays = [file for file in files if file.name not in known and Checkpoint.open_files([file]).tensors]
+    return [f"{file.name}: belongs to no shard of this checkpoint" for file in strays]
 
 
 def _pairs(made: Checkpoint, source: Checkpoint, layout: formats.Format, problems: list[str]) -> list[Pair]:
