@@ -27,7 +27,7 @@ from helpers import (
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.elements.pieces import whole
 from octavo.elements.symbolic import Symbolic
-from octavo.errors import SourceChangedError, WeightError
+from octavo.errors import CheckpointError, SourceChangedError, WeightError
 from octavo.numerics import schemes
 from octavo.planning import kinds
 from octavo.planning.placement import Target
@@ -204,8 +204,9 @@ def test_a_sink_that_fails_ends_the_stream(checkpoint):
 
     plan = plan_checkpoint(checkpoint, Recipe())
     storages = {p.name: Storage.allocate(p) for p in plan.placements}
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(CheckpointError, match="No space left") as raised:
         Stream(checkpoint, plan, Full(storages), threads=3).run()
+    assert isinstance(raised.value.__cause__, OSError)
 
 
 def test_a_stream_leaves_torchs_thread_count_as_it_was(checkpoint):

@@ -15,7 +15,7 @@ import torch
 
 from helpers import in_blocks, one_tensor, random_weights, same_bytes, threads_of_octavo, write_checkpoint
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.errors import WeightError
+from octavo.errors import DeviceError, WeightError
 from octavo.numerics import schemes
 from octavo.planning.plan import Plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
@@ -114,7 +114,7 @@ def test_an_iterator_that_fails_in_its_own_way_leaves_files_and_torch_as_they_we
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(DeviceError, match="no room"):
             list(stream.iterate())
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == 3
