@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
 import os
 import time
 
@@ -44,6 +47,22 @@ def usable_cpus() -> int:
 
 #: what reads and writes past the page cache are aligned to, in files and in memory; devices ask for no more
 PAGE = 4096
+
+
+def resident_pages(address: int, nbytes: int) -> bytes:
+    """A byte for each page of mapped memory, from a page's beginning: its lowest bit says whether the page is there.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    pages = (ctypes.c_ubyte * -(-nbytes // mmap.PAGESIZE))()
+    try:
+        mincore = ctypes.CDLL(None, use_errno=True).mincore
+    except (AttributeError, TypeError):  # not on Windows
+        raise OSError(errno.ENOSYS, "no mincore") from None
+    if mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), pages):
+        raise OSError(ctypes.get_errno(), "mincore")
+    return bytes(pages)
 
 
 def now() -> float:

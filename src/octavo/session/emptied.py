@@ -13,13 +13,13 @@ import ctypes
 import math
 import mmap
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import LoaderError
+from ..machine import resident_pages
 from .inventory import Inventory
 from .parameters import Item
 
@@ -69,7 +69,7 @@ class Emptied:
         """
         if self._memory is None or not self._tells:
             return
-        resident = bytes(_resident(self._memory))
+        resident = _resident(self._memory)
         names = [name for name, first, end in self._places if any(resident[first:end])]
         if not names:
             return
@@ -112,15 +112,12 @@ def _address(memory: mmap.mmap) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
-def _resident(memory: mmap.mmap) -> Any:
-    """A byte for each page, which is not 0 where there is memory; where the system does not tell, for all of them."""
-    pages = (ctypes.c_ubyte * (len(memory) // _PAGE))()
+def _resident(memory: mmap.mmap) -> bytes:
+    """A byte for each page, which is not 0 where there is memory; one such byte where the system does not tell."""
     try:
-        ask = ctypes.CDLL(None).mincore
-    except (OSError, AttributeError, TypeError):
+        return resident_pages(_address(memory), len(memory))
+    except OSError:
         return b"\1"
-    failed = ask(ctypes.c_void_p(_address(memory)), ctypes.c_size_t(len(memory)), pages)
-    return b"\1" if failed else pages
 
 
 def _move(tensor: Tensor, place: Tensor) -> None:

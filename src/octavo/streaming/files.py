@@ -9,7 +9,6 @@ a file that one may write or owns.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import os
 import threading
@@ -26,7 +25,7 @@ from ..checkpoint.files import open_regular
 from ..checkpoint.header import Shard, TensorInfo
 from ..elements.pieces import Piece
 from ..errors import CheckpointError, SourceChangedError, reason
-from ..machine import PAGE
+from ..machine import PAGE, resident_pages
 from .checks import Checks
 from .outfile import close_all
 
@@ -210,8 +209,7 @@ def _open_same(shard: Shard, flags: int = 0) -> int:
 
 def cached_share(path: Path, start: int = 0, nbytes: int | None = None, windows: int = _WINDOWS) -> float:
     """About how much of a file, or of a part of it, the page cache holds: 0 to 1, and 1 where that can't be told."""
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        mincore = ctypes.CDLL(None, use_errno=True).mincore
+    with contextlib.suppress(OSError, ValueError):
         before = start % mmap.ALLOCATIONGRANULARITY
         length = 0 if nbytes is None else before + nbytes  # 0: to the end
         with (
@@ -220,20 +218,18 @@ def cached_share(path: Path, start: int = 0, nbytes: int | None = None, windows:
         ):
             pages = np.frombuffer(mapped, dtype=np.uint8)
             try:
-                return _resident_share(mincore, int(pages.ctypes.data), len(mapped), windows)
+                return _resident_share(int(pages.ctypes.data), len(mapped), windows)
             finally:
                 del pages  # or the mapping could not be closed
     return 1.0
 
 
-def _resident_share(mincore: ctypes._NamedFuncPointer, address: int, nbytes: int, windows: int) -> float:
+def _resident_share(address: int, nbytes: int, windows: int) -> float:
     length = min(_WINDOW_BYTES, nbytes)
-    found = (ctypes.c_ubyte * -(-length // mmap.PAGESIZE))()
     step = max(1, (nbytes - length) // (windows - 1) // mmap.PAGESIZE) * mmap.PAGESIZE
     resident = seen = 0
     for start in range(0, nbytes - length + 1, step):
-        if mincore(ctypes.c_void_p(address + start), ctypes.c_size_t(length), found):
-            raise OSError(ctypes.get_errno(), "mincore")
+        found = resident_pages(address + start, length)
         resident += sum(page & 1 for page in found)
         seen += len(found)
     return resident / seen
