@@ -188,7 +188,7 @@ def test_command_that_is_interrupted_when_all_is_done_says_so_and_exits_0(
         os.kill(os.getpid(), signal.SIGINT)
 
     if moment == "while it is told":
-        monkeypatch.setattr(commands, "say_lines", interrupt)
+        monkeypatch.setattr(commands, "say_written", interrupt)
     else:
         monkeypatch.setattr(PartialFolder, "_leave", interrupt)
     monkeypatch.setattr(commands, "give_up_output", lambda: None)
