@@ -17,6 +17,9 @@ from ..streaming.workers import Workers
 from .layout import ShardLayout
 from .partial import PartialFolder
 
+#: shards that may wait to be synced: each has files open
+_WAITING = 8
+
 
 class Finisher:
     """Finishes shards one after another in a thread of its own: the disk is waited for while the next one is read."""
@@ -26,6 +29,10 @@ class Finisher:
         self._files: list[OutFile] = []
         self._stream: Stream | None = None
         self._complete: queue.SimpleQueue[tuple[OutFile, ShardLayout, ShardDigests | None] | None] = queue.SimpleQueue()
+        # an entry for each that may still be submitted; a semaphore would not bear an interrupt
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(_WAITING):
+            self._room.put(None)
         self._workers = Workers(f"syncing what is in {partial.path}")
         self._begun = False
         self._stops = 0
@@ -72,11 +79,15 @@ class Finisher:
         return stream
 
     def submit(self, file: OutFile, shard: ShardLayout, digests: ShardDigests | None) -> None:
-        """Have a shard that is complete synced, renamed and recorded; raises what went wrong with an earlier one."""
-        self.check()
+        """Have a shard that is complete synced, renamed and recorded; raises what went wrong with an earlier one.
+
+        Waits where the disk is slower than what is written.
+        """
         if not self._begun:
             self._begun = True
             self._workers.start(self._work, "octavo-sync")
+        self._room.get()
+        self.check()
         self._complete.put((file, shard, digests))
 
     def check(self) -> None:
@@ -116,3 +127,4 @@ class Finisher:
                 self._error = disk_error(self._partial.result.path / shard.name, error)
             except BaseException as error:
                 self._error = error
+            self._room.put(None)

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _conversions import Stopped, same_files, stop_after
+import torch
+from _conversions import CONFIG, Stopped, same_files, stop_after
 from _inputs import fails
 
 import octavo
+from helpers import random_weights, write_checkpoint
 from octavo import cli as commands
 from octavo.conversion.partial import PartialFolder
 from octavo.errors import OutputError
@@ -105,6 +107,25 @@ def test_second_interrupt_leaves_out_shards_that_are_not_being_synced(
     assert names == ["model-00001-of-00003.safetensors"]
     octavo.convert(small, tmp_path / "out")
     assert octavo.verify(tmp_path / "out", small).ok
+
+
+def test_slow_disk_leaves_few_files_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many shards there are, the process may open only so many files."""
+    tensors = {f"m.{number}.weight": random_weights((8, 8), torch.bfloat16, number) for number in range(60)}
+    source = write_checkpoint(tmp_path / "source", tensors, 60, CONFIG)
+    original, opened = os.fsync, []
+
+    def slowly(descriptor: int) -> None:
+        time.sleep(0.02 if path_of(descriptor).endswith(".part") else 0)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", slowly)
+    before = len(os.listdir("/proc/self/fd"))
+    octavo.convert(
+        source, tmp_path / "out", None, progress=lambda done, of: opened.append(len(os.listdir("/proc/self/fd")))
+    )
+    assert max(opened) - before < 40
+    assert octavo.verify(tmp_path / "out", source).ok
 
 
 def test_run_that_is_over_can_change_nothing_in_its_folder(small: Path, tmp_path: Path) -> None:
