@@ -289,7 +289,7 @@ class PartialFolder(Folder):
         names = result.names()
         result.refuse(name for name in names if name not in made or not result.is_file(name))
         sizes = {name: found.st_size for name in names if (found := result.lstat(name))}
-        known = set(self.finished)
+        known = self.finished.keys() & set(shards)
         known &= self.digests.keys() if digests else known
         known &= set(self.verified) if verify else known
         finished = {name: self.finished[name] for name in sorted(known) if sizes.get(name) == self.finished[name]}

@@ -197,6 +197,17 @@ def test_damaged_manifest_is_refused_with_advice(content: bytes, small: Path, tm
     assert not dst.exists()
 
 
+def test_small_file_that_a_manifest_calls_finished_is_copied_anew(small: Path, tmp_path: Path) -> None:
+    stop_after(1, small, tmp_path / "out")
+    partial = tmp_path / "out.partial"
+    manifest = json.loads((partial / "manifest.json").read_text())
+    manifest["finished"]["config.json"] = 3
+    (partial / "manifest.json").write_text(json.dumps(manifest))
+    (partial / "checkpoint" / "config.json").write_text("abc")
+    octavo.convert(small, tmp_path / "out")
+    assert octavo.verify(tmp_path / "out", small).ok
+
+
 @pytest.mark.parametrize("content", [{}, {"finished": 3}, {"source": {}, "finished": {"x": 1}}])
 def test_manifest_of_something_else_is_refused(content: dict[str, Any], small: Path, tmp_path: Path) -> None:
     stop_after(1, small, tmp_path / "out")
