@@ -167,6 +167,7 @@ class Job:
         folder = self.checkpoint.path
         mode = permissions(folder) | stat.S_IRWXU if folder.is_dir() else 0o777
         with PartialFolder.locked(_partial_of(self.dst), mode) as partial:
+            check_free(self.dst)  # a run that held the lock may have made it meanwhile
             anew = self._check_resumable(partial) if partial.finished else set()
             try:
                 names, verify = [shard.name for shard, _ in self.shards], self.checks is not None

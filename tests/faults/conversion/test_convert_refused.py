@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from helpers import write_checkpoint
+from octavo.conversion.partial import PartialFolder
 from octavo.errors import OutputError, RecipeError, SourceChangedError, WeightError
 
 # -- targets ----------------------------------------------------------------------------------------------------------
@@ -60,6 +61,29 @@ def test_target_that_appears_meanwhile_is_left_alone(small: Path, tmp_path: Path
 
     fails(OutputError, str(dst), lambda: octavo.convert(small, dst, progress=progress))
     assert [path.name for path in dst.iterdir()] == ["mine.txt"]
+
+
+def test_target_that_another_run_completes_first_is_noticed_before_anything_is_read(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other run ended between the first look at the target and the lock."""
+    original, calls = PartialFolder.locked, []
+
+    def locked(path: Path, mode: int) -> Any:
+        if not calls:
+            calls.append(path)
+            octavo.convert(small, tmp_path / "out")
+        return original(path, mode)
+
+    monkeypatch.setattr(PartialFolder, "locked", locked)
+    progress: list[int] = []
+    fails(
+        OutputError,
+        "exists already",
+        lambda: octavo.convert(small, tmp_path / "out", progress=lambda done, of: progress.append(done)),
+    )
+    assert not any(progress)
+    assert octavo.verify(tmp_path / "out", small).ok
 
 
 def test_target_without_a_parent_is_refused(small: Path, tmp_path: Path) -> None:
