@@ -205,6 +205,11 @@ class Job:
                 f"{self.checkpoint.path}: changed since the interrupted run that {partial.path} holds: {found}. Remove "
                 "that folder to begin anew."
             )
+        if manifest.get("bytes_version") != _BYTES_VERSION:
+            raise OutputError(
+                f"{partial.path}: holds a conversion that another version of octavo began. Go on with that version, or "
+                "remove the folder to begin anew."
+            )
         different = [key for key in wanted if key != "source" and manifest.get(key) != wanted[key]]
         if different:
             raise OutputError(

@@ -139,6 +139,16 @@ def test_other_options_than_those_of_the_interrupted_run_are_refused(
     assert octavo.verify(dst, small).ok
 
 
+def test_conversion_that_another_version_began_is_not_called_one_with_other_options(
+    small: Path, tmp_path: Path
+) -> None:
+    stop_after(1, small, tmp_path / "out")
+    manifest = tmp_path / "out.partial" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "bytes_version": 99}))
+    text = fails(OutputError, ["another version", "remove"], lambda: octavo.convert(small, tmp_path / "out"))
+    assert "options" not in text
+
+
 def test_options_that_leave_the_bytes_alone_may_change(small: Path, tmp_path: Path) -> None:
     stop_after(1, small, tmp_path / "out", threads=1, staging_bytes=MIB)
     octavo.convert(small, tmp_path / "out", threads=3, staging_bytes=9 * MIB)
