@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import re
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -24,6 +27,11 @@ MAX_DEPTH = 64
 MAX_PARTS = 2_000_000
 #: of a number in it
 MAX_DIGITS = 100
+#: nesting for which the stack of any thread has room
+_PARSED_SAFELY = 10_000
+_NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
+#: one in JSON, or the rest of a text without its end: it always matches, and so in a time that grows with the length
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 #: maps digits to zero, so that a run of them is found in a moment
 _DIGITS, _MANY_DIGITS = bytes(0 if chr(byte).isdecimal() else 1 for byte in range(256)), bytes(MAX_DIGITS)
 
@@ -123,6 +131,8 @@ def parse_json(raw: bytes, *, unique: bool = True) -> Any:
     parts = raw.count(b"[") + raw.count(b"{")
     if parts > MAX_PARTS:
         raise ValueError(f"{parts:,} lists and objects; at most {MAX_PARTS:,} are taken")
+    if parts > _PARSED_SAFELY < sys.getrecursionlimit():
+        _check_nesting(raw)
     try:
         # rarely there, and a call for each number takes time
         parse_int = _integer if b"-0" in raw or _MANY_DIGITS in raw.translate(_DIGITS) else None
@@ -134,6 +144,17 @@ def parse_json(raw: bytes, *, unique: bool = True) -> Any:
         raise ValueError("not valid JSON: nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"not valid JSON: {error}") from error
+
+
+def _check_nesting(raw: bytes) -> None:
+    """Raise a ValueError for a text that nests so deeply that its parser could run out of stack, and end the process.
+
+    Python's own bound is what a program may have raised.
+    """
+    brackets = _STRING.sub(b"", raw).translate(None, _NO_BRACKETS)
+    steps = (1 if byte in b"[{" else -1 for byte in brackets)
+    if max(itertools.accumulate(steps), default=0) > _PARSED_SAFELY:
+        raise ValueError("not valid JSON: nested too deeply")
 
 
 def _integer(text: str) -> int | float:

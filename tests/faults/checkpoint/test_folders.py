@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -287,6 +288,19 @@ def test_json_beyond_its_bounds_is_refused(which: str, content: str, says: str, 
     write_tensors(tmp_path / MODEL, "a")
     (tmp_path / which).write_text(content)
     fails(CheckpointError, (which, says), lambda: Checkpoint.open(tmp_path))
+
+
+def test_json_is_not_parsed_until_the_stack_ends_however_far_a_program_lets_python_go(tmp_path: Path) -> None:
+    write_tensors(tmp_path / MODEL, "a")
+    config, before = tmp_path / "config.json", sys.getrecursionlimit()
+    sys.setrecursionlimit(1 << 30)
+    try:
+        config.write_text('{"' + "\\\\[" * 900_000 + '": ' + "[" * 900_000 + "]" * 900_000 + "}")
+        fails(CheckpointError, ("config.json", "nested too deeply"), lambda: Checkpoint.open(tmp_path))
+        config.write_text('{"a": "' + "[" * 20_000 + '\\"' + "[" * 20_000 + '"}')
+        assert len(Checkpoint.open(tmp_path).config["a"]) == 40_001
+    finally:
+        sys.setrecursionlimit(before)
 
 
 @pytest.mark.parametrize(("which", "limit"), [(INDEX, 100_000_000), ("config.json", 16 << 20)])
