@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -81,11 +83,24 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
 
     from .own_code import refusal
 
-    try:
+    def load() -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+    try:
+        return _unasked(load)
     except Exception as error:  # transformers raises many kinds; all mean the same here
         refused = None if trust_remote_code else refusal(error, folder, "tokenizer_config.json")
         raise refused or CheckpointError(f"{folder}: no usable tokenizer: {told(error)}") from error
+
+
+def _unasked(load: Callable[[], Any]) -> Any:
+    """What ``load`` returns, while nobody is asked on stdin whether to run code.
+
+    Tokenizers that are made of others load these without passing on whether code is trusted. transformers then asks,
+    but only in the main thread, since it limits the time of its question by a signal. In any other it refuses.
+    """
+    with ThreadPoolExecutor(1, "octavo-tokenizer") as thread:
+        return thread.submit(load).result()
 
 
 def _writer(tokenizer: Any, out: Output) -> Any:

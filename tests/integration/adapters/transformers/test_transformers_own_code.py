@@ -14,6 +14,7 @@ import transformers.dynamic_module_utils as dynamic
 from _cli import Run, refused
 
 import octavo
+from octavo.adapters.transformers.chat import load_tokenizer
 from octavo.errors import CheckpointError
 
 Edit = Callable[[Path], None]
@@ -100,6 +101,26 @@ def test_generate_does_not_run_code_for_a_tokenizer(
     _edit(folder / "config.json", model_type="llama")
     found = run("generate", folder, "-p", "hello", "-n", 1)
     refused(found, "tokenizer_config.json: needs code", f"({named})", "--trust-remote-code")
+    _nothing_ran(folder)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_nobody_is_asked_about_code_for_a_tokenizer_within_a_tokenizer(
+    llama: Path, tmp_path: Path, trusted: bool
+) -> None:
+    def edit(folder: Path) -> None:
+        part = {"model_type": "llama"}
+        _edit(folder / "config.json", model_type="rag", question_encoder=part, generator=part)
+        _edit(folder / "tokenizer_config.json", tokenizer_class="RagTokenizer")
+        inner = folder / "question_encoder_tokenizer"
+        inner.mkdir()
+        _edit(
+            inner / "tokenizer_config.json", tokenizer_class="Unknown", auto_map={"AutoTokenizer": ["planted.T", None]}
+        )
+
+    folder = _plant(llama, tmp_path / "model", edit)
+    with pytest.raises(CheckpointError, match=r"no usable tokenizer: .*trust_remote_code"):
+        load_tokenizer(str(folder), trusted)
     _nothing_ran(folder)
 
 
