@@ -17,6 +17,8 @@ from ...text import shown
 
 #: more layers than a model has
 _LAYERS = 1000
+#: more labels than a classifier has
+_LABELS = 1_000_000
 #: of torch's functions, models call less than four for each of their tensors; a few tensors may be made of one
 _CALLS, _CALLS_EACH = 20_000, 40
 #: tables of positions, masks: a model may compute so much, and so much for each byte of its checkpoint
@@ -27,11 +29,15 @@ def check_layers(checkpoint: Checkpoint) -> None:
     """Raise a `CheckpointError` where the config has more layers than the checkpoint has tensors.
 
     Every number counts whose key speaks of layers: each architecture has its own keys, and no other value that such a
-    key may have is nearly as large.
+    key may have is nearly as large. So does each number of which transformers makes so many names before there is a
+    model: of labels, and of GPT-Neo's kinds of attention.
     """
-    allowed = _LAYERS + len(checkpoint.tensors)
+    layers = _LAYERS + len(checkpoint.tensors)
     for key, value in _values(checkpoint.config):
-        if type(value) is int and "layer" in key and value > allowed:
+        allowed = _LABELS if key == "num_labels" else layers
+        counts = list(_integers(value)) if key == "attention_types" else [value]
+        counted = "layer" in key or key in ("num_labels", "attention_types")
+        if counted and any(type(count) is int and count > allowed for count in counts):
             raise CheckpointError(
                 f"{checkpoint.folder}/config.json: {shown(key)} is {shown(value)}, and the checkpoint has "
                 f"{len(checkpoint.tensors):,} tensors: of such a config at most {allowed:,} are taken"
@@ -64,3 +70,14 @@ def _values(config: Any) -> Iterator[tuple[str, Any]]:
             waiting += part.values()
         elif isinstance(part, list):
             waiting += part
+
+
+def _integers(value: Any) -> Iterator[int]:
+    """The integers in a list and in the lists within."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            waiting += part
+        elif type(part) is int:
+            yield part

@@ -47,7 +47,7 @@ class Unallocated(TorchFunctionMode):
 
     def __init__(self, dtype: torch.dtype, *, values: bool, most: int | None = None) -> None:
         super().__init__()
-        self._left = -1 if most is None else most
+        self._most, self._left = most, -1 if most is None else most
         self._dtype = dtype
         self._constructors = _EMPTY if values else _device_constructors()
 
@@ -58,6 +58,8 @@ class Unallocated(TorchFunctionMode):
             raise TooMany
         if func in _INITS and (args[0] if args else kwargs["tensor"]).is_meta:
             return args[0] if args else kwargs["tensor"]
+        if func is torch.linspace and self._most is not None and _steps(*args, **kwargs) > self._most:
+            raise TooMany  # a schedule of numbers, one a layer
         if kwargs.get("device") is None and (func in self._constructors or (func is torch.tensor and args == ([],))):
             # transformers, too, leaves this one its values: models make schedules of numbers by it
             kwargs = {**kwargs, "device": "cpu" if func is torch.linspace else "meta"}
@@ -67,6 +69,11 @@ class Unallocated(TorchFunctionMode):
         if isinstance(made, Tensor) and made.dtype is not self._dtype and made.dtype is torch.get_default_dtype():
             return made if _is_told(func, args, kwargs) else made.to(self._dtype)
         return made
+
+
+def _steps(start: Any = 0, end: Any = 0, steps: Any = 0, **_: Any) -> int:
+    """How many numbers `torch.linspace` would make."""
+    return int(steps)
 
 
 def _is_told(func: Any, args: Any, kwargs: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from _inputs import edit_config, entry, fails, write_raw
@@ -25,6 +26,22 @@ def test_config_with_more_layers_than_the_checkpoint_has_tensors_is_refused(
     edit_config(llama, **({"text_config": {"parts": [{key: 10**9}]}} if nested else {key: 10**9}))
     says = ("config.json", f"'{key}' is 1000000000", f"has {tensors} tensors", f"at most {1000 + tensors:,} are taken")
     fails(CheckpointError, says, lambda: octavo.load(llama))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"num_labels": 10**9}, "'num_labels' is 1000000000"),
+        ({"text_config": {"num_labels": 10**9}}, "at most 1,000,000 are taken"),
+        ({"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]}, "'attention_types' is [[['global'], 1"),
+        ({"architectures": ["ConvNextModel"], "depths": [10**9], "hidden_sizes": [8]}, "many more parameters"),
+    ],
+    ids=["labels", "labels of a part", "kinds of attention", "a schedule"],
+)
+def test_config_that_makes_python_count_to_billions_is_refused(changes: dict[str, Any], says: str, llama: Path) -> None:
+    kind = {"model_type": "convnext", "num_stages": 1} if "depths" in changes else {}
+    edit_config(llama, **kind, **changes)
+    fails(CheckpointError, ("config.json", says), lambda: octavo.load(llama))
 
 
 def test_of_billions_of_missing_experts_some_are_named() -> None:
