@@ -23,7 +23,9 @@ import contextlib
 import errno
 import functools
 import os
+import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import ParamSpec, TypeVar
 
@@ -143,7 +145,7 @@ def boundary(
 ) -> Iterator[None]:
     """Turn what others raise because of what they were given into an `OctavoError`, and let all else pass.
 
-    Octavo's own errors pass, and so does what a function of the user raised: see `of_user`.
+    Octavo's own errors pass, and so does what a function of the user raised: see `passes`.
 
     Args:
         subject: what is being worked on: the file, the checkpoint.
@@ -153,7 +155,7 @@ def boundary(
     try:
         yield
     except Exception as error:
-        if isinstance(error, OctavoError) or getattr(error, "of_user", False):
+        if isinstance(error, OctavoError) or passes(error):
             raise
         found = _translated(error, subject, kind, also)
         if found is None:
@@ -203,6 +205,18 @@ def public(kind: type[OctavoError]) -> Callable[[Callable[Parameters, Result]], 
         return call
 
     return decorate
+
+
+def passes(error: BaseException) -> bool:
+    """Return True if a function of the user raised an error: one that is marked by `of_user`, or a handler of a signal.
+
+    Such a handler, of an alarm for example, may run between any two steps of octavo.
+    """
+    if getattr(error, "of_user", False):
+        return True
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_code in handlers for frame, _ in frames)
 
 
 def of_user(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 from typing import Any
 
 import pytest
@@ -74,6 +75,20 @@ def test_what_a_user_s_function_raises_passes(error: Exception, kind: Any, says:
     with pytest.raises(type(error)) as caught, boundary("outer", OutputError), boundary("here", CheckpointError):
         of_user(raising)(given)
     assert caught.value is given
+
+
+@pytest.mark.parametrize("error", [TimeoutError("mine"), MemoryError("mine"), ValueError("mine")])
+def test_what_a_handler_of_a_signal_raises_passes(error: Exception) -> None:
+    def handle(*_: Any) -> None:
+        raise error
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with pytest.raises(type(error)) as caught, boundary("outer", OutputError), reading("here"):
+            signal.raise_signal(signal.SIGUSR1)
+        assert caught.value is error
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_value_that_is_wrong_is_an_error_only_where_a_file_is_parsed() -> None:

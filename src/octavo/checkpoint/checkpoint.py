@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import MAX_PROBLEMS_SHOWN, CheckpointError, MissingExtraError, raise_problems, reading
+from ..errors import MAX_PROBLEMS_SHOWN, CheckpointError, MissingExtraError, passes, raise_problems, reading
 from ..text import shown, told
 from .files import conforms, is_there, local_path, read_object
 from .header import MAX_BYTES, MAX_HEADER_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
@@ -142,6 +142,8 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
             )
         )
     except Exception as error:  # the hub client has many; all mean the same here
+        if passes(error):
+            raise
         raise CheckpointError(
             f"{text}: no such file or folder here, and the hub did not give it: {told(error)}"
         ) from error

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, passes
 from ...text import told
 
 
@@ -89,6 +89,8 @@ def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
     try:
         return _unasked(load)
     except Exception as error:  # transformers raises many kinds; all mean the same here
+        if passes(error):
+            raise
         refused = None if trust_remote_code else refusal(error, folder, "tokenizer_config.json")
         raise refused or CheckpointError(f"{folder}: no usable tokenizer: {told(error)}") from error
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
-from ...errors import CheckpointError, RecipeError, boundary
+from ...errors import CheckpointError, RecipeError, boundary, passes
 from ...text import told
 from . import own_code
 from .bounds import check_buffers, check_layers, most_calls
@@ -38,6 +38,8 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
     except Exception as error:  # transformers raises many kinds; all mean the same here
+        if passes(error):
+            raise
         refused = None if trusted else own_code.refusal(error, folder, "config.json")
         raise refused or CheckpointError(f"{folder}/config.json: transformers can't read it: {told(error)}") from error
     if not trusted and not asked.attn_implementation:
@@ -58,6 +60,8 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # what a config and options lead to is transformers' to say
+        if passes(error):
+            raise
         refused = None if trusted else own_code.refusal(error, folder, "config.json")
         raise refused or CheckpointError(
             f"{folder}: transformers can't build {getattr(cls, '__name__', cls)} from this config.json "
@@ -69,6 +73,8 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
             with contextlib.suppress(OSError):
                 model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
         except Exception as error:
+            if passes(error):
+                raise
             file = f"{folder}/generation_config.json"
             raise CheckpointError(f"{file}: transformers can't read it: {told(error)}") from error
     model.eval()
