@@ -28,7 +28,7 @@ from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
 from .conversion.verify import VerifyReport, verify_checkpoint, verify_digests
 from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
-from .machine import usable_device
+from .machine import as_usual, usable_device
 from .planning.plan import Plan
 from .planning.recipe import Recipe
 from .streaming.checks import Checks
@@ -37,6 +37,7 @@ from .streaming.report import Report
 
 
 @public(CheckpointError)
+@as_usual()
 @collection_paused()  # importing transformers' model code makes half a million objects, too
 def load(
     path: str | os.PathLike[str],
@@ -122,6 +123,7 @@ def load(
 
 
 @public(CheckpointError)
+@as_usual()
 def plan(
     path: str | os.PathLike[str],
     scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
@@ -187,6 +189,7 @@ def plan(
 
 
 @public(OutputError)
+@as_usual()
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
@@ -243,6 +246,7 @@ def convert(
 
 
 @public(CheckpointError)
+@as_usual()
 def verify(
     dst: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
@@ -281,6 +285,7 @@ def verify(
 
 
 @public(CheckpointError)
+@as_usual()
 def stream(
     path: str | os.PathLike[str],
     scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .errors import LoaderError, public
+from .machine import require_values
 from .planning.recipe import Recipe
 from .session import LayerwiseReport, Session, Transform, update_model
 
@@ -49,6 +50,7 @@ def update(
         >>> model = octavo.load("path/to/model")
         >>> report = octavo.update(model, load_file("path/to/model/model.safetensors"))
     """
+    require_values()
     return update_model(model, pairs, transform, staging_bytes)
 
 
@@ -103,6 +105,7 @@ def layerwise(
         ...     session.load(pairs)
         >>> print(session.report)
     """
+    require_values()
     return Session(
         model,
         finish,

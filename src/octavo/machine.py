@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
 import time
+from collections.abc import Iterator
 
 import torch
+from torch._guards import detect_fake_mode
 
 from .errors import DeviceError
 from .text import shown
@@ -35,6 +38,25 @@ def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.de
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DeviceError(f"device {shown(str(device))} can't be used here: {reason}") from error
     return found
+
+
+def require_values() -> None:
+    """Raise a `DeviceError` where the program has torch make tensors that hold no values."""
+    if detect_fake_mode() is not None:
+        raise DeviceError("a FakeTensorMode is active, in which no tensor holds weights: leave it, then call octavo")
+
+
+@contextlib.contextmanager
+def as_usual() -> Iterator[None]:
+    """Meanwhile this thread makes tensors as if the program had set nothing: on the CPU, and to be changed by anyone.
+
+    Raises:
+        DeviceError: there is a `FakeTensorMode`.
+    """
+    require_values()
+    elsewhere = torch.get_default_device().type != "cpu"
+    with torch.inference_mode(False), torch.device("cpu") if elsewhere else contextlib.nullcontext():
+        yield
 
 
 def usable_cpus() -> int:

@@ -6,11 +6,12 @@ of their own, so that what is missing on disk is an error and not a signal that 
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +29,12 @@ from ..streaming.ring import Ring
 _ELEMENT_BYTES = 32
 #: the smallest block holds a group of any scheme
 _LEAST_ELEMENTS = 128 * 128
-#: what each byte is as an FP8 number: looking it up is several times faster than torch's conversion
-_NUMBERS = torch.arange(256, dtype=torch.uint8).view(schemes.FP8).float().numpy()
+
+
+@functools.cache
+def _numbers() -> Any:
+    """What each byte is as an FP8 number: looking it up is several times faster than torch's conversion."""
+    return torch.arange(256, dtype=torch.uint8).view(schemes.FP8).float().numpy()
 
 
 @dataclass
@@ -193,7 +198,7 @@ class Worker:
         wrong = wrong if block.scales else 0
         wrong += differing(expected.view(torch.uint8).view(-1), mine)
         error, wide = (memory[: box.numel].view(box.size) for memory in (self._error, self._wide))
-        np.take(_NUMBERS, mine.view(box.size).numpy(), out=error.numpy(), mode="clip")
+        np.take(_numbers(), mine.view(box.size).numpy(), out=error.numpy(), mode="clip")
         error.mul_(schemes.expand_scale(found, box.size, scheme)).sub_(wide.copy_(weight))
         job.add(pair, wrong, _energy(wide), _energy(error))
         return nbytes
