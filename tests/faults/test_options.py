@@ -113,6 +113,8 @@ def test_all_problems_of_a_recipe_come_in_one_message(llama: Path) -> None:
 #: case -> (options of load, class, what the error says)
 OPTIONS: dict[str, tuple[dict[str, Any], type[OctavoError], tuple[str, ...]]] = {
     "no threads": ({"threads": 0}, DeviceError, ("threads is 0; at least 1",)),
+    "threads beyond what Python writes": ({"threads": 10**5000}, DeviceError, ("threads is beyond 4,096",)),
+    "a budget beyond what Python writes": ({"staging_bytes": -(10**5000)}, DeviceError, ("beyond 63 bits",)),
     "negative threads": ({"threads": -2}, DeviceError, ("threads is -2; at least 1",)),
     "no staging": ({"staging_bytes": 0}, DeviceError, ("staging_bytes is 0; at least 1,048,576",)),
     "too little staging": ({"staging_bytes": (1 << 20) - 1}, DeviceError, ("1,048,575; at least 1,048,576",)),

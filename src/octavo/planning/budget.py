@@ -146,12 +146,20 @@ def _too_small(threads: int, needed_bytes: int, staging_bytes: int) -> str:
     )
 
 
+#: more than any machine has cores to read with
+_MOST_THREADS = 4096
+
+
 def check_options(staging_bytes: Any, threads: Any = None) -> None:
-    """Raise a `DeviceError` unless they are numbers, and large enough."""
+    """Raise a `DeviceError` unless they are numbers, large enough, and no larger than a machine can have."""
     if not isinstance(staging_bytes, int):
         raise DeviceError(f"staging_bytes is {staging_bytes!r}, not a number of bytes")
+    if abs(staging_bytes) >> 63:  # which may have more digits than Python writes
+        raise DeviceError("staging_bytes is beyond 63 bits, which no machine has")
     if staging_bytes < MIN_STAGING_BYTES:
         raise DeviceError(f"staging_bytes is {staging_bytes:,}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed")
+    if isinstance(threads, int) and abs(threads) > _MOST_THREADS:
+        raise DeviceError(f"threads is beyond {_MOST_THREADS:,}, the most that are taken")
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise DeviceError(f"threads is {threads!r}; at least 1 is needed")
 

@@ -16,7 +16,7 @@ from ...errors import CheckpointError
 from ...text import shown
 
 #: more layers than a model has
-_LAYERS = 1000
+_LAYERS = 256
 #: more labels than a classifier has
 _LABELS = 1_000_000
 #: of torch's functions, models call less than four for each of their tensors; a few tensors may be made of one
