@@ -102,7 +102,6 @@ def test_kinds_are_told_by_components_of_names() -> None:
     assert {name: kinds.default_keep(f"{name}.weight") for name in told} == told
 
 
-
 def test_tables_that_a_config_makes_larger_than_its_checkpoint_are_not_computed(tmp_path: Path) -> None:
     sizes = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 8}
     random_model("GPTJConfig", sizes).save_pretrained(tmp_path / "gptj")
