@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 from ..checkpoint.files import conforms, is_there, read_object
 from ..checkpoint.header import MAX_HEADER_BYTES
 from ..errors import CheckpointError, OutputError
-from ..streaming.outfile import disk_error
+from ..streaming.outfile import disk_error, sync_folder
 
 _LOCK, _MANIFEST, _RESULT = "octavo.lock", "manifest.json", "checkpoint"
 #: ends the names of files that are not complete
@@ -339,7 +339,7 @@ class PartialFolder(Folder):
         if not self.is_at(_RESULT, result.descriptor):
             self.refuse([_RESULT])
         check_free(dst)
-        os.fsync(result.descriptor)
+        sync_folder(result.descriptor)
         try:
             os.rename(_RESULT, dst, src_dir_fd=self.descriptor)
             self._leave(dst)
@@ -389,6 +389,6 @@ def check_free(dst: Path) -> None:
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync_folder(descriptor)
     finally:
         os.close(descriptor)

@@ -27,7 +27,8 @@ _DIRECT_BYTES = 256 << 10
 _DIRECT_BLOCK_BYTES = 4 << 20
 #: writes through the page cache larger than this were measured up to ten times slower: see docs/log.md
 _BLOCK_BYTES = 1 << 20
-
+#: what a file system answers to what it knows nothing of
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 #: what helps before the same command is run again
 _ADVICE = {
     errno.ENOSPC: "make room",
@@ -59,8 +60,28 @@ def close_all(descriptors: Iterable[int]) -> None:
             stack.callback(os.close, descriptor)
 
 
+def sync_folder(folder: int) -> None:
+    """Wait until the entries of a folder are on the disk, where its file system can tell."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+
+
 def _create(path: str, flags: int) -> int:
     return os.open(path, flags, 0o644)
+
+
+def _claim(descriptor: int, nbytes: int) -> None:
+    """Make a file so long, and claim its room where the file system can do that."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+    return os.ftruncate(descriptor, nbytes)
 
 
 class OutFile:
@@ -78,10 +99,7 @@ class OutFile:
         self._blocks = threading.local()  # page-aligned memory of each writing thread
         try:
             self._buffered = opener(os.fspath(path), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._buffered, 0, nbytes)
-            else:
-                os.ftruncate(self._buffered, nbytes)
+            _claim(self._buffered, nbytes)
             if hasattr(os, "O_DIRECT"):
                 with contextlib.suppress(OSError):  # not on this file system
                     # not by its path, which may name another file by now

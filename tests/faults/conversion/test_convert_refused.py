@@ -165,6 +165,24 @@ def test_shards_with_the_longest_names_are_converted(small: Path, tmp_path: Path
     assert octavo.verify(tmp_path / "out", small).ok
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("what", ["fsync", "posix_fallocate"])
+def test_file_system_without_a_call_that_can_be_missed_is_written_to(
+    what: str, number: int, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of a network can't sync folders, or claim room."""
+    original = getattr(os, what)
+
+    def refuse(descriptor: int, *args: int) -> None:
+        if what == "posix_fallocate" or os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(number, os.strerror(number))
+        original(descriptor, *args)
+
+    monkeypatch.setattr(os, what, refuse)
+    octavo.convert(small, tmp_path / "out")
+    assert octavo.verify(tmp_path / "out", small).ok
+
+
 # -- no room ----------------------------------------------------------------------------------------------------------
 
 
