@@ -216,9 +216,18 @@ class Job:
                 f"{partial.path}: holds an interrupted conversion with another {', '.join(different)}. Give the same "
                 "options to go on with it, or remove the folder to begin anew."
             )
-        touched = source.touched(manifest["source"], self.marks)
+        moved = self._made_from(source.moved(manifest["source"], self.marks)) & partial.finished.keys()
+        if moved:
+            partial.notes.append(
+                f"kept, since samples of their source are what they were, though it is another file by now: "
+                f"{', '.join(sorted(moved))}; octavo verify --against compares all of it"
+            )
+        return self._made_from(source.touched(manifest["source"], self.marks))
+
+    def _made_from(self, names: set[str]) -> set[str]:
+        """The shards that are made from those of the source."""
         pairs = zip(self.checkpoint.shards, self.shards, strict=True)
-        return {made.name for shard, (made, _) in pairs if shard.path.name in touched}
+        return {made.name for shard, (made, _) in pairs if shard.path.name in names}
 
     def _check_room(self, partial: PartialFolder) -> None:
         needed = sum(shard.nbytes for shard, _ in self.shards if shard.name not in partial.finished)

@@ -58,6 +58,11 @@ def touched(then: Marks, now: Marks) -> set[str]:
     return {name for name in now if then[name][3] == now[name][3] and then[name][4] != now[name][4]}
 
 
+def moved(then: Marks, now: Marks) -> set[str]:
+    """Shards that are other files than then, as copies are: no more is known of them than what was sampled."""
+    return {name for name in now if then[name][3] != now[name][3]}
+
+
 def _digest(shard: Shard, tensors: Iterable[TensorInfo]) -> str:
     digest = hashlib.sha256()
     try:

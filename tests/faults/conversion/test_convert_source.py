@@ -84,7 +84,8 @@ def test_same_source_elsewhere_goes_on(copy: Callable[[Path, Path], Any], small:
     stop_after(2, small, tmp_path / "out")
     before = states(tmp_path / "out.partial" / "checkpoint")
     copy(small, tmp_path / "elsewhere")
-    octavo.convert(tmp_path / "elsewhere", tmp_path / "out")
+    report = octavo.convert(tmp_path / "elsewhere", tmp_path / "out")
+    assert any("another file by now" in note and FIRST in note for note in report.notes) is (copy is shutil.copytree)
     after = states(tmp_path / "out")
     assert len(before) == 2
     assert {name: after[name] for name in before} == before
