@@ -184,7 +184,8 @@ class Recorded(NamedTuple):
             tensors |= recorded["tensors"]
         if checkpoint.path.is_dir():
             here = {shard.path.name for shard in checkpoint.shards}
-            problems += [f"{name}: gone" for name in shards.keys() - here]
+            # a shard without tensors is in no index
+            problems += [f"{name}: gone" for name in shards.keys() - here if shards[name].get("tensors") != {}]
         raise_problems(CheckpointError, checkpoint.path, sorted(problems), _ADVICE)
         return cls(path, tensors)
 

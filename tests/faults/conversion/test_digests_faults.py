@@ -13,6 +13,7 @@ import torch
 from _conversions import CONFIG, cli, same_files, states, stop_after, tensors_of_size
 from _inputs import fails
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import octavo
 from helpers import random_weights, write_checkpoint
@@ -177,6 +178,15 @@ def test_what_is_missing_from_or_new_in_a_checkpoint_is_named(odd: Path, tmp_pat
     (out / NAME).unlink()
     fails(CheckpointError, f"has no {NAME}", lambda: octavo.verify(out))
     fails(CheckpointError, f"has no {NAME}", lambda: octavo.stream(out, None, verify=True))
+
+
+def test_a_shard_without_tensors_is_not_missed(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", tensors_of_size(2, 64), 2, CONFIG)
+    (source / "model.safetensors.index.json").unlink()
+    save_file({}, source / "model-00002-of-00002.safetensors")
+    convert(source, tmp_path / "out")
+    assert octavo.verify(tmp_path / "out").ok
+    assert octavo.verify(tmp_path / "out", source).ok
 
 
 def test_digests_are_not_copied_from_the_source(tmp_path: Path) -> None:
