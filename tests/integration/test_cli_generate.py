@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from _cli import Run, only_json, refused
 from _models import make_checkpoint
@@ -50,3 +53,37 @@ def test_generate_from_a_checkpoint_that_does_not_fit_its_config_exits_2(llama: 
     config = json.loads((llama / "config.json").read_text())
     folder = write_checkpoint(tmp_path / "model", tensors, 1, config)
     refused(run("generate", folder, "-p", "x"), "model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "says"),
+    [
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{{ raise_exception('no \x1b[2J') }}"},
+            r"TemplateError: no \x1b[2J",
+        ),
+        ("tokenizer_config.json", {"chat_template": "{% for %}"}, "TemplateSyntaxError"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"},
+            "RecursionError",
+        ),
+        ("tokenizer_config.json", {"chat_template": "{{ '' }}"}, "its chat template makes nothing of the prompt"),
+        ("generation_config.json", {"eos_token_id": "x"}, "generation_config.json: transformers can't generate by it"),
+    ],
+)
+def test_what_a_checkpoint_asks_in_vain_is_an_error_of_it(
+    llama: Path, tmp_path: Path, run: Run, file: str, changes: dict[str, Any], says: str
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    before = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps(before | changes))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    refused(run("generate", folder, "-p", "hello", "-n", 2), str(folder), says)
+
+
+def test_beams_that_a_checkpoint_asks_for_take_no_memory(llama: Path, tmp_path: Path, run: Run) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"num_beams": 10**9, "return_dict_in_generate": True}))
+    assert run("generate", folder, "-p", "hello", "-n", 2).code == 0

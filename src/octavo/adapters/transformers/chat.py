@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 
-from ...errors import CheckpointError, passes
+from ...errors import CheckpointError, OctavoError, of_user, passes
 from ...text import told
 
 
@@ -42,13 +43,12 @@ def answer(
         CheckpointError: the model's folder has no tokenizer, or what it says of generating can't be done.
     """
     tokenizer = tokenizer or load_tokenizer(model.config.name_or_path, trust_remote_code)
-    if tokenizer.chat_template and not raw:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
+    try:
+        inputs = _inputs(tokenizer, prompt, raw)
+    except Exception as error:  # a template of the checkpoint's may raise anything
+        if passes(error):
+            raise
+        raise CheckpointError(f"{model.config.name_or_path}: its tokenizer can't take this: {told(error)}") from error
     inputs = inputs.to(model.device)
     streamer = _writer(tokenizer, out) if out else None
     try:
@@ -58,12 +58,16 @@ def answer(
                 attention_mask=inputs["attention_mask"],
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
+                num_beams=1,  # a checkpoint may ask for millions
+                return_dict_in_generate=False,
                 streamer=streamer,
                 trust_remote_code=trust_remote_code,
             )
-    except ValueError as error:  # the checkpoint may ask for a way to generate that is not there, or is others' code
+    except Exception as error:  # the checkpoint may ask for a way to generate that is not there, or is others' code
+        if isinstance(error, OctavoError) or passes(error) or _within_octavo(error):
+            raise
         raise CheckpointError(
-            f"{model.config.name_or_path}/generation_config.json: transformers can't generate by it: {error}"
+            f"{model.config.name_or_path}/generation_config.json: transformers can't generate by it: {told(error)}"
         ) from error
     except KeyboardInterrupt:
         if out:
@@ -71,6 +75,24 @@ def answer(
         raise
     text: str = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return text
+
+
+def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:
+    """The tokens of a prompt, as what a user says where the tokenizer has a template for that."""
+    if raw or not tokenizer.chat_template:
+        return tokenizer(prompt, return_tensors="pt")
+    said = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+    if not inputs["input_ids"].numel():
+        raise ValueError("its chat template makes nothing of the prompt")
+    return inputs
+
+
+def _within_octavo(error: Exception) -> bool:
+    """Return True if an error came by way of a module of octavo's, and may be its fault."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(frame.f_globals.get("__name__", "").startswith("octavo.running") for frame in frames)
 
 
 def load_tokenizer(folder: str, trust_remote_code: bool = False) -> Any:
@@ -108,9 +130,11 @@ def _unasked(load: Callable[[], Any]) -> Any:
 def _writer(tokenizer: Any, out: Output) -> Any:
     from transformers import TextStreamer
 
+    write, flush = of_user(out.write), of_user(out.flush)
+
     class Writer(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            out.write(text + ("\n" if stream_end else ""))
-            out.flush()
+            write(text + ("\n" if stream_end else ""))
+            flush()
 
     return Writer(tokenizer, skip_prompt=True, skip_special_tokens=True)
