@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor
 
 from ..elements.boxes import Box
@@ -21,6 +22,7 @@ from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
 from ..planning.placement import Placement
 from ..streaming.sinks import Storage
+from ..text import shown
 from .finish import Finisher
 from .held import Held, Write
 from .parameters import Item, Layer
@@ -49,6 +51,9 @@ class Intake:
 
     def take(self, name: str, tensor: Tensor) -> None:
         """A pair is about to be written."""
+        if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_nested:
+            kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise LoaderError(f"{name}: dense torch tensors are taken, and this one is {shown(str(kind))}. Convert it.")
         self.ledger.taken_bytes += tensor.nbytes
 
     def settle(self) -> None:

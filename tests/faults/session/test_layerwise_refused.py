@@ -169,3 +169,10 @@ def test_a_finish_whose_error_the_loader_swallows_fails_the_load() -> None:
         for name in "bc":
             model[name].weight.data.copy_(values)
     assert model["a"].weight.is_meta
+
+
+@pytest.mark.parametrize("kind", [Tensor.to_sparse, Tensor.numpy, Tensor.tolist, lambda _: None])
+def test_what_is_no_dense_tensor_is_refused_by_name(kind: Callable[[Tensor], Any]) -> None:
+    session = Session(linears("a"), "fp8_channel")
+    with pytest.raises(LoaderError, match=r"a\.weight: dense torch tensors are taken"), session:
+        session.load([("a.weight", kind(torch.ones(64, 64)))])
