@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 _OTHERS = r"(?!octavo(\.|$))"  # as `warnings` matches it: the module that a warning is about
 
@@ -31,3 +33,31 @@ def others_quiet() -> Iterator[None]:
             yield
         finally:
             logging.disable(disabled)
+
+
+_muting = threading.Lock()
+
+
+class _Muted:
+    """Standard error without what one thread writes to it."""
+
+    def __init__(self, stream: Any, thread: int) -> None:
+        self._stream, self._thread = stream, thread
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else int(self._stream.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def this_thread_quiet() -> Iterator[None]:
+    """Hide what this thread writes to standard error: bars that others draw, and give no way to switch off."""
+    with _muting:
+        before = sys.stderr
+        sys.stderr = _Muted(before, threading.get_ident())
+        try:
+            yield
+        finally:
+            sys.stderr = before

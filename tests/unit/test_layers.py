@@ -13,7 +13,7 @@ import octavo
 ROOT = Path(octavo.__file__).parent
 #: from the ground up; a module may import from its own layer and from those before it
 LAYERS = (
-    ("errors", "text", "choices", "_version"),
+    ("errors", "text", "choices", "quiet", "_version"),
     ("machine", "memory"),
     ("checkpoint",),
     ("elements",),
@@ -27,7 +27,7 @@ LAYERS = (
     ("adapters.vllm",),
     ("api", "api_models"),
     ("demo",),
-    ("cli", "cli_options", "cli_output", "quiet"),
+    ("cli", "cli_options", "cli_output"),
     ("__init__", "__main__", "schemes"),
 )
 
