@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.header import TensorInfo
 from ...choices import DEFAULT_STAGING_BYTES
 from ...elements.boxes import coverage_problem
 from ...elements.symbolic import NotMovementError, Symbolic
@@ -53,8 +55,13 @@ def plan_model(
     """
     problems: list[str] = []
     with reading(checkpoint.path):  # transformers takes some names for numbers that Python does not
-        found, unexpected = trace(model, checkpoint, problems)
-    tied = _tied(model)
+        traced = trace(model, checkpoint.tensors, problems)
+    found, unexpected = traced.found, traced.unexpected
+    problems += [
+        f"{name}: transformers computes it from {min(sources, key=dot_natural_key)}...: {why}"
+        for name, (sources, why) in traced.computed.items()
+    ]
+    tied = tied_names(model)
     problems += _misfits(model, checkpoint, found, tied)
     unneeded = _unneeded(model, unexpected)
     if strict:
@@ -129,33 +136,54 @@ def _targets(
     return targets
 
 
-def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict[str, Symbolic], list[str]]:
+@dataclass
+class Traced:
+    """Where transformers would put the tensors of a checkpoint."""
+
+    found: dict[str, Symbolic] = field(default_factory=dict)  # parameter -> the symbolic tensor that it becomes
+    unexpected: list[str] = field(default_factory=list)  # tensors that become no parameter
+    computed: dict[str, tuple[list[str], str]] = field(default_factory=dict)  # parameter -> its sources, the operation
+
+
+def symbolic_source(info: TensorInfo) -> torch.Tensor:
+    """All of a checkpoint tensor, without data."""
+    return Symbolic.source(info.name, info.shape, info.dtype)
+
+
+def trace(
+    model: Any,
+    tensors: Mapping[str, TensorInfo],
+    problems: list[str],
+    quantizer: Any = None,
+    source_of: Callable[[TensorInfo], Any] = symbolic_source,
+) -> Traced:
     """Run transformers' loading on symbolic tensors.
 
-    It goes as ``convert_and_load_state_dict_in_model`` does, with its fall-backs.
+    It goes as ``convert_and_load_state_dict_in_model`` does, with its fall-backs. What is wrong is added to
+    ``problems``.
 
-    Returns:
-        parameter -> the symbolic tensor that it becomes; and the checkpoint tensors that become none. What is wrong is
-        added to ``problems``.
+    Args:
+        quantizer: transformers' ``HfQuantizer``, if it would load them through one.
+        source_of: makes the tensors that stand for those of the checkpoint.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, None, quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     expected, prefix = model.state_dict(), model.base_model_prefix
     jobs: dict[str, Any] = {}
     plain: dict[str, str] = {}
-    found: dict[str, Symbolic] = {}
-    unexpected = []
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
+    traced = Traced()
+    found = traced.found
+    for key in sorted(tensors, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, expected)
         if name not in expected and key in expected:
             name, pattern = rename_source_key(key, [], [], prefix, expected)
         if name not in expected:
-            unexpected.append(key)
+            traced.unexpected.append(key)
             continue
-        info = checkpoint.tensors[key]
-        source = Symbolic.source(key, info.shape, info.dtype)
+        info = tensors[key]
+        source = source_of(info)
         if name in plain or (pattern is None and name in jobs):
             other = plain.get(name) or min(itertools.chain.from_iterable(jobs[name].layer_targets.values()))
             problems.append(f"duplicate: {other} and {key} both make {name}")
@@ -168,15 +196,15 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
     made_of: dict[str, str] = dict(plain)  # parameter -> one of its sources
     for first, job in jobs.items():
         sources = [key for keys in job.layer_targets.values() for key in keys]
-        holes = _holes(sources)
+        holes = _holes(sources) if quantizer is None else []  # a scale may be missing where its weight is unquantized
         if holes:
             problems += [f"missing: {name}, one of the tensors that make {first}" for name in holes]
             found[first] = Symbolic(expected[first].shape, expected[first].dtype, [])
             continue
         try:
-            made = job.convert(first, model=model, config=model.config)
+            made = job.convert(first, model=model, config=model.config, hf_quantizer=quantizer)
         except NotMovementError as error:
-            problems.append(f"{first}: transformers computes it from {min(sources, key=dot_natural_key)}...: {error}")
+            traced.computed[first] = (sources, str(error))
             continue
         except Exception as error:  # given tensors that don't fit, each converter fails in its own way
             some = sorted(sources, key=dot_natural_key)[:4]
@@ -189,7 +217,7 @@ def trace(model: Any, checkpoint: Checkpoint, problems: list[str]) -> tuple[dict
                 problems.append(f"duplicate: {made_of[name]} and {other}... both make {name}")
             elif name in expected:
                 found[name], made_of[name] = symbolic, sources[0]
-    return found, unexpected
+    return traced
 
 
 def _holes(names: Iterable[str]) -> list[str]:
@@ -244,7 +272,7 @@ def _wrong_dtypes(name: str, wanted: torch.dtype, symbolic: Symbolic, checkpoint
     ]
 
 
-def _tied(model: Any) -> dict[str, set[str]]:
+def tied_names(model: Any) -> dict[str, set[str]]:
     """Parameter -> all names of the weight that it is tied to, its own included."""
     groups: dict[str, set[str]] = {}
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
