@@ -19,8 +19,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from ..numerics.schemes import E8M0, Scheme
 from ..planning import kinds
 from ..planning.kinds import EXPERTS, module_of
 from ..planning.placement import Placement
-from ..planning.plan import Plan, plan_checkpoint
+from ..planning.plan import Plan, Veto, plan_checkpoint
 from ..planning.recipe import Recipe
 
 NAMES = tuple(choices.FORMATS)
@@ -96,12 +97,19 @@ class Format:
             f"scheme that octavo writes as {self.name}"
         )
 
-    def config(self, plan: Plan) -> dict[str, Any]:
-        """config.json's ``quantization_config``."""
+    def config(
+        self, plan: Plan, unquantized: Iterable[str] = (), modules: Mapping[str, str] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        """config.json's ``quantization_config``.
+
+        Args:
+            unquantized: more modules in which no reader may look for a scale, by the names that readers give them.
+            modules: quantized tensor -> the module that a reader loads it into, where it has another name.
+        """
         # every module without a scale is named, and the head even when it is tied and in no file: some readers would
         # otherwise wait for a scale there, and go on with uninitialised memory
         kept = sorted({module_of(p.name) for p in plan.kept if p.name.endswith(".weight")})
-        ignore = ["lm_head", *(name for name in kept if name != "lm_head")]
+        ignore = ["lm_head", *sorted({*kept, *unquantized} - {"lm_head"})]
         if self.name == "fp8":
             return {
                 "quant_method": "fp8",
@@ -112,7 +120,7 @@ class Format:
             }
         groups = {
             f"group_{number}": {"targets": targets, **_arguments(scheme, placements)}
-            for number, (scheme, targets, placements) in enumerate(_groups(plan))
+            for number, (scheme, targets, placements) in enumerate(_groups(plan, modules))
         }
         formats = {group["format"] for group in groups.values()}
         return {
@@ -120,22 +128,22 @@ class Format:
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "kv_cache_scheme": None,
-            "ignore": _ignore([p for p in plan.kept if p.name.endswith(".weight")], plan.quantized),
+            "ignore": _ignore([p for p in plan.kept if p.name.endswith(".weight")], plan.quantized, unquantized),
             "config_groups": groups,
         }
 
-    def notes(self, plan: Plan) -> list[str]:
-        """Remarks about who can read the result."""
+    def notes(self, plan: Plan, asked: bool = False) -> list[str]:
+        """Remarks about who can read the result; fewer of them if transformers has been asked."""
         if self.name != "compressed-tensors":
             return []
         notes = []
-        if len(_groups(plan)) > 1:
+        if len({p.scheme for p in plan.quantized}) > 1:
             notes.append(
                 "transformers (up to 5.23) reads a checkpoint of several schemes right only without dequantize=True, "
                 "which takes the first scheme for all weights."
             )
         spread = {str(p.scheme) for p in plan.quantized if _EXPERT.search(p.name)} & {"fp8_block", "mxfp8"}
-        if spread:
+        if spread and not asked:
             notes.append(
                 f"transformers (up to 5.23) can't read {' and '.join(sorted(spread))} experts in compressed-tensors "
                 "checkpoints; vLLM can. For transformers, use fp8_channel, or fp8_block in the fp8 format."
@@ -143,27 +151,64 @@ class Format:
         return notes
 
 
-def _ignore(kept: Iterable[Placement], quantized: Iterable[Placement]) -> list[str]:
+def _ignore(kept: Iterable[Placement], quantized: Iterable[Placement], others: Iterable[str]) -> list[str]:
     """Patterns of modules for which readers must not look for a scale.
 
     By its name in the checkpoint; matrices also below another prefix, since readers may build the module under one
     (``vision_tower`` as ``model.vision_tower``); and tied heads, which are in no file.
     """
-    names = sorted({module_of(p.name) for p in kept} | {"lm_head"})
-    matrices = sorted({module_of(p.name) for p in kept if len(p.shape) == 2 and kinds.default_keep(p.name) is None})
-    prefixed = [rf"re:.*\.{re.escape(name)}$" for name in matrices]
     taken = {module_of(p.name) for p in quantized}
+    kept = list(kept)
+    series, single = _series({module_of(p.name) for p in kept} - taken, taken)
+    names = sorted({*single, "lm_head"} - taken)
+    matrices = {module_of(p.name) for p in kept if len(p.shape) == 2 and kinds.default_keep(p.name) is None}
+    prefixed = [rf"re:.*\.{re.escape(name)}$" for name in sorted(matrices.intersection(single))]
     # of thousands of names, the last two components, which is as many as a head's have
     ends = {".".join(name.split(".")[-2:]) for name in taken}
     heads = [rf"re:(.*\.)?{head}$" for head in kinds.TIED_HEADS]
     free = [pattern for pattern in heads if not any(re.match(pattern[3:], end) for end in ends)]
-    return [name for name in names if name not in taken] + prefixed + free
+    return [*names, *prefixed, *series, *free, *sorted({*others} - {*names})]
+
+
+#: names that differ in numbers alone, from which on a pattern stands for them
+_SERIES = 16
+
+
+def _series(names: Collection[str], taken: Collection[str]) -> tuple[list[str], list[str]]:
+    """Patterns that match many of these names, no ``taken`` one, and nothing but numbers more; and the names left.
+
+    Readers compare every module with every entry: of ten thousand experts by name, they would take minutes.
+    """
+    whole = {_template(name) for name in taken}
+    below = {template[i + 2 :] for template in whole for i in range(len(template)) if template.startswith(r"\.", i)}
+    found, left = [], sorted(names)
+    for fixed in range(3):  # layers, and experts in them
+        used = {_template(name, fixed) for name in taken}
+        groups: dict[str, list[str]] = {}
+        for name in left:
+            groups.setdefault(_template(name, fixed), []).append(name)
+        left = []
+        for template, members in groups.items():
+            if len(members) < _SERIES or template in used or _template(members[0]) in below:
+                left += members
+            else:
+                found.append(rf"re:(.*\.)?{template}$")
+    return found, left
+
+
+def _template(name: str, fixed: int = 0) -> str:
+    """A pattern for a name and all that differ from it in numbers alone, of which the first ``fixed`` are its own."""
+    parts = []
+    for part in name.split("."):
+        fixed -= part.isdigit()
+        parts.append(r"\d+" if part.isdigit() and fixed < 0 else re.escape(part))
+    return r"\.".join(parts)
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
-def _groups(plan: Plan) -> list[tuple[str, list[str], list[Placement]]]:
+def _groups(plan: Plan, modules: Mapping[str, str]) -> list[tuple[str, list[str], list[Placement]]]:
     """(scheme, targets, placements): classes where that is enough, names where schemes are mixed."""
     by_scheme: dict[str, list[Placement]] = {}
     for placement in plan.quantized:
@@ -177,6 +222,7 @@ def _groups(plan: Plan) -> list[tuple[str, list[str], list[Placement]]]:
         others = {bool(_EXPERT.search(p.name)) for s, ps in by_scheme.items() if s != scheme for p in ps}
         if kinds & others:
             targets = [module_of(p.name) for p in placements]
+            targets += sorted({modules[p.name] for p in placements if p.name in modules} - {*targets})
         else:
             targets = [r"re:.*\.experts\.\d+\..*"] if kinds == {True} else ["Linear"]
         groups.append((scheme, targets, placements))
@@ -228,9 +274,17 @@ def get(name: str) -> Format:
 
 
 def plan_for(
-    checkpoint: Checkpoint, recipe: Recipe, name: str, staging_bytes: int, device: str = "cpu"
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    name: str,
+    staging_bytes: int,
+    device: str = "cpu",
+    veto: Veto | None = None,
 ) -> tuple[Plan, Format]:
     """The plan of a conversion to the format called ``name``, within what its readers can take.
+
+    Args:
+        veto: says what they can't take, if more is known of them than the format knows.
 
     Raises:
         RecipeError: the format can't express a scheme of the recipe, or no such format exists.
@@ -242,7 +296,7 @@ def plan_for(
                 f"the format {found.name!r} has no {scheme}, only {', '.join(found.schemes)}; choose another scheme, "
                 f"or the format {choices.DEFAULT_FORMAT!r}"
             )
-    return plan_checkpoint(checkpoint, recipe, staging_bytes, device, found.veto), found
+    return plan_checkpoint(checkpoint, recipe, staging_bytes, device, veto or found.veto), found
 
 
 def recognize(checkpoint: Checkpoint) -> Format:
