@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
+from .conversion.proof import Absent, Reader
 from .conversion.verify import VerifyReport, verify_checkpoint, verify_digests
 from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
 from .machine import as_usual, usable_device
@@ -203,6 +204,7 @@ def convert(
     revision: str | None = None,
     digests: bool = False,
     verify: bool = False,
+    prove: bool = True,
     progress: bool | Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write an FP8 checkpoint, with config, tokenizer files and index, in bounded memory.
@@ -224,6 +226,8 @@ def convert(
         digests: Whether a digest of each tensor is recorded, in ``octavo-digests.json``: for `verify` without a source,
             and for loading with ``verify=True``. It takes a tenth more work.
         verify: Whether what is read is compared with the digests that the source has, if `convert` wrote it.
+        prove: Whether to ask transformers' own code, if it is installed, what it would make of the result. What it
+            would misread stays unquantized, with the reason in the report.
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
 
     Returns:
@@ -240,9 +244,19 @@ def convert(
         >>> print(report)
     """
     recipe = Recipe.coerce(scheme, ignore)
+    readers = _readers if prove else None
     return convert_checkpoint(
-        src, dst, recipe, format, staging_bytes, threads, device, revision, digests, verify, progress
+        src, dst, recipe, format, staging_bytes, threads, device, revision, digests, verify, progress, readers
     )
+
+
+def _readers() -> Sequence[Reader]:
+    """Whoever is installed here and reads converted checkpoints."""
+    try:
+        from .adapters.transformers.reader import TransformersReader
+    except ImportError:
+        return (Absent("transformers"),)
+    return (TransformersReader(),)
 
 
 @public(CheckpointError)

@@ -202,6 +202,9 @@ def convert(
         bool, typer.Option("--digests", help="Record a digest of each tensor, by which octavo verify needs no source.")
     ] = False,
     verify: Verify = False,
+    prove: Annotated[
+        bool, typer.Option("--prove/--no-prove", help="Ask transformers' code, if installed, what it would read.")
+    ] = True,
     json_: Json = False,
 ) -> None:
     """Write an FP8 checkpoint that stock transformers, compressed-tensors and vLLM load.
@@ -225,6 +228,7 @@ def convert(
             device=device,
             digests=digests,
             verify=verify,
+            prove=prove,
             progress=progress_of("Converting"),
         )
         say_written(report, dst, json_)

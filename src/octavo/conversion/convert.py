@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
 from ..planning.budget import Budget
 from ..planning.placement import Placement
-from ..planning.plan import Plan
+from ..planning.plan import Plan, Veto
 from ..planning.recipe import Recipe
 from ..streaming.checks import Checks
 from ..streaming.meter import Stages, measured
@@ -43,6 +43,7 @@ from . import formats, source
 from .finisher import Finisher
 from .layout import ShardLayout, check_names, share_of
 from .partial import PartialFolder, check_free, permissions
+from .proof import Proof, Reader, prove
 from .small_files import SmallFile, find_small_files
 
 #: raised whenever the bytes of an output could differ from those of an earlier version
@@ -61,20 +62,28 @@ def convert_checkpoint(
     digests: bool,
     verify: bool,
     progress: bool | Callable[[int, int], None] | None,
+    readers: Callable[[], Sequence[Reader]] | None = None,
 ) -> Report:
-    """`octavo.convert`, where arguments and errors are documented."""
+    """`octavo.convert`, where arguments and errors are documented; ``readers`` are those that prove the result."""
     stages = Stages()
     where = str(usable_device(device))
     with stages("open"):
         checkpoint = Checkpoint.open(src, revision)
         checks = Checks(checkpoint) if verify else None
+    layout = formats.get(format)
+
+    def plan_with(veto: Veto) -> Plan:
+        return formats.plan_for(checkpoint, recipe, format, staging_bytes, where, veto)[0]
+
+    proof = prove(checkpoint, plan_with, layout, readers, stages)
+    plan = proof.plan
     with stages("plan"):
-        plan, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
-        job = Job.prepare(checkpoint, plan, layout, local_path(dst, OutputError), digests, checks)
+        job = Job.prepare(checkpoint, proof, layout, local_path(dst, OutputError), digests, checks)
         budget = Budget.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
         budget.require(plan.source)
     tally = Tally()
-    notes = [*plan.notes, *layout.notes(plan), *job.notes()]  # which read the source's folder: nothing fails at the end
+    notes = [*plan.notes, *proof.notes, *layout.notes(plan, proof.asked)]
+    notes += job.notes()  # which read the source's folder: nothing fails at the end
     partial: PartialFolder | None = None
     try:
         with job.partial_folder() as partial, measured(plan, progress, "Converting") as meter:
@@ -115,6 +124,7 @@ class Job:
 
     checkpoint: Checkpoint
     plan: Plan
+    quantization: Mapping[str, Any] | None  # config.json's quantization_config
     layout: formats.Format
     dst: Path
     shards: tuple[tuple[ShardLayout, Plan], ...]
@@ -128,12 +138,13 @@ class Job:
     def prepare(
         cls,
         checkpoint: Checkpoint,
-        plan: Plan,
+        proof: Proof,
         layout: formats.Format,
         dst: Path,
         digests: bool,
         checks: Checks | None,
     ) -> Job:
+        plan = proof.plan
         dst = dst.absolute()
         check_free(dst)
         if not dst.parent.is_dir():
@@ -157,7 +168,19 @@ class Job:
         read = [checkpoint.path, *(shard.path for shard in checkpoint.shards), *(file.path for file in small_files)]
         _check_apart(read, dst)
         marks = source.marks_of(checkpoint)
-        return cls(checkpoint, plan, layout, dst, tuple(shards), small_files, tuple(remarks), marks, digests, checks)
+        return cls(
+            checkpoint,
+            plan,
+            proof.quantization,
+            layout,
+            dst,
+            tuple(shards),
+            small_files,
+            tuple(remarks),
+            marks,
+            digests,
+            checks,
+        )
 
     # -- the partial folder -------------------------------------------------------------------------------------------
 
@@ -287,8 +310,8 @@ class Job:
                 file.copy(result)
             config = dict(self.checkpoint.config)
             if config:
-                if self.plan.quantized:
-                    config["quantization_config"] = self.layout.config(self.plan)
+                if self.quantization is not None:
+                    config["quantization_config"] = dict(self.quantization)
                 result.write("config.json", json.dumps(config, indent=2) + "\n", permissions(folder / "config.json"))
             if len(self.shards) > 1:
                 index = folder / INDEX_NAME

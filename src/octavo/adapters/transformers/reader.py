@@ -1,0 +1,324 @@
+"""transformers as the reader of a checkpoint in FP8: what its ``from_pretrained`` would make of it.
+
+Nothing of transformers' knowledge is repeated here. Its model is built on meta, its quantizer gives the modules their
+form, and its loading is run on symbolic tensors. Then every FP8 weight must have arrived beside its scale, in a
+parameter that holds FP8; and every scale that the model waits for must have come. Where transformers computes weights
+while it loads (stacks of experts that it dequantizes), it computes a small sample, which is compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import transformers
+from transformers.core_model_loading import dot_natural_key
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from ...checkpoint import dtypes
+from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.header import TensorInfo
+from ...choices import SCHEMES
+from ...conversion.proof import Judgement
+from ...elements.pieces import Piece
+from ...elements.symbolic import Symbolic
+from ...errors import CheckpointError
+from ...numerics import schemes
+from ...numerics.schemes import Scheme
+from ...quiet import this_thread_quiet
+from .model_plan import Traced, trace
+from .options import DEFAULTS, ModelOptions
+from .skeleton import skeleton
+
+NAME = f"transformers {transformers.__version__}"
+
+
+class TransformersReader:
+    """See `octavo.conversion.proof.Reader`."""
+
+    def __init__(self, asked: ModelOptions = DEFAULTS) -> None:
+        self.asked = asked
+
+    def judge(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorInfo],
+        scales: Mapping[str, str],
+        config: Mapping[str, Any],
+    ) -> Judgement:
+        try:
+            model = skeleton(checkpoint, self.asked)
+        except CheckpointError as error:
+            return Judgement(NAME, unproved=str(error))
+        try:
+            quantizer = _prepare(model, config["quantization_config"])
+        except ImportError as error:
+            return Judgement(NAME, unproved=str(error).partition(":")[0])
+        except Exception as error:  # of modules that can't hold FP8, which it will be told to leave alone
+            plain = skeleton(checkpoint, self.asked)
+            waiting = _unquantized_modules(plain, tensors, scales)
+            return Judgement(NAME, waiting=waiting, unproved=f"it refuses: {type(error).__name__}: {error}")
+        problems: list[str] = []
+        traced = trace(model, tensors, problems, quantizer)
+        return _Case(model, quantizer, tensors, scales, traced).judgement(problems)
+
+
+def _prepare(model: Any, quantization: Mapping[str, Any]) -> Any:
+    """Give a model's modules the form that its quantizer gives them, and return the quantizer."""
+    quantizer = AutoHfQuantizer.from_config(deepcopy(dict(quantization)), pre_quantized=True)
+    # the environment that counts is that of whoever loads the checkpoint; where FP8 can't run, all is dequantized
+    said = getattr(quantizer.quantization_config, "dequantize", None)
+    quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
+    if said is not None:
+        quantizer.quantization_config.dequantize = said
+    with this_thread_quiet():
+        quantizer.preprocess_model(
+            model=model, dtype=model.dtype, device_map=None, checkpoint_files=None, use_kernels=False
+        )
+    return quantizer
+
+
+def _unquantized_modules(model: Any, tensors: Mapping[str, TensorInfo], scales: Mapping[str, str]) -> tuple[str, ...]:
+    """Linear layers of an unquantized model that are made of unquantized tensors alone, or of none."""
+    is_scale = frozenset(scales.values())
+    weights = {name: tensor for name, tensor in tensors.items() if name not in is_scale}
+    found = trace(model, weights, []).found
+    return tuple(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and not any(piece.src_name in scales for piece in getattr(found.get(f"{path}.weight"), "pieces", ()))
+    )
+
+
+class _Case:
+    """One checkpoint before one model."""
+
+    def __init__(
+        self,
+        model: Any,
+        quantizer: Any,
+        tensors: Mapping[str, TensorInfo],
+        scales: Mapping[str, str],
+        traced: Traced,
+    ) -> None:
+        self.model, self.quantizer, self.tensors, self.scales, self.traced = model, quantizer, tensors, scales, traced
+        self.is_scale = frozenset(scales.values())
+        self.expected: Mapping[str, torch.Tensor] = model.state_dict()
+        self.samples: dict[Any, str | Exception | None] = {}
+        self.errors: list[tuple[list[str], str]] = []  # tensors that can't be loaded together, and why
+
+    def judgement(self, problems: list[str]) -> Judgement:
+        unexpected = set(self.traced.unexpected)
+        arrived: dict[str, str | None] = {}  # quantized tensor -> what is wrong with where it arrived
+        for name, symbolic in self.traced.found.items():
+            for source, why in self._look(name, symbolic):
+                arrived[source] = arrived.get(source) or why
+        for name, (sources, operation) in self.traced.computed.items():
+            why = self._sample(name, sources, operation)
+            arrived.update({source: arrived.get(source) or why for source in sources if source in self.scales})
+        if self.scales and unexpected.issuperset(self.scales):
+            what = f"its {type(self.model).__name__} has no place for {min(self.scales)}, nor for any other FP8 tensor"
+            return Judgement(NAME, unproved=what)
+        refused = {name: why for sources, why in self.errors for name in sources if name in self.scales}
+        misread = {name: why for name, why in arrived.items() if why and name not in refused}
+        modules = {
+            piece.src_name: name.removesuffix(".weight")
+            for name in self.traced.found
+            for piece in self._pieces(name)
+            if piece.src_name in misread
+        }
+        for name in self.scales.keys() - arrived.keys() - unexpected:
+            refused[name] = problems[0] if problems else "it finds no place for it"
+        return Judgement(NAME, misread, tuple(sorted(self._waiting())), modules, refused)
+
+    def _waiting(self) -> Iterator[str]:
+        """Modules whose scale nothing makes."""
+        made = self.traced.found.keys() | self.traced.computed.keys()
+        for name in self.expected.keys() - made:
+            weight = _weight_of(name)
+            if weight is None or weight not in self.expected or not _holds_fp8(self.expected[weight]):
+                continue
+            if not any(piece.src_name in self.scales for piece in self._pieces(weight)):
+                yield weight.removesuffix(".weight")
+
+    def _pieces(self, name: str) -> list[Piece]:
+        symbolic = self.traced.found.get(name)
+        return list(symbolic.pieces) if symbolic is not None else []
+
+    # -- weights that transformers moves ------------------------------------------------------------------------------
+
+    def _look(self, name: str, symbolic: Symbolic) -> Iterator[tuple[str, str | None]]:
+        """(quantized tensor, what is wrong or None) for all that make the parameter ``name``."""
+        sources = dict.fromkeys(piece.src_name for piece in symbolic.pieces)
+        quantized = [source for source in sources if source in self.scales]
+        if not quantized:
+            return
+        here = self.expected[name]
+        if tuple(symbolic.shape) != tuple(here.shape):
+            self.errors.append((quantized, f"{name} is {list(here.shape)} there, not {list(symbolic.shape)}"))
+            return
+        others = [source for source in sources if source not in self.scales]
+        scale_pieces = next((pieces for q in _scale_names(name) if (pieces := self._pieces(q))), [])
+        for source in quantized:
+            if not _holds_fp8(here):
+                kind = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
+                yield source, f"it takes the codes for weights: its {kind} holds {dtypes.short(here.dtype)}"
+            elif others:
+                yield source, f"it makes one parameter of it and of {others[0]}, which is not quantized"
+            elif not self._scaled(name, source, [p for p in symbolic.pieces if p.src_name == source], scale_pieces):
+                yield source, "its scale does not arrive beside it"
+            else:
+                yield source, None
+
+    def _scaled(self, name: str, source: str, pieces: list[Piece], scale_pieces: list[Piece]) -> bool:
+        """Return True if every element of these pieces has the scale that it has on disk."""
+        shape, scale = self.tensors[source].shape, self.tensors[self.scales[source]]
+        beside = [piece for piece in scale_pieces if piece.src_name == scale.name]
+        scheme, rows = scheme_of(shape, scale), self.expected[name].shape[-2]
+        cells = scale.shape[-1] if len(scale.shape) > 1 else 1
+        return all(any(_agree(shape, scheme, rows, p, q, cells) for q in beside) for p in pieces)
+
+    # -- weights that transformers computes ---------------------------------------------------------------------------
+
+    def _sample(self, name: str, sources: list[str], operation: str) -> str | None:
+        """What is wrong with how transformers computes a parameter of quantized tensors, seen on a few of them."""
+        weights = [s for s in sources if s not in self.is_scale]
+        mixed = {_template(s) for s in weights if s in self.scales} & {
+            _template(s) for s in weights if s not in self.scales
+        }
+        if mixed:
+            return f"it makes one parameter of {min(mixed)}, of which only some are quantized"
+        sample = _first_of_each(sources)
+        key = (_template(name), *((_template(s), self.tensors[s].shape, self.tensors[s].dtype_name) for s in sample))
+        if key not in self.samples:
+            try:
+                self.samples[key] = self._compare(name, sample)
+            except Exception as error:  # whatever transformers raises on its own operations
+                self.samples[key] = error
+        found = self.samples[key]
+        if isinstance(found, Exception):
+            self.errors.append((sources, f"{_template(name)}: {type(found).__name__}: {found}"))
+            return None
+        return found
+
+    def _compare(self, name: str, sources: list[str]) -> str | None:
+        generator = torch.Generator().manual_seed(0)
+        given: dict[str, torch.Tensor] = {}
+        meant: dict[str, torch.Tensor] = {}
+        scale_of = {s: self.scales[s] for s in sources if s in self.scales}
+        for source in sources:
+            info = self.tensors[source]
+            if source in self.is_scale:
+                continue
+            plain = torch.randn(info.shape, generator=generator)
+            if source in scale_of:
+                scale = self.tensors[scale_of[source]]
+                found = scheme_of(info.shape, scale)
+                if found is None:
+                    return "its scale is of no scheme that is known"
+                given[source], grid = schemes.quantize(plain, found)
+                given[scale.name] = (grid.view(torch.uint8) if found.power_of_two else grid).reshape(scale.shape)
+                meant[source] = schemes.dequantize(given[source], grid, found)
+            else:
+                given[source] = meant[source] = plain.to(info.dtype)
+        got = _loaded(self.model, {s: self.tensors[s] for s in given}, given, self.quantizer)
+        want = _loaded(self.model, {s: self.tensors[s] for s in meant}, meant)
+        for target, tensor in want.items():
+            if target not in got or got[target].shape != tensor.shape:
+                return f"it makes {_template(target)} of another shape"
+            difference = (got[target].float() - tensor.float()).abs().max().item()
+            if not difference <= _TOLERANCE * tensor.float().abs().max().item():
+                return f"it computes {_template(target)} wrong"
+        return None
+
+
+#: of the largest weight: what is computed in bf16 is off by a hundredth, and a wrong scale by far more
+_TOLERANCE = 0.02
+
+
+def _loaded(
+    model: Any, infos: Mapping[str, TensorInfo], given: Mapping[str, torch.Tensor], quantizer: Any = None
+) -> Mapping[str, torch.Tensor]:
+    """The parameters that transformers makes of real tensors."""
+    problems: list[str] = []
+    traced = trace(model, infos, problems, quantizer, lambda info: given[info.name])
+    if problems or traced.computed:
+        raise ValueError(problems[0] if problems else next(iter(traced.computed.values()))[1])
+    return traced.found
+
+
+def _holds_fp8(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == schemes.FP8
+
+
+def _scale_names(name: str) -> tuple[str, ...]:
+    """The names under which transformers' modules keep the scale of a parameter."""
+    return (f"{name}_scale", f"{name}_scale_inv")
+
+
+def _weight_of(name: str) -> str | None:
+    """The inverse of `_scale_names`; None for what is no scale."""
+    return next((name.removesuffix(end) for end in ("_scale", "_scale_inv") if name.endswith(end)), None)
+
+
+def _template(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _first_of_each(names: Iterable[str], count: int = 2) -> list[str]:
+    """The first names of every numbered series."""
+    series: dict[str, list[str]] = {}
+    for name in sorted(names, key=dot_natural_key):
+        series.setdefault(_template(name), []).append(name)
+    return [name for members in series.values() for name in members[:count]]
+
+
+def scheme_of(shape: Sequence[int], scale: TensorInfo) -> Scheme | None:
+    """The scheme of a weight of this shape, by its scale."""
+    for name in SCHEMES:
+        scheme = schemes.get(name)
+        bits = scale.dtype_name in ("U8", "F8_E8M0")
+        if (
+            scale.shape in (scheme.scale_shape(shape), scheme.scale_shape(shape) or (1,))
+            and bits == scheme.power_of_two
+        ):
+            return scheme
+    return None
+
+
+def _agree(shape: Sequence[int], scheme: Scheme | None, rows: int, weight: Piece, scale: Piece, cells: int) -> bool:
+    """Return True if ``scale`` brings the scales of ``weight`` to where their weights go.
+
+    Args:
+        shape: of the weight on disk.
+        rows: of the parameter.
+        cells: columns of the scale on disk.
+    """
+    lead = len(weight.size) - 2
+    if weight.dst_off[:lead] != scale.dst_off[:lead] or weight.size[:lead] != scale.size[:lead]:
+        return False
+    if scheme is None:  # unknown, so it has to stay as it is
+        return weight.size[lead:] == tuple(shape[-2:]) and weight.dst_off[lead:] == (0, 0)
+    if any(
+        n > 1 and a != b for n, a, b in zip(weight.size[lead:], weight.src_strides[lead:], (shape[-1], 1), strict=True)
+    ):
+        return False  # transposed
+    begin = divmod(weight.src_off % math.prod(shape[-2:]), shape[-1])
+    along = list(
+        zip(weight.dst_off[lead:], begin, weight.size[lead:], (scheme.group_rows, scheme.group_cols), strict=True)
+    )
+    if scheme.group_rows is None:
+        return weight.size[-2] == rows == shape[-2]
+    at = divmod(scale.src_off, cells)
+    for axis, (to, source, length, group) in enumerate(along):
+        whole = length if group is None else group
+        if to % whole or source % whole:
+            return False
+        first, there = to // whole - scale.dst_off[lead + axis], source // whole - at[axis]
+        if first != there or first < 0 or first + -(-length // whole) > scale.size[lead + axis]:
+            return False
+    return True

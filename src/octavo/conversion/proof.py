@@ -1,0 +1,186 @@
+"""Proving a conversion before it is written: its readers' own code says what it would make of it.
+
+A plan and a format say which tensors there will be, with which config. A `Reader` is given exactly that, without data,
+and answers what its code would do with it. What it would misread without a word stays unquantized, and modules in which
+it would wait for a scale that never comes are named to it as unquantized. Then it is asked again, until nothing is left
+to say. What it refuses with an error stays as planned, since another reader may take it, and is noted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import TensorInfo
+from ..errors import CheckpointError
+from ..planning.plan import Plan, Veto
+from ..streaming.meter import Stages
+from ..text import human_bytes
+from .formats import Format
+
+_FP8_NAME = "F8_E4M3"
+#: Readers settle in two rounds: names of modules in one, a proof in the next. After more they contradict themselves.
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a reader would do with a checkpoint. Nothing but its name in it means that all is read right."""
+
+    reader: str  # its name and version
+    misread: Mapping[str, str] = field(default_factory=dict)  # quantized tensor -> what it would be taken for
+    waiting: tuple[str, ...] = ()  # modules, by the reader's names, that want a scale which the checkpoint lacks
+    modules: Mapping[str, str] = field(default_factory=dict)  # misread tensor -> the module that it is loaded into
+    refused: Mapping[str, str] = field(default_factory=dict)  # quantized tensor -> the error that loading it raises
+    unproved: str = ""  # why the reader could not be asked
+
+
+class Reader(Protocol):
+    """Whoever loads converted checkpoints."""
+
+    def judge(
+        self,
+        checkpoint: Checkpoint,
+        tensors: Mapping[str, TensorInfo],
+        scales: Mapping[str, str],
+        config: Mapping[str, Any],
+    ) -> Judgement:
+        """Say what would become of ``tensors``.
+
+        Args:
+            checkpoint: the folder in which its other files lie.
+            tensors: all tensors as they are, or will be, on disk.
+            scales: quantized tensor -> its scale.
+            config: config.json beside them.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A reader that can't be asked."""
+
+    name: str
+    why: str = "it is not installed"
+
+    def judge(self, *_: Any) -> Judgement:
+        return Judgement(self.name, unproved=self.why)
+
+
+_NOBODY = Absent("any reader", "config.json names no architecture")
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A plan that its readers agree with, and what they had to say."""
+
+    plan: Plan
+    quantization: Mapping[str, Any] | None  # config.json's quantization_config
+    notes: tuple[str, ...] = ()
+    asked: bool = False  # whether a reader could answer
+
+
+def prove(
+    checkpoint: Checkpoint,
+    plan_with: Callable[[Veto], Plan],
+    layout: Format,
+    find_readers: Callable[[], Sequence[Reader]] | None,
+    stages: Stages,
+) -> Proof:
+    """Plan a conversion so that every reader reads it right.
+
+    Args:
+        plan_with: makes the plan, given what must not be quantized.
+        find_readers: called once there is a plan, since finding them may take seconds. None: nobody is asked.
+
+    Raises:
+        CheckpointError: a reader that goes on contradicting what it said before.
+    """
+    misread: dict[str, tuple[str, str]] = {}  # tensor -> the reader, and why
+    waiting: set[str] = set()
+    modules: dict[str, str] = {}
+
+    def veto(name: str, shape: tuple[int, ...], kind: str, scheme: str) -> str | None:
+        if name in misread:
+            return ": ".join(misread[name])
+        return layout.veto(name, shape, kind, scheme)
+
+    readers: Sequence[Reader] | None = None
+    for _ in range(_ROUNDS):
+        with stages("plan"):
+            plan = plan_with(veto)
+        quantization = layout.config(plan, waiting, modules) if plan.quantized else None
+        if quantization is None or find_readers is None:
+            return Proof(plan, quantization)
+        with stages("prove"):
+            if readers is None:  # asking takes seconds, and without a class there is nothing to ask
+                readers = find_readers() if checkpoint.config.get("architectures") else (_NOBODY,)
+            tensors, scales = as_written(checkpoint, plan, layout)
+            config = {**checkpoint.config, "quantization_config": quantization}
+            judgements = [reader.judge(checkpoint, tensors, scales, config) for reader in readers]
+        agreed = True
+        for judgement in judgements:
+            agreed &= not judgement.misread and waiting.issuperset(judgement.waiting)
+            waiting.update(judgement.waiting)
+            # where there are several schemes, a module that has another name there may not have been found
+            unnamed = judgement.modules.keys() - modules.keys() if len(plan.recipe.schemes) > 1 else set()
+            modules.update({name: judgement.modules[name] for name in unnamed})
+            for name in judgement.misread.keys() - unnamed:
+                misread.setdefault(name, (judgement.reader, judgement.misread[name]))
+        if agreed:
+            asked = any(not judgement.unproved for judgement in judgements)
+            return Proof(plan, quantization, tuple(_notes(plan, judgements, misread)), asked)
+    raise CheckpointError(
+        f"{checkpoint.path}: {judgements[0].reader} could not be satisfied. Give --no-prove (prove=False) to write it "
+        "as planned, and compare what your reader makes of it."
+    )
+
+
+def as_written(checkpoint: Checkpoint, plan: Plan, layout: Format) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors that a conversion will write, and quantized tensor -> its scale."""
+    tensors: dict[str, TensorInfo] = {}
+    scales = {}
+    for p in plan.placements:
+        source = checkpoint.tensors[p.pieces[0].src_name]
+        shape = p.shape if p.scheme else source.shape
+        tensors[p.name] = TensorInfo(p.name, p.dtype_name, shape, source.shard, 0, p.nbytes)
+        if p.scheme:
+            name = scales[p.name] = layout.scale_name(p.name)
+            dtype_name, scale_shape = layout.scale_type(p)
+            tensors[name] = TensorInfo(name, dtype_name, scale_shape, source.shard, 0, layout.scale_bytes(p))
+    return tensors, scales
+
+
+def scales_in(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Quantized tensor -> its scale, in any checkpoint that keeps scales beside its FP8 tensors."""
+    found = {}
+    for name, info in tensors.items():
+        if info.dtype_name == _FP8_NAME:
+            beside = next((name + end for end in ("_scale", "_scale_inv") if name + end in tensors), None)
+            if beside:
+                found[name] = beside
+    return found
+
+
+def _notes(plan: Plan, judgements: Sequence[Judgement], misread: Mapping[str, tuple[str, str]]) -> list[str]:
+    notes = []
+    kept: dict[tuple[str, str], int] = {}
+    for p in plan.kept:
+        if p.name in misread:
+            kept[misread[p.name]] = kept.get(misread[p.name], 0) + p.nbytes
+    for (reader, why), nbytes in sorted(kept.items(), key=lambda item: -item[1]):
+        notes.append(f"kept for {reader}, {human_bytes(nbytes)}: {why}")
+    for judgement in judgements:
+        if judgement.unproved:
+            notes.append(f"not proved for {judgement.reader}: {judgement.unproved}")
+        elif judgement.refused:
+            name, why = next(iter(judgement.refused.items()))
+            notes.append(
+                f"{judgement.reader} can't load {len(judgement.refused):,} FP8 tensors ({name} and others), and says "
+                f"so: {why}. Choose another scheme or format if it is to."
+            )
+        else:
+            notes.append(f"proved: {judgement.reader} reads every tensor as it is meant")
+    return notes
