@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 os.environ["COLUMNS"] = "140"  # tables are as wide as the terminal
+# a shell that starts the tests in the background has them ignore Ctrl-C, and with them all that they interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # tests run beside each other: torch's own threads would wait for one another, far longer than they work
 torch.set_num_threads(1)
 
