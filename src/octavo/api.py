@@ -32,6 +32,7 @@ from .errors import CheckpointError, MissingExtraError, OutputError, of_user, pu
 from .machine import as_usual, usable_device
 from .planning.plan import Plan
 from .planning.recipe import Recipe
+from .quiet import this_thread_quiet
 from .streaming.checks import Checks
 from .streaming.meter import collection_paused
 from .streaming.report import Report
@@ -253,7 +254,8 @@ def convert(
 def _readers() -> Sequence[Reader]:
     """Whoever is installed here and reads converted checkpoints."""
     try:
-        from .adapters.transformers.reader import TransformersReader
+        with this_thread_quiet():  # what lies beside it is imported, too, and some of that complains
+            from .adapters.transformers.reader import TransformersReader
     except ImportError:
         return (Absent("transformers"),)
     return (TransformersReader(),)

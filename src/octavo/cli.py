@@ -189,6 +189,7 @@ def plan(
 
 
 @app.command()
+@others_quiet()
 def convert(
     src: Model,
     dst: Annotated[Path, typer.Argument(metavar="FOLDER", help="To be made; it appears when it is complete.")],
