@@ -85,7 +85,7 @@ SPOILED: dict[str, tuple[str, Callable[[Path], object], str, bool]] = {
     "an expert without one matrix": (
         "qwen2_moe",
         drop("model.layers.0.mlp.experts.2.down_proj.weight"),
-        "model.layers.0.mlp.experts.routed_experts.w2_weight [4, 128, 128]: 16,384 of 65,536 elements",
+        "model.layers.0.mlp.experts.routed_experts.w2_weight [4, 128, 128]: only",
         True,
     ),
     "no norm": (
