@@ -20,7 +20,6 @@ from ..streaming.meter import Stages
 from ..text import human_bytes
 from .formats import Format
 
-_FP8_NAME = "F8_E4M3"
 #: Readers settle in two rounds: names of modules in one, a proof in the next. After more they contradict themselves.
 _ROUNDS = 6
 
@@ -119,7 +118,7 @@ def prove(
                 readers = find_readers() if checkpoint.config.get("architectures") else (_NOBODY,)
             tensors, scales = as_written(checkpoint, plan, layout)
             config = {**checkpoint.config, "quantization_config": quantization}
-            judgements = [reader.judge(checkpoint, tensors, scales, config) for reader in readers]
+            judgements = [_ask(reader, checkpoint, tensors, scales, config) for reader in readers]
         agreed = True
         for judgement in judgements:
             agreed &= not judgement.misread and waiting.issuperset(judgement.waiting)
@@ -153,15 +152,12 @@ def as_written(checkpoint: Checkpoint, plan: Plan, layout: Format) -> tuple[dict
     return tensors, scales
 
 
-def scales_in(tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Quantized tensor -> its scale, in any checkpoint that keeps scales beside its FP8 tensors."""
-    found = {}
-    for name, info in tensors.items():
-        if info.dtype_name == _FP8_NAME:
-            beside = next((name + end for end in ("_scale", "_scale_inv") if name + end in tensors), None)
-            if beside:
-                found[name] = beside
-    return found
+def _ask(reader: Reader, *case: Any) -> Judgement:
+    """A reader's judgement. One that can't give any is no reason not to convert, and is said."""
+    try:
+        return reader.judge(*case)
+    except Exception as error:  # whatever its code raises on a model that it does not know
+        return Judgement(type(reader).__name__, unproved=f"asking it failed: {type(error).__name__}: {error}")
 
 
 def _notes(plan: Plan, judgements: Sequence[Judgement], misread: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -182,5 +178,5 @@ def _notes(plan: Plan, judgements: Sequence[Judgement], misread: Mapping[str, tu
                 f"so: {why}. Choose another scheme or format if it is to."
             )
         else:
-            notes.append(f"proved: {judgement.reader} reads every tensor as it is meant")
+            notes.append(f"proved: {judgement.reader} reads all that it takes as it is meant")
     return notes

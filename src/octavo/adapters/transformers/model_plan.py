@@ -61,7 +61,7 @@ def plan_model(
         f"{name}: transformers computes it from {min(sources, key=dot_natural_key)}...: {why}"
         for name, (sources, why) in traced.computed.items()
     ]
-    tied = tied_names(model)
+    tied = _tied(model)
     problems += _misfits(model, checkpoint, found, tied)
     unneeded = _unneeded(model, unexpected)
     if strict:
@@ -272,7 +272,7 @@ def _wrong_dtypes(name: str, wanted: torch.dtype, symbolic: Symbolic, checkpoint
     ]
 
 
-def tied_names(model: Any) -> dict[str, set[str]]:
+def _tied(model: Any) -> dict[str, set[str]]:
     """Parameter -> all names of the weight that it is tied to, its own included."""
     groups: dict[str, set[str]] = {}
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():

@@ -30,7 +30,6 @@ from ...numerics import schemes
 from ...numerics.schemes import Scheme
 from ...quiet import this_thread_quiet
 from .model_plan import Traced, trace
-from .options import DEFAULTS, ModelOptions
 from .skeleton import skeleton
 
 NAME = f"transformers {transformers.__version__}"
@@ -38,9 +37,6 @@ NAME = f"transformers {transformers.__version__}"
 
 class TransformersReader:
     """See `octavo.conversion.proof.Reader`."""
-
-    def __init__(self, asked: ModelOptions = DEFAULTS) -> None:
-        self.asked = asked
 
     def judge(
         self,
@@ -50,7 +46,7 @@ class TransformersReader:
         config: Mapping[str, Any],
     ) -> Judgement:
         try:
-            model = skeleton(checkpoint, self.asked)
+            model = skeleton(checkpoint)
         except CheckpointError as error:
             return Judgement(NAME, unproved=str(error))
         try:
@@ -58,7 +54,7 @@ class TransformersReader:
         except ImportError as error:
             return Judgement(NAME, unproved=str(error).partition(":")[0])
         except Exception as error:  # of modules that can't hold FP8, which it will be told to leave alone
-            plain = skeleton(checkpoint, self.asked)
+            plain = skeleton(checkpoint)
             waiting = _unquantized_modules(plain, tensors, scales)
             return Judgement(NAME, waiting=waiting, unproved=f"it refuses: {type(error).__name__}: {error}")
         problems: list[str] = []

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import octavo
-from helpers.stock import different, write_reference
+from helpers.folders import tensors_of
+from helpers.stock import different, scales_of, write_reference
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.conversion.proof import scales_in
 
 pytest.importorskip("compressed_tensors")
 transformers: Any = pytest.importorskip("transformers")
@@ -97,7 +97,11 @@ def test_stock_transformers_reads_what_was_meant(
     made, info = cls.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()), info
     # all that is FP8 has its scale, and unpacks to what it stands for
-    assert len(scales_in(Checkpoint.open(tmp_path / "out").tensors)) == sum(n for n, _ in report.quantized.values()) > 0
+    assert (
+        len(scales_of(tensors_of(tmp_path / "out"), "compressed-tensors"))
+        == sum(n for n, _ in report.quantized.values())
+        > 0
+    )
     if options.get("scheme") is not MIXED:
         scheme = options.get("scheme", "fp8_channel")
         write_reference(folder, tmp_path / "out", tmp_path / "meant", "compressed-tensors", scheme)
