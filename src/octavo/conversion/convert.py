@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.checkpoint import INDEX_NAME, SHARD_NAME, SINGLE_NAME, Checkpoint, read_config
+from ..checkpoint.checkpoint import Checkpoint, read_config
 from ..checkpoint.digests import NAME as DIGESTS_NAME
 from ..checkpoint.digests import ShardDigests
 from ..checkpoint.digests import to_text as digests_text
 from ..checkpoint.files import local_path
+from ..checkpoint.folders import INDEX_NAME, SHARD_NAME, SINGLE_NAME
 from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
 from ..planning.budget import Budget
