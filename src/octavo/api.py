@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
-from .conversion.proof import Absent, Reader
+from .conversion.proof import Absent, Reader, judge_written
 from .conversion.verify import VerifyReport, verify_checkpoint, verify_digests
-from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
+from .errors import CheckpointError, MissingExtraError, OutputError, RecipeError, of_user, public
 from .machine import as_usual, usable_device
 from .planning.plan import Plan
 from .planning.recipe import Recipe
@@ -254,11 +255,26 @@ def convert(
 def _readers() -> Sequence[Reader]:
     """Whoever is installed here and reads converted checkpoints."""
     try:
-        with this_thread_quiet():  # what lies beside it is imported, too, and some of that complains
-            from .adapters.transformers.reader import TransformersReader
+        return (_transformers_reader(),)
     except ImportError:
         return (Absent("transformers"),)
-    return (TransformersReader(),)
+
+
+def _transformers_reader() -> Reader:
+    with this_thread_quiet():  # what lies beside it is imported, too, and some of that complains
+        from .adapters.transformers.reader import TransformersReader
+    return TransformersReader()
+
+
+def _reader(name: str) -> Reader:
+    """The reader of this name, which must be installed."""
+    makers = {"transformers": _transformers_reader}
+    if name not in makers:
+        raise RecipeError(f"unknown reader {name!r}; known: {', '.join(makers)}")
+    try:
+        return makers[name]()
+    except ImportError as error:
+        raise MissingExtraError(name, f"asking {name}") from error
 
 
 @public(CheckpointError)
@@ -267,37 +283,48 @@ def verify(
     dst: str | os.PathLike[str],
     against: str | os.PathLike[str] | None = None,
     *,
+    reader: str | None = None,
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     threads: int | None = None,
     progress: bool | Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
     """Recompute a converted checkpoint from its source, tensor by tensor, and compare every byte.
 
-    Without a source, compare each tensor with the digest that was recorded when it was written.
+    Without a source, compare each tensor with the digest that was recorded when it was written; or ask a reader what
+    it makes of the checkpoint, which may be anybody's that is FP8. That needs headers alone.
 
     Args:
         dst: What `convert` wrote: a folder or a ``.safetensors`` file.
-        against: The checkpoint that it was made from: a folder, a file or a hub id. None compares digests.
+        against: The checkpoint that it was made from: a folder, a file or a hub id. None compares digests, unless a
+            reader is named.
+        reader: ``"transformers"``: run its own loading on tensors without data, and see where each weight and scale
+            arrives.
         staging_bytes: A bound in bytes on memory. 256 MiB by default, at least 1 MiB.
         threads: The number of threads that read and compare. By default one a core, at most 16.
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
 
     Returns:
-        A report whose ``ok`` says whether every byte is right. Of each tensor it holds the number of bytes that differ
-        (which a digest does not tell) and, where it was quantized, the signal-to-noise ratio against the source in dB.
+        A report whose ``ok`` says whether every byte is right, and all is read right. Of each tensor that was compared
+        it holds the number of bytes that differ (which a digest does not tell) and, where it was quantized, the
+        signal-to-noise ratio against the source in dB; of a reader, what it would misread, miss or refuse.
 
     Raises:
         CheckpointError: The two don't hold the same tensors, or ``dst`` is in no format that octavo writes; or a file
             is damaged, or ends early; or there are no digests, or not of these tensors.
+        RecipeError: No such reader.
+        MissingExtraError: The reader is not installed.
         DeviceError: ``staging_bytes`` is too small.
 
     Examples:
         >>> report = octavo.convert("Qwen/Qwen3-8B", "qwen3-8b-fp8")
         >>> assert octavo.verify("qwen3-8b-fp8", against="Qwen/Qwen3-8B").ok
     """
+    judgement = None if reader is None else judge_written(Checkpoint.open(dst), _reader(reader))
+    if judgement is not None and against is None:
+        return VerifyReport((), judgement=judgement)
     if against is None:
         return verify_digests(dst, staging_bytes, threads, progress)
-    return verify_checkpoint(dst, against, staging_bytes, threads, progress)
+    return replace(verify_checkpoint(dst, against, staging_bytes, threads, progress), judgement=judgement)
 
 
 @public(CheckpointError)

@@ -248,6 +248,10 @@ def verify(
         Optional[str],  # noqa: UP045
         typer.Option("--against", metavar="MODEL", help="What it was made from; without it, digests are compared."),
     ] = None,
+    reader: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--reader", metavar="NAME", help="Ask transformers' code what it makes of it; by headers alone."),
+    ] = None,
     threads: Threads = None,
     staging: Staging = _STAGING,
     json_: Json = False,
@@ -256,12 +260,18 @@ def verify(
 
     [cyan]octavo verify qwen3-8b-fp8 --against Qwen/Qwen3-8B[/cyan]
 
-    Without --against, are the bytes those that were written? Exit code 1 when a byte differs.
+    Without --against, are the bytes those that were written? With --reader transformers, is any FP8 checkpoint read
+    as it is meant? Exit code 1 when a byte differs, or is misread.
     """
     from . import api
 
     report = api.verify(
-        dst, against, staging_bytes=parse_size(staging), threads=threads, progress=progress_of("Verifying")
+        dst,
+        against,
+        reader=reader,
+        staging_bytes=parse_size(staging),
+        threads=threads,
+        progress=progress_of("Verifying"),
     )
     if json_:
         say_json(report.to_dict())

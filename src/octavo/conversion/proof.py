@@ -8,13 +8,15 @@ to say. What it refuses with an error stays as planned, since another reader may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+from .. import choices
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError
+from ..numerics import schemes
 from ..planning.plan import Plan, Veto
 from ..streaming.meter import Stages
 from ..text import human_bytes
@@ -33,7 +35,28 @@ class Judgement:
     waiting: tuple[str, ...] = ()  # modules, by the reader's names, that want a scale which the checkpoint lacks
     modules: Mapping[str, str] = field(default_factory=dict)  # misread tensor -> the module that it is loaded into
     refused: Mapping[str, str] = field(default_factory=dict)  # quantized tensor -> the error that loading it raises
+    missing: tuple[str, ...] = ()  # other parameters that nothing in the checkpoint makes
+    unexpected: tuple[str, ...] = ()  # tensors for which the reader has no place, and which it misses not
     unproved: str = ""  # why the reader could not be asked
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is read as it is meant."""
+        return not (self.misread or self.waiting or self.refused or self.missing or self.unexpected or self.unproved)
+
+    def lines(self) -> Iterator[str]:
+        """What is wrong, a line each, and the verdict."""
+        for what, found in (("misread", self.misread), ("refused", self.refused)):
+            yield from (f"{what}: {name}: {why}" for name, why in sorted(found.items()))
+        yield from (
+            f"waiting: {module}: it wants a scale there, and the checkpoint has none" for module in self.waiting
+        )
+        yield from (f"missing: nothing in the checkpoint makes {name}" for name in self.missing)
+        yield from (f"unexpected: it has no place for {name}" for name in self.unexpected)
+        if self.unproved:
+            yield f"NOT PROVED: {self.reader} could not be asked: {self.unproved}"
+        else:
+            yield f"{self.reader} reads all as it is meant" if self.ok else f"MISREAD by {self.reader}"
 
 
 class Reader(Protocol):
@@ -135,6 +158,23 @@ def prove(
         f"{checkpoint.path}: {judgements[0].reader} could not be satisfied. Give --no-prove (prove=False) to write it "
         "as planned, and compare what your reader makes of it."
     )
+
+
+def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
+    """What a reader would do with a checkpoint that is FP8 already, whoever wrote it.
+
+    Raises:
+        CheckpointError: there is no FP8 in it, or no config.
+    """
+    tensors = checkpoint.tensors
+    weights = [name for name, info in tensors.items() if info.dtype == schemes.FP8]
+    if not weights:
+        raise CheckpointError(f"{checkpoint.path}: holds no FP8 tensors, which its readers could misread")
+    suffixes = [terms.scale_suffix for terms in choices.FORMATS.values()]
+    scales = {name: name + suffix for name in weights for suffix in suffixes if name + suffix in tensors}
+    judgement = _ask(reader, checkpoint, tensors, scales, checkpoint.config)
+    alone = {name: "it has no scale beside it" for name in weights if name not in scales}
+    return judgement if judgement.unproved else replace(judgement, misread={**judgement.misread, **alone})
 
 
 def as_written(checkpoint: Checkpoint, plan: Plan, layout: Format) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ..streaming.meter import progress_bar
 from ..streaming.ring import Ring, SingleThreadedTorch
 from . import formats
 from .compare import Comparison, Pair, Worker, cut
+from .proof import Judgement
 
 #: what a thread reads at once for a digest
 _STEP_BYTES = 1 << 20
@@ -47,14 +48,18 @@ class TensorResult:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All tensors. ``ok`` when every byte is what quantizing the source gives, or what the digests tell."""
+    """All tensors, and what a reader makes of them.
+
+    ``ok`` when every byte is what quantizing the source gives, or what the digests tell, and all is read right.
+    """
 
     tensors: tuple[TensorResult, ...]
     by_digests: bool = False  # no source was read
+    judgement: Judgement | None = None  # of a reader, if one was asked
 
     @property
     def ok(self) -> bool:
-        return all(result.equal for result in self.tensors)
+        return all(result.equal for result in self.tensors) and (self.judgement is None or self.judgement.ok)
 
     @property
     def different(self) -> list[TensorResult]:
@@ -62,6 +67,10 @@ class VerifyReport:
 
     def lines(self) -> Iterator[str]:
         """What the command line says. Each line is one, whatever names it holds."""
+        if self.judgement is not None:
+            yield from self.judgement.lines()
+            if not self.tensors:
+                return
         if self.by_digests:
             yield from (f"{result.name}  not the bytes that were written" for result in self.different)
             verdict = f"DIFFERENT: {len(self.different)} of" if self.different else "all bytes as they were written:"
@@ -74,13 +83,14 @@ class VerifyReport:
                 yield f"{result.name}  {result.scheme}  {verdict}  {db}"
         kept = [result for result in self.tensors if not result.scheme]
         yield f"kept: {len(kept)} tensors, {sum(not result.equal for result in kept)} of them different"
-        yield "all bytes equal" if self.ok else f"DIFFERENT: {len(self.different)} tensors"
+        yield "all bytes equal" if not self.different else f"DIFFERENT: {len(self.different)} tensors"
 
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON can hold."""
         return {
             "ok": self.ok,
-            "by": "digests" if self.by_digests else "source",
+            "by": "digests" if self.by_digests else "source" if self.tensors else "reader",
+            "reader": self.judgement and asdict(self.judgement),
             "tensors": [
                 {
                     "name": r.name,

@@ -61,11 +61,11 @@ def plan_model(
         f"{name}: transformers computes it from {min(sources, key=dot_natural_key)}...: {why}"
         for name, (sources, why) in traced.computed.items()
     ]
-    tied = _tied(model)
+    tied = tied_names(model)
     problems += _misfits(model, checkpoint, found, tied)
-    unneeded = _unneeded(model, unexpected)
+    needless = unneeded(model, unexpected)
     if strict:
-        homeless = [f"{name} {list(checkpoint.tensors[name].shape)}" for name in unexpected if name not in unneeded]
+        homeless = [f"{name} {list(checkpoint.tensors[name].shape)}" for name in unexpected if name not in needless]
         problems += [f"unexpected: the model has no place for {tensor}" for tensor in homeless]
     advice = (
         "Is this the checkpoint of that architecture? octavo.load(..., strict=False) passes over unexpected tensors; "
@@ -79,7 +79,7 @@ def plan_model(
     for name, buffer in model.named_buffers():
         if name not in found:
             others[device_of(name)] += buffer.nbytes
-    unused = {name: unneeded.get(name, "the model has no place for it (strict=False)") for name in unexpected}
+    unused = {name: needless.get(name, "the model has no place for it (strict=False)") for name in unexpected}
     return make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
 
 
@@ -104,18 +104,18 @@ def _misfits(
         yield from _wrong_dtypes(name, tensor.dtype, found[name], checkpoint)
 
 
-def _unneeded(model: Any, names: Iterable[str]) -> dict[str, str]:
+def unneeded(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Checkpoint tensors that the model does without -> why."""
     ignorable = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     # tables that older versions of a model saved, and newer ones compute (position_ids, inv_freq)
     computed = {name.rpartition(".")[2] for name in dict(model.named_buffers()).keys() - model.state_dict().keys()}
-    unneeded = {}
+    found = {}
     for name in names:
         if name.rpartition(".")[2] in computed:
-            unneeded[name] = "the model computes this buffer"
+            found[name] = "the model computes this buffer"
         elif any(pattern.search(name) for pattern in ignorable):
-            unneeded[name] = "this architecture ignores it"
-    return unneeded
+            found[name] = "this architecture ignores it"
+    return found
 
 
 def _targets(
@@ -272,7 +272,7 @@ def _wrong_dtypes(name: str, wanted: torch.dtype, symbolic: Symbolic, checkpoint
     ]
 
 
-def _tied(model: Any) -> dict[str, set[str]]:
+def tied_names(model: Any) -> dict[str, set[str]]:
     """Parameter -> all names of the weight that it is tied to, its own included."""
     groups: dict[str, set[str]] = {}
     for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():

@@ -29,7 +29,7 @@ from ...errors import CheckpointError
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
 from ...quiet import this_thread_quiet
-from .model_plan import Traced, trace
+from .model_plan import Traced, tied_names, trace, unneeded
 from .skeleton import skeleton
 
 NAME = f"transformers {transformers.__version__}"
@@ -50,7 +50,7 @@ class TransformersReader:
         except CheckpointError as error:
             return Judgement(NAME, unproved=str(error))
         try:
-            quantizer = _prepare(model, config["quantization_config"])
+            quantizer = _prepare(model, config)
         except ImportError as error:
             return Judgement(NAME, unproved=str(error).partition(":")[0])
         except Exception as error:  # of modules that can't hold FP8, which it will be told to leave alone
@@ -62,15 +62,19 @@ class TransformersReader:
         return _Case(model, quantizer, tensors, scales, traced).judgement(problems)
 
 
-def _prepare(model: Any, quantization: Mapping[str, Any]) -> Any:
-    """Give a model's modules the form that its quantizer gives them, and return the quantizer."""
+def _prepare(model: Any, config: Mapping[str, Any]) -> Any:
+    """Give a model's modules the form that its quantizer gives them, and return the quantizer, if it has one."""
+    part = model.config.get_text_config(decoder=True)
+    quantization = config.get("quantization_config") or getattr(part, "quantization_config", None)
+    if quantization is None:
+        return None
     quantizer = AutoHfQuantizer.from_config(deepcopy(dict(quantization)), pre_quantized=True)
     # the environment that counts is that of whoever loads the checkpoint; where FP8 can't run, all is dequantized
     said = getattr(quantizer.quantization_config, "dequantize", None)
-    quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
-    if said is not None:
-        quantizer.quantization_config.dequantize = said
     with this_thread_quiet():
+        quantizer.validate_environment(device_map={"": "cpu"}, weights_only=True)
+        if said is not None:
+            quantizer.quantization_config.dequantize = said
         quantizer.preprocess_model(
             model=model, dtype=model.dtype, device_map=None, checkpoint_files=None, use_kernels=False
         )
@@ -102,7 +106,7 @@ class _Case:
         traced: Traced,
     ) -> None:
         self.model, self.quantizer, self.tensors, self.scales, self.traced = model, quantizer, tensors, scales, traced
-        self.is_scale = frozenset(scales.values())
+        self.weight_of = {scale: weight for weight, scale in scales.items()}
         self.expected: Mapping[str, torch.Tensor] = model.state_dict()
         self.samples: dict[Any, str | Exception | None] = {}
         self.errors: list[tuple[list[str], str]] = []  # tensors that can't be loaded together, and why
@@ -129,17 +133,23 @@ class _Case:
         }
         for name in self.scales.keys() - arrived.keys() - unexpected:
             refused[name] = problems[0] if problems else "it finds no place for it"
-        return Judgement(NAME, misread, tuple(sorted(self._waiting())), modules, refused)
+        waiting, missing = self._absent()
+        homeless = unexpected - unneeded(self.model, unexpected).keys()
+        return Judgement(NAME, misread, waiting, modules, refused, missing, tuple(sorted(homeless)))
 
-    def _waiting(self) -> Iterator[str]:
-        """Modules whose scale nothing makes."""
+    def _absent(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """(modules whose scale nothing makes, other parameters that nothing makes)."""
         made = self.traced.found.keys() | self.traced.computed.keys()
+        tied = tied_names(self.model)
+        waiting, missing = set(), set()
         for name in self.expected.keys() - made:
             weight = _weight_of(name)
             if weight is None or weight not in self.expected or not _holds_fp8(self.expected[weight]):
-                continue
-            if not any(piece.src_name in self.scales for piece in self._pieces(weight)):
-                yield weight.removesuffix(".weight")
+                if not tied.get(name, set()) & made:
+                    missing.add(name)
+            elif not any(piece.src_name in self.scales for piece in self._pieces(weight)):
+                waiting.add(weight.removesuffix(".weight"))
+        return tuple(sorted(waiting)), tuple(sorted(missing))
 
     def _pieces(self, name: str) -> list[Piece]:
         symbolic = self.traced.found.get(name)
@@ -151,11 +161,14 @@ class _Case:
         """(quantized tensor, what is wrong or None) for all that make the parameter ``name``."""
         sources = dict.fromkeys(piece.src_name for piece in symbolic.pieces)
         quantized = [source for source in sources if source in self.scales]
-        if not quantized:
-            return
         here = self.expected[name]
         if tuple(symbolic.shape) != tuple(here.shape):
-            self.errors.append((quantized, f"{name} is {list(here.shape)} there, not {list(symbolic.shape)}"))
+            of_scales = [self.weight_of[source] for source in sources if source in self.weight_of]
+            self.errors.append(
+                (quantized + of_scales, f"{name} is {list(here.shape)} there, not {list(symbolic.shape)}")
+            )
+            return
+        if not quantized:
             return
         others = [source for source in sources if source not in self.scales]
         scale_pieces = next((pieces for q in _scale_names(name) if (pieces := self._pieces(q))), [])
@@ -182,7 +195,7 @@ class _Case:
 
     def _sample(self, name: str, sources: list[str], operation: str) -> str | None:
         """What is wrong with how transformers computes a parameter of quantized tensors, seen on a few of them."""
-        weights = [s for s in sources if s not in self.is_scale]
+        weights = [s for s in sources if s not in self.weight_of]
         mixed = {_template(s) for s in weights if s in self.scales} & {
             _template(s) for s in weights if s not in self.scales
         }
@@ -208,7 +221,7 @@ class _Case:
         scale_of = {s: self.scales[s] for s in sources if s in self.scales}
         for source in sources:
             info = self.tensors[source]
-            if source in self.is_scale:
+            if source in self.weight_of:
                 continue
             plain = torch.randn(info.shape, generator=generator)
             if source in scale_of:

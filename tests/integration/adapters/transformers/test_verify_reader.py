@@ -1,0 +1,156 @@
+"""`verify(..., reader="transformers")`: what transformers would make of an FP8 checkpoint, whoever wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import octavo
+from octavo.errors import CheckpointError, RecipeError
+
+compressed_tensors: Any = pytest.importorskip("compressed_tensors")
+transformers: Any = pytest.importorskip("transformers")
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "dtype": "bfloat16",
+}
+PROJECTION = "model.layers.1.mlp.up_proj"
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)).to(torch.bfloat16)
+
+
+@pytest.fixture
+def converted(tmp_path: Path) -> Path:
+    llama().save_pretrained(tmp_path / "source")
+    octavo.convert(tmp_path / "source", tmp_path / "out", progress=False)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def others(tmp_path: Path) -> Path:
+    """A checkpoint that compressed-tensors made, with static scales of activations."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    fp8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor"}
+    group = {"targets": ["Linear"], "weights": fp8, "input_activations": {**fp8, "dynamic": False}}
+    config = QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"], quant_method="compressed-tensors")
+    model = llama()
+    apply_quantization_config(model, config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_scale"):
+            parameter.data.fill_(0.01)
+    compressor = ModelCompressor.from_pretrained_model(model)
+    compressor.compress_model(model)
+    model.save_pretrained(tmp_path / "others")
+    compressor.update_config(str(tmp_path / "others"))
+    return tmp_path / "others"
+
+
+def test_all_is_read_right(converted: Path) -> None:
+    report = octavo.verify(converted, reader="transformers")
+    assert report.ok
+    assert list(report.lines()) == [f"transformers {transformers.__version__} reads all as it is meant"]
+    assert report.to_dict()["by"] == "reader"
+
+
+def test_bytes_and_reader_can_be_asked_for_together(converted: Path) -> None:
+    report = octavo.verify(converted, converted.with_name("source"), reader="transformers")
+    assert report.ok
+    assert report.tensors
+    assert report.judgement is not None
+
+
+def test_anothers_checkpoint_is_read_right(others: Path) -> None:
+    assert any(name.endswith("input_scale") for name in load_file(others / "model.safetensors"))
+    assert list(octavo.verify(others, reader="transformers").lines())[:-1] == []
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("edit", "change", "said"),
+    [
+        pytest.param(
+            edit_config,
+            lambda config: config.pop("quantization_config"),
+            f"misread: {PROJECTION}.weight: it takes the codes for weights: its Linear holds bf16",
+            id="no declaration",
+        ),
+        pytest.param(
+            edit_config,
+            lambda config: config["quantization_config"].update(ignore=[PROJECTION, "lm_head"]),
+            f"misread: {PROJECTION}.weight: it takes the codes for weights: its Linear holds bf16",
+            id="declared unquantized",
+        ),
+        pytest.param(
+            edit_config,
+            lambda config: config["quantization_config"].update(ignore=[]),
+            "waiting: lm_head: it wants a scale there, and the checkpoint has none",
+            id="declared quantized",
+        ),
+        pytest.param(
+            edit_tensors,
+            lambda tensors: tensors.pop(f"{PROJECTION}.weight_scale"),
+            f"misread: {PROJECTION}.weight: it has no scale beside it",
+            id="a scale is gone",
+        ),
+        pytest.param(
+            edit_tensors,
+            lambda tensors: tensors.update(strange=torch.ones(3)),
+            "unexpected: it has no place for strange",
+            id="a tensor too many",
+        ),
+        pytest.param(
+            edit_tensors,
+            lambda tensors: tensors.pop("model.norm.weight"),
+            "missing: nothing in the checkpoint makes model.norm.weight",
+            id="a tensor is gone",
+        ),
+        pytest.param(
+            edit_tensors,
+            lambda tensors: tensors.update({f"{PROJECTION}.weight_scale": torch.ones(64, 1)}),
+            f"refused: {PROJECTION}.weight",
+            id="a scale of another shape",
+        ),
+    ],
+)
+def test_what_is_misread_is_named(
+    edit: Callable[..., None], change: Callable[..., object], said: str, converted: Path
+) -> None:
+    edit(converted, change)
+    report = octavo.verify(converted, reader="transformers")
+    assert not report.ok
+    assert any(line.startswith(said) for line in report.lines()), list(report.lines())
+
+
+def test_who_can_not_be_asked_is_named(converted: Path) -> None:
+    with pytest.raises(RecipeError, match="unknown reader 'nobody'; known: transformers"):
+        octavo.verify(converted, reader="nobody")
+    with pytest.raises(CheckpointError, match="holds no FP8 tensors"):
+        octavo.verify(converted.with_name("source"), reader="transformers")
