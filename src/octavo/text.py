@@ -95,6 +95,12 @@ def shown(value: Any) -> str:
     return _shown.repr(value)
 
 
+def some(names: Sequence[str], last: str = "and", most: int = 3) -> str:
+    """A few names as a list in a sentence, and how many there are beside them."""
+    named = [*names[:most], *([f"{len(names) - most:,} more"] if len(names) > most else [])]
+    return f" {last} ".join([", ".join(named[:-1]), named[-1]]) if named[1:] else "".join(named)
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 

@@ -1,7 +1,8 @@
 """A safetensors checkpoint, opened by reading headers only.
 
-`Checkpoint.open` finds the files (a folder, a single file, or a hub id), reads every header (see `header`), and checks
-that no tensor is in two shards and that an index agrees with the files. All problems are reported at once.
+`Checkpoint.open` finds the files (a folder, a single file, or a hub id; see `folders`), reads every header (see
+`header`), and checks that no tensor is in two shards. All problems are reported at once. What is odd and does no harm
+is a note: an index that says otherwise than the headers, files that are not read, names of wrappers.
 
 Weights are never read here, and nothing is ever unpickled.
 """
@@ -18,8 +19,9 @@ from typing import Any
 from ..errors import CheckpointError, MissingExtraError, passes, raise_problems, reading
 from ..text import shown, told
 from .files import conforms, is_there, local_path, read_object
-from .folders import compare_index, find_files
+from .folders import Found, compare_index, find_files
 from .header import MAX_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
+from .names import check_no_adapter, unwrapped
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Checkpoint:
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]  # config.json, or empty
+    notes: tuple[str, ...] = ()  # what is odd, for whoever uses it
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -41,19 +44,29 @@ class Checkpoint:
         """
         with reading(path):
             local = resolve(path, revision)
-            problems: list[str] = []
-            files, index = find_files(local, problems)
-            return cls._of(local, files, index, problems)
+            return cls._of(local, find_files(local))
+
+    @classmethod
+    def open_chosen(cls, files: Sequence[Path]) -> Checkpoint:
+        """Open the files of one folder that a reader has chosen. Errors as for `open`.
+
+        Where `open` would choose the same, or finds two checkpoints in the folder, it is as if the folder were opened.
+        """
+        path = files[0] if len(files) == 1 else files[0].parent
+        with reading(path):
+            found = find_files(files[0].parent)
+            return cls._of(path, found if found.files == sorted(files) else Found(path.name, list(files)))
 
     @classmethod
     def open_files(cls, files: Sequence[Path]) -> Checkpoint:
         """Open exactly these files of one folder, without looking for an index. Errors as for `open`."""
         path = files[0] if len(files) == 1 else files[0].parent
         with reading(path):
-            return cls._of(path, files, None, [])
+            return cls._of(path, Found(path.name, list(files)))
 
     @classmethod
-    def _of(cls, local: Path, files: Sequence[Path], index: dict[str, str] | None, problems: list[str]) -> Checkpoint:
+    def _of(cls, local: Path, found: Found) -> Checkpoint:
+        files, index, problems, notes = found.files, found.index, list(found.problems), list(found.notes)
         shards: list[Shard] = []
         tensors: dict[str, TensorInfo] = {}
         for file in files:
@@ -64,7 +77,10 @@ class Checkpoint:
             for info in infos:
                 if info.name in tensors:
                     other = shards[tensors[info.name].shard].path.name
-                    problems.append(f"{file.name}: tensor {info.name!r} is also in {other}")
+                    twice = f"{file.name}: tensor {info.name!r} is also in {other}"
+                    # readers take the last one: where the index does, too, nobody takes the other
+                    agreed = index is not None and index.get(info.name) == file.name
+                    (notes if agreed else problems).append(f"{twice}{', and not read from there' if agreed else ''}")
                 tensors[info.name] = info
             if len(tensors) > MAX_TENSORS:
                 raise CheckpointError(
@@ -74,10 +90,13 @@ class Checkpoint:
         total_bytes = sum(info.nbytes for info in tensors.values())
         if total_bytes > MAX_BYTES:
             problems.append(f"{total_bytes:,} bytes in all; octavo reads checkpoints of at most {MAX_BYTES:,}")
+        config = read_config(local)
         if index is not None:
-            problems += compare_index(index, tensors, shards)
+            notes += compare_index(index, tensors, shards)
+        named, remarks = unwrapped(tensors, config, problems)
         raise_problems(CheckpointError, local, problems, "Nothing was loaded. Fetch the named files again.")
-        return cls(local, tuple(shards), tensors, read_config(local))
+        check_no_adapter(local, named)
+        return cls(local, tuple(shards), named, config, (*notes, *remarks))
 
     @property
     def folder(self) -> Path:

@@ -42,6 +42,7 @@ class Plan:
     unused: Mapping[str, str] = field(default_factory=dict)
     staging_bytes: int = DEFAULT_STAGING_BYTES
     other_bytes: Mapping[str, int] = field(default_factory=dict)  # device -> bytes not from the checkpoint (buffers)
+    remarks: tuple[str, ...] = ()  # on the checkpoint
 
     # -- forecast -----------------------------------------------------------------------------------------------------
 
@@ -84,7 +85,7 @@ class Plan:
     def notes(self) -> list[str]:
         """Remarks for whoever made the plan."""
         idle = bool(self.recipe.schemes) and not self.quantized
-        return ["no weight becomes FP8: see what is kept, and why"] if idle else []
+        return [*self.remarks, *(["no weight becomes FP8: see what is kept, and why"] if idle else [])]
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -251,5 +252,11 @@ def make_plan(
     }
     placements.sort(key=lambda p: first[p.name])
     return Plan(
-        str(checkpoint.path), recipe, tuple(placements), dict(unused or {}), staging_bytes, dict(other_bytes or {})
+        str(checkpoint.path),
+        recipe,
+        tuple(placements),
+        dict(unused or {}),
+        staging_bytes,
+        dict(other_bytes or {}),
+        checkpoint.notes,
     )

@@ -223,7 +223,8 @@ def test_verify_refuses_a_quantization_config_that_octavo_does_not_write(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("model.safetensors", "model.safetensors: belongs to no shard of this checkpoint"),
+        ("model.safetensors", "holds two checkpoints, model.safetensors and model.safetensors.index.json"),
+        ("alien.safetensors", "alien.safetensors: belongs to no shard of this checkpoint"),
         (
             "model-00004-of-00003.safetensors",
             "model-00004-of-00003.safetensors: belongs to no shard of this checkpoint",

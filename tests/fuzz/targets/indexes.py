@@ -54,5 +54,7 @@ class Indexes(Target):
         (self.folder / INDEX).write_bytes(data)
         checkpoint = Checkpoint.open(self.folder)
         where = {name: checkpoint.shard_of(name).path.name for name in checkpoint.tensors}
-        assert where == json.loads(data)["weight_map"], f"the index was read as {where}"
+        said = set(json.loads(data)["weight_map"].values())
+        held = {name: _SHARDS[number // 2] for number, name in enumerate(_TENSORS) if _SHARDS[number // 2] in said}
+        assert where == held, f"the index was read as {where}"
         octavo.plan(self.folder, model=False).to_dict()

@@ -171,7 +171,7 @@ class OctavoQuantizer(HfQuantizer):
             raise RecipeError("OctavoConfig needs a checkpoint on disk to stream from")
         stages = Stages()
         with stages("plan"):
-            checkpoint = Checkpoint.open_files([Path(file) for file in checkpoint_files])
+            checkpoint = Checkpoint.open_chosen([Path(file) for file in checkpoint_files])
             where = _placer(device_map)
             plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
         with boundary(checkpoint.path, CheckpointError):

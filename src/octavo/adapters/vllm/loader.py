@@ -35,6 +35,7 @@ from ...streaming.meter import Stages, collection_paused, measured
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
+from ...text import printable
 from ..engine.log import describe
 from ..engine.options import LOAD_FORMAT, PREFIX, Options, scheme_of_quantization
 from ..engine.placing import Places
@@ -163,11 +164,10 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def _open(self, model_config: ModelConfig) -> Checkpoint:
         local = Path(model_config.model)
-        if local.is_dir() and not any(local.glob("*.safetensors")):
-            return Checkpoint.open(local)  # raises, and says what it found instead
+        if local.is_dir():
+            return Checkpoint.open(local)
         files = versions.files_of(self, DefaultModelLoader.Source(model_config.model, model_config.revision))
-        opened = Checkpoint.open(files[0].parent)
-        return opened if {shard.path for shard in opened.shards} == set(files) else Checkpoint.open_files(files)
+        return Checkpoint.open_chosen(files)
 
     def _plan(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Plan, Mapping[str, Any]]:
         """The plan of all tensors, and the config of the checkpoint that they would make."""
@@ -196,7 +196,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         with measured(found.plan, self._progress()) as meter, self.stages("stream"):
             meter.follow(tally)
             self._stream(model, found.places, layout, tally, meter.progress)
-        for line in describe(found, self.stages, tally, meter):
+        notes = [printable(f"note: {note}") for note in self.checkpoint.notes]
+        for line in (*describe(found, self.stages, tally, meter), *notes):
             log.info("octavo: %s", line)
         reload.prepare(model, found.plan, layout, found.fillers)
 
