@@ -9,6 +9,7 @@ Weights are never read here, and nothing is ever unpickled.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from .files import conforms, is_there, local_path, read_object
 from .folders import Found, compare_index, find_files
 from .header import MAX_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
 from .names import check_no_adapter, unwrapped
+from .quantized import Quantization, find_quantization
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,10 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    @property
-    def quantization(self) -> str | None:
-        """The method that already quantized this checkpoint, from its config, or None."""
-        config = self.config.get("quantization_config")
-        return str(config.get("quant_method", "unknown")) if isinstance(config, dict) else None
+    @functools.cached_property
+    def quantization(self) -> Quantization | None:
+        """By what this checkpoint is quantized already, whatever tells it; None if it is not."""
+        return find_quantization(self.folder, self.config, self.tensors)
 
     def by_shard(self) -> list[list[TensorInfo]]:
         """The tensors of each shard."""

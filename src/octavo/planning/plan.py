@@ -216,8 +216,8 @@ def make_plan(
     """
     if checkpoint.quantization is not None and (recipe.scheme or recipe.targets):
         raise RecipeError(
-            f"{checkpoint.path}: already quantized ({checkpoint.quantization}, says its config.json); quantizing twice "
-            "loses accuracy. Start from the bf16 checkpoint."
+            f"{checkpoint.path}: already quantized ({checkpoint.quantization}); quantizing twice "
+            f"loses accuracy. {checkpoint.quantization.advice}"
         )
     check_options(staging_bytes)
     targets = list(targets)

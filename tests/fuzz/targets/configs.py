@@ -58,7 +58,7 @@ class Configs(Target):
     def run(self, data: bytes) -> None:
         (self.folder / "config.json").write_bytes(data)
         checkpoint = Checkpoint.open(self.folder)
-        if checkpoint.quantization == "octavo":
+        if (checkpoint.config.get("quantization_config") or {}).get("quant_method") == "octavo":
             config = self.saved_config(checkpoint, Recipe())
             assert config is not None
             config.to_dict()

@@ -114,7 +114,9 @@ def test_a_checkpoint_without_config_has_an_empty_one(tmp_path):
 
 def test_a_quantized_checkpoint_says_so(tmp_path):
     config = {"quantization_config": {"quant_method": "gptq"}}
-    assert Checkpoint.open(write_checkpoint(tmp_path, tensors(), config=config)).quantization == "gptq"
+    found = Checkpoint.open(write_checkpoint(tmp_path, tensors(), config=config)).quantization
+    assert found is not None
+    assert found.method == "gptq"
 
 
 def test_a_changed_file_is_noticed(tmp_path):

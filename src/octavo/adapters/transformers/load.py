@@ -145,11 +145,12 @@ def _require_installed() -> None:
 
 def _check_method(checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that another method than octavo's has quantized."""
-    if checkpoint.quantization not in (None, METHOD):
+    found = checkpoint.quantization
+    if found is not None and found.method != METHOD:
         raise RecipeError(
-            f"{checkpoint.path}: already quantized ({checkpoint.quantization}, says its config.json). octavo.load "
+            f"{checkpoint.path}: already quantized ({found}). octavo.load "
             "takes bf16 checkpoints, and what save_pretrained made of a model that octavo loaded. Load this one with "
-            "from_pretrained, or serve it. Start from the bf16 checkpoint to quantize anew."
+            f"from_pretrained, or serve it. {found.advice}"
         )
 
 

@@ -1,0 +1,137 @@
+"""Whether a checkpoint is quantized already, by what it declares anywhere, and by its tensors.
+
+    declared    quantization_config in config.json, at the top or for a part of the model; compression_config;
+                quantization (MLX); hf_quant_config.json (ModelOpt)
+    shown       matrices of FP8, or of packed integers, with scales beside them, whatever any config says
+
+Only what is conclusive counts. Integers alone are no evidence, since models have tables of positions and masks; nor is
+a parameter that is called a scale; nor FP8 without scales, which stands for the numbers that it holds. Files such as
+quantize_config.json (GPTQ, AWQ) lie about in folders, and count together with tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..text import some
+from .files import is_there, read_object
+from .header import TensorInfo
+
+_KEYS = ("quantization_config", "compression_config")
+#: says of a whole config, by any of these keys, that weights are quantized
+_METHODS = ("quant_method", "quant_algo", "quant_type", "format", "bits", "w_bit", "qformat_weight")
+_MODELOPT = "hf_quant_config.json"
+_OTHERS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "quanto_qmap.json", "params.json")
+_FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+#: what weights are packed into. Of 64 bits, or true and false, are positions and masks
+_PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2")
+_SCALE = re.compile(r"scale|^absmax$|^SCB$", re.IGNORECASE)
+#: what takes the place of a weight, in a module that has a scale beside it
+_WEIGHT = re.compile(r"weight|^w_q$|^codes$|^_data$|^qdata$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """By what a checkpoint is quantized, and what tells."""
+
+    method: str
+    source: str  # "says its config.json"
+    doubted: bool = False  # no tensor bears it out
+
+    def __str__(self) -> str:
+        return f"{self.method}, {self.source}"
+
+    @property
+    def advice(self) -> str:
+        doubt = " None of its tensors bears that out, though: if they are unquantized, remove what says otherwise."
+        return f"Start from the bf16 checkpoint.{doubt if self.doubted else ''}"
+
+
+def find_quantization(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> Quantization | None:
+    """What tells that a checkpoint is quantized; None if nothing does.
+
+    Raises:
+        CheckpointError: a file that would declare it can't be read.
+    """
+    narrow = [info for info in tensors.values() if len(info.shape) > 1 and info.dtype_name in (*_FP8, *_PACKED)]
+    declared = next(_declared(config), None)
+    if declared:
+        where, method = declared
+        return Quantization(method, f"says {where}its config.json", not narrow)
+    modelopt = read_object(folder / _MODELOPT, unique=False) if is_there(folder / _MODELOPT) else {}
+    algorithm = _method(modelopt.get("quantization"))
+    if algorithm:
+        return Quantization(algorithm, f"says its {_MODELOPT}", not narrow)
+    if not narrow:
+        return None
+    shown = list(_shown(narrow, tensors))
+    said = next(_said(folder), None)
+    if shown:
+        weight, scale = shown[0]
+        more = f", and {len(shown) - 1:,} more like it" if shown[1:] else ""
+        source = f"though its config.json does not say so: {weight.name} ({weight.dtype_name}) beside {scale}{more}"
+        return Quantization(said or ("FP8" if weight.dtype_name in _FP8 else "packed weights"), source)
+    return Quantization(said, f"with {some([f'{i.name} ({i.dtype_name})' for i in narrow])}") if said else None
+
+
+def _declared(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Where in a config something is declared, and which method."""
+    for key in _KEYS:
+        value = config.get(key)
+        if isinstance(value, dict) and (value or not path):
+            where = f"{path}{'' if key == _KEYS[0] else key}".rstrip(".")
+            yield f"{where} in " if where else "", _method(value) or "unknown"
+    if _method(config.get("quantization")):
+        yield f"{path}quantization in ", str(_method(config["quantization"]))
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in (*_KEYS, "quantization"):
+            yield from _declared(value, f"{path}{key}.")
+
+
+def _method(value: Any) -> str | None:
+    """What a declaration calls its method; None if it declares nothing."""
+    if not isinstance(value, dict):
+        return None
+    found = next((key for key in _METHODS if value.get(key)), None)
+    return None if found is None else str(value[found]) if "bit" not in found else f"{value[found]} bits"
+
+
+def _said(folder: Path) -> Iterator[str]:
+    for name in _OTHERS:
+        if is_there(folder / name):
+            content = read_object(folder / name, unique=False)
+            method = _method(content.get("quantization") or content)
+            if method or name == "quanto_qmap.json":
+                yield f"{method or 'quanto'} ({name})"
+
+
+def _shown(narrow: list[TensorInfo], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[TensorInfo, str]]:
+    """Matrices that can only be read with the scale beside them, and that."""
+    scales: dict[str, list[str]] = {}
+    for name in tensors:
+        module, _, leaf = name.rpartition(".")
+        if _SCALE.search(leaf):
+            scales.setdefault(module, []).append(leaf)
+    for info in narrow:
+        module, _, leaf = info.name.rpartition(".")
+        if inner := scales.get(info.name):  # X.weight.absmax
+            yield info, f"{info.name}.{inner[0]}"
+            continue
+        beside = [each for each in scales.get(module, ()) if each != leaf]
+        named = [each for each in beside if _is_scale_of(each, leaf)]
+        if named or (beside and (info.dtype_name in _FP8 or _WEIGHT.search(leaf))):
+            yield info, f"{module}.{(named or beside)[0]}".lstrip(".")
+
+
+def _is_scale_of(scale: str, leaf: str) -> bool:
+    """``weight_scale`` of ``weight``, ``gate_up_proj_scales`` of ``gate_up_proj_blocks``."""
+    stem, _, last = leaf.rpartition("_")
+    return scale.startswith(f"{leaf}_") or (
+        bool(stem) and last in ("blocks", "packed", "q", "qdata") and scale.startswith(f"{stem}_")
+    )
