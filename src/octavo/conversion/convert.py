@@ -42,8 +42,9 @@ from ..streaming.stream import Stream, Tally
 from ..text import human_bytes
 from . import formats, source
 from .finisher import Finisher
+from .folder import permissions
 from .layout import ShardLayout, check_names, share_of
-from .partial import PartialFolder, check_free, permissions
+from .partial import PartialFolder, check_free
 from .proof import Proof, Reader, prove
 from .small_files import SmallFile, find_small_files
 

@@ -16,7 +16,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.digests import NAME as DIGESTS_NAME
 from ..checkpoint.files import Identity, open_regular
 from ..errors import CheckpointError, SourceChangedError, reason
-from .partial import Folder, permissions
+from .folder import Folder, permissions
 
 #: weights in other forms, which can be as large as the model; and the index and digests, which are written anew
 _NOT_COPIED = (

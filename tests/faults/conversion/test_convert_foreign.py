@@ -15,7 +15,7 @@ import octavo
 from helpers import write_checkpoint
 from octavo.errors import OutputError
 
-FOLDER = "octavo.conversion.partial:Folder"
+FOLDER = "octavo.conversion.folder:Folder"
 
 FIRST = "checkpoint/model-00001-of-00003.safetensors"
 LAST = "checkpoint/model-00003-of-00003.safetensors"

@@ -17,7 +17,7 @@ from _inputs import fails
 import octavo
 from octavo.errors import OutputError, SourceChangedError
 
-FOLDER = "octavo.conversion.partial:Folder"
+FOLDER = "octavo.conversion.folder:Folder"
 
 
 @pytest.mark.parametrize("moment", range(20))
