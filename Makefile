@@ -33,7 +33,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check faults lint types format peers peers-vllm gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
+.PHONY: help demo test check faults sweep lint types format peers peers-vllm gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -49,6 +49,9 @@ check: lint types test ## what CI runs: linter, types, tests
 
 faults: $(READY) ## every fault at every call, and hundreds of kills and interrupts: minutes on 16 cores (JOBS=16)
 	$(PY) tests/faults/injector/_injections.py -j $(JOBS) && $(PY) tests/faults/interrupts/_interrupts.py -j $(JOBS) $(ARGS)
+
+sweep: $(READY) ## every model type of transformers, tiny: loaded, run, converted, read back; half an hour on 16 cores
+	PYTHONPATH=src:tests $(if $(SYSTEM),$(PYTHON),$(PY)) -m sweep.run -j $(JOBS) $(ARGS)
 
 lint: $(READY) ## formatter and linter, changing nothing
 	$(PY) -m ruff format --check .

@@ -39,19 +39,19 @@ def write_reference(source: Path, converted: Path, folder: Path, format: str, sc
     return len(scales)
 
 
-def from_stock(folder: Path, *, dequantize: bool = False) -> Any:
+def from_stock(
+    folder: Path, *, dequantize: bool = False, model_class: Any = None, dtype: torch.dtype = torch.bfloat16
+) -> Any:
     """The model as transformers alone loads it; fails if a tensor of the checkpoint was not used or one was missing."""
     import transformers
 
-    options: dict[str, Any] = {}
+    cls, options = model_class or transformers.AutoModelForCausalLM, dict[str, Any]()
     method = json.loads((folder / "config.json").read_text()).get("quantization_config", {}).get("quant_method")
     if dequantize and method == "fp8":
         options["quantization_config"] = transformers.FineGrainedFP8Config(dequantize=True)
     elif dequantize and method:
         options["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, output_loading_info=True, **options
-    )
+    model, info = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
     assert not any(info.values()), info
     return model
 

@@ -1,0 +1,1 @@
+"""Every model type of transformers, tiny: loaded, run, converted and read back. See `sweep.run`."""
