@@ -108,7 +108,7 @@ def kind_by_name(info: TensorInfo, config: Mapping[str, Any], names: Collection[
             return "Conv1D, stored [in, out]"
         if module.endswith(".out_proj") and f"{module.removesuffix('.out_proj')}.in_proj_weight" in names:
             return "MultiheadAttention, which reads its weight itself"
-        if info.shape[0] >= _LARGE and info.shape[0] in _values(config, "vocab_size"):
+        if info.shape[0] >= _LARGE and info.shape[0] in values_of(config, "vocab_size"):
             return "as many rows as the vocabulary: head or embedding"
         return LINEAR
     if len(info.shape) == 3 and _is_stack(module):
@@ -121,14 +121,14 @@ def kind_by_name(info: TensorInfo, config: Mapping[str, Any], names: Collection[
 def _is_conv1d(module: str, shape: Sequence[int], config: Mapping[str, Any]) -> bool:
     if not _CONV1D_MODULES.search(module):
         return False
-    if _values(config, "model_type") & _CONV1D_TYPES:
+    if values_of(config, "model_type") & _CONV1D_TYPES:
         return True
     # without a config, or with code of its own, GPT-2's names stand for GPT-2's layout
     unknown = not config or "auto_map" in config
     return unknown and not (module.endswith("c_attn") and shape[0] == 3 * shape[1])
 
 
-def _values(config: Mapping[str, Any], key: str) -> set[Any]:
+def values_of(config: Mapping[str, Any], key: str) -> set[Any]:
     """The values that a config and its parts (of the text, of the vision model) have under a key."""
     parts: Sequence[Any] = [config, *config.values()]
     return {part[key] for part in parts if isinstance(part, Mapping) and isinstance(part.get(key), (str, int))}

@@ -9,7 +9,7 @@ those and decides nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,7 @@ from .budget import Budget, check_options
 from .chunks import cut_placements
 from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
+from .stacks import Cut
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,9 @@ def plan_checkpoint(
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     device: str = "cpu",
     veto: Veto | None = None,
+    cuts: Iterable[Cut] = (),
 ) -> Plan:
-    """The plan that keeps the checkpoint's own names and shapes: for converting and iterating."""
+    """The plan that keeps the checkpoint's own names and shapes, but for stacks that are cut: see `make_plan`."""
     targets = []
     for info in checkpoint.tensors.values():
         shape, kind = info.shape, kinds.kind_by_name(info, checkpoint.config, checkpoint.tensors)
@@ -191,7 +193,7 @@ def plan_checkpoint(
         if dtype is None:
             shape, kind = (info.nbytes,), f"{info.dtype_name}, carried as bytes"
         targets.append(Target(info.name, shape, dtype, kind, (whole(info.name, shape),), device))
-    return make_plan(checkpoint, targets, recipe, staging_bytes, veto=veto)
+    return make_plan(checkpoint, targets, recipe, staging_bytes, veto=veto, cuts=cuts)
 
 
 def make_plan(
@@ -203,11 +205,13 @@ def make_plan(
     unused: Mapping[str, str] | None = None,
     other_bytes: Mapping[str, int] | None = None,
     veto: Veto | None = None,
+    cuts: Iterable[Cut] = (),
     covered: bool = False,
 ) -> Plan:
     """Decide about every target, check coverage, and put the targets in the order in which the files hold them.
 
     Args:
+        cuts: stacks of experts that are cut into matrices, if all of them are quantized, and by the same scheme.
         covered: coverage has been checked already.
 
     Raises:
@@ -239,6 +243,7 @@ def make_plan(
         kind = target.kind if math.prod(target.shape) else "empty"
         weights.append(Weight(target.name, sources, dtype, kind, target.keep))
     decisions = recipe.decide(weights)
+    targets = _cut(targets, decisions, cuts, veto)
     for target in targets if veto else ():
         scheme = decisions[target.name].scheme
         why = veto(target.name, target.shape, target.kind, scheme) if veto and scheme else None
@@ -260,3 +265,21 @@ def make_plan(
         dict(other_bytes or {}),
         checkpoint.notes,
     )
+
+
+def _cut(targets: list[Target], decisions: dict[str, Decision], cuts: Iterable[Cut], veto: Veto | None) -> list[Target]:
+    """The targets with matrices in the place of stacks, and decisions about them."""
+    made: dict[str, Sequence[Target]] = {}
+    for cut in cuts:
+        schemes = {decisions[name].scheme for name in cut}
+        scheme = schemes.pop() if len(schemes) == 1 else None
+        if scheme is None:
+            continue
+        matrices = [(name, matrix) for name, found in cut.items() for matrix in found]
+        vetoes = (veto(m.name, m.shape, m.kind, scheme) for _, m in matrices) if veto else iter(())
+        if why := next(filter(None, vetoes), None):
+            decisions.update({name: Decision(None, f"expert stack: {why}") for name in cut})
+            continue
+        made.update(cut)
+        decisions.update({matrix.name: decisions[name] for name, matrix in matrices})
+    return [matrix for target in targets for matrix in made.get(target.name, (target,))]
