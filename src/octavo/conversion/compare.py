@@ -43,11 +43,24 @@ class Pair:
 
     here: TensorInfo
     there: TensorInfo
+    matrix: Piece | None = None  # of ``there``, which is a stack; None: all of it
     scheme: Scheme | None = None  # None: kept, byte for byte
     scale: TensorInfo | None = None  # None although quantized: of dtypes that can't be compared
     differing_bytes: int = 0
     signal: float = 0.0  # |w|²
     noise: float = 0.0  # |w - q·scale|²
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of what was made, if it is what it should be."""
+        return self.there.shape if self.matrix is None else self.matrix.size
+
+    def source_box(self, matrix: int, rows: tuple[int, int], cols: tuple[int, int]) -> Piece:
+        """Where a box of one matrix lies in the source."""
+        if self.matrix is None:
+            return _piece(matrix, self.shape[-2:], rows, cols)
+        part = self.matrix.narrow(0, rows[0], rows[1] - rows[0])
+        return part.narrow(1, cols[0], cols[1] - cols[0])
 
 
 @dataclass
@@ -77,7 +90,7 @@ def cut(pairs: Iterable[Pair], limit: int) -> Iterator[Block]:
             for start in range(0, pair.there.nbytes, limit):
                 yield Block(pair, 0, (start, min(start + limit, pair.there.nbytes)), (0, 1))
             continue
-        *lead, rows, cols = pair.there.shape
+        *lead, rows, cols = pair.shape
         for matrix in range(math.prod(lead) if pair.scale and rows and cols else 0):
             yield from _cut_matrix(pair, matrix, rows, cols, pair.scheme, limit)
 
@@ -176,10 +189,10 @@ class Worker:
 
     def _compare(self, block: Block, scheme: Scheme) -> int:
         pair, job = block.pair, self._job
-        rows, cols = pair.there.shape[-2:]
-        box = _piece(block.matrix, (rows, cols), block.rows, block.cols)
-        nbytes = job.source.read_piece(pair.there, box, self._theirs[1])
-        weight = self._theirs[0][:nbytes].view(pair.there.dtype).view(box.size)
+        box = _piece(block.matrix, pair.shape[-2:], block.rows, block.cols)
+        there = pair.source_box(block.matrix, block.rows, block.cols)
+        nbytes = job.source.read_piece(pair.there, there, self._theirs[1])
+        weight = there.from_file_order(self._theirs[0][:nbytes].view(pair.there.dtype))
         if block.unit is None or block.measure:
             scratch = self._wide.view(weight.dtype)
             amax = schemes.group_amax(weight, scheme, scratch=scratch)
@@ -207,7 +220,7 @@ class Worker:
         """The scales on disk of a block's groups, as float32, and how many of their bytes are not those wanted."""
         info = block.pair.scale
         assert info is not None
-        rows, cols = block.pair.there.shape[-2:]
+        rows, cols = block.pair.shape[-2:]
         grid = scheme.cells(rows, cols)
         first = (block.rows[0] // (scheme.group_rows or rows), block.cols[0] // (scheme.group_cols or cols))
         along = [(start, start + n) for start, n in zip(first, wanted.shape, strict=True)]

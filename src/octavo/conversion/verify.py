@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,9 +18,12 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.digests import Digest, Recorded
 from ..checkpoint.header import TensorInfo
+from ..elements.pieces import Piece
 from ..errors import CheckpointError, raise_problems
 from ..numerics import schemes
 from ..planning.budget import check_options, default_threads
+from ..planning.placement import Target
+from ..planning.stacks import NAMINGS, Cut, find_experts
 from ..streaming.files import Files
 from ..streaming.meter import progress_bar
 from ..streaming.ring import Ring, SingleThreadedTorch
@@ -117,10 +120,11 @@ def verify_checkpoint(
         raise CheckpointError(f"{dst}: compared with itself; name the checkpoint that it was made from")
     layout = formats.recognize(made)
     problems = _strays(made)
-    pairs = _pairs(made, source, layout, problems)
-    expected = {*source.tensors, *(layout.scale_name(pair.there.name) for pair in pairs if pair.scheme)}
+    wanted = _wanted(made, source)
+    pairs = _pairs(made, wanted, layout, problems)
+    expected = {*wanted, *(layout.scale_name(pair.here.name) for pair in pairs if pair.scheme)}
     problems += [f"{name}: not in {against}" for name in made.tensors if name not in expected]
-    problems += [f"{name}: in {against}, but not here" for name in source.tensors if name not in made.tensors]
+    problems += [f"{name}: in {against}, but not here" for name in wanted if name not in made.tensors]
     quantized = sum(pair.scheme is not None for pair in pairs)
     if quantized and made.config and "quantization_config" not in made.config:
         problems.append(f"config.json: no quantization_config, without which {quantized} FP8 tensors are read wrong")
@@ -183,22 +187,52 @@ def _strays(made: Checkpoint) -> list[str]:
     return [f"{file.name}: belongs to no shard of this checkpoint" for file in strays]
 
 
-def _pairs(made: Checkpoint, source: Checkpoint, layout: formats.Format, problems: list[str]) -> list[Pair]:
-    """The tensors that both have, in the source's order; what keeps one from being compared is a problem."""
-    pairs = []
+def _wanted(made: Checkpoint, source: Checkpoint) -> dict[str, tuple[TensorInfo, Piece | None]]:
+    """Name of a tensor to be made -> the one that it is made of, and which part of a stack; in the source's order."""
+    cuts: dict[str, Sequence[Target]] = {}
+    for experts in find_experts(source):
+        found = [(_matches(cut, made), number, cut) for number, cut in enumerate(map(experts.cut, NAMINGS))]
+        most, _, best = max(found, key=lambda match: (match[0], -match[1]))
+        cuts.update(best if most else {})
+    wanted: dict[str, tuple[TensorInfo, Piece | None]] = {}
     for name, there in source.tensors.items():
+        if name in cuts:
+            wanted.update({matrix.name: (there, matrix.pieces[0]) for matrix in cuts[name]})
+        else:
+            wanted[name] = (there, None)
+    return wanted
+
+
+def _matches(cut: Cut, made: Checkpoint) -> int:
+    """How many matrices are in the place of the stacks."""
+    if not made.tensors.keys().isdisjoint(cut):
+        return 0
+    return sum(matrix.name in made.tensors for matrices in cut.values() for matrix in matrices)
+
+
+def _pairs(
+    made: Checkpoint,
+    wanted: Mapping[str, tuple[TensorInfo, Piece | None]],
+    layout: formats.Format,
+    problems: list[str],
+) -> list[Pair]:
+    """The tensors that both have; what keeps one from being compared is a problem."""
+    pairs = []
+    for name, (there, matrix) in wanted.items():
         here = made.tensors.get(name)
         if here is None:
             continue
-        pair = Pair(here, there)
+        pair = Pair(here, there, matrix)
         pairs.append(pair)
-        if here.shape != there.shape:
-            problems.append(f"{name}: {list(here.shape)} here, {list(there.shape)} there")
+        if here.shape != pair.shape:
+            problems.append(f"{name}: {list(here.shape)} here, {list(pair.shape)} there")
             continue
         if here.dtype_name == there.dtype_name:
+            if matrix is not None:
+                problems.append(f"{name}: unquantized, which octavo does not cut out of {there.name}")
             continue
         scale = made.tensors.get(layout.scale_name(name))
-        if len(there.shape) < 2 or not there.quantizable:
+        if len(pair.shape) < 2 or not there.quantizable:
             problems.append(f"{name}: {here.dtype_name} here, {there.dtype_name} there, which octavo does not quantize")
         elif scale is None:
             problems.append(f"{name} is {here.dtype_name}, but has no scale beside it")
@@ -246,7 +280,7 @@ def _compare(
 def _result(pair: Pair) -> TensorResult:
     scheme = pair.scheme.name if pair.scheme else None
     db = _ratio_db(pair.signal, pair.noise) if pair.scheme and pair.scale else None
-    return TensorResult(pair.there.name, scheme, pair.differing_bytes, db)
+    return TensorResult(pair.here.name, scheme, pair.differing_bytes, db)
 
 
 def _ratio_db(signal: float, noise: float) -> float:
