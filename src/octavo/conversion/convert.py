@@ -33,6 +33,7 @@ from ..planning.budget import Budget
 from ..planning.placement import Placement
 from ..planning.plan import Plan, Veto
 from ..planning.recipe import Recipe
+from ..planning.stacks import Cut
 from ..streaming.checks import Checks
 from ..streaming.meter import Stages, measured
 from ..streaming.outfile import OutFile, disk_error
@@ -74,8 +75,8 @@ def convert_checkpoint(
         checks = Checks(checkpoint) if verify else None
     layout = formats.get(format)
 
-    def plan_with(veto: Veto) -> Plan:
-        return formats.plan_for(checkpoint, recipe, format, staging_bytes, where, veto)[0]
+    def plan_with(veto: Veto, cuts: Sequence[Cut]) -> Plan:
+        return formats.plan_for(checkpoint, recipe, format, staging_bytes, where, veto, cuts)[0]
 
     proof = prove(checkpoint, plan_with, layout, readers, stages)
     plan = proof.plan

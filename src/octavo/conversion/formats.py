@@ -9,7 +9,8 @@
 
 What stock readers can't take is not written: such weights stay as they are, and the plan says why. Among them are
 stacks of experts in one 3-D tensor: every reader tried (transformers 5.17 to 5.23, compressed-tensors 0.19 and 0.20)
-takes the FP8 numbers of a stack for the weights themselves, without a word. Experts in tensors of their own are fine.
+takes the FP8 numbers of a stack for the weights themselves, without a word. Experts in tensors of their own are fine,
+so stacks are cut into these where a reader takes them (`octavo.conversion.unstacking`).
 
 Sources: compressed-tensors' ``QuantizationConfig`` (https://github.com/vllm-project/compressed-tensors) and
 transformers' ``FineGrainedFP8Config``.
@@ -38,8 +39,11 @@ from ..planning.kinds import EXPERTS, module_of
 from ..planning.placement import Placement
 from ..planning.plan import Plan, Veto, plan_checkpoint
 from ..planning.recipe import Recipe
+from ..planning.stacks import NAMINGS, Cut, find_experts
 
 NAMES = tuple(choices.FORMATS)
+#: why a stack of experts is kept, unless it is cut into matrices
+STACK = "expert stack: stock readers take no FP8 in 3-D tensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,7 @@ class Format:
     def veto(self, name: str, shape: tuple[int, ...], kind: str, scheme: str) -> str | None:
         """Why stock readers of this format could not take a weight quantized so; None if they can."""
         if kind == EXPERTS:
-            return "expert stack: stock readers take no FP8 in 3-D tensors"
+            return STACK
         rows, cols = shape[-2:]
         if scheme == "mxfp8" and cols % 32:
             return f"{cols} columns: readers of mxfp8 want a multiple of 32"
@@ -280,11 +284,13 @@ def plan_for(
     staging_bytes: int,
     device: str = "cpu",
     veto: Veto | None = None,
+    cuts: Iterable[Cut] | None = None,
 ) -> tuple[Plan, Format]:
     """The plan of a conversion to the format called ``name``, within what its readers can take.
 
     Args:
         veto: says what they can't take, if more is known of them than the format knows.
+        cuts: stacks of experts that become matrices; None: as far as is known without asking readers.
 
     Raises:
         RecipeError: the format can't express a scheme of the recipe, or no such format exists.
@@ -296,7 +302,9 @@ def plan_for(
                 f"the format {found.name!r} has no {scheme}, only {', '.join(found.schemes)}; choose another scheme, "
                 f"or the format {choices.DEFAULT_FORMAT!r}"
             )
-    return plan_checkpoint(checkpoint, recipe, staging_bytes, device, veto or found.veto), found
+    if cuts is None:
+        cuts = (experts.cut(NAMINGS[0]) for experts in find_experts(checkpoint) if experts.known)
+    return plan_checkpoint(checkpoint, recipe, staging_bytes, device, veto or found.veto, cuts), found
 
 
 def recognize(checkpoint: Checkpoint) -> Format:

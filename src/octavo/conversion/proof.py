@@ -8,7 +8,7 @@ to say. What it refuses with an error stays as planned, since another reader may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -18,9 +18,11 @@ from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError
 from ..numerics import schemes
 from ..planning.plan import Plan, Veto
+from ..planning.stacks import Cut
 from ..streaming.meter import Stages
 from ..text import human_bytes
 from .formats import Format
+from .unstacking import Unstacking
 
 #: Readers settle in two rounds: names of modules in one, a proof in the next. After more they contradict themselves.
 _ROUNDS = 6
@@ -106,7 +108,7 @@ class Proof:
 
 def prove(
     checkpoint: Checkpoint,
-    plan_with: Callable[[Veto], Plan],
+    plan_with: Callable[[Veto, Sequence[Cut]], Plan],
     layout: Format,
     find_readers: Callable[[], Sequence[Reader]] | None,
     stages: Stages,
@@ -114,50 +116,73 @@ def prove(
     """Plan a conversion so that every reader reads it right.
 
     Args:
-        plan_with: makes the plan, given what must not be quantized.
+        plan_with: makes the plan, given what must not be quantized, and stacks that are cut into matrices.
         find_readers: called once there is a plan, since finding them may take seconds. None: nobody is asked.
 
     Raises:
         CheckpointError: a reader that goes on contradicting what it said before.
     """
-    misread: dict[str, tuple[str, str]] = {}  # tensor -> the reader, and why
-    waiting: set[str] = set()
-    modules: dict[str, str] = {}
+    unstacking = Unstacking(checkpoint)
+    said = _Said()
 
     def veto(name: str, shape: tuple[int, ...], kind: str, scheme: str) -> str | None:
-        if name in misread:
-            return ": ".join(misread[name])
-        return layout.veto(name, shape, kind, scheme)
+        if name in said.misread:
+            return ": ".join(said.misread[name])
+        return unstacking.veto(name, kind) or layout.veto(name, shape, kind, scheme)
 
     readers: Sequence[Reader] | None = None
-    for _ in range(_ROUNDS):
+    rounds = _ROUNDS
+    while rounds:
+        rounds -= 1
         with stages("plan"):
-            plan = plan_with(veto)
-        quantization = layout.config(plan, waiting, modules) if plan.quantized else None
-        if quantization is None or find_readers is None:
+            plan = plan_with(veto, unstacking.cuts())
+        quantization = layout.config(plan, said.waiting, said.modules) if plan.quantized else None
+        judgements: Sequence[Judgement] = ()
+        if quantization is not None and find_readers is not None:
+            with stages("prove"):
+                if readers is None:  # asking takes seconds, and without a class there is nothing to ask
+                    readers = find_readers() if checkpoint.config.get("architectures") else (_NOBODY,)
+                tensors, scales = as_written(checkpoint, plan, layout)
+                config = {**checkpoint.config, "quantization_config": quantization}
+                judgements = [_ask(reader, checkpoint, tensors, scales, config) for reader in readers]
+        anew = unstacking.give_up(plan, judgements)
+        if not anew and said.add(plan, judgements, unstacking.trying()):
+            continue
+        if anew or unstacking.settle(plan, judgements):
+            said, rounds = _Said(), _ROUNDS  # of other tensors, readers may say other things
+            continue
+        if not judgements:
             return Proof(plan, quantization)
-        with stages("prove"):
-            if readers is None:  # asking takes seconds, and without a class there is nothing to ask
-                readers = find_readers() if checkpoint.config.get("architectures") else (_NOBODY,)
-            tensors, scales = as_written(checkpoint, plan, layout)
-            config = {**checkpoint.config, "quantization_config": quantization}
-            judgements = [_ask(reader, checkpoint, tensors, scales, config) for reader in readers]
-        agreed = True
-        for judgement in judgements:
-            agreed &= not judgement.misread and waiting.issuperset(judgement.waiting)
-            waiting.update(judgement.waiting)
-            # where there are several schemes, a module that has another name there may not have been found
-            unnamed = judgement.modules.keys() - modules.keys() if len(plan.recipe.schemes) > 1 else set()
-            modules.update({name: judgement.modules[name] for name in unnamed})
-            for name in judgement.misread.keys() - unnamed:
-                misread.setdefault(name, (judgement.reader, judgement.misread[name]))
-        if agreed:
-            asked = any(not judgement.unproved for judgement in judgements)
-            return Proof(plan, quantization, tuple(_notes(plan, judgements, misread)), asked)
+        asked = any(not judgement.unproved for judgement in judgements)
+        notes = (*unstacking.notes(), *_notes(plan, judgements, said.misread))
+        return Proof(plan, quantization, notes, asked)
     raise CheckpointError(
         f"{checkpoint.path}: {judgements[0].reader} could not be satisfied. Give --no-prove (prove=False) to write it "
         "as planned, and compare what your reader makes of it."
     )
+
+
+@dataclass
+class _Said:
+    """What readers have said so far."""
+
+    misread: dict[str, tuple[str, str]] = field(default_factory=dict)  # tensor -> the reader, and why
+    waiting: set[str] = field(default_factory=set)
+    modules: dict[str, str] = field(default_factory=dict)
+
+    def add(self, plan: Plan, judgements: Iterable[Judgement], trying: Collection[str]) -> bool:
+        """Add what they say of a plan; returns whether it was anything new, of other tensors than ``trying``."""
+        news = False
+        for judgement in judgements:
+            mistaken = judgement.misread.keys() - trying
+            news |= bool(mistaken) or not self.waiting.issuperset(judgement.waiting)
+            self.waiting.update(judgement.waiting)
+            # where there are several schemes, a module that has another name there may not have been found
+            unnamed = judgement.modules.keys() - self.modules.keys() if len(plan.recipe.schemes) > 1 else set()
+            self.modules.update({name: judgement.modules[name] for name in unnamed})
+            for name in mistaken - unnamed:
+                self.misread.setdefault(name, (judgement.reader, judgement.misread[name]))
+        return news
 
 
 def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:

@@ -122,7 +122,7 @@ class _Case:
             arrived.update({source: arrived.get(source) or why for source in sources if source in self.scales})
         if self.scales and unexpected.issuperset(self.scales):
             what = f"its {type(self.model).__name__} has no place for {min(self.scales)}, nor for any other FP8 tensor"
-            return Judgement(NAME, unproved=what)
+            return Judgement(NAME, unexpected=tuple(sorted(self.scales)), unproved=what)
         refused = {name: why for sources, why in self.errors for name in sources if name in self.scales}
         misread = {name: why for name, why in arrived.items() if why and name not in refused}
         modules = {

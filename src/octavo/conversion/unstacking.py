@@ -1,0 +1,168 @@
+"""Stacks of experts, as readers want them: matrices under the names that they take in FP8, or the stack as it is.
+
+What readers call an expert's matrices differs, and some take none. So they are asked, with one naming after another,
+until one is found that all of them read right. Where there is none, the one counts that some reader reads right and no
+other would misread without a word; where there is none of these either, the stacks stay. Where nobody can be asked,
+only the stacks are cut of which it is known that stock readers take their matrices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint.checkpoint import Checkpoint
+from ..planning.kinds import EXPERTS
+from ..planning.plan import Plan
+from ..planning.stacks import NAMINGS, Cut, Experts, find_experts
+from .formats import STACK
+
+if TYPE_CHECKING:
+    from .proof import Judgement
+
+
+@dataclass
+class _Verdict:
+    """What readers say of one naming."""
+
+    right: list[str] = field(default_factory=list)  # readers that read it as it is meant
+    wrong: dict[str, str] = field(default_factory=dict)  # reader -> why it does not
+    silent: bool = False  # whether one of these would not say so
+
+
+@dataclass
+class _Alike:
+    """Experts of all layers in which they are alike: what a reader says of one, it says of all."""
+
+    layers: list[Experts]
+    naming: int | None = 0  # in `NAMINGS`; None: they stay stacks
+    settled: bool = False
+    verdicts: dict[int, _Verdict] = field(default_factory=dict)  # naming -> what was said
+    _cuts: dict[int, list[Cut]] = field(default_factory=dict)
+
+    def cuts(self) -> list[Cut]:
+        if self.naming is None:
+            return []
+        if self.naming not in self._cuts:
+            cuts = [layer.cut(NAMINGS[self.naming]) for layer in self.layers]
+            self._cuts[self.naming] = [cut for cut in cuts if cut]
+        return self._cuts[self.naming]
+
+    def settle(self, naming: int | None) -> None:
+        self.naming, self.settled = naming, True
+
+    def names(self) -> set[str]:
+        """Of the matrices."""
+        return {matrix.name for cut in self.cuts() for matrices in cut.values() for matrix in matrices}
+
+
+class Unstacking:
+    """Which stacks of a checkpoint are cut, and by which names: `cuts`, while readers are asked about them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        found: dict[Any, _Alike] = {}
+        for experts in find_experts(checkpoint):
+            found.setdefault(experts.key, _Alike([])).layers.append(experts)
+        self._series = list(found.values())
+        self._why: dict[str, str] = {}  # stack -> why it stays one
+
+    def cuts(self) -> list[Cut]:
+        return [cut for series in self._series for cut in series.cuts()]
+
+    def veto(self, name: str, kind: str) -> str | None:
+        """Why a stack stays one, if readers had a say in that."""
+        return self._why.get(name) if kind == EXPERTS else None
+
+    def trying(self) -> set[str]:
+        """Matrices under names that are not settled: what is said of them is no reason to keep them unquantized."""
+        return {name for series in self._unsettled() for name in series.names()}
+
+    def give_up(self, plan: Plan, judgements: Sequence[Judgement]) -> bool:
+        """Leave names that no reader takes, whatever else is to be said; returns whether there are others now."""
+        changed = False
+        for series, names in self._written(plan):
+            asked = [j for j in judgements if not j.unproved or not names.isdisjoint(j.unexpected)]
+            if asked and not any(names.isdisjoint({*j.misread, *j.unexpected}) for j in asked):
+                self._hear(series, names, judgements)
+                self._next(series)
+                changed = True
+        return changed
+
+    def settle(self, plan: Plan, judgements: Sequence[Judgement]) -> bool:
+        """Take in what readers say who have nothing else to say; returns whether it is other names, or none, now."""
+        changed = False
+        for series, names in self._written(plan):
+            verdict = self._hear(series, names, judgements)
+            if verdict.wrong:
+                before = series.naming
+                self._next(series)
+                changed |= series.naming != before
+            elif verdict.right or series.layers[0].known:
+                series.settled = True
+            else:
+                self._stay(series, "no reader could be asked what it calls matrices of it")
+                changed = True
+        return changed
+
+    def _unsettled(self) -> list[_Alike]:
+        return [series for series in self._series if not series.settled]
+
+    def _written(self, plan: Plan) -> Iterator[tuple[_Alike, set[str]]]:
+        """What is not settled, with the matrices that are to be written."""
+        written = {placement.name for placement in plan.quantized} if self._unsettled() else set()
+        for series in self._unsettled():
+            names = series.names() & written
+            if names:  # else the recipe or the format keeps them
+                yield series, names
+
+    def _hear(self, series: _Alike, names: set[str], judgements: Sequence[Judgement]) -> _Verdict:
+        assert series.naming is not None
+        verdict = series.verdicts[series.naming] = _verdict(names, judgements)
+        return verdict
+
+    def _next(self, series: _Alike) -> None:
+        """The next naming; after the last one, what is best."""
+        first = 0 if series.naming is None else series.naming + 1
+        for naming in range(first, len(NAMINGS)):
+            series.naming = naming
+            if series.names():
+                return
+        useful = {n: v for n, v in series.verdicts.items() if v.right and not v.silent}
+        if useful:
+            series.settle(max(useful, key=lambda n: (len(useful[n].right), -n)))
+            return
+        reader, why = next(said for verdict in series.verdicts.values() for said in verdict.wrong.items())
+        self._stay(series, f"{reader} takes none of its matrices ({why})")
+
+    def _stay(self, series: _Alike, why: str) -> None:
+        reason = f"{STACK}, and {why}"
+        self._why.update({info.name: reason for layer in series.layers for info in layer.stacks.values()})
+        series.settle(None)
+
+    def notes(self) -> list[str]:
+        """Which readers do without experts that are cut for others."""
+        notes: dict[str, None] = {}
+        for series in self._series:
+            verdict = None if series.naming is None else series.verdicts.get(series.naming)
+            for reader, why in verdict.wrong.items() if verdict else ():
+                served = " and ".join(verdict.right) if verdict else ""
+                notes[f"stacks of experts are matrices for {served}, which {reader} can't load: {why}"] = None
+        return list(notes)
+
+
+def _verdict(names: set[str], judgements: Sequence[Judgement]) -> _Verdict:
+    verdict = _Verdict()
+    for judgement in judgements:
+        homeless: Mapping[str, str] = dict.fromkeys(names & {*judgement.unexpected}, "it has no place for them")
+        said = (judgement.misread, judgement.refused, homeless)
+        why = next((f"{found[min(bad)]}" for found in said if (bad := names & found.keys())), None)
+        if why:
+            verdict.wrong[judgement.reader] = why
+            verdict.silent |= not names.isdisjoint(judgement.misread)
+        elif not judgement.unproved:
+            verdict.right.append(judgement.reader)
+    return verdict
+
+
+__all__ = ["Unstacking"]
