@@ -46,7 +46,8 @@ class Checkpoint:
         """
         with reading(path):
             local = resolve(path, revision)
-            return cls._of(local, find_files(local))
+            config = read_config(local)
+            return cls._of(local, find_files(local, config), config)
 
     @classmethod
     def open_chosen(cls, files: Sequence[Path]) -> Checkpoint:
@@ -56,18 +57,19 @@ class Checkpoint:
         """
         path = files[0] if len(files) == 1 else files[0].parent
         with reading(path):
-            found = find_files(files[0].parent)
-            return cls._of(path, found if found.files == sorted(files) else Found(path.name, list(files)))
+            config = read_config(path)
+            found = find_files(files[0].parent, config)
+            return cls._of(path, found if found.files == sorted(files) else Found(path.name, list(files)), config)
 
     @classmethod
     def open_files(cls, files: Sequence[Path]) -> Checkpoint:
         """Open exactly these files of one folder, without looking for an index. Errors as for `open`."""
         path = files[0] if len(files) == 1 else files[0].parent
         with reading(path):
-            return cls._of(path, Found(path.name, list(files)))
+            return cls._of(path, Found(path.name, list(files)), read_config(path))
 
     @classmethod
-    def _of(cls, local: Path, found: Found) -> Checkpoint:
+    def _of(cls, local: Path, found: Found, config: Mapping[str, Any]) -> Checkpoint:
         files, index, problems, notes = found.files, found.index, list(found.problems), list(found.notes)
         shards: list[Shard] = []
         tensors: dict[str, TensorInfo] = {}
@@ -92,9 +94,8 @@ class Checkpoint:
         total_bytes = sum(info.nbytes for info in tensors.values())
         if total_bytes > MAX_BYTES:
             problems.append(f"{total_bytes:,} bytes in all; octavo reads checkpoints of at most {MAX_BYTES:,}")
-        config = read_config(local)
         if index is not None:
-            notes += compare_index(index, tensors, shards)
+            notes += compare_index(found, tensors, shards)
         named, remarks = unwrapped(tensors, config, problems)
         raise_problems(CheckpointError, local, problems, "Nothing was loaded. Fetch the named files again.")
         check_no_adapter(local, named)

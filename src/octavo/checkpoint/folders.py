@@ -21,6 +21,8 @@ from .strangers import advice, refuse_strangers
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+#: of config.json: the file, or the index, that transformers takes instead
+WEIGHTS_KEY = "transformers_weights"
 SHARD_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<count>\d{5,})\.safetensors$")
 #: an index is no larger than the headers of its shards may be
 _MAX_INDEX_BYTES = MAX_HEADER_BYTES
@@ -46,8 +48,8 @@ class Found:
         return self.name if self.index is None else f"{self.name} with its {len(self.files)} files"
 
 
-def find_files(path: Path) -> Found:
-    """The shards of ``path``.
+def find_files(path: Path, config: Mapping[str, Any]) -> Found:
+    """The shards of ``path``, which has that config.
 
     Raises:
         CheckpointError: there are none, or the folder holds something else, or two checkpoints.
@@ -57,7 +59,7 @@ def find_files(path: Path) -> Found:
             raise CheckpointError(f"{path}: not a .safetensors file. {advice(path)}")
         return Found(path.name, [path])
     refuse_strangers(path)
-    candidates = _candidates(path)
+    candidates = _named(path, config.get(WEIGHTS_KEY)) or _candidates(path)
     found = _the_complete_one(path, candidates) if len(candidates) > 1 else candidates[0]
     others = sorted({file.name for file in path.glob("*.safetensors")} - {file.name for file in found.files})
     if others and not found.problems:
@@ -66,11 +68,20 @@ def find_files(path: Path) -> Found:
     return found
 
 
+def _named(folder: Path, name: Any) -> list[Found]:
+    """What a config names, if it is there."""
+    if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+        return []
+    if name.endswith(".safetensors.index.json"):
+        return [_by_index(folder, name)]
+    return [Found(name, [folder / name])] if name.endswith(".safetensors") else []
+
+
 def _candidates(folder: Path) -> list[Found]:
     """What readers may take for the checkpoint; that of transformers first."""
     single, found = folder / SINGLE_NAME, []
     if is_there(folder / INDEX_NAME):
-        found.append(_by_index(folder))
+        found.append(_by_index(folder, INDEX_NAME))
         if single in found[0].files:
             return found
     if single.exists():
@@ -142,15 +153,15 @@ def _incomplete_numbering(files: list[Path]) -> list[str]:
 # -- the index --------------------------------------------------------------------------------------------------------
 
 
-def _by_index(folder: Path) -> Found:
-    found = Found(INDEX_NAME, [])
-    index = found.index = _read_index(folder / INDEX_NAME, found.problems)
-    for name in sorted(set(index.values())):
-        if (folder / name).is_file():
-            found.files.append(folder / name)
+def _by_index(folder: Path, name: str) -> Found:
+    found = Found(name, [])
+    index = found.index = _read_index(folder / name, found.problems)
+    for shard in sorted(set(index.values())):
+        if (folder / shard).is_file():
+            found.files.append(folder / shard)
         else:
-            count = sum(file == name for file in index.values())
-            found.problems.append(f"{INDEX_NAME}: names {name}, which is not in the folder ({count} tensors are in it)")
+            count = sum(file == shard for file in index.values())
+            found.problems.append(f"{name}: names {shard}, which is not in the folder ({count} tensors are in it)")
     if index and not found.files:
         rest = sorted(folder.glob("*.safetensors"))
         if len(rest) > 1 and not _incomplete_numbering(rest):
@@ -178,19 +189,20 @@ def _read_index(path: Path, problems: list[str]) -> dict[str, str]:
     return checked
 
 
-def compare_index(index: Mapping[str, str], tensors: Mapping[str, TensorInfo], shards: list[Shard]) -> Iterable[str]:
+def compare_index(found: Found, tensors: Mapping[str, TensorInfo], shards: list[Shard]) -> Iterable[str]:
     """What an index says otherwise than the headers. All readers go by the headers, once they have the files."""
+    index = found.index or {}
     files = [shard.path.name for shard in shards]
     absent = [name for name in index if name not in tensors]
     if absent:
-        yield f"{INDEX_NAME} names tensors that no shard holds: {some(absent)}"
+        yield f"{found.name} names tensors that no shard holds: {some(absent)}"
     elsewhere = [name for name, file in index.items() if name in tensors and files[tensors[name].shard] != file]
     if elsewhere:
         name = elsewhere[0]
         yield (
-            f"{INDEX_NAME} says of {some(elsewhere)} that they are in another shard than they are: {name} is in "
+            f"{found.name} says of {some(elsewhere)} that they are in another shard than they are: {name} is in "
             f"{files[tensors[name].shard]}, not in {index[name]}"
         )
     unnamed = [name for name in tensors if name not in index]
     if unnamed:
-        yield f"{INDEX_NAME} does not name tensors of its shards, which are read: {some(unnamed)}"
+        yield f"{found.name} does not name tensors of its shards, which are read: {some(unnamed)}"

@@ -24,7 +24,7 @@ def module_folders(folder: Path) -> list[str]:
         value = parse_json(read_bounded(folder / MODULES_NAME, MAX_CONFIG_BYTES), unique=False)
     entries = value if isinstance(value, list) else []
     paths = (entry.get("path") for entry in entries if isinstance(entry, dict))
-    named = (str(PurePosixPath(path)) for path in paths if isinstance(path, str))
+    named = (str(PurePosixPath(path)) for path in paths if isinstance(path, str) and "\0" not in path)
     return list(dict.fromkeys(path for path in named if path != "."))
 
 

@@ -26,7 +26,7 @@ from ..checkpoint.digests import NAME as DIGESTS_NAME
 from ..checkpoint.digests import ShardDigests
 from ..checkpoint.digests import to_text as digests_text
 from ..checkpoint.files import local_path
-from ..checkpoint.folders import INDEX_NAME, SHARD_NAME, SINGLE_NAME
+from ..checkpoint.folders import INDEX_NAME, SHARD_NAME, SINGLE_NAME, WEIGHTS_KEY
 from ..errors import OutputError, SourceChangedError
 from ..machine import usable_device
 from ..planning.budget import Budget
@@ -208,7 +208,7 @@ class Job:
         written = ["config.json"] if self.checkpoint.config else []
         written += [INDEX_NAME] if len(self.shards) > 1 else []
         written += [DIGESTS_NAME] if self.digests else []
-        return [file.path.name for file in self.small_files] + written
+        return [file.name for file in self.small_files] + written
 
     def _identity(self) -> dict[str, Any]:
         """A description of all that must not change between an interrupted run and its continuation."""
@@ -311,7 +311,7 @@ class Job:
         try:
             for file in self.small_files:
                 file.copy(result)
-            config = dict(self.checkpoint.config)
+            config = {key: value for key, value in self.checkpoint.config.items() if key != WEIGHTS_KEY}
             if config:
                 if self.quantization is not None:
                     config["quantization_config"] = dict(self.quantization)
@@ -337,7 +337,8 @@ class Job:
     def notes(self) -> list[str]:
         """Remarks about files of the source's folder that are not in the result."""
         folders = [entry.name for entry in sorted(self.checkpoint.folder.iterdir()) if entry.is_dir()]
-        visible = [name for name in folders if not name.startswith(".")]
+        copied = {file.folders[0][0] for file in self.small_files if file.folders}
+        visible = [name for name in folders if not name.startswith(".") and name not in copied]
         skipped = visible and self.checkpoint.path.is_dir()
         return [*self.remarks, *([f"subfolders are not copied: {', '.join(visible)}"] if skipped else [])]
 

@@ -6,11 +6,12 @@ import contextlib
 import functools
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from ..errors import OutputError
+from ..streaming.outfile import sync_folder
 
 _SHOWN = 5
 
@@ -79,8 +80,46 @@ class Folder:
     def rename(self, old: str, new: str) -> None:
         os.replace(old, new, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
 
-    def remove(self, name: str) -> None:
-        os.unlink(name, dir_fd=self.descriptor)
+    def remove(self, name: str, made: Collection[str] = ()) -> None:
+        """Remove a file; or a folder, and from it what is among ``made``, by paths from here. Else it stays."""
+        if not self.is_folder(name):
+            os.unlink(name, dir_fd=self.descriptor)
+            return
+        with contextlib.closing(Folder(self.path / name, self)) as folder:
+            mine = _by_folder(made).get(name, set())
+            for entry in folder.names() & {path.partition("/")[0] for path in mine}:
+                folder.remove(entry, mine)
+        os.rmdir(name, dir_fd=self.descriptor)
+
+    # -- folders below ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def below(self, name: str, mode: int) -> Iterator[Folder]:
+        """A folder in this one, which is made if need be; what was written to it is on the disk at the end."""
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(name, mode, dir_fd=self.descriptor)
+        with contextlib.closing(Folder(self.path / name, self)) as folder:
+            yield folder
+            sync_folder(folder.descriptor)
+
+    def absent(self, paths: Collection[str]) -> set[str]:
+        """Those of the paths where there is nothing, here or in folders below."""
+        gone = {path for path in paths if "/" not in path and self.lstat(path) is None}
+        for name, inner in _by_folder(paths).items():
+            if self.is_folder(name):
+                with contextlib.closing(Folder(self.path / name, self)) as folder:
+                    inner = folder.absent(inner)
+            gone |= {f"{name}/{path}" for path in inner}
+        return gone
+
+    def refuse_others(self, made: Collection[str]) -> None:
+        """Raise unless all that is here, and in folders below, is among these paths, and a file."""
+        folders, names = _by_folder(made), self.names()
+        others = (n for n in names if not (self.is_folder(n) if n in folders else n in made and self.is_file(n)))
+        self.refuse(others)
+        for name in names & folders.keys():
+            with contextlib.closing(Folder(self.path / name, self)) as folder:
+                folder.refuse_others(folders[name])
 
     def refuse(self, names: Iterable[str]) -> None:
         """Raise if one of these entries, which octavo did not make, is there."""
@@ -96,6 +135,16 @@ class Folder:
                 f"{self.path}: holds {', '.join(shown)}, not made by octavo. Move it out of there and run the command "
                 "again, or name another target."
             )
+
+
+def _by_folder(paths: Iterable[str]) -> dict[str, set[str]]:
+    """Folders -> the paths that lead into them, from there."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        folder, slash, inner = path.partition("/")
+        if slash:
+            found.setdefault(folder, set()).add(inner)
+    return found
 
 
 def permissions(path: Path) -> int:

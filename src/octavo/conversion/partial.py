@@ -202,7 +202,7 @@ class PartialFolder(Folder):
         self._verify = verify
         made, result = set(self.manifest.get("files", ())), self.result
         names = result.names()
-        result.refuse(name for name in names if name not in made or not result.is_file(name))
+        result.refuse_others(made)
         sizes = {name: found.st_size for name in names if (found := result.lstat(name))}
         known = self.finished.keys() & set(shards)
         known &= self.digests.keys() if digests else known
@@ -211,7 +211,7 @@ class PartialFolder(Folder):
         if again := [name for name in anew if finished.pop(name, None) is not None]:
             self.notes.append(f"written again, since their source was touched meanwhile: {', '.join(sorted(again))}")
         for name in names - finished.keys():
-            result.remove(name)
+            result.remove(name, made)
         self._wanted = {*shards, *others}
         files = self._wanted.union(map(self.part_of, shards))
         kept = {name: found for name, found in self.digests.items() if name in finished}
@@ -247,9 +247,9 @@ class PartialFolder(Folder):
 
     def publish(self, dst: Path) -> None:
         """Make the complete result appear as ``dst``, and remove the rest."""
-        result, names = self.result, self.result.names()
-        result.refuse(name for name in names if name not in self._wanted or not result.is_file(name))
-        if gone := self._wanted - names:
+        result = self.result
+        result.refuse_others(self._wanted)
+        if gone := result.absent(self._wanted):
             raise OutputError(f"{result.path}: {', '.join(sorted(gone))}: gone. Run the same command again to go on.")
         if not self.is_at(_RESULT, result.descriptor):
             self.refuse([_RESULT])
