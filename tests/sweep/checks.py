@@ -47,32 +47,39 @@ def check(case: Case, folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     result: dict[str, Any] = {"case": case.name, "autos": case.autos, "status": NOT_BUILT, "stages": {}}
     try:
-        model, inputs, why = _build(case)
+        model, inputs, why = _build(case, folder / "src")
         if model is None:
             return result | {"why": why}
         result |= {"parameters": sum(p.numel() for p in model.parameters()), "input": why or sorted(inputs or ())}
-        every_byte = sum(tensor.nbytes for tensor in model.state_dict().values())
-        model.save_pretrained(folder / "src", max_shard_size=every_byte // _SHARDS + 1)
         del model
         _Checks(case, folder, inputs).all(result)
+    except Exception as error:  # one of the sweep itself
+        result |= {"status": WRONG, "why": f"{type(error).__name__}: {error}"}
     finally:
         result["seconds"] = round(time.monotonic() - began, 1)
         shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
-def _build(case: Case) -> tuple[Any, dict[str, Tensor] | None, str]:
-    """A tiny model and inputs that it takes; without inputs if no size of it takes any; or None and why."""
+def _build(case: Case, folder: Path) -> tuple[Any, dict[str, Tensor] | None, str]:
+    """A tiny model, saved, and inputs that it takes; without inputs if no size of it takes any; or None and why."""
     first, said, reasons = None, "", []
     for model, why in candidates(case.model_type, case.model_class):
         if model is None:
             reasons.append(why)
             continue
         inputs, why = inputs_for(model)
+        if inputs is None and first is not None:
+            break  # a second size has told that it is not the size
+        every_byte = sum(tensor.nbytes for tensor in model.state_dict().values())
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            model.save_pretrained(folder, max_shard_size=every_byte // _SHARDS + 1)
+        except Exception as error:  # of renamings that don't fit so small a model
+            reasons.append(f"it can't be saved: {type(error).__name__}: {error}")
+            continue
         if inputs is not None:
             return model, inputs, ""
-        if first is not None:  # a second size tells whether it is the size
-            break
         first, said = model, why
     return first, None, f"no input: {said}" if first is not None else reasons[0]
 

@@ -35,6 +35,7 @@ class Shrink:
     experts: bool = True  # whether there are fewer of them
     vocabulary: bool = True
     images: bool = True
+    derived: bool = True  # whether the config derives what it has no default for; else it is told
 
 
 #: from the smallest models to milder and milder ones
@@ -42,6 +43,7 @@ SHRINKS = (
     Shrink(8),
     Shrink(16),
     Shrink(4),
+    Shrink(8, derived=False),
     Shrink(2),
     Shrink(8, layers=12),
     Shrink(8, images=False),
@@ -64,9 +66,9 @@ _LAYER = re.compile(r"(^|_)layers?$|(^|_)depths?$|num_(encoder_)?blocks$|blocks_
 _NO_LAYER = re.compile(
     r"feat_extract|feature_layer|vision_select|postnet|^num_nextn|conv_layers|output_layer|adapter_layers"
 )
-_INDEXES = re.compile(r"(index(es)?|indices|idxs?|layer_ids|hook_ids|(attention|block)s?|_layers)$")
+_INDEXES = re.compile(r"(index(es)?|indices|idxs?|layer_ids|hook_ids|(attention|block)s?|(?<!numb_of)_layers)$")
 _EXPERT = re.compile(r"(num|n)_(local_|routed_|total_)?experts$|moe_num_experts|num_local_experts")
-_CHOSEN = re.compile(r"experts_per_tok|moe_k$|top_?k(_experts)?$|moe_topk|num_selected_experts|moe_top_k")
+_CHOSEN = re.compile(r"experts_per_tok|moe_k$|(?<!index_)top_?k(_experts)?$|moe_topk|num_selected_experts|moe_top_k")
 _GROUPS = re.compile(r"^(n_group|topk_group|num_expert_groups?|n_expert_groups?|num_limited_groups)$")
 _IMAGE = re.compile(r"(image|img)_(size|height|width)$")
 _TOKEN = re.compile(r"(token_?(id|index)s?|_token)$|^(bos|eos|pad)_index$")
@@ -77,7 +79,7 @@ def tiny_config(model_type: str, shrink: Shrink) -> Any:
     cls = CONFIG_MAPPING[model_type]
     default = cls(**_REQUIRED.get(model_type, {}))
     small = _Small(default, shrink)
-    config = small.rebuilt(default, _REQUIRED.get(model_type, {}))
+    config = small.rebuilt(default, _REQUIRED.get(model_type, {}) | _FIXED.get(model_type, {}))
     config.dtype = torch.bfloat16
     return config
 
@@ -90,17 +92,28 @@ class _Small:
         ids = sorted({value for part in parts(config) for value in _token_ids(part) if value >= _VOCABULARY // 2})
         self.tokens = {value: _VOCABULARY - 1 - position for position, value in enumerate(reversed(ids))}
 
-    def rebuilt(self, config: Any, required: Mapping[str, Any] = {}) -> Any:
-        """A config of the same class, made of small values; what it derives from others it derives anew."""
-        values: dict[str, Any] = dict(required)
+    def rebuilt(self, config: Any, given: Mapping[str, Any]) -> Any:
+        """A config of the same class, made of small values.
+
+        Args:
+            given: values that are to stay as they are, also of configs within it (``text_config.hidden_size``).
+        """
+        values: dict[str, Any] = {}
+        layers = vars(config).get("num_hidden_layers")
         for name, default in _arguments(type(config)).items():
-            value = getattr(config, name, None)
+            value = vars(config).get(name, default)
             if isinstance(value, PreTrainedConfig):
-                values[name] = self.rebuilt(value)
-            elif default is not None and value is not None and name not in ("dtype", "architectures"):
+                within = {key.removeprefix(f"{name}."): v for key, v in given.items() if key.startswith(f"{name}.")}
+                values[name] = self.rebuilt(value, within)
+            elif (
+                value is None or name in _BASE or (self.shrink.derived and default is None and type(value) is not dict)
+            ):
+                continue
+            elif isinstance(value, (list, tuple)) and len(value) == layers:  # one for each layer
+                values[name] = type(value)(self.value(name, v) for v in value[: self.shrink.layers])
+            else:
                 values[name] = self.value(name, value)
-        values |= _FIXED.get(config.model_type, {})
-        return type(config)(**values)
+        return type(config)(**values | {name: value for name, value in given.items() if "." not in name})
 
     def value(self, name: str, value: Any) -> Any:
         """What stands for a value of this name."""
@@ -108,6 +121,9 @@ class _Small:
             return value
         if isinstance(value, dict):
             return {k: self.value(str(k), v) for k, v in value.items()} if name != "id2label" else value
+        if name == "mrope_section":
+            short = [v // self.shrink.widths for v in value]
+            return [short[0] + sum(value) // self.shrink.widths - sum(short), *short[1:]]
         if self.shrink.vocabulary and _TOKEN.search(name):
             return _each(value, lambda v: self.tokens.get(v, v))
         if isinstance(value, (list, tuple)) and value and all(type(v) is int for v in value) and _INDEXES.search(name):
@@ -137,6 +153,10 @@ class _Small:
         if _WIDTH.search(name) and not _NO_WIDTH.search(name) and value >= 8 * shrink.widths:
             return value // shrink.widths if value % shrink.widths == 0 else value
         return value
+
+
+#: what every config has, and stays
+_BASE = {field.name for field in dataclasses.fields(PreTrainedConfig)}
 
 
 def _each(value: Any, function: Any) -> Any:
@@ -173,10 +193,29 @@ def parts(config: Any) -> Iterator[Any]:
             yield from parts(value)
 
 
-#: model type -> arguments without which its config can't be made
-_REQUIRED: dict[str, dict[str, Any]] = {}
+#: model type -> arguments without which its config can't be made, or its model
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "autoformer": {"prediction_length": 8},
+    "informer": {"prediction_length": 8},
+    "time_series_transformer": {"prediction_length": 8},
+    "chameleon": {"vocabulary_map": {}},
+    "emu3": {"vocabulary_map": {}},
+    "esm": {"vocab_size": 33},
+}
 #: model type -> numbers that belong together in a way that no rule above knows
-_FIXED: dict[str, dict[str, Any]] = {}
+_FIXED: dict[str, dict[str, Any]] = {
+    "aya_vision": {"vision_config.num_attention_heads": 16},
+    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
+    "hunyuan_vl": {"text_config.head_dim": 16},
+    "hunyuan_vl_text": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
+    "ministral": {"head_dim": 16},
+    "molmo2": {"adapter_config.vision_feature_layer": (3, 2)},
+    "nemotron": {"num_key_value_heads": 8},
+}
 
 
 def candidates(model_type: str, model_class: str) -> Iterator[tuple[Any, str]]:
