@@ -1,12 +1,14 @@
 """Modules that run after loading: linear layers and expert stacks that hold FP8 weights and their scales.
 
-`linear` computes their products: `fp8` on a GPU with FP8 units, `weight_only` elsewhere.
+`linear` computes their products: `fp8` on a GPU with FP8 units, `weight_only` elsewhere. Where code reads a weight by
+its name, it is given what `widened` makes of it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from ..numerics import schemes
 from . import fp8
 from .linear import linear
+from .widened import Codes, Values, Widened
 
 
 class QuantizedLinear(nn.Linear):
@@ -27,11 +30,13 @@ class QuantizedLinear(nn.Linear):
     _hf_quantized_needs_local_tp = True  # transformers: hand forward local partitions, not DTensors
 
     weight_scale: Tensor
+    activation_dtype: torch.dtype
 
     def __init__(self, like: nn.Linear, scheme: str, parts: tuple[int, ...] | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = like.in_features, like.out_features
         self.scheme, self.parts = scheme, parts or (like.out_features,)
+        self.activation_dtype = like.weight.dtype
         self.weight = _frozen(torch.empty(like.weight.shape, dtype=schemes.FP8, device="meta"))
         self.weight_scale = _frozen(_meta_scale(like.weight.shape, scheme, self.parts))
         self.bias = like.bias
@@ -48,15 +53,46 @@ class QuantizedLinear(nn.Linear):
         if not _refuse_wide(state, prefix, ["weight"], rest[-1]):
             super()._load_from_state_dict(state, prefix, *rest)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of activations, for which adapters (peft's) ask before anything else.
+
+        Some of them go on to read the weight, or change it: from now on it reads as its values, and can't be changed.
+        """
+        if type(self) is QuantizedLinear:
+            self.__class__ = ReadLinear
+            self.__dict__["octavo_serves"] = True
+        return self.activation_dtype
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scheme={self.scheme}"
 
 
-class QuantizedExperts:
-    """Mixed into a model's own experts class, whose gate, activation, flags and biases stay.
+class ReadLinear(QuantizedLinear):
+    """A quantized linear layer whose ``weight`` other code reads, as `Widened`.
 
-    Stacks are stored [experts, out, in], whatever the layout of the class (``is_transposed``).
+    So it is once `serve` has been called: whoever loads weights meets parameters as they are.
     """
+
+    octavo_serves = False
+    is_read_in_training = False  # perhaps by code that torch knows nothing of
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, scale = self._parameters["weight"], self._parameters["weight_scale"]
+        assert weight is not None
+        assert scale is not None
+        _require_codes(self, weight)
+        return linear(input, weight, scale, self.scheme, self.parts, self.bias)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "weight" or not self.octavo_serves:
+            return super().__getattr__(name)
+        form = Form(self.activation_dtype)
+        return _read(self, name, self.scheme, self.parts, form, plain=self.training and self.is_read_in_training)
+
+
+class _Stacks:
+    """Mixed into a class of modules that hold stacks, stored [experts, out, in] whatever the layout of the class."""
 
     _hf_quantized_needs_local_tp = True
     octavo_stacks: dict[str, tuple[str, tuple[int, ...]]]  # stack name -> scheme, parts
@@ -68,6 +104,35 @@ class QuantizedExperts:
     def _load_from_state_dict(self: Any, state: Any, prefix: str, *rest: Any) -> None:
         if not _refuse_wide(state, prefix, self.octavo_stacks, rest[-1]):
             super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Form:
+    """How code reads a weight: its dtype, whether transposed, and its shape where that is one matrix of all rows."""
+
+    dtype: torch.dtype
+    flipped: bool = False
+    shape: tuple[int, ...] | None = None
+
+
+class ReadStacks(_Stacks):
+    """Mixed into a class whose forward, or that of a module around it, reads stacks by their names, as `Widened`.
+
+    So it is once `serve` has been called.
+    """
+
+    octavo_serves = False
+    octavo_forms: dict[str, Form]
+
+    def __getattr__(self: Any, name: str) -> Any:
+        if name not in self.__dict__.get("octavo_forms", ()) or not self.octavo_serves:
+            return super().__getattr__(name)  # type: ignore[misc]
+        scheme, parts = self.octavo_stacks[name]
+        return _read(self, name, scheme, parts, self.octavo_forms[name])
+
+
+class QuantizedExperts(_Stacks):
+    """Mixed into a model's own experts class, whose gate, activation, flags and biases stay."""
 
     def forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [..., hidden], top_k_index and top_k_weights [tokens, k] -> [..., hidden]."""
@@ -137,26 +202,81 @@ class QuantizedExperts:
         return linear(x, stack[expert], getattr(self, f"{name}_scale")[expert], scheme, parts, bias)
 
 
-def quantize_linear(model: nn.Module, name: str, scheme: str, parts: tuple[int, ...]) -> None:
+def quantize_linear(
+    model: nn.Module, name: str, scheme: str, parts: tuple[int, ...], kind: type[QuantizedLinear] = QuantizedLinear
+) -> QuantizedLinear:
     """Replace the linear layer ``name`` of ``model`` by its quantized form, storage not yet assigned."""
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    model.set_submodule(name, QuantizedLinear(layer, scheme, parts))
+    model.set_submodule(name, made := kind(layer, scheme, parts))
+    return made
 
 
 def quantize_stack(experts: Any, name: str, scheme: str, shape: tuple[int, ...], parts: tuple[int, ...]) -> None:
     """Make ``experts.name`` a stack [experts, out, in] = ``shape`` in FP8, storage not yet assigned."""
-    if not isinstance(experts, QuantizedExperts):
-        experts.__class__ = _quantized_class(type(experts))  # type: ignore[arg-type]
+    if not isinstance(experts, _Stacks):
+        experts.__class__ = _quantized_class(QuantizedExperts, type(experts))  # type: ignore[arg-type]
         experts.octavo_stacks = {}
     setattr(experts, name, _frozen(torch.empty(shape, dtype=schemes.FP8, device="meta")))
     experts.register_parameter(f"{name}_scale", _frozen(_meta_scale(shape, scheme, parts)))
     experts.octavo_stacks[name] = (scheme, parts)
 
 
+def quantize_read_stack(
+    module: Any, name: str, scheme: str, shape: tuple[int, ...], parts: tuple[int, ...], form: Form
+) -> None:
+    """The same for a stack that code reads by its name."""
+    if not isinstance(module, ReadStacks):
+        module.__class__ = _quantized_class(ReadStacks, type(module))  # type: ignore[arg-type]
+        module.octavo_stacks, module.octavo_forms = {}, {}
+    quantize_stack(module, name, scheme, shape, parts)
+    module.octavo_forms[name] = form
+
+
 @functools.cache
-def _quantized_class(cls: type) -> type:
-    return type(f"Quantized{cls.__name__}", (QuantizedExperts, cls), {})
+def _quantized_class(mixin: type, cls: type) -> type:
+    return type(f"Quantized{cls.__name__}", (mixin, cls), {})
+
+
+def serve(model: nn.Module) -> None:
+    """Let weights be read as their values, once all of them are there."""
+    for module in model.modules():
+        if isinstance(module, (ReadLinear, ReadStacks)):
+            module.octavo_serves = True
+
+
+def _read(module: Any, name: str, scheme: str, parts: tuple[int, ...], form: Form, *, plain: bool = False) -> Any:
+    """What code is given that reads ``module.name``."""
+    weight, scale = module._parameters[name], module._parameters[scale_name(name)]
+    _require_codes(module, weight)
+    if weight.is_meta:
+        return weight
+    codes = Codes(weight.detach(), scale.detach(), scheme, parts)
+    if not plain and not torch.compiler.is_compiling():
+        return Widened(codes, form.dtype, form.flipped, form.shape)
+    values = codes.plain(form.dtype, form.flipped, form.shape)
+    return values.as_subclass(Values) if plain else values
+
+
+def _require_codes(module: Any, weight: Tensor) -> None:
+    if weight.dtype != schemes.FP8:
+        raise TypeError(f"{type(module).__name__} holds {weight.dtype} where FP8 numbers were: something cast them")
+
+
+def as_stored(
+    module: Any, name: str, shape: Sequence[int], strides: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of a weight as its class has it -> of the same weight as it is stored when quantized."""
+    form = module.octavo_forms.get(name) if isinstance(module, ReadStacks) else None
+    flipped = form.flipped if form is not None else len(shape) == 3 and getattr(module, "is_transposed", False)
+    found = list(zip(shape, strides, strict=True))
+    if form is not None and form.shape is not None and len(shape) == 2:
+        stacks, rows, cols = module._parameters[name].shape
+        rows = cols if flipped else rows
+        found = [(stacks, rows * strides[0]), (shape[0] // stacks, strides[0]), found[1]]
+    if flipped:
+        found[-2:] = reversed(found[-2:])
+    return tuple(length for length, _ in found), tuple(stride for _, stride in found)
 
 
 def _refuse_casts(module: Any, fn: Any) -> None:
@@ -187,7 +307,7 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, .
         prefix = f"{path}." if path else ""
         if isinstance(module, QuantizedLinear):
             yield f"{prefix}weight", module.scheme, module.parts
-        elif isinstance(module, QuantizedExperts):
+        elif isinstance(module, _Stacks):
             for name, (scheme, parts) in module.octavo_stacks.items():
                 yield f"{prefix}{name}", scheme, parts
 

@@ -38,6 +38,7 @@ def install_quantized(item: Item) -> tuple[Tensor, Tensor]:
     if type(module) is nn.Linear:
         module.__class__ = modules.QuantizedLinear  # in place: whoever holds the layer holds the quantized one
         module.scheme, module.parts = item.scheme, storage.parts  # type: ignore[assignment]
+        module.activation_dtype = item.dtype  # type: ignore[assignment]
     elif hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
         modules.quantize_stack(module, leaf, item.scheme, tuple(storage.weight.shape), storage.parts)
     weight = nn.Parameter(storage.weight, requires_grad=False)

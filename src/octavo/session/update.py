@@ -190,9 +190,8 @@ def _by_own_name(name: str, tensor: Tensor, items: Mapping[str, Item]) -> tuple[
         raise CoverageError(f"{name}: neither the checkpoint nor the model has such a tensor. Rename or drop it.")
     item = items[name]
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-    if item.scheme and len(shape) == 3 and getattr(item.faces[0].module, "is_transposed", False):
-        # stacks are stored [experts, out, in] when quantized
-        shape, strides = (shape[0], shape[2], shape[1]), (strides[0], strides[2], strides[1])
+    if item.scheme:
+        shape, strides = modules.as_stored(item.faces[0].module, item.faces[0].leaf, shape, strides)
     if shape != item.shape:
         raise CoverageError(f"{name} is {list(item.shape)} in the model, {list(tensor.shape)} in the update")
     return name, Piece((0,) * len(shape), shape, name, 0, strides)
