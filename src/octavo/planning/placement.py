@@ -22,7 +22,8 @@ class Target:
     """A parameter to fill (or a tensor to write), before anything is decided about it.
 
     The last two axes of ``shape`` and ``pieces`` are [out, in], or [in, out] if ``transposed``: when quantized, it is
-    then stored the other way round, so that scale groups always run along the last axis.
+    then stored the other way round, so that scale groups always run along the last axis. A matrix of the rows of many
+    matrices is then stored as these, ``apart``.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Target:
     device: str = "cpu"
     keep: str | None = None  # what it is, if it stays by default and its name does not tell
     transposed: bool = False
+    apart: tuple[tuple[int, ...], tuple[Piece, ...]] | None = None  # shape and pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
         dtype_name = names[0]
     else:
         dtype_name = dtypes.NAMES[target.dtype]
-    shape, pieces = target.shape, target.pieces
+    shape, pieces = target.apart if decision.scheme and target.apart else (target.shape, target.pieces)
     if decision.scheme and target.transposed:
         swapped = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
         shape, pieces = tuple(shape[d] for d in swapped), tuple(piece.permute(swapped) for piece in pieces)

@@ -5,19 +5,16 @@ Planning asks: is it the weight of a linear layer, a stack of experts, or someth
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import inspect
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 from torch import nn
 
 from ...checkpoint import dtypes
 from ...planning import kinds
+from .code import reachable
+from .reads import Reading, Reads
+from .stacks import Stack, Stacks
 
 #: the stacks of an experts module, each one parameter [experts, out, in] (or [experts, in, out])
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
@@ -32,13 +29,18 @@ class Fact:
     kind: str  # `kinds.LINEAR` or `kinds.EXPERTS`; for all others, the reason why they are not quantized
     transposed: bool = False  # a stack that its class stores [experts, in, out]
     keep: str | None = None  # what it is, if it could be quantized but stays by default
+    reading: Reading = Reading.NOTHING  # of a linear layer's weight: how other modules read it
+    stack: Stack | None = None  # how code reads it, where the class is not transformers' kind of experts
 
 
 def facts_of(model: Any) -> dict[str, Fact]:
     """Name -> fact, for every parameter."""
+    modules = dict(model.named_modules())
+    code = reachable({type(module) for module in modules.values()})
+    reads, stacks = Reads(modules, code), Stacks(modules, code)
     facts = {}
-    head = model.get_output_embeddings()
-    for path, module in model.named_modules():
+    head, vocabularies = model.get_output_embeddings(), _vocabularies(model)
+    for path, module in modules.items():
         prefix = f"{path}." if path else ""
         for leaf, parameter in module.named_parameters(recurse=False):
             name = prefix + leaf
@@ -46,60 +48,32 @@ def facts_of(model: Any) -> dict[str, Fact]:
             if parameter.dtype not in dtypes.QUANTIZABLE or leaf.endswith("_scale"):
                 facts[name] = Fact("quantized already")
             elif _is_linear(module) and leaf == "weight":
-                parent, _, child = path.rpartition(".")
-                read = _reads_weight(type(model.get_submodule(parent)), child)  # type: ignore[arg-type]
-                facts[name] = Fact("its weight is read by another module" if read else kinds.LINEAR, keep=keep)
+                reading = reads.of(path)
+                kind = "its weight is read by another module" if reading == Reading.NUMBERS else kinds.LINEAR
+                facts[name] = Fact(kind, keep=keep, reading=reading)
             elif _is_experts(module) and leaf in _STACKS and parameter.ndim == 3:
                 facts[name] = Fact(kinds.EXPERTS, transposed=bool(module.is_transposed))
             elif leaf.endswith("bias"):
                 facts[name] = Fact("bias")
             elif parameter.ndim == 1:
                 facts[name] = Fact("vector")
+            elif stack := stacks.find(path, leaf):
+                if vocabularies.intersection(parameter.shape[1:]):
+                    keep = "output head"
+                facts[name] = Fact(kinds.EXPERTS, stack.transposed, keep, stack=stack)
             else:
                 facts[name] = Fact(f"{type(module).__name__}, not a linear layer", keep=keep)
     return facts
 
 
+def _vocabularies(model: Any) -> set[Any]:
+    """The sizes of the vocabularies of a model and its parts."""
+    parts = [model.config, *(getattr(model.config, name, None) for name in model.config.sub_configs)]
+    return {getattr(part, "vocab_size", None) for part in parts}
+
+
 def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ in _LINEAR_SUBCLASSES
-
-
-@functools.cache
-def _reads_weight(parent: Any, child: str) -> bool:
-    """Return True if a class uses ``self.child.weight`` itself, beside calling the layer.
-
-    FP8 numbers without their scales would surprise it. T5's ``wo`` and Mamba's ``dt_proj`` are used like that.
-    """
-    written = re.compile(rf"self\.{re.escape(child)}\.weight\b")
-    for cls in parent.__mro__:
-        # finding the source takes a while, so the names that the code uses are looked at first
-        if cls not in nn.Module.__mro__ and any({child, "weight"} <= {*code.co_names} for code in _codes(cls)):
-            with contextlib.suppress(OSError, TypeError):
-                if written.search(inspect.getsource(cls)):
-                    return True
-    return False
-
-
-def _codes(cls: Any) -> Iterator[CodeType]:
-    """The code of a class's own methods and properties, of what their decorators wrap, and of functions within them."""
-    left: list[Any] = [*vars(cls).values()]
-    seen = set()
-    while left:
-        found = left.pop()
-        if id(found) in seen:
-            continue
-        seen.add(id(found))
-        if isinstance(found, CodeType):
-            yield found
-            left += (constant for constant in found.co_consts if isinstance(constant, CodeType))
-        elif inspect.isfunction(found):
-            left += (found.__code__, getattr(found, "__wrapped__", None))
-            with contextlib.suppress(ValueError):  # a cell that is not filled yet
-                left += (c for cell in found.__closure__ or () if inspect.isfunction(c := cell.cell_contents))
-        elif isinstance(found, property):
-            left += (found.fget, found.fset)
-        else:  # static and class methods, partial methods, cached properties
-            left += (getattr(found, "__wrapped__", None), getattr(found, "func", None))
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
 from ...choices import DEFAULT_STAGING_BYTES
 from ...elements.boxes import coverage_problem
+from ...elements.pieces import Piece
 from ...elements.symbolic import NotMovementError, Symbolic
 from ...errors import MAX_PROBLEMS_SHOWN, CoverageError, raise_problems, reading
 from ...planning import kinds
@@ -132,8 +133,14 @@ def _targets(
         if dtype != torch.float32 and fp32 and fp32.search(name):
             dtype, kind = torch.float32, "kept in fp32 by the model"
         shape, pieces = tuple(symbolic.shape), tuple(symbolic.pieces)
-        targets.append(Target(name, shape, dtype, kind, pieces, device_of(name), fact.keep, fact.transposed))
+        apart = _apart(symbolic, fact.stack.apart) if fact.stack and fact.stack.apart else None
+        targets.append(Target(name, shape, dtype, kind, pieces, device_of(name), fact.keep, fact.transposed, apart))
     return targets
+
+
+def _apart(symbolic: Any, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[Piece, ...]]:
+    """A matrix of all experts' rows as the stack that it is: its shape and pieces."""
+    return shape, tuple(symbolic.view(shape).pieces)
 
 
 @dataclass

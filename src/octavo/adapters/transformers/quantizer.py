@@ -197,9 +197,11 @@ class OctavoQuantizer(HfQuantizer):
         """Freeze what is FP8, and have ``save_pretrained`` write it under the model's own names."""
         model._weight_conversions = []
         self.config.record(model)
+        parameters = dict(model.named_parameters())
         for weight, _scheme, _parts in modules.quantized_weights(model):
             for name in (weight, modules.scale_name(weight)):
-                model.get_parameter(name).requires_grad_(False)
+                parameters[name].requires_grad_(False)
+        modules.serve(model)
         model.config.quantization_config = self.config  # which transformers does itself, in ``from_pretrained``
         return model
 

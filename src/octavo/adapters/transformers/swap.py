@@ -6,6 +6,8 @@ fills it.
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -23,6 +25,8 @@ from ...streaming.report import Report
 from ...streaming.sinks import ParameterSink, Storage, allocate_all
 from ...streaming.stream import Stream
 from ...text import shown
+from .facts import facts_of
+from .reads import Reading
 
 #: the ``quant_method`` in the quantization_config of a model that octavo quantized
 METHOD = "octavo"
@@ -82,18 +86,47 @@ def swap(model: Any, weights: Iterable[tuple[str, str, tuple[int, ...]]]) -> Non
     Raises:
         ValueError: parts that don't make up their weight. Others for weights that the model does not have.
     """
+    facts, spoken = facts_of(model), _dtypes(model)
     for name, scheme, parts in weights:
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
+        fact = facts[name]
         if isinstance(module, nn.Linear):
             _check_parts(name, parts, module.out_features)
-            modules.quantize_linear(model, path, scheme, parts)
+            if fact.reading == Reading.NOTHING:
+                modules.quantize_linear(model, path, scheme, parts)
+            else:
+                made: Any = modules.quantize_linear(model, path, scheme, parts, modules.ReadLinear)
+                made.is_read_in_training = fact.reading == Reading.IN_TRAINING
             continue
-        shape = tuple(getattr(module, leaf).shape)
-        if module.is_transposed:  # quantized stacks are stored [experts, out, in], whatever the class does
+        parameter = getattr(module, leaf)
+        shape = fact.stack.apart if fact.stack and fact.stack.apart else tuple(parameter.shape)
+        if fact.transposed:  # quantized stacks are stored [experts, out, in], whatever the class does
             shape = (*shape[:-2], shape[-1], shape[-2])
         _check_parts(name, parts, shape[-2])
-        modules.quantize_stack(module, leaf, scheme, shape, parts)
+        if fact.stack is None:
+            modules.quantize_stack(module, leaf, scheme, shape, parts)
+        else:
+            joined = tuple(parameter.shape) if fact.stack.apart else None
+            form = modules.Form(parameter.dtype, fact.transposed, joined)
+            modules.quantize_read_stack(module, leaf, scheme, shape, parts, form)
+    for part, dtype in spoken.items():
+        if part.dtype != dtype:
+            part.__class__ = _speaking(type(part))  # type: ignore[arg-type]
+            part._activation_dtype = dtype
+
+
+def _dtypes(model: nn.Module) -> dict[Any, torch.dtype]:
+    """The dtype that a model and each model within it says it has: that of a first parameter, and of activations."""
+    parts: Iterable[Any] = (part for part in model.modules() if hasattr(part, "base_model_prefix"))
+    return {part: part.dtype for part in parts if next(part.parameters(), None) is not None}
+
+
+@functools.cache
+def _speaking(cls: type) -> type:
+    """A class of models like another, that say the dtype which they had before their first parameter became FP8."""
+    said = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**said, "dtype": property(operator.attrgetter("_activation_dtype"))})
 
 
 def _check_parts(name: str, parts: tuple[int, ...], rows: int) -> None:
