@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.core_model_loading import dot_natural_key
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from ...checkpoint import dtypes
@@ -151,15 +150,15 @@ class _Case:
                 waiting.add(weight.removesuffix(".weight"))
         return tuple(sorted(waiting)), tuple(sorted(missing))
 
-    def _pieces(self, name: str) -> list[Piece]:
+    def _pieces(self, name: str) -> Sequence[Piece]:
         symbolic = self.traced.found.get(name)
-        return list(symbolic.pieces) if symbolic is not None else []
+        return symbolic.pieces if symbolic is not None else ()
 
     # -- weights that transformers moves ------------------------------------------------------------------------------
 
     def _look(self, name: str, symbolic: Symbolic) -> Iterator[tuple[str, str | None]]:
         """(quantized tensor, what is wrong or None) for all that make the parameter ``name``."""
-        sources = dict.fromkeys(piece.src_name for piece in symbolic.pieces)
+        sources = _by_source(symbolic.pieces)
         quantized = [source for source in sources if source in self.scales]
         here = self.expected[name]
         if tuple(symbolic.shape) != tuple(here.shape):
@@ -171,22 +170,21 @@ class _Case:
         if not quantized:
             return
         others = [source for source in sources if source not in self.scales]
-        scale_pieces = next((pieces for q in _scale_names(name) if (pieces := self._pieces(q))), [])
+        beside = _by_source(next((pieces for q in _scale_names(name) if (pieces := self._pieces(q))), ()))
         for source in quantized:
             if not _holds_fp8(here):
                 kind = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
                 yield source, f"it takes the codes for weights: its {kind} holds {dtypes.short(here.dtype)}"
             elif others:
                 yield source, f"it makes one parameter of it and of {others[0]}, which is not quantized"
-            elif not self._scaled(name, source, [p for p in symbolic.pieces if p.src_name == source], scale_pieces):
+            elif not self._scaled(name, source, sources[source], beside.get(self.scales[source], ())):
                 yield source, "its scale does not arrive beside it"
             else:
                 yield source, None
 
-    def _scaled(self, name: str, source: str, pieces: list[Piece], scale_pieces: list[Piece]) -> bool:
-        """Return True if every element of these pieces has the scale that it has on disk."""
+    def _scaled(self, name: str, source: str, pieces: Sequence[Piece], beside: Sequence[Piece]) -> bool:
+        """Return True if every element of these pieces has the scale that it has on disk, in a piece ``beside`` it."""
         shape, scale = self.tensors[source].shape, self.tensors[self.scales[source]]
-        beside = [piece for piece in scale_pieces if piece.src_name == scale.name]
         scheme, rows = scheme_of(shape, scale), self.expected[name].shape[-2]
         cells = scale.shape[-1] if len(scale.shape) > 1 else 1
         return all(any(_agree(shape, scheme, rows, p, q, cells) for q in beside) for p in pieces)
@@ -274,14 +272,21 @@ def _weight_of(name: str) -> str | None:
     return next((name.removesuffix(end) for end in ("_scale", "_scale_inv") if name.endswith(end)), None)
 
 
+def _by_source(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    found: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(piece.src_name, []).append(piece)
+    return found
+
+
 def _template(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _first_of_each(names: Iterable[str], count: int = 2) -> list[str]:
-    """The first names of every numbered series."""
+    """The first names of every numbered series, in the order in which they come."""
     series: dict[str, list[str]] = {}
-    for name in sorted(names, key=dot_natural_key):
+    for name in names:
         series.setdefault(_template(name), []).append(name)
     return [name for members in series.values() for name in members[:count]]
 
