@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,13 +24,13 @@ from torch import Tensor
 
 from .api_models import layerwise, update
 from .checkpoint.checkpoint import Checkpoint
-from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES, READERS
 from .conversion import formats
 from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
 from .conversion.proof import Absent, Reader, judge_written
 from .conversion.verify import VerifyReport, verify_checkpoint, verify_digests
-from .errors import CheckpointError, MissingExtraError, OutputError, RecipeError, of_user, public
+from .errors import CheckpointError, MissingExtraError, OctavoError, OutputError, RecipeError, of_user, public
 from .machine import as_usual, usable_device
 from .planning.plan import Plan
 from .planning.recipe import Recipe
@@ -207,6 +208,7 @@ def convert(
     digests: bool = False,
     verify: bool = False,
     prove: bool = True,
+    reader: str | None = None,
     progress: bool | Callable[[int, int], None] | None = None,
 ) -> Report:
     """Write an FP8 checkpoint, with config, tokenizer files and index, in bounded memory.
@@ -230,6 +232,8 @@ def convert(
         verify: Whether what is read is compared with the digests that the source has, if `convert` wrote it.
         prove: Whether to ask transformers' own code, if it is installed, what it would make of the result. What it
             would misread stays unquantized, with the reason in the report.
+        reader: Who is to read the result, where it need not be everybody: ``"transformers"`` or ``"vllm"``. It alone is
+            asked. Stacks of experts that only one of them takes in FP8 are converted for that one.
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
 
     Returns:
@@ -246,7 +250,10 @@ def convert(
         >>> print(report)
     """
     recipe = Recipe.coerce(scheme, ignore)
-    readers = _readers if prove else None
+    if reader not in (None, *READERS):
+        raise RecipeError(f"unknown reader {reader!r}; known: {', '.join(READERS)}")
+    asked = _readers if reader is None else functools.partial(_alone, reader)
+    readers = asked if prove else None
     return convert_checkpoint(
         src, dst, recipe, format, staging_bytes, threads, device, revision, digests, verify, progress, readers
     )
@@ -258,6 +265,14 @@ def _readers() -> Sequence[Reader]:
         return (_transformers_reader(),)
     except ImportError:
         return (Absent("transformers"),)
+
+
+def _alone(name: str) -> Sequence[Reader]:
+    """The reader of this name, or what says that it can't be asked."""
+    try:
+        return (_reader(name),)
+    except OctavoError:
+        return (Absent(name),)
 
 
 def _transformers_reader() -> Reader:

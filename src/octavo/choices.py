@@ -41,5 +41,8 @@ FORMATS = {
 }
 DEFAULT_FORMAT = "compressed-tensors"
 
+#: who reads what is converted, and can be asked what it would make of it
+READERS = ("transformers", "vllm")
+
 #: bound on memory beyond the result
 DEFAULT_STAGING_BYTES = 256 << 20

@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ._version import __version__
-from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES, READERS
 from .cli_options import (
     Device,
     Format,
@@ -206,6 +206,10 @@ def convert(
     prove: Annotated[
         bool, typer.Option("--prove/--no-prove", help="Ask transformers' code, if installed, what it would read.")
     ] = True,
+    reader: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--reader", metavar="NAME", help=f"Who is to read it, alone: {' or '.join(READERS)}."),
+    ] = None,
     json_: Json = False,
 ) -> None:
     """Write an FP8 checkpoint that stock transformers, compressed-tensors and vLLM load.
@@ -230,6 +234,7 @@ def convert(
             digests=digests,
             verify=verify,
             prove=prove,
+            reader=reader,
             progress=progress_of("Converting"),
         )
         say_written(report, dst, json_)

@@ -303,7 +303,8 @@ def plan_for(
                 f"or the format {choices.DEFAULT_FORMAT!r}"
             )
     if cuts is None:
-        cuts = (experts.cut(NAMINGS[0]) for experts in find_experts(checkpoint) if experts.known)
+        known = ((experts, experts.known) for experts in find_experts(checkpoint))
+        cuts = (experts.cut(NAMINGS[naming]) for experts, naming in known if naming is not None)
     return plan_checkpoint(checkpoint, recipe, staging_bytes, device, veto or found.veto, cuts), found
 
 

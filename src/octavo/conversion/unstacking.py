@@ -16,6 +16,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..planning.kinds import EXPERTS
 from ..planning.plan import Plan
 from ..planning.stacks import NAMINGS, Cut, Experts, find_experts
+from ..text import human_bytes
 from .formats import STACK
 
 if TYPE_CHECKING:
@@ -98,8 +99,11 @@ class Unstacking:
                 before = series.naming
                 self._next(series)
                 changed |= series.naming != before
-            elif verdict.right or series.layers[0].known:
+            elif verdict.right or series.naming == series.layers[0].known:
                 series.settled = True
+            elif series.layers[0].known is not None:
+                series.settle(series.layers[0].known)
+                changed = True
             else:
                 self._stay(series, "no reader could be asked what it calls matrices of it")
                 changed = True
@@ -141,14 +145,25 @@ class Unstacking:
         series.settle(None)
 
     def notes(self) -> list[str]:
-        """Which readers do without experts that are cut for others."""
+        """Which readers do without experts that are cut for others, and what it costs where none are."""
         notes: dict[str, None] = {}
+        kept: dict[str, int] = {}
         for series in self._series:
+            said = {reader for verdict in series.verdicts.values() for reader in verdict.wrong}
+            if series.naming is None and said:
+                reader = " and ".join(sorted(said))
+                nbytes = sum(info.nbytes for layer in series.layers for info in layer.stacks.values())
+                kept[reader] = kept.get(reader, 0) + nbytes
             verdict = None if series.naming is None else series.verdicts.get(series.naming)
             for reader, why in verdict.wrong.items() if verdict else ():
                 served = " and ".join(verdict.right) if verdict else ""
                 notes[f"stacks of experts are matrices for {served}, which {reader} can't load: {why}"] = None
-        return list(notes)
+        costs = [
+            f"stacks of experts stay unquantized, {human_bytes(nbytes)}, for {reader}; if another one is to read the "
+            "result, name it: reader=..., --reader"
+            for reader, nbytes in kept.items()
+        ]
+        return [*notes, *costs]
 
 
 def _verdict(names: set[str], judgements: Sequence[Judgement]) -> _Verdict:

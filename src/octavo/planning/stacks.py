@@ -34,6 +34,8 @@ NAMINGS: tuple[Mapping[str, str], ...] = (
     {"gate_up": "gate_up_proj", "down": "down_proj"},
     {"gate": "w1", "up": "w3", "down": "w2"},
 )
+#: how a stack of gate and up is called -> the number of a naming; vLLM 0.32 was asked
+_KNOWN = {".experts.gate_up_proj": 0, "moe.input_linear": 0, ".experts.fc1": 1}
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ class Experts:
     transposed: bool  # whether the stacks are [experts, in, out]
 
     @property
-    def known(self) -> bool:
-        """Whether stock readers take its matrices by the first of `NAMINGS`, as far as is known without asking one."""
+    def known(self) -> int | None:
+        """By which of `NAMINGS` vLLM is known to take its matrices, where no reader can be asked; None: by none."""
         module = kinds.module_of(self.stacks["gate_up"].name) if "gate_up" in self.stacks else ""
-        return module.endswith((".experts.gate_up_proj", "moe.input_linear"))
+        return next((naming for end, naming in _KNOWN.items() if module.endswith(end)), None)
 
     @property
     def key(self) -> tuple[Any, ...]:

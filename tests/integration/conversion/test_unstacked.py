@@ -126,9 +126,23 @@ def test_what_transformers_can_t_read_apart_stays_in_stacks(tmp_path: Path) -> N
     assert "3-D" in reason
     assert f"transformers {transformers.__version__} takes none of its matrices (it has no place for them)" in reason
     assert report.kept[reason][1] == 2 * EXPERTS * 3 * 128 * 256 * 2
+    assert report.notes[0].startswith("stacks of experts stay unquantized, 1.50 MiB, for transformers ")
     assert octavo.verify(tmp_path / "out", reader="transformers").ok
     report = octavo.convert(source, tmp_path / "for others", prove=False)
     assert not any("expert" in reason for reason in report.kept)
+
+
+def test_a_reader_that_is_named_is_asked_alone(tmp_path: Path) -> None:
+    config = transformers.GraniteMoeConfig(**SMALL, num_local_experts=EXPERTS, num_experts_per_tok=2)
+    source = save(config, tmp_path / "source")
+    report = octavo.convert(source, tmp_path / "transformers", reader="transformers")
+    assert any("expert" in reason for reason in report.kept)
+    assert len(report.notes) == 2
+    report = octavo.convert(source, tmp_path / "vllm", reader="vllm")
+    assert not any("expert" in reason for reason in report.kept)
+    assert not any("transformers" in note for note in report.notes)
+    with pytest.raises(octavo.errors.RecipeError, match="unknown reader 'tgi'; known: transformers, vllm"):
+        octavo.convert(source, tmp_path / "none", reader="tgi")
 
 
 # -- verifying --------------------------------------------------------------------------------------------------------

@@ -129,7 +129,11 @@ def test_one_naming_is_asked_about_once() -> None:
 def test_where_nobody_can_be_asked_what_is_known_of_names_decides() -> None:
     for proof in (proved(), proved(Silent())):
         assert leaves(proof) == {"gate_proj", "up_proj", "down_proj"}
-    unknown = {name.replace("gate_up_proj", "fc1").replace("down_proj", "fc2"): s for name, s in STACKS.items()}
+    aria = {name.replace("gate_up_proj", "fc1").replace("down_proj", "fc2"): s for name, s in STACKS.items()}
+    for proof in (proved(shapes=aria), proved(Silent(), shapes=aria)):
+        assert leaves(proof) == {"gate_up_proj", "down_proj"}
+    unknown = {name.replace("experts.gate_up_proj", "experts.mlp.gate_up_proj"): s for name, s in STACKS.items()}
+    unknown = {name.replace("experts.down_proj", "experts.mlp.down_proj"): s for name, s in unknown.items()}
     for proof in (proved(shapes=unknown), proved(Silent(), shapes=unknown)):
         assert leaves(proof) == set()
         (reason,) = reasons(proof)
