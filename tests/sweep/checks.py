@@ -227,8 +227,9 @@ def _compare_stock(model: Any, reference: Any) -> None:
     mine = model.state_dict()
     wanted = reference.state_dict()
     for name in [name for name in mine if name.endswith("_scale") and name not in wanted]:
-        weight, scale = mine[name.removesuffix("_scale")], mine.pop(name)
-        mine[name.removesuffix("_scale")] = (weight.float() * scale.float()).to(torch.bfloat16)
+        scale, weight = mine.pop(name), name.removesuffix("_scale")
+        if mine[weight].dtype == schemes.FP8:
+            mine[weight] = (mine[weight].float() * scale.float()).to(torch.bfloat16)
     wrong = [name for name, tensor in wanted.items() if name not in mine or not _alike(mine[name], tensor)]
     if wrong:
         raise WrongError(f"{len(wrong)} of {len(wanted)} parameters differ: {wrong[:4]}")

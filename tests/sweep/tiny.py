@@ -213,7 +213,7 @@ _FIXED: dict[str, dict[str, Any]] = {
     "hunyuan_vl_text": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "ministral": {"head_dim": 16},
-    "molmo2": {"adapter_config.vision_feature_layer": (3, 2)},
+    "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
     "nemotron": {"num_key_value_heads": 8},
 }
 
