@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import choices
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError, RecipeError
 from ..numerics import schemes
 from ..numerics.schemes import E8M0, Scheme
@@ -306,6 +307,19 @@ def plan_for(
         known = ((experts, experts.known) for experts in find_experts(checkpoint))
         cuts = (experts.cut(NAMINGS[naming]) for experts, naming in known if naming is not None)
     return plan_checkpoint(checkpoint, recipe, staging_bytes, device, veto or found.veto, cuts), found
+
+
+def scheme_by_scale(shape: Sequence[int], scale: TensorInfo) -> Scheme | None:
+    """The scheme of a weight of this shape, by its scale."""
+    for name in choices.SCHEMES:
+        scheme = schemes.get(name)
+        bits = scale.dtype_name in ("U8", "F8_E8M0")
+        if (
+            scale.shape in (scheme.scale_shape(shape), scheme.scale_shape(shape) or (1,))
+            and bits == scheme.power_of_two
+        ):
+            return scheme
+    return None
 
 
 def recognize(checkpoint: Checkpoint) -> Format:

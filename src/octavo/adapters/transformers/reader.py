@@ -20,7 +20,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
-from ...choices import SCHEMES
+from ...conversion.formats import scheme_by_scale
 from ...conversion.proof import Judgement
 from ...elements.pieces import Piece
 from ...elements.symbolic import Symbolic
@@ -185,7 +185,7 @@ class _Case:
     def _scaled(self, name: str, source: str, pieces: Sequence[Piece], beside: Sequence[Piece]) -> bool:
         """Return True if every element of these pieces has the scale that it has on disk, in a piece ``beside`` it."""
         shape, scale = self.tensors[source].shape, self.tensors[self.scales[source]]
-        scheme, rows = scheme_of(shape, scale), self.expected[name].shape[-2]
+        scheme, rows = scheme_by_scale(shape, scale), self.expected[name].shape[-2]
         cells = scale.shape[-1] if len(scale.shape) > 1 else 1
         return all(any(_agree(shape, scheme, rows, p, q, cells) for q in beside) for p in pieces)
 
@@ -224,7 +224,7 @@ class _Case:
             plain = torch.randn(info.shape, generator=generator)
             if source in scale_of:
                 scale = self.tensors[scale_of[source]]
-                found = scheme_of(info.shape, scale)
+                found = scheme_by_scale(info.shape, scale)
                 if found is None:
                     return "its scale is of no scheme that is known"
                 given[source], grid = schemes.quantize(plain, found)
@@ -289,19 +289,6 @@ def _first_of_each(names: Iterable[str], count: int = 2) -> list[str]:
     for name in names:
         series.setdefault(_template(name), []).append(name)
     return [name for members in series.values() for name in members[:count]]
-
-
-def scheme_of(shape: Sequence[int], scale: TensorInfo) -> Scheme | None:
-    """The scheme of a weight of this shape, by its scale."""
-    for name in SCHEMES:
-        scheme = schemes.get(name)
-        bits = scale.dtype_name in ("U8", "F8_E8M0")
-        if (
-            scale.shape in (scheme.scale_shape(shape), scheme.scale_shape(shape) or (1,))
-            and bits == scheme.power_of_two
-        ):
-            return scheme
-    return None
 
 
 def _agree(shape: Sequence[int], scheme: Scheme | None, rows: int, weight: Piece, scale: Piece, cells: int) -> bool:
