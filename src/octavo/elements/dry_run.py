@@ -132,7 +132,7 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
         except Exception as error:  # whatever a model's loader raises means that it does not take the tensor
             recorder.trace.failed = (current, error)
     made = {name: tensor for name, tensor in _tensors(model) if before.get(name) is not tensor}
-    replaced = [name for name, tensor in made.items() if tensor.is_meta]
+    replaced = [name for name, tensor in made.items() if recorder.is_made_of_sources(tensor)]
     if replaced:
         raise CoverageError(
             f"{type(model).__name__}.load_weights replaces {replaced[0]} instead of writing into it, which octavo "
@@ -206,6 +206,11 @@ class _Recorder(PlainDispatchMode):
         key = _storage(tensor)
         self._roots[key], self._itemsizes[key] = names, tensor.itemsize
         self._kept.append(tensor)
+
+    def is_made_of_sources(self, tensor: Tensor) -> bool:
+        """Return True if it is a source, or computed from some; memory into which sources were written is not."""
+        written = any(_storage(target) == _storage(tensor) for target, *_ in self._elsewhere)
+        return bool(self._names(tensor)) and not written
 
     def adopt(self, made: dict[str, Tensor]) -> None:
         """Count parameters that the loader has made on the way, and what was written into them, as the model's."""
