@@ -88,12 +88,12 @@ class Surveyor:
             seen, refused = self._try(wanted, lacking)
             for name, why in refused.items():
                 for copy in plain.by_source().get(name, ()):
-                    keep.setdefault(_module(copy.target), why)
+                    keep.setdefault(layer_of(copy.target), why)
             if keep:
                 return Survey(self.plan, keep=keep, refused=refused)
         self._check_coverage(seen)
         hit = {self._origin(name) for name in seen.by_source().keys() | seen.used}
-        layers = {_module(copy.target) for copy in seen.copies if copy.target in self._holders}
+        layers = {layer_of(copy.target) for copy in seen.copies if copy.target in self._holders}
         unread = tuple(p.name for p in self.plan.placements if p.name not in hit)
         made = _amend(self.plan, hit, reasons)
         return Survey(made, split(self.model, seen, made, self.layout), len(layers), unread, _fillers(seen))
@@ -134,24 +134,14 @@ class Surveyor:
     def _trace(self, quantized: Collection[str], without: Collection[str] = ()) -> Trace:
         seen = trace(self.model, self.load, self._virtual(quantized, without))
         if seen.failed:
-            seen.failed = (self._culprit(*seen.failed), seen.failed[1])
+            seen.failed = (culprit(*seen.failed, self._names, self.layout.scale_suffix), seen.failed[1])
         return seen
-
-    def _culprit(self, current: str, error: Exception) -> str:
-        """The tensor that a loader refused: the one that its error quotes, or the last that it took."""
-        quoted = re.search(r"'([\w.]+)'", str(error))
-        word = quoted[1] if quoted else ""
-        for name in (word, word.removesuffix(self.layout.scale_suffix)):
-            named = [given for given in self._names if "." in name and f".{given}".endswith(f".{name}")]
-            if len(named) == 1:
-                return str(named[0] + word[len(name) :])
-        return current
 
     def _virtual(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:
         """The tensors that the loader is given when these become FP8; ``without`` those of some patterns."""
         for placement in self.plan.placements:
             name, shape = placement.name, placement.shape
-            if without and _pattern(name) in without:
+            if without and pattern_of(name) in without:
                 continue
             if name in quantized:
                 yield Source(name, shape, FP8)
@@ -163,16 +153,16 @@ class Surveyor:
         """A dry run of the checkpoint as it is; modules to keep that in FP8 lack a parameter; for which tensors."""
         lacking: dict[str, tuple[str, Exception]] = {}
         while (seen := self._trace(frozenset(), lacking.keys())).failed:
-            culprit = _pattern(seen.failed[0])
+            culprit = pattern_of(seen.failed[0])
             if culprit in lacking:
                 raise CoverageError(self._refusal(seen.failed))
             lacking[culprit] = seen.failed
         found, keep = seen.by_source(), {}
         for failed in lacking.values():
             beside = [
-                _module(copy.target)
+                layer_of(copy.target)
                 for name in self._names
-                if _pattern(_module(name)) == _pattern(_module(failed[0]))
+                if pattern_of(layer_of(name)) == pattern_of(layer_of(failed[0]))
                 for copy in found.get(name, ())
                 if copy.target in self._holders
             ]
@@ -189,16 +179,18 @@ class Surveyor:
             seen = self._trace(wanted - refused.keys(), without)
             if seen.failed is None:
                 return seen, {**refused, **self._misfits(seen, wanted - refused.keys())}
-            culprit = _pattern(self._origin(seen.failed[0]))
-            alike = [name for name in wanted - refused.keys() if _pattern(name) == culprit]
+            culprit = pattern_of(self._origin(seen.failed[0]))
+            alike = [name for name in wanted - refused.keys() if pattern_of(name) == culprit]
             if not alike:
                 raise CoverageError(self._refusal(seen.failed))
-            refused.update(dict.fromkeys(alike, f"vLLM's loader does not take it with a scale ({_text(seen.failed)})"))
+            refused.update(
+                dict.fromkeys(alike, f"vLLM's loader does not take it with a scale ({text_of(seen.failed)})")
+            )
 
     def _refusal(self, failed: tuple[str, Exception]) -> str:
         return (
             f"{self.plan.source}: {type(self.model).__name__} in vLLM does not take the tensor {failed[0]!r} "
-            f"({_text(failed)}). Nothing was read."
+            f"({text_of(failed)}). Nothing was read."
         )
 
     # -- whether weights and scales fit -------------------------------------------------------------------------------
@@ -235,13 +227,13 @@ class Surveyor:
         homes: dict[str, set[str]] = {}
         for placement in self.plan.placements:
             copies = found.get(placement.name, [])
-            inside = [_module(copy.target) for copy in copies if copy.target in holders]
+            inside = [layer_of(copy.target) for copy in copies if copy.target in holders]
             for module in inside:
                 homes.setdefault(module, set()).add(placement.name)
             if placement.name not in wanted:
                 keep.update(dict.fromkeys(inside, placement.reason))
             elif len(inside) < len(copies):
-                why = next((self.kept[m] for c in copies if (m := _module(c.target)) in self.kept), _KEPT_BY_VLLM)
+                why = next((self.kept[m] for c in copies if (m := layer_of(c.target)) in self.kept), _KEPT_BY_VLLM)
                 stay[placement.name] = why
                 keep.update(dict.fromkeys(inside, why))
         ignored = {p.name: p.reason for p in self.plan.kept if p.reason.startswith("ignored by")}
@@ -322,14 +314,29 @@ def _amend(plan: Plan, hit: Collection[str], reasons: Mapping[str, str]) -> Plan
     return dataclasses.replace(plan, placements=tuple(placements))
 
 
-def _module(parameter: str) -> str:
+def culprit(current: str, error: Exception, names: Iterable[str], scale_suffix: str) -> str:
+    """The tensor that a loader refused: the one that its error quotes, or the last that it took."""
+    quoted = re.search(r"'([\w.]+)'", str(error))
+    word = quoted[1] if quoted else ""
+    for name in (word, word.removesuffix(scale_suffix)):
+        named = [given for given in names if "." in name and f".{given}".endswith(f".{name}")]
+        if len(named) == 1:
+            return str(named[0] + word[len(name) :])
+    return current
+
+
+def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _pattern(name: str) -> str:
+def pattern_of(name: str) -> str:
     return re.sub(r"\d+", "*", name)
 
 
-def _text(failed: tuple[str, Exception]) -> str:
-    error = failed[1]
+def text_of(failed: tuple[str, Exception]) -> str:
+    return error_text(failed[1])
+
+
+def error_text(error: Exception) -> str:
+    """An error of others in a few words."""
     return textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 160, placeholder=" ...")
