@@ -54,6 +54,8 @@ class Toy(nn.Module):
                 raise KeyError(name)
 
     def load_down(self, kind, weight, target):
+        if self.down == "passed over":
+            return
         scale = kind == "weight_scale"
         if self.down == "no scales" and scale:
             return
