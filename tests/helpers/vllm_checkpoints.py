@@ -87,6 +87,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**_SMALL, "head_dim": 32}),
     "phi3": ("Phi3Config", {**_SMALL, "pad_token_id": 0}),
     "granitemoe": ("GraniteMoeConfig", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **_SMALL,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "first_k_dense_replace": 1,
+            "head_dim": 32,
+        },
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {

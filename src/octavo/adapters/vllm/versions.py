@@ -116,3 +116,24 @@ def release_pinned_memory() -> None:
     release = getattr(torch.accelerator, "empty_host_cache", None)  # since torch 2.10
     if release is not None and torch.accelerator.is_available():
         release()
+
+
+def inspect_in_this_process() -> list[Exception]:
+    """Have vLLM look at classes of models where it is; its way is to import them in another process, for seconds.
+
+    Returns:
+        What the classes raised that could not be imported, which vLLM only logs.
+    """
+    from vllm.model_executor.models import registry
+
+    failed: list[Exception] = []
+
+    def inspect(self: Any) -> Any:
+        try:
+            return registry._ModelInfo.from_model_cls(self.load_model_cls())
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    registry._LazyRegisteredModel.inspect_model_cls = inspect
+    return failed
