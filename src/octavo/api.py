@@ -17,6 +17,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -230,8 +231,8 @@ def convert(
         digests: Whether a digest of each tensor is recorded, in ``octavo-digests.json``: for `verify` without a source,
             and for loading with ``verify=True``. It takes a tenth more work.
         verify: Whether what is read is compared with the digests that the source has, if `convert` wrote it.
-        prove: Whether to ask transformers' own code, if it is installed, what it would make of the result. What it
-            would misread stays unquantized, with the reason in the report.
+        prove: Whether to ask the code of transformers and of vLLM, where installed, what it would make of the result.
+            What it would misread stays unquantized, with the reason in the report.
         reader: Who is to read the result, where it need not be everybody: ``"transformers"`` or ``"vllm"``. It alone is
             asked. Stacks of experts that only one of them takes in FP8 are converted for that one.
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.
@@ -261,10 +262,11 @@ def convert(
 
 def _readers() -> Sequence[Reader]:
     """Whoever is installed here and reads converted checkpoints."""
+    vllm = _vllm_reader()  # first, since it is imported in a process of its own
     try:
-        return (_transformers_reader(),)
+        return (_transformers_reader(), vllm)
     except ImportError:
-        return (Absent("transformers"),)
+        return (Absent("transformers"), vllm)
 
 
 def _alone(name: str) -> Sequence[Reader]:
@@ -281,9 +283,17 @@ def _transformers_reader() -> Reader:
     return TransformersReader()
 
 
+def _vllm_reader() -> Reader:
+    if find_spec("vllm") is None:
+        return Absent("vLLM")
+    from .adapters.vllm.reader import VllmReader
+
+    return VllmReader()
+
+
 def _reader(name: str) -> Reader:
     """The reader of this name, which must be installed."""
-    makers = {"transformers": _transformers_reader}
+    makers = {"transformers": _transformers_reader, "vllm": _vllm_reader}
     if name not in makers:
         raise RecipeError(f"unknown reader {name!r}; known: {', '.join(makers)}")
     try:
@@ -312,8 +322,8 @@ def verify(
         dst: What `convert` wrote: a folder or a ``.safetensors`` file.
         against: The checkpoint that it was made from: a folder, a file or a hub id. None compares digests, unless a
             reader is named.
-        reader: ``"transformers"``: run its own loading on tensors without data, and see where each weight and scale
-            arrives.
+        reader: ``"transformers"`` or ``"vllm"``: run its own loading on tensors without data, and see where each weight
+            and scale arrives.
         staging_bytes: A bound in bytes on memory. 256 MiB by default, at least 1 MiB.
         threads: The number of threads that read and compare. By default one a core, at most 16.
         progress: Whether to show a bar (by default, on a terminal), or a function of bytes done and bytes in all.

@@ -204,7 +204,7 @@ def convert(
     ] = False,
     verify: Verify = False,
     prove: Annotated[
-        bool, typer.Option("--prove/--no-prove", help="Ask transformers' code, if installed, what it would read.")
+        bool, typer.Option("--prove/--no-prove", help="Ask transformers and vLLM, where installed, what they read.")
     ] = True,
     reader: Annotated[
         Optional[str],  # noqa: UP045
@@ -255,7 +255,7 @@ def verify(
     ] = None,
     reader: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option("--reader", metavar="NAME", help="Ask transformers' code what it makes of it; by headers alone."),
+        typer.Option("--reader", metavar="NAME", help="Ask transformers or vllm what it would read; by headers alone."),
     ] = None,
     threads: Threads = None,
     staging: Staging = _STAGING,
@@ -265,8 +265,8 @@ def verify(
 
     [cyan]octavo verify qwen3-8b-fp8 --against Qwen/Qwen3-8B[/cyan]
 
-    Without --against, are the bytes those that were written? With --reader transformers, is any FP8 checkpoint read
-    as it is meant? Exit code 1 when a byte differs, or is misread.
+    Without --against, are the bytes those that were written? With --reader transformers (or vllm), is any FP8
+    checkpoint read as it is meant? Exit code 1 when a byte differs, or is misread.
     """
     from . import api
 
