@@ -34,7 +34,8 @@ class Verdict:
     empty: tuple[str, ...] = ()  # of these: modules to which nothing goes
     missing: tuple[str, ...] = ()  # other parameters to which nothing goes
     unread: tuple[str, ...] = ()  # quantized tensors that the loader passes over
-    refusal: str = ""  # what it says of a tensor that is not quantized, so that nothing is known
+    refusal: str = ""  # what it says of a tensor that it does not take in bf16 either, so that nothing is known
+    homeless: tuple[str, ...] = ()  # such tensors
 
 
 @dataclass(frozen=True)
@@ -73,17 +74,23 @@ class Case:
             if alike:
                 verdict.misread.update(dict.fromkeys(alike, f"its loader does not take it with a scale ({said})"))
             elif pattern in lacking:
-                return Verdict(refusal=f"its {type(self.model).__name__} does not take the tensor {name} ({said})")
+                return self._refusal(pattern, said)
             else:
                 lacking[pattern] = said
         self._look(seen, verdict)
         for pattern, said in lacking.items():
             beside = self._beside(seen, pattern)
             if not beside:
-                return Verdict(refusal=f"its {type(self.model).__name__} does not take the tensor {pattern} ({said})")
+                return self._refusal(pattern, said)
             verdict.waiting.update(dict.fromkeys(beside, f"in FP8 it has no place for {pattern.rpartition('.')[2]}"))
         self._spread(seen, verdict)
         return verdict
+
+    def _refusal(self, pattern: str, said: str) -> Verdict:
+        alike = tuple(name for name in self.tensors if pattern_of(name) == pattern)
+        return Verdict(
+            refusal=f"its {type(self.model).__name__} does not take the tensor {alike[0]} ({said})", homeless=alike
+        )
 
     # -- names --------------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,7 @@ class _Asked:
         config = self._config()
         found = self._look(config, config.model_config)
         if found.verdict.refusal:
-            return {"unproved": found.verdict.refusal}
+            return {"unproved": found.verdict.refusal, "unexpected": list(found.verdict.homeless)}
         looks = [found]
         unread = set(found.verdict.unread)
         if unread and (draft := self._draft_config(config)) is not None:

@@ -78,4 +78,6 @@ def test_what_the_loader_passes_over_is_named_and_so_is_what_stays_empty() -> No
 
 
 def test_a_tensor_that_the_loader_does_not_take_at_all_ends_the_question() -> None:
-    assert "does not take the tensor other" in judge(Toy(), others=("norm", "other")).refusal
+    verdict = judge(Toy(), others=("norm", "other"))
+    assert "does not take the tensor other" in verdict.refusal
+    assert verdict.homeless == ("other",)
