@@ -13,7 +13,7 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]  # config.json, or empty
     notes: tuple[str, ...] = ()  # what is odd, for whoever uses it
+    renamed: Mapping[str, str] = field(default_factory=dict)  # names in the files -> those of tensors, if another
+    absent: tuple[str, ...] = ()  # what the index names, and no shard holds
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -99,7 +101,9 @@ class Checkpoint:
         named, remarks = unwrapped(tensors, config, problems)
         raise_problems(CheckpointError, local, problems, "Nothing was loaded. Fetch the named files again.")
         check_no_adapter(local, named)
-        return cls(local, tuple(shards), named, config, (*notes, *remarks))
+        renamed = {old: new for old, new in zip(tensors, named, strict=True) if old != new}
+        absent = tuple(name for name in index or () if name not in tensors)
+        return cls(local, tuple(shards), named, config, (*notes, *remarks), renamed, absent)
 
     @property
     def folder(self) -> Path:

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 from .. import choices
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
-from ..errors import CheckpointError
+from ..errors import CheckpointError, CoverageError
 from ..numerics import schemes
 from ..planning.plan import Plan, Veto
 from ..planning.stacks import Cut
 from ..streaming.meter import Stages
-from ..text import human_bytes
+from ..text import human_bytes, some
 from .formats import Format
 from .unstacking import Unstacking
 
@@ -121,6 +121,7 @@ def prove(
 
     Raises:
         CheckpointError: a reader that goes on contradicting what it said before.
+        CoverageError: an index names tensors that no shard has, and a reader misses some.
     """
     unstacking = Unstacking(checkpoint)
     said = _Said()
@@ -151,6 +152,7 @@ def prove(
         if anew or unstacking.settle(plan, judgements):
             said, rounds = _Said(), _ROUNDS  # of other tensors, readers may say other things
             continue
+        _check_whole(checkpoint, judgements)
         if not judgements:
             return Proof(plan, quantization)
         asked = any(not judgement.unproved for judgement in judgements)
@@ -160,6 +162,17 @@ def prove(
         f"{checkpoint.path}: {judgements[0].reader} could not be satisfied. Give --no-prove (prove=False) to write it "
         "as planned, and compare what your reader makes of it."
     )
+
+
+def _check_whole(checkpoint: Checkpoint, judgements: Iterable[Judgement]) -> None:
+    """Raise if what an index names, and no shard holds, is more than a leftover of the index."""
+    for judgement in judgements if checkpoint.absent else ():
+        if judgement.missing and not judgement.unproved:
+            raise CoverageError(
+                f"{checkpoint.path}: the index names tensors that no shard holds ({some(checkpoint.absent)}), and "
+                f"{judgement.reader} finds none that makes {some(judgement.missing)}: the checkpoint is incomplete. "
+                "Fetch it again."
+            )
 
 
 @dataclass

@@ -196,6 +196,14 @@ def plan_checkpoint(
     return make_plan(checkpoint, targets, recipe, staging_bytes, veto=veto, cuts=cuts)
 
 
+def check_unquantized(checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Raise if weights are to be quantized that are quantized already."""
+    if recipe.schemes and (found := checkpoint.quantization) is not None:
+        raise RecipeError(
+            f"{checkpoint.path}: already quantized ({found}); quantizing twice loses accuracy. {found.advice}"
+        )
+
+
 def make_plan(
     checkpoint: Checkpoint,
     targets: Iterable[Target],
@@ -218,11 +226,7 @@ def make_plan(
         RecipeError: the recipe is ambiguous here, can't be honoured, or the checkpoint is quantized already.
         CoverageError: some target is not tiled by its pieces; all of them are named.
     """
-    if checkpoint.quantization is not None and (recipe.scheme or recipe.targets):
-        raise RecipeError(
-            f"{checkpoint.path}: already quantized ({checkpoint.quantization}); quantizing twice "
-            f"loses accuracy. {checkpoint.quantization.advice}"
-        )
+    check_unquantized(checkpoint, recipe)
     check_options(staging_bytes)
     targets = list(targets)
     infos = checkpoint.tensors

@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +30,7 @@ from ...elements.symbolic import NotMovementError, Symbolic
 from ...errors import MAX_PROBLEMS_SHOWN, CoverageError, raise_problems, reading
 from ...planning import kinds
 from ...planning.placement import Target
-from ...planning.plan import Plan, make_plan
+from ...planning.plan import Plan, check_unquantized, make_plan
 from ...planning.recipe import Recipe
 from ...text import told
 from .facts import Fact, facts_of
@@ -54,6 +54,7 @@ def plan_model(
     Raises:
         CoverageError: with all tensors that are missing, unexpected, misshapen, or there twice.
     """
+    check_unquantized(checkpoint, recipe)
     problems: list[str] = []
     with reading(checkpoint.path):  # transformers takes some names for numbers that Python does not
         traced = trace(model, checkpoint.tensors, problems)
@@ -70,7 +71,7 @@ def plan_model(
         problems += [f"unexpected: the model has no place for {tensor}" for tensor in homeless]
     advice = (
         "Is this the checkpoint of that architecture? octavo.load(..., strict=False) passes over unexpected tensors; "
-        "missing ones never."
+        f"missing ones never.{prefix_hint(model, unexpected)}"
     )
     raise_problems(CoverageError, f"{checkpoint.path} into {type(model).__name__}", problems, advice)
 
@@ -82,6 +83,17 @@ def plan_model(
             others[device_of(name)] += buffer.nbytes
     unused = {name: needless.get(name, "the model has no place for it (strict=False)") for name in unexpected}
     return make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
+
+
+def prefix_hint(model: Any, unexpected: Collection[str]) -> str:
+    """What to do about names that begin with more than the model's own."""
+    expected, parts = model.state_dict().keys(), next(iter(unexpected), "").split(".")
+    for count in range(1, len(parts)):
+        prefix = ".".join(parts[:count]) + "."
+        fitting = sum(name.startswith(prefix) and name.removeprefix(prefix) in expected for name in unexpected)
+        if 2 * fitting > len(unexpected):
+            return f" Names begin with {prefix!r}: without it, {fitting} of them are the model's. Rename them."
+    return ""
 
 
 def _misfits(

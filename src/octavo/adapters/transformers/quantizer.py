@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -129,6 +129,22 @@ class _StreamedConverter(WeightConverter):
         return handed
 
 
+class _Unwrapped(WeightRenaming):
+    """Gives transformers the names that octavo has for tensors which a wrapper's name is part of."""
+
+    __slots__ = ("names",)
+    names: Mapping[str, str]
+
+    @classmethod
+    def of(cls, names: Mapping[str, str]) -> _Unwrapped:
+        made = cls("^$", "")
+        made.names = names
+        return made
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        return self.names.get(source_key, source_key), None
+
+
 @register_quantizer(METHOD)
 class OctavoQuantizer(HfQuantizer):
     """The quantizer that transformers asks, and calls before and after it loads weights."""
@@ -139,6 +155,7 @@ class OctavoQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config: OctavoConfig = quantization_config
+        self.renamed: Mapping[str, str] = {}  # `Checkpoint.renamed`
         self.streamed: set[str] = set()  # parameters and scales that the stream has filled, until they are handed out
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -172,6 +189,7 @@ class OctavoQuantizer(HfQuantizer):
         stages = Stages()
         with stages("plan"):
             checkpoint = Checkpoint.open_chosen([Path(file) for file in checkpoint_files])
+            self.renamed = checkpoint.renamed
             where = _placer(device_map)
             plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
         with boundary(checkpoint.path, CheckpointError):
@@ -191,7 +209,8 @@ class OctavoQuantizer(HfQuantizer):
                 stand_ins.append(stand_in)
             else:  # a renaming
                 stand_ins.append(entry)
-        return [*stand_ins, _StreamedConverter([r"^(.+)$"], [r"\1"], [Chunk()])]
+        unwrapped = [_Unwrapped.of(self.renamed)] if self.renamed else []
+        return [*unwrapped, *stand_ins, _StreamedConverter([r"^(.+)$"], [r"\1"], [Chunk()])]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Freeze what is FP8, and have ``save_pretrained`` write it under the model's own names."""

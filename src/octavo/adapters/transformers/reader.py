@@ -28,7 +28,7 @@ from ...errors import CheckpointError
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
 from ...quiet import this_thread_quiet
-from .model_plan import Traced, tied_names, trace, unneeded
+from .model_plan import Traced, prefix_hint, tied_names, trace, unneeded
 from .skeleton import skeleton
 
 NAME = f"transformers {transformers.__version__}"
@@ -121,6 +121,7 @@ class _Case:
             arrived.update({source: arrived.get(source) or why for source in sources if source in self.scales})
         if self.scales and unexpected.issuperset(self.scales):
             what = f"its {type(self.model).__name__} has no place for {min(self.scales)}, nor for any other FP8 tensor"
+            what += prefix_hint(self.model, sorted(unexpected)).replace(" Names", ". Names", 1).rstrip(".")
             return Judgement(NAME, unexpected=tuple(sorted(self.scales)), unproved=what)
         refused = {name: why for sources, why in self.errors for name in sources if name in self.scales}
         misread = {name: why for name, why in arrived.items() if why and name not in refused}
