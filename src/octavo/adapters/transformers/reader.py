@@ -8,6 +8,7 @@ while it loads (stacks of experts that it dequantizes), it computes a small samp
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -285,11 +286,15 @@ def _template(name: str) -> str:
 
 
 def _first_of_each(names: Iterable[str], count: int = 2) -> list[str]:
-    """The first names of every numbered series, in the order in which they come."""
+    """The first names of every numbered series, whatever order they come in."""
     series: dict[str, list[str]] = {}
     for name in names:
         series.setdefault(_template(name), []).append(name)
-    return [name for members in series.values() for name in members[:count]]
+    return [
+        name
+        for _, members in sorted(series.items())
+        for name in heapq.nsmallest(count, members, key=lambda n: (len(n), n))
+    ]
 
 
 def _agree(shape: Sequence[int], scheme: Scheme | None, rows: int, weight: Piece, scale: Piece, cells: int) -> bool:

@@ -158,3 +158,10 @@ def test_a_checkpoint_of_another_model_is_not_called_proved(source: Callable[[An
     save_file({"other.weight": torch.randn(8, 64).bfloat16()}, folder / "model.safetensors", {"format": "pt"})
     report = octavo.convert(folder, tmp_path / "out")
     assert any("not proved" in note and "has no place for other.weight" in note for note in report.notes)
+
+
+def test_samples_are_of_the_same_experts_in_whatever_order_names_come() -> None:
+    from octavo.adapters.transformers.reader import _first_of_each
+
+    names = [f"m.{expert}.{leaf}" for leaf in ("up", "gate") for expert in (11, 2, 10, 0, 1)]
+    assert _first_of_each(names) == _first_of_each(names[::-1]) == ["m.0.gate", "m.1.gate", "m.0.up", "m.1.up"]
