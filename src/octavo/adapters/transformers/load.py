@@ -23,6 +23,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_STAGING_BYTES
@@ -155,11 +156,14 @@ def _check_method(checkpoint: Checkpoint) -> None:
 
 
 def _move_buffers(model: Any, device: torch.device) -> None:
-    """Bring to the device what no checkpoint holds: rotary tables and the like."""
+    """Bring to the device what no checkpoint holds: rotary tables, positions and the like."""
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:
                 module._buffers[leaf] = buffer.to(device)
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta and parameter.device != device:
+                module._parameters[leaf] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
 
 
 def _tie(model: Any, plan: Plan) -> None:

@@ -13,10 +13,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -33,6 +34,7 @@ from ...planning.placement import Target
 from ...planning.plan import Plan, check_unquantized, make_plan
 from ...planning.recipe import Recipe
 from ...text import told
+from .excused import computed, new_heads, unneeded
 from .facts import Fact, facts_of
 
 
@@ -44,12 +46,16 @@ def plan_model(
     staging_bytes: int = DEFAULT_STAGING_BYTES,
     *,
     strict: bool = True,
+    heads: bool = False,
 ) -> Plan:
     """Decide what becomes of every parameter of a model on meta, whose modules are not swapped yet.
+
+    Parameters that are computed, and in no checkpoint, get their values.
 
     Args:
         device: where the model goes, or a function from a parameter's name to its device.
         strict: whether checkpoint tensors that the model has no place for are an error.
+        heads: whether a head may be missing that the model's class adds to what was saved; it stays on meta.
 
     Raises:
         CoverageError: with all tensors that are missing, unexpected, misshapen, or there twice.
@@ -64,8 +70,17 @@ def plan_model(
         for name, (sources, why) in traced.computed.items()
     ]
     tied = tied_names(model)
-    problems += _misfits(model, checkpoint, found, tied)
-    needless = unneeded(model, unexpected)
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in found and not tied.get(name, set()) & found.keys()]
+    made = computed(model, missing)
+    new = new_heads(model, missing) if heads else []
+    problems += (
+        f"missing: no checkpoint tensor makes {name} {list(expected[name].shape)}"
+        for name in missing
+        if name not in made and name not in new
+    )
+    problems += _misfits(model, checkpoint, found)
+    needless = unneeded(model, unexpected, checkpoint.tensors)
     if strict:
         homeless = [f"{name} {list(checkpoint.tensors[name].shape)}" for name in unexpected if name not in needless]
         problems += [f"unexpected: the model has no place for {tensor}" for tensor in homeless]
@@ -75,14 +90,20 @@ def plan_model(
     )
     raise_problems(CoverageError, f"{checkpoint.path} into {type(model).__name__}", problems, advice)
 
+    for name, values in made.items():
+        put(model, name, values)
     device_of = device if callable(device) else lambda _: device
     targets = _targets(model, found, tied, device_of)
     others: Counter[str] = Counter()
-    for name, buffer in model.named_buffers():
-        if name not in found:
-            others[device_of(name)] += buffer.nbytes
+    for name, tensor in (*model.named_buffers(), *((name, expected[name]) for name in new)):
+        if name not in found and name not in made:
+            others[device_of(name)] += tensor.nbytes
+    for name, values in made.items():
+        others[device_of(name)] += values.nbytes
     unused = {name: needless.get(name, "the model has no place for it (strict=False)") for name in unexpected}
-    return make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
+    plan = make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
+    remarks = [f"{name} is new: the checkpoint has none. It is initialised, and has to be trained" for name in new]
+    return replace(plan, remarks=(*plan.remarks, *remarks)) if remarks else plan
 
 
 def prefix_hint(model: Any, unexpected: Collection[str]) -> str:
@@ -96,17 +117,23 @@ def prefix_hint(model: Any, unexpected: Collection[str]) -> str:
     return ""
 
 
-def _misfits(
-    model: Any, checkpoint: Checkpoint, found: Mapping[str, Symbolic], tied: Mapping[str, set[str]]
-) -> Iterator[str]:
-    """Parameters that nothing makes, or that come out otherwise than the model wants them."""
+def put(model: Any, name: str, values: torch.Tensor) -> None:
+    """Give a parameter or buffer its values."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = values
+        return
+    parameter = nn.Parameter(values, requires_grad=module._parameters[leaf].requires_grad)
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+    module._parameters[leaf] = parameter
+
+
+def _misfits(model: Any, checkpoint: Checkpoint, found: Mapping[str, Symbolic]) -> Iterator[str]:
+    """Parameters that come out otherwise than the model wants them."""
     for name, tensor in model.state_dict().items():
-        if name not in found:
-            if not tied.get(name, set()) & found.keys():
-                yield f"missing: no checkpoint tensor makes {name} {list(tensor.shape)}"
-            continue
-        if not found[name].pieces and tensor.numel():
-            continue  # its missing sources have been named
+        if name not in found or (not found[name].pieces and tensor.numel()):
+            continue  # what is missing, and its sources, have been named
         shape = tuple(found[name].shape)
         if shape != tuple(tensor.shape):
             hint = " (transposed?)" if shape == tuple(reversed(tensor.shape)) and len(shape) == 2 else ""
@@ -115,20 +142,6 @@ def _misfits(
         elif problem := coverage_problem(shape, found[name].pieces):
             yield f"{name} {list(shape)}: {problem}"
         yield from _wrong_dtypes(name, tensor.dtype, found[name], checkpoint)
-
-
-def unneeded(model: Any, names: Iterable[str]) -> dict[str, str]:
-    """Checkpoint tensors that the model does without -> why."""
-    ignorable = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    # tables that older versions of a model saved, and newer ones compute (position_ids, inv_freq)
-    computed = {name.rpartition(".")[2] for name in dict(model.named_buffers()).keys() - model.state_dict().keys()}
-    found = {}
-    for name in names:
-        if name.rpartition(".")[2] in computed:
-            found[name] = "the model computes this buffer"
-        elif any(pattern.search(name) for pattern in ignorable):
-            found[name] = "this architecture ignores it"
-    return found
 
 
 def _targets(

@@ -191,7 +191,7 @@ class OctavoQuantizer(HfQuantizer):
             checkpoint = Checkpoint.open_chosen([Path(file) for file in checkpoint_files])
             self.renamed = checkpoint.renamed
             where = _placer(device_map)
-            plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False)
+            plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False, heads=True)
         with boundary(checkpoint.path, CheckpointError):
             fill(model, checkpoint, plan, stages, threads=config.threads)
         self.streamed = {p.name for p in plan.placements} | {modules.scale_name(p.name) for p in plan.quantized}

@@ -29,7 +29,8 @@ from ...errors import CheckpointError
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
 from ...quiet import this_thread_quiet
-from .model_plan import Traced, prefix_hint, tied_names, trace, unneeded
+from .excused import computed, unneeded
+from .model_plan import Traced, prefix_hint, tied_names, trace
 from .skeleton import skeleton
 
 NAME = f"transformers {transformers.__version__}"
@@ -135,7 +136,7 @@ class _Case:
         for name in self.scales.keys() - arrived.keys() - unexpected:
             refused[name] = problems[0] if problems else "it finds no place for it"
         waiting, missing = self._absent()
-        homeless = unexpected - unneeded(self.model, unexpected).keys()
+        homeless = unexpected - unneeded(self.model, unexpected, self.tensors).keys()
         return Judgement(NAME, misread, waiting, modules, refused, missing, tuple(sorted(homeless)))
 
     def _absent(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -150,6 +151,7 @@ class _Case:
                     missing.add(name)
             elif not any(piece.src_name in self.scales for piece in self._pieces(weight)):
                 waiting.add(weight.removesuffix(".weight"))
+        missing -= computed(self.model, missing).keys()
         return tuple(sorted(waiting)), tuple(sorted(missing))
 
     def _pieces(self, name: str) -> Sequence[Piece]:
