@@ -155,7 +155,10 @@ def resolve(path: str | os.PathLike[str], revision: str | None = None) -> Path:
             snapshot_download(
                 text,
                 revision=revision,
-                allow_patterns=["*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"],
+                allow_patterns=[
+                    *("*.safetensors", "*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja", "*.py"),
+                    "[1-9]*_*/*.bin",  # of modules of sentence-transformers, which are copied and never opened
+                ],
                 ignore_patterns=["original/*", "consolidated*"],
             )
         )

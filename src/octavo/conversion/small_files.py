@@ -122,9 +122,9 @@ def find_small_files(checkpoint: Checkpoint) -> tuple[tuple[SmallFile, ...], lis
 def _of_modules(folder: Path, named: list[str]) -> Iterator[SmallFile]:
     """All visible files of the folders that modules.json names, as far as they are there."""
     for top in dict.fromkeys(path.partition("/")[0] for path in named):
-        # links to folders are not followed
-        entries = () if (folder / top).is_symlink() else (folder / top).rglob("*")
-        files = list(itertools.islice(entries, _MAX_FILES + 1))
+        if os.path.islink(folder / top) or not os.path.isdir(folder / top):  # which take any name
+            continue
+        files = list(itertools.islice((folder / top).rglob("*"), _MAX_FILES + 1))
         if len(files) > _MAX_FILES:
             raise CheckpointError(f"{folder / top}: holds more than {_MAX_FILES:,} files, and {MODULES_NAME} names it")
         for file in sorted(files):

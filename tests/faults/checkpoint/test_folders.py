@@ -361,6 +361,25 @@ def test_hub_folder_without_safetensors_is_described(tmp_path: Path, monkeypatch
     fails(CheckpointError, "no .safetensors file here", lambda: Checkpoint.open("no-org/no-model"))
 
 
+def test_of_the_hub_s_pickles_only_those_of_modules_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+    utils = pytest.importorskip("huggingface_hub.utils")
+    there = ["model.safetensors", "pytorch_model.bin", "2_Dense/pytorch_model.bin", "original/consolidated.00.pth"]
+    fetched: list[str] = []
+
+    def download(_: str, allow_patterns: list[str], ignore_patterns: list[str], **__: Any) -> str:
+        fetched.extend(utils.filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(tmp_path)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    write_tensors(tmp_path / MODEL, "a")
+    Checkpoint.open("org/name")
+    assert fetched == ["model.safetensors", "2_Dense/pytorch_model.bin"]
+
+
 @pytest.mark.parametrize("name", ["config.json", INDEX])
 def test_a_disk_that_does_not_answer_is_no_absent_file(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -161,7 +161,7 @@ def test_a_folder_of_thousands_of_files_is_refused(embedder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "paths", [["config.json"], ["nothing"], ["\0"], ["1_Pooling", "1_Pooling"], ["."], ["x" * 200]]
+    "paths", [["config.json"], ["nothing"], ["\0"], ["1_Pooling", "1_Pooling"], ["."], ["x" * 2000]]
 )
 def test_paths_of_all_sorts_are_passed_over(paths: list[str], embedder: Path, tmp_path: Path) -> None:
     octavo.convert(modules(embedder, *paths), tmp_path / "out")

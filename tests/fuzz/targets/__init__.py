@@ -12,13 +12,14 @@ from .indexes import Indexes
 from .manifests import Manifests
 from .models import Models
 from .names import Names
+from .neighbours import Neighbours
 from .options import Options
 from .recipes import Recipes
 from .results import Results
 
 TARGETS: dict[str, type[Target]] = {
     target.name: target
-    for target in (Headers, Indexes, Names, Configs, Recipes, Options, Manifests, Models, Results, Digests)
+    for target in (Headers, Indexes, Names, Configs, Recipes, Options, Manifests, Models, Results, Digests, Neighbours)
 }
 
 
