@@ -21,7 +21,9 @@ from ...conversion.formats import scheme_by_scale
 from ...elements.dry_run import Copy, Source, Trace, trace
 from ...numerics.schemes import FP8
 from .cuts import unequal
-from .survey import Loader, culprit, layer_of, pattern_of, text_of
+from .survey import Loader, culprit, layer_of, pattern_of, text_of, uncovered
+
+_SCALES = ("_scale", "_scale_inv")
 
 
 @dataclass
@@ -171,6 +173,9 @@ class Case:
             elif not given and self._parameters[holder].numel():
                 verdict.waiting[module] = "nothing goes there"
                 verdict.empty += (module,)
+        for name in sorted(self._holders | {f"{holder}{end}" for holder in self._holders for end in _SCALES}):
+            if name in self._parameters and layer_of(name) not in verdict.waiting:
+                self._cover(name, written.get(name, []), verdict)
         layers = {layer_of(holder) for holder in self._holders}
         verdict.missing = tuple(
             name
@@ -178,6 +183,14 @@ class Case:
             if name not in written and name not in seen.opaque and name not in self.exempt
             if parameter.numel() and layer_of(name) not in layers
         )
+
+    def _cover(self, name: str, copies: list[Copy], verdict: Verdict) -> None:
+        """What fills a parameter of a layer in FP8 with gaps, or one over the other, is taken for something else."""
+        if not uncovered(self._parameters[name], list(dict.fromkeys(copies))):
+            return
+        why = f"it leaves a part of {pattern_of(name)} empty, or fills it twice"
+        for source in {self._origin(source) for copy in copies for source in copy.sources} & self.scales.keys():
+            verdict.misread.setdefault(source, why)
 
     def _wrong(self, name: str, weights: list[Copy], scales: list[Copy]) -> str | None:
         """What is wrong with where a quantized tensor and its scale arrive."""

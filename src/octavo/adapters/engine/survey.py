@@ -266,7 +266,7 @@ class Surveyor:
             elif parameter.is_floating_point() and (odd := [c.src_name for c in copies if c.sources & self._no_floats]):
                 problem = f"{odd[0]} goes there, which is {self._dtype_names[odd[0]]}: no bf16, fp16 or fp32"
             elif len(copies) > 1 or copies[0].box.size != tuple(parameter.shape):
-                problem = _uncovered(parameter, copies)
+                problem = uncovered(parameter, copies)
             if problem:
                 problems.append(f"{name} {list(parameter.shape)}: {problem}")
         advice = "Nothing was loaded. The checkpoint is incomplete, or not one of this model."
@@ -282,7 +282,7 @@ def _fillers(seen: Trace) -> Fillers:
     return {module: {name: frozenset(to) for name, to in mine.items()} for module, mine in found.items()}
 
 
-def _uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:
+def uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:
     """Say why the copies don't tile a parameter, or None. Constants fill the padding, or what is written later."""
     from_checkpoint = [copy for copy in copies if copy.sources]
     problem = coverage_problem(parameter.shape, from_checkpoint)

@@ -60,6 +60,13 @@ def test_what_is_fused_with_a_kept_weight_is_misread_with_it() -> None:
     }
 
 
+def test_what_fills_a_layer_with_gaps_is_misread() -> None:
+    """As where an engine takes a matrix for two that are fused."""
+    assert judge(Toy(down="halved")).misread == {
+        "down_proj.weight": "it leaves a part of down_proj.weight empty, or fills it twice"
+    }
+
+
 def test_layers_that_cant_be_built_in_fp8_are_told_apart() -> None:
     model = Toy(quantized=("gate_up_proj",))
     assert judge(model, plain={"down_proj": "sides"}).misread == {
