@@ -88,6 +88,8 @@ class _Asked:
     def answer(self) -> dict[str, Any]:
         config = self._config()
         found = self._look(config, config.model_config)
+        if found.verdict.refusal and (pooling := self._pooling()):  # of a model without a head, which does not generate
+            config, found = pooling
         if found.verdict.refusal:
             return {"unproved": found.verdict.refusal, "unexpected": list(found.verdict.homeless)}
         looks = [found]
@@ -117,6 +119,14 @@ class _Asked:
         """vLLM's own, for ``vllm serve`` without options."""
         arguments = EngineArgs(model=str(self.served), skip_tokenizer_init=True, enforce_eager=True, **options)
         return arguments.create_engine_config()
+
+    def _pooling(self) -> tuple[VllmConfig, _Look] | None:
+        """The same as a model that embeds, if it can be served as one."""
+        try:
+            config = self._config(runner="pooling")
+            return config, self._look(config, config.model_config)
+        except Exception:
+            return None
 
     def _draft_config(self, config: VllmConfig) -> VllmConfig | None:
         """The same with a draft model made of the same checkpoint, if vLLM has one for it."""
