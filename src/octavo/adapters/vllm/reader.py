@@ -68,7 +68,7 @@ class VllmReader:
         config: Mapping[str, Any],
     ) -> Judgement:
         with tempfile.TemporaryDirectory(prefix="octavo-vllm-") as folder:
-            _lay_out(Path(folder), checkpoint, tensors, scales, config)
+            lay_out(Path(folder), checkpoint, tensors, scales, config)
             try:
                 return self._ask(folder)
             except BaseException:  # of an interrupt, too: nobody waits for an answer any more
@@ -102,7 +102,7 @@ class VllmReader:
         return f"its process ended with {code}: {last}"
 
 
-def _lay_out(
+def lay_out(
     folder: Path,
     checkpoint: Checkpoint,
     tensors: Mapping[str, TensorInfo],
