@@ -138,15 +138,18 @@ def prove(
         with stages("plan"):
             plan = plan_with(veto, unstacking.cuts())
         quantization = layout.config(plan, said.waiting, said.modules) if plan.quantized else None
-        judgements: Sequence[Judgement] = ()
+        judgements: list[Judgement] = []
+        anew = False
         if quantization is not None and find_readers is not None:
             with stages("prove"):
                 if readers is None:  # asking takes seconds, and without a class there is nothing to ask
                     readers = find_readers() if checkpoint.config.get("architectures") else (_NOBODY,)
                 tensors, scales = as_written(checkpoint, plan, layout)
                 config = {**checkpoint.config, "quantization_config": quantization}
-                judgements = [_ask(reader, checkpoint, tensors, scales, config) for reader in readers]
-        anew = unstacking.give_up(plan, judgements)
+                for reader in readers:
+                    judgements.append(_ask(reader, checkpoint, tensors, scales, config))
+                    if anew := unstacking.give_up(plan, judgements, complete=len(judgements) == len(readers)):
+                        break
         if not anew and said.add(plan, judgements, unstacking.trying()):
             continue
         if anew or unstacking.settle(plan, judgements):

@@ -53,6 +53,10 @@ class _Alike:
     def settle(self, naming: int | None) -> None:
         self.naming, self.settled = naming, True
 
+    def useful(self) -> dict[int, _Verdict]:
+        """Namings by which one reader reads all right, and no other misreads anything without a word."""
+        return {naming: verdict for naming, verdict in self.verdicts.items() if verdict.right and not verdict.silent}
+
     def names(self) -> set[str]:
         """Of the matrices."""
         return {matrix.name for cut in self.cuts() for matrices in cut.values() for matrix in matrices}
@@ -79,12 +83,19 @@ class Unstacking:
         """Matrices under names that are not settled: what is said of them is no reason to keep them unquantized."""
         return {name for series in self._unsettled() for name in series.names()}
 
-    def give_up(self, plan: Plan, judgements: Sequence[Judgement]) -> bool:
-        """Leave names that no reader takes, whatever else is to be said; returns whether there are others now."""
+    def give_up(self, plan: Plan, judgements: Sequence[Judgement], *, complete: bool) -> bool:
+        """Leave names that are of no use, whatever else is to be said; returns whether there are others now.
+
+        These are names that no reader takes; and where one reads others already, those that the next one does not take.
+
+        Args:
+            complete: all readers have been asked.
+        """
         changed = False
         for series, names in self._written(plan):
             asked = [j for j in judgements if not j.unproved or not names.isdisjoint(j.unexpected)]
-            if asked and not any(names.isdisjoint({*j.misread, *j.unexpected}) for j in asked):
+            against = [j for j in asked if not names.isdisjoint({*j.misread, *j.unexpected})]
+            if against and (series.useful() or (complete and len(against) == len(asked))):
                 self._hear(series, names, judgements)
                 self._next(series)
                 changed = True
@@ -132,8 +143,7 @@ class Unstacking:
             series.naming = naming
             if series.names():
                 return
-        useful = {n: v for n, v in series.verdicts.items() if v.right and not v.silent}
-        if useful:
+        if useful := series.useful():
             series.settle(max(useful, key=lambda n: (len(useful[n].right), -n)))
             return
         reader, why = next(said for verdict in series.verdicts.values() for said in verdict.wrong.items())

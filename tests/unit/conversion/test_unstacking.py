@@ -126,6 +126,15 @@ def test_one_naming_is_asked_about_once() -> None:
     assert reader.asked == 3
 
 
+def test_a_reader_is_not_asked_again_about_names_that_another_has_no_place_for() -> None:
+    first, second = Fake("one", LETTERS), Fake("two", PROJ, LETTERS)
+    assert leaves(proved(first, second)) == {"w1", "w2", "w3"}
+    assert (first.asked, second.asked) == (3, 2)
+    first, second = Fake("one"), Fake("two", PROJ, FUSED)
+    assert leaves(proved(first, second)) == {"gate_proj", "up_proj", "down_proj"}
+    assert (first.asked, second.asked) == (4, 2)
+
+
 def test_where_nobody_can_be_asked_what_is_known_of_names_decides() -> None:
     for proof in (proved(), proved(Silent())):
         assert leaves(proof) == {"gate_proj", "up_proj", "down_proj"}
