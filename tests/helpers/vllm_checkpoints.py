@@ -87,6 +87,42 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**_SMALL, "head_dim": 32}),
     "phi3": ("Phi3Config", {**_SMALL, "pad_token_id": 0}),
     "granitemoe": ("GraniteMoeConfig", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_SMALL,
+            "shared_intermediate_size": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["attention", "attention"],
+        },
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **_SMALL,
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 128,
+            "vocab_size_per_layer_input": 260,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **_SMALL,
+            "head_dim": 32,
+            "intermediate_size_mlp": 256,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+        },
+    ),
     "glm4_moe": (
         "Glm4MoeConfig",
         {
