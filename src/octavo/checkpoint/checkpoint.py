@@ -99,7 +99,12 @@ class Checkpoint:
         if index is not None:
             notes += compare_index(found, tensors, shards)
         named, remarks = unwrapped(tensors, config, problems)
-        raise_problems(CheckpointError, local, problems, "Nothing was loaded. Fetch the named files again.")
+        raise_problems(
+            CheckpointError,
+            local,
+            problems,
+            "Nothing was loaded. Files that are incomplete or missing have to be fetched again.",
+        )
         check_no_adapter(local, named)
         renamed = {old: new for old, new in zip(tensors, named, strict=True) if old != new}
         absent = tuple(name for name in index or () if name not in tensors)

@@ -35,7 +35,8 @@ def unwrapped(
     tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], problems: list[str]
 ) -> tuple[Mapping[str, TensorInfo], list[str]]:
     """The tensors under the names that they have in their model, and what there is to say."""
-    found = _without(_WRAPPED, tensors, problems)
+    names = "\n".join(tensors)  # searched in a fraction of the time that each of them takes
+    found = _without(_WRAPPED, tensors, problems) if any(f"{name}." in names for name in _WRAPPERS) else tensors
     wrappers = sorted({match[0] for name in tensors if found is not tensors for match in _WRAPPED.finditer(name)})
     notes = []
     if _share_prefix(found, _DDP):
@@ -87,5 +88,8 @@ def check_no_adapter(subject: object, names: Collection[str]) -> None:
         what = "a model that peft has wrapped, with an adapter inside" if whole else "an adapter of peft, not a model"
         raise CheckpointError(f"{subject}: {what}: {first}, and all names begin with {_PEFT!r}. {MERGE}")
     if all(map(re.compile(rf"{_ADAPTER.pattern}|\.alpha$").search, names)):
-        first = next(iter(names))
-        raise CheckpointError(f"{subject}: an adapter, not a model: all of its tensors are like {first}. {MERGE}")
+        first = next(filter(_ADAPTER.search, names))
+        raise CheckpointError(
+            f"{subject}: an adapter, not a model: all of its tensors are like {first}. Merge it into its model first "
+            "with the tools that made it (peft's: merge_and_unload, then save_pretrained), and give what comes of it."
+        )

@@ -29,6 +29,7 @@ _OTHERS = ("quantize_config.json", "quant_config.json", "quantization_config.jso
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 #: what weights are packed into. Of 64 bits, or true and false, are positions and masks
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2")
+_NARROW = frozenset((*_FP8, *_PACKED))
 _SCALE = re.compile(r"scale|^absmax$|^SCB$", re.IGNORECASE)
 #: what takes the place of a weight, in a module that has a scale beside it
 _WEIGHT = re.compile(r"weight|^w_q$|^codes$|^_data$|^qdata$", re.IGNORECASE)
@@ -59,7 +60,7 @@ def find_quantization(
     Raises:
         CheckpointError: a file that would declare it can't be read.
     """
-    narrow = [info for info in tensors.values() if len(info.shape) > 1 and info.dtype_name in (*_FP8, *_PACKED)]
+    narrow = [info for info in tensors.values() if info.dtype_name in _NARROW and len(info.shape) > 1]
     declared = next(_declared(config), None)
     if declared:
         where, method = declared
@@ -120,6 +121,8 @@ def _shown(narrow: list[TensorInfo], tensors: Mapping[str, TensorInfo]) -> Itera
             scales.setdefault(module, []).append(leaf)
     for info in narrow:
         module, _, leaf = info.name.rpartition(".")
+        if _SCALE.search(leaf):
+            continue
         if inner := scales.get(info.name):  # X.weight.absmax
             yield info, f"{info.name}.{inner[0]}"
             continue

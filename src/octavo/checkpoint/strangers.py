@@ -17,6 +17,11 @@ from .modules import module_folders
 
 ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+#: what trainers leave, that save each process's part -> what makes a model of it
+_IN_PARTS = {
+    "zero_to_fp32.py": "These are the parts of DeepSpeed's processes: zero_to_fp32.py --safe_serialization makes a model.",
+    ".metadata": "These are the parts of torch.distributed.checkpoint: save the model from the program that made them.",
+}
 #: how adapters become a model; peft's own names
 MERGE = (
     "Merge it into its model first, and give the folder that comes of it: "
@@ -66,6 +71,9 @@ def advice(path: Path) -> str:
             f"Its modules.json (of sentence-transformers) says that the model is in {transformer[0]}: give "
             f"{path / transformer[0]}. To convert all, put the converted folder in its place, in a copy of {path}."
         )
+    for name, what in _IN_PARTS.items():
+        if name in names:
+            return what
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         return (

@@ -94,6 +94,7 @@ class Absent:
 
 
 _NOBODY = Absent("any reader", "config.json names no architecture")
+_NO_CONFIG = Absent("any reader", "there is no config.json, which would tell readers that the result is FP8")
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def prove(
         if quantization is not None and find_readers is not None:
             with stages("prove"):
                 if readers is None:  # asking takes seconds, and without a class there is nothing to ask
-                    readers = find_readers() if checkpoint.config.get("architectures") else (_NOBODY,)
+                    nobody = _NOBODY if checkpoint.config else _NO_CONFIG
+                    readers = find_readers() if checkpoint.config.get("architectures") else (nobody,)
                 tensors, scales = as_written(checkpoint, plan, layout)
                 config = {**checkpoint.config, "quantization_config": quantization}
                 for reader in readers:

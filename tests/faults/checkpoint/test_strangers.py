@@ -95,6 +95,13 @@ def test_checkpoints_in_folders_below_are_pointed_to(below: str, tmp_path: Path)
     fails(CheckpointError, says, lambda: Checkpoint.open(root))
 
 
+@pytest.mark.parametrize(("name", "says"), [("zero_to_fp32.py", "DeepSpeed"), (".metadata", "distributed.checkpoint")])
+def test_checkpoints_in_parts_are_told_by_who_made_them(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    (tmp_path / "__0_0.distcp").touch()
+    fails(CheckpointError, ("no .safetensors file here", says), lambda: Checkpoint.open(tmp_path))
+
+
 @pytest.mark.parametrize("content", ["{}", "no JSON", '[1, {"path": 2}, {"path": "../.."}, {}]', "[[[["])
 def test_a_modules_json_of_something_else_changes_nothing(content: str, tmp_path: Path) -> None:
     (tmp_path / "modules.json").write_text(content)

@@ -78,6 +78,11 @@ def test_adapters_are_refused_by_their_names(case: str) -> None:
         check_no_adapter("f", ADAPTERS[case])
 
 
+def test_it_is_no_scalar_that_shows_an_adapter() -> None:
+    with pytest.raises(CheckpointError, match=r"are like x\.lora_down\.weight\. "):
+        check_no_adapter("f", ["x.alpha", "x.lora_down.weight", "x.lora_up.weight"])
+
+
 def test_models_with_adapters_of_their_own_pass() -> None:
     check_no_adapter("f", ["model.q.base_layer.weight", "model.q.lora_A.speech.weight", "model.norm.weight"])
     check_no_adapter("f", ["x.parametrizations.weight.0.lora_A", "x.parametrizations.weight.original", "x.norm.weight"])
