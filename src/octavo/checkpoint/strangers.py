@@ -19,7 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: what trainers leave, that save each process's part -> what makes a model of it
 _IN_PARTS = {
-    "zero_to_fp32.py": "These are the parts of DeepSpeed's processes: zero_to_fp32.py --safe_serialization makes a model.",
+    "zero_to_fp32.py": "These are the parts of DeepSpeed's processes: make a model with zero_to_fp32.py.",
     ".metadata": "These are the parts of torch.distributed.checkpoint: save the model from the program that made them.",
 }
 #: how adapters become a model; peft's own names
