@@ -6,13 +6,17 @@ of a process share. A function mode of torch is its thread's own.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...elements.operations import tensors_in
 
@@ -27,6 +31,8 @@ _INITS = frozenset(
     for name in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "xavier_normal_")
     if hasattr(place, name)
 )
+#: what the constructors of `torch.Tensor` call, given sizes and given numbers
+_OLD = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten.lift_fresh.default})
 #: conversions that name a dtype without an argument for it
 _TELLING = frozenset({Tensor.float, Tensor.type})
 
@@ -35,8 +41,9 @@ class TooMany(Exception):
     """A model has more parameters than it may have."""
 
 
-class Unallocated(TorchFunctionMode):
-    """Tensors are made on meta, and where nobody tells their dtype they have that of the model.
+@contextlib.contextmanager
+def unallocated(dtype: torch.dtype, *, values: bool, most: int | None = None) -> Iterator[None]:
+    """Make tensors on meta, and where nobody tells their dtype give them that of the model.
 
     Args:
         dtype: takes the part of torch's default dtype.
@@ -44,15 +51,25 @@ class Unallocated(TorchFunctionMode):
             is on meta all the same, since transformers makes one to learn whether it has anything to initialise.)
         most: calls of torch's functions, after which it is a `TooMany`; None for any number.
     """
+    old = _OldConstructors(dtype)
+    with old, _Functions(dtype, old, values, most):
+        yield
 
-    def __init__(self, dtype: torch.dtype, *, values: bool, most: int | None = None) -> None:
+
+class _Functions(TorchFunctionMode):
+    """What torch's functions make."""
+
+    def __init__(self, dtype: torch.dtype, old: _OldConstructors, values: bool, most: int | None) -> None:
         super().__init__()
         self._most, self._left = most, -1 if most is None else most
         self._dtype = dtype
+        self._old = old
         self._constructors = _EMPTY if values else _device_constructors()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, torch._ops.OpOverload):  # the other mode's
+            return func(*args, **kwargs)
         self._left -= 1
         if not self._left:
             raise TooMany
@@ -65,10 +82,40 @@ class Unallocated(TorchFunctionMode):
             kwargs = {**kwargs, "device": "cpu" if func is torch.linspace else "meta"}
         if func in _DEFAULT and kwargs.get("dtype") is None:
             kwargs = {**kwargs, "dtype": self._dtype}
-        made = func(*args, **kwargs)
+        self._old.seen = True
+        try:
+            made = func(*args, **kwargs)
+        finally:
+            self._old.seen = False
         if isinstance(made, Tensor) and made.dtype is not self._dtype and made.dtype is torch.get_default_dtype():
             return made if _is_told(func, args, kwargs) else made.to(self._dtype)
         return made
+
+
+class _OldConstructors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """``torch.Tensor(...)`` gives the model's dtype. Function modes don't see it, nor ``torch.FloatTensor(...)``."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._dtype = dtype
+        self.seen = False  # whether a function runs that function modes see
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not self.seen and func in _OLD and "FloatTensor" not in _caller().co_names:
+            if kwargs.get("dtype") is torch.get_default_dtype():
+                kwargs = {**kwargs, "dtype": self._dtype}
+            elif args and isinstance(args[0], Tensor) and args[0].dtype is torch.get_default_dtype():
+                args = (args[0].to(self._dtype),)
+        return func(*args, **kwargs)
+
+
+def _caller() -> CodeType:
+    """The code that has called into torch."""
+    frame = sys._getframe(2)
+    while frame.f_globals.get("__name__", "").startswith("torch.") and frame.f_back is not None:
+        frame = frame.f_back
+    return frame.f_code
 
 
 def _steps(start: Any = 0, end: Any = 0, steps: Any = 0, **_: Any) -> int:

@@ -20,7 +20,7 @@ from ...errors import CheckpointError, RecipeError, boundary, passes
 from ...text import told
 from . import own_code
 from .bounds import check_buffers, check_layers, most_calls
-from .building import TooMany, Unallocated
+from .building import TooMany, unallocated
 from .options import DEFAULTS, ModelOptions
 
 
@@ -117,7 +117,7 @@ def _build(
     modules = [kind.__module__ for kind in (cls, type(config))]
     own = not all(module.startswith("transformers.") for module in modules) or (trusted and hasattr(config, "auto_map"))
     # a dtype that transformers is told becomes the default of all threads
-    with Unallocated(dtype, values=own, most=most_calls(checkpoint)):
+    with unallocated(dtype, values=own, most=most_calls(checkpoint)):
         if hasattr(cls, "_model_mapping"):
             model = cls.from_config(config, trust_remote_code=trusted, dtype=None, **options)
         else:
