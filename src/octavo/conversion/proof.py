@@ -40,6 +40,7 @@ class Judgement:
     missing: tuple[str, ...] = ()  # other parameters that nothing in the checkpoint makes
     unexpected: tuple[str, ...] = ()  # tensors for which the reader has no place, and which it misses not
     unproved: str = ""  # why the reader could not be asked
+    caveats: tuple[str, ...] = ()  # options with which it reads something wrong
 
     @property
     def ok(self) -> bool:
@@ -55,6 +56,7 @@ class Judgement:
         )
         yield from (f"missing: nothing in the checkpoint makes {name}" for name in self.missing)
         yield from (f"unexpected: it has no place for {name}" for name in self.unexpected)
+        yield from (f"note: {caveat}" for caveat in self.caveats)
         if self.unproved:
             yield f"NOT PROVED: {self.reader} could not be asked: {self.unproved}"
         else:
@@ -262,4 +264,5 @@ def _notes(plan: Plan, judgements: Sequence[Judgement], misread: Mapping[str, tu
             )
         else:
             notes.append(f"proved: {judgement.reader} reads all that it takes as it is meant")
+        notes += [f"{judgement.reader}: {caveat}" for caveat in judgement.caveats]
     return notes

@@ -148,7 +148,7 @@ def _targets(
     model: Any, found: Mapping[str, Symbolic], tied: Mapping[str, set[str]], device_of: Callable[[str], str]
 ) -> list[Target]:
     """Every parameter that is made: what it is, where it goes, and the pieces that make it."""
-    facts, expected, fp32 = facts_of(model), model.state_dict(), _kept_in_fp32(model)
+    facts, expected, fp32 = facts_of(model), model.state_dict(), kept_in_fp32(model)
     targets = []
     for name, symbolic in found.items():
         fact, dtype = facts.get(name, Fact("buffer")), expected[name].dtype
@@ -314,7 +314,7 @@ def tied_names(model: Any) -> dict[str, set[str]]:
     return groups
 
 
-def _kept_in_fp32(model: Any) -> re.Pattern[str] | None:
+def kept_in_fp32(model: Any) -> re.Pattern[str] | None:
     """A pattern for the parameters that a model in half precision has in fp32 all the same."""
     dtype_plan = model._get_dtype_plan(model.dtype)
     patterns = [pattern.replace("*", ".*") for pattern, dtype in dtype_plan.items() if dtype == torch.float32]

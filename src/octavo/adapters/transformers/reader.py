@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from ...errors import CheckpointError
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
 from ...quiet import this_thread_quiet
+from ...text import told
 from .excused import computed, unneeded
-from .model_plan import Traced, prefix_hint, tied_names, trace
+from .model_plan import Traced, kept_in_fp32, prefix_hint, tied_names, trace
 from .skeleton import skeleton
 
 NAME = f"transformers {transformers.__version__}"
@@ -59,17 +61,39 @@ class TransformersReader:
             waiting = _unquantized_modules(plain, tensors, scales)
             return Judgement(NAME, waiting=waiting, unproved=f"it refuses: {type(error).__name__}: {error}")
         problems: list[str] = []
-        traced = trace(model, tensors, problems, quantizer)
-        return _Case(model, quantizer, tensors, scales, traced).judgement(problems)
+        try:
+            traced = trace(model, tensors, problems, quantizer)
+        except Exception as error:  # of a model's way to load that does not go together with its quantizer
+            return Judgement(NAME, refused=dict.fromkeys(scales, f"{type(error).__name__}: {told(error)}"))
+        case = _Case(model, quantizer, tensors, scales, traced)
+        judgement = case.judgement(problems)
+        if not case.splits:
+            return judgement
+        return replace(judgement, caveats=_dequantized(checkpoint, config, case))
 
 
-def _prepare(model: Any, config: Mapping[str, Any]) -> Any:
+def _dequantized(checkpoint: Checkpoint, config: Mapping[str, Any], case: _Case) -> tuple[str, ...]:
+    """What becomes of tensors that the model splits if transformers is told to dequantize."""
+    tensors = {name: case.tensors[name] for source in case.splits for name in (source, case.scales[source])}
+    scales = {source: case.scales[source] for source in case.splits}
+    model = skeleton(checkpoint)
+    quantizer = _prepare(model, config, dequantize=True)
+    problems: list[str] = []
+    found = _Case(model, quantizer, tensors, scales, trace(model, tensors, problems, quantizer)).judgement(problems)
+    wrong = {**found.misread, **found.refused}
+    if not wrong:
+        return ()
+    return (f"{len(wrong)} tensors that its model splits ({min(wrong)}) are read right only without dequantize=True",)
+
+
+def _prepare(model: Any, config: Mapping[str, Any], dequantize: bool | None = None) -> Any:
     """Give a model's modules the form that its quantizer gives them, and return the quantizer, if it has one."""
     part = model.config.get_text_config(decoder=True)
     quantization = config.get("quantization_config") or getattr(part, "quantization_config", None)
     if quantization is None:
         return None
-    quantizer = AutoHfQuantizer.from_config(deepcopy(dict(quantization)), pre_quantized=True)
+    asked = {} if dequantize is None else {"dequantize": dequantize}
+    quantizer = AutoHfQuantizer.from_config({**deepcopy(dict(quantization)), **asked}, pre_quantized=True)
     # the environment that counts is that of whoever loads the checkpoint; where FP8 can't run, all is dequantized
     said = getattr(quantizer.quantization_config, "dequantize", None)
     with this_thread_quiet():
@@ -109,6 +133,8 @@ class _Case:
         self.model, self.quantizer, self.tensors, self.scales, self.traced = model, quantizer, tensors, scales, traced
         self.weight_of = {scale: weight for weight, scale in scales.items()}
         self.expected: Mapping[str, torch.Tensor] = model.state_dict()
+        self.in_fp32 = kept_in_fp32(model)
+        self.splits: set[str] = set()  # quantized tensors that make several parameters
         self.samples: dict[Any, str | Exception | None] = {}
         self.errors: list[tuple[list[str], str]] = []  # tensors that can't be loaded together, and why
 
@@ -117,6 +143,8 @@ class _Case:
         arrived: dict[str, str | None] = {}  # quantized tensor -> what is wrong with where it arrived
         for name, symbolic in self.traced.found.items():
             for source, why in self._look(name, symbolic):
+                if source in arrived:
+                    self.splits.add(source)
                 arrived[source] = arrived.get(source) or why
         for name, (sources, operation) in self.traced.computed.items():
             why = self._sample(name, sources, operation)
@@ -125,6 +153,8 @@ class _Case:
             what = f"its {type(self.model).__name__} has no place for {min(self.scales)}, nor for any other FP8 tensor"
             what += prefix_hint(self.model, sorted(unexpected)).replace(" Names", ". Names", 1).rstrip(".")
             return Judgement(NAME, unexpected=tuple(sorted(self.scales)), unproved=what)
+        for source, why in self._shared():
+            arrived[source] = arrived.get(source) or why
         refused = {name: why for sources, why in self.errors for name in sources if name in self.scales}
         misread = {name: why for name, why in arrived.items() if why and name not in refused}
         modules = {
@@ -154,6 +184,17 @@ class _Case:
         missing -= computed(self.model, missing).keys()
         return tuple(sorted(waiting)), tuple(sorted(missing))
 
+    def _shared(self) -> Iterator[tuple[str, str]]:
+        """(quantized tensor, what is wrong) for weights that a parameter without a scale shares."""
+        tied = tied_names(self.model)
+        made = self.traced.found.keys() | self.traced.computed.keys()
+        for name in (tied.keys() & self.expected.keys()) - made:
+            if any(tied.get(scale, set()) & made for scale in _scale_names(name)):
+                continue
+            for piece in (piece for other in tied[name] for piece in self._pieces(other)):
+                if piece.src_name in self.scales:
+                    yield piece.src_name, f"{_template(name)} shares it, and has no scale of its own"
+
     def _pieces(self, name: str) -> Sequence[Piece]:
         symbolic = self.traced.found.get(name)
         return symbolic.pieces if symbolic is not None else ()
@@ -179,6 +220,8 @@ class _Case:
             if not _holds_fp8(here):
                 kind = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
                 yield source, f"it takes the codes for weights: its {kind} holds {dtypes.short(here.dtype)}"
+            elif self.in_fp32 is not None and self.in_fp32.search(name):
+                yield source, f"its model keeps {_template(name)} in float32, and takes the codes for weights"
             elif others:
                 yield source, f"it makes one parameter of it and of {others[0]}, which is not quantized"
             elif not self._scaled(name, source, sources[source], beside.get(self.scales[source], ())):
