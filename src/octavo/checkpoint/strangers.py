@@ -6,6 +6,7 @@ What they are is said by name, with what to do, instead of what is missing in th
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from .files import read_object
 from .modules import module_folders
 
 ADAPTER_CONFIG = "adapter_config.json"
+#: looked into for checkpoints, by somebody who gave the folder above them
+_MAX_FOLDERS = 500
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 #: what trainers leave, that save each process's part -> what makes a model of it
 _IN_PARTS = {
@@ -64,7 +67,7 @@ def _base(config: Path) -> str:
 def advice(path: Path) -> str:
     """What to do about a path where no checkpoint is."""
     names = [path.name] if path.is_file() else sorted(entry.name for entry in path.iterdir())
-    below = [] if path.is_file() else list(folders_of_weights(path))
+    below = [] if path.is_file() else folders_of_weights(path)
     transformer = [name for name in module_folders(path) if path / name in below]
     if transformer:
         return (
@@ -87,11 +90,14 @@ def advice(path: Path) -> str:
     return "Give a folder with model.safetensors (or its shards and index), or one .safetensors file."
 
 
-def folders_of_weights(folder: Path) -> Iterator[Path]:
-    """Folders in this one, and in those, which hold a .safetensors file."""
-    for below in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
-        with contextlib.suppress(OSError):  # of others, perhaps
-            if any(below.glob("*.safetensors")):
-                yield below
-            else:
-                yield from sorted({file.parent for file in below.glob("*/*.safetensors")})
+def folders_of_weights(folder: Path) -> list[Path]:
+    """Folders in this one, and in those, which hold a .safetensors file; of very many, the first."""
+    return [below for below in itertools.islice(_below(folder), _MAX_FOLDERS) if any(below.glob("*.safetensors"))]
+
+
+def _below(folder: Path, depth: int = 2) -> Iterator[Path]:
+    with contextlib.suppress(OSError):  # of others, perhaps
+        for below in sorted(entry for entry in folder.iterdir() if entry.is_dir()):
+            yield below
+            if depth > 1:
+                yield from _below(below, depth - 1)
