@@ -155,8 +155,9 @@ class Report:
 
 
 def _grouped(placements: Sequence[Placement], key: Callable[[Placement], str]) -> dict[str, tuple[int, int]]:
+    """Key -> the number of placements and their bytes, most bytes first."""
     groups: dict[str, tuple[int, int]] = {}
     for placement in placements:
         count, total = groups.get(key(placement), (0, 0))
         groups[key(placement)] = (count + 1, total + placement.final_bytes)
-    return groups
+    return dict(sorted(groups.items(), key=lambda group: -group[1][1]))

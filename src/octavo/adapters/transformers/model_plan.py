@@ -36,6 +36,7 @@ from ...planning.recipe import Recipe
 from ...text import told
 from .excused import computed, new_heads, unneeded
 from .facts import Fact, facts_of
+from .versions import warn_of_newer
 
 
 def plan_model(
@@ -61,6 +62,7 @@ def plan_model(
         CoverageError: with all tensors that are missing, unexpected, misshapen, or there twice.
     """
     check_unquantized(checkpoint, recipe)
+    remarks = warn_of_newer()
     problems: list[str] = []
     with reading(checkpoint.path):  # transformers takes some names for numbers that Python does not
         traced = trace(model, checkpoint.tensors, problems)
@@ -102,8 +104,8 @@ def plan_model(
         others[device_of(name)] += values.nbytes
     unused = {name: needless.get(name, "the model has no place for it (strict=False)") for name in unexpected}
     plan = make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
-    remarks = [f"{name} is new: the checkpoint has none. It is initialised, and has to be trained" for name in new]
-    return replace(plan, remarks=(*plan.remarks, *remarks)) if remarks else plan
+    named = [f"{name} is new: the checkpoint has none. It is initialised, and has to be trained" for name in new]
+    return replace(plan, remarks=(*plan.remarks, *remarks, *named))
 
 
 def prefix_hint(model: Any, unexpected: Collection[str]) -> str:

@@ -93,7 +93,13 @@ def test_masks_of_older_versions_are_passed_over(tmp_path: Path, name: str) -> N
     edit(file, {f"transformer.h.0.attn.{leaf}": mask for leaf, mask in masks.items()})
     model = octavo.load(tmp_path, scheme=None)
     assert differences(model, AutoModelForCausalLM.from_pretrained(tmp_path)) == []
-    if name == "GPTJ":  # GPT-2 ignores whatever is called so
-        edit(file, {"transformer.h.0.attn.bias": torch.ones(3, 1, 32, 32)})
-        with pytest.raises(CoverageError, match=r"unexpected: .*attn\.bias"):
-            octavo.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "shape"), [("bias", (3, 1, 8, 8)), ("bias", (1, 1, 8, 9)), ("masked_bias", (1,))], ids=str
+)
+def test_what_has_not_the_form_of_a_mask_is_unexpected(tmp_path: Path, leaf: str, shape: tuple[int, ...]) -> None:
+    file = save(tmp_path, "Llama", AutoModelForCausalLM, LLAMA)
+    edit(file, {f"model.layers.0.self_attn.{leaf}": torch.ones(shape)})
+    with pytest.raises(CoverageError, match=rf"unexpected: .*self_attn\.{leaf}"):
+        octavo.load(tmp_path)

@@ -177,6 +177,11 @@ def test_what_inference_does_decides() -> None:
     assert not rescaled & quantizable("Rwkv")
 
 
+def test_the_report_names_what_is_kept_with_most_bytes_first(source: tuple[str, Path]) -> None:
+    sizes = [size for _, size in octavo.load(source[1]).load_report.kept.values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_a_layer_whose_dtype_is_asked_answers_with_that_of_activations(tmp_path: Path) -> None:
     config = transformers.T5Config(**CONFIGS["T5"])
     AutoModelForSeq2SeqLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The oldest transformers that pyproject.toml allows passes the same integration tests.
+"""The oldest transformers that pyproject.toml allows, and the newest that is known, pass the same integration tests.
 
 Makes a virtual environment of its own beside the running one (whose torch, pytest and the rest it shares), installs
 that version with the older huggingface_hub that it asks for, and runs ``tests/integration/test_transformers*.py`` in
@@ -16,7 +16,9 @@ from pathlib import Path
 
 import pytest
 
-OLDEST = "5.17.0"
+from octavo.adapters.transformers import versions
+
+OLDEST, NEWEST = "5.17.0", "5.24.0"
 REPOSITORY = Path(__file__).resolve().parents[4]
 SUITE = sorted((REPOSITORY / "tests" / "integration" / "adapters" / "transformers").glob("test_*.py"))
 
@@ -24,25 +26,30 @@ pytestmark = [pytest.mark.peers, pytest.mark.slow]
 
 
 def test_oldest_version_is_the_one_that_the_extra_allows() -> None:
-    assert f'"transformers>={OLDEST.removesuffix(".0")},' in (REPOSITORY / "pyproject.toml").read_text()
+    assert f'"transformers>={OLDEST.removesuffix(".0")}"' in (REPOSITORY / "pyproject.toml").read_text()
+
+
+def test_newest_version_is_the_one_that_nothing_is_said_of() -> None:
+    assert ".".join(map(str, (*versions.NEWEST, 0))) == NEWEST
 
 
 @pytest.mark.timeout(1200)
-def test_integration_tests_pass_with_the_oldest_transformers() -> None:
-    python = _environment()
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_integration_tests_pass_with_another_transformers(version: str) -> None:
+    python = _environment(version)
     found = _run(python, "-c", "import transformers; print(transformers.__version__)")
-    assert found.stdout.strip() == OLDEST, found.stdout + found.stderr
+    assert found.stdout.strip() == version, found.stdout + found.stderr
     # without plug-ins of the calling run: no xdist workers inside of xdist workers
     result = _run(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *SUITE)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
 
 
-def _environment() -> Path:
+def _environment(transformers: str) -> Path:
     """The interpreter of an environment that sees the running one's packages behind its own."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "octavo-tests"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    folder = cache / f"transformers-{OLDEST}-py{version}"
+    folder = cache / f"transformers-{transformers}-py{version}"
     python, complete = folder / "bin" / "python", folder / "complete"
     parent = sysconfig.get_path("purelib")
     if complete.is_file() and complete.read_text() == parent:
@@ -52,9 +59,9 @@ def _environment() -> Path:
     # .pth entries come last on sys.path: what is installed here hides what the running environment has
     (own / "octavo_parent.pth").write_text(parent + "\n")
     pip = (sys.executable, "-m", "pip", "--python", str(python))
-    result = _run(*pip, "install", "-q", "--disable-pip-version-check", f"transformers=={OLDEST}")
+    result = _run(*pip, "install", "-q", "--disable-pip-version-check", f"transformers=={transformers}")
     if result.returncode:
-        pytest.skip(f"transformers {OLDEST} can't be installed here: {result.stderr[-500:]}")
+        pytest.skip(f"transformers {transformers} can't be installed here: {result.stderr[-500:]}")
     complete.write_text(parent)
     return python
 
