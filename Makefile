@@ -18,6 +18,7 @@ FUZZ_INPUTS ?= 100000
 VLLM ?= 0.32.0
 JOBS ?= $(shell nproc)
 VLLM_VENV := .venv-vllm-$(VLLM)
+VLLM_VISION := $(VLLM_VENV)/vision
 DOCS_VENV := .venv-docs
 ifdef SYSTEM
 READY :=
@@ -33,7 +34,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check faults sweep lint types format peers peers-vllm gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
+.PHONY: help demo test check faults sweep sweep-vllm lint types format peers peers-vllm gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -63,6 +64,9 @@ types: $(READY) ## mypy, strict
 format: $(READY) ## rewrite the sources as the linter wants them
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
+
+sweep-vllm: $(VLLM_VISION)/.installed ## every architecture of vLLM that transformers builds tiny: loaded, converted; an hour on 2 cores
+	PYTHONPATH=src:tests:$(VLLM_VISION) $(VLLM_VENV)/bin/python -m sweep.vllm_run $(ARGS)
 
 peers: $(READY) ## our output against other libraries
 	$(PY) -m pytest -m "peers and not gpu" $(ARGS)
@@ -116,6 +120,15 @@ $(VLLM_VENV)/.installed: pyproject.toml
 		pytest pytest-timeout hypothesis gguf hatchling editables
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# the torchvision of this torch, whose library needs CUDA: without it, it can be imported but for two declarations. In a
+# folder of its own, since transformers does other things wherever it finds one
+$(VLLM_VISION)/.installed: $(VLLM_VENV)/.installed
+	@rm -rf $(VLLM_VISION)
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(VLLM_VISION) \
+		torchvision==$$($(VLLM_VENV)/bin/python -c "import torch; print('0.%d.*' % (int(torch.__version__.split('.')[1]) + 15))")
+	@sed -i 's/^@torch.library.register_fake("torchvision::q\{0,1\}nms")/@(lambda f: f)/' $(VLLM_VISION)/torchvision/_meta_registrations.py
 	@touch $@
 
 # an environment of its own, so that it takes seconds and the tests' one stays as it is: docstrings are read, not run

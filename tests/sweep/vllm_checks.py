@@ -11,6 +11,7 @@ Parameters are compared as loaders leave them, before vLLM lays them out for its
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -38,12 +39,13 @@ from octavo.numerics.schemes import FP8
 from octavo.planning.recipe import Recipe
 
 from .cases import Case
+from .published import add_fields, respell
 from .tiny import candidates
 
 RIGHT, REFUSED, NOT_BUILT, WRONG = "right", "refused", "not built", "wrong"
 _SHARDS = 3
 #: sizes of a model that vLLM is shown, until it takes one
-_SIZES = 3
+_SIZES = 2
 #: of a parameter's norm: what e4m3 takes away is a fortieth
 _TOLERANCE = 0.05
 State = Mapping[str, Tensor]
@@ -82,9 +84,9 @@ def _check(case: Case, folder: Path, result: dict[str, Any]) -> None:
     def convert() -> dict[str, Any]:
         readers = (TransformersReader(), _ForkedVllm())
         options = (1 << 28, 1, "cpu", None, False, False, False)
-        report = convert_checkpoint(
-            src, dst, Recipe.coerce("fp8_channel", ()), "compressed-tensors", *options, lambda: readers
-        )
+        with set_current_vllm_config(VllmConfig()):  # without which no model can be made that uses vLLM's activations
+            recipe = Recipe.coerce("fp8_channel", ())
+            report = convert_checkpoint(src, dst, recipe, "compressed-tensors", *options, lambda: readers)
         found: dict[str, Any] = {"notes": [note[:300] for note in report.notes]}
         declined = [note for note in report.notes if "vLLM" in note and ("can't load" in note or "not proved" in note)]
         try:
@@ -134,14 +136,16 @@ def _built(case: Case, src: Path, result: dict[str, Any]) -> tuple[State | None,
             model.save_pretrained(src, max_shard_size=every_byte // _SHARDS + 1)
             result["parameters"] = sum(p.numel() for p in model.parameters())
             del model
+            add_fields(src, case.model_type)
         except Exception as error:
             reasons.append(f"it can't be saved: {_text(error)}")
             continue
-        for options in ({}, {"runner": "pooling"}):
-            try:
-                return _load(src, **options), options
-            except Exception as error:
-                reasons.append(f"stock vLLM: {_text(error)}")
+        for _ in itertools.chain(("as saved",), respell(src)):
+            for options in ({}, {"runner": "pooling"}):
+                try:
+                    return _load(src, **options), options
+                except Exception as error:
+                    reasons.append(f"stock vLLM: {_text(error)}".replace(str(src), "MODEL"))
         if tried == _SIZES:
             break
     result["why"] = next((why for why in reasons if why.startswith("stock")), reasons[0] if reasons else "no size")

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 from .cases import Case
 from .run import read, summary
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for one case")
     parser.add_argument("--again", nargs="*", default=[], metavar="STATUS", help="run cases of this status again")
     parser.add_argument("--out", type=Path, default=Path("sweep-vllm.jsonl"), help="lines of JSON, added to")
+    parser.add_argument("--write", type=Path, metavar="JSON", help="all results at the end, for benchmarks/results")
     asked = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     warnings.simplefilter("ignore")
@@ -86,8 +88,34 @@ def main() -> None:
             found = in_fork(lambda case=case, folder=folder: check(case, folder), asked.limit)
             lost = {"case": case.name, "status": "wrong", "stages": {}, "why": "its process ended, or took too long"}
             print(json.dumps(found or lost), file=out, flush=True)
-    wanted = {case.name for case in cases}
-    sys.exit(summary([result for result in read(asked.out) if result["case"] in wanted]))
+    results = {result["case"]: result for result in read(asked.out)}
+    found = [results[case.name] for case in cases]
+    if asked.write:
+        asked.write.write_text(json.dumps(collected(found), indent=1) + "\n")
+    sys.exit(summary(found))
+
+
+def collected(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the page of the documentation is made from."""
+    import transformers
+    import vllm
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    cases = [{**result, "kind": _kind(result["case"].partition("/")[2])} for result in results]
+    for case in cases:
+        case.get("stages", {}).get("convert", {}).pop("notes", None)
+    versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
+    return {**versions, "registered": len(ModelRegistry.models), "cases": cases}
+
+
+def _kind(architecture: str) -> str:
+    """The part of vLLM's registry that an architecture is in."""
+    from vllm.model_executor.models import registry
+
+    for name, found in vars(registry).items():
+        if name.endswith("_MODELS") and name != "_VLLM_MODELS" and isinstance(found, dict) and architecture in found:
+            return name.strip("_").removesuffix("_MODELS").replace("_", " ").lower()
+    return "other"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from ...checkpoint.header import TensorInfo
 from ...errors import OctavoError
+from ...streaming.meter import collection_paused
 from ..engine.judging import Case, Verdict
 from ..engine.survey import error_text
 from . import versions
@@ -51,7 +52,8 @@ def main() -> None:
         failed = versions.inspect_in_this_process()
         for line in sys.stdin:
             failed.clear()
-            answer = judge(Path(line.rstrip("\n")))
+            with collection_paused():
+                answer = judge(Path(line.rstrip("\n")))
             if failed and answer.get("unproved"):  # vLLM says no more than that there was an error
                 answer["unproved"] = f"it can't import its model: {error_text(failed[0])}"
             out.write(json.dumps({"reader": NAME, **answer}) + "\n")
