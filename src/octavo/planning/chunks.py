@@ -60,9 +60,19 @@ class Tile(NamedTuple):
 
 
 def default_slot_bytes(placements: Iterable[Placement], staging_bytes: int) -> int:
-    """The slot size at which chunks are efficient: a whole 128-row run of the widest matrix, within 1 to 8 MiB."""
-    widest = max((p.shape[-1] * 4 * 128 for p in placements if p.scheme), default=0)
+    """The slot size at which chunks are efficient: a whole 128-row run of the widest matrix, within 1 to 8 MiB.
+
+    Of a matrix that the file has the other way round, all of it: what is cut there is written in tiny pieces.
+    """
+    widest = max((_efficient_bytes(p) for p in placements if p.scheme), default=0)
     return min(max(widest, 1 << 20), 8 << 20, max(staging_bytes // 4, 1 << 16))
+
+
+def _efficient_bytes(placement: Placement) -> int:
+    piece = placement.pieces[0] if placement.pieces else None
+    if piece is not None and len(placement.shape) == 2 and piece.src_strides[0] < piece.src_strides[1]:
+        return piece.numel * _itemsize(placement)
+    return placement.shape[-1] * 4 * 128
 
 
 def cut_placements(placements: Iterable[Placement], slot_bytes: int) -> Iterator[Chunk]:
@@ -119,7 +129,7 @@ def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work
             if not cuts_no_group(piece.box, scheme, (start, start + rows), cols):
                 spanning.append(piece)
                 continue
-            if _is_one_chunk(piece.size, piece.src_strides, limit, itemsize):
+            if piece.numel <= limit:  # however it lies in the file, once is enough
                 yield Work.QUANTIZE, piece, part, unit
                 continue
             chunks = list(_cut(piece, limit, groups, (start, 0)))
@@ -151,12 +161,6 @@ def _within_rows(piece: Piece, start: int, stop: int) -> Piece | None:
 
 
 # a model has thousands of pieces, of few shapes
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_one_chunk(size: tuple[int, ...], src_strides: tuple[int, ...], limit: int, itemsize: int) -> bool:
-    piece = Piece((0,) * len(size), size, "", 0, src_strides)
-    return piece.numel <= limit and _runs_are_long([piece], itemsize)
 
 
 def _matrices(piece: Piece) -> Iterator[Piece]:

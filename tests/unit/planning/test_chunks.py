@@ -15,8 +15,9 @@ from octavo.numerics import schemes
 from octavo.planning import kinds
 from octavo.planning.chunks import Chunk, Work, cut_placements, cut_tiles, default_slot_bytes
 from octavo.planning.placement import Placement, Target
-from octavo.planning.plan import Plan, make_plan
+from octavo.planning.plan import Plan, make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
+from octavo.planning.stacks import NAMINGS, find_experts
 
 SLOTS = (900, 5000, 20_000, 1 << 20)
 
@@ -183,6 +184,25 @@ def test_a_transposed_source_is_read_twice_rather_than_in_tiny_runs():
     assert set(works(plan_of("transposed stack", "fp8_channel"), 20_000)) == {Work.AMAX, Work.REREAD}
     for chunk in cut_placements(plan_of("transposed stack", "fp8_channel").placements, 20_000):
         assert chunk.piece.runs()[0] == chunk.piece.numel  # one read a chunk
+
+
+def matrices_of_a_transposed_stack(hidden: int, rows: int, scheme: str) -> Plan:
+    shapes = {"m.experts.gate_up_proj": (3, hidden, 2 * rows), "m.experts.down_proj": (3, rows, hidden)}
+    checkpoint = headers(shapes)
+    cuts = [experts.cut(NAMINGS[0]) for experts in find_experts(checkpoint)]
+    return plan_checkpoint(checkpoint, Recipe(scheme), cuts=cuts)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_matrix_of_a_transposed_stack_is_read_once_if_it_fits_however_short_its_runs(scheme):
+    plan = matrices_of_a_transposed_stack(96, 32, scheme)
+    assert works(plan, 96 * 32 * 2) == {Work.QUANTIZE: 9}
+    assert {chunk.piece.run_length for chunk in cut_placements(plan.placements, 96 * 32 * 2)} == {32, 96 * 32}
+
+
+def test_a_slot_takes_a_transposed_matrix_whole_where_that_is_no_more_than_8_mib():
+    assert default_slot_bytes(matrices_of_a_transposed_stack(2048, 768, "fp8_channel").placements, 1 << 28) == 3 << 20
+    assert default_slot_bytes(matrices_of_a_transposed_stack(4096, 4096, "fp8_channel").placements, 1 << 28) == 8 << 20
 
 
 def test_groups_across_two_sources_are_read_twice():
