@@ -5,14 +5,11 @@ FP8 followed by ``X.weight_scale``, made from the bf16 checkpoint on the way. Fu
 that vLLM has for FP8 checkpoints on disk. Scales are taken over whole tensors of the checkpoint, so the bytes are those
 that `octavo.convert` writes, whatever the degree of parallelism.
 
-    options    what users say
     config     the quantization config that vLLM is given
-    tracing    dry runs of a model's ``load_weights``: which tensors land where
-    placing    what octavo's stream can write into the model itself
-    survey     from dry runs to a plan: what becomes FP8, what stays and why, whether everything is covered
     loader     ``--load-format octavo``
-    reload     what happens when weights are loaded again
-    cpu        kernels for processors for which vLLM has none
+    reloading  what happens when weights are loaded again; `arrivals`: what has come for each layer
+    cpu_kernels  for processors for which vLLM has none
+    reader     what vLLM would make of a checkpoint in FP8; `asking` and `watching`: in a process of its own
     versions   what differs between vLLM's versions
 
 `register` is the entry point in vLLM's plugin group ``vllm.general_plugins``; it is called in every process of vLLM.

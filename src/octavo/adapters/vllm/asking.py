@@ -94,19 +94,22 @@ class _Asked:
             config, found = pooling
         if found.verdict.refusal:
             return {"unproved": found.verdict.refusal, "unexpected": list(found.verdict.homeless)}
-        looks = [found]
-        unread = set(found.verdict.unread)
-        if unread and (draft := self._draft_config(config)) is not None:
-            second = self._look(draft, draft.speculative_config.draft_model_config)
-            unread &= set(second.verdict.unread)
-            looks.append(second)
+        looks, unread, unproved = [found], set(found.verdict.unread), ""
+        if unread and self._has_draft(config):
+            try:
+                draft = self._config(speculative_config={"method": "mtp", "num_speculative_tokens": 1})
+                looks.append(self._look(draft, draft.speculative_config.draft_model_config))
+            except Exception as error:
+                unproved = f"its draft model can't be asked about {min(unread)}: {error_text(error)}"
+            unread = unread.intersection(*(look.verdict.unread for look in looks))
         if found.verdict.empty:  # what the loader did not recognise may have been meant for there
             why = f"it passes over it, and leaves {found.verdict.empty[0]} empty"
             found.verdict.misread.update(dict.fromkeys(unread, why))
         if self.scales and unread.issuperset(self.scales):
             what = f"its {type(found.model).__name__} has no place for {min(self.scales)}, nor for any other FP8 tensor"
             return {"unproved": what}
-        return self._judgement(looks)
+        judgement = self._judgement(looks)
+        return {**judgement, "unproved": unproved} if unproved else judgement
 
     def try_plain(self) -> None:
         """Start without quantization; what that raises is no matter of FP8."""
@@ -130,16 +133,14 @@ class _Asked:
         except Exception:
             return None
 
-    def _draft_config(self, config: VllmConfig) -> VllmConfig | None:
-        """The same with a draft model made of the same checkpoint, if vLLM has one for it."""
+    def _has_draft(self, config: VllmConfig) -> bool:
+        """Return True if vLLM makes another model, that drafts, of a checkpoint of this kind."""
         hf_config = copy.deepcopy(config.model_config.hf_config)
         before = list(hf_config.architectures)
         try:
-            if SpeculativeConfig.hf_config_override(hf_config).architectures == before:
-                return None
-            return self._config(speculative_config={"method": "mtp", "num_speculative_tokens": 1})
-        except Exception:  # it has none that works
-            return None
+            return bool(SpeculativeConfig.hf_config_override(hf_config).architectures != before)
+        except Exception:  # of a config that lacks what a draft model needs
+            return False
 
     # -- one model ----------------------------------------------------------------------------------------------------
 
