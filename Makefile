@@ -71,8 +71,9 @@ sweep-vllm: $(VLLM_VISION)/.installed ## every architecture of vLLM that transfo
 peers: $(READY) ## our output against other libraries
 	$(PY) -m pytest -m "peers and not gpu" $(ARGS)
 
-peers-vllm: $(VLLM_VENV)/.installed ## octavo in vLLM's real engine, on a CPU
+peers-vllm: $(VLLM_VENV)/.installed $(VLLM_VISION)/.installed ## octavo in vLLM's real engine, on a CPU
 	$(VLLM_VENV)/bin/python -m pytest -m peers tests/peers/adapters/vllm tests/peers/session/test_layerwise_vllm*.py $(ARGS)
+	PYTHONPATH=$(VLLM_VISION) $(VLLM_VENV)/bin/python -m pytest -m peers tests/peers/adapters/vllm/test_vllm_reader.py -k tower $(ARGS)
 
 gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
