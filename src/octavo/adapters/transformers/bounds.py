@@ -29,14 +29,15 @@ def check_layers(checkpoint: Checkpoint) -> None:
     """Raise a `CheckpointError` where the config has more layers than the checkpoint has tensors.
 
     Every number counts whose key speaks of layers: each architecture has its own keys, and no other value that such a
-    key may have is nearly as large. So does each number of which transformers makes so many names before there is a
-    model: of labels, and of GPT-Neo's kinds of attention.
+    key may have is nearly as large, but for sizes of what layers are given (Gemma's ``vocab_size_per_layer_input``). So
+    does each number of which transformers makes so many names before there is a model: of labels, and of GPT-Neo's
+    kinds of attention.
     """
     layers = _LAYERS + len(checkpoint.tensors)
     for key, value in _values(checkpoint.config):
         allowed = _LABELS if key == "num_labels" else layers
         counts = list(_integers(value)) if key == "attention_types" else [value]
-        counted = "layer" in key or key in ("num_labels", "attention_types")
+        counted = ("layer" in key and "size" not in key) or key in ("num_labels", "attention_types")
         if counted and any(type(count) is int and count > allowed for count in counts):
             raise CheckpointError(
                 f"{checkpoint.folder}/config.json: {shown(key)} is {shown(value)}, and the checkpoint has "

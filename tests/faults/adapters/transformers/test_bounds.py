@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _inputs import edit_config, entry, fails, write_raw
+from _inputs import edit_config, entry, fails, write_entries, write_raw
 
 import octavo
 from helpers.models import random_model
+from octavo.adapters.transformers.bounds import check_layers
 from octavo.adapters.transformers.model_plan import _holes
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import CheckpointError, DeviceError, OctavoError
@@ -26,6 +27,18 @@ def test_config_with_more_layers_than_the_checkpoint_has_tensors_is_refused(
     edit_config(llama, **({"text_config": {"parts": [{key: 10**9}]}} if nested else {key: 10**9}))
     says = ("config.json", f"'{key}' is 1000000000", f"has {tensors} tensors", f"at most {256 + tensors:,} are taken")
     fails(CheckpointError, says, lambda: octavo.load(llama))
+
+
+@pytest.mark.parametrize(
+    "model_type", ["gemma3n", "gemma3n_text", "embedding_gemma2", "zamba", "gpt_neo", "qwen2_5_vl"]
+)
+def test_published_sizes_are_no_numbers_of_layers(model_type: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    transformers.CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
+    write_entries(tmp_path / "model.safetensors", {"w": entry()}, 12)
+    check_layers(Checkpoint.open(tmp_path))
 
 
 @pytest.mark.parametrize(
