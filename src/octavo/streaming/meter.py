@@ -190,9 +190,12 @@ class ProgressLines:
     """Progress where there is no terminal: a line to stderr every ten seconds."""
 
     def __init__(self, title: str, every_s: float = 10.0) -> None:
-        self._title, self._every_s, self._told = title, every_s, now()
+        self._title, self._every_s = title, every_s
+        self._told: float | None = None  # counted from the first bytes: what goes before may be long, too
 
     def __call__(self, done: int, total: int) -> None:
+        if self._told is None:
+            self._told = now()
         if now() - self._told >= self._every_s:
             self._told = now()
             remark(f"{self._title}: {human_bytes(done)} of {human_bytes(total)}")
