@@ -34,6 +34,8 @@ NAMINGS: tuple[Mapping[str, str], ...] = (
     {"gate_up": "gate_up_proj", "down": "down_proj"},
     {"gate": "w1", "up": "w3", "down": "w2"},
 )
+#: more experts than any model has: each becomes three tensors
+_MAX_EXPERTS = 1 << 12
 #: how a stack of gate and up is called -> the number of a naming; vLLM 0.32 was asked
 _KNOWN = {".experts.gate_up_proj": 0, "moe.input_linear": 0, ".experts.fc1": 1}
 
@@ -113,7 +115,7 @@ def _transposed(stacks: Mapping[str, TensorInfo], hidden: Collection[Any]) -> bo
     if len({(shape[0], info.dtype_name) for shape, info in zip(shapes.values(), stacks.values(), strict=True)}) > 1:
         return None
     down = shapes.get("down")
-    if down is None or 0 in down:
+    if down is None or 0 in down or down[0] > _MAX_EXPERTS:
         return None
     if shapes.keys() == {"gate_up", "down"}:
         # [2n, k] and [k, n], or [k, 2n] and [n, k]: never both

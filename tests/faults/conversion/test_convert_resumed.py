@@ -18,7 +18,8 @@ from _inputs import fails
 from safetensors.torch import load_file, save_file
 
 import octavo
-from helpers import write_checkpoint
+from helpers import random_weights, write_checkpoint
+from helpers.folders import tensors_of
 from octavo.errors import CheckpointError, OutputError, SourceChangedError
 
 # -- interrupted ------------------------------------------------------------------------------------------------------
@@ -51,6 +52,22 @@ def test_interrupted_command_exits_130_and_goes_on(tmp_path: Path) -> None:
     octavo.convert(source, dst)
     assert {name: states(dst)[name] for name in recorded} == {name: before[name] for name in recorded}
     assert same_files(dst, tmp_path / "undisturbed")
+
+
+def test_stacks_of_experts_that_are_cut_go_on_too(tmp_path: Path) -> None:
+    tensors = {}
+    for layer in range(3):
+        base = f"model.layers.{layer}.mlp.experts"
+        tensors[f"{base}.gate_up_proj"] = random_weights((4, 96, 256), torch.bfloat16, 2 * layer)  # [experts, in, out]
+        tensors[f"{base}.down_proj"] = random_weights((4, 128, 96), torch.bfloat16, 2 * layer + 1)
+    source = write_checkpoint(tmp_path / "source", tensors, 3, CONFIG)
+    octavo.convert(source, tmp_path / "undisturbed")
+    dst = tmp_path / "out"
+    stop_after(1, source, dst)
+    octavo.convert(source, dst)
+    assert same_files(dst, tmp_path / "undisturbed")
+    assert len(tensors_of(dst)) == 2 * 3 * 4 * 3
+    assert octavo.verify(dst, source).ok
 
 
 def test_exception_in_a_progress_callback_leaves_a_conversion_that_goes_on(small: Path, tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ def shapes_of(gate_up: Sequence[int], down: Sequence[int]) -> dict[str, Sequence
         ((3, 64, 40), (3, 40, 33), None),
         ((2, 64, 40), (3, 40, 32), None),
         ((3, 0, 40), (3, 40, 0), None),
+        ((5000, 4, 3), (5000, 3, 2), None),  # more than any model has
     ],
 )
 def test_the_shapes_of_both_stacks_tell_which_axis_is_which(
