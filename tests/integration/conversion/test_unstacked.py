@@ -192,3 +192,18 @@ def test_the_index_has_the_names_of_the_matrices(stacked: Path, tmp_path: Path) 
     assert index["weight_map"]["m.0.mlp.experts.1.down_proj.weight_scale"] == "model-00002-of-00002.safetensors"
     plan = octavo.plan(stacked, model=False)
     assert {p.name for p in plan.placements} == {name for name in index["weight_map"] if not name.endswith("_scale")}
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_a_model_that_octavo_loads_has_the_bytes_of_the_matrices(scheme: str, tmp_path: Path) -> None:
+    config = transformers.GraniteMoeConfig(**SMALL, num_local_experts=EXPERTS, num_experts_per_tok=2)
+    source = save(config, tmp_path / "source")
+    octavo.convert(source, tmp_path / "out", scheme, prove=False)
+    made, state = tensors_of(tmp_path / "out"), octavo.load(source, scheme).state_dict()
+    for leaf, halves in (("gate_up_proj", ["gate_proj", "up_proj"]), ("down_proj", ["down_proj"])):
+        for suffix in ("", "_scale"):
+            base = "model.layers.1.block_sparse_moe.experts"
+            stack = state[f"{base}.{leaf}{suffix}"]
+            for expert in range(EXPERTS):
+                parts = [made[f"{base}.{expert}.{half}.weight{suffix}"] for half in halves]
+                assert same_bytes(torch.cat(parts), stack[expert]), (leaf, suffix, expert)
