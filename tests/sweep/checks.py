@@ -212,10 +212,11 @@ def _is_silent(error: Exception) -> bool:
 
 
 def _laid_out(tensor: Tensor, like: Tensor) -> Tensor:
-    """A matrix or a stack as another one has it, which is about equal: [out, in] or [in, out]."""
-    turned = tensor.transpose(-1, -2)
-    same = [t for t in (tensor, turned) if t.shape == like.shape]
-    return min(same, key=lambda t: _distance(t, like))
+    """A matrix or a stack as another one has it, which is about equal: [out, in] or [in, out], or one of all rows."""
+    if tensor.ndim < like.ndim:
+        tensor = tensor.view(like.shape[0], -1, tensor.shape[-1])
+    same = [t for t in (tensor, tensor.transpose(-1, -2)) if t.shape == like.shape or t.ndim > like.ndim]
+    return min((t.reshape(like.shape) for t in same), key=lambda t: _distance(t, like))
 
 
 def _unlike(a: dict[str, Tensor], b: dict[str, Tensor]) -> list[str]:
