@@ -8,6 +8,7 @@ only the stacks are cut of which it is known that stock readers take their matri
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ from .formats import STACK
 
 if TYPE_CHECKING:
     from .proof import Judgement
+
+#: characters of a reader's error that are shown as the reason for which a stack stays
+_MOST_WORDS = 160
 
 
 @dataclass
@@ -181,9 +185,9 @@ def _verdict(names: set[str], judgements: Sequence[Judgement]) -> _Verdict:
     for judgement in judgements:
         homeless: Mapping[str, str] = dict.fromkeys(names & {*judgement.unexpected}, "it has no place for them")
         said = (judgement.misread, judgement.refused, homeless)
-        why = next((f"{found[min(bad)]}" for found in said if (bad := names & found.keys())), None)
-        if why:
-            verdict.wrong[judgement.reader] = why
+        why = next((found[min(bad)] for found in said if (bad := names & found.keys())), None)
+        if why is not None:
+            verdict.wrong[judgement.reader] = textwrap.shorten(why, _MOST_WORDS, placeholder=" ...")
             verdict.silent |= not names.isdisjoint(judgement.misread)
         elif not judgement.unproved:
             verdict.right.append(judgement.reader)

@@ -99,6 +99,17 @@ def test_stacks_stay_where_no_reader_takes_their_matrices(says: str) -> None:
     assert len(proof.plan.quantized) == 1
 
 
+def test_a_long_error_is_told_in_short() -> None:
+    class Wordy(Fake):
+        def judge(self, *case: Any) -> Judgement:
+            found = super().judge(*case)
+            return Judgement(found.reader, refused=dict.fromkeys(found.refused, "word " * 200))
+
+    (reason,) = reasons(proved(Wordy("one", says="refused")))
+    assert reason.endswith("word ...)")
+    assert len(reason) < 300
+
+
 def test_one_reader_is_enough_if_the_other_says_that_it_can_t() -> None:
     proof = proved(Fake("one"), Fake("two", FUSED, says="misread"))
     assert leaves(proof) == {"gate_up_proj", "down_proj"}
