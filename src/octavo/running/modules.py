@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -205,11 +205,15 @@ class QuantizedExperts(_Stacks):
 def quantize_linear(
     model: nn.Module, name: str, scheme: str, parts: tuple[int, ...], kind: type[QuantizedLinear] = QuantizedLinear
 ) -> QuantizedLinear:
-    """Replace the linear layer ``name`` of ``model`` by its quantized form, storage not yet assigned."""
+    """Give the linear layer ``name`` of ``model`` its quantized form, storage not yet assigned.
+
+    It stays the same object, since models have lists of their layers, too, that torch knows nothing of.
+    """
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    model.set_submodule(name, made := kind(layer, scheme, parts))
-    return made
+    made = kind(layer, scheme, parts)
+    layer.__class__, layer.__dict__ = kind, made.__dict__
+    return cast(QuantizedLinear, layer)
 
 
 def quantize_stack(experts: Any, name: str, scheme: str, shape: tuple[int, ...], parts: tuple[int, ...]) -> None:

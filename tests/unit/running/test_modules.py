@@ -128,12 +128,15 @@ def test_a_layer_is_made_without_storage():
     assert str(layer) == "QuantizedLinear(in_features=300, out_features=400, bias=True, scheme=fp8_block)"
 
 
-def test_a_linear_layer_is_replaced_in_its_model():
+def test_a_linear_layer_is_quantized_in_its_model_and_wherever_it_is_listed():
     model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Sequential(nn.Linear(6, 8)))
+    listed = list(model[1])
     modules.quantize_linear(model, "1.0", "fp8_tensor", (5, 3))
     assert isinstance(model[1][0], QuantizedLinear)
     assert list(modules.quantized_weights(model)) == [("1.0.weight", "fp8_tensor", (5, 3))]
     assert model[1][0].weight_scale.shape == (2, 1)
+    assert listed[0] is model[1][0]
+    assert list(listed[0].state_dict()) == ["weight", "weight_scale", "bias"]
 
 
 # -- experts ----------------------------------------------------------------------------------------------------------
