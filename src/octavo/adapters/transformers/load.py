@@ -157,6 +157,12 @@ def _check_method(checkpoint: Checkpoint) -> None:
 
 def _move_buffers(model: Any, device: torch.device) -> None:
     """Bring to the device what no checkpoint holds: rotary tables, positions and the like."""
+    if left := [
+        module for module in model.modules() if any(b is not None and b.is_meta for b in module.buffers(False))
+    ]:
+        from .skeleton import compute_buffers
+
+        compute_buffers(model, left)  # they ask their weights where to be
     for module in model.modules():
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.device != device:

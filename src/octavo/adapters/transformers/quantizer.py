@@ -9,11 +9,13 @@ like any other parameters.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -28,6 +30,7 @@ from ...running import modules
 from ...streaming.meter import Stages
 from ...text import shown, told
 from .model_plan import plan_model
+from .skeleton import compute_buffers
 from .swap import METHOD, fill, swap
 
 
@@ -213,6 +216,11 @@ class OctavoQuantizer(HfQuantizer):
         return [*unwrapped, *stand_ins, _StreamedConverter([r"^(.+)$"], [r"\1"], [Chunk()])]
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        """Set right what transformers has computed of FP8 layers, and finish."""
+        _compute_tables(model)
+        return self.finish(model)
+
+    def finish(self, model: Any) -> Any:
         """Freeze what is FP8, and have ``save_pretrained`` write it under the model's own names."""
         model._weight_conversions = []
         self.config.record(model)
@@ -251,7 +259,30 @@ def mark_quantized(model: Any, recipe: Recipe) -> None:
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
-    quantizer._process_model_after_weight_loading(model)
+    quantizer.finish(model)
+
+
+def _compute_tables(model: Any) -> None:
+    """Compute tables anew of modules that may have asked the layers within them for a dtype: not FP8 is meant.
+
+    In `octavo.load`, tables are computed before there is any.
+    """
+    quantized = {name: model.get_submodule(name.rpartition(".")[0]) for name, *_ in modules.quantized_weights(model)}
+    paths = {prefix for name in quantized for prefix in itertools.accumulate(name.split(".")[:-2], "{}.{}".format)}
+    above = [m for path, m in model.named_modules() if path in paths and m._non_persistent_buffers_set]
+    own = not type(model).__module__.startswith("transformers.")
+    if not above or own:  # whose code may give weights, too, new values
+        return
+    linears = [module for module in quantized.values() if isinstance(module, modules.QuantizedLinear)]
+    weights = {module: module._parameters["weight"] for module in linears}
+    for module in linears:
+        like = torch.empty(module.out_features, module.in_features, dtype=module.activation_dtype, device="meta")
+        module._parameters["weight"] = nn.Parameter(like, requires_grad=False)
+    try:
+        compute_buffers(model, above)
+    finally:
+        for module, weight in weights.items():
+            module._parameters["weight"] = weight
 
 
 def _placer(device_map: Any) -> str | Callable[[str], str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -127,7 +128,7 @@ def _build(
             part.dtype = dtype
     _separate(model)
     check_buffers(model, checkpoint)
-    _compute_buffers(model)
+    compute_buffers(model)
     return model
 
 
@@ -148,19 +149,25 @@ def _separate(model: Any) -> None:
             seen.add(id(parameter))
 
 
-def _compute_buffers(model: Any) -> None:
-    """Give buffers (rotary and position tables) memory and values.
+def compute_buffers(model: Any, chosen: Iterable[nn.Module] | None = None) -> None:
+    """Give buffers (rotary and position tables) memory and values: of all modules of a model, or of the chosen ones.
 
     That is in torch's default dtype, as in ``from_pretrained``: in the model's half precision, GPT-J's sines would be
     wrong by most of 1.
     """
-    for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # parameters have nothing to be initialised
-    for module in model.modules():
-        module._is_hf_initialized = False
+    every = set(model.modules())
+    modules = every if chosen is None else set(chosen)
+    for module in modules:
+        for parameter in module.parameters(recurse=False):
+            parameter._is_hf_initialized = True  # type: ignore[union-attr]  # it has nothing to be initialised
         for leaf, buffer in module._buffers.items():
             if buffer is not None and buffer.is_meta:
                 module._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    before = {} if chosen is None else {module: vars(module).get("_is_hf_initialized") for module in every}
+    for module in every:
+        module._is_hf_initialized = module not in modules
     # without its decorators: they replace functions of torch.nn.init, for all threads
     with torch.no_grad():
         inspect.unwrap(type(model).initialize_weights)(model)
+    for module, flag in before.items():
+        module._is_hf_initialized = flag
