@@ -57,7 +57,8 @@ def _guesses(model: Any) -> Iterator[dict[str, Tensor]]:
         and parameter.kind is not inspect.Parameter.VAR_KEYWORD
         and parameter.kind is not inspect.Parameter.VAR_POSITIONAL
     }
-    main = {getattr(model, "main_input_name", "input_ids")} & parameters.keys()
+    named = getattr(model, "main_input_name", "input_ids")
+    main = {named} & parameters.keys() if isinstance(named, str) else parameters.keys() & set(named)
     decoder = {"decoder_input_ids"} & parameters.keys()
     text = {"input_ids", "bbox"} & parameters.keys()
     sees = {"pixel_values", "input_values", "input_features"} & parameters.keys()
