@@ -367,7 +367,7 @@ def stream(
     verify: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the ``(name, tensor)`` pairs of the FP8 checkpoint that `convert` would write.
+    """Iterate over the ``(name, tensor)`` pairs of the FP8 checkpoint that `convert` would write if it asked no reader.
 
     Tensors come in the order of the files, each quantized one followed by its scale; each is the caller's to keep.
     Reading runs ahead by at most the staging budget. Closing the iterator early ends its threads.

@@ -22,15 +22,17 @@ def stacks(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The same experts, in stacks and apart."""
     count, out, hidden = draw(st.integers(1, 3)), draw(st.integers(1, 150)), draw(st.integers(1, 150))
     dtype, kind = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["normal", "bits", "sparse"]))
-    seed, transposed = draw(st.integers(0, 1 << 20)), draw(st.booleans())
+    seed, transposed, fused = draw(st.integers(0, 1 << 20)), draw(st.booleans()), draw(st.booleans())
     gate_up = random_weights((count, 2 * out, hidden), dtype, seed, kind)
     down = random_weights((count, hidden, out), dtype, seed + 1, kind)
     apart = {}
     for expert in range(count):
         gate, up = gate_up[expert].chunk(2)
-        for leaf, matrix in (("gate", gate), ("up", up), ("down", down[expert])):
+        parts = {"gate_up": gate_up[expert]} if fused else {"gate": gate, "up": up}
+        for leaf, matrix in {**parts, "down": down[expert]}.items():
             apart[f"{BASE}.{expert}.{leaf}_proj.weight"] = matrix
-    stacked = {f"{BASE}.gate_up_proj": gate_up, f"{BASE}.down_proj": down}
+    names = ("fc1.weight", "fc2.weight") if fused else ("gate_up_proj", "down_proj")
+    stacked = {f"{BASE}.{name}": stack for name, stack in zip(names, (gate_up, down), strict=True)}
     if transposed:
         stacked = {name: stack.transpose(1, 2) for name, stack in stacked.items()}
     other = {"model.layers.0.self_attn.q_proj.weight": random_weights((16, 32), dtype, seed + 2)}
