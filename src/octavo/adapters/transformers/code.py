@@ -29,14 +29,9 @@ Guard = tuple[ast.expr, bool]
 class Source:
     """A function as a syntax tree."""
 
-    tree: ast.AST
     parents: dict[ast.AST, ast.AST]
-
-    def names(self, name: str) -> Iterator[ast.Attribute]:
-        """Every attribute of this name."""
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.Attribute) and node.attr == name:
-                yield node
+    attributes: dict[str, list[ast.Attribute]]  # by name
+    variables: dict[str, list[ast.Name]]
 
     def above(self, node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
         """A node and its parent, then that and its own, up to the function."""
@@ -63,7 +58,13 @@ def source_of(code: CodeType) -> Source | None:
     """The source of a function's code, or None where there is none."""
     with contextlib.suppress(OSError, TypeError, SyntaxError, IndexError):
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-        return Source(tree, {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)})
+        found = Source({child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}, {}, {})
+        for node in found.parents:
+            if isinstance(node, ast.Attribute):
+                found.attributes.setdefault(node.attr, []).append(node)
+            elif isinstance(node, ast.Name):
+                found.variables.setdefault(node.id, []).append(node)
+        return found
     return None
 
 

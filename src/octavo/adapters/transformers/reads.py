@@ -92,7 +92,7 @@ def _uses(code: CodeType) -> tuple[_Use, ...]:
     if "weight" not in names_in(code) or (source := source_of(code)) is None:
         return ()
     found = []
-    for node in source.names("weight"):
+    for node in source.attributes.get("weight", ()):
         chain = chain_of(node.value)
         if chain is not None and len(chain) > 1:
             found.append(_Use(chain, tuple(source.guards(node)), tells_form_alone(source, node)))

@@ -82,7 +82,8 @@ class Stacks:
             reader = self._modules[path]
             for code in self._code[type(reader)]:
                 if leaf in names_in(code) and (source := source_of(code)):
-                    yield from ((reader, source, node) for node in source.names(leaf) if chain_of(node) == chain)
+                    named = source.attributes.get(leaf, ())
+                    yield from ((reader, source, node) for node in named if chain_of(node) == chain)
             if not path:
                 return
             path, _, name = path.rpartition(".")
@@ -192,14 +193,11 @@ class _Follower:
 
     def _assigned(self, name: str) -> ast.expr:
         """The one value that a variable is given."""
-        found = [
-            node.value
-            for node in ast.walk(self.source.tree)
-            if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
-        ]
-        if len(found) != 1:
+        stores = [node for node in self.source.variables.get(name, ()) if isinstance(node.ctx, ast.Store)]
+        parent = self.source.parents[stores[0]] if len(stores) == 1 else None
+        if not isinstance(parent, ast.Assign):
             raise _Unfollowed
-        return found[0]
+        return parent.value
 
     def _argument(self, call: ast.Call, node: ast.AST, state: _State) -> Iterator[Stack]:
         keyword = next((k.arg for k in call.keywords if k.value is node), None)
@@ -237,19 +235,15 @@ class _Follower:
 
     def _variable(self, target: ast.Name, state: _State) -> Iterator[Stack]:
         """Go on where a variable is read, until it gets another value."""
-        stores = sorted(
-            node.lineno
-            for node in ast.walk(self.source.tree)
-            if isinstance(node, ast.Name) and node.id == target.id and isinstance(node.ctx, ast.Store)
-        )
+        named = self.source.variables[target.id]
+        stores = sorted(node.lineno for node in named if isinstance(node.ctx, ast.Store))
         after = next((line for line in stores if line > target.lineno), None)
         yield from self.loads(target.id, target.lineno, after, state)
 
     def loads(self, name: str, begin: int, end: int | None, state: _State) -> Iterator[Stack]:
         """Go on where a variable is read after one line, and up to another."""
-        for node in ast.walk(self.source.tree):
-            read = isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load)
-            if read and begin < node.lineno <= (node.lineno if end is None else end):  # type: ignore[attr-defined]
+        for node in self.source.variables.get(name, ()):
+            if isinstance(node.ctx, ast.Load) and begin < node.lineno <= (node.lineno if end is None else end):
                 yield from self.follow(node, state)
 
 

@@ -118,7 +118,7 @@ def swap(model: Any, weights: Iterable[tuple[str, str, tuple[int, ...]]]) -> Non
 
 def _dtypes(model: nn.Module) -> dict[Any, torch.dtype]:
     """The dtype that a model and each model within it says it has: that of a first parameter, and of activations."""
-    parts: Iterable[Any] = (part for part in model.modules() if hasattr(part, "base_model_prefix"))
+    parts: Iterable[Any] = (part for part in model.modules() if hasattr(type(part), "base_model_prefix"))
     return {part: part.dtype for part in parts if next(part.parameters(), None) is not None}
 
 
