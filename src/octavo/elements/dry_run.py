@@ -290,7 +290,8 @@ class _Recorder(PlainDispatchMode):
         view = View.of(value) if followed else None
         if home in self._targets:
             if sources and not alike and value.numel() != target.numel():  # torch would repeat a row to fill many
-                raise RuntimeError(f"a tensor of shape {list(value.shape)} does not fill {list(target.shape)}")
+                shapes = f"of shape {list(value.shape)} does not fill {list(target.shape)}"
+                raise RuntimeError(f"{min(sources)!r} {shapes}")
             self._note(target, sources, view)
         elif sources:
             self._elsewhere.append((target, sources, view))

@@ -69,7 +69,11 @@ class Case:
         """
         verdict = Verdict()
         lacking: dict[str, str] = {}  # patterns of tensors for which layers in FP8 have no place -> what was said
-        while (seen := self._trace(self.scales.keys() - verdict.misread.keys(), lacking)).failed is not None:
+        seen = self._trace(self.scales.keys(), ())
+        if seen.failed is not None:  # loaders that read all before they load call what they can't take by other names
+            verdict.misread.update(self._elsewhere())
+            seen = self._trace(self.scales.keys() - verdict.misread.keys(), ())
+        while seen.failed is not None:
             name = self._origin(culprit(*seen.failed, self.tensors, ""))
             pattern, said = pattern_of(name), text_of(seen.failed)
             alike = [n for n in self.scales.keys() - verdict.misread.keys() if pattern_of(n) == pattern]
@@ -79,6 +83,7 @@ class Case:
                 return self._refusal(pattern, said)
             else:
                 lacking[pattern] = said
+            seen = self._trace(self.scales.keys() - verdict.misread.keys(), lacking)
         self._look(seen, verdict)
         for pattern, said in lacking.items():
             beside = self._beside(seen, pattern)
@@ -87,6 +92,13 @@ class Case:
             verdict.waiting.update(dict.fromkeys(beside, f"in FP8 it has no place for {pattern.rpartition('.')[2]}"))
         self._spread(seen, verdict)
         return verdict
+
+    def _elsewhere(self) -> dict[str, str]:
+        """Quantized tensors that go into unquantized modules: seen where all come unquantized, if that passes."""
+        plain = self._trace((), ())
+        found = plain.by_source() if plain.failed is None else {}
+        odd = {name: self._unquantized(found.get(name, [])) for name in self.scales}
+        return {name: f"it keeps this layer unquantized ({kind})" for name, kind in odd.items() if kind}
 
     def _refusal(self, pattern: str, said: str) -> Verdict:
         alike = tuple(name for name in self.tensors if pattern_of(name) == pattern)

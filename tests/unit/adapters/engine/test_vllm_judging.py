@@ -37,6 +37,21 @@ def test_a_layer_that_the_engine_leaves_unquantized_misreads_its_weight() -> Non
     assert verdict == Verdict(misread={"down_proj.weight": "it keeps this layer unquantized (Layer)"})
 
 
+class Late(Toy):
+    """Reads all before it loads anything, and calls what it does not find by its own name."""
+
+    def load_weights(self, weights: Any) -> None:
+        try:
+            super().load_weights(iter(list(weights)))
+        except KeyError:
+            raise KeyError("inner.down.weight_scale") from None
+
+
+def test_what_a_loader_calls_by_another_name_is_found() -> None:
+    verdict = judge(Late(quantized=("gate_up_proj",)))
+    assert verdict == Verdict(misread={"down_proj.weight": "it keeps this layer unquantized (Layer)"})
+
+
 @pytest.mark.parametrize(
     ("down", "why"),
     [("no scales", "it passes over the scale"), ("shifted", "vLLM's loader does not cut its scale")],
