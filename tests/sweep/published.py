@@ -17,16 +17,28 @@ from safetensors.torch import load_file, save_file
 _FIELDS: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe_lite": {"first_k_dense_replace": 1},
+    "hy_v3": {"first_k_dense_replace": 1},
     "kimi_k2": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
+#: those whose configs give the size of a head, which is that of all heads by their number
+_HEAD_DIM = ("glm4_moe", "glm4v_moe_text")
 _TOWER = re.compile(r"(?<=vision_tower\.)(?=embeddings\.|encoder\.|post_layernorm\.|pre_layrnorm\.|head\.)")
 
 
-def add_fields(folder: Path, model_type: str) -> None:
-    """What published configs of a type say more."""
+def add_fields(folder: Path) -> None:
+    """Say in config.json, and in the configs within it, what published ones say more."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(_FIELDS.get(model_type, {}) | config))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        kind = part.get("model_type")
+        part.update({key: value for key, value in _FIELDS.get(kind, {}).items() if part.get(key) is None})
+        if kind in _HEAD_DIM and part.get("head_dim") is None:
+            part["head_dim"] = part["hidden_size"] // part["num_attention_heads"]
+        inner = part.get("architectures") or []
+        if part is not config and inner and inner[0].endswith("Model"):  # which generates, in a model that does
+            part["architectures"] = [f"{inner[0].removesuffix('Model')}ForCausalLM"]
+    path.write_text(json.dumps(config))
 
 
 def respell(folder: Path) -> Iterator[str]:

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for one case")
     parser.add_argument("--again", nargs="*", default=[], metavar="STATUS", help="run cases of this status again")
     parser.add_argument("--out", type=Path, default=Path("sweep-vllm.jsonl"), help="lines of JSON, added to")
-    parser.add_argument("--write", type=Path, metavar="JSON", help="all results at the end, for benchmarks/results")
+    parser.add_argument("--write", type=Path, metavar="JSONL", help="all results, for benchmarks/results/sweep")
     asked = parser.parse_args()
     os.environ.update(ENVIRONMENT)
     warnings.simplefilter("ignore")
@@ -91,12 +91,12 @@ def main() -> None:
     results = {result["case"]: result for result in read(asked.out)}
     found = [results[case.name] for case in cases]
     if asked.write:
-        asked.write.write_text(json.dumps(collected(found), indent=1) + "\n")
+        asked.write.write_text("".join(json.dumps(line) + "\n" for line in collected(found)))
     sys.exit(summary(found))
 
 
-def collected(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page of the documentation is made from."""
+def collected(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the page of the documentation is made from: versions, and results without what is said when all is well."""
     import transformers
     import vllm
     from vllm.model_executor.models.registry import ModelRegistry
@@ -105,7 +105,7 @@ def collected(results: list[dict[str, Any]]) -> dict[str, Any]:
     for case in cases:
         case.get("stages", {}).get("convert", {}).pop("notes", None)
     versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
-    return {**versions, "registered": len(ModelRegistry.models), "cases": cases}
+    return [{**versions, "registered": len(ModelRegistry.models)}, *cases]
 
 
 def _kind(architecture: str) -> str:
