@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import converting, loading, products, serving, summary, updating
+from . import converting, loading, models, products, serving, summary, updating
 
 
 def make() -> dict[str, str]:
@@ -14,4 +14,5 @@ def make() -> dict[str, str]:
         "measured/updating.md": updating.make(),
         "measured/products.md": products.make(),
         "measured/serving.md": serving.make(),
+        "measured/models.md": models.make(),
     }

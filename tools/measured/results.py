@@ -76,7 +76,8 @@ def machine(facts: dict[str, Any]) -> str:
     cpu = facts["cpu"].replace("(R)", "").replace(" Processor", "")
     where = f"files on {facts['storage'].split()[1]}"
     parts = [facts["gpu"]] if "gpu" in facts else []
-    return ", ".join([*parts, f"{facts['cores']} cores of {cpu}", f"{facts['memory_gib']:.0f} GiB", where])
+    memory = [f"{facts['memory_gib']:.0f} GiB"] if facts.get("memory_gib") else []
+    return ", ".join([*parts, f"{facts['cores']} cores of {cpu}", *memory, where])
 
 
 def versions(facts: Iterable[dict[str, str]]) -> str:
