@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +266,15 @@ def test_process_exits_2_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def _all_of(terminal: int) -> str:
+    """What a process writes to a terminal until it ends."""
+    found = b""
+    with contextlib.suppress(OSError):  # of a terminal that nobody has open any more
+        while read := os.read(terminal, 1 << 16):
+            found += read
+    return found.decode(errors="replace")
+
+
 def test_progress_bar_appears_on_a_terminal_only(llama: Path, tmp_path: Path) -> None:
     """Stderr is a terminal of its own here; stdout stays a pipe that holds nothing but JSON."""
     import pty
@@ -273,11 +284,14 @@ def test_progress_bar_appears_on_a_terminal_only(llama: Path, tmp_path: Path) ->
     environment = _environment(TERM="xterm")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, env=environment) as process:
         os.close(follower)
-        stdout, _ = process.communicate()
-        shown = os.read(leader, 1 << 16).decode()
+        with ThreadPoolExecutor(1) as pool:  # what nobody reads would hold the process up
+            everything = pool.submit(_all_of, leader)
+            stdout, _ = process.communicate()
+            shown = everything.result()
         os.close(leader)
     assert process.returncode == 0
     assert json.loads(stdout)["final_bytes"]
+    assert "asking readers" in shown
     assert "Converting" in shown
 
 

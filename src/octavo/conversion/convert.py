@@ -35,7 +35,7 @@ from ..planning.plan import Plan, Veto
 from ..planning.recipe import Recipe
 from ..planning.stacks import Cut
 from ..streaming.checks import Checks
-from ..streaming.meter import Stages, measured
+from ..streaming.meter import Stages, measured, said_meanwhile
 from ..streaming.outfile import OutFile, disk_error
 from ..streaming.report import Report
 from ..streaming.sinks import ShardSink
@@ -78,7 +78,8 @@ def convert_checkpoint(
     def plan_with(veto: Veto, cuts: Sequence[Cut]) -> Plan:
         return formats.plan_for(checkpoint, recipe, format, staging_bytes, where, veto, cuts)[0]
 
-    proof = prove(checkpoint, plan_with, layout, readers, stages)
+    with said_meanwhile(progress, "Planning" + (", and asking readers what they would make of it" if readers else "")):
+        proof = prove(checkpoint, plan_with, layout, readers, stages)
     plan = proof.plan
     with stages("plan"):
         job = Job.prepare(checkpoint, proof, layout, local_path(dst, OutputError), digests, checks)

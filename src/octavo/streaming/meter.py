@@ -186,6 +186,16 @@ def progress_bar(
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+@contextlib.contextmanager
+def said_meanwhile(progress: bool | Callable[[int, int], None] | None, what: str) -> Iterator[None]:
+    """A line on stderr, for as long as nothing can be counted, where there would be a bar (see `progress_bar`)."""
+    if callable(progress) or progress is False or (progress is None and not on_terminal()):
+        yield
+        return
+    with Console(stderr=True).status(what):
+        yield
+
+
 class ProgressLines:
     """Progress where there is no terminal: a line to stderr every ten seconds."""
 
