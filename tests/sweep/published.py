@@ -12,17 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 #: model type -> fields of published configs
 _FIELDS: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "gte": {"position_embedding_type": "rope"},
     "glm4_moe_lite": {"first_k_dense_replace": 1},
     "hy_v3": {"first_k_dense_replace": 1},
+    "qwen3_vl_moe_text": {"norm_topk_prob": True},
+    "glm4v_moe_text": {"use_qk_norm": False},
+    "minimax_m2": {"scoring_func": "sigmoid"},
+    "xlm-roberta": {"position_embedding_type": "absolute"},
     "kimi_k2": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
 #: those whose configs give the size of a head, which is that of all heads by their number
 _HEAD_DIM = ("glm4_moe", "glm4v_moe_text")
+#: those that give a side which is that of a head, or of all
+_SIDES = {"lfm2": "block_dim", "minimax_m2": "rotary_dim"}
 _TOWER = re.compile(r"(?<=vision_tower\.)(?=embeddings\.|encoder\.|post_layernorm\.|pre_layrnorm\.|head\.)")
 
 
@@ -35,9 +43,10 @@ def add_fields(folder: Path) -> None:
         part.update({key: value for key, value in _FIELDS.get(kind, {}).items() if part.get(key) is None})
         if kind in _HEAD_DIM and part.get("head_dim") is None:
             part["head_dim"] = part["hidden_size"] // part["num_attention_heads"]
-        inner = part.get("architectures") or []
-        if part is not config and inner and inner[0].endswith("Model"):  # which generates, in a model that does
-            part["architectures"] = [f"{inner[0].removesuffix('Model')}ForCausalLM"]
+        if kind in _SIDES:
+            part.setdefault(_SIDES[kind], part.get("head_dim") or part["hidden_size"])
+        if part is not config and kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # which generates, in a model that does
+            part["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[kind]]
     path.write_text(json.dumps(config))
 
 
