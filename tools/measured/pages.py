@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import converting, loading, models, products, serving, summary, updating
+from . import converting, loading, models, products, serving, summary, updating, vllm_models
 
 
 def make() -> dict[str, str]:
@@ -15,4 +15,5 @@ def make() -> dict[str, str]:
         "measured/products.md": products.make(),
         "measured/serving.md": serving.make(),
         "measured/models.md": models.make(),
+        "measured/vllm-models.md": vllm_models.make(),
     }
