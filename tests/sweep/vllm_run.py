@@ -16,6 +16,7 @@ import re
 import resource
 import sys
 import tempfile
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,11 @@ def main() -> None:
             if case.name in done:
                 continue
             folder = Path(tempfile.mkdtemp(dir=parent))
+            began = time.monotonic()
             found = in_fork(lambda case=case, folder=folder: check(case, folder), asked.limit)
-            lost = {"case": case.name, "status": "wrong", "stages": {}, "why": "its process ended, or took too long"}
+            lost = {"case": case.name, "status": "wrong", "stages": {}, "why": "its process ended"}
+            if time.monotonic() - began >= asked.limit:
+                lost |= {"status": "not built", "why": f"it took more than {asked.limit:.0f} s"}
             print(json.dumps(found or lost), file=out, flush=True)
     results = {result["case"]: result for result in read(asked.out)}
     found = [results[case.name] for case in cases]
