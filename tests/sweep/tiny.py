@@ -205,16 +205,23 @@ _REQUIRED: dict[str, dict[str, Any]] = {
 #: model type -> numbers that belong together in a way that no rule above knows
 _FIXED: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config.num_attention_heads": 16},
+    "csm": {"codec_config.upsample_groups": 32},
     "dbrx": {"attn_config.rope_theta": 10000.0},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n": {"text_config.num_kv_shared_layers": 0},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "hunyuan_vl": {"text_config.head_dim": 16},
     "hunyuan_vl_text": {"head_dim": 16},
+    "kyutai_speech_to_text": {"codec_config.upsample_groups": 32},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"]},
     "ministral": {"head_dim": 16},
     "molmo2": {"adapter_config.vision_feature_layer": [3, 2]},
     "nemotron": {"num_key_value_heads": 8},
+    "perceiver": {"d_latents": 160, "d_model": 96, "num_latents": 16, "num_self_attends_per_block": 2},
+    "qwen2_5_omni": {"token2wav_config.bigvgan_config.upsample_initial_channel": 128},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]},
 }
 
 
