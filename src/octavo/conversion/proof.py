@@ -214,7 +214,7 @@ def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
     tensors = checkpoint.tensors
     weights = [name for name, info in tensors.items() if info.dtype == schemes.FP8]
     if not weights:
-        raise CheckpointError(f"{checkpoint.path}: holds no FP8 tensors, which its readers could misread")
+        raise CheckpointError(f"{checkpoint.path}: holds no tensors in float8_e4m3fn, which its readers could misread")
     suffixes = [terms.scale_suffix for terms in choices.FORMATS.values()]
     scales = {name: name + suffix for name in weights for suffix in suffixes if name + suffix in tensors}
     judgement = _ask(reader, checkpoint, tensors, scales, checkpoint.config)
@@ -261,6 +261,19 @@ def _notes(plan: Plan, judgements: Sequence[Judgement], misread: Mapping[str, tu
             notes.append(
                 f"{judgement.reader} can't load {len(judgement.refused):,} FP8 tensors ({name} and others), and says "
                 f"so: {why}. Choose another scheme or format if it is to."
+            )
+        elif judgement.waiting:
+            notes.append(
+                f"{judgement.reader} misreads it: it wants scales for {len(judgement.waiting):,} modules that have "
+                f"none ({judgement.waiting[0]}), whatever config.json says. Choose another scheme or format if it is "
+                "to read it."
+            )
+        elif judgement.missing or judgement.unexpected:
+            names = (*judgement.unexpected, *judgement.missing)
+            notes.append(
+                f"{judgement.reader} reads what it takes as it is meant, but finds no place for "
+                f"{len(judgement.unexpected):,} tensors, and misses {len(judgement.missing):,} ({names[0]}): in the "
+                "source as well. octavo plan says what its model wants."
             )
         else:
             notes.append(f"proved: {judgement.reader} reads all that it takes as it is meant")

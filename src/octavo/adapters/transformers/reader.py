@@ -77,9 +77,12 @@ def _dequantized(checkpoint: Checkpoint, config: Mapping[str, Any], case: _Case)
     tensors = {name: case.tensors[name] for source in case.splits for name in (source, case.scales[source])}
     scales = {source: case.scales[source] for source in case.splits}
     model = skeleton(checkpoint)
-    quantizer = _prepare(model, config, dequantize=True)
     problems: list[str] = []
-    found = _Case(model, quantizer, tensors, scales, trace(model, tensors, problems, quantizer)).judgement(problems)
+    try:
+        quantizer = _prepare(model, config, dequantize=True)
+        found = _Case(model, quantizer, tensors, scales, trace(model, tensors, problems, quantizer)).judgement(problems)
+    except Exception as error:
+        return (f"it can't load what its model splits with dequantize=True: {type(error).__name__}: {told(error)}",)
     wrong = {**found.misread, **found.refused}
     if not wrong:
         return ()
@@ -180,7 +183,7 @@ class _Case:
                 if not tied.get(name, set()) & made:
                     missing.add(name)
             elif not any(piece.src_name in self.scales for piece in self._pieces(weight)):
-                waiting.add(weight.removesuffix(".weight"))
+                waiting.add(_module_of(weight))
         missing -= computed(self.model, missing).keys()
         return tuple(sorted(waiting)), tuple(sorted(missing))
 
@@ -213,6 +216,7 @@ class _Case:
             )
             return
         if not quantized:
+            yield from self._mistaken(name, sources)
             return
         others = [source for source in sources if source not in self.scales]
         beside = _by_source(next((pieces for q in _scale_names(name) if (pieces := self._pieces(q))), ()))
@@ -228,6 +232,18 @@ class _Case:
                 yield source, "its scale does not arrive beside it"
             else:
                 yield source, None
+
+    def _mistaken(self, name: str, sources: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """(tensor, what is wrong) for what arrives in numbers of another kind than its module holds."""
+        here, weight = self.expected[name].dtype, _weight_of(name)
+        scaled = any(self._pieces(scale) for scale in _scale_names(name))
+        for source in sources:
+            stored = self.tensors[source].dtype
+            if here == schemes.FP8 and scaled and stored not in (here, torch.float8_e5m2):
+                yield source, f"it is {dtypes.short(stored)}, and read as FP8 with a scale"
+            elif weight is not None and source in self.weight_of and (stored in _FLOATS) != (here in _FLOATS):
+                why = f"its scale is {dtypes.short(stored)}, and read as {dtypes.short(here)}"
+                yield self.weight_of[source], why
 
     def _scaled(self, name: str, source: str, pieces: Sequence[Piece], beside: Sequence[Piece]) -> bool:
         """Return True if every element of these pieces has the scale that it has on disk, in a piece ``beside`` it."""
@@ -290,6 +306,8 @@ class _Case:
         return None
 
 
+#: what one scale of numbers is cast to another by value; bits of e8m0 are none of them
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: of the largest weight: what is computed in bf16 is off by a hundredth, and a wrong scale by far more
 _TOLERANCE = 0.02
 
@@ -324,6 +342,11 @@ def _by_source(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
     for piece in pieces:
         found.setdefault(piece.src_name, []).append(piece)
     return found
+
+
+def _module_of(weight: str) -> str:
+    """The module that a scale belongs to: stacks of experts are parameters by names of their own."""
+    return weight.removesuffix(".weight") if weight.endswith(".weight") else weight.rpartition(".")[0]
 
 
 def _template(name: str) -> str:

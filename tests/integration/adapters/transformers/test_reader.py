@@ -122,6 +122,32 @@ def test_a_matrix_that_the_model_splits_is_followed_and_one_that_is_no_layer_sta
     assert any("takes the codes for weights: its Embedding holds bf16" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("width", "ignore"),
+    [(192, []), (128, ["*experts.*.up_proj*", "*experts.*.gate_proj*"]), (128, ["*experts*"])],
+    ids=["no multiple of blocks", "a part", "all of them"],
+)
+def test_experts_that_stay_unquantized_are_named_by_their_module(
+    width: int, ignore: list[str], source: Callable[[Any], Path], tmp_path: Path
+) -> None:
+    sizes = SMALL | {"hidden_size": 128, "moe_intermediate_size": width, "num_experts": 4, "num_experts_per_tok": 2}
+    folder = source(transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, head_dim=64)))
+    report = octavo.convert(folder, tmp_path / "out", "fp8_block", format="fp8", ignore=ignore)
+    assert any(note.startswith("proved: transformers") for note in report.notes)
+    assert list(octavo.verify(tmp_path / "out", reader="transformers").lines())[:-1] == []
+
+
+def test_what_the_source_lacks_is_said(source: Callable[[Any], Path], tmp_path: Path) -> None:
+    folder = source(roberta())
+    tensors = load_file(folder / "model.safetensors")
+    key = "roberta.encoder.layer.0.attention.self.query.weight"
+    tensors[key.replace("query", "query.base_layer")] = tensors.pop(key)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    report = octavo.convert(folder, tmp_path / "out")
+    assert not any(note.startswith("proved: transformers") for note in report.notes)
+    assert any("finds no place for" in note and "base_layer" in note for note in report.notes), report.notes
+
+
 def test_unproved_conversions_are_as_planned(source: Callable[[Any], Path], tmp_path: Path) -> None:
     folder = source(ctrl())
     octavo.convert(folder, tmp_path / "out", prove=False)

@@ -122,6 +122,24 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
         ),
         pytest.param(
             edit_tensors,
+            lambda tensors: tensors.update({f"{PROJECTION}.weight": tensors[f"{PROJECTION}.weight"].view(torch.uint8)}),
+            f"misread: {PROJECTION}.weight: it is uint8, and read as FP8 with a scale",
+            id="bits for numbers",
+        ),
+        pytest.param(
+            edit_tensors,
+            lambda tensors: tensors.update({f"{PROJECTION}.weight": tensors[f"{PROJECTION}.weight"].bfloat16()}),
+            f"misread: {PROJECTION}.weight: it is bf16, and read as FP8 with a scale",
+            id="a scale that was left",
+        ),
+        pytest.param(
+            edit_tensors,
+            lambda tensors: tensors.update({f"{PROJECTION}.weight_scale": tensors[f"{PROJECTION}.weight_scale"].int()}),
+            f"misread: {PROJECTION}.weight: its scale is int32, and read as bf16",
+            id="a scale of another kind",
+        ),
+        pytest.param(
+            edit_tensors,
             lambda tensors: tensors.update(strange=torch.ones(3)),
             "unexpected: it has no place for strange",
             id="a tensor too many",
@@ -152,5 +170,5 @@ def test_what_is_misread_is_named(
 def test_who_can_not_be_asked_is_named(converted: Path) -> None:
     with pytest.raises(RecipeError, match="unknown reader 'nobody'; known: transformers"):
         octavo.verify(converted, reader="nobody")
-    with pytest.raises(CheckpointError, match="holds no FP8 tensors"):
+    with pytest.raises(CheckpointError, match="holds no tensors in float8_e4m3fn"):
         octavo.verify(converted.with_name("source"), reader="transformers")
