@@ -35,7 +35,7 @@ def make() -> str:
     """The page."""
     parts = [
         """```sh
-make sweep JOBS=64 && PYTHONPATH=src:tests:benchmarks python -m sweep.publish sweep.jsonl && make pages
+make sweep JOBS=64
 ```
 
 Every model class that an auto class of transformers finds, of every model type, built small with random weights, saved

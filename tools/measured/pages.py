@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import converting, loading, models, products, serving, summary, updating, vllm_models
+from . import converting, loading, models, products, serving, shares, summary, updating, vllm_models
 
 
 def make() -> dict[str, str]:
@@ -16,4 +16,5 @@ def make() -> dict[str, str]:
         "measured/serving.md": serving.make(),
         "measured/models.md": models.make(),
         "measured/vllm-models.md": vllm_models.make(),
+        "measured/shares.md": shares.make(),
     }

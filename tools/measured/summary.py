@@ -159,6 +159,7 @@ stages, processor time, memory of the host.""",
 | [Running](products.md) | how fast the FP8 model computes, on a GPU and on a CPU |
 | [Serving with vLLM](serving.md) | how long until vLLM serves, how fast, whether the answers are the same |
 | [Model types](models.md) | which of transformers' models are loaded and converted rightly, and which are not |
+| [What becomes FP8](shares.md) | which share of the matrices of full-size models, loaded and converted |
 | [Models in vLLM](vllm-models.md) | the same of vLLM's architectures, and what each refusal comes from |""",
         "## Where octavo loses\n\n" + "\n".join(f"- {loss}" for loss in losses()),
         """## What was not measured
