@@ -63,12 +63,12 @@ def write_headers(family: Family, folder: Path) -> int:
 def measure(family: Family) -> dict[str, Any]:
     """Bytes of matrices, and what becomes of them."""
     import octavo
-    from octavo.api import _alone, _readers
     from octavo.checkpoint.checkpoint import Checkpoint
     from octavo.choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
     from octavo.conversion import formats
     from octavo.conversion.proof import prove
     from octavo.planning.recipe import Recipe
+    from octavo.readers import chosen
     from octavo.streaming.meter import Stages
 
     with tempfile.TemporaryDirectory() as name:
@@ -82,7 +82,7 @@ def measure(family: Family) -> dict[str, Any]:
 
         proofs = {
             way: prove(checkpoint, plan_with, formats.get(DEFAULT_FORMAT), readers, Stages())
-            for way, readers in (("converted", _readers), ("converted_for_vllm", lambda: _alone("vllm")))
+            for way, readers in (("converted", chosen(None)), ("converted_for_vllm", chosen("vllm")))
         }
     return {
         "matrix_bytes": matrices,

@@ -13,29 +13,27 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import readers
 from .api_models import layerwise, update
 from .checkpoint.checkpoint import Checkpoint
-from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES, READERS
+from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
-from .conversion.proof import Absent, Reader, judge_written
+from .conversion.proof import judge_written
 from .conversion.verify import VerifyReport, verify_checkpoint, verify_digests
-from .errors import CheckpointError, MissingExtraError, OctavoError, OutputError, RecipeError, of_user, public
+from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
 from .machine import as_usual, usable_device
 from .planning.plan import Plan
 from .planning.recipe import Recipe
-from .quiet import this_thread_quiet
 from .streaming.checks import Checks
 from .streaming.meter import collection_paused
 from .streaming.report import Report
@@ -251,55 +249,10 @@ def convert(
         >>> print(report)
     """
     recipe = Recipe.coerce(scheme, ignore)
-    if reader not in (None, *READERS):
-        raise RecipeError(f"unknown reader {reader!r}; known: {', '.join(READERS)}")
-    asked = _readers if reader is None else functools.partial(_alone, reader)
-    readers = asked if prove else None
+    asked = readers.chosen(reader) if prove else None
     return convert_checkpoint(
-        src, dst, recipe, format, staging_bytes, threads, device, revision, digests, verify, progress, readers
+        src, dst, recipe, format, staging_bytes, threads, device, revision, digests, verify, progress, asked
     )
-
-
-def _readers() -> Sequence[Reader]:
-    """Whoever is installed here and reads converted checkpoints."""
-    vllm = _vllm_reader()  # first, since it is imported in a process of its own
-    try:
-        return (_transformers_reader(), vllm)
-    except ImportError:
-        return (Absent("transformers"), vllm)
-
-
-def _alone(name: str) -> Sequence[Reader]:
-    """The reader of this name, or what says that it can't be asked."""
-    try:
-        return (_reader(name),)
-    except OctavoError:
-        return (Absent(name),)
-
-
-def _transformers_reader() -> Reader:
-    with this_thread_quiet():  # what lies beside it is imported, too, and some of that complains
-        from .adapters.transformers.reader import TransformersReader
-    return TransformersReader()
-
-
-def _vllm_reader() -> Reader:
-    if find_spec("vllm") is None:
-        return Absent("vLLM")
-    from .adapters.vllm.reader import VllmReader
-
-    return VllmReader()
-
-
-def _reader(name: str) -> Reader:
-    """The reader of this name, which must be installed."""
-    makers = {"transformers": _transformers_reader, "vllm": _vllm_reader}
-    if name not in makers:
-        raise RecipeError(f"unknown reader {name!r}; known: {', '.join(makers)}")
-    try:
-        return makers[name]()
-    except ImportError as error:
-        raise MissingExtraError(name, f"asking {name}") from error
 
 
 @public(CheckpointError)
@@ -344,7 +297,7 @@ def verify(
         >>> report = octavo.convert("Qwen/Qwen3-8B", "qwen3-8b-fp8")
         >>> assert octavo.verify("qwen3-8b-fp8", against="Qwen/Qwen3-8B").ok
     """
-    judgement = None if reader is None else judge_written(Checkpoint.open(dst), _reader(reader))
+    judgement = None if reader is None else judge_written(Checkpoint.open(dst), readers.installed(reader))
     if judgement is not None and against is None:
         return VerifyReport((), judgement=judgement)
     if against is None:

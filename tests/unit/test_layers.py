@@ -25,6 +25,7 @@ LAYERS = (
     ("session",),
     ("adapters.engine", "adapters.transformers"),
     ("adapters.vllm",),
+    ("readers",),
     ("api", "api_models"),
     ("demo",),
     ("cli", "cli_options", "cli_output"),
