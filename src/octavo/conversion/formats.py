@@ -40,9 +40,11 @@ from ..planning.kinds import EXPERTS, module_of
 from ..planning.placement import Placement
 from ..planning.plan import Plan, Veto, plan_checkpoint
 from ..planning.recipe import Recipe
-from ..planning.stacks import NAMINGS, Cut, find_experts
+from ..planning.stacks import NAMINGS, Cut, Experts, find_experts
 
 NAMES = tuple(choices.FORMATS)
+#: how a stack of gate and up is called -> the number of a naming; vLLM 0.32 was asked
+_KNOWN = {".experts.gate_up_proj": 0, "moe.input_linear": 0, ".experts.fc1": 1}
 #: why a stack of experts is kept, unless it is cut into matrices
 STACK = "expert stack: stock readers take no FP8 in 3-D tensors"
 
@@ -304,9 +306,15 @@ def plan_for(
                 f"or the format {choices.DEFAULT_FORMAT!r}"
             )
     if cuts is None:
-        known = ((experts, experts.known) for experts in find_experts(checkpoint))
+        known = ((experts, known_naming(experts)) for experts in find_experts(checkpoint))
         cuts = (experts.cut(NAMINGS[naming]) for experts, naming in known if naming is not None)
     return plan_checkpoint(checkpoint, recipe, staging_bytes, device, veto or found.veto, cuts), found
+
+
+def known_naming(experts: Experts) -> int | None:
+    """By which of `NAMINGS` vLLM is known to take the matrices, where no reader can be asked; None: by none."""
+    module = module_of(experts.stacks["gate_up"].name) if "gate_up" in experts.stacks else ""
+    return next((naming for end, naming in _KNOWN.items() if module.endswith(end)), None)
 
 
 def scheme_by_scale(shape: Sequence[int], scale: TensorInfo) -> Scheme | None:

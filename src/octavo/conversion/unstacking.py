@@ -18,7 +18,7 @@ from ..planning.kinds import EXPERTS
 from ..planning.plan import Plan
 from ..planning.stacks import NAMINGS, Cut, Experts, find_experts
 from ..text import human_bytes
-from .formats import STACK
+from .formats import STACK, known_naming
 
 if TYPE_CHECKING:
     from .proof import Judgement
@@ -114,10 +114,10 @@ class Unstacking:
                 before = series.naming
                 self._next(series)
                 changed |= series.naming != before
-            elif verdict.right or series.naming == series.layers[0].known:
+            elif verdict.right or series.naming == known_naming(series.layers[0]):
                 series.settled = True
-            elif series.layers[0].known is not None:
-                series.settle(series.layers[0].known)
+            elif known_naming(series.layers[0]) is not None:
+                series.settle(known_naming(series.layers[0]))
                 changed = True
             else:
                 self._stay(series, "no reader could be asked what it calls matrices of it")

@@ -36,8 +36,6 @@ NAMINGS: tuple[Mapping[str, str], ...] = (
 )
 #: more experts than any model has: each becomes three tensors
 _MAX_EXPERTS = 1 << 12
-#: how a stack of gate and up is called -> the number of a naming; vLLM 0.32 was asked
-_KNOWN = {".experts.gate_up_proj": 0, "moe.input_linear": 0, ".experts.fc1": 1}
 
 
 @dataclass(frozen=True)
@@ -47,12 +45,6 @@ class Experts:
     base: str  # what comes before an expert's number in the names of its matrices
     stacks: Mapping[str, TensorInfo]  # what they hold (gate_up, or gate and up; down) -> the tensor
     transposed: bool  # whether the stacks are [experts, in, out]
-
-    @property
-    def known(self) -> int | None:
-        """By which of `NAMINGS` vLLM is known to take its matrices, where no reader can be asked; None: by none."""
-        module = kinds.module_of(self.stacks["gate_up"].name) if "gate_up" in self.stacks else ""
-        return next((naming for end, naming in _KNOWN.items() if module.endswith(end)), None)
 
     @property
     def key(self) -> tuple[Any, ...]:
