@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 import octavo
 from octavo.adapters.vllm.reader import VllmReader
 from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.errors import MissingExtraError
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is not None, reason="here is none that has no vLLM")
 
@@ -65,6 +66,5 @@ def test_it_ends_with_its_reader() -> None:
 def test_where_vllm_is_not_installed_that_is_said(folder: Path) -> None:
     report = octavo.convert(folder, folder / "out")
     assert "not proved for vLLM: it is not installed" in report.notes
-    judgement = octavo.verify(folder / "out", reader="vllm").judgement
-    assert judgement is not None
-    assert judgement.unproved == "it is not installed"
+    with pytest.raises(MissingExtraError, match=r"asking vLLM needs .* pip install 'octavo\[vllm\]'"):
+        octavo.verify(folder / "out", reader="vllm")
