@@ -22,6 +22,7 @@ import octavo
 from helpers import pages
 from helpers.models import add_tokenizer
 from octavo import cli
+from octavo.adapters.engine import names
 from octavo.adapters.engine import options as vllm_options
 
 NAMED = re.compile(r"Qwen/Qwen3[\w.-]*|facebook/opt-125m|meta-llama/[\w.-]+|path/to/model")
@@ -92,9 +93,9 @@ def check_calls(block: pages.Block) -> None:
 
 
 def check_vllm(load_format: str | None, quantization: str | None, extra: Any) -> None:
-    assert load_format in (None, vllm_options.LOAD_FORMAT)
-    scheme = vllm_options.scheme_of_quantization(quantization)
-    assert quantization is None or scheme in vllm_options.SCHEMES
+    assert load_format in (None, names.LOAD_FORMAT)
+    scheme = names.scheme_of_quantization(quantization)
+    assert quantization is None or scheme in names.SCHEMES
     assert load_format or scheme, "octavo is not asked for"
     vllm_options.Options.parse(extra, quantization)
 

@@ -15,12 +15,8 @@ from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from ...errors import RecipeError
 from ...numerics import schemes
 from ...planning.recipe import Recipe
+from .names import SCHEMES, scheme_of_quantization
 
-#: the value of ``--load-format``
-LOAD_FORMAT = "octavo"
-#: ``--quantization`` is this and the scheme's name
-PREFIX = "octavo_"
-SCHEMES = ("fp8_channel", "fp8_block")
 _REFUSED = {
     "fp8_tensor": "vLLM quantizes the parts of a fused layer a second time, to their largest scale",
     "mxfp8": "few of vLLM's kernels take it",
@@ -94,10 +90,3 @@ def check_scheme(scheme: Any) -> None:
         raise RecipeError(f"the scheme {scheme} is not offered in vLLM: {_REFUSED[scheme]}. Use {' or '.join(SCHEMES)}")
     schemes.get(scheme)
     raise AssertionError(f"{scheme} is neither offered nor refused")
-
-
-def scheme_of_quantization(quantization: str | None) -> str | None:
-    """``octavo_fp8_block`` -> ``fp8_block``; None for whatever is not octavo's."""
-    if quantization is None or not quantization.startswith(PREFIX):
-        return None
-    return quantization.removeprefix(PREFIX)

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
 from ...errors import RecipeError
-from ..engine.options import LOAD_FORMAT, PREFIX
+from ..engine.names import LOAD_FORMAT, PREFIX
 
 #: load formats that octavo takes over, or that read no weights
 _READ_BY_OCTAVO = (LOAD_FORMAT, "auto", "hf", "safetensors", "dummy")

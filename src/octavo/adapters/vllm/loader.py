@@ -37,7 +37,8 @@ from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
 from ...text import printable
 from ..engine.log import describe
-from ..engine.options import LOAD_FORMAT, PREFIX, Options, scheme_of_quantization
+from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
+from ..engine.options import Options
 from ..engine.placing import Places
 from ..engine.survey import Survey, Surveyor
 from . import config as quantization

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from octavo import Recipe
-from octavo.adapters.engine.options import Options, scheme_of_quantization
+from octavo.adapters.engine.names import scheme_of_quantization
+from octavo.adapters.engine.options import Options
 from octavo.errors import RecipeError
 
 

@@ -1,0 +1,16 @@
+"""The names by which an engine's users ask for octavo. Imports nothing: every process of an engine knows them."""
+
+from __future__ import annotations
+
+#: the value of ``--load-format``
+LOAD_FORMAT = "octavo"
+#: ``--quantization`` is this and the scheme's name
+PREFIX = "octavo_"
+SCHEMES = ("fp8_channel", "fp8_block")
+
+
+def scheme_of_quantization(quantization: str | None) -> str | None:
+    """``octavo_fp8_block`` -> ``fp8_block``; None for whatever is not octavo's."""
+    if quantization is None or not quantization.startswith(PREFIX):
+        return None
+    return quantization.removeprefix(PREFIX)
