@@ -64,7 +64,9 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
         for part, weight, scale in parts:
             direct.append(part)
             storages[part.name] = Storage(_region(memory, weight), None if scale is None else _region(memory, scale))
-    order = {placement.name: number for number, placement in enumerate(plan.placements)}
+    order: dict[str, int] = {}
+    for number, placement in enumerate(plan.placements):
+        order.setdefault(placement.pieces[0].src_name, number)
     direct.sort(key=lambda p: order[p.pieces[0].src_name])
     return Places(
         dataclasses.replace(plan, placements=tuple(direct)),
@@ -83,7 +85,10 @@ def _moved(placement: Placement, copies: list[Copy], memory: Mapping[str, Tensor
         dtype_name = dtypes.NAMES.get(memory[copy.target].dtype)
         if copy.view is None or dtype_name is None or not is_run(copy.view.size, copy.view.strides):
             return None
-        parts.append((_part(placement, number, copy.view, dtype_name), copy, None))
+        piece = _in_file(placement, copy.view)
+        if piece is None:
+            return None
+        parts.append((_part(placement, number, piece, dtype_name), copy, None))
     return parts
 
 
@@ -103,25 +108,38 @@ def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy]) ->
         row, height, group = view.offset // k, view.size[0], scheme.group_rows or n
         whole_groups = row % group == 0 and (height % group == 0 or row + height == n)
         beside = cells.offset == row // group * scheme.cells(n, k)[1] and cells.size == scheme.cells(height, k)
-        if not (whole_groups and beside and scale.target == f"{weight.target}_scale"):
+        piece = _in_file(placement, view)
+        if piece is None or not (whole_groups and beside and scale.target == f"{weight.target}_scale"):
             return None
-        parts.append((_part(placement, number, view, placement.dtype_name), weight, scale))
+        parts.append((_part(placement, number, piece, placement.dtype_name), weight, scale))
     return parts
 
 
-def _part(placement: Placement, number: int, view: View, dtype_name: str) -> Placement:
+def _in_file(placement: Placement, view: View) -> Piece | None:
+    """What the loader took of a tensor, in the file, where it may lie scattered (a matrix of a stack of experts).
+
+    None where that is neither of a tensor that lies there as it was given to the loader, nor whole rows.
+    """
+    (whole,) = placement.pieces
+    if is_run(whole.size, whole.src_strides):
+        return Piece((0,) * len(view.size), view.size, whole.src_name, whole.src_off + view.offset, view.strides)
+    columns = whole.size[-1]
+    if len(whole.size) != 2 or view.size[1:] != (columns,) or view.offset % columns:
+        return None
+    return whole.narrow(0, view.offset // columns, view.size[0])._replace(dst_off=(0, 0))
+
+
+def _part(placement: Placement, number: int, piece: Piece, dtype_name: str) -> Placement:
     """The placement of some elements of a tensor."""
-    whole = (0, placement.shape, placement.pieces[0].src_strides)
-    if view == whole and number == 0 and dtype_name == placement.dtype_name:
+    if piece == placement.pieces[0] and number == 0 and dtype_name == placement.dtype_name:
         return placement
-    piece = Piece((0,) * len(view.size), view.size, placement.name, view.offset, view.strides)
     return dataclasses.replace(
         placement,
         name=placement.name if number == 0 else f"{placement.name} ({number + 1})",
-        shape=view.size,
+        shape=piece.size,
         dtype_name=dtype_name,
         pieces=(piece,),
-        parts=(view.size[0],) if placement.scheme else (),
+        parts=(piece.size[0],) if placement.scheme else (),
         source_bytes=piece.numel * dtypes.moved_bits(placement.source_dtype_names[0]) // 8,
     )
 
@@ -148,7 +166,7 @@ def _joined(target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor]) -
         if weight.box.off[-2] % group or scale.box.off != beside or scale.box.size[-2:] != scheme.cells(*part.shape):
             return None
         piece = part.pieces[0]
-        strides = contiguous_strides(weight.box.size)
+        strides = (*contiguous_strides(weight.box.size)[:lead], *piece.src_strides)
         pieces.append(Piece(*weight.box, piece.src_name, piece.src_off, strides))
     placement = dataclasses.replace(
         first,

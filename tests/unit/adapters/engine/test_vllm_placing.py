@@ -19,6 +19,7 @@ from octavo.errors import WeightError
 from octavo.numerics import schemes
 from octavo.planning.budget import Budget
 from octavo.planning.plan import plan_checkpoint
+from octavo.planning.stacks import NAMINGS, find_experts
 from octavo.streaming.sinks import ParameterSink
 from octavo.streaming.stream import Stream
 
@@ -107,17 +108,18 @@ def test_a_tensor_that_goes_to_two_places_is_streamed_to_both(source):
 class Experts(torch.nn.Module):
     """Gate and up of all experts in one parameter, as vLLM's fused layers have them."""
 
-    def __init__(self, scheme, experts=3):
+    def __init__(self, scheme, experts=3, halves=2):
         super().__init__()
-        rows = {"fp8_channel": 1, "fp8_block": 128}[scheme]
-        self.w13 = torch.nn.Parameter(torch.empty(experts, 512, 256, dtype=schemes.FP8), requires_grad=False)
-        self.w13_scale = torch.nn.Parameter(torch.empty(experts, 512 // rows, -(-256 // 128) if rows > 1 else 1))
+        rows, height = {"fp8_channel": 1, "fp8_block": 128}[scheme], 256 * halves
+        self.halves = halves
+        self.w13 = torch.nn.Parameter(torch.empty(experts, height, 256, dtype=schemes.FP8), requires_grad=False)
+        self.w13_scale = torch.nn.Parameter(torch.empty(experts, height // rows, -(-256 // 128) if rows > 1 else 1))
 
     def load_weights(self, weights):
         for name, weight in weights:
             expert, half, kind = name.split(".")
             target = self.w13.data if kind == "weight" else self.w13_scale.data
-            rows = target.shape[1] // 2
+            rows = target.shape[1] // self.halves
             target[int(expert)].narrow(0, rows * (half == "up_proj"), rows).copy_(weight)
 
 
@@ -156,3 +158,41 @@ def test_weights_that_are_not_finite_are_told_by_the_names_that_vllms_ignore_tak
     ignored = re.search(r"ignore=(\[.*\])", str(raised.value))
     kept = plan_checkpoint(checkpoint, Recipe(ignore=ast.literal_eval(ignored[1])))  # a pattern without a match raises
     assert not kept.quantized
+
+
+class Stacked(torch.nn.Module):
+    """A layer whose loader takes experts one by one, whatever is in the file."""
+
+    def __init__(self, scheme):
+        super().__init__()
+        self.gate_up, self.down = Experts(scheme), Experts(scheme, halves=1)
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            (self.down if "down" in name else self.gate_up).load_weights([(name.removeprefix("experts."), weight)])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_matrices_go_from_their_stack_straight_to_their_places(scheme, transposed, tmp_path):
+    names = [f"experts.{expert}.{half}_proj.weight" for half in ("gate", "up", "down") for expert in range(3)]
+    matrices = {name: random_weights((256, 256), torch.bfloat16, seed) for seed, name in enumerate(names)}
+    gate, up, down = (torch.stack([matrices[name] for name in names[n : n + 3]]) for n in (0, 3, 6))
+    stacks = {"experts.gate_up_proj": torch.cat([gate, up], 1), "experts.down_proj": down}
+    if transposed:
+        stacks = {name: stack.transpose(1, 2) for name, stack in stacks.items()}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, stacks))
+    model, reference = Stacked(scheme), Stacked(scheme)
+    by_loader(reference, matrices, scheme)
+    cuts = [experts.cut(NAMINGS[0]) for experts in find_experts(checkpoint)]
+    plan = plan_checkpoint(checkpoint, Recipe(scheme), 8 << 20, cuts=cuts)
+    places = Surveyor(model, model.load_weights, plan, LAYOUT).run().places
+    assert [placement.name for placement in places.direct.placements] == [
+        "down.w13 (3 tensors)",
+        "gate_up.w13 (6 tensors)",
+    ]
+    assert not places.rest.placements
+    assert places.direct.source_bytes == sum(stack.nbytes for stack in stacks.values())
+    Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
+    for (name, mine), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert same_bytes(mine, wanted), name
