@@ -131,8 +131,10 @@ class Lane:
         source = slot.buffer[slot.start : slot.start + nbytes]
         self.staged.bytes[start : start + nbytes].copy_(source, non_blocking=self._queue is not None)
         if self._queue is not None:
-            slot.busy = slot.event = slot.event or self._backend.Event()
-            slot.event.record(self._queue)
+            if self.device not in slot.events:
+                slot.events[self.device] = self._backend.Event()
+            slot.busy = slot.events[self.device]
+            slot.busy.record(self._queue)
 
     def values(self, bundle: Bundle) -> Tensor:
         """The values of a bundle that has been copied, with the axes of its parameter (a view)."""

@@ -82,13 +82,13 @@ if hasattr(os, "register_at_fork"):
 
 
 class Slot:
-    """A host buffer, and the event of the device after which it may be overwritten."""
+    """A host buffer, and the event of a device after which it may be overwritten."""
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
         # said, since whoever calls may have made another device the default (``with torch.device("cuda")``)
         self.buffer: Tensor = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self.view = memoryview(self.buffer.numpy())  # type: ignore[arg-type]
-        self.event: Any = None  # made when first needed
+        self.events: dict[torch.device, Any] = {}  # made when first needed; each belongs to one device
         self.busy: Any = None  # the event, until it has been waited for
         self.start = 0  # the bytes that were asked for begin here
         self.aligned = not self.buffer.data_ptr() % PAGE
