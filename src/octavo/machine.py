@@ -40,6 +40,11 @@ def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.de
     return found
 
 
+def on_cpu(device: str) -> bool:
+    """Return True for a device, by its name, whose memory is the host's."""
+    return device.partition(":")[0] == "cpu"
+
+
 def require_values() -> None:
     """Raise a `DeviceError` where the program has torch make tensors that hold no values."""
     if detect_fake_mode() is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -34,13 +35,17 @@ class Bundle(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Bytes that are copied at once. ``runs`` are (byte offset in the file, bytes), one after another in the block."""
+    """Bytes that are copied to a device at once. ``runs`` are (byte offset in the file, bytes), one after another."""
 
     shard: int
     runs: tuple[tuple[int, int], ...]
     nbytes: int
     bundles: tuple[Bundle, ...]
     in_order: bool  # some chunks share scale groups with those of other blocks: these blocks follow one another
+
+    @property
+    def device(self) -> str:
+        return self.bundles[0].placement.device
 
 
 class Read(NamedTuple):
@@ -96,6 +101,30 @@ def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo
         yield _block(shard, runs, [_bundle(chunk, info, packed)])
     if bundles:
         yield _block(shard, ((start, end - start),), bundles)
+
+
+def cut_in_turn(
+    placements: Iterable[Placement], tensors: Mapping[str, TensorInfo], block_bytes: int
+) -> Iterator[Block]:
+    """`cut_blocks` of each device's placements, so that all devices have had about the same share of their bytes.
+
+    A file holds a model's layers in their order, as devices do: in the order of the files, one would follow another.
+    """
+    parts: dict[str, list[Placement]] = {}
+    for placement in placements:
+        parts.setdefault(placement.device, []).append(placement)
+    shares = (_with_share(part, tensors, block_bytes) for part in parts.values())
+    return (block for _, block in heapq.merge(*shares, key=operator.itemgetter(0)))
+
+
+def _with_share(
+    placements: Sequence[Placement], tensors: Mapping[str, TensorInfo], block_bytes: int
+) -> Iterator[tuple[float, Block]]:
+    """Blocks, and which share of the sources goes before each."""
+    total, before = max(1, sum(placement.source_bytes for placement in placements)), 0
+    for block in cut_blocks(placements, tensors, block_bytes):
+        yield before / total, block
+        before += block.nbytes
 
 
 def _bundle(chunk: Chunk, info: TensorInfo, piece: Piece) -> Bundle:

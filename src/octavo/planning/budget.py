@@ -36,13 +36,16 @@ _MIN_SLOT_BYTES = 1 << 12
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """``staging_bytes``, divided: so many threads, slots of such a size, so much scratch memory."""
+    """``staging_bytes``, divided: so many threads, slots of such a size, so much scratch memory.
+
+    Several accelerators share threads and slots; each has lanes of its own.
+    """
 
     threads: int
     slots: int
     slot_bytes: int
     scratch_elements: int
-    device: torch.device
+    device: torch.device  # or the first of several
     lanes: int = 0  # on a GPU: streams that copy and quantize at the same time; 0: threads do it, on a CPU
     block_bytes: int = 0  # what is copied and quantized at once
     lane_bytes: int = 0  # a block, and what kernels need beside it
@@ -65,6 +68,7 @@ class Budget:
 
     @property
     def device_bytes(self) -> int:
+        """On each accelerator."""
         return self.lanes * self.lane_bytes
 
     @property
@@ -101,13 +105,12 @@ class Budget:
             DeviceError: the budget is too small for a single thread.
         """
         try:
-            devices = {torch.device(p.device) for p in placements} or {torch.device("cpu")}
+            devices = [torch.device(name) for name in dict.fromkeys(p.device for p in placements)]
         except RuntimeError as error:
             raise DeviceError(f"no such kind of device: {str(error).splitlines()[0]}") from error
-        if len(devices) > 1:
-            raise DeviceError(f"a model spread over {', '.join(sorted(map(str, devices)))} is not supported: name one")
         check_options(staging_bytes, threads)
-        device = next(iter(devices))
+        device = next(iter(devices), torch.device("cpu"))
+        assert len({found.type == "cpu" for found in devices}) <= 1, "Plan.parts"
         if device.type != "cpu":
             room = staging_bytes * 2 // 3 if handing_out else staging_bytes
             return cls.on_accelerator(device, room, threads, slot_bytes)

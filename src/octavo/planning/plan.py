@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import torch
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
@@ -21,6 +19,7 @@ from ..choices import DEFAULT_STAGING_BYTES
 from ..elements.boxes import coverage_problem
 from ..elements.pieces import whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
+from ..machine import on_cpu
 from ..text import human_bytes, pattern, printable, table_text
 from . import kinds
 from .budget import Budget, check_options
@@ -45,6 +44,13 @@ class Plan:
     other_bytes: Mapping[str, int] = field(default_factory=dict)  # device -> bytes not from the checkpoint (buffers)
     remarks: tuple[str, ...] = ()  # on the checkpoint
 
+    def parts(self) -> list[Plan]:
+        """The plan as streams execute it: what goes to accelerators, and what stays on the CPU."""
+        apart: dict[bool, list[Placement]] = {}
+        for placement in self.placements:
+            apart.setdefault(on_cpu(placement.device), []).append(placement)
+        return [replace(self, placements=tuple(found)) for _, found in sorted(apart.items())] or [self]
+
     # -- forecast -----------------------------------------------------------------------------------------------------
 
     @property
@@ -68,19 +74,22 @@ class Plan:
     def peak_bytes(self, device: str | None = None) -> int:
         """The most bytes that are ever held there while loading, with as many threads as this machine has cores."""
         try:
-            budget = Budget.fit(self.placements, self.staging_bytes)
-        except DeviceError:  # over several devices, say: what is sure is the budget
+            budgets = [Budget.fit(part.placements, self.staging_bytes) for part in self.parts()]
+        except DeviceError:  # what is sure is the budget
             return self.final_bytes(device) + self.staging_bytes
         if device is None:
-            return self.final_bytes() + budget.staging_bytes
-        on_host = torch.device(device).type == "cpu"
-        return self.final_bytes(device) + (budget.host_bytes if on_host else budget.device_bytes)
+            return self.final_bytes() + max(budget.staging_bytes for budget in budgets)
+        on_host = on_cpu(device)
+        return self.final_bytes(device) + max(b.host_bytes if on_host else b.device_bytes for b in budgets)
 
     @property
     def read_bytes(self) -> int:
         """Bytes that will be read: the sources, and a second time those whose scale groups span chunks."""
-        budget = Budget.fit(self.placements, self.staging_bytes)
-        return sum(chunk.nbytes for chunk in cut_placements(self.placements, budget.chunk_bytes))
+        return sum(
+            chunk.nbytes
+            for part in self.parts()
+            for chunk in cut_placements(part.placements, Budget.fit(part.placements, self.staging_bytes).chunk_bytes)
+        )
 
     @property
     def notes(self) -> list[str]:

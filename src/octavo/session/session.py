@@ -23,7 +23,7 @@ from ..planning.budget import check_options
 from ..planning.plan import Plan
 from ..planning.recipe import Recipe
 from ..streaming.sinks import ParameterSink, Storage
-from ..streaming.stream import Stream
+from ..streaming.stream import execute
 from ..text import shown
 from .claims import claimed
 from .finish import Finisher, Provider
@@ -224,7 +224,7 @@ class Session:
             with writes.quiet():
                 storages = {p.name: Storage.allocate(p) for p in plan.placements}
                 self._ledger.hold(plan.final_bytes() - sum(plan.other_bytes.values()))
-                Stream(recording.checkpoint, plan, ParameterSink(storages), threads=threads).run()
+                execute(recording.checkpoint, plan, ParameterSink(storages), threads=threads)
                 items = {item.name: item for item in self.inventory.items}
                 for placement in plan.placements:
                     writes.settle_streamed(items[placement.name], placement, storages.pop(placement.name))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, DeviceError, OctavoError, boundary
 from ..machine import now
-from ..planning.blocks import Block, Read, cut_blocks, cut_reads
+from ..planning.blocks import Block, Read, cut_in_turn, cut_reads
 from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Work, cut_placements
 from ..planning.placement import Placement
@@ -45,8 +45,39 @@ class Tally:
     placed_bytes: int = 0
 
 
+def execute(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    sink: Sink,
+    *,
+    threads: int | None = None,
+    tally: Tally | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    direct_io: bool | None = None,
+    checks: Checks | None = None,
+) -> Tally:
+    """Execute a plan whose placements may be on accelerators and on the CPU; errors and progress as for `Stream.run`.
+
+    Args:
+        direct_io: concerns what goes to accelerators; without any, it is an error.
+    """
+    tally, parts, before, others = tally or Tally(), plan.parts(), 0, plan.source_bytes
+    for number, part in enumerate(parts):
+        direct = direct_io if not number else None
+        stream = Stream(checkpoint, part, sink, threads=threads, tally=tally, direct_io=direct, checks=checks)
+        others -= part.source_bytes
+
+        def overall(done: int, total: int, before: int = before, others: int = others) -> None:
+            if progress:
+                progress(before + done, before + total + others)
+
+        stream.run(overall)
+        before += stream.total_bytes
+    return tally
+
+
 class Stream:
-    """One execution of a plan into a sink."""
+    """One execution of a plan into a sink: to the CPU, or to accelerators."""
 
     def __init__(
         self,
@@ -154,21 +185,25 @@ class Stream:
             self.files.close()
             self._torch.release()
 
-    # -- on an accelerator: threads read blocks, this thread launches -------------------------------------------------
+    # -- on accelerators: threads read blocks, this thread launches ---------------------------------------------------
 
     def _blocks(self) -> Generator[None, None, None]:
         """Run the plan, a step a slot that has been read; what is placed by then is ready for the current stream."""
         budget, for_iterator = self.budget, isinstance(self.sink, IteratorSink)
         pinned = budget.device.type in ("cuda", "xpu")
-        with enough_memory(budget.device, "staging; a smaller staging_bytes needs less"):
-            slots = [Slot(budget.slot_bytes, pinned) for _ in range(budget.slots)]
-            press = DevicePress(self.checkpoint, budget, self._placed)
-        blocks = self._count_again(cut_blocks(self.plan.placements, self.checkpoint.tensors, budget.block_bytes))
-        reads = cut_reads(blocks, budget.read_bytes)
+        presses: dict[str, DevicePress] = {}
         try:
+            with enough_memory(budget.device, "staging; a smaller staging_bytes needs less"):
+                slots = [Slot(budget.slot_bytes, pinned) for _ in range(budget.slots)]
+            for name in dict.fromkeys(placement.device for placement in self.plan.placements):
+                device = torch.device(name)
+                with enough_memory(device, "staging; a smaller staging_bytes needs less"):
+                    presses[name] = DevicePress(self.checkpoint, replace(budget, device=device), self._placed)
+            blocks = self._count_again(cut_in_turn(self.plan.placements, self.checkpoint.tensors, budget.block_bytes))
+            reads = cut_reads(blocks, budget.read_bytes)
             with contextlib.closing(self.ring.relay(reads, slots, self._read_part)) as arriving:
                 for read, slot in arriving:
-                    started = now()
+                    started, press = now(), presses[read.block.device]
                     if for_iterator and not read.start:
                         press.follow()
                     placed = press.take(read, slot)
@@ -178,9 +213,12 @@ class Stream:
                     self.count_placed(started, placed)
                     yield
             self.files.check_unchanged()
-            press.check()
+            for press in presses.values():
+                press.check()
         finally:
-            press.close()
+            with contextlib.ExitStack() as stack:
+                for press in presses.values():
+                    stack.callback(press.close)
 
     def _count_again(self, blocks: Iterator[Block]) -> Iterator[Block]:
         for block in blocks:

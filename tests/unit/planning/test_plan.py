@@ -228,6 +228,10 @@ def test_the_forecast_is_given_for_each_device():
     plan = make_plan(checkpoint, targets, Recipe(None), other_bytes={"cuda:1": 7})
     assert plan.devices == ("cpu", "cuda:0", "cuda:1")
     assert [plan.final_bytes(d) for d in (*plan.devices, None)] == [48, 96, 7, 151]
+    card, host = (Budget.fit(part.placements, plan.staging_bytes) for part in plan.parts())
+    assert (card.device, host.device) == (torch.device("cuda:0"), torch.device("cpu"))
+    assert plan.peak_bytes("cpu") - 48 == max(card.host_bytes, host.host_bytes)  # one after the other
+    assert plan.peak_bytes("cuda:0") - 96 == card.device_bytes
 
 
 def test_what_is_read_twice_counts_twice():

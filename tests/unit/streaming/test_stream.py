@@ -9,6 +9,7 @@ import os
 import struct
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,11 +31,12 @@ from octavo.elements.symbolic import Symbolic
 from octavo.errors import CheckpointError, SourceChangedError, WeightError
 from octavo.numerics import schemes
 from octavo.planning import kinds
+from octavo.planning.blocks import cut_blocks, cut_in_turn
 from octavo.planning.placement import Target
 from octavo.planning.plan import Plan, make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
 from octavo.streaming.sinks import ParameterSink, Storage
-from octavo.streaming.stream import Stream
+from octavo.streaming.stream import Stream, execute
 
 pytestmark = [pytest.mark.usefixtures("nothing_left_behind"), pytest.mark.timeout(60)]
 
@@ -327,3 +329,67 @@ def test_pieces_without_elements_do_no_harm_when_their_parameter_is_complete(tmp
     storages, _ = run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
     assert storages["empty.weight"].weight.shape == (0, 4)
     assert same_bytes(storages["filled.weight"].weight, torch.cat([tensors["b"], tensors["d"]]))
+
+
+# -- several devices --------------------------------------------------------------------------------------------------
+
+#: both are this machine's memory, and two devices to torch
+TWO = ("cpu", "cpu:0")
+
+
+def spread(plan: Plan) -> Plan:
+    """Every other placement on the second device."""
+    placements = [replace(p, device=TWO[number % 2]) for number, p in enumerate(plan.placements)]
+    return replace(plan, placements=tuple(placements))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_a_stream_to_two_devices_gives_the_bytes_of_one(tmp_path, scheme, lanes):
+    tensors = {f"layers.{i}.up_proj.weight": random_weights((160, 320), torch.bfloat16, i) for i in range(7)}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    plan = plan_checkpoint(checkpoint, Recipe(scheme))
+    alone, read = run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
+    plan = spread(plan)
+    apart, read_apart = run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
+    for name, storage in alone.items():
+        assert same_bytes(apart[name].weight, storage.weight)
+        assert (storage.scale is None) == (apart[name].scale is None)
+        assert storage.scale is None or same_bytes(apart[name].scale, storage.scale)
+    assert (read_apart.read_bytes, read_apart.placed_bytes) == (read.read_bytes, read.placed_bytes)
+
+
+def test_devices_take_turns_though_a_file_holds_one_part_after_the_other(tmp_path):
+    tensors = {f"layers.{i}.weight": torch.zeros(64, 64) for i in range(12)}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    plan = plan_checkpoint(checkpoint, Recipe(None))
+    nbytes = 64 * 64 * 4
+    # the second has twice as much
+    placements = [replace(p, device=TWO[number >= 4]) for number, p in enumerate(plan.placements)]
+    blocks = list(cut_in_turn(placements, checkpoint.tensors, nbytes))
+    assert [b.device for b in blocks] == ["cpu", "cpu:0", "cpu:0"] * 4
+    for device in TWO:
+        mine = [placement for placement in placements if placement.device == device]
+        assert [b for b in blocks if b.device == device] == list(cut_blocks(mine, checkpoint.tensors, nbytes))
+
+
+def test_a_weight_that_is_not_finite_is_named_whichever_device_it_is_on(tmp_path):
+    tensors = {f"layers.{i}.up_proj.weight": random_weights((64, 64), torch.bfloat16, i) for i in range(4)}
+    tensors["layers.3.up_proj.weight"][5, 7] = math.nan
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    plan = spread(plan_checkpoint(checkpoint, Recipe("fp8_channel")))
+    with pytest.raises(WeightError, match=r"'layers.3.up_proj.weight' holds nan \(at \[5, 7\]\)"):
+        run_plan(checkpoint, plan, budget=in_blocks(plan))
+
+
+def test_progress_goes_on_from_one_part_of_a_plan_to_the_next(checkpoint, monkeypatch):
+    plan = plan_checkpoint(checkpoint, Recipe("fp8_channel"))
+    half = len(plan.placements) // 2
+    first, second = (replace(plan, placements=found) for found in (plan.placements[:half], plan.placements[half:]))
+    monkeypatch.setattr(Plan, "parts", lambda self: [first, second] if self is plan else [self])
+    storages, seen = {p.name: Storage.allocate(p) for p in plan.placements}, []
+    tally = execute(checkpoint, plan, ParameterSink(storages), progress=lambda *found: seen.append(found))
+    assert tally.placed_bytes == plan.final_bytes()
+    assert seen[-1] == (plan.source_bytes, plan.source_bytes)
+    assert (first.source_bytes, plan.source_bytes) in seen
+    assert seen == sorted(seen)

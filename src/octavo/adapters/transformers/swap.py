@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...machine import on_cpu
 from ...planning.budget import Budget
 from ...planning.plan import Plan
 from ...running import modules
@@ -23,7 +24,7 @@ from ...streaming.checks import Checks
 from ...streaming.meter import Stages, measured
 from ...streaming.report import Report
 from ...streaming.sinks import ParameterSink, Storage, allocate_all
-from ...streaming.stream import Stream
+from ...streaming.stream import Tally, execute
 from ...text import shown
 from .facts import facts_of
 from .reads import Reading
@@ -54,10 +55,11 @@ def fill(
         finish: does what else belongs to this load, once all weights are in place, and is measured with it.
         checks: compares what is read with the checkpoint's digests.
     """
-    budget = Budget.fit(plan.placements, plan.staging_bytes, threads)
-    on_host = sum(placement.final_bytes for placement in plan.placements if placement.device == "cpu")
+    budgets = [Budget.fit(part.placements, plan.staging_bytes, threads) for part in plan.parts()]
+    on_host = sum(placement.final_bytes for placement in plan.placements if on_cpu(placement.device))
     advice = "Another device takes the weights; a smaller staging_bytes, or fewer threads, need less beside them."
-    budget.require(plan.source, on_host, advice if on_host else "")
+    for budget in budgets:
+        budget.require(plan.source, on_host, advice if on_host else "")
     with stages("swap"):
         swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
     with measured(plan, progress) as meter:
@@ -65,14 +67,14 @@ def fill(
             storages = allocate_all(plan.placements)
             assign(model, storages)
         with stages("stream"):
-            stream = Stream(
-                checkpoint, plan, ParameterSink(storages), budget=budget, direct_io=direct_io, checks=checks
-            )
-            meter.follow(stream.tally)
-            tally = stream.run(meter.progress)
+            tally = Tally()
+            meter.follow(tally)
+            how: dict[str, Any] = {"threads": threads, "direct_io": direct_io, "checks": checks}
+            execute(checkpoint, plan, ParameterSink(storages), tally=tally, progress=meter.progress, **how)
         if finish is not None:
             finish()
-    model.load_report = Report.of(plan, stream.budget, tally, stages, meter, notes=plan.notes)
+    budget = max(budgets, key=lambda budget: budget.staging_bytes)
+    model.load_report = Report.of(plan, budget, tally, stages, meter, notes=plan.notes)
     model.load_routes = Routes.of(plan, checkpoint)
 
 
