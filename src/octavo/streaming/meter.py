@@ -7,7 +7,7 @@ import gc
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from ..errors import of_user
-from ..machine import now, rss_bytes
+from ..machine import now, on_cpu, rss_bytes
 from ..text import human_bytes, on_terminal, remark
 from .workers import Workers
 
@@ -89,19 +89,21 @@ class Sample:
     at_s: float
     placed_bytes: int  # written to their final place so far
     rss_bytes: int  # of the process, over what it was when the trace began
-    device_bytes: int  # allocated on the accelerator, over what it was when the trace began
+    device_bytes: int  # allocated on accelerators, over what it was when the trace began
 
 
 class Meter:
     """Samples memory in a thread of its own while a stream runs; also drives the progress bar."""
 
-    def __init__(self, device: torch.device, progress: Callable[[int, int], None] | None) -> None:
+    def __init__(self, devices: Iterable[str], progress: Callable[[int, int], None] | None) -> None:
         self.progress = progress
         self.samples: list[Sample] = []
-        self._device = device
+        self.peaks: dict[str, int] = {}  # accelerator -> the most bytes that were allocated there, as in `Sample`
+        self._devices = {name: torch.device(name) for name in devices}
         self._tally: Tally | None = None
         self._stop: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._began, self._rss, self._allocated = now(), rss_bytes(), self._device_bytes()
+        self._began, self._rss = now(), rss_bytes()
+        self._allocated = {name: _allocated_bytes(device) for name, device in self._devices.items()}
         self._workers = Workers("that measure memory")
 
     def start(self) -> None:
@@ -121,13 +123,6 @@ class Meter:
                 raise interrupt
         finally:
             del interrupt
-
-    def _device_bytes(self) -> int:
-        if self._device.type != "cuda":
-            return 0
-        # as `torch.cuda.memory_allocated`, which flattens all statistics first, a hundred times a second
-        statistics: Any = torch.cuda.memory_stats_as_nested_dict(self._device)
-        return int(statistics["allocated_bytes"]["all"]["current"]) if statistics else 0
 
     def _run(self) -> None:
         interval_s = _SAMPLE_S
@@ -149,17 +144,27 @@ class Meter:
 
     def _sample(self) -> None:
         placed = self._tally.placed_bytes if self._tally else 0
-        self.samples.append(
-            Sample(now() - self._began, placed, rss_bytes() - self._rss, self._device_bytes() - self._allocated)
-        )
+        on_devices = 0
+        for name, device in self._devices.items():
+            nbytes = _allocated_bytes(device) - self._allocated[name]
+            self.peaks[name] = max(nbytes, self.peaks.get(name, 0))
+            on_devices += nbytes
+        self.samples.append(Sample(now() - self._began, placed, rss_bytes() - self._rss, on_devices))
+
+
+def _allocated_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    # as `torch.cuda.memory_allocated`, which flattens all statistics first, a hundred times a second
+    statistics: Any = torch.cuda.memory_stats_as_nested_dict(device)
+    return int(statistics["allocated_bytes"]["all"]["current"]) if statistics else 0
 
 
 @contextlib.contextmanager
 def measured(plan: Plan, progress: bool | Callable[[int, int], None] | None, title: str = "Loading") -> Iterator[Meter]:
     """A `Meter` around a stream; with a progress bar where ``progress`` says so (see `octavo.load`)."""
-    device = next((torch.device(d) for d in plan.devices if d != "cpu"), torch.device("cpu"))
     with progress_bar(progress, title) as callback:
-        meter = Meter(device, callback)
+        meter = Meter([device for device in plan.devices if not on_cpu(device)], callback)
         try:
             meter.start()
             yield meter

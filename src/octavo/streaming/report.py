@@ -36,7 +36,8 @@ class Report:
     peak_bytes: int  # tracked: what is held, and staging
     rss_final_bytes: int  # of the process, over its size before the first parameter was allocated
     rss_peak_bytes: int
-    device_peak_bytes: int  # 0 on a CPU
+    device_peak_bytes: int  # of all accelerators together; 0 on a CPU
+    devices: Mapping[str, Mapping[str, int]]  # accelerator -> final_bytes, of what it holds, and peak_bytes
     read_bytes: int
     seconds: Mapping[str, float]  # by stage
     read_thread_s: float  # reading, summed over threads
@@ -62,6 +63,7 @@ class Report:
     ) -> Report:
         """Gather the report of one run."""
         held_bytes = plan.final_bytes() if in_memory else 0
+        final = {device: plan.final_bytes(device) if in_memory else 0 for device in meter.peaks}
         return cls(
             source=plan.source,
             source_bytes=plan.source_bytes,
@@ -72,6 +74,7 @@ class Report:
             rss_final_bytes=meter.samples[-1].rss_bytes,
             rss_peak_bytes=max(sample.rss_bytes for sample in meter.samples),
             device_peak_bytes=max(sample.device_bytes for sample in meter.samples),
+            devices={d: {"final_bytes": final[d], "peak_bytes": peak} for d, peak in meter.peaks.items()},
             read_bytes=tally.read_bytes,
             seconds=dict(stages.seconds),
             read_thread_s=tally.read_s,
@@ -115,8 +118,9 @@ class Report:
             rows.append(("process, peak over final", human_bytes(over)))
         else:
             rows.append(("process, peak over start", human_bytes(self.rss_peak_bytes)))
-        if self.device_peak_bytes:
-            rows.append(("device, peak over final", human_bytes(self.device_peak_bytes - self.final_bytes)))
+        for name, held in self.devices.items():
+            over = max(0, held["peak_bytes"] - held["final_bytes"])
+            rows.append((f"{name}, peak over final", f"{human_bytes(over)} over {human_bytes(held['final_bytes'])}"))
         rows.append(("read", f"{human_bytes(self.read_bytes)}, {self.read_gb_per_s:.2f} GB/s"))
         rows.append(("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()) + f": {self.total_s:.2f}"))
         rows += [(f"to {k}", count_text(v)) for k, v in self.quantized.items()]

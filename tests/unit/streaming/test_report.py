@@ -7,6 +7,7 @@ import io
 import json
 import mmap
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from helpers import random_weights, run_plan, threads_of_octavo, write_checkpoin
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.errors import MissingExtraError
 from octavo.machine import rss_bytes
+from octavo.planning.budget import Budget
 from octavo.planning.plan import plan_checkpoint
 from octavo.planning.recipe import Recipe
+from octavo.streaming import meter as meters
 from octavo.streaming.meter import Stages, collection_paused, measured, progress_bar
 from octavo.streaming.report import Report
 from octavo.streaming.sinks import ParameterSink, Storage
-from octavo.streaming.stream import Stream
+from octavo.streaming.stream import Stream, Tally
 from octavo.text import human_bytes
 
 
@@ -199,3 +202,24 @@ def test_the_table_of_a_plan_groups_layers(tmp_path):
     assert len(lines) == 1
     assert " 3 " in lines[0]
     run_plan(checkpoint, plan_checkpoint(checkpoint, Recipe()))
+
+
+def test_a_report_tells_the_peak_of_each_device(tmp_path, monkeypatch):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, {"a": torch.zeros(64), "b": torch.zeros(32)}))
+    made = plan_checkpoint(checkpoint, Recipe(None))
+    devices = ("cuda:0", "cuda:1")
+    placements = [replace(p, device=d) for p, d in zip(made.placements, devices, strict=True)]
+    plan = replace(made, placements=tuple(placements))
+    held = {torch.device(device): 1000 for device in devices}
+    monkeypatch.setattr(meters, "_allocated_bytes", held.get)
+    with measured(plan, progress=False) as meter:
+        held.update({torch.device("cuda:0"): 1000 + 300, torch.device("cuda:1"): 1000 + 128})
+    found = Report.of(plan, Budget.fit(made.placements, made.staging_bytes), Tally(), Stages(), meter)
+    assert found.devices == {
+        "cuda:0": {"final_bytes": 256, "peak_bytes": 300},
+        "cuda:1": {"final_bytes": 128, "peak_bytes": 128},
+    }
+    assert found.device_peak_bytes == 428
+    told = " ".join(str(found).split())
+    assert "cuda:0, peak over final │ 44 B over 256 B" in told
+    assert "cuda:1, peak over final │ 0 B over 128 B" in told
