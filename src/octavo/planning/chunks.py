@@ -89,6 +89,8 @@ def cut_placement(placement: Placement, slot_bytes: int, first_unit: int = 0) ->
     """The chunks of one placement; units are numbered from ``first_unit``, and don't decrease."""
     itemsize = _itemsize(placement)
     found = list(_cut_placement(placement, slot_bytes))
+    if placement.columns is not None:  # what has no place here is read for its amax alone
+        found = [each for each in found if each[0] is Work.AMAX or placement.partition(each[1]) is not None]
     grid = placement.grid if placement.scheme else None
     for left, (work, piece, part, unit) in zip(range(len(found) - 1, -1, -1), found, strict=True):
         cells: tuple[slice, ...] = ()

@@ -14,6 +14,7 @@ from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
+from .partition import Partition, partition_of, stored_cells
 from .recipe import Decision
 
 
@@ -39,7 +40,11 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """One parameter: its scheme or the reason for none, and the pieces that tile it."""
+    """One parameter: its scheme or the reason for none, and the pieces that tile it.
+
+    Where only some ``columns`` have a place here, ``shape``, ``pieces`` and ``grid`` are of all that is read; what is
+    stored has ``stored_shape`` and ``scale_shape``.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -52,30 +57,42 @@ class Placement:
     device: str
     source_bytes: int
     ignored_as: tuple[str, ...] = ()  # patterns by which a recipe would leave it; default: its own name
+    columns: tuple[int, int] | None = None  # [start, stop) that have a place here; None: all
 
     @property
     def dtype(self) -> torch.dtype:
         return dtypes.MOVED[self.dtype_name]
 
     @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of what has a place here."""
+        return self.shape if self.columns is None else (*self.shape[:-1], self.columns[1] - self.columns[0])
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * dtypes.moved_bits(self.dtype_name) // 8
+        return math.prod(self.stored_shape) * dtypes.moved_bits(self.dtype_name) // 8
 
     @property
     def grid(self) -> ScaleGrid:
-        """Its scale grid; only a quantized placement has one."""
+        """The scale grid of all that is read; only a quantized placement has one."""
         assert self.scheme is not None
         return ScaleGrid(self.shape, schemes.get(self.scheme), self.parts)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
         """The shape in which its scale is stored."""
-        return self.grid.stored_shape
+        return self._stored(self.grid.stored_shape)
 
     @property
     def scale_grid(self) -> tuple[int, ...]:
-        """The scale's shape with its [row cells, column cells] always spelled out."""
-        return self.grid.grid_shape
+        """The stored scale's shape with its [row cells, column cells] always spelled out."""
+        return self._stored(self.grid.grid_shape)
+
+    def _stored(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The cells of the columns that have a place here."""
+        if self.columns is None or not grid:
+            return grid
+        return (*grid[:-1], stored_cells(self.columns, self.grid.scheme.group_cols)[1])
 
     @property
     def scale_bytes(self) -> int:
@@ -86,6 +103,22 @@ class Placement:
     @property
     def final_bytes(self) -> int:
         return self.nbytes + self.scale_bytes
+
+    def partition(
+        self, piece: Piece, cells: tuple[slice, ...] = (), phase: tuple[int, int] = (0, 0)
+    ) -> Partition | None:
+        """What of a box has a place here, given the cells of its scales; None where nothing has."""
+        if self.columns is None:
+            return Partition(piece, cells, phase)
+        group = None if self.scheme is None else schemes.get(self.scheme).group_cols
+        return partition_of(piece, cells, phase, self.columns, group)
+
+    def elements(self, piece: Piece) -> int:
+        """How many elements of a box have a place here."""
+        if self.columns is None:
+            return piece.numel
+        mine = self.partition(piece)
+        return 0 if mine is None else mine.piece.numel
 
 
 def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorInfo]) -> Placement:

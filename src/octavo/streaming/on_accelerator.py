@@ -246,7 +246,9 @@ class DevicePress:
                 continue
             values = lane.values(bundle)
             if bundle.work is Work.COPY:
-                self._placed.destination(bundle.placement).put(bundle.piece, values)
+                mine = bundle.placement.partition(bundle.piece)
+                assert mine is not None
+                self._placed.destination(bundle.placement).put(mine.piece, mine.of(values))
             elif bundle.work is Work.QUANTIZE:
                 whole.setdefault(bundle.placement.scheme or "", []).append((bundle, values))
             elif bundle.work is Work.AMAX:
@@ -255,7 +257,7 @@ class DevicePress:
                 self._quantize(bundle, values)
         for scheme, items in whole.items():
             self._quantize_together(items, schemes.get(scheme), lane)
-        return sum(self._placed.done(bundle.placement, bundle.work, bundle.piece.numel) for bundle in block.bundles)
+        return sum(self._placed.done(bundle.placement, bundle.work, bundle.piece) for bundle in block.bundles)
 
     def follow(self) -> None:
         """Let what comes next happen after what the caller's stream has been given (memory it has released)."""
@@ -303,16 +305,19 @@ class DevicePress:
         self._place(bundle, values, scale, schemes.to_stored(scale, scheme), scheme)
 
     def _place(self, bundle: Bundle, values: Tensor, scale: Tensor, stored: Tensor, scheme: Scheme) -> None:
-        destination, piece = self._placed.destination(bundle.placement), bundle.piece
-        destination.put_scale(bundle.cells, stored)
-        out = destination.view(piece)
+        destination = self._placed.destination(bundle.placement)
+        mine = bundle.placement.partition(bundle.piece, bundle.cells, bundle.phase)
+        assert mine is not None
+        values, scale = mine.of(values), mine.of_scales(scale)
+        destination.put_scale(mine.cells, mine.of_scales(stored))
+        out = destination.view(mine.piece)
         if out is not None:
             # nothing else is made of these bytes, so they may be clamped where they are
-            schemes.quantize_into(out, values, scale, scheme, phase=bundle.phase, clamped=values)
+            schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, clamped=values)
             return
         if self._scratch is None:
             nbytes = self._lanes[0].staged.bytes.numel() // 2
             self._scratch = torch.empty(nbytes, dtype=schemes.FP8, device=self._device)
-        out = self._scratch[: piece.numel].view(piece.size)
-        schemes.quantize_into(out, values, scale, scheme, phase=bundle.phase, clamped=values)
-        destination.put(piece, out)
+        out = self._scratch[: mine.piece.numel].view(mine.piece.size)
+        schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, clamped=values)
+        destination.put(mine.piece, out)

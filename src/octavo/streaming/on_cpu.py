@@ -95,7 +95,7 @@ class Press:
         """
         if chunk.piece.numel:
             self._place(chunk, self._elements(chunk, flat))
-        return self._placed.done(chunk.placement, chunk.work, chunk.piece.numel)
+        return self._placed.done(chunk.placement, chunk.work, chunk.piece)
 
     def _elements(self, chunk: Chunk, flat: Tensor) -> Tensor:
         """Bytes in file order -> a tensor of the piece's size (a view)."""
@@ -104,8 +104,10 @@ class Press:
 
     def _place(self, chunk: Chunk, x: Tensor) -> None:
         placement, piece = chunk.placement, chunk.piece
+        mine = placement.partition(piece, chunk.cells, chunk.phase)
         if chunk.work is Work.COPY:
-            self._placed.destination(placement).put(piece, x)
+            assert mine is not None
+            self._placed.destination(placement).put(mine.piece, mine.of(x))
             return
         scheme = schemes.get(placement.scheme or "")
         if chunk.work is Work.REREAD:
@@ -117,13 +119,14 @@ class Press:
         if chunk.work is Work.AMAX:
             self._placed.fold(placement, chunk.cells, amax, chunk.unit)
             return
-        destination, scale = self._placed.destination(placement), schemes.scale_from_amax(amax, scheme)
-        destination.put_scale(chunk.cells, schemes.to_stored(scale, scheme))
-        view = destination.view(piece)
-        out = self._scratch(piece) if view is None else view
-        self.tiles.quantize(out, x, scale, scheme, chunk.phase)
+        assert mine is not None
+        destination, scale = self._placed.destination(placement), schemes.scale_from_amax(mine.of_scales(amax), scheme)
+        destination.put_scale(mine.cells, schemes.to_stored(scale, scheme))
+        view = destination.view(mine.piece)
+        out = self._scratch(mine.piece) if view is None else view
+        self.tiles.quantize(out, mine.of(x), scale, scheme, mine.phase)
         if view is None:
-            destination.put(piece, out)
+            destination.put(mine.piece, out)
 
     def _scratch(self, piece: Piece) -> Tensor:
         if self.out is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
+from ..elements.pieces import Piece
 from ..planning.chunks import Work
 from ..planning.placement import Placement
 from .ring import Ring
@@ -43,14 +44,15 @@ class Placed:
         """Open a placement in the sink, unless it was opened before; may block until the sink has room."""
         if placement.name not in self._states:
             destination = self._sink.open(placement, self._ring)
-            self._states[placement.name] = _Open(destination, math.prod(placement.shape))
+            self._states[placement.name] = _Open(destination, math.prod(placement.stored_shape))
 
     def destination(self, placement: Placement) -> Destination:
         """The destination that takes the placement's bytes."""
         return self._state(placement).destination
 
-    def done(self, placement: Placement, work: Work, elements: int) -> int:
+    def done(self, placement: Placement, work: Work, piece: Piece) -> int:
         """Count elements, and close the placement with the last. Returns the bytes that are in their place by it."""
+        elements = placement.elements(piece)
         placed = elements * dtypes.moved_bits(placement.dtype_name) // 8
         with self._lock:
             state = self._states[placement.name]
@@ -76,7 +78,7 @@ class Placed:
         state = self._state(placement)
         with self._lock:
             if state.amax is None:
-                state.amax = torch.zeros(placement.scale_grid, dtype=torch.float32, device=amax.device)
+                state.amax = torch.zeros(placement.grid.grid_shape, dtype=torch.float32, device=amax.device)
             region = state.amax[cells]
             region.copy_(torch.maximum(region, amax))
             if unit is not None:

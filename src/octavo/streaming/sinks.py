@@ -68,7 +68,7 @@ class Storage:
     @classmethod
     def allocate(cls, placement: Placement) -> Storage:
         """Uninitialised memory of the right shapes, dtypes and device."""
-        weight = torch.empty(placement.shape, dtype=placement.dtype, device=placement.device)
+        weight = torch.empty(placement.stored_shape, dtype=placement.dtype, device=placement.device)
         if placement.scheme is None:
             return cls(weight)
         dtype = schemes.get(placement.scheme).scale_dtype
@@ -271,7 +271,7 @@ class _FileRegion:
         bits = dtypes.moved_bits(placement.dtype_name)
         values = values.to(placement.dtype)
         box = tuple(slice(off, off + n) for off, n in zip(piece.dst_off, piece.size, strict=True))
-        self._sink.write_box(self._sink._extents[placement.name], placement.shape, box, values, bits)
+        self._sink.write_box(self._sink._extents[placement.name], placement.stored_shape, box, values, bits)
 
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
         placement = self._placement
