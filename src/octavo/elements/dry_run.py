@@ -77,7 +77,7 @@ class Trace:
 
     copies: list[Copy] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # sources of which a value was asked for
-    computes: bool = False  # the loader reads parameters, or changes them other than by copying
+    computes: bool = False  # the loader reads what it has written, or changes parameters other than by copying
     opaque: dict[str, str] = field(default_factory=dict)  # target -> a write into it that is no box
     failed: tuple[str, Exception] | None = None  # the tensor that was being loaded when the loader gave up
 
@@ -139,6 +139,7 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
             "can't follow; convert the checkpoint with `octavo convert`, and serve that"
         )
     recorder.adopt(made)
+    recorder.trace.computes |= recorder.reads_what_it_wrote
     return recorder.trace
 
 
@@ -195,6 +196,8 @@ class _Recorder(PlainDispatchMode):
         self._itemsizes: dict[int, int] = {}  # of roots; seen as another dtype, they are not counted in elements
         self._derived: dict[int, frozenset[str]] = {}
         self._elsewhere: list[tuple[Tensor, frozenset[str], View | None]] = []  # writes into other memory
+        self._read: set[int] = set()  # storages of targets
+        self._written: set[int] = set()
         self._kept: list[Tensor] = []  # a storage that is freed could lend its identity to another
 
     def source(self, source: Source) -> Tensor:
@@ -211,6 +214,11 @@ class _Recorder(PlainDispatchMode):
         """Return True if it is a source, or computed from some; memory into which sources were written is not."""
         written = any(_storage(target) == _storage(tensor) for target, *_ in self._elsewhere)
         return bool(self._names(tensor)) and not written
+
+    @property
+    def reads_what_it_wrote(self) -> bool:
+        """Return True if the loader asked for values that it has written, which tables of the model are not."""
+        return bool(self._read & self._written)
 
     def adopt(self, made: dict[str, Tensor]) -> None:
         """Count parameters that the loader has made on the way, and what was written into them, as the model's."""
@@ -229,8 +237,10 @@ class _Recorder(PlainDispatchMode):
         kwargs = kwargs or {}
         # what is filled holds no longer what it held
         sources = self._sources_of(args[1:] if func in _FILLS else args, kwargs)
-        if func not in _FILLS and self._touches_targets(args, kwargs):
-            self.trace.computes = True
+        if func not in _FILLS:
+            read = self._targets.keys() & {_storage(tensor) for tensor in tensors_in((args, kwargs))}
+            self._read |= read
+            self.trace.computes |= func._schema.is_mutable and bool(read)
         if func._schema.is_mutable:
             return self._mutate(func, args, kwargs, sources)
         if not sources:
@@ -266,9 +276,6 @@ class _Recorder(PlainDispatchMode):
             found |= self._names(tensor)
         return found
 
-    def _touches_targets(self, args: Sequence[Any], kwargs: Any) -> bool:
-        return any(_storage(tensor) in self._targets for tensor in tensors_in((args, kwargs)))
-
     def _derive(self, tensor: Tensor, sources: frozenset[str]) -> None:
         key = _storage(tensor)
         self._derived[key] = self._names(tensor) | sources
@@ -284,7 +291,7 @@ class _Recorder(PlainDispatchMode):
         derived = self._derived.get(origin)
         sources = derived or self._roots.get(origin, _NONE)
         if origin in self._targets:
-            self.trace.computes = True
+            self._read.add(origin)
         alike = value.shape == target.shape
         followed = sources and alike and derived is None and value.itemsize == self._itemsizes[origin]
         view = View.of(value) if followed else None
@@ -310,6 +317,7 @@ class _Recorder(PlainDispatchMode):
         return target if sources else func(*args, **kwargs)
 
     def _note(self, target: Tensor, sources: frozenset[str], view: View | None) -> None:
+        self._written.add(_storage(target))
         into, homes = View.of(target), self._targets[_storage(target)]
         if 0 in into.size:
             return

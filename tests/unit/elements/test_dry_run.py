@@ -136,10 +136,26 @@ def test_a_loader_that_reads_or_changes_parameters_is_known():
     class Summing(Fused):
         def load_weights(self, weights):
             super().load_weights(weights)
-            self.total = self.bias.data.sum()
+            self.total = self.qkv.data.sum()
 
     for model in (Doubling(), Summing()):
         assert traced(model, ("q", (4, 6))).computes
+
+
+def test_a_loader_that_looks_at_what_the_model_brings_does_not_compute():
+    """As vLLM's looks up in a table of the layer which experts are this rank's."""
+
+    class Mapped(Fused):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("expert_map", torch.tensor([-1, 0]))
+
+        def load_weights(self, weights):
+            super().load_weights((name, weight) for name, weight in weights if self.expert_map[int(name == "q")] >= 0)
+
+    seen = traced(Mapped(), ("q", (4, 6)), ("k", (4, 6)))
+    assert [copy.src_name for copy in seen.copies] == ["q"]
+    assert not seen.computes
 
 
 def test_the_model_is_as_it_was():
