@@ -60,6 +60,7 @@ def engine_options(way: str, folder: Path, options: dict[str, Any]) -> dict[str,
         }
     if options["ranks"] > 1:
         asked["disable_custom_all_reduce"] = True
+        asked["enable_expert_parallel"] = options["experts"]
     if options["graphs"]:
         sizes = sorted(options["batches"])
         asked["compilation_config"] = {
@@ -110,6 +111,8 @@ def measure(way: str, folder: Path, answers: Path, options: dict[str, Any]) -> d
     answered = _answers(llm, prompts(*options["compare"], vocabulary), options["new"])
     answers.write_text(json.dumps({**answered, "sums": found.pop("sums")}))
     found["answers_s"] = time.perf_counter() - started
+    if not options["speed"]:
+        return found
     found["prefill"] = _prefill(llm, prompts(*options["prefill"], vocabulary))
     found["decode"] = {
         str(batch): _decode(llm, prompts(batch, options["prompt"], vocabulary), options["new"])

@@ -15,6 +15,7 @@ import torch
 import vllm.model_executor.model_loader as model_loader
 
 from octavo.machine import rss_bytes
+from octavo.streaming.stream import Stream, Tally
 
 FACTS: dict[str, Any] = {}
 _LOG: list[str] = []
@@ -80,6 +81,22 @@ def _measured(get_model_loader: Any) -> Any:
 
     return get
 
+
+def _counted(run: Any) -> Any:
+    """`Stream.run`, which notes the bytes that were read, and those that the plan had forecast."""
+
+    @functools.wraps(run)
+    def counted(self: Stream, *args: Any, **kwargs: Any) -> Tally:
+        before = self.tally.read_bytes
+        tally: Tally = run(self, *args, **kwargs)
+        FACTS["read_bytes"] = FACTS.get("read_bytes", 0) + tally.read_bytes - before
+        FACTS["forecast_bytes"] = FACTS.get("forecast_bytes", 0) + self.plan.source_bytes
+        return tally
+
+    return counted
+
+
+Stream.run = _counted(Stream.run)  # type: ignore[method-assign]
 
 # wherever it has been imported to; vLLM has several model runners, and what is imported later gets it from the first
 _original, _wrapped = model_loader.get_model_loader, _measured(model_loader.get_model_loader)

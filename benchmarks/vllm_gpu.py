@@ -1,9 +1,10 @@
 """How long does vLLM take until it serves FP8 from a bf16 checkpoint, and how well and fast does it answer then?
 
     python benchmarks/vllm_gpu.py --folder /dev/shm/octavo-bench
-    python benchmarks/vllm_gpu.py --folder /dev/shm/octavo-bench --ways octavo-fp8_channel --tensor-parallel 1 2
+    python benchmarks/vllm_gpu.py --folder /dev/shm/octavo-bench --ways octavo-fp8_channel --tensor-parallel 1 2 2e
 
-Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine in a process of its own:
+Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine in a process of its own, or one for each GPU
+(2e: with experts apart, each whole on one of them):
 
     bf16            vLLM as it is
     fp8_per_...     vLLM's own online quantization: --quantization fp8_per_tensor, fp8_per_channel, fp8_per_block
@@ -13,7 +14,8 @@ Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine in a pro
     load s       of the loader's ``load_model``, in the worker: to make the model, fill it, and bring weights into the
                  form of the kernels; "weights" is the filling alone
     start s      of `vllm.LLM(...)`, the load in it: profiling and capturing graphs, mostly
-    final, over  allocated by torch after the load, and at the peak beyond that
+    final, over  allocated by torch after the load, and at the peak beyond that; "reserved" is what torch's allocator
+                 held at most, beyond the peak of what was allocated
     prefill      tokens a second of prompts of which one token is asked each, all in one step
     decode       new tokens a second, for batches; in CUDA graphs (without torch.compile) unless --eager
 
@@ -35,7 +37,7 @@ import shutil
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import _vllm
 import common
@@ -51,7 +53,26 @@ WAYS = ("bf16", *ONLINE, *OCTAVO, *CONVERTED)
 DEFAULT_WAYS = ("octavo-fp8_channel", "fp8_per_tensor", "octavo-fp8_block", "bf16", "fp8_per_block")
 GIB = 1 << 30
 
-PROMISED_FASTER, PROMISED_OVER_BYTES = 3.0, int(0.3 * GIB)  # than fp8_per_tensor; of the device
+#: than fp8_per_tensor on one GPU, and on several; of the device; of the peak
+PROMISED_FASTER, PROMISED_FASTER_TOGETHER = 3.0, 2.5
+PROMISED_OVER_BYTES, PROMISED_RESERVED = GIB // 4, 1.02
+#: of the time that one GPU takes, with two
+PROMISED_SHARE = 0.65
+
+
+class Ranks(NamedTuple):
+    """How many GPUs work together, and whether each has whole experts."""
+
+    count: int
+    experts: bool = False
+
+    def __str__(self) -> str:
+        return f"tp{self.count}{' ep' if self.experts else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Ranks:
+        return cls(int(text.removesuffix("e")), text.endswith("e"))
+
 
 CHILD = """
 from pathlib import Path
@@ -76,12 +97,14 @@ def condense(found: dict[str, Any], source_bytes: int) -> dict[str, Any]:
     """A row of the result; with several ranks, the slowest and the largest."""
     ranks = found.pop("ranks")
     row = {key: round(max(rank[key] for rank in ranks), 3) for key in ("load_s", "weights_s") if key in ranks[0]}
+    row |= {key: [rank[key] for rank in ranks] for key in ("read_bytes", "forecast_bytes") if key in ranks[0]}
     after = [rank["after"] for rank in ranks]
     row |= {
         "gb_per_s": round(source_bytes / row["load_s"] / 1e9, 2),
         "final_bytes": max(memory["allocated_bytes"] for memory in after),
         "over_bytes": max(memory["allocated_peak_bytes"] - memory["allocated_bytes"] for memory in after),
         "reserved_over_bytes": max(memory["reserved_peak_bytes"] - memory["allocated_bytes"] for memory in after),
+        "reserved_share": round(max(m["reserved_peak_bytes"] / max(1, m["allocated_peak_bytes"]) for m in after), 4),
         "rss_after_load_bytes": max(rank["rss_bytes"] for rank in ranks),
         "log": ranks[0]["log"],
     }
@@ -105,12 +128,12 @@ def compare(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def against(way: str, ranks: int, folder: Path) -> dict[str, Any]:
+def against(way: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
     """Comparisons with what else there is: bf16, vLLM's own, the converted checkpoint; with more ranks, also one."""
     mine = json.loads(answers_path(way, ranks, folder).read_text())
     others = [(other, ranks) for other in ("bf16", *ONLINE, *OCTAVO, *CONVERTED) if other != way]
     found = {}
-    for other, count in [*others, *([(way, 1)] if ranks > 1 else [])]:
+    for other, count in [*others, *([(way, Ranks(1))] if ranks.count > 1 else [])]:
         path = answers_path(other, count, folder)
         theirs = json.loads(path.read_text()) if path.is_file() else None
         if theirs is not None and lengths(theirs) == lengths(mine):  # asked the same
@@ -122,26 +145,32 @@ def lengths(answers: dict[str, Any]) -> list[list[int]]:
     return [[len(values) for values in answers[what]] for what in ("tokens", "logprobs")]
 
 
-def answers_path(way: str, ranks: int, folder: Path) -> Path:
+def answers_path(way: str, ranks: Ranks, folder: Path) -> Path:
     return folder.with_name(folder.name + ".answers") / f"{key_of(way, ranks)}.json"
 
 
-def key_of(way: str, ranks: int) -> str:
-    return f"{way} tp{ranks}"
+def key_of(way: str, ranks: Ranks) -> str:
+    return f"{way} {ranks}"
 
 
 # -- what came out ----------------------------------------------------------------------------------------------------
 
 
-def promises(way: str, ranks: int, rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
+def promises(way: str, ranks: Ranks, rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """Which promises a load through octavo kept."""
     row, kept = rows[key_of(way, ranks)], {}
     if way not in OCTAVO or "load_s" not in row:
         return kept
     kept["over"] = row["over_bytes"] <= PROMISED_OVER_BYTES
-    own = rows.get(key_of("fp8_per_tensor", ranks), {})
+    kept["reserved"] = row["reserved_share"] <= PROMISED_RESERVED
+    if "read_bytes" in row:
+        kept["read as forecast"] = row["read_bytes"] == row["forecast_bytes"]
+    own, alone = rows.get(key_of("fp8_per_tensor", ranks), {}), rows.get(key_of(way, Ranks(1)), {})
     if "load_s" in own:
-        kept["faster"] = own["load_s"] >= PROMISED_FASTER * row["load_s"]
+        faster = PROMISED_FASTER if ranks.count == 1 else PROMISED_FASTER_TOGETHER
+        kept["faster"] = own["load_s"] >= faster * row["load_s"]
+    if "load_s" in alone and ranks.count > 1:
+        kept["faster together"] = row["load_s"] <= PROMISED_SHARE * alone["load_s"]
     twin = row.get("against", {}).get(way.replace("octavo", "converted"))
     if twin:
         kept["equal"] = twin["equal"] and twin["equal_parameters"] is not False
@@ -150,7 +179,7 @@ def promises(way: str, ranks: int, rows: dict[str, dict[str, Any]]) -> dict[str,
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """A line a way, and what it says of its answers below."""
-    head = ("load s", "weights", "GB/s", "start s", "final GiB", "over GiB", "prefill/s")
+    head = ("load s", "weights", "GB/s", "start s", "final GiB", "over GiB", "reserved", "prefill/s")
     batches = list(dict.fromkeys(batch for row in rows.values() for batch in row.get("decode", {})))
     lines = [f"{'':26}" + "".join(f"{name:>11}" for name in (*head, *(f"decode {batch}" for batch in batches)))]
     for key, row in rows.items():
@@ -159,10 +188,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             continue
         values = [row["load_s"], row.get("weights_s", math.nan), row["gb_per_s"], row["start_s"]]
         values += [row["final_bytes"] / GIB, row["over_bytes"] / GIB]
-        cells = "".join(f"{value:11.2f}" for value in values) + f"{row['prefill']['tokens_per_s']:11,.0f}"
-        cells += "".join(
-            f"{row['decode'][batch]['tokens_per_s']:11,.0f}" for batch in batches if batch in row["decode"]
-        )
+        cells = "".join(f"{value:11.2f}" for value in values) + f"{row['reserved_share']:11.3f}"
+        if "prefill" in row:
+            speeds = [row["prefill"], *(row["decode"][batch] for batch in batches if batch in row["decode"])]
+            cells += "".join(f"{speed['tokens_per_s']:11,.0f}" for speed in speeds)
         lines.append(f"{key:26}{cells}")
         for other, found in row.get("against", {}).items():
             same = "equal" if found["equal"] else f"logprobs {found['mean_difference']:.4f} apart"
@@ -205,7 +234,6 @@ def source_of(way: str, folder: Path, merged: Merged, model: str, timeout_s: flo
         found = run_fresh(CONVERT, folder, target, scheme, timeout_s=timeout_s)
         say(f"converted to {scheme}: {found['seconds']:.1f} s")
         merged.add(found, "models", model, f"convert-{scheme}")
-    common.set_cache(target, cold=False)  # converting writes past the page cache
     return target
 
 
@@ -219,7 +247,6 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
     """Every way to load a model; whether octavo's kept what they promise of their answers."""
     folder = common.model_folder(args.folder, model, args.layers)
     facts = make_checkpoint.make(model, folder, args.layers)
-    common.set_cache(folder, cold=False)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
     merged.add(facts, "models", model, "checkpoint")
     options = {
@@ -233,6 +260,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
         "prompt": args.prompt,
         "new": args.new,
         "sums": args.sums,
+        "speed": not args.load_only,
         "engine": args.engine,
     }
     rows: dict[str, dict[str, Any]] = {}
@@ -246,16 +274,27 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
             continue
         try:
             source = source_of(way, folder, merged, model, timeout_s)
+            # converting writes past the page cache
+            cached = common.set_cache(source, cold=args.cold)
             try:
-                found = run_way(way, source, answers, {**options, "ranks": ranks}, timeout_s, args.log)
+                found = run_way(
+                    way,
+                    source,
+                    answers,
+                    {**options, "ranks": ranks.count, "experts": ranks.experts},
+                    timeout_s,
+                    args.log,
+                )
             except ChildError as error:
                 if not options["graphs"] or any("load_s" in row for row in rows.values()):
                     raise
                 say(f"{key}: {error}\nno way has gone well yet: all without CUDA graphs, then")
                 options["graphs"] = False
                 left_s = timeout_s - (time.perf_counter() - began)
-                found = run_way(way, source, answers, {**options, "ranks": ranks}, left_s, args.log)
-            rows[key] = condense(found, facts["bytes"]) | {"graphs": options["graphs"]}
+                found = run_way(
+                    way, source, answers, {**options, "ranks": ranks.count, "experts": ranks.experts}, left_s, args.log
+                )
+            rows[key] = condense(found, facts["bytes"]) | {"graphs": options["graphs"], "cached": round(cached, 3)}
         except ChildError as error:
             rows[key] = {"error": str(error)[-3000:]}
             say(f"{key}: {rows[key]['error']}")
@@ -293,12 +332,21 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
     parser.add_argument("--ways", nargs="+", default=DEFAULT_WAYS, choices=WAYS, metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--tensor-parallel", nargs="+", type=int, default=[1], metavar="N", help="GPUs (%(default)s)")
+    parser.add_argument(
+        "--tensor-parallel",
+        nargs="+",
+        type=Ranks.parse,
+        default=[Ranks(1)],
+        metavar="N",
+        help="GPUs; 2e: experts apart",
+    )
     parser.add_argument("--compare", type=pair, default=(8, 128), metavar="COUNTxLENGTH", help="prompts (%(default)s)")
     parser.add_argument("--prefill", type=pair, default=(4, 2048), metavar="COUNTxLENGTH", help="(%(default)s)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="of the decode (%(default)s)")
     parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode (%(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens to decode (%(default)s)")
+    parser.add_argument("--load-only", action="store_true", help="time the load, not the answers")
+    parser.add_argument("--cold", action="store_true", help="from the disk, not from the page cache")
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
     parser.add_argument("--sums", action="store_true", help="compare all parameters, too")
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more options for vllm.LLM")

@@ -171,19 +171,42 @@ def test_promises_about_loading_into_vllm(load_s, over_gib, equal):
     twin = {"equal": equal, "equal_parameters": None, "mean_difference": 0, "correlation": 1.0}
     twin |= {"same_tokens": 1.0, "same_first_tokens": 1.0}
     speed = {"prefill": {"tokens_per_s": 1.0}, "decode": {"1": {"tokens_per_s": 1.0}}, "gb_per_s": 1.0, "start_s": 1.0}
+    speed |= {"reserved_share": 1.01}
     mine = {"load_s": load_s, "final_bytes": 1, "over_bytes": int(over_gib * vllm_gpu.GIB), **speed}
     rows = {
         "octavo-fp8_channel tp1": {**mine, "against": {"converted-fp8_channel": twin}},
         "fp8_per_tensor tp1": {"load_s": 6.0, "final_bytes": 1, "over_bytes": 1, **speed},
         "bf16 tp1": {"error": "no luck"},
     }
-    kept = vllm_gpu.promises("octavo-fp8_channel", 1, rows)
-    assert kept == {"over": over_gib <= 0.3, "faster": load_s <= 2.0, "equal": equal}
+    alone = vllm_gpu.Ranks(1)
+    kept = vllm_gpu.promises("octavo-fp8_channel", alone, rows)
+    assert kept == {"over": over_gib <= 0.25, "reserved": True, "faster": load_s <= 2.0, "equal": equal}
     rows["octavo-fp8_channel tp1"]["promises"] = kept
     told = vllm_gpu.table(rows)
     assert "no luck" in told
     assert ("not as promised" in told) == (not all(kept.values()))
-    assert vllm_gpu.promises("fp8_per_tensor", 1, rows) == {}
+    assert vllm_gpu.promises("fp8_per_tensor", alone, rows) == {}
+
+
+@pytest.mark.parametrize(
+    ("load_s", "reserved", "read"), [(1.3, 1.02, 7), (1.4, 1.02, 7), (1.3, 1.03, 7), (1.3, 1.0, 8)]
+)
+def test_promises_about_several_ranks(load_s, reserved, read):
+    memory = {"over_bytes": 0, "reserved_share": reserved}
+    together = vllm_gpu.Ranks.parse("2e")
+    rows = {
+        "octavo-fp8_block tp1": {**memory, "load_s": 2.0},
+        "octavo-fp8_block tp2 ep": {**memory, "load_s": load_s, "read_bytes": [6, read], "forecast_bytes": [6, 7]},
+        "fp8_per_tensor tp2 ep": {"load_s": 3.25},
+    }
+    kept = vllm_gpu.promises("octavo-fp8_block", together, rows)
+    assert kept == {
+        "over": True,
+        "reserved": reserved <= 1.02,
+        "read as forecast": read == 7,
+        "faster": load_s <= 1.3,
+        "faster together": load_s <= 1.3,
+    }
 
 
 def test_a_stream_is_measured_with_and_without_its_parts(checkpoint):
