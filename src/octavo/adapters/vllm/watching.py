@@ -1,23 +1,20 @@
 """What a quantization config of vLLM says of each layer while a model is built.
 
-A layer that can't be built in FP8 (its sides don't fit, no kernel takes it, it fuses what is quantized with what is
-not) is built unquantized, and the reason kept; vLLM would end at the first one.
+A layer that can't be built in FP8 is built unquantized, and the reason kept (see `fitting`).
 """
 
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
-from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
 from ...numerics.schemes import FP8
-from ..engine.survey import error_text
+from .fitting import fitted, is_linear
 
 
 @dataclass
@@ -34,49 +31,16 @@ class Watch:
         In the second case this machine may have no kernel, and another one have it.
         """
         modules = {path: module for path, module in model.named_modules() if module in self.names}
-        built = {_is_linear(m) for m in modules.values() if any(p.dtype == FP8 for p in m.parameters(recurse=False))}
+        built = {is_linear(m) for m in modules.values() if any(p.dtype == FP8 for p in m.parameters(recurse=False))}
         refused = {path: module for path, module in modules.items() if module in self.refused}
-        plain = {path: self.refused[m] for path, m in refused.items() if _is_linear(m) in built}
+        plain = {path: self.refused[m] for path, m in refused.items() if is_linear(m) in built}
         return plain, {path: self.refused[m] for path, m in refused.items() if path not in plain}
 
     def get_quant_method(self, original: Callable[..., Any], config: Any, layer: nn.Module, prefix: str) -> Any:
         self.asked.clear()
-        try:
-            method = original(config, layer, prefix)
-        except Exception as error:
-            method = self._refuse(layer, error)
+        method = fitted([functools.partial(original, config, layer, prefix)], layer, self.refused)
         self.names[layer] = _parts(config, prefix, self.asked)
-        if method is not None and hasattr(method, "create_weights"):
-            create = method.create_weights
-
-            def create_weights(*args: Any, **kwargs: Any) -> Any:
-                try:
-                    return create(*args, **kwargs)
-                except Exception as error:
-                    return self._refuse(layer, error).create_weights(*args, **kwargs)
-
-            method.create_weights = create_weights
         return method
-
-    def _refuse(self, layer: nn.Module, error: Exception) -> Any:
-        if not _is_linear(layer) and not hasattr(layer, "moe_config"):
-            raise error
-        self.refused[layer] = re.sub(r"\.\d+\b", ".*", error_text(error))  # the same for all layers
-        for name in [*layer._parameters]:  # what was made before it failed
-            del layer._parameters[name]
-        return _unquantized(layer)
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, LinearBase)
-
-
-def _unquantized(layer: Any) -> Any:
-    if _is_linear(layer):
-        return UnquantizedLinearMethod()
-    from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
-
-    return UnquantizedFusedMoEMethod(layer.moe_config)
 
 
 def _parts(config: Any, prefix: str, asked: list[str]) -> list[str]:
