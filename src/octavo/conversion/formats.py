@@ -105,13 +105,18 @@ class Format:
         )
 
     def config(
-        self, plan: Plan, unquantized: Iterable[str] = (), modules: Mapping[str, str] = MappingProxyType({})
+        self,
+        plan: Plan,
+        unquantized: Iterable[str] = (),
+        modules: Mapping[str, str] = MappingProxyType({}),
+        ragged: bool = False,
     ) -> dict[str, Any]:
         """config.json's ``quantization_config``.
 
         Args:
             unquantized: more modules in which no reader may look for a scale, by the names that readers give them.
             modules: quantized tensor -> the module that a reader loads it into, where it has another name.
+            ragged: whether the reader sees for itself where activations can't be cut into groups.
         """
         # every module without a scale is named, and the head even when it is tied and in no file: some readers would
         # otherwise wait for a scale there, and go on with uninitialised memory
@@ -126,7 +131,7 @@ class Format:
                 "modules_to_not_convert": ignore,
             }
         groups = {
-            f"group_{number}": {"targets": targets, **_arguments(scheme, placements)}
+            f"group_{number}": {"targets": targets, **_arguments(scheme, () if ragged else placements)}
             for number, (scheme, targets, placements) in enumerate(_groups(plan, modules))
         }
         formats = {group["format"] for group in groups.values()}

@@ -6,6 +6,7 @@ that vLLM has for FP8 checkpoints on disk. Scales are taken over whole tensors o
 that `octavo.convert` writes, whatever the degree of parallelism.
 
     config     the quantization config that vLLM is given
+    fitting    layers that can't be made in FP8
     loader     ``--load-format octavo``
     reloading  what happens when weights are loaded again; `arrivals`: what has come for each layer
     cpu_kernels  for processors for which vLLM has none

@@ -9,6 +9,7 @@ it either way, when the headers have been read.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 
 from ...errors import RecipeError
 from ..engine.names import LOAD_FORMAT, PREFIX
+from .fitting import fitted, is_linear
 
 #: load formats that octavo takes over, or that read no weights
 _READ_BY_OCTAVO = (LOAD_FORMAT, "auto", "hf", "safetensors", "dummy")
@@ -34,13 +36,14 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         super().__init__(target_scheme_map={}, ignore=[], quant_format="float-quantized")
         self.kept: dict[str, str] = {}  # layers that stay unquantized, whatever the config says -> why
         self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # layers, as vLLM calls them
+        self.refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # those that don't fit FP8 -> why
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "names": None}  # layers are those of this process
+        return {**self.__dict__, "names": None, "refused": None}  # layers are those of this process
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.names = WeakKeyDictionary()
+        self.names, self.refused = WeakKeyDictionary(), WeakKeyDictionary()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> OctavoConfig:
@@ -70,10 +73,19 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         self.packed_modules_mapping: dict[str, list[str]] = {}
         self.kept = dict(kept)
         self.names.clear()
+        self.refused.clear()
 
     def paths(self, model: nn.Module) -> dict[str, str]:
         """The place of each layer in the model -> vLLM's name of it, which differs for experts."""
         return {path: self.names[module] for path, module in model.named_modules() if module in self.names}
+
+    def unquantized(self, model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+        """The places of layers that were made unquantized -> why: as `fill` said; since vLLM can't make them in FP8."""
+        kept = {path: self.kept[name] for path, name in self.paths(model).items() if name in self.kept}
+        found = {path: self.refused[module] for path, module in model.named_modules() if module in self.refused}
+        return kept, {
+            path: f"vLLM can't make this layer in {self.scheme}: {why.rstrip('.')}" for path, why in found.items()
+        }
 
     def has_blocked_weights(self) -> bool:
         """Asked by vLLM when it decides about kernels."""
@@ -91,6 +103,21 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         if prefix in self.kept:
             with self._ignoring_everything():
                 return super().get_quant_method(layer, prefix)
+        ways = [functools.partial(self._method, layer, prefix)]
+        if self.has_blocked_weights() and is_linear(layer):
+            ways.append(functools.partial(self._weights_only, layer, prefix))
+        return fitted(ways, layer, self.refused)
+
+    def _weights_only(self, layer: nn.Module, prefix: str) -> Any:
+        """The method for FP8 weights and activations as they are, of which no groups have to be made."""
+        given = self.target_scheme_map
+        self.target_scheme_map = {target: {**scheme, "input_activations": None} for target, scheme in given.items()}
+        try:
+            return self._method(layer, prefix)
+        finally:
+            self.target_scheme_map = given
+
+    def _method(self, layer: nn.Module, prefix: str) -> Any:
         try:
             return super().get_quant_method(layer, prefix)
         except ValueError as error:

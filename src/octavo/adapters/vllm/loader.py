@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_FORMAT
 from ...conversion import formats
 from ...conversion.iterate import iterate
-from ...errors import OctavoError, RecipeError
+from ...errors import RecipeError
 from ...planning.plan import Plan, plan_checkpoint
 from ...streaming.meter import Stages, collection_paused, measured
 from ...streaming.on_accelerator import WarmUp
@@ -95,7 +95,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         while True:
             self.quant_config.fill(layout_config, kept)
             try:
-                return self._make(vllm_config, model_config, prefix)
+                model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+                return model
             except _MakeAnewError as again:
                 stubborn = next((layer for layer in again.keep if layer in kept), None)
                 if stubborn is not None:
@@ -106,20 +107,6 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 kept.update(again.keep)
             forget_layers()
             gc.collect()  # the model is held by its own cycles
-
-    def _make(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
-        try:
-            model: nn.Module = super().load_model(vllm_config, model_config, prefix)
-        except (_MakeAnewError, OctavoError):
-            raise
-        except (ValueError, NotImplementedError, AssertionError) as error:
-            if self.options.scheme != "fp8_block" or "block" not in str(error):
-                raise
-            why = str(error).rstrip(".")
-            raise RecipeError(
-                f"vLLM can't run fp8_block on this model: {why}. Use the scheme fp8_channel, or ignore the layers."
-            ) from error
-        return model
 
     def _quant_config(self, vllm_config: VllmConfig, model_config: ModelConfig) -> OctavoConfig:
         """The config that vLLM made from ``--quantization``, or one made now, as vLLM would."""
@@ -174,7 +161,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         """The plan of all tensors, and the config of the checkpoint that they would make."""
         layout = formats.get(DEFAULT_FORMAT)
         made = plan_checkpoint(checkpoint, self.options.recipe, self.options.staging_bytes, str(device))
-        return made, layout.config(made)
+        return made, layout.config(made, ragged=True)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -188,9 +175,10 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 "--load-format and --quantization out"
             )
         with self.stages("plan"):
-            kept = {m: quant_config.kept[n] for m, n in quant_config.paths(model).items() if n in quant_config.kept}
-            found = Surveyor(model, model.load_weights, self.plan, layout, versions.exempt(model), kept).run()
-            self._check(model, found)
+            kept, unfit = quant_config.unquantized(model)
+            left = {**kept, **unfit}
+            found = Surveyor(model, model.load_weights, self.plan, layout, versions.exempt(model), left).run()
+            self._check(model, found, {*unfit.values()})
         assert found.places is not None
         self.warming.close()
         tally = Tally()
@@ -221,16 +209,18 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             model.load_weights(weights)
         versions.release_pinned_memory()
 
-    def _check(self, model: nn.Module, found: Survey) -> None:
-        """Have the model made anew, if it must be, or refuse."""
-        if not found.keep:
-            return
-        if found.refused and self.options.strict:
-            name, why = next(iter(found.refused.items()))
+    def _check(self, model: nn.Module, found: Survey, unfit: Collection[str]) -> None:
+        """Have the model made anew, if it must be, or refuse. Tensors with the reasons ``unfit`` are in layers that are
+        not FP8 since vLLM can't make them so."""
+        refused = {p.name: p.reason for p in found.plan.kept if p.reason in unfit} | dict(found.refused)
+        if refused and self.options.strict:
+            name, why = next(iter(refused.items()))
             raise RecipeError(
-                f"{name} can't become FP8 in {type(model).__name__}: {why} ({len(found.refused)} tensors in all). "
+                f"{name} can't become FP8 in {type(model).__name__}: {why} ({len(refused)} tensors in all). "
                 "Without strict they stay as they are; or ignore them."
             )
+        if not found.keep:
+            return
         names = self.quant_config.paths(model)
         raise _MakeAnewError({names[module]: why for module, why in found.keep.items()})
 

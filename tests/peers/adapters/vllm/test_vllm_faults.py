@@ -199,12 +199,6 @@ def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path) -> Non
     assert "the checkpoint is already quantized (compressed-tensors" in flag.error
 
 
-def test_block_scales_that_dont_fit_name_the_alternative(tmp_path: Path) -> None:
-    (answer,) = run(octavo_job(make("smollm2", tmp_path / "smollm2"), "fp8_block"))
-    assert "vLLM can't run fp8_block on this model" in answer.error
-    assert "Use the scheme fp8_channel" in answer.error
-
-
 def test_strict_refuses_what_the_loader_cant_take(tmp_path: Path) -> None:
     folder = make("granitemoe", tmp_path / "granitemoe")
     extra = {"load_format": "octavo", EXTRA: {"strict": True}}
