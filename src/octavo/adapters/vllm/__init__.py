@@ -5,6 +5,7 @@ FP8 followed by ``X.weight_scale``, made from the bf16 checkpoint on the way. Fu
 that vLLM has for FP8 checkpoints on disk. Scales are taken over whole tensors of the checkpoint, so the bytes are those
 that `octavo.convert` writes, whatever the degree of parallelism.
 
+    plugin     what every process of vLLM is told
     config     the quantization config that vLLM is given
     fitting    layers that can't be made in FP8
     loader     ``--load-format octavo``
@@ -22,20 +23,16 @@ from __future__ import annotations
 def register() -> None:
     """Make ``--load-format octavo`` and ``--quantization octavo_...`` known to vLLM. May be called repeatedly."""
     try:
-        from vllm.platforms import current_platform
+        import vllm.platforms  # noqa: F401
     except ImportError:
         return
     from . import versions
 
     if not versions.is_supported():
         return  # --load-format octavo is then unknown to vLLM, which says so
-    from . import loader
+    from . import plugin
 
-    loader.register()
-    if current_platform.is_cpu():
-        from . import cpu_kernels as cpu
-
-        cpu.register()
+    plugin.register()
 
 
 __all__ = ["register"]

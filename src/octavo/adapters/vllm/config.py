@@ -16,15 +16,15 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
 from ...errors import RecipeError
 from ..engine.names import LOAD_FORMAT, PREFIX
+from . import plugin
 from .fitting import fitted, is_linear
 
 #: load formats that octavo takes over, or that read no weights
-_READ_BY_OCTAVO = (LOAD_FORMAT, "auto", "hf", "safetensors", "dummy")
+_READ_BY_OCTAVO = (LOAD_FORMAT, *plugin.READ_BY_VLLM, "dummy")
 
 
 class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
@@ -34,6 +34,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__(target_scheme_map={}, ignore=[], quant_format="float-quantized")
+        plugin.take_over()
         self.kept: dict[str, str] = {}  # layers that stay unquantized, whatever the config says -> why
         self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # layers, as vLLM calls them
         self.refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # those that don't fit FP8 -> why
@@ -44,6 +45,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.names, self.refused = WeakKeyDictionary(), WeakKeyDictionary()
+        plugin.take_over()  # in this process, too
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> OctavoConfig:
@@ -52,13 +54,6 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
             f"({config.get('quant_method', 'unknown')}, says its config.json). Leave --quantization out to serve it as "
             "it is, or start from the bf16 checkpoint."
         )
-
-    @classmethod
-    def override_quantization_method(
-        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
-    ) -> None:
-        if user_quant == PREFIX + cls.scheme:
-            cls.from_config(hf_quant_cfg)
 
     def fill(self, config: Mapping[str, Any], kept: Mapping[str, str]) -> None:
         """Become the config of a compressed-tensors checkpoint, anew for each model that is made with it.
@@ -152,9 +147,3 @@ class OctavoFp8BlockConfig(OctavoConfig):
 
 #: scheme -> its config
 CONFIGS = {config.scheme: config for config in (OctavoFp8ChannelConfig, OctavoFp8BlockConfig)}
-
-
-def register() -> None:
-    """Make ``--quantization octavo_fp8_channel`` and ``octavo_fp8_block`` known."""
-    for scheme, config in CONFIGS.items():
-        register_quantization_config(PREFIX + scheme)(config)

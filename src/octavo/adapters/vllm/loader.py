@@ -235,15 +235,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         return reload.CheckpointWeights(self._open(model_config), model, self.options)
 
 
-def register() -> None:
-    """Make ``--load-format octavo`` and the quantizations known; what reads safetensors makes way for the latter."""
-    quantization.register()
-    versions.replace_loader(LOAD_FORMAT, lambda _: OctavoLoader)
-    for load_format in ("auto", "hf", "safetensors"):
-        versions.replace_loader(load_format, _switching)
-
-
-def _switching(loader: type[DefaultModelLoader]) -> type[DefaultModelLoader]:
+def switching(loader: type[DefaultModelLoader]) -> type[DefaultModelLoader]:
     """The loader, except where ``--quantization`` is octavo's."""
     if issubclass(loader, _Switch):
         return loader

@@ -11,9 +11,12 @@ from typing import Any
 import torch
 import vllm
 from torch import nn
-from vllm.model_executor import model_loader
 
 OLDEST = (0, 24)
+#: the module that knows all loaders
+LOADERS = "vllm.model_executor.model_loader"
+#: a module that every model in FP8 needs, whose kernels are known when it has been imported
+CHECKPOINTS_IN_FP8 = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
 
 
 def is_supported() -> bool:
@@ -27,6 +30,8 @@ def replace_loader(load_format: str, change: Callable[[Any], Any]) -> None:
 
     `register_model_loader` would warn about each one that exists.
     """
+    from vllm.model_executor import model_loader
+
     known = model_loader._LOAD_FORMAT_TO_MODEL_LOADER
     known[load_format] = change(known.get(load_format))
 
