@@ -155,8 +155,15 @@ class WarmUp:
     Entered, it begins; left, it waits, and raises a `DeviceError` if the device can't be used.
     """
 
-    def __init__(self, device: torch.device, staging_bytes: int, threads: int | None, names: Iterable[str]) -> None:
-        self._device, self._names = device, tuple(names)
+    def __init__(
+        self,
+        device: torch.device,
+        staging_bytes: int,
+        threads: int | None,
+        names: Iterable[str],
+        others: Iterable[torch.device] = (),
+    ) -> None:
+        self._devices, self._names = [device, *(other for other in others if other.type != "cpu")], tuple(names)
         check_options(staging_bytes, threads)
         self._budget = Budget.on_accelerator(device, staging_bytes, threads) if device.type != "cpu" else None
         self._error: BaseException | None = None
@@ -181,11 +188,13 @@ class WarmUp:
     def _run(self) -> None:
         try:
             assert self._budget is not None
-            _begin_driver(self._device)
-            usable_device(self._device)
-            with enough_memory(self._device, "staging; a smaller staging_bytes needs less"):
-                slots = [Slot(self._budget.slot_bytes, pinned=True) for _ in range(self._budget.slots)]
-                rehearse(self._device, self._names)
+            _begin_driver(self._budget.device)
+            slots: list[Slot] = []
+            for device in self._devices:
+                usable_device(device)
+                with enough_memory(device, "staging; a smaller staging_bytes needs less"):
+                    slots = slots or [Slot(self._budget.slot_bytes, pinned=True) for _ in range(self._budget.slots)]
+                    rehearse(device, self._names)
             del slots
         except BaseException as error:  # raised by who waits
             self._error = error
