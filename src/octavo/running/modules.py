@@ -43,7 +43,12 @@ class QuantizedLinear(nn.Linear):
         self.training = like.training
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.weight_scale, self.scheme, self.parts, self.bias)
+        # not as attributes: hooks may call what was the forward before the layer came to be read
+        weight, scale = self._parameters["weight"], self._parameters["weight_scale"]
+        assert weight is not None
+        assert scale is not None
+        _require_codes(self, weight)
+        return linear(input, weight, scale, self.scheme, self.parts, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         _refuse_casts(self, fn)
@@ -76,13 +81,6 @@ class ReadLinear(QuantizedLinear):
 
     octavo_serves = False
     is_read_in_training = False  # perhaps by code that torch knows nothing of
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight, scale = self._parameters["weight"], self._parameters["weight_scale"]
-        assert weight is not None
-        assert scale is not None
-        _require_codes(self, weight)
-        return linear(input, weight, scale, self.scheme, self.parts, self.bias)
 
     def __getattr__(self, name: str) -> Any:
         if name != "weight" or not self.octavo_serves:

@@ -101,7 +101,7 @@ class Widened(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler, kwargs = _HANDLERS.get(func), kwargs or {}
-        known = handler is not None and kwargs.keys() <= {"weight", "bias", "dim", "index", "dtype"}
+        known = handler is not None and kwargs.keys() <= _KEYWORDS
         found = handler(*args, **kwargs) if handler is not None and known else NotImplemented
         if found is not NotImplemented:
             return found
@@ -225,8 +225,11 @@ def _itself(weight: Any, *_: Any, **__: Any) -> Any:
 
 
 def _to(weight: Any, *args: Any, **kwargs: Any) -> Any:
-    """A change of the dtype alone; the values go to another device."""
+    """A change of the dtype alone; the values go to another device, and codes to meta: who lends weights keeps them."""
+    kwargs.pop("non_blocking", None)
     given = [*args, *kwargs.values()]
+    if isinstance(weight, Widened) and len(given) == 1 and given[0] in ("meta", torch.device("meta")):
+        return weight.codes.q.to("meta")
     if not isinstance(weight, Widened) or len(given) != 1 or not isinstance(given[0], torch.dtype) or weight.joined:
         return NotImplemented
     return Widened(weight.codes, given[0], weight.flipped)
@@ -266,6 +269,7 @@ def _matmul(x: Any, weight: Any) -> Any:
     return torch.stack(each, axis)
 
 
+_KEYWORDS = {"weight", "bias", "dim", "index", "dtype", "device", "non_blocking"}
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: _getitem,
     Tensor.__setitem__: refuse_writing,
