@@ -56,6 +56,8 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
     direct_io: bool | None = None,
     verify: bool = False,
     progress: bool | Callable[[int, int], None] | None = None,
@@ -83,6 +85,9 @@ def load(
         revision: A branch, tag or commit of a hub id.
         trust_remote_code: Whether to run model code that the checkpoint brings. If it needs some, False is an error.
         attn_implementation: As in ``from_pretrained``: ``"sdpa"``, ``"eager"``, ``"flash_attention_2"``, ...
+        device_map: As in ``from_pretrained``, for several devices: ``"auto"``, ``"balanced"``, ``"sequential"``, or
+            modules and their devices. What is left for the CPU is copied to an accelerator each time it is used.
+        max_memory: Of an automatic ``device_map``: device -> the most bytes of weights there, as in ``{0: "20GiB"}``.
         direct_io: Whether loads to an accelerator read past the page cache. By default where files are not cached;
             scattered parts of tensors, and loads to a CPU, always go through it. Unless it is True, files are read
             ahead into it, up to half of the available memory, while transformers' code is imported.
@@ -114,7 +119,7 @@ def load(
         path,
         Recipe.coerce(scheme, ignore),
         device,
-        ModelOptions(dtype, model_class, trust_remote_code, attn_implementation),
+        ModelOptions(dtype, model_class, trust_remote_code, attn_implementation, device_map, max_memory),
         staging_bytes=staging_bytes,
         threads=threads,
         strict=strict,
@@ -142,6 +147,8 @@ def plan(
     model_class: type[Any] | None = None,
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    max_memory: Mapping[int | str, int | str] | None = None,
 ) -> Plan:
     """Say what `load` or `convert` would do, from headers and shapes alone: no weight is read.
 
@@ -160,6 +167,8 @@ def plan(
         model_class: Of a model: its class, where it is not to be the one that the config names.
         trust_remote_code: Of a model: whether the checkpoint may bring code of its own, which is then run.
         attn_implementation: Of a model: as in ``from_pretrained``.
+        device_map: Of a model: as for `load`.
+        max_memory: As for `load`; none of the devices need exist here.
 
     Returns:
         The plan: printed, a table of what becomes of which tensors, and why; ``plan.peak_bytes()`` and
@@ -187,7 +196,7 @@ def plan(
     checkpoint = Checkpoint.open(path, revision)
     if not (model or (model is None and checkpoint.config.get("model_type"))):
         return formats.plan_for(checkpoint, recipe, format, staging_bytes, str(device))[0]
-    options = ModelOptions(dtype, model_class, trust_remote_code, attn_implementation)
+    options = ModelOptions(dtype, model_class, trust_remote_code, attn_implementation, device_map, max_memory)
     return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, options, strict=strict).plan
 
 

@@ -223,7 +223,7 @@ def test_octavo_config_that_is_wrong_is_refused_when_made(options: dict[str, Any
         ({"ignore": ["*.mlpp.*"]}, {}, RecipeError, "'*.mlpp.*' matches no tensor"),
         ({"staging_bytes": 5}, {}, DeviceError, "staging_bytes is 5"),
         ({"threads": 0}, {}, DeviceError, "threads is 0"),
-        ({}, {"device_map": {"": "disk"}}, DeviceError, "'disk' is not supported"),
+        ({}, {"device_map": {"": "disk"}}, DeviceError, "has the whole model on disk"),
     ],
     ids=["ignore without a match", "too little staging", "no threads", "disk"],
 )

@@ -4,7 +4,7 @@
     import      transformers' code; from here on, files that are not cached are read ahead
     skeleton    the model is built, its parameters on meta, its buffers real
     plan        where does every element of the checkpoint go, and what becomes of every parameter?
-    swap        the modules that the plan quantizes take their FP8 form
+    swap        the modules that the plan quantizes take their FP8 form; a map of devices is made of their sizes
     allocate    parameters get their memory
     stream      and are filled, chunk by chunk
     finish      buffers go to the device, tied weights are tied
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -28,13 +28,13 @@ from torch import nn
 from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_STAGING_BYTES
 from ...errors import MissingExtraError, RecipeError
-from ...machine import usable_device
 from ...planning.plan import Plan
 from ...planning.recipe import Recipe
 from ...streaming.checks import Checks
 from ...streaming.meter import Stages
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
+from .devices import candidates, decide, dispatch, is_automatic, placed, placer, spread
 from .options import DEFAULTS, ModelOptions
 from .swap import METHOD, fill
 
@@ -55,23 +55,22 @@ def load_model(
 ) -> Any:
     """Do what `octavo.load` promises; arguments and errors are documented there."""
     stages = Stages()
-    target_device = usable_device(device, begin=False)
-    with WarmUp(target_device, staging_bytes, threads, recipe.schemes):
+    target, *others = candidates(device, asked)
+    with WarmUp(target, staging_bytes, threads, recipe.schemes, others):
         with stages("open"):
             _require_installed()  # before anything is fetched
             checkpoint = Checkpoint.open(path, revision)
             _check_method(checkpoint)
             checks = Checks(checkpoint) if verify else None
         with contextlib.nullcontext() if direct_io else ReadAhead(checkpoint.shards):
-            prepared = prepare(
-                checkpoint, recipe, str(target_device), staging_bytes, asked, stages=stages, strict=strict
-            )
-    model, plan = prepared.model, prepared.plan
+            prepared = prepare(checkpoint, recipe, str(target), staging_bytes, asked, stages=stages, strict=strict)
+    model, plan, places = prepared.model, prepared.plan, prepared.places
 
     def finish() -> None:
         with stages("finish"):
-            _move_buffers(model, target_device)
+            _move_buffers(model, placer(places, model))
             _tie(model, plan)
+            dispatch(model, places)
 
     how: dict[str, Any] = {"threads": threads, "direct_io": direct_io, "checks": checks}
     fill(model, checkpoint, plan, stages, progress=progress, finish=finish, **how)
@@ -91,6 +90,7 @@ class Prepared:
     model: Any  # its parameters are on meta
     plan: Plan
     saved: Recipe | None  # the recipe of a model that ``save_pretrained`` wrote in FP8; None for any other checkpoint
+    places: Mapping[str, str]  # module -> device
 
 
 def prepare(
@@ -103,7 +103,7 @@ def prepare(
     stages: Stages | None = None,
     strict: bool = True,
 ) -> Prepared:
-    """Import, build the skeleton, plan: all that comes between opening a checkpoint and reading weights.
+    """Import, build the skeleton, plan, swap: all that comes between opening a checkpoint and reading weights.
 
     Arguments and errors are those of `octavo.load`.
     """
@@ -113,6 +113,7 @@ def prepare(
         from .model_plan import plan_model
         from .quantizer import saved_config
         from .skeleton import skeleton
+        from .swap import swap_planned
 
         _check_method(checkpoint)
         saved = saved_config(checkpoint, recipe)
@@ -123,7 +124,14 @@ def prepare(
             saved.swap(model)
         # what was saved in FP8 is loaded as it is
         plan = plan_model(model, checkpoint, Recipe(None) if saved else recipe, device, staging_bytes, strict=strict)
-    return Prepared(model, plan, saved.recipe if saved else None)
+    with stages("swap"):
+        swap_planned(model, plan)
+        places = {"": device}
+        if asked.device_map is not None:
+            automatic = is_automatic(asked.device_map)
+            places = decide(model, plan, asked.device_map, asked.max_memory) if automatic else placed(asked.device_map)
+            plan = spread(plan, model, places)
+    return Prepared(model, plan, saved.recipe if saved else None, places)
 
 
 def require() -> None:
@@ -155,20 +163,23 @@ def _check_method(checkpoint: Checkpoint) -> None:
         )
 
 
-def _move_buffers(model: Any, device: torch.device) -> None:
-    """Bring to the device what no checkpoint holds: rotary tables, positions and the like."""
+def _move_buffers(model: Any, place: Callable[[str], str]) -> None:
+    """Bring to their devices what no checkpoint holds: rotary tables, positions and the like."""
     if left := [
         module for module in model.modules() if any(b is not None and b.is_meta for b in module.buffers(False))
     ]:
         from .skeleton import compute_buffers
 
         compute_buffers(model, left)  # they ask their weights where to be
-    for module in model.modules():
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
         for leaf, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != device:
-                module._buffers[leaf] = buffer.to(device)
+            if buffer is not None:
+                module._buffers[leaf] = buffer.to(place(prefix + leaf))
         for leaf, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta and parameter.device != device:
+            if parameter is None or parameter.is_meta:
+                continue
+            if parameter.device != (device := torch.device(place(prefix + leaf))):
                 module._parameters[leaf] = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
 
 

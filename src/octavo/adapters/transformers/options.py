@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ class ModelOptions:
     model_class: type[Any] | None = None
     trust_remote_code: bool = False
     attn_implementation: str | None = None
+    device_map: Any = None  # as transformers has it; None: all on one device
+    max_memory: Mapping[int | str, int | str] | None = None
 
 
 DEFAULTS = ModelOptions()

@@ -10,7 +10,8 @@ like any other parameters.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
-from ...errors import CheckpointError, DeviceError, RecipeError, boundary
+from ...errors import CheckpointError, RecipeError, boundary
 from ...machine import usable_device
+from ...planning.plan import Plan
 from ...planning.recipe import Recipe
 from ...running import modules
 from ...streaming.meter import Stages
 from ...text import shown, told
+from .devices import Sizes, is_automatic, placed, spread, takes_deciding
 from .model_plan import plan_model
 from .skeleton import compute_buffers
-from .swap import METHOD, fill, swap
+from .swap import METHOD, fill, swap, swap_planned
 
 
 @register_quantization_config(METHOD)
@@ -148,6 +151,17 @@ class _Unwrapped(WeightRenaming):
         return self.names.get(source_key, source_key), None
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A model that is streamed as soon as it is known to which devices."""
+
+    model: Any
+    checkpoint: Checkpoint
+    plan: Plan
+    stages: Stages
+    sizes: Sizes
+
+
 @register_quantizer(METHOD)
 class OctavoQuantizer(HfQuantizer):
     """The quantizer that transformers asks, and calls before and after it loads weights."""
@@ -160,6 +174,7 @@ class OctavoQuantizer(HfQuantizer):
         self.config: OctavoConfig = quantization_config
         self.renamed: Mapping[str, str] = {}  # `Checkpoint.renamed`
         self.streamed: set[str] = set()  # parameters and scales that the stream has filled, until they are handed out
+        self._waiting: _Waiting | None = None  # for transformers to decide about devices
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """Let ``save_pretrained`` write these models."""
@@ -168,10 +183,25 @@ class OctavoQuantizer(HfQuantizer):
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes that each element of a parameter will take: none if the stream has filled it.
 
-        transformers reserves device memory by these, and chooses devices for ``device_map="auto"``. It does so after
-        streaming, when free memory is already less by the model.
+        transformers reserves device memory by these, after streaming; and chooses devices for ``device_map="auto"``
+        before it.
         """
-        return 0 if param_name in self.streamed else super().param_element_size(model, param_name, param)
+        if param_name in self.streamed:
+            return 0
+        if self._waiting is not None:
+            return self._waiting.sizes.param_element_size(model, param_name, param)
+        return super().param_element_size(model, param_name, param)
+
+    def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
+        """Leave room for staging."""
+        return max_memory if self._waiting is None else self._waiting.sizes.adjust_max_memory(max_memory)
+
+    def validate_environment(self, *_: Any, device_map: Any = None, **__: Any) -> None:
+        """Stream, once transformers has chosen the devices; it shows here what it chose."""
+        if (waiting := self._waiting) is not None:
+            self._waiting = None
+            places = placed(device_map)
+            self._stream(waiting.model, waiting.checkpoint, waiting.stages, spread(waiting.plan, waiting.model, places))
 
     def _process_model_before_weight_loading(
         self,
@@ -193,10 +223,21 @@ class OctavoQuantizer(HfQuantizer):
         with stages("plan"):
             checkpoint = Checkpoint.open_chosen([Path(file) for file in checkpoint_files])
             self.renamed = checkpoint.renamed
-            where = _placer(device_map)
-            plan = plan_model(model, checkpoint, config.recipe, where, config.staging_bytes, strict=False, heads=True)
+            staging_bytes = config.staging_bytes
+            plan = plan_model(model, checkpoint, config.recipe, "cpu", staging_bytes, strict=False, heads=True)
+        with stages("swap"):
+            swap_planned(model, plan)
+        if takes_deciding(device_map):
+            self._waiting = _Waiting(model, checkpoint, plan, stages, Sizes(plan))
+            return
+        places = placed("cpu" if device_map is None or is_automatic(device_map) else device_map)
+        for device in set(places.values()):
+            usable_device(device, begin=False)
+        self._stream(model, checkpoint, stages, spread(plan, model, places))
+
+    def _stream(self, model: Any, checkpoint: Checkpoint, stages: Stages, plan: Plan) -> None:
         with boundary(checkpoint.path, CheckpointError):
-            fill(model, checkpoint, plan, stages, threads=config.threads)
+            fill(model, checkpoint, plan, stages, threads=self.config.threads)
         self.streamed = {p.name for p in plan.placements} | {modules.scale_name(p.name) for p in plan.quantized}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -283,31 +324,3 @@ def _compute_tables(model: Any) -> None:
     finally:
         for module, weight in weights.items():
             module._parameters["weight"] = weight
-
-
-def _placer(device_map: Any) -> str | Callable[[str], str]:
-    """transformers' ``device_map`` as one device, or as a function from a parameter's name to its device."""
-    if device_map is None:
-        return "cpu"
-    if isinstance(device_map, str):
-        if device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
-            if torch.cuda.device_count() > 1:
-                raise DeviceError(
-                    f"device_map={device_map!r} with several GPUs is not supported with OctavoConfig: name a device "
-                    "('cuda:0') or give a dict of module names to devices"
-                )
-            return "cuda:0" if torch.cuda.is_available() else "cpu"
-        return str(usable_device(device_map, begin=False))
-    places = {str(module): f"cuda:{d}" if isinstance(d, int) else str(d) for module, d in dict(device_map).items()}
-    if "disk" in places.values():
-        raise DeviceError("device_map with 'disk' is not supported with OctavoConfig")
-
-    def place(name: str) -> str:
-        path = name
-        while path not in places and path:
-            path = path.rpartition(".")[0]
-        if path not in places:
-            raise DeviceError(f"device_map names no device for {name}")
-        return places[path]
-
-    return place

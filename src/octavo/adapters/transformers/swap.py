@@ -47,8 +47,9 @@ def fill(
 ) -> None:
     """Turn a model on meta into one that holds what the plan says.
 
-    Afterwards ``model.load_report`` tells what happened, and ``model.load_routes`` where each checkpoint tensor has
-    gone, for `octavo.update`. Threads, direct_io and progress are those of `octavo.load`.
+    Its modules have their FP8 form already. Afterwards ``model.load_report`` tells what happened, and
+    ``model.load_routes`` where each checkpoint tensor has gone, for `octavo.update`. Threads,
+    direct_io and progress are those of `octavo.load`.
 
     Args:
         stages: counts the seconds of each stage.
@@ -60,8 +61,6 @@ def fill(
     advice = "Another device takes the weights; a smaller staging_bytes, or fewer threads, need less beside them."
     for budget in budgets:
         budget.require(plan.source, on_host, advice if on_host else "")
-    with stages("swap"):
-        swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
     with measured(plan, progress) as meter:
         with stages("allocate"):
             storages = allocate_all(plan.placements)
@@ -76,6 +75,11 @@ def fill(
     budget = max(budgets, key=lambda budget: budget.staging_bytes)
     model.load_report = Report.of(plan, budget, tally, stages, meter, notes=plan.notes)
     model.load_routes = Routes.of(plan, checkpoint)
+
+
+def swap_planned(model: Any, plan: Plan) -> None:
+    """`swap` what a plan quantizes."""
+    swap(model, [(p.name, p.scheme, p.parts) for p in plan.quantized if p.scheme])
 
 
 def swap(model: Any, weights: Iterable[tuple[str, str, tuple[int, ...]]]) -> None:
