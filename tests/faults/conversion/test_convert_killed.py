@@ -20,7 +20,8 @@ from octavo.errors import OutputError, SourceChangedError
 FOLDER = "octavo.conversion.folder:Folder"
 
 
-@pytest.mark.parametrize("moment", range(20))
+# hundreds more are tried by `make faults`
+@pytest.mark.parametrize("moment", [0, 3, 7, 11, 15, 19])
 def test_conversion_killed_at_a_random_moment_goes_on(
     moment: int, conversions: Conversions, writes: int, large: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -55,7 +56,7 @@ def test_conversion_killed_again_and_again_gets_done(
     assert same_files(dst, finished)
 
 
-@pytest.mark.parametrize("delay_ms", [0, 3, 10, 30, 60, 100, 150])
+@pytest.mark.parametrize("delay_ms", [0, 10, 60, 150])
 def test_conversion_killed_from_outside_goes_on(
     delay_ms: int, conversions: Conversions, large: Path, finished: Path, tmp_path: Path
 ) -> None:
