@@ -67,6 +67,11 @@ def update_model(
     """`octavo.update`, where arguments and errors are documented."""
     if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
         raise LoaderError("octavo.update is for a model with weights that octavo quantized: load it with octavo.load")
+    if lent := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
+        raise LoaderError(
+            f"{lent} has no memory of its own: accelerate keeps it on the CPU or on disk, and lends it. To be updated, "
+            "a model needs a device_map without these"
+        )
     with _young_garbage_only():
         return _update(model, pairs, transform, staging_bytes)
 

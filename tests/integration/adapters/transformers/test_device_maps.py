@@ -20,11 +20,12 @@ from _models import Checkpoints, logits, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 import octavo
+from helpers.folders import tensors_of
 from helpers.models import differences
 from octavo.adapters.transformers import devices
 from octavo.adapters.transformers.load import prepare
 from octavo.checkpoint.checkpoint import Checkpoint
-from octavo.errors import DeviceError
+from octavo.errors import DeviceError, LoaderError
 
 #: of a model whose second layer and head are on another device
 APART = {
@@ -183,6 +184,12 @@ def test_a_model_that_was_saved_is_spread_too(checkpoints: Checkpoints, tmp_path
     alone.save_pretrained(tmp_path)
     for model in (load(tmp_path, APART), AutoModelForCausalLM.from_pretrained(tmp_path, device_map=APART)):
         assert torch.equal(logits(model), logits(alone))
+
+
+def test_weights_that_are_lent_are_not_updated(checkpoints: Checkpoints) -> None:
+    folder = checkpoints.folder("llama")
+    with pytest.raises(LoaderError, match=r"model.layers.1.\S+ has no memory of its own: accelerate keeps it on"):
+        octavo.update(load(folder, APART), tensors_of(folder))
 
 
 # -- automatic maps ---------------------------------------------------------------------------------------------------
