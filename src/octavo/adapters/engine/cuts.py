@@ -41,6 +41,22 @@ def unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, .
     return "vLLM's loader does not cut its scale as it cuts the weight"
 
 
+def paired(
+    weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme
+) -> list[tuple[Copy, Copy]] | None:
+    """Each copy of a weight with that of its scales; None where a weight's are copied in several goes."""
+    groups = (scheme.group_rows, scheme.group_cols)
+    beside = {_cut(copy, scheme.scale_shape(shape) or (1, 1), (1, 1)): copy for copy in scales}
+    found = []
+    for weight in weights:
+        cut = _cut(weight, shape, groups)
+        scale = None if cut is None else beside.get(cut._replace(target=f"{weight.target}_scale"))
+        if scale is None:
+            return None
+        found.append((weight, scale))
+    return found
+
+
 def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | None]) -> _Cut | None:
     """None if rows or columns are permuted, or if a scale group is cut."""
     view, box = copy.view, copy.box

@@ -3,8 +3,8 @@
     config   the quantization config of a compressed-tensors checkpoint
     model    made by vLLM, with parameters that hold FP8
     survey   dry runs: what goes where, whether all of it is there
-    stream   through octavo's ring, quantized on the model's device, into the model's memory; what the loader computes,
-             or what is cut across scale groups, through the model's own ``load_weights``
+    stream   through octavo's ring, quantized on the model's device, into the model's memory; what the loader computes
+             through the model's own ``load_weights``
 
 Where a dry run shows that some layer has to stay unquantized, the model is made a second time.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from ...streaming.meter import Stages, collection_paused, measured
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
-from ...text import printable
+from ...text import human_bytes, printable
 from ..engine.log import describe
 from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
 from ..engine.options import Options
@@ -186,7 +186,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             meter.follow(tally)
             self._stream(model, found.places, layout, tally, meter.progress)
         notes = [printable(f"note: {note}") for note in self.checkpoint.notes]
-        for line in (*describe(found, self.stages, tally, meter), *notes):
+        for line in (*describe(found, self.stages, tally, meter), *_computed(found.places), *notes):
             log.info("octavo: %s", line)
         reload.prepare(model, found.plan, layout, found.fillers)
 
@@ -233,6 +233,13 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """For reloading: the weights of a checkpoint, unquantized, as vLLM expects them."""
         return reload.CheckpointWeights(self._open(model_config), model, self.options)
+
+
+def _computed(places: Places) -> Iterator[str]:
+    """A line on what octavo did not stream to its place."""
+    if rest := places.rest.placements:
+        what = f"{len(rest):,} tensors ({human_bytes(places.rest.source_bytes)}; {rest[0].name}, ...)"
+        yield printable(f"{what} went through vLLM's own loader, which computes with them")
 
 
 def switching(loader: type[DefaultModelLoader]) -> type[DefaultModelLoader]:

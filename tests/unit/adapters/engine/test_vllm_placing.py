@@ -34,18 +34,21 @@ def source(tmp_path):
     return tensors, Checkpoint.open(write_checkpoint(tmp_path / "bf16", tensors))
 
 
-def by_loader(model, tensors, scheme, only=None):
+def by_loader(model, tensors, scheme):
     """The model's loader, given whole tensors quantized by definition."""
     pairs = []
     for name, tensor in tensors.items():
-        if only is not None and name not in only:
-            continue
         if tensor.ndim == 2:
             q, scale = schemes.quantize(tensor, scheme)
             pairs += [(name, q), (name + "_scale", scale)]
         else:
             pairs.append((name, tensor))
     model.load_weights(pairs)
+
+
+def budget_of(plan, lanes):
+    """In blocks, as on an accelerator, or without lanes as on a CPU."""
+    return dataclasses.replace(Budget.fit(plan.placements, plan.staging_bytes, 2), lanes=lanes, block_bytes=1 << 20)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -59,13 +62,10 @@ def test_streamed_and_loaded_models_are_equal(scheme, ranks, source):
     plan = plan_checkpoint(checkpoint, Recipe(scheme), 1 << 20)
     places = Surveyor(model, model.load_weights, plan, LAYOUT).run().places
     tally = Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
-    rest = [placement.name for placement in places.rest.placements]
-    # a rank's rows are streamed, and no others are read; its columns are left to the loader
-    assert rest == (["down_proj.weight"] if ranks == 2 else [])
-    rows = tensors["gate_proj.weight"].nbytes * 2 // ranks
-    columns = 0 if rest else tensors["down_proj.weight"].nbytes
-    assert tally.read_bytes == rows + columns + tensors["norm"].nbytes
-    by_loader(model, tensors, scheme, only=rest)
+    assert not places.rest.placements
+    # a rank's rows are read, and no others; where it has columns, all of the row, whose scale that of all of it is
+    rows, columns = tensors["gate_proj.weight"].nbytes * 2 // ranks, tensors["down_proj.weight"].nbytes
+    assert tally.read_bytes == places.direct.source_bytes == rows + columns + tensors["norm"].nbytes
     for (name, mine), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
         assert same_bytes(mine, wanted), name
 
@@ -138,12 +138,127 @@ def test_what_fills_one_parameter_is_one_placement_with_the_same_bytes(scheme, l
     assert (placement.name, len(placement.pieces), placement.parts) == ("w13 (6 tensors)", 6, (256, 256))
     assert not places.rest.placements
     assert places.direct.source_bytes == plan.source_bytes
-    budget = dataclasses.replace(
-        Budget.fit(places.direct.placements, places.direct.staging_bytes, 2), lanes=lanes, block_bytes=1 << 20
-    )
+    budget = budget_of(places.direct, lanes)
     Stream(checkpoint, places.direct, ParameterSink(places.storages), budget=budget).run()
     assert same_bytes(model.w13, reference.w13)
     assert same_bytes(model.w13_scale, reference.w13_scale)
+
+
+class Down(torch.nn.Module):
+    """The last rank's columns of the down projections of all experts in one parameter, in FP8 or in bf16."""
+
+    def __init__(self, scheme, ranks=2, experts=3):
+        super().__init__()
+        self.rank, width = ranks - 1, 512 // ranks
+        self.w2 = torch.nn.Parameter(
+            torch.empty(experts, 128, width, dtype=schemes.FP8 if scheme else torch.bfloat16), requires_grad=False
+        )
+        if scheme:
+            cells = schemes.get(scheme).cells(128, width)
+            self.w2_scale = torch.nn.Parameter(torch.empty(experts, *cells), requires_grad=False)
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            expert, _, kind = name.split(".")
+            target = (self.w2 if kind == "weight" else self.w2_scale).data[int(expert)]
+            width = target.shape[1]
+            target.copy_(weight.narrow(1, self.rank * width, width) if weight.shape[1] > width else weight)
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", None])
+def test_columns_of_all_experts_are_one_placement_with_the_same_bytes(scheme, lanes, tmp_path):
+    names = [f"{expert}.down_proj.weight" for expert in (1, 0, 2)]
+    tensors = {name: random_weights((128, 512), torch.bfloat16, seed) for seed, name in enumerate(names)}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    model, reference = Down(scheme), Down(scheme)
+    if scheme:
+        by_loader(reference, tensors, scheme)
+    else:
+        reference.load_weights(tensors.items())
+    model.w2.data.view(torch.uint8).fill_(0x5A)
+    plan = plan_checkpoint(checkpoint, Recipe(scheme), 8 << 20)
+    places = Surveyor(model, model.load_weights, plan, LAYOUT).run().places
+    assert not places.rest.placements
+    # whole rows are read: a rank's part of each is a short run
+    assert places.direct.source_bytes == plan.source_bytes
+    if scheme:
+        (placement,) = places.direct.placements
+        assert (placement.name, placement.columns, placement.stored_shape) == (
+            "w2 (3 tensors)",
+            (256, 512),
+            (3, 128, 256),
+        )
+    assert places.direct.final_bytes() == sum(parameter.nbytes for parameter in model.parameters())
+    budget = budget_of(places.direct, lanes)
+    tally = Stream(checkpoint, places.direct, ParameterSink(places.storages), budget=budget).run()
+    assert tally.read_bytes == places.direct.source_bytes
+    for (name, mine), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert same_bytes(mine, wanted), name
+
+
+class Rearranging(torch.nn.Module):
+    """Unquantized weights that a loader takes the other way round, some columns of, or a stack of them at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.turned = torch.nn.Parameter(torch.empty(40, 24, dtype=torch.bfloat16))
+        self.last = torch.nn.Parameter(torch.empty(24, 20, dtype=torch.bfloat16))
+        self.stack = torch.nn.Parameter(torch.empty(3, 10, 24, dtype=torch.bfloat16))
+        self.bias = torch.nn.Parameter(torch.empty(3, 10, dtype=torch.float32))
+        self.row = torch.nn.Parameter(torch.empty(1, 20, dtype=torch.bfloat16))
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            if name == "turned":
+                self.turned.data.copy_(weight.t())
+            elif name in ("last", "row"):
+                getattr(self, name).data.copy_(weight[:, 20:])
+            elif name == "stack":  # [experts, in, out], of which a rank has some of out
+                self.stack.data.copy_(weight[:, :, 10:20].transpose(1, 2))
+            else:
+                self.bias.data.copy_(weight[:, 10:20])
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_what_a_loader_rearranges_without_computing_is_streamed_to_its_place(lanes, tmp_path):
+    shapes = {"turned": (24, 40), "last": (24, 40), "stack": (3, 24, 30), "bias": (3, 30), "row": (1, 40)}
+    tensors = {name: random_weights(shape, torch.bfloat16, seed) for seed, (name, shape) in enumerate(shapes.items())}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    model, reference = Rearranging(), Rearranging()
+    reference.load_weights(tensors.items())
+    places = Surveyor(model, model.load_weights, plan_checkpoint(checkpoint, Recipe(None)), LAYOUT).run().places
+    assert not places.rest.placements
+    budget = budget_of(places.direct, lanes)
+    tally = Stream(checkpoint, places.direct, ParameterSink(places.storages), budget=budget).run()
+    assert tally.read_bytes == places.direct.source_bytes
+    for (name, mine), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert same_bytes(mine, wanted), name
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_columns_of_a_single_row_have_the_scale_of_all_of_it(scheme, tmp_path):
+    class Narrow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1, 128, dtype=schemes.FP8), requires_grad=False)
+            self.weight_scale = torch.nn.Parameter(torch.empty(1, 1), requires_grad=False)
+
+        def load_weights(self, weights):
+            for name, weight in weights:
+                target = getattr(self, name.rpartition(".")[2]).data
+                target.copy_(weight[:, -target.shape[1] :])
+
+    tensors = {"a.weight": random_weights((1, 512), torch.bfloat16, 0)}
+    tensors["a.weight"][0, 0] = 100.0
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    model, reference = Narrow(), Narrow()
+    by_loader(reference, tensors, scheme)
+    places = Surveyor(model, model.load_weights, plan_checkpoint(checkpoint, Recipe(scheme)), LAYOUT).run().places
+    assert not places.rest.placements
+    Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
+    assert same_bytes(model.weight, reference.weight)
+    assert same_bytes(model.weight_scale, reference.weight_scale)
 
 
 def test_weights_that_are_not_finite_are_told_by_the_names_that_vllms_ignore_takes(tmp_path):
