@@ -89,7 +89,7 @@ def check_model(model: Any, probes: Probes, device: torch.device) -> dict[str, A
         if found is None:
             continue
         value, index = found
-        source = probes.source(name, index).to(device)
+        source = probes.source(name, index).to(value.device)
         if value.dtype == source.dtype:
             if not torch.equal(value, source):
                 raise WrongError(f"{name} differs from the checkpoint")
