@@ -11,12 +11,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..planning.kinds import EXPERTS
 from ..planning.plan import Plan
-from ..planning.stacks import NAMINGS, Cut, Experts, find_experts
+from ..planning.stacks import Cut, Series, find_series
 from ..text import human_bytes
 from .formats import STACK, known_naming
 
@@ -38,46 +38,33 @@ class _Verdict:
 
 @dataclass
 class _Alike:
-    """Experts of all layers in which they are alike: what a reader says of one, it says of all."""
+    """Experts that are alike, and what was said of them."""
 
-    layers: list[Experts]
-    naming: int | None = 0  # in `NAMINGS`; None: they stay stacks
+    experts: Series
     settled: bool = False
     verdicts: dict[int, _Verdict] = field(default_factory=dict)  # naming -> what was said
-    _cuts: dict[int, list[Cut]] = field(default_factory=dict)
 
-    def cuts(self) -> list[Cut]:
-        if self.naming is None:
-            return []
-        if self.naming not in self._cuts:
-            cuts = [layer.cut(NAMINGS[self.naming]) for layer in self.layers]
-            self._cuts[self.naming] = [cut for cut in cuts if cut]
-        return self._cuts[self.naming]
+    @property
+    def naming(self) -> int | None:
+        return self.experts.naming
 
     def settle(self, naming: int | None) -> None:
-        self.naming, self.settled = naming, True
+        self.experts.naming, self.settled = naming, True
 
     def useful(self) -> dict[int, _Verdict]:
         """Namings by which one reader reads all right, and no other misreads anything without a word."""
         return {naming: verdict for naming, verdict in self.verdicts.items() if verdict.right and not verdict.silent}
-
-    def names(self) -> set[str]:
-        """Of the matrices."""
-        return {matrix.name for cut in self.cuts() for matrices in cut.values() for matrix in matrices}
 
 
 class Unstacking:
     """Which stacks of a checkpoint are cut, and by which names: `cuts`, while readers are asked about them."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        found: dict[Any, _Alike] = {}
-        for experts in find_experts(checkpoint):
-            found.setdefault(experts.key, _Alike([])).layers.append(experts)
-        self._series = list(found.values())
+        self._series = [_Alike(experts) for experts in find_series(checkpoint)]
         self._why: dict[str, str] = {}  # stack -> why it stays one
 
     def cuts(self) -> list[Cut]:
-        return [cut for series in self._series for cut in series.cuts()]
+        return [cut for series in self._series for cut in series.experts.cuts()]
 
     def veto(self, name: str, kind: str) -> str | None:
         """Why a stack stays one, if readers had a say in that."""
@@ -85,7 +72,7 @@ class Unstacking:
 
     def trying(self) -> set[str]:
         """Matrices under names that are not settled: what is said of them is no reason to keep them unquantized."""
-        return {name for series in self._unsettled() for name in series.names()}
+        return {name for series in self._unsettled() for name in series.experts.names()}
 
     def give_up(self, plan: Plan, judgements: Sequence[Judgement], *, complete: bool) -> bool:
         """Leave names that are of no use, whatever else is to be said; returns whether there are others now.
@@ -114,10 +101,10 @@ class Unstacking:
                 before = series.naming
                 self._next(series)
                 changed |= series.naming != before
-            elif verdict.right or series.naming == known_naming(series.layers[0]):
+            elif verdict.right or series.naming == known_naming(series.experts.layers[0]):
                 series.settled = True
-            elif known_naming(series.layers[0]) is not None:
-                series.settle(known_naming(series.layers[0]))
+            elif known_naming(series.experts.layers[0]) is not None:
+                series.settle(known_naming(series.experts.layers[0]))
                 changed = True
             else:
                 self._stay(series, "no reader could be asked what it calls matrices of it")
@@ -131,7 +118,7 @@ class Unstacking:
         """What is not settled, with the matrices that are to be written."""
         written = {placement.name for placement in plan.quantized} if self._unsettled() else set()
         for series in self._unsettled():
-            names = series.names() & written
+            names = series.experts.names() & written
             if names:  # else the recipe or the format keeps them
                 yield series, names
 
@@ -142,11 +129,8 @@ class Unstacking:
 
     def _next(self, series: _Alike) -> None:
         """The next naming; after the last one, what is best."""
-        first = 0 if series.naming is None else series.naming + 1
-        for naming in range(first, len(NAMINGS)):
-            series.naming = naming
-            if series.names():
-                return
+        if series.experts.next():
+            return
         if useful := series.useful():
             series.settle(max(useful, key=lambda n: (len(useful[n].right), -n)))
             return
@@ -155,7 +139,7 @@ class Unstacking:
 
     def _stay(self, series: _Alike, why: str) -> None:
         reason = f"{STACK}, and {why}"
-        self._why.update({info.name: reason for layer in series.layers for info in layer.stacks.values()})
+        self._why.update({info.name: reason for layer in series.experts.layers for info in layer.stacks.values()})
         series.settle(None)
 
     def notes(self) -> list[str]:
@@ -166,7 +150,7 @@ class Unstacking:
             said = {reader for verdict in series.verdicts.values() for reader in verdict.wrong}
             if series.naming is None and said:
                 reader = " and ".join(sorted(said))
-                nbytes = sum(info.nbytes for layer in series.layers for info in layer.stacks.values())
+                nbytes = sum(info.nbytes for layer in series.experts.layers for info in layer.stacks.values())
                 kept[reader] = kept.get(reader, 0) + nbytes
             verdict = None if series.naming is None else series.verdicts.get(series.naming)
             for reader, why in verdict.wrong.items() if verdict else ():

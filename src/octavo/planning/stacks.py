@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..checkpoint.checkpoint import Checkpoint
@@ -78,6 +78,44 @@ class Experts:
         return Target(name, (rows, cols), None, kinds.LINEAR, (piece,), device)
 
 
+@dataclass
+class Series:
+    """Experts of all layers in which they are alike: what a reader says of one, it says of all."""
+
+    layers: list[Experts]
+    naming: int | None = 0  # in `NAMINGS`; None: they stay stacks
+    _cuts: dict[int, list[Cut]] = field(default_factory=dict)
+
+    def cuts(self) -> list[Cut]:
+        if self.naming is None:
+            return []
+        if self.naming not in self._cuts:
+            cuts = [layer.cut(NAMINGS[self.naming]) for layer in self.layers]
+            self._cuts[self.naming] = [cut for cut in cuts if cut]
+        return self._cuts[self.naming]
+
+    def names(self) -> set[str]:
+        """Of the matrices."""
+        return {matrix.name for cut in self.cuts() for matrices in cut.values() for matrix in matrices}
+
+    def next(self) -> bool:
+        """Go on to the next naming that there is for such stacks; returns whether there was one."""
+        first = 0 if self.naming is None else self.naming + 1
+        for naming in range(first, len(NAMINGS)):
+            self.naming = naming
+            if self.cuts():
+                return True
+        return False
+
+
+def find_series(checkpoint: Checkpoint) -> list[Series]:
+    """The experts that `find_experts` finds, by what they are like."""
+    found: dict[Any, Series] = {}
+    for experts in find_experts(checkpoint):
+        found.setdefault(experts.key, Series([])).layers.append(experts)
+    return list(found.values())
+
+
 def find_experts(checkpoint: Checkpoint) -> Iterator[Experts]:
     """All experts in stacks that can be cut: of floats, without biases, with shapes that tell which axis is which.
 
@@ -124,4 +162,4 @@ def _transposed(stacks: Mapping[str, TensorInfo], hidden: Collection[Any]) -> bo
     return None
 
 
-__all__ = ["NAMINGS", "Cut", "Experts", "find_experts"]
+__all__ = ["NAMINGS", "Cut", "Experts", "Series", "find_experts", "find_series"]
