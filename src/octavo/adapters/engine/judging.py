@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ...checkpoint import dtypes
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import scheme_by_scale
-from ...elements.dry_run import Copy, Source, Trace, trace
+from ...elements.dry_run import Copy, Source, Trace
 from ...numerics.schemes import FP8
+from .culprits import Loader, trace_to_culprit
 from .cuts import unequal
-from .survey import Loader, culprit, layer_of, pattern_of, text_of, uncovered
+from .survey import layer_of, pattern_of, text_of, uncovered
 
 _SCALES = ("_scale", "_scale_inv")
 
@@ -74,7 +75,7 @@ class Case:
             verdict.misread.update(self._elsewhere())
             seen = self._trace(self.scales.keys() - verdict.misread.keys(), ())
         while seen.failed is not None:
-            name = self._origin(culprit(*seen.failed, self.tensors, ""))
+            name = self._origin(seen.failed[0])
             pattern, said = pattern_of(name), text_of(seen.failed)
             alike = [n for n in self.scales.keys() - verdict.misread.keys() if pattern_of(n) == pattern]
             if alike:
@@ -139,7 +140,7 @@ class Case:
     # -- dry runs -----------------------------------------------------------------------------------------------------
 
     def _trace(self, quantized: Collection[str], without: Collection[str]) -> Trace:
-        return trace(self.model, self.load, self._given(quantized, without))
+        return trace_to_culprit(self.model, self.load, self._given(quantized, without))
 
     def _given(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:
         """All tensors, of which those that are to stay in bf16 after all come so, and without their scales."""

@@ -14,9 +14,8 @@ import dataclasses
 import functools
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +23,15 @@ from torch import Tensor, nn
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
 from ...elements.boxes import coverage_problem
-from ...elements.dry_run import Copy, Source, Trace, trace
+from ...elements.dry_run import Copy, Source, Trace
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8, Scheme
 from ...planning.plan import Plan
+from .culprits import Loader, trace_to_culprit
 from .cuts import unequal
 from .placing import Places, split
 
-Loader = Callable[[Iterator[tuple[str, Tensor]]], Any]
 #: layer -> tensors, scales included, that fill it in this process -> its parameters that they go to
 Fillers = Mapping[str, Mapping[str, frozenset[str]]]
 _KEPT_BY_VLLM = "vLLM keeps this layer unquantized"
@@ -132,10 +131,7 @@ class Surveyor:
     # -- dry runs -----------------------------------------------------------------------------------------------------
 
     def _trace(self, quantized: Collection[str], without: Collection[str] = ()) -> Trace:
-        seen = trace(self.model, self.load, self._virtual(quantized, without))
-        if seen.failed:
-            seen.failed = (culprit(*seen.failed, self._names, self.layout.scale_suffix), seen.failed[1])
-        return seen
+        return trace_to_culprit(self.model, self.load, self._virtual(quantized, without))
 
     def _virtual(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:
         """The tensors that the loader is given when these become FP8; ``without`` those of some patterns."""
@@ -188,10 +184,8 @@ class Surveyor:
             )
 
     def _refusal(self, failed: tuple[str, Exception]) -> str:
-        return (
-            f"{self.plan.source}: {type(self.model).__name__} in vLLM does not take the tensor {failed[0]!r} "
-            f"({text_of(failed)}). Nothing was read."
-        )
+        what = f"does not take the tensor {failed[0]!r}" if failed[0] else "fails to load"
+        return f"{self.plan.source}: {type(self.model).__name__} in vLLM {what} ({text_of(failed)}). Nothing was read."
 
     # -- whether weights and scales fit -------------------------------------------------------------------------------
 
@@ -312,17 +306,6 @@ def _amend(plan: Plan, hit: Collection[str], reasons: Mapping[str, str]) -> Plan
             )
         placements.append(placement)
     return dataclasses.replace(plan, placements=tuple(placements))
-
-
-def culprit(current: str, error: Exception, names: Iterable[str], scale_suffix: str) -> str:
-    """The tensor that a loader refused: the one that its error quotes, or the last that it took."""
-    quoted = re.search(r"'([\w.]+)'", str(error))
-    word = quoted[1] if quoted else ""
-    for name in (word, word.removesuffix(scale_suffix)):
-        named = [given for given in names if "." in name and f".{given}".endswith(f".{name}")]
-        if len(named) == 1:
-            return str(named[0] + word[len(name) :])
-    return current
 
 
 def layer_of(parameter: str) -> str:
