@@ -188,7 +188,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         notes = [printable(f"note: {note}") for note in self.checkpoint.notes]
         for line in (*describe(found, self.stages, tally, meter), *_computed(found.places), *notes):
             log.info("octavo: %s", line)
-        reload.prepare(model, found.plan, layout, found.fillers)
+        reload.prepare(model, self.checkpoint, found.plan, layout, found.fillers)
 
     def _stream(self, model: Any, places: Places, layout: formats.Format, tally: Tally, progress: Progress) -> None:
         """Into the model's own memory what can go there, the rest through its loader."""

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
 from ...conversion.iterate import iterate
+from ...elements.pieces import whole
 from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8
@@ -38,6 +40,7 @@ _ATTRIBUTE = "_octavo_weights"
 class Weights:
     """The checkpoint that a model of vLLM was loaded from, and how to load it again, instead of ``load_weights``."""
 
+    tensors: Mapping[str, TensorInfo]  # in its files
     plan: Plan
     layout: Format
     model: nn.Module
@@ -74,6 +77,30 @@ class Weights:
     def _placements(self) -> dict[str, Placement]:
         return {placement.name: placement for placement in self.plan.placements}
 
+    @functools.cached_property
+    def _matrices(self) -> dict[str, list[Placement]]:
+        """Stack of experts -> what it is loaded as."""
+        found: dict[str, list[Placement]] = {}
+        for placement in self.plan.placements:
+            if (stack := placement.pieces[0].src_name) != placement.name:
+                found.setdefault(stack, []).append(placement)
+        return found
+
+    def _apart(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as they were first given to the loader: stacks of experts cut into matrices."""
+        for name, weight in weights:
+            matrices = self._matrices.get(name)
+            if matrices is None:
+                yield name, weight
+                continue
+            _check_shape(name, weight, self.tensors[name].shape)
+            stack = weight.contiguous()
+            del weight
+            for placement in matrices:
+                piece = placement.pieces[0]
+                offset = stack.storage_offset() + piece.src_off
+                yield placement.name, stack.as_strided(piece.size, piece.src_strides, offset)
+
     def _read(self, weights: CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.quantized():
             self.arrivals.add(name)
@@ -86,10 +113,10 @@ class Weights:
 
         Whether scales are finite is appended to ``finite``, and looked at once all are made.
         """
-        for name, weight in weights:
+        for name, weight in self._apart(weights):
             placement = self._placements.get(name)
             if placement is not None:
-                _check_shape(placement, weight)
+                _check_shape(name, weight, placement.shape)
             if placement is not None and placement.scheme is not None and weight.dtype != FP8:
                 q, scale = schemes.quantize(weight, placement.scheme)
                 del weight
@@ -107,11 +134,9 @@ class Weights:
                 self.arrivals.add_other(name, counts)
 
 
-def _check_shape(placement: Placement, weight: Tensor) -> None:
-    if tuple(weight.shape) != placement.shape:
-        raise CoverageError(
-            f"{placement.name}: has the shape {list(weight.shape)}, was loaded with {list(placement.shape)}"
-        )
+def _check_shape(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != shape:
+        raise CoverageError(f"{name}: has the shape {list(weight.shape)}, was loaded with {list(shape)}")
 
 
 def _check_finite(finite: list[tuple[str, Tensor]]) -> None:
@@ -127,9 +152,9 @@ def _check_finite(finite: list[tuple[str, Tensor]]) -> None:
             )
 
 
-def prepare(model: Any, plan: Plan, layout: Format, fillers: Fillers) -> None:
+def prepare(model: Any, checkpoint: Checkpoint, plan: Plan, layout: Format, fillers: Fillers) -> None:
     """Have later calls of ``model.load_weights`` quantize as the first one did, and updates checked."""
-    weights = Weights(plan, layout, model, model.load_weights, Arrivals(model, fillers))
+    weights = Weights(checkpoint.tensors, plan, layout, model, model.load_weights, Arrivals(model, fillers))
     setattr(model, _ATTRIBUTE, weights)
     model.load_weights = weights.load
     versions.watch_reloads(_check_complete)
@@ -154,13 +179,16 @@ class CheckpointWeights:
             raise CheckpointError(f"{type(model).__name__}: was not loaded by octavo, and can't be reloaded by it")
         problems = []
         for placement in loaded.plan.placements:
-            info = checkpoint.tensors.get(placement.name)
+            stack = placement.pieces[0].src_name
+            info = checkpoint.tensors.get(placement.name) or checkpoint.tensors.get(stack)
+            shape = placement.shape if info is None or info.name == placement.name else loaded.tensors[stack].shape
             if info is None:
                 problems.append(f"has no {placement.name}")
-            elif info.shape != placement.shape:
-                problems.append(f"{placement.name} has the shape {list(info.shape)}, not {list(placement.shape)}")
+            elif info.shape != shape:
+                problems.append(f"{info.name} has the shape {list(info.shape)}, not {list(shape)}")
             elif placement.scheme and not info.quantizable:
-                problems.append(f"{placement.name} is {info.dtype_name}, not bf16, fp16 or fp32")
+                problems.append(f"{info.name} is {info.dtype_name}, not bf16, fp16 or fp32")
+        problems = list(dict.fromkeys(problems))  # of a stack, once
         raise_problems(CoverageError, checkpoint.path, problems, "Nothing was loaded: the model is as it was.")
         self._checkpoint, self._loaded, self._threads = checkpoint, loaded, options.threads
 
@@ -173,15 +201,22 @@ class CheckpointWeights:
 
     def _read(self, *, quantized: bool) -> Iterator[tuple[str, Tensor]]:
         infos, plan = self._checkpoint.tensors, self._loaded.plan
-        ordered = sorted(plan.placements, key=lambda p: (infos[p.name].shard, infos[p.name].offset))
-        placements = tuple(_of_checkpoint(p, infos[p.name], quantized) for p in ordered)
-        plan = dataclasses.replace(plan, source=str(self._checkpoint.path), placements=placements)
+        found = [_of_checkpoint(placement, infos, quantized) for placement in plan.placements]
+        first = {p.name: (infos[p.pieces[0].src_name], p.pieces[0].src_off) for p in found}
+        found.sort(key=lambda p: (first[p.name][0].shard, first[p.name][0].offset, first[p.name][1]))
+        plan = dataclasses.replace(plan, source=str(self._checkpoint.path), placements=tuple(found))
         return iterate(self._checkpoint, plan, self._loaded.layout, threads=self._threads)
 
 
-def _of_checkpoint(placement: Placement, info: TensorInfo, quantized: bool) -> Placement:
-    """The placement of the same tensor in another checkpoint."""
-    placement = dataclasses.replace(placement, source_dtype_names=(info.dtype_name,), source_bytes=info.nbytes)
+def _of_checkpoint(placement: Placement, infos: Mapping[str, TensorInfo], quantized: bool) -> Placement:
+    """The placement of the same tensor in another checkpoint, where experts may lie apart that were in a stack."""
+    info = infos.get(placement.name)
+    pieces = placement.pieces if info is None else (whole(info.name, info.shape),)
+    info = infos[pieces[0].src_name]
+    nbytes = info.nbytes * pieces[0].numel // max(1, math.prod(info.shape))
+    placement = dataclasses.replace(
+        placement, source_dtype_names=(info.dtype_name,), source_bytes=nbytes, pieces=pieces
+    )
     if placement.scheme and quantized:
         return placement
     return dataclasses.replace(placement, dtype_name=info.dtype_name, scheme=None, parts=())
