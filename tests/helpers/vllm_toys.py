@@ -74,3 +74,48 @@ class Toy(nn.Module):
         if weight.shape[1] > target.shape[1]:
             weight = weight.narrow(1, self.rank * target.shape[1], target.shape[1])
         target.copy_(weight)
+
+
+class Experts(nn.Module):
+    """Gate and up of all experts in one parameter, as vLLM's fused layers have them."""
+
+    def __init__(self, scheme, experts=3, halves=2):
+        super().__init__()
+        rows, height = {"fp8_channel": 1, "fp8_block": 128}[scheme], 256 * halves
+        self.halves = halves
+        self.w13 = nn.Parameter(torch.empty(experts, height, 256, dtype=FP8), requires_grad=False)
+        self.w13_scale = nn.Parameter(torch.empty(experts, height // rows, -(-256 // 128) if rows > 1 else 1))
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            expert, half, kind = name.split(".")
+            target = self.w13.data if kind == "weight" else self.w13_scale.data
+            rows = target.shape[1] // self.halves
+            target[int(expert)].narrow(0, rows * (half == "up_proj"), rows).copy_(weight)
+
+
+class Stacked(nn.Module):
+    """A layer whose loader takes matrices of experts by the names that it is made with, or none."""
+
+    def __init__(self, scheme="fp8_channel", names=("gate_proj", "up_proj", "down_proj")):
+        super().__init__()
+        self.names = names
+        self.gate_up, self.down = Experts(scheme), Experts(scheme, halves=1)
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            if name in ("experts.gate_up_proj", "experts.down_proj"):
+                (self.down if "down" in name else self.gate_up).w13.data.copy_(weight)
+                continue
+            _, expert, leaf, kind = name.split(".")
+            half = ("gate_proj", "up_proj", "down_proj")[self.names.index(leaf)]
+            (self.down if "down" in half else self.gate_up).load_weights([(f"{expert}.{half}.{kind}", weight)])
+
+
+def stacks_of(matrices, transposed=False):
+    """``experts.N.gate_proj.weight``, ... as files have them that stack the experts."""
+    found = {}
+    for half in ("gate", "up", "down"):
+        found[half] = torch.stack([tensor for name, tensor in matrices.items() if f".{half}_proj." in name])
+    stacks = {"experts.gate_up_proj": torch.cat([found["gate"], found["up"]], 1), "experts.down_proj": found["down"]}
+    return {name: stack.transpose(1, 2) if transposed else stack for name, stack in stacks.items()}

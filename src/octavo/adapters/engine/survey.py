@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
 from ...elements.boxes import coverage_problem
-from ...elements.dry_run import Copy, Source, Trace
+from ...elements.dry_run import Copy, Source, Trace, trace
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8, Scheme
@@ -96,6 +96,17 @@ class Surveyor:
         unread = tuple(p.name for p in self.plan.placements if p.name not in hit)
         made = _amend(self.plan, hit, reasons)
         return Survey(made, split(self.model, seen, made, self.layout), len(layers), unread, _fillers(seen))
+
+    def takes(self) -> bool | None:
+        """Return True if the loader, given the plan's tensors alone, takes all in FP8; None if it passes over them."""
+        wanted = frozenset(placement.name for placement in self.plan.quantized)
+        seen = trace(self.model, self.load, self._virtual(wanted, ()))
+        if seen.failed is None and not seen.copies:
+            return None
+        if seen.failed or self._misfits(seen, wanted):
+            return False
+        memory = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        return not any(uncovered(memory[name], copies) for name, copies in seen.by_target().items())
 
     # -- names --------------------------------------------------------------------------------------------------------
 

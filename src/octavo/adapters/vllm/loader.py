@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,11 +32,13 @@ from ...conversion import formats
 from ...conversion.iterate import iterate
 from ...errors import RecipeError
 from ...planning.plan import Plan, plan_checkpoint
+from ...planning.stacks import find_series
 from ...streaming.meter import Stages, collection_paused, measured
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
 from ...text import human_bytes, printable
+from ..engine.experts import settle
 from ..engine.log import describe
 from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
 from ..engine.options import Options
@@ -77,23 +80,22 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
         self.options = Options.parse(self.extra, model_config.quantization)
         self.quant_config = self._quant_config(vllm_config, model_config)
-        device = self._device(vllm_config)
+        self.device = self._device(vllm_config)
         with collection_paused(), contextlib.ExitStack() as self.warming:
             # pinned memory and kernels, while the model is planned and made
-            warm_up = WarmUp(device, self.options.staging_bytes, self.options.threads, [self.options.scheme])
+            warm_up = WarmUp(self.device, self.options.staging_bytes, self.options.threads, [self.options.scheme])
             self.warming.enter_context(warm_up)
-            return self._load_model(vllm_config, model_config, prefix, device)
+            return self._load_model(vllm_config, model_config, prefix)
 
-    def _load_model(
-        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, device: torch.device
-    ) -> nn.Module:
+    def _load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
         with self.stages("plan"):
             self.checkpoint = self._open(model_config)
-            self.plan, layout_config = self._plan(self.checkpoint, device)
+            self.experts = find_series(self.checkpoint)
+            self.plan = self._plan()
         kept: dict[str, str] = {}
         forget_layers = versions.remember_layers(vllm_config)
         while True:
-            self.quant_config.fill(layout_config, kept)
+            self.quant_config.fill(self._config(self.plan), kept)
             try:
                 model: nn.Module = super().load_model(vllm_config, model_config, prefix)
                 return model
@@ -157,11 +159,15 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         files = versions.files_of(self, DefaultModelLoader.Source(model_config.model, model_config.revision))
         return Checkpoint.open_chosen(files)
 
-    def _plan(self, checkpoint: Checkpoint, device: torch.device) -> tuple[Plan, Mapping[str, Any]]:
-        """The plan of all tensors, and the config of the checkpoint that they would make."""
-        layout = formats.get(DEFAULT_FORMAT)
-        made = plan_checkpoint(checkpoint, self.options.recipe, self.options.staging_bytes, str(device))
-        return made, layout.config(made, ragged=True)
+    def _plan(self) -> Plan:
+        """The plan of all tensors, with experts by the names that they are to have."""
+        cuts = [cut for experts in self.experts for cut in experts.cuts()]
+        options = self.options
+        return plan_checkpoint(self.checkpoint, options.recipe, options.staging_bytes, str(self.device), cuts=cuts)
+
+    def _config(self, plan: Plan) -> Mapping[str, Any]:
+        """The config of the checkpoint that a plan would make."""
+        return formats.get(DEFAULT_FORMAT).config(plan, ragged=True)
 
     # -- weights ------------------------------------------------------------------------------------------------------
 
@@ -176,8 +182,18 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             )
         with self.stages("plan"):
             kept, unfit = quant_config.unquantized(model)
-            left = {**kept, **unfit}
-            found = Surveyor(model, model.load_weights, self.plan, layout, versions.exempt(model), left).run()
+            ask = functools.partial(
+                Surveyor,
+                model,
+                model.load_weights,
+                layout=layout,
+                exempt=versions.exempt(model),
+                kept={**kept, **unfit},
+            )
+            before, self.plan = self.plan, settle(self.experts, self.plan, self._plan, lambda plan: ask(plan).takes())
+            if self.plan is not before and self._config(self.plan) != self._config(before):
+                raise _MakeAnewError({})
+            found = ask(self.plan).run()
             self._check(model, found, {*unfit.values()})
         assert found.places is not None
         self.warming.close()

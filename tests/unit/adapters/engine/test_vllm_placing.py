@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from helpers import random_weights, same_bytes, write_checkpoint
-from helpers.vllm_toys import Toy
+from helpers.vllm_toys import Experts, Stacked, Toy, stacks_of
 from octavo import Recipe
 from octavo.adapters.engine.survey import Surveyor
 from octavo.checkpoint.checkpoint import Checkpoint
@@ -103,24 +103,6 @@ def test_a_tensor_that_goes_to_two_places_is_streamed_to_both(source):
     Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
     assert torch.equal(model.head, tensors["norm"].bfloat16())
     assert torch.equal(model.norm, model.head)
-
-
-class Experts(torch.nn.Module):
-    """Gate and up of all experts in one parameter, as vLLM's fused layers have them."""
-
-    def __init__(self, scheme, experts=3, halves=2):
-        super().__init__()
-        rows, height = {"fp8_channel": 1, "fp8_block": 128}[scheme], 256 * halves
-        self.halves = halves
-        self.w13 = torch.nn.Parameter(torch.empty(experts, height, 256, dtype=schemes.FP8), requires_grad=False)
-        self.w13_scale = torch.nn.Parameter(torch.empty(experts, height // rows, -(-256 // 128) if rows > 1 else 1))
-
-    def load_weights(self, weights):
-        for name, weight in weights:
-            expert, half, kind = name.split(".")
-            target = self.w13.data if kind == "weight" else self.w13_scale.data
-            rows = target.shape[1] // self.halves
-            target[int(expert)].narrow(0, rows * (half == "up_proj"), rows).copy_(weight)
 
 
 @pytest.mark.parametrize("lanes", [0, 2])
@@ -275,27 +257,12 @@ def test_weights_that_are_not_finite_are_told_by_the_names_that_vllms_ignore_tak
     assert not kept.quantized
 
 
-class Stacked(torch.nn.Module):
-    """A layer whose loader takes experts one by one, whatever is in the file."""
-
-    def __init__(self, scheme):
-        super().__init__()
-        self.gate_up, self.down = Experts(scheme), Experts(scheme, halves=1)
-
-    def load_weights(self, weights):
-        for name, weight in weights:
-            (self.down if "down" in name else self.gate_up).load_weights([(name.removeprefix("experts."), weight)])
-
-
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
 def test_matrices_go_from_their_stack_straight_to_their_places(scheme, transposed, tmp_path):
     names = [f"experts.{expert}.{half}_proj.weight" for half in ("gate", "up", "down") for expert in range(3)]
     matrices = {name: random_weights((256, 256), torch.bfloat16, seed) for seed, name in enumerate(names)}
-    gate, up, down = (torch.stack([matrices[name] for name in names[n : n + 3]]) for n in (0, 3, 6))
-    stacks = {"experts.gate_up_proj": torch.cat([gate, up], 1), "experts.down_proj": down}
-    if transposed:
-        stacks = {name: stack.transpose(1, 2) for name, stack in stacks.items()}
+    stacks = stacks_of(matrices, transposed=transposed)
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, stacks))
     model, reference = Stacked(scheme), Stacked(scheme)
     by_loader(reference, matrices, scheme)
