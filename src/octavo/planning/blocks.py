@@ -2,8 +2,9 @@
 
 There, what costs is not the arithmetic but launching it (15 to 40 µs an operation, all told), thousands of times a
 model. And since all parameters have their memory already, nothing depends on their order. So chunks are put in the
-order of the file; those that follow each other without a gap make a block; and the chunks of a block that lie
-regularly, in it and in their parameter, are joined to a *bundle*: gate and up of an expert, the same of the next ones.
+order of the file; those that follow each other make a block, whatever lies between them that is not read; and those of
+a block that lie regularly, in it and in their parameter, are joined to a *bundle*: gate and up of an expert, the same
+of the next ones.
 """
 
 from __future__ import annotations
@@ -61,46 +62,66 @@ class Read(NamedTuple):
 def cut_reads(blocks: Iterable[Block], slot_bytes: int) -> Iterator[Read]:
     """The blocks' bytes in their order, a slot at a time; tensors may be cut anywhere."""
     for block in blocks:
-        start, room, runs = 0, slot_bytes, []
-        for offset, nbytes in block.runs:
-            while nbytes:
-                part = min(nbytes, room)
-                runs.append((offset, part))
-                offset, nbytes, room = offset + part, nbytes - part, room - part
-                if not room:
-                    end = start + slot_bytes
-                    yield Read(block, start, tuple(runs), slot_bytes, end == block.nbytes)
-                    start, room, runs = end, slot_bytes, []
-        if runs or not block.nbytes:
-            yield Read(block, start, tuple(runs), slot_bytes - room, True)
+        start = 0
+        for runs in _fill_slots(block.runs, slot_bytes):
+            nbytes = sum(length for _, length in runs)
+            yield Read(block, start, runs, nbytes, start + nbytes == block.nbytes)
+            start += nbytes
+        if not block.nbytes:
+            yield Read(block, 0, (), 0, True)
+
+
+def _fill_slots(runs: Iterable[tuple[int, int]], slot_bytes: int) -> Iterator[tuple[tuple[int, int], ...]]:
+    """The runs, a slot at a time. One that fills a slot has slots of its own, and so may go past the page cache."""
+    filling: list[tuple[int, int]] = []
+    room = slot_bytes
+    for offset, nbytes in runs:
+        alone = nbytes >= slot_bytes
+        if alone and filling:
+            yield tuple(filling)
+            filling, room = [], slot_bytes
+        while nbytes:
+            part = min(nbytes, room)
+            filling.append((offset, part))
+            offset, nbytes, room = offset + part, nbytes - part, room - part
+            if not room or (alone and not nbytes):
+                yield tuple(filling)
+                filling, room = [], slot_bytes
+    if filling:
+        yield tuple(filling)
 
 
 def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo], block_bytes: int) -> Iterator[Block]:
     """All of a plan's placements in the order of the files, no block larger than ``block_bytes``."""
     bundles: list[Bundle] = []
-    shard, start, end = -1, 0, 0
+    runs: list[list[int]] = []  # [byte offset in the file, bytes]
+    shard, filled = -1, 0
     for at, chunk in _in_file_order(placements, tensors, block_bytes):
         piece, info = chunk.piece, tensors[chunk.piece.src_name]
         itemsize, numel = dtypes.moved_bits(info.dtype_name) // 8, piece.numel
         nbytes, is_run = numel * itemsize, piece.run_length == numel
         # elements must be aligned within the block
-        fits = at + nbytes - start <= block_bytes and not (at - start) % itemsize
-        if not (bundles and is_run and fits and at == end and info.shard == shard):
-            if bundles:
-                yield _block(shard, ((start, end - start),), bundles)
-            bundles, shard, start, end = [], info.shard, at, at
+        fits = filled + nbytes <= block_bytes and not filled % itemsize
+        if bundles and not (is_run and fits and info.shard == shard and at >= sum(runs[-1])):
+            yield _block(shard, runs, bundles)
+            bundles, runs, filled = [], [], 0
+        shard = info.shard
         if is_run:
-            within = Piece(piece.dst_off, piece.size, piece.src_name, (at - start) // itemsize, piece.src_strides)
+            within = Piece(piece.dst_off, piece.size, piece.src_name, filled // itemsize, piece.src_strides)
             bundles.append(_bundle(chunk, info, within))
-            end = at + nbytes
+            if runs and at == sum(runs[-1]):
+                runs[-1][1] += nbytes
+            else:  # what lies between is not for here: other ranks' rows, say
+                runs.append([at, nbytes])
+            filled += nbytes
             continue
         length, offsets = piece.runs()
-        runs = tuple((info.offset + offset * itemsize, length * itemsize) for offset in offsets)
+        scattered = [[info.offset + offset * itemsize, length * itemsize] for offset in offsets]
         # read one after another, they lie without holes
         packed = piece._replace(src_off=0, src_strides=packed_strides(piece.size, piece.src_strides))
-        yield _block(shard, runs, [_bundle(chunk, info, packed)])
+        yield _block(shard, scattered, [_bundle(chunk, info, packed)])
     if bundles:
-        yield _block(shard, ((start, end - start),), bundles)
+        yield _block(shard, runs, bundles)
 
 
 def cut_in_turn(
@@ -131,9 +152,10 @@ def _bundle(chunk: Chunk, info: TensorInfo, piece: Piece) -> Bundle:
     return Bundle(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,))
 
 
-def _block(shard: int, runs: tuple[tuple[int, int], ...], bundles: list[Bundle]) -> Block:
+def _block(shard: int, runs: Sequence[Sequence[int]], bundles: list[Bundle]) -> Block:
     in_order = any(bundle.work in (Work.AMAX, Work.REREAD) for bundle in bundles)
-    return Block(shard, runs, sum(nbytes for _, nbytes in runs), tuple(join(bundles)), in_order)
+    found = tuple((offset, nbytes) for offset, nbytes in runs)
+    return Block(shard, found, sum(nbytes for _, nbytes in found), tuple(join(bundles)), in_order)
 
 
 # -- joining ----------------------------------------------------------------------------------------------------------

@@ -53,6 +53,7 @@ def streamed(sources, target, scheme, way, columns):
     cols=SIDES,
     stacked=st.one_of(st.none(), st.integers(1, 3)),
     cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    half=st.sampled_from([None, 0, 1]),
     scheme=st.sampled_from([*SCHEMES, None]),
     dtype=st.sampled_from(DTYPES),
     kind=KINDS,
@@ -60,10 +61,13 @@ def streamed(sources, target, scheme, way, columns):
     way=WAYS,
     transposed=st.booleans(),
 )
-@example([130], 300, 2, (0.4, 0.6), "fp8_block", torch.bfloat16, "normal", 0, Way(700, 2, 1 << 20, 50, 1, 3), False)
-@example([64], 257, None, (0.5, 1), "fp8_channel", torch.bfloat16, "bits", 0, Way(100, 2, 1 << 20, 50, 1), False)
-def test_columns_are_those_of_the_whole(rows, cols, stacked, cut, scheme, dtype, kind, seed, way, transposed):
-    """Gate and up (or one matrix) of experts (or of none), of which a rank has some columns."""
+@example([130], 300, 2, (0.4, 0.6), 1, "fp8_block", torch.bfloat16, "normal", 0, Way(700, 2, 1 << 20, 50, 1, 3), False)
+@example([64], 257, None, (0.5, 1), None, "fp8_channel", torch.bfloat16, "bits", 0, Way(100, 2, 1 << 20, 50, 1), False)
+def test_columns_are_those_of_the_whole(rows, cols, stacked, cut, half, scheme, dtype, kind, seed, way, transposed):
+    """Gate and up (or one matrix) of experts (or of none), of which a rank has some columns, of all rows or of half.
+
+    Then other ranks' rows lie between those that are read.
+    """
     sources = {
         f"{part}.{expert}": random_weights(
             (cols, n) if transposed else (n, cols), dtype, seed + 10 * part + expert, kind
@@ -72,8 +76,12 @@ def test_columns_are_those_of_the_whole(rows, cols, stacked, cut, scheme, dtype,
         for expert in range(stacked or 1)
     }
 
+    def halved(tensor):
+        middle = tensor.shape[0] // 2
+        return tensor if half is None or not middle else tensor[middle:] if half else tensor[:middle]
+
     def fuse(tensors):
-        tensors = {name: tensor.mT if transposed else tensor for name, tensor in tensors.items()}
+        tensors = {name: halved(tensor.mT if transposed else tensor) for name, tensor in tensors.items()}
         bands = [[tensors[f"{part}.{expert}"] for expert in range(stacked or 1)] for part in range(len(rows))]
         return torch.cat([band[0] if stacked is None else torch.stack(band) for band in bands], -2)
 
