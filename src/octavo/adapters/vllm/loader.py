@@ -174,27 +174,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Survey, then read and fill."""
         layout = formats.get(DEFAULT_FORMAT)
-        quant_config = self.quant_config
-        if tuple(getattr(model, "secondary_weights", ())):
-            raise RecipeError(
-                f"{model_config.model}: {type(model).__name__} reads several checkpoints, which octavo does not; leave "
-                "--load-format and --quantization out"
-            )
         with self.stages("plan"):
-            kept, unfit = quant_config.unquantized(model)
-            ask = functools.partial(
-                Surveyor,
-                model,
-                model.load_weights,
-                layout=layout,
-                exempt=versions.exempt(model),
-                kept={**kept, **unfit},
-            )
-            before, self.plan = self.plan, settle(self.experts, self.plan, self._plan, lambda plan: ask(plan).takes())
-            if self.plan is not before and self._config(self.plan) != self._config(before):
-                raise _MakeAnewError({})
-            found = ask(self.plan).run()
-            self._check(model, found, {*unfit.values()})
+            found = self.survey(model, model_config, layout)
         assert found.places is not None
         self.warming.close()
         tally = Tally()
@@ -205,6 +186,29 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         for line in (*describe(found, self.stages, tally, meter), *_computed(found.places), *notes):
             log.info("octavo: %s", line)
         reload.prepare(model, self.checkpoint, found.plan, layout, found.fillers)
+
+    def survey(self, model: Any, model_config: ModelConfig, layout: formats.Format) -> Survey:
+        """What the model's loader does with the checkpoint. Refuse what can't be done; have the model made anew."""
+        if tuple(getattr(model, "secondary_weights", ())):
+            raise RecipeError(
+                f"{model_config.model}: {type(model).__name__} reads several checkpoints, which octavo does not; leave "
+                "--load-format and --quantization out"
+            )
+        kept, unfit = self.quant_config.unquantized(model)
+        ask = functools.partial(
+            Surveyor,
+            model,
+            model.load_weights,
+            layout=layout,
+            exempt=versions.exempt(model),
+            kept={**kept, **unfit},
+        )
+        before, self.plan = self.plan, settle(self.experts, self.plan, self._plan, lambda plan: ask(plan).takes())
+        if self.plan is not before and self._config(self.plan) != self._config(before):
+            raise _MakeAnewError({})
+        found = ask(self.plan).run()
+        self._check(model, found, {*unfit.values()})
+        return found
 
     def _stream(self, model: Any, places: Places, layout: formats.Format, tally: Tally, progress: Progress) -> None:
         """Into the model's own memory what can go there, the rest through its loader."""
