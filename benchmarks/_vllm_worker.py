@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import vllm.model_executor.model_loader as model_loader
+import vllm.model_executor.model_loader.base_loader as base_loader
 
 from octavo.machine import rss_bytes
 from octavo.streaming.stream import Stream, Tally
@@ -96,6 +97,9 @@ def _counted(run: Any) -> Any:
     return counted
 
 
+# the parts of ``load_model`` beside filling the model, by the names by which it calls them
+base_loader.initialize_model = _timed("make_s", base_loader.initialize_model)
+base_loader.process_weights_after_loading = _timed("process_s", base_loader.process_weights_after_loading)
 Stream.run = _counted(Stream.run)  # type: ignore[method-assign]
 
 # wherever it has been imported to; vLLM has several model runners, and what is imported later gets it from the first

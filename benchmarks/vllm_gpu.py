@@ -11,8 +11,8 @@ Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine in a pro
     octavo-...      --load-format octavo
     converted-...   vLLM as it is, on the checkpoint that `octavo convert` writes
 
-    load s       of the loader's ``load_model``, in the worker: to make the model, fill it, and bring weights into the
-                 form of the kernels; "weights" is the filling alone
+    load s       of the loader's ``load_model``, in the worker: to make the model, fill it ("weights"), and bring
+                 weights into the form of the kernels ("process")
     start s      of `vllm.LLM(...)`, the load in it: profiling and capturing graphs, mostly
     final, over  allocated by torch after the load, and at the peak beyond that; "reserved" is what torch's allocator
                  held at most, beyond the peak of what was allocated
@@ -53,6 +53,7 @@ WAYS = ("bf16", *ONLINE, *OCTAVO, *CONVERTED)
 DEFAULT_WAYS = ("octavo-fp8_channel", "fp8_per_tensor", "octavo-fp8_block", "bf16", "fp8_per_block")
 GIB = 1 << 30
 
+SECONDS = ("load_s", "make_s", "weights_s", "process_s")
 #: than fp8_per_tensor on one GPU, and on several; of the device; of the peak
 PROMISED_FASTER, PROMISED_FASTER_TOGETHER = 3.0, 2.5
 PROMISED_OVER_BYTES, PROMISED_RESERVED = GIB // 4, 1.02
@@ -96,7 +97,7 @@ result(seconds=time.perf_counter() - began)
 def condense(found: dict[str, Any], source_bytes: int) -> dict[str, Any]:
     """A row of the result; with several ranks, the slowest and the largest."""
     ranks = found.pop("ranks")
-    row = {key: round(max(rank[key] for rank in ranks), 3) for key in ("load_s", "weights_s") if key in ranks[0]}
+    row = {key: round(max(rank[key] for rank in ranks), 3) for key in SECONDS if key in ranks[0]}
     row |= {key: [rank[key] for rank in ranks] for key in ("read_bytes", "forecast_bytes") if key in ranks[0]}
     after = [rank["after"] for rank in ranks]
     row |= {
@@ -179,14 +180,14 @@ def promises(way: str, ranks: Ranks, rows: dict[str, dict[str, Any]]) -> dict[st
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """A line a way, and what it says of its answers below."""
-    head = ("load s", "weights", "GB/s", "start s", "final GiB", "over GiB", "reserved", "prefill/s")
+    head = ("load s", "make", "weights", "process", "GB/s", "start s", "final GiB", "over GiB", "reserved", "prefill/s")
     batches = list(dict.fromkeys(batch for row in rows.values() for batch in row.get("decode", {})))
     lines = [f"{'':26}" + "".join(f"{name:>11}" for name in (*head, *(f"decode {batch}" for batch in batches)))]
     for key, row in rows.items():
         if "load_s" not in row:
             lines.append(f"{key:26}{row.get('skipped') or row['error'].splitlines()[-1][:150]}")
             continue
-        values = [row["load_s"], row.get("weights_s", math.nan), row["gb_per_s"], row["start_s"]]
+        values = [*(row.get(key, math.nan) for key in SECONDS), row["gb_per_s"], row["start_s"]]
         values += [row["final_bytes"] / GIB, row["over_bytes"] / GIB]
         cells = "".join(f"{value:11.2f}" for value in values) + f"{row['reserved_share']:11.3f}"
         if "prefill" in row:
