@@ -11,17 +11,18 @@ import torch
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def opaque(schema: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
+def opaque(schema: str, fake: Callable[..., Any], device: str = "cuda") -> Callable[[Function], Function]:
     """Make a function, under torch.compile, one opaque operation: ``torch.ops.octavo.<its name>``.
 
     Args:
         schema: of its arguments and results, in torch's notation.
         fake: the same function on tensors without data.
+        device: the type of the devices on which it is called.
     """
 
     def decorate(function: Function) -> Function:
         name = function.__name__
-        made = torch.library.custom_op(f"octavo::{name}", function, mutates_args=(), device_types="cuda", schema=schema)
+        made = torch.library.custom_op(f"octavo::{name}", function, mutates_args=(), device_types=device, schema=schema)
         made.register_fake(fake)
 
         @functools.wraps(function)

@@ -1,8 +1,12 @@
-"""Reference kernels, for processors for which vLLM has none: block-scaled linear layers, and experts, in FP8.
+"""Kernels for processors without units for FP8: linear layers and experts.
 
-vLLM's own need AMX. These widen the weights to the dtype of the activations before each multiplication: right, slow,
-and enough for tests and for trying things out on a laptop. They are offered last, so that vLLM prefers whatever it has
-itself. (For fp8_channel, its linear layers run on any processor.)
+They are octavo's own weight-only products (`octavo.running.weight_only`): weights are widened to the dtype of the
+activations some rows at a time, and activations are not quantized.
+
+- A scale a row: ahead of what vLLM makes of torch's ``_scaled_mm``, which takes a thousand times as long for a token.
+- Blocks, and experts of either kind, for which vLLM's own need AMX: after those.
+
+vLLM says in its log which kernel it selected, and its ``VLLM_DISABLED_KERNELS`` names those that it shall not.
 """
 
 from __future__ import annotations
@@ -14,18 +18,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from vllm.model_executor.kernels import linear
+from vllm.model_executor.kernels.linear.scaled_mm.pytorch import TorchFP8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe import modular_kernel
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.platforms import PlatformEnum, current_platform
 
-from ...numerics import schemes
+from ...running.opaque import opaque
+from ...running.weight_only import weight_only
 
 _ACTIVATIONS: dict[Any, Callable[[Tensor], Tensor]] = {MoEActivation.SILU: F.silu, MoEActivation.GELU: F.gelu}
 
 
-class ReferenceBlockLinear(linear.Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
+def _fake(x: Tensor, q: Tensor, scale: Tensor, scheme: str, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], q.shape[0]))
+
+
+# in one piece under torch.compile, which would unroll the loop over rows
+@opaque("(Tensor x, Tensor q, Tensor scale, str scheme, Tensor? bias) -> Tensor", _fake, "cpu")
+def product_on_cpu(x: Tensor, q: Tensor, scale: Tensor, scheme: str, bias: Tensor | None) -> Tensor:
+    """``x[tokens, in] @ dequantize(q[out, in]).T + bias``."""
+    return weight_only(x, q, scale, scheme, None, bias)
+
+
+class OctavoChannelLinear(linear.FP8ScaledMMLinearKernel):  # type: ignore[misc]
+    """x[tokens, in] times weight[out, in], e4m3 with a scale a row."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        return (True, None) if current_platform.is_cpu() else (False, "is for CPUs")
+
+    @classmethod
+    def can_implement(cls, config: Any) -> tuple[bool, str | None]:
+        weight, activation = config.weight_quant_key.scale, config.activation_quant_key.scale
+        fits = _scheme(weight.group_shape) == "fp8_channel" and not activation.static
+        return (True, None) if fits else (False, "is for a scale a row of the weight, and activations without one")
+
+    def apply_weights(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight, scale, *_ = self._get_layer_params(layer)  # weight[in, out], a view of [out, in]
+        return product_on_cpu(x, weight.t(), scale, "fp8_channel", bias)
+
+    def apply_scaled_mm(self, **_: Any) -> Tensor:
+        raise NotImplementedError("apply_weights does it all")
+
+
+class OctavoBlockLinear(linear.Fp8BlockScaledMMLinearKernel):  # type: ignore[misc]
     """x[tokens, in] times weight[out, in], e4m3 with scales of 128x128 blocks."""
 
     apply_input_quant = False
@@ -43,10 +81,10 @@ class ReferenceBlockLinear(linear.Fp8BlockScaledMMLinearKernel):  # type: ignore
         """They stay as they are in the checkpoint."""
 
     def apply_block_scaled_mm(self, A: Tensor, B: Tensor, As: Tensor, Bs: Tensor) -> Tensor:
-        return F.linear(A, schemes.dequantize(B, Bs, "fp8_block", dtype=A.dtype))
+        return product_on_cpu(A, B, Bs, "fp8_block", None)
 
 
-class ReferenceExperts(modular_kernel.FusedMoEExpertsModular):  # type: ignore[misc]
+class OctavoExperts(modular_kernel.FusedMoEExpertsModular):  # type: ignore[misc]
     """Experts one after another: w1[experts, 2 x intermediate, hidden], w2[experts, hidden, intermediate]."""
 
     @property
@@ -102,9 +140,7 @@ class ReferenceExperts(modular_kernel.FusedMoEExpertsModular):  # type: ignore[m
         apply_router_weight_on_input: bool,
     ) -> None:
         if apply_router_weight_on_input:
-            raise NotImplementedError(
-                "router weights on the input: octavo's reference experts apply them to the output"
-            )
+            raise NotImplementedError("router weights on the input: octavo's experts apply them to the output")
         scheme = "fp8_block" if self.quant_config.block_shape else "fp8_channel"
         total = torch.zeros(hidden_states.shape, dtype=torch.float32)
         for expert in sorted(set(topk_ids.flatten().tolist())):
@@ -113,10 +149,10 @@ class ReferenceExperts(modular_kernel.FusedMoEExpertsModular):  # type: ignore[m
                 continue
             token, choice = (topk_ids == expert).nonzero(as_tuple=True)
             x = hidden_states[token]
-            up = F.linear(x, schemes.dequantize(w1[local], self.w1_scale[local], scheme, dtype=x.dtype))
+            up = weight_only(x, w1[local], self.w1_scale[local], scheme)
             gate, value = up.chunk(2, -1)
             inner = _ACTIVATIONS[activation](gate) * value
-            y = F.linear(inner, schemes.dequantize(w2[local], self.w2_scale[local], scheme, dtype=x.dtype))
+            y = weight_only(inner, w2[local], self.w2_scale[local], scheme)
             total.index_add_(0, token, y.float() * topk_weights[token, choice, None].float())
         output.copy_(total)
 
@@ -127,20 +163,25 @@ def _scheme(shape: Any) -> str | None:
 
 
 def register() -> None:
-    """Offer the kernels, on a CPU only, after vLLM's own. May be called repeatedly."""
-    # `register_linear_kernel` has no list for block scales
-    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS[PlatformEnum.CPU]
-    if ReferenceBlockLinear not in kernels:
-        kernels.append(ReferenceBlockLinear)
+    """Offer the kernels, on a CPU only. May be called repeatedly."""
+    # `register_linear_kernel` appends, and has no list for block scales
+    rows, blocks = (
+        kinds[PlatformEnum.CPU] for kinds in (linear._POSSIBLE_FP8_KERNELS, linear._POSSIBLE_FP8_BLOCK_KERNELS)
+    )
+    if OctavoChannelLinear not in rows:
+        slow = [number for number, kernel in enumerate(rows) if issubclass(kernel, TorchFP8ScaledMMLinearKernel)]
+        rows.insert(min(slow, default=len(rows)), OctavoChannelLinear)
+    if OctavoBlockLinear not in blocks:
+        blocks.append(OctavoBlockLinear)
     # nor is there a registry of experts: Triton's is the backend whose weights are those of the checkpoint
     if not hasattr(oracle.backend_to_kernel_cls, "without_octavo"):
-        oracle.backend_to_kernel_cls = _offering_reference(oracle.backend_to_kernel_cls)
+        oracle.backend_to_kernel_cls = _offering(oracle.backend_to_kernel_cls)
 
 
-def _offering_reference(backend_to_kernel_cls: Any) -> Any:
+def _offering(backend_to_kernel_cls: Any) -> Any:
     def offering(backend: Any) -> list[Any]:
         found = list(backend_to_kernel_cls(backend))
-        return [*found, ReferenceExperts] if backend == oracle.Fp8MoeBackend.TRITON else found
+        return [*found, OctavoExperts] if backend == oracle.Fp8MoeBackend.TRITON else found
 
     offering.without_octavo = backend_to_kernel_cls  # type: ignore[attr-defined]
     return offering
