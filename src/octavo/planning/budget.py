@@ -161,10 +161,12 @@ def check_options(staging_bytes: Any, threads: Any = None) -> None:
         raise DeviceError("staging_bytes is beyond 63 bits, which no machine has")
     if staging_bytes < MIN_STAGING_BYTES:
         raise DeviceError(f"staging_bytes is {staging_bytes:,}; at least {MIN_STAGING_BYTES:,} (1 MiB) are needed")
-    if isinstance(threads, int) and abs(threads) > _MOST_THREADS:
+    if threads is not None and not isinstance(threads, int):
+        raise DeviceError(f"threads is {threads!r}, not a number of threads")
+    if threads is not None and abs(threads) > _MOST_THREADS:
         raise DeviceError(f"threads is beyond {_MOST_THREADS:,}, the most that are taken")
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise DeviceError(f"threads is {threads!r}; at least 1 is needed")
+    if threads is not None and threads < 1:
+        raise DeviceError(f"threads is {threads}; at least 1 is needed")
 
 
 def default_threads() -> int:

@@ -7,7 +7,7 @@ vllm serve MODEL --quantization octavo_fp8_block
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,6 +20,24 @@ from .names import SCHEMES, scheme_of_quantization
 _REFUSED = {
     "fp8_tensor": "vLLM quantizes the parts of a fused layer a second time, to their largest scale",
     "mxfp8": "few of vLLM's kernels take it",
+}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_patterns(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
+
+
+#: key -> whether a value is of its kind, and what that is
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "scheme": (lambda value: isinstance(value, str), "the name of a scheme"),
+    "ignore": (_are_patterns, "a list of patterns"),
+    "staging_bytes": (_is_count, "a number of bytes"),
+    "threads": (lambda value: value is None or _is_count(value), "a number, at least 1"),
+    "strict": (lambda value: type(value) is bool, "true or false"),
 }
 
 
@@ -64,6 +82,9 @@ class Options:
         if unknown:
             known = ", ".join(cls.names())
             raise RecipeError(f"--model-loader-extra-config: unknown key {unknown[0]!r}; known: {known}")
+        for name, (fits, what) in _KINDS.items():
+            if name in given and not fits(given[name]):
+                raise RecipeError(f"--model-loader-extra-config: {name} must be {what}, not {given[name]!r}")
         named = scheme_of_quantization(quantization)
         if named and given.setdefault("scheme", named) != named:
             raise RecipeError(
@@ -71,13 +92,7 @@ class Options:
                 "contradict each other; give one of them"
             )
         check_scheme(given.get("scheme", DEFAULT_SCHEME))
-        ignore = given.get("ignore", ())
-        if isinstance(ignore, str) or not all(isinstance(pattern, str) for pattern in ignore):
-            raise RecipeError(f"--model-loader-extra-config: ignore must be a list of patterns, not {ignore!r}")
-        for name, kind, what in (("staging_bytes", int, "a number of bytes"), ("strict", bool, "true or false")):
-            if name in given and type(given[name]) is not kind:
-                raise RecipeError(f"--model-loader-extra-config: {name} must be {what}, not {given[name]!r}")
-        options = cls(**{**given, "ignore": tuple(ignore)})
+        options = cls(**{**given, "ignore": tuple(given.get("ignore", ()))})
         _ = options.recipe  # finds malformed patterns
         return options
 

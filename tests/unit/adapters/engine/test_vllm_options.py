@@ -38,6 +38,10 @@ def test_the_quantization_names_the_scheme():
     assert scheme_of_quantization("compressed-tensors") is None
 
 
+def test_threads_may_be_left_to_octavo():
+    assert Options.parse({"threads": None}).threads is None
+
+
 @pytest.mark.parametrize(
     ("extra", "quantization", "text"),
     [
@@ -52,6 +56,14 @@ def test_the_quantization_names_the_scheme():
         ({"ignore": ["re:("]}, None, "is no regular expression"),
         ({"staging_bytes": "1GB"}, None, "staging_bytes must be a number of bytes, not '1GB'"),
         ({"staging_bytes": True}, None, "staging_bytes must be a number of bytes, not True"),
+        ({"staging_bytes": 0}, None, "staging_bytes must be a number of bytes, not 0"),
+        ({"threads": "4"}, None, "threads must be a number, at least 1, not '4'"),
+        ({"threads": 2.5}, None, "threads must be a number, at least 1, not 2.5"),
+        ({"threads": True}, None, "threads must be a number, at least 1, not True"),
+        ({"scheme": ["fp8_block"]}, None, r"scheme must be the name of a scheme, not \['fp8_block'\]"),
+        ({"scheme": None}, "octavo_fp8_block", "scheme must be the name of a scheme, not None"),
+        ({"ignore": None}, None, "ignore must be a list of patterns, not None"),
+        ({"ignore": ["*.o_proj", 3]}, None, "ignore must be a list of patterns, not"),
         ({"strict": "yes"}, None, "strict must be true or false, not 'yes'"),
     ],
 )
