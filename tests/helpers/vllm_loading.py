@@ -2,9 +2,9 @@
 
     python -m helpers.vllm_loading < jobs > answers
 
-Jobs are those of `helpers.vllm_engine`, with steps ``["reload", path]`` and ``["update", path, [names, ...]]``, the
-names of each call, and false to leave it without an end; an answer holds digests of parameters (and whether they are
-where they were at first, after each step), or an error.
+Jobs are those of `helpers.vllm_engine`, with an option ``rank`` (of ``tensor_parallel_size``), and steps ``["reload",
+path]`` and ``["update", path, [names, ...]]``, the names of each call, and false to leave it without an end; an answer
+holds digests of parameters (and whether they are where they were at first, after each step), or an error.
 """
 
 from __future__ import annotations
@@ -108,6 +108,14 @@ def _model(model: str, options: dict[str, Any]) -> tuple[Any, Any]:
         return get_model(vllm_config=config), config
 
 
+def _pretend(rank: int, ranks: int) -> None:
+    """Be one of several ranks. Loading asks a group for its size, and for one's place in it, and nothing of others."""
+    from vllm.distributed import parallel_state
+
+    for group in (parallel_state._TP, parallel_state._EP):
+        group.world_size, group.rank_in_group = ranks, rank
+
+
 def _main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -122,8 +130,10 @@ def _main() -> None:
         initialize_model_parallel(1, 1)
     for job in json.load(sys.stdin):
         answer: dict[str, Any] = {"parameters": [], "error": "", "results": []}
+        options = job["options"]
+        _pretend(options.pop("rank", 0), options.get("tensor_parallel_size", 1))
         try:
-            model, config = _model(job["model"], job["options"])
+            model, config = _model(job["model"], options)
             answer["parameters"] = [digests(model)]
             first = addresses(model)
             answer["results"] = [_STEPS[name](model, config, first, *arguments) for name, *arguments in job["steps"]]
