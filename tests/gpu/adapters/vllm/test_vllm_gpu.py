@@ -57,6 +57,30 @@ def test_octavo_in_vllm_equals_stock_vllm_on_the_converted_checkpoint(name: str,
         assert mine.logprobs == stock.logprobs
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("apart", [False, True], ids=["experts cut", "experts apart"])
+def test_two_ranks_on_two_gpus_equal_those_of_stock_vllm_on_the_converted_checkpoint(
+    apart: bool, tmp_path: Path
+) -> None:
+    source = make("qwen2_moe wide", tmp_path / "bf16")
+    options = {**OPTIONS, "tensor_parallel_size": 2, "enable_expert_parallel": apart}
+    schemes = ["fp8_channel", "fp8_block"]
+    jobs = [
+        job
+        for scheme in schemes
+        for job in (octavo_job(source, scheme, **options), Job(convert(source, scheme), options))
+    ]
+    answers = run(*jobs, timeout=800)
+    for scheme, mine, stock in zip(schemes, answers[::2], answers[1::2], strict=True):
+        assert not mine.error, mine.output[-4000:]
+        assert not stock.error, stock.output[-4000:]
+        assert f"became {scheme}" in mine.log[0]
+        assert "vLLM's own loader" not in mine.output  # all is streamed to its place, columns too
+        assert len(mine.parameters) == 2
+        assert mine.parameters == stock.parameters
+        assert mine.tokens == stock.tokens
+
+
 def test_an_engine_that_sleeps_wakes_up_with_its_weights(tmp_path: Path) -> None:
     old, new = make("qwen2_moe", tmp_path / "old"), make("qwen2_moe", tmp_path / "new", seed=1)
     steps: list[list[Any]] = [["state"]]
