@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 import octavo
 
+from .folders import edit_tensors
 from .models import random_model
 
 _SMALL = {
@@ -84,6 +89,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "v_head_dim": 64,
         },
     ),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **_SMALL,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 128,
+            "qk_rope_head_dim": 64,
+            "qk_nope_head_dim": 64,
+            "v_head_dim": 64,
+            "topk_method": "noaux_tc",
+            "scoring_func": "sigmoid",
+        },
+    ),
     "gemma3": ("Gemma3TextConfig", {**_SMALL, "head_dim": 32}),
     "phi3": ("Phi3Config", {**_SMALL, "pad_token_id": 0}),
     "granitemoe": ("GraniteMoeConfig", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
@@ -152,6 +177,29 @@ def make(name: str, folder: Path, seed: int = 0) -> Path:
     """A random bf16 checkpoint of one of `CONFIGS`."""
     random_model(*CONFIGS[name], seed=seed).save_pretrained(folder)
     return folder
+
+
+def with_mtp(source: Path, *, copies: bool = True) -> Path:
+    """Add a layer that predicts the token after the next to a mixture of experts, like the last one of the model.
+
+    Published ones bring ``copies`` of the model's embedding and head.
+    """
+    config = json.loads((source / "config.json").read_text())
+    layers, hidden = config["num_hidden_layers"], config["hidden_size"]
+    (source / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    torch.manual_seed(1)
+
+    def add(tensors: dict[str, Tensor]) -> None:
+        last, new = f"model.layers.{layers - 1}.", f"model.layers.{layers}."
+        tensors.update({n.replace(last, new): t.clone() for n, t in tensors.items() if n.startswith(last)})
+        tensors[f"{new}eh_proj.weight"] = torch.randn(hidden, 2 * hidden).bfloat16()
+        for norm in ("enorm", "hnorm", "shared_head.norm"):
+            tensors[f"{new}{norm}.weight"] = torch.randn(hidden).bfloat16()
+        if copies:
+            tensors[f"{new}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+            tensors[f"{new}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+
+    return edit_tensors(source, add)
 
 
 def convert(source: Path, scheme: str) -> Path:

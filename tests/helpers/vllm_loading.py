@@ -3,8 +3,9 @@
     python -m helpers.vllm_loading < jobs > answers
 
 Jobs are those of `helpers.vllm_engine`, with an option ``rank`` (of ``tensor_parallel_size``), and steps ``["reload",
-path]`` and ``["update", path, [names, ...]]``, the names of each call, and false to leave it without an end; an answer
-holds digests of parameters (and whether they are where they were at first, after each step), or an error.
+path]``, ``["update", path, [names, ...]]`` (the names of each call, and false to leave it without an end) and
+``["draft"]``; an answer holds digests of parameters (and whether they are where they were at first, after each step),
+or an error.
 """
 
 from __future__ import annotations
@@ -86,6 +87,15 @@ def _update(
     return [digests(model), addresses(model) == first, errors]
 
 
+def _draft(model: Any, config: Any, first: dict[str, int]) -> dict[str, str]:
+    """What a proposer does to draft by layers of the checkpoint itself; -> digests of that model."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader import get_model
+
+    with set_current_vllm_config(config):
+        return digests(get_model(vllm_config=config, model_config=config.speculative_config.draft_model_config))
+
+
 def _tensor(tensors: dict[str, Any], name: str) -> Any:
     import torch
 
@@ -94,7 +104,7 @@ def _tensor(tensors: dict[str, Any], name: str) -> Any:
     return torch.cat([tensors[name.replace("qkv_proj", f"{part}_proj")] for part in "qkv"])
 
 
-_STEPS = {"reload": _reload, "update": _update}
+_STEPS = {"draft": _draft, "reload": _reload, "update": _update}
 
 
 def _model(model: str, options: dict[str, Any]) -> tuple[Any, Any]:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import re
 import textwrap
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,6 +59,7 @@ class Surveyor:
         plan: of all tensors of the checkpoint, as the recipe would have them.
         layout: names and shapes of scales.
         exempt: parameters that no checkpoint needs to hold.
+        replaced: after the loader has run, parameters that will give way to those of another model.
         kept: modules that an earlier survey wanted kept -> why.
     """
 
@@ -67,6 +68,7 @@ class Surveyor:
     plan: Plan
     layout: Format
     exempt: Collection[str] = ()
+    replaced: Callable[[], Collection[str]] = tuple
     kept: Mapping[str, str] = field(default_factory=dict)
 
     def run(self) -> Survey:
@@ -90,6 +92,10 @@ class Surveyor:
                     keep.setdefault(layer_of(copy.target), why)
             if keep:
                 return Survey(self.plan, keep=keep, refused=refused)
+        if repeated := self._repeated(seen):
+            rest = tuple(placement for placement in self.plan.placements if placement.name not in repeated)
+            found = dataclasses.replace(self, plan=dataclasses.replace(self.plan, placements=rest)).run()
+            return dataclasses.replace(found, unread=(*found.unread, *sorted(repeated)))
         self._check_coverage(seen)
         hit = {self._origin(name) for name in seen.by_source().keys() | seen.used}
         layers = {layer_of(copy.target) for copy in seen.copies if copy.target in self._holders}
@@ -256,11 +262,25 @@ class Surveyor:
 
     # -- coverage -----------------------------------------------------------------------------------------------------
 
+    def _repeated(self, seen: Trace) -> set[str]:
+        """Tensors that fill a parameter before another one does so again, where it does not matter which.
+
+        A layer that drafts comes with copies of the model's embedding and head, by other names; stock loads one over
+        the other, and takes the model's own in the end.
+        """
+        written, repeated = seen.by_target(), set[str]()
+        for name in self.replaced():
+            copies = [copy for copy in written.get(name, ()) if copy.sources]
+            if len({copy.box for copy in copies}) == 1:
+                repeated.update(*(copy.sources for copy in copies if copy.sources != copies[-1].sources))
+        return repeated
+
     def _check_coverage(self, seen: Trace) -> None:
         written = seen.by_target()
+        unneeded = {*self.exempt, *(name for name in self.replaced() if name not in written)}
         problems = []
         for name, parameter in self.model.named_parameters():
-            if parameter.numel() == 0 or name in self.exempt:
+            if parameter.numel() == 0 or name in unneeded:
                 continue
             copies = written.get(name, [])
             problem = None

@@ -201,6 +201,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             model.load_weights,
             layout=layout,
             exempt=versions.exempt(model),
+            replaced=functools.partial(versions.replaced, model, model_config),
             kept={**kept, **unfit},
         )
         before, self.plan = self.plan, settle(self.experts, self.plan, self._plan, lambda plan: ask(plan).takes())

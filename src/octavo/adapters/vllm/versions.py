@@ -116,6 +116,28 @@ def exempt(model: nn.Module) -> set[str]:
     return found
 
 
+def replaced(model: nn.Module, model_config: Any) -> set[str]:
+    """Parameters of a draft model for which vLLM takes those of its target, once both are loaded.
+
+    They are an embedding and output heads; a draft that may have its own says so after it has been loaded.
+    """
+    if getattr(model_config, "runner_type", "") != "draft":
+        return set()
+    inner = getattr(model, "model", None)
+    layers = getattr(inner, "layers", None)
+    found = {}
+    if not getattr(model, "has_own_embed_tokens", False):
+        found["model.embed_tokens"] = getattr(inner, "embed_tokens", None)
+    if not getattr(model, "has_own_lm_head", False):
+        found["lm_head"] = getattr(model, "lm_head", None)
+        for number, layer in layers.items() if isinstance(layers, nn.ModuleDict) else enumerate(layers or ()):
+            found[f"model.layers.{number}.shared_head.head"] = getattr(
+                getattr(layer, "shared_head", None), "head", None
+            )
+    shared = ((path, module) for path, module in found.items() if isinstance(module, nn.Module))
+    return {f"{path}.{name}" for path, module in shared for name, _ in module.named_parameters()}
+
+
 def release_pinned_memory() -> None:
     """Give back to the system what the ring's slots were: torch keeps pinned memory, and a server loads once."""
     release = getattr(torch.accelerator, "empty_host_cache", None)  # since torch 2.10

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from helpers.folders import tensors_of
-from helpers.vllm_checkpoints import make
+from helpers.vllm_checkpoints import make, with_mtp
 from helpers.vllm_engine import Job, octavo_job
 from helpers.vllm_loading import load
 from helpers.vllm_reading import convert_for
@@ -77,33 +77,9 @@ def test_stacks_that_stay_are_unquantized_for_vllm_too(reader: VllmReader, tmp_p
     assert not any("float8" in digest for digest in experts)
 
 
-def with_mtp(source: Path, layers: int, heads: dict[str, tuple[int, ...]], like: int) -> Path:
-    """A checkpoint with one more layer, that predicts the token after the next: it looks like layer ``like``."""
-    config = json.loads((source / "config.json").read_text())
-    config["num_nextn_predict_layers"] = 1
-    (source / "config.json").write_text(json.dumps(config))
-    tensors = load_file(source / "model.safetensors")
-    for name, tensor in list(tensors.items()):
-        if f"layers.{like}." in name:
-            tensors[name.replace(f"layers.{like}.", f"layers.{layers}.")] = tensor.clone()
-    for name, shape in heads.items():
-        tensors[f"model.layers.{layers}.{name}"] = torch.randn(shape).bfloat16()
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    return source
-
-
 def test_layers_that_only_a_draft_model_reads_are_proved_with_it(reader: VllmReader, tmp_path: Path) -> None:
     """Its `eh_proj` is a plain linear layer, which would take the codes for weights."""
-    hidden, vocab = 128, 260
-    heads = {
-        "eh_proj.weight": (hidden, 2 * hidden),
-        "enorm.weight": (hidden,),
-        "hnorm.weight": (hidden,),
-        "embed_tokens.weight": (vocab, hidden),
-        "shared_head.norm.weight": (hidden,),
-        "shared_head.head.weight": (vocab, hidden),
-    }
-    source = with_mtp(make("glm4_moe", tmp_path / "bf16"), 2, heads, like=1)
+    source = with_mtp(make("glm4_moe", tmp_path / "bf16"))
     out, report = convert_for(reader, source)
     assert proved(report), report.notes
     tensors = tensors_of(out)

@@ -142,6 +142,22 @@ def test_an_element_that_is_written_twice_is_an_error():
         survey(Twice(), shapes={**SHAPES, "again.weight": (256, 256)})
 
 
+def test_what_will_be_replaced_may_come_twice_or_not_at_all():
+    """Layers that draft bring copies of the model's embedding and head; the last one is read."""
+
+    class Draft(Toy):
+        def load_weights(self, weights):
+            super().load_weights((name.replace("copy of ", ""), weight) for name, weight in weights)
+
+    found = survey(Draft(), shapes={**SHAPES, "copy of norm": (256,)}, replaced=lambda: ["norm"])
+    assert found.unread == ("norm",)
+    assert [p.name for p in found.plan.kept] == ["copy of norm"]
+    shapes = {name: shape for name, shape in SHAPES.items() if name != "norm"}
+    assert not survey(Draft(), shapes=shapes, replaced=lambda: ["norm"]).keep
+    with pytest.raises(CoverageError, match=r"norm \[256\]: .* both fill \[0:256\]"):
+        survey(Draft(), shapes={**SHAPES, "copy of norm": (256,)})
+
+
 def test_parameters_that_no_checkpoint_has_are_exempt():
     class WithCacheScale(Toy):
         def __init__(self):
