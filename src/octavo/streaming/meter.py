@@ -64,21 +64,25 @@ def collection_paused() -> Iterator[None]:
 
     The many small objects of a plan make it pass again and again over all that is in memory, a third of a second each
     time beside vLLM. What loading makes holds no cycles. Nor is it passed over at the end, with the model code that has
-    been imported meanwhile (0.1 s): it counts as old, and waits for the next full collection.
+    been imported meanwhile (0.1 s): it counts as old, and waits for the next full collection. A collection that is
+    asked for meanwhile, as vLLM does twice a load, looks only at what has been made since this began.
     """
     global _pauser
     was_enabled = gc.isenabled()
     gc.disable()
     if was_enabled:
         _pauser = threading.get_ident()
+    freezing = was_enabled and not gc.get_freeze_count()  # what others have frozen stays so
+    if freezing:
+        gc.freeze()
     try:
         yield
     finally:
+        if freezing:
+            gc.freeze()
+            gc.unfreeze()
         if was_enabled:
             _pauser = None
-            if not gc.get_freeze_count():  # else these would be unfrozen, too
-                gc.freeze()
-                gc.unfreeze()
             gc.enable()
 
 

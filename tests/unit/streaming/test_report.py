@@ -7,6 +7,7 @@ import io
 import json
 import mmap
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -136,6 +137,27 @@ def test_what_is_made_while_collection_is_paused_counts_as_old_after(frozen: boo
         assert frozen or any(found is made for found in gc.get_objects(generation=2))
     finally:
         gc.unfreeze()
+
+
+def test_a_collection_that_is_asked_for_meanwhile_looks_at_what_is_new():
+    class Node:
+        itself: object
+
+    def cycle():
+        node = Node()
+        node.itself = node
+        return weakref.ref(node)
+
+    gc.disable()
+    before = cycle()
+    gc.enable()
+    with collection_paused():
+        after = cycle()
+        gc.collect()
+        assert before() is not None
+        assert after() is None
+    gc.collect()
+    assert before() is None
 
 
 def test_collection_that_was_off_stays_off():
