@@ -110,6 +110,10 @@ def addresses(model: Any) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
 
 
+def _draft_digests(worker: Any) -> dict[str, str]:
+    return digests(worker.model_runner.drafter.model)
+
+
 class _Session:
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         from vllm import LLM
@@ -144,6 +148,10 @@ class _Session:
         return tokens, logprobs
 
     # steps
+
+    def draft(self) -> dict[str, str]:
+        """Digests of the draft's parameters."""
+        return dict(self.llm.collective_rpc(_draft_digests)[0])
 
     def reload_path(self, path: str) -> str:
         return _error(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path}))

@@ -6,7 +6,7 @@ import fnmatch
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -254,6 +254,11 @@ def _matches_name(pattern: str, name: str) -> bool:
     if _is_glob(pattern):
         return any(fnmatch.fnmatchcase(candidate, pattern) for candidate in candidates)
     return name == pattern or name.startswith(pattern + ".")
+
+
+def matching(patterns: Iterable[str], names: Collection[str]) -> tuple[str, ...]:
+    """Those of some patterns that match any tensor of these names."""
+    return tuple(pattern for pattern in patterns if any(_matches_name(pattern, name) for name in names))
 
 
 def _nearest(pattern: str, weights: Sequence[Weight]) -> str:

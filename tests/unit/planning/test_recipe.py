@@ -9,7 +9,7 @@ import torch
 
 from octavo.errors import RecipeError
 from octavo.planning import kinds
-from octavo.planning.recipe import Recipe, Weight
+from octavo.planning.recipe import Recipe, Weight, matching
 
 
 def linear(name: str, *sources: str, dtype: torch.dtype | None = torch.bfloat16, **options) -> Weight:
@@ -86,6 +86,7 @@ def test_without_a_scheme_only_targets_are_quantized():
 )
 def test_patterns_match_as_documented(pattern, matches):
     weight = MODEL[1]
+    assert bool(matching([pattern], [weight.name])) == matches
     if matches:
         assert Recipe(ignore=[pattern]).decide([weight])[weight.name].scheme is None
     else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -31,6 +31,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
     """See the module's docstring; one subclass for each scheme."""
 
     scheme = ""
+    _used: ClassVar[OctavoConfig | None] = None  # for the model that is being made
 
     def __init__(self) -> None:
         super().__init__(target_scheme_map={}, ignore=[], quant_format="float-quantized")
@@ -54,6 +55,20 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
             f"({config.get('quant_method', 'unknown')}, says its config.json). Leave --quantization out to serve it as "
             "it is, or start from the bf16 checkpoint."
         )
+
+    @classmethod
+    def asked(cls) -> OctavoConfig:
+        """What vLLM gets for ``--quantization``. A draft that looks up its config itself gets that of its loader."""
+        return OctavoConfig._used if isinstance(OctavoConfig._used, cls) else cls()
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """While a model is made with it."""
+        before, OctavoConfig._used = OctavoConfig._used, self
+        try:
+            yield
+        finally:
+            OctavoConfig._used = before
 
     def fill(self, config: Mapping[str, Any], kept: Mapping[str, str]) -> None:
         """Become the config of a compressed-tensors checkpoint, anew for each model that is made with it.

@@ -45,8 +45,8 @@ from ..engine.options import Options
 from ..engine.placing import Places
 from ..engine.survey import Survey, Surveyor
 from . import config as quantization
+from . import drafts, versions
 from . import reloading as reload
-from . import versions
 from .config import OctavoConfig
 
 Progress = Callable[[int, int], None] | None
@@ -78,7 +78,19 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
-        self.options = Options.parse(self.extra, model_config.quantization)
+        self.is_draft = drafts.is_draft(vllm_config, model_config)
+        if self.is_draft:
+            vllm_config = drafts.without_config(vllm_config)
+            if not scheme_of_quantization(model_config.quantization):
+                unquantized: nn.Module = drafts.stock(self.load_config).load_model(vllm_config, model_config, prefix)
+                return unquantized
+        with drafts.naming(vllm_config, model_config):
+            return self._load(vllm_config, model_config, prefix)
+
+    def _load(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
+        self.vllm_config = vllm_config
+        parse = drafts.options_of if self.is_draft else Options.parse
+        self.options = parse(self.extra, model_config.quantization)
         self.quant_config = self._quant_config(vllm_config, model_config)
         self.device = self._device(vllm_config)
         with collection_paused(), contextlib.ExitStack() as self.warming:
@@ -90,6 +102,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def _load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
         with self.stages("plan"):
             self.checkpoint = self._open(model_config)
+            if self.is_draft:
+                self.options = drafts.fitting(self.options, self.checkpoint)
             self.experts = find_series(self.checkpoint)
             self.plan = self._plan()
         kept: dict[str, str] = {}
@@ -97,7 +111,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         while True:
             self.quant_config.fill(self._config(self.plan), kept)
             try:
-                model: nn.Module = super().load_model(vllm_config, model_config, prefix)
+                with self.quant_config.used():
+                    model: nn.Module = super().load_model(vllm_config, model_config, prefix)
                 return model
             except _MakeAnewError as again:
                 stubborn = next((layer for layer in again.keep if layer in kept), None)
@@ -201,7 +216,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             model.load_weights,
             layout=layout,
             exempt=versions.exempt(model),
-            replaced=functools.partial(versions.replaced, model, model_config),
+            replaced=functools.partial(drafts.replaced, self.vllm_config, model, model_config),
             kept={**kept, **unfit},
         )
         before, self.plan = self.plan, settle(self.experts, self.plan, self._plan, lambda plan: ask(plan).takes())
@@ -285,12 +300,12 @@ class _Switch:
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> Any:
         if scheme_of_quantization(model_config.quantization):
             return OctavoLoader(self._given).load_model(vllm_config, model_config, prefix)
-        if self._given is not self.load_config:
+        if self._given is not self.load_config and not drafts.is_asked_for(vllm_config):
             raise RecipeError(
                 f"--model-loader-extra-config {self._given.model_loader_extra_config} is for --load-format "
                 f"{LOAD_FORMAT}, not {self._given.load_format}"
             )
-        return super().load_model(vllm_config, model_config, prefix)  # type: ignore[misc]
+        return super().load_model(drafts.without_config(vllm_config), model_config, prefix)  # type: ignore[misc]
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Any:
         if scheme_of_quantization(model_config.quantization):

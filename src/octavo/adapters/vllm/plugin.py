@@ -46,7 +46,7 @@ class _Named(QuantizationConfig):  # type: ignore[misc]
     scheme = ""
 
     def __new__(cls) -> Any:
-        return cls._config()()
+        return cls._config().asked()
 
     @classmethod
     def _config(cls) -> Any:

@@ -170,7 +170,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     ),
     "octavo's options without octavo": (
         {"load_format": "auto", EXTRA: {"scheme": "fp8_block"}},
-        "Unexpected extra config keys for load format auto",  # vLLM, which octavo has not been asked to change
+        "is for --load-format octavo, not auto",
     ),
     "another loader": (
         {"load_format": "runai_streamer", "quantization": "octavo_fp8_channel"},
