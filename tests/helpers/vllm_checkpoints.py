@@ -160,6 +160,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 32,
         },
     ),
+    "mamba2": (
+        "Mamba2Config",
+        {
+            "vocab_size": 256,
+            "hidden_size": 128,
+            "num_hidden_layers": 2,
+            "num_heads": 4,
+            "head_dim": 64,
+            "state_size": 16,
+            "n_groups": 2,
+        },
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {

@@ -126,6 +126,15 @@ def _pretend(rank: int, ranks: int) -> None:
         group.world_size, group.rank_in_group = ranks, rank
 
 
+def _pack_convolutions() -> None:
+    """From now on, do with convolutions' weights what vLLM does on processors with bf16: put them into other memory."""
+    import torch
+    from vllm import _custom_ops
+
+    torch.cpu._is_avx512_bf16_supported = lambda: True
+    _custom_ops.causal_conv1d_weight_pack = lambda weight: weight.flip(0).clone()
+
+
 def _main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -142,6 +151,8 @@ def _main() -> None:
         answer: dict[str, Any] = {"parameters": [], "error": "", "results": []}
         options = job["options"]
         _pretend(options.pop("rank", 0), options.get("tensor_parallel_size", 1))
+        if options.pop("packs", False):
+            _pack_convolutions()
         try:
             model, config = _model(job["model"], options)
             answer["parameters"] = [digests(model)]

@@ -30,7 +30,7 @@ from ...planning.placement import Placement
 from ...planning.plan import Plan
 from ..engine.options import Options
 from ..engine.survey import Fillers
-from . import versions
+from . import derived, versions
 from .arrivals import Arrivals
 
 _ATTRIBUTE = "_octavo_weights"
@@ -157,6 +157,7 @@ def prepare(model: Any, checkpoint: Checkpoint, plan: Plan, layout: Format, fill
     weights = Weights(checkpoint.tensors, plan, layout, model, model.load_weights, Arrivals(model, fillers))
     setattr(model, _ATTRIBUTE, weights)
     model.load_weights = weights.load
+    derived.follow(model)
     versions.watch_reloads(_check_complete)
 
 

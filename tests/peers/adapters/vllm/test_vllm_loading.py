@@ -58,6 +58,23 @@ def test_reloading_equals_a_fresh_load_in_the_same_memory(scheme: str, tmp_path:
     assert mine.results == [[fresh.parameters[0], True], [mine.parameters[0], True]]
 
 
+def test_views_of_weights_that_are_packed_are_new_after_a_reload(tmp_path: Path) -> None:
+    """Mamba's ``conv_weights``, which the forward reads; vLLM alone leaves it as it was, in bf16 as well."""
+    old, new = make("mamba2", tmp_path / "old"), make("mamba2", tmp_path / "new", seed=1)
+    steps = [["reload", str(new)], ["update", str(old), [list(tensors_of(old))]], ["reload", str(new)]]
+    mine, fresh, stock = load(
+        octavo_job(old, steps=steps, packs=True), octavo_job(new), Job(old, steps=[["reload", str(new)]])
+    )
+    for answer in (mine, fresh, stock):
+        assert not answer.error, answer.error
+    views = {name for name in mine.parameters[0] if name.endswith(".conv_weights")}
+    assert len(views) == 2
+    assert all(mine.parameters[0][name] != fresh.parameters[0][name] for name in views)
+    assert [result[0] for result in mine.results] == [fresh.parameters[0], mine.parameters[0], fresh.parameters[0]]
+    left = {name for name, digest in stock.results[0][0].items() if digest == stock.parameters[0][name]}
+    assert left == views
+
+
 def update(name: str, scheme: str, calls: Callable[[list[str]], list[list[str]]], tmp_path: Path) -> tuple[Any, ...]:
     """An update with another checkpoint's tensors, named by each call: digests before, after, of the other; errors."""
     old, new = make(name, tmp_path / "old"), make(name, tmp_path / "new", seed=1)
