@@ -16,8 +16,13 @@ from ..checkpoint.header import TensorInfo
 
 LINEAR = "linear"
 EXPERTS = "experts"
+#: the kind of a matrix that is one of the two
+VOCABULARY = "as many rows as the vocabulary: head or embedding"
 #: kinds that can be quantized; any other kind is the reason why a weight is kept
 QUANTIZABLE = frozenset({LINEAR, EXPERTS})
+
+#: kinds that stay by default, without more being said where they could not be quantized
+BY_DEFAULT = frozenset({"output head", "embedding", "norm", "shared expert's gate", "MoE router", VOCABULARY})
 
 #: output heads as transformers' models name them, the last components of a module's path
 _HEADS = (
@@ -36,6 +41,10 @@ TIED_HEADS = (
     r"pred_layer\.proj",
     r"output_projection",
 )
+
+#: modules that are heads with all that they hold, where they are not in a layer: of rewards, classes, spans, ranks
+_WHOLE_HEADS = frozenset({"score", "qa_outputs", "sequence_summary", "start_logits", "end_logits", "answer_class"})
+_ENDS_OF_HEADS = ("_head", "classifier")
 
 #: output heads, at the end of a module's name
 _HEAD = re.compile(rf"(^|\.)({_HEADS})$")
@@ -72,7 +81,7 @@ def default_keep(name: str) -> str | None:
 def _default_keep(module: str) -> str | None:
     # components are compared, and not searched by patterns, which take long on the names that a stranger can think of
     *_, before, last = "", *module.split(".")
-    if _HEAD.search(module):
+    if _HEAD.search(module) or _is_in_head(module.split(".")):
         return "output head"
     if last in _EMBEDDINGS or "embed" in last or last.endswith(("emb", "embs")):
         return "embedding"
@@ -86,6 +95,19 @@ def _default_keep(module: str) -> str | None:
     if router in _ROUTERS or "router" in router or "router" in last:
         return "MoE router"
     return None
+
+
+def _is_in_head(components: Sequence[str]) -> bool:
+    """Return True for layers of heads, and for what prepares an encoder's output for one."""
+    *_, before, last = "", *components
+    if (before in ("pooler", "head") and last.startswith("dense")) or last == "logits_proj":
+        return True
+    for component in components:
+        if component.isdecimal():  # in a layer
+            return False
+        if component in _WHOLE_HEADS or component.endswith(_ENDS_OF_HEADS):
+            return True
+    return False
 
 
 def _is_stack(module: str) -> bool:
@@ -109,7 +131,7 @@ def kind_by_name(info: TensorInfo, config: Mapping[str, Any], names: Collection[
         if module.endswith(".out_proj") and f"{module.removesuffix('.out_proj')}.in_proj_weight" in names:
             return "MultiheadAttention, which reads its weight itself"
         if info.shape[0] >= _LARGE and info.shape[0] in values_of(config, "vocab_size"):
-            return "as many rows as the vocabulary: head or embedding"
+            return VOCABULARY
         return LINEAR
     if len(info.shape) == 3 and _is_stack(module):
         return EXPERTS if info.shape[0] <= _MAX_EXPERTS else f"{info.shape[0]:,} matrices, no expert stack"

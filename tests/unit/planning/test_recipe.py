@@ -58,6 +58,33 @@ def test_every_decision_says_why():
     }
 
 
+@pytest.mark.parametrize(
+    ("module", "is_head"),
+    [
+        ("score.0", True),  # of rewards, in Qwen2.5-Math-RM
+        ("score.out_proj", True),
+        ("v_head.summary", True),
+        ("classifier.dense", True),
+        ("classification_head.out_proj", True),
+        ("pre_classifier", True),
+        ("qa_outputs.start_logits.dense", True),
+        ("bert.pooler.dense", True),
+        ("sequence_summary.summary", True),
+        ("head.dense", True),
+        ("encoder.layer.0.output.dense", False),
+        ("model.layers.0.score.0", False),
+        ("model.layers.0.mlp.down_proj", False),
+        ("visual.merger.mlp.0", False),
+        ("vision_model.head.mlp.fc1", False),
+    ],
+)
+def test_heads_stay_with_all_that_they_hold(module: str, is_head: bool) -> None:
+    weight = Weight(f"{module}.weight", (), torch.bfloat16, kinds.LINEAR)
+    (decision,) = Recipe().decide([weight]).values()
+    assert (decision.reason == "output head, kept by default") == is_head
+    assert (decision.scheme is None) == is_head
+
+
 def test_without_a_scheme_only_targets_are_quantized():
     found = schemes_of(Recipe(None, targets={"re:.*experts": "fp8_block"}))
     assert {name for name, scheme in found.items() if scheme} == {"mlp.experts.gate_up_proj"}
