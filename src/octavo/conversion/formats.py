@@ -278,6 +278,16 @@ def _arguments(scheme: str, placements: Iterable[Placement]) -> dict[str, Any]:
 _FORMATS = {name: Format(name, terms.scale_suffix, terms.schemes) for name, terms in choices.FORMATS.items()}
 
 
+def whole_config(scheme: str) -> dict[str, Any]:
+    """The compressed-tensors config of a checkpoint of which no more is known: all is in one scheme but the head."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": _CT_FORMATS[scheme],
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], **_arguments(scheme, ())}},
+    }
+
+
 def get(name: str) -> Format:
     """The format called ``name``; a `RecipeError` that lists them otherwise."""
     if name not in NAMES:  # what is no text is not in a tuple either

@@ -16,12 +16,18 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
+from ...conversion.formats import whole_config
 from ...errors import RecipeError
+from ...planning.kinds import default_keep
 from ..engine.names import LOAD_FORMAT, PREFIX
 from . import plugin
 from .fitting import fitted, is_linear
+
+# below vLLM's own loggers, so that its settings hold for ours
+log = init_logger("vllm.octavo")
 
 #: load formats that octavo takes over, or that read no weights
 _READ_BY_OCTAVO = (LOAD_FORMAT, *plugin.READ_BY_VLLM, "dummy")
@@ -77,13 +83,25 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
             config: a ``quantization_config``.
             kept: layers that stay unquantized -> why.
         """
-        parsed = CompressedTensorsConfig.from_config({**config, "ignore": list(config["ignore"])})
-        self.target_scheme_map, self.ignore = parsed.target_scheme_map, parsed.ignore
-        self.quant_format, self.config = parsed.quant_format, parsed.config
+        self._take(config)
         self.packed_modules_mapping: dict[str, list[str]] = {}
         self.kept = dict(kept)
         self.names.clear()
         self.refused.clear()
+
+    def _take(self, config: Mapping[str, Any]) -> None:
+        parsed = CompressedTensorsConfig.from_config({**config, "ignore": list(config["ignore"])})
+        self.target_scheme_map, self.ignore = parsed.target_scheme_map, parsed.ignore
+        self.quant_format, self.config = parsed.quant_format, parsed.config
+
+    def _pretend(self) -> None:
+        """Be the config of a checkpoint of which nothing is known."""
+        self._take(whole_config(self.scheme))
+        log.warning(
+            "octavo: --load-format dummy reads no checkpoint: layers are made in %s but for heads, routers and what "
+            "vLLM keeps or can't make so. With the checkpoint, more may stay.",
+            self.scheme,
+        )
 
     def paths(self, model: nn.Module) -> dict[str, str]:
         """The place of each layer in the model -> vLLM's name of it, which differs for experts."""
@@ -110,7 +128,10 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
                 f"reads weights itself; use --load-format {LOAD_FORMAT}, or leave it out"
             )
         self.names[layer] = prefix
-        if prefix in self.kept:
+        if load_format == "dummy" and not self.target_scheme_map:
+            self._pretend()
+        # by its name, if it has one: some heads of vLLM's have none
+        if prefix in self.kept or (load_format == "dummy" and (not prefix or default_keep(prefix))):
             with self._ignoring_everything():
                 return super().get_quant_method(layer, prefix)
         ways = [functools.partial(self._method, layer, prefix)]

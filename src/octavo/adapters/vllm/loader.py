@@ -39,7 +39,7 @@ from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
 from ...text import human_bytes, printable
 from ..engine.experts import settle
-from ..engine.log import describe
+from ..engine.log import figures, outcome, warning
 from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
 from ..engine.options import Options
 from ..engine.placing import Places
@@ -192,13 +192,17 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         with self.stages("plan"):
             found = self.survey(model, model_config, layout)
         assert found.places is not None
+        for line in outcome(found):
+            log.info("octavo: %s", line)
+        if said := warning(found):
+            log.warning("octavo: %s", said)
         self.warming.close()
         tally = Tally()
         with measured(found.plan, self._progress()) as meter, self.stages("stream"):
             meter.follow(tally)
             self._stream(model, found.places, layout, tally, meter.progress)
         notes = [printable(f"note: {note}") for note in self.checkpoint.notes]
-        for line in (*describe(found, self.stages, tally, meter), *_computed(found.places), *notes):
+        for line in (figures(found.plan, self.stages, tally, meter), *_computed(found.places), *notes):
             log.info("octavo: %s", line)
         reload.prepare(model, self.checkpoint, found.plan, layout, found.fillers)
 

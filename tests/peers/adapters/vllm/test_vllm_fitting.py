@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from helpers.folders import edit_tensors
 from helpers.models import random_model
 from helpers.vllm_checkpoints import CONFIGS, make
 from helpers.vllm_engine import Job, octavo_job
@@ -59,3 +63,42 @@ def test_strict_refuses_by_name(tmp_path: Path) -> None:
     assert "k_proj.weight can't become FP8 in LlamaForCausalLM: vLLM can't make this layer" in refused.error
     assert "(6 tensors in all)" in refused.error
     assert not accepted.error
+
+
+def reward_model(folder: Path) -> Path:
+    """A Qwen2 with a head of two layers."""
+    kind, config = "Qwen2Config", {**CONFIGS["llama"][1], "num_labels": 1}
+    random_model(kind, config).save_pretrained(folder)
+    served = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**served, "architectures": ["Qwen2ForRewardModel"]}))
+
+    def add_head(tensors: dict[str, Any]) -> None:
+        tensors.pop("lm_head.weight")
+        for number, shape in ((0, (128, 128)), (2, (1, 128))):
+            tensors[f"score.{number}.weight"] = torch.randn(shape).bfloat16()
+            tensors[f"score.{number}.bias"] = torch.randn(shape[0]).bfloat16()
+
+    edit_tensors(folder, add_head)
+    return folder
+
+
+def test_heads_of_rewards_stay_and_dummies_are_in_fp8_as_what_they_stand_for(tmp_path: Path) -> None:
+    reward = reward_model(tmp_path / "reward")
+    moe = make("qwen2_moe", tmp_path / "moe")
+    dummy = {"quantization": "octavo_fp8_channel", "load_format": "dummy"}
+    answers = load(*(job for source in (reward, moe) for job in (octavo_job(source), Job(source, dummy))))
+    for mine, dummies in zip(answers[::2], answers[1::2], strict=True):
+        assert not mine.error, mine.error
+        assert not dummies.error, dummies.error
+        assert in_fp8(dummies.parameters[0]) == in_fp8(mine.parameters[0]) != set()
+        assert not any("score" in name for name in in_fp8(mine.parameters[0]))
+    assert "score.0.weight" in answers[0].parameters[0]
+    assert "--load-format dummy reads no checkpoint: layers are made in fp8_channel" in answers[1].output
+
+
+def test_a_model_of_which_nothing_becomes_fp8_is_warned_of(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "bf16")
+    extra = {"ignore": ["model.layers.*"]}
+    (answer,) = load(octavo_job(source, model_loader_extra_config=extra))
+    assert not answer.error, answer.error
+    assert re.search("WARNING.*octavo: nothing in FP8: all stays unquantized", answer.output)
