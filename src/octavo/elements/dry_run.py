@@ -9,6 +9,7 @@ names, fusing and sharding; none of it is repeated here.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -39,6 +40,8 @@ _VIEWS = (
     "view",
 )
 _NONE: frozenset[str] = frozenset()
+#: the most boxes that something rearranged may be
+_PIECES = 16
 #: what copies a tensor to another device, dtype or layout
 _MOVES = frozenset({_aten._to_copy.default, _aten.clone.default})
 #: what writes a constant
@@ -55,6 +58,14 @@ class View(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> View:
         return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+
+    def narrowed(self, start: Sequence[int], size: tuple[int, ...]) -> View:
+        """A box of this view."""
+        return View(self.offset + sum(map(operator.mul, start, self.strides)), size, self.strides)
+
+
+#: views of a source, and where they are put; none where that is not known
+_Seen = list[tuple[View, View]]
 
 
 class Copy(NamedTuple):
@@ -161,6 +172,27 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
+class _Image(NamedTuple):
+    """What a loader has made to have elements of a source in another order: axis by axis, a view of its memory and one
+    of the source's."""
+
+    made: View
+    source: View
+
+    def trace(self, shown: View, into: View) -> _Seen:
+        """Views of the source that ``shown``, a view of the made, is together, and where ``into`` puts these."""
+        offset, size, strides = shown
+        layout = layout_of(self.made.size, self.made.strides)
+        try:
+            found = layout.pieces(offset - self.made.offset, size, strides, into.strides, into.offset, at_most=_PIECES)
+        except NoBoxError:
+            return []
+        return [
+            (self.source.narrowed(piece.dst_off, piece.size), View(piece.src_off, piece.size, piece.src_strides))
+            for piece in found
+        ]
+
+
 class _Target(NamedTuple):
     """A parameter or buffer that is written to."""
 
@@ -195,7 +227,8 @@ class _Recorder(PlainDispatchMode):
         self._roots: dict[int, frozenset[str]] = {}
         self._itemsizes: dict[int, int] = {}  # of roots; seen as another dtype, they are not counted in elements
         self._derived: dict[int, frozenset[str]] = {}
-        self._elsewhere: list[tuple[Tensor, frozenset[str], View | None]] = []  # writes into other memory
+        self._images: dict[int, _Image] = {}  # of roots that are not sources themselves
+        self._elsewhere: list[tuple[Tensor, frozenset[str], _Seen]] = []  # writes into other memory
         self._read: set[int] = set()  # storages of targets
         self._written: set[int] = set()
         self._kept: list[Tensor] = []  # a storage that is freed could lend its identity to another
@@ -225,9 +258,9 @@ class _Recorder(PlainDispatchMode):
         for name, tensor in made.items():
             self._targets[_storage(tensor)] = [_Target.of(name, tensor)]
             self.trace.computes = True
-        for target, sources, view in self._elsewhere:
+        for target, sources, seen in self._elsewhere:
             if _storage(target) in self._targets:
-                self._note(target, sources, view)
+                self._note(target, sources, seen)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is _copy_:
@@ -251,20 +284,38 @@ class _Recorder(PlainDispatchMode):
         # what is moved to a device is still without data
         options = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")}
         result = func(*args, **options)
-        whole = self._whole_root(args[0]) if func in _MOVES else None
         for tensor in tensors_in(result):
-            if whole is not None and tensor.is_contiguous():
-                self._add_root(tensor, whole)
-            else:
+            if func not in _MOVES or not self._follow(args[0], tensor):
                 self._derive(tensor, sources)
         return result
+
+    def _follow(self, tensor: Tensor, made: Tensor) -> bool:
+        """Note that ``made`` holds what ``tensor`` does; False where that is not known to be elements of a source."""
+        names = self._whole_root(tensor)
+        if names is not None and made.is_contiguous():
+            self._add_root(made, names)
+            return True
+        key = _storage(tensor)
+        if key in self._derived or tensor.itemsize != self._itemsizes.get(key) or made.dtype != tensor.dtype:
+            return False
+        seen = self._trace(tensor, View.of(made))
+        if len(seen) != 1:
+            return False
+        self._add_root(made, self._roots[key])
+        self._images[_storage(made)] = _Image(seen[0][1], seen[0][0])
+        return True
+
+    def _trace(self, tensor: Tensor, into: View) -> _Seen:
+        """Views of a source that ``tensor`` is together, and where ``into``, of its shape, puts these."""
+        image = self._images.get(_storage(tensor))
+        return [(View.of(tensor), into)] if image is None else image.trace(View.of(tensor), into)
 
     def _whole_root(self, tensor: Tensor) -> frozenset[str] | None:
         """The source that ``tensor`` is all of, in its own order."""
         key = _storage(tensor)
         whole = tensor.is_contiguous() and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
         alike = whole and tensor.itemsize == self._itemsizes.get(key)
-        return self._roots.get(key) if alike and key not in self._derived else None
+        return self._roots.get(key) if alike and key not in self._derived and key not in self._images else None
 
     def _names(self, tensor: Tensor) -> frozenset[str]:
         key = _storage(tensor)
@@ -294,14 +345,14 @@ class _Recorder(PlainDispatchMode):
             self._read.add(origin)
         alike = value.shape == target.shape
         followed = sources and alike and derived is None and value.itemsize == self._itemsizes[origin]
-        view = View.of(value) if followed else None
+        seen = self._trace(value, View.of(target)) if followed else []
         if home in self._targets:
             if sources and not alike and value.numel() != target.numel():  # torch would repeat a row to fill many
                 shapes = f"of shape {list(value.shape)} does not fill {list(target.shape)}"
                 raise RuntimeError(f"{min(sources)!r} {shapes}")
-            self._note(target, sources, view)
+            self._note(target, sources, seen)
         elif sources:
-            self._elsewhere.append((target, sources, view))
+            self._elsewhere.append((target, sources, seen))
         self._overwritten(target, sources)
         return target if sources else target.copy_(value)
 
@@ -310,21 +361,27 @@ class _Recorder(PlainDispatchMode):
         if not isinstance(target, Tensor):
             return func(*args, **kwargs)
         if _storage(target) in self._targets:
-            self._note(target, sources, None)
+            self._note(target, sources, [])
         elif sources or func in _FILLS:
-            self._elsewhere.append((target, sources, None))
+            self._elsewhere.append((target, sources, []))
         self._overwritten(target, sources)
         return target if sources else func(*args, **kwargs)
 
-    def _note(self, target: Tensor, sources: frozenset[str], view: View | None) -> None:
+    def _note(self, target: Tensor, sources: frozenset[str], seen: _Seen) -> None:
         self._written.add(_storage(target))
         into, homes = View.of(target), self._targets[_storage(target)]
         if 0 in into.size:
             return
+        for home in homes if seen else ():
+            boxes = [home.box_of(part) if target.itemsize == home.itemsize else None for _, part in seen]
+            if None not in boxes:
+                copies = zip(boxes, seen, strict=True)
+                self.trace.copies += [Copy(home.name, box, sources, view, part) for box, (view, part) in copies if box]
+                return
         for home in homes:
             box = home.box_of(into) if target.itemsize == home.itemsize else None
             if box is not None:
-                self.trace.copies.append(Copy(home.name, box, sources, view, into))
+                self.trace.copies.append(Copy(home.name, box, sources, None, into))
                 return
         self.trace.opaque[homes[0].name] = min(sources, default="a constant")
 
