@@ -29,7 +29,9 @@ from ...conversion.proof import Judgement
 NAME = "vLLM"
 #: for one question; most of it is importing vLLM, or its models
 _LIMIT_S = 300.0
-_ENVIRONMENT = {
+#: where this package is found
+PACKAGE = str(Path(__file__).parents[3])
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -46,14 +48,13 @@ class VllmReader:
     def __init__(self, limit_s: float = _LIMIT_S) -> None:
         self._limit_s = limit_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
-        package = str(Path(__file__).parents[3])
-        path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), package)))
+        path = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), PACKAGE)))
         self._process = subprocess.Popen(
             [sys.executable, "-c", "from octavo.adapters.vllm.asking import main; main()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env={**os.environ, **_ENVIRONMENT, "PYTHONPATH": path},
+            env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
             start_new_session=True,  # Ctrl-C is for us, who end it
         )
         self._end = weakref.finalize(self, _end, self._process, self._log)

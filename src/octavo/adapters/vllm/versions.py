@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,40 @@ def inspect_in_this_process() -> list[Exception]:
 
     registry._LazyRegisteredModel.inspect_model_cls = inspect
     return failed
+
+
+@contextlib.contextmanager
+def as_rank(rank: int, config: Any) -> Iterator[None]:
+    """Meanwhile vLLM takes this process for one rank of those that ``config`` asks for. There are no others.
+
+    What ranks would tell each other comes to nothing.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from vllm.distributed import parallel_state as state
+
+    new_group, new_coordinator = torch.distributed.new_group, state.init_model_parallel_group
+
+    def alone(*args: Any, **options: Any) -> Any:
+        without = {"use_device_communicator": False, "use_message_queue_broadcaster": False}
+        return new_coordinator(*args, **{**options, **without})
+
+    parallel = config.parallel_config
+    changes = (
+        (torch.distributed, "new_group", lambda ranks, **_: new_group(ranks, backend="fake")),
+        (state, "init_model_parallel_group", alone),
+        (state, "_node_count", lambda _: 1),
+    )
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            setattr(owner, name, value)
+        torch.distributed.init_process_group("fake", rank=rank, world_size=parallel.world_size, store=FakeStore())
+        parallel.rank = rank
+        state.init_distributed_environment(parallel.world_size, rank, "fake://", 0, "fake")
+        state.initialize_model_parallel(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, backend="fake")
+        yield
+    finally:
+        state.destroy_model_parallel()
+        state.destroy_distributed_environment()
+        for owner, name, value in before:
+            setattr(owner, name, value)
