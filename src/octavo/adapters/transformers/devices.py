@@ -48,7 +48,7 @@ def name_of(device: Any) -> str:
     if isinstance(device, int):
         found = accelerators()
         return found[device] if 0 <= device < len(found) else f"cuda:{device}"
-    return str(device)
+    return f"{device}:0" if str(device) in ("cuda", "xpu") else str(device)
 
 
 def candidates(device: str | torch.device, asked: ModelOptions) -> list[torch.device]:

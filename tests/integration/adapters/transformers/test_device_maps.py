@@ -298,7 +298,7 @@ def test_spreading_a_plan_over_one_device_changes_nothing(checkpoints: Checkpoin
 
 
 def test_a_plan_tells_what_an_accelerator_is_lent(checkpoints: Checkpoints) -> None:
-    plan = octavo.plan(checkpoints.folder("llama"), device_map={"model": 0, "lm_head": "cpu"})
+    plan = octavo.plan(checkpoints.folder("llama"), device_map={"model": "cuda", "lm_head": "cpu"})
     assert set(plan.devices) == {"cuda:0", "cpu"}
     nbytes = 260 * 136 * 2
     assert plan.final_bytes("cpu") == nbytes
