@@ -40,7 +40,8 @@ def _section(name: str, command: Any) -> str:
     text, examples = _text(command.help or "")
     lines = [f"## octavo {name}", "", text, "", f"    {usage}", ""]
     for example in examples:
-        needs = {"demo": "the package index"}.get(name) or ("a GPU" if "cuda" in example else None)
+        asked = {"--device cuda": "a GPU", "--engine vllm": "vLLM"}
+        needs = {"demo": "the package index"}.get(name) or next((asked[o] for o in asked if o in example), None)
         lines += ["```sh" + (f' title="needs {needs}"' if needs else ""), example, "```", ""]
     lines += ["| | | default |", "|---|---|---|"]
     lines += [f"| `{p.name.upper()}` | {_cell(p.help)} | |" for p in arguments]

@@ -21,19 +21,21 @@ from ._version import __version__
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES, READERS
 from .cli_options import (
     Device,
+    DeviceMemory,
+    Engine,
+    ExpertParallel,
     Format,
     Ignore,
     Json,
     Model,
+    PipelineParallel,
     Prompt,
     Scheme,
     Staging,
+    TensorParallel,
     Threads,
     TrustRemoteCode,
     Verify,
-    accelerator,
-    check_size,
-    device_memory_bytes,
     parse_size,
 )
 from .cli_output import (
@@ -44,7 +46,6 @@ from .cli_output import (
     progress_of,
     say,
     say_json,
-    say_lines,
     say_written,
     tell,
     tell_fault,
@@ -127,63 +128,46 @@ def plan(
     scheme: Scheme = DEFAULT_SCHEME,
     ignore: Ignore = None,
     device: Device = "cpu",
-    device_memory: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(
-            "--device-memory",
-            metavar="SIZE",
-            help="Does it fit? 24GiB, 80GB, or auto to ask the device.",
-            callback=check_size,
-        ),
-    ] = None,
+    device_memory: DeviceMemory = None,
     staging: Staging = _STAGING,
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint", help="Plan a conversion: the checkpoint's own tensors, no model.")
     ] = False,
     format: Format = DEFAULT_FORMAT,
+    engine: Engine = None,
+    tensor_parallel: TensorParallel = 1,
+    pipeline_parallel: PipelineParallel = 1,
+    expert_parallel: ExpertParallel = False,
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
     """Say what would become of each tensor and why, and how much memory it takes. Reads headers only.
 
     [cyan]octavo plan Qwen/Qwen3-30B-A3B --scheme fp8_block --device-memory 48GiB[/cyan]
+    [cyan]octavo plan Qwen/Qwen3-30B-A3B --device-memory cuda:0=20GiB --device-memory cuda:1=20GiB[/cyan]
+    [cyan]octavo plan Qwen/Qwen3-30B-A3B --engine vllm -tp 2[/cyan]
 
-    Exit code 1 when it does not fit.
+    With --engine vllm, its own loader runs on every rank, without weights. Exit code 1 when it does not fit.
     """
     if format != DEFAULT_FORMAT and not checkpoint:
         raise typer.BadParameter("--format is for planning a conversion: add --checkpoint")
+    if engine is not None and (checkpoint or device != "cpu"):
+        raise typer.BadParameter(
+            "--engine is for planning what it loads, where it runs: leave --checkpoint, --device out"
+        )
     if trust_remote_code and checkpoint:
         raise typer.BadParameter("--trust-remote-code is for planning a model: leave --checkpoint out")
-    from . import api
+    if engine is None and (tensor_parallel, pipeline_parallel, expert_parallel) != (1, 1, False):
+        raise typer.BadParameter("ranks are an engine's: add --engine vllm")
+    from . import cli_plan
 
-    if device_memory == "auto" and device == "cpu":
-        device = accelerator()
-    room = None if device_memory is None else device_memory_bytes(device_memory, device)
-    made = api.plan(
-        model,
-        _chosen(scheme),
-        # what is only planned need not be on a device that exists here
-        device,
-        ignore=ignore or (),
-        staging_bytes=parse_size(staging),
-        model=False if checkpoint else None,
-        format=format,
-        trust_remote_code=trust_remote_code,
-    )
-    # a conversion holds no model
-    peak = max(made.peak_bytes(d) - (made.final_bytes(d) if checkpoint else 0) for d in made.devices or ("cpu",))
-    fits = room is None or peak <= room
-    if json_:
-        extra = {} if room is None else {"device_memory_bytes": room, "fits": fits}
-        say_json({**made.to_dict(), **extra})
+    options: dict[str, Any] = {"ignore": ignore or (), "staging_bytes": parse_size(staging)}
+    if engine is not None:
+        ranks = (tensor_parallel, pipeline_parallel, expert_parallel)
+        fits = cli_plan.for_engine(engine, model, scheme, ranks, device_memory, trust_remote_code, json_, options)
     else:
-        say_lines(made.table())
-        if room is not None:
-            from .text import human_bytes
-
-            what = "staging, as a conversion takes" if checkpoint else "weights and staging; activations, caches on top"
-            verdict = "fits" if fits else "does not fit"
-            say(f"{human_bytes(peak)} {verdict} into {human_bytes(room)} ({what})")
+        options |= {"model": False if checkpoint else None, "format": format, "trust_remote_code": trust_remote_code}
+        fits = cli_plan.here(model, _chosen(scheme), device, device_memory, json_, options)
     if not fits:
         raise typer.Exit(1)
 

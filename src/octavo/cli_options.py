@@ -26,6 +26,15 @@ def parse_size(text: str) -> int:
     return int(size)
 
 
+def check_sizes(texts: list[str] | None) -> list[str] | None:
+    """The same of sizes that may be those of devices: ``cuda:0=24GiB``."""
+    for text in texts or ():
+        check_size(text.rpartition("=")[2])
+    if texts and len(texts) > 1 and not all("=" in text for text in texts):
+        raise typer.BadParameter("of several sizes, each needs a device: cuda:0=24GiB")
+    return texts
+
+
 def check_size(text: str | None) -> str | None:
     """Refuse what is no size, before a command imports anything; ``auto`` is for the command to understand."""
     if text not in (None, "auto"):
@@ -119,6 +128,26 @@ Threads = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the checkpoint brings: read it before.")
 ]
+DeviceMemory = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option(
+        "--device-memory",
+        metavar="SIZE",
+        help="Does it fit? 24GiB, 80GB, or auto to ask the device. Repeatable as cuda:0=24GiB: is it spread over them?",
+        callback=check_sizes,
+    ),
+]
+Engine = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--engine", metavar="NAME", help="Plan what vllm would load with octavo, on each of its ranks."),
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel-size", "-tp", min=1, metavar="NUMBER", help="Of an engine: as its own option.")
+]
+PipelineParallel = Annotated[
+    int, typer.Option("--pipeline-parallel-size", "-pp", min=1, metavar="NUMBER", help="The same.")
+]
+ExpertParallel = Annotated[bool, typer.Option("--enable-expert-parallel", help="The same.")]
 Device = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...")]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="What to answer.")]
 Verify = Annotated[bool, typer.Option("--verify", help="Compare what is read with the digests that came with it.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,52 @@ def test_a_format_is_for_planning_a_conversion(llama: Path, run: Run) -> None:
 
 def test_plan_names_a_pattern_that_matches_nothing(llama: Path, run: Run) -> None:
     refused(run("plan", llama, "--ignore", "model.layers.7"), "'model.layers.7' matches no tensor")
+
+
+# -- several devices, and engines -------------------------------------------------------------------------------------
+
+
+def test_plan_tells_whether_a_model_fits_when_it_is_spread(llama: Path, run: Run) -> None:
+    whole, staging = octavo.plan(llama).final_bytes(), 8 << 20
+    rooms = [f"cuda:{number}={whole + staging}" for number in (0, 1)]
+    devices = [option for room in rooms for option in ("--device-memory", room)]
+    found = only_json(run("plan", llama, "--json", "--staging", staging, *devices))
+    assert found["fits"] is True
+    assert found["device_memory"] == {f"cuda:{number}": whole + staging for number in (0, 1)}
+    assert {name for name in found["devices"] if name.startswith("cuda")} == set(found["devices"])
+    assert sum(device["final_bytes"] for device in found["devices"].values()) == whole
+    ended = run("plan", llama, "--staging", staging, *devices)
+    assert ended.code == 0
+    assert "cuda:0: " in ended.out
+    assert "fits into" in ended.out
+
+
+def test_plan_says_no_where_a_spread_model_is_left_for_the_cpu(llama: Path, run: Run) -> None:
+    devices = ("--device-memory", "cuda:0=9MiB", "--device-memory", "cuda:1=9MiB", "--staging", "9MiB")
+    ended = run("plan", llama, *devices)
+    assert ended.code == 1
+    assert "cpu: " in ended.out
+    assert "does not fit into 0 B" in ended.out
+    assert run("plan", llama, *devices, "--device-memory", "cpu=1GiB").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--device-memory", "1GiB", "--device-memory", "2GiB"), "each needs a device: cuda:0=24GiB"),
+        (("--device-memory", "cuda:0=lots"), "'lots' is not a size"),
+        (("--device-memory", "gpu=1GiB"), "'gpu': write cuda:0=24GiB"),
+        (("-tp", "2"), "ranks are an engine's: add --engine vllm"),
+        (("--engine", "sglang"), "unknown engine 'sglang'; known: vllm"),
+        (("--engine", "vllm", "--checkpoint"), "leave --checkpoint, --device out"),
+        (("--engine", "vllm", "--device-memory", "cuda:0=1GiB"), "one size, that of each rank"),
+    ],
+)
+def test_plan_refuses_what_it_can_not_answer(options: tuple[str, ...], says: str, llama: Path, run: Run) -> None:
+    refused(run("plan", llama, *options), says)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_planning_for_an_engine_that_is_not_installed_names_the_command(llama: Path, run: Run) -> None:
+    says = "planning for vLLM needs packages that are not installed: pip install 'octavo[vllm]'"
+    refused(run("plan", llama, "--engine", "vllm"), says)

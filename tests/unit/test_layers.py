@@ -28,7 +28,7 @@ LAYERS = (
     ("readers",),
     ("api", "api_models"),
     ("demo",),
-    ("cli", "cli_options", "cli_output"),
+    ("cli", "cli_options", "cli_output", "cli_plan"),
     ("__init__", "__main__", "schemes"),
 )
 
