@@ -7,17 +7,19 @@ Loaders differ in what they call an expert's matrices, and some take none; these
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 from ...planning.plan import Plan
 from ...planning.stacks import Series
+from .survey import Surveyor
 
 #: layers that a loader refuses before it counts as refusing all that are alike; one may be an exception
 _ENOUGH = 2
 
 
 def settle(
-    series: Sequence[Series], plan: Plan, plan_anew: Callable[[], Plan], takes: Callable[[Plan], bool | None]
+    series: Sequence[Series], plan: Plan, plan_anew: Callable[[], Plan], ask: Callable[[Plan], Surveyor]
 ) -> Plan:
     """Give experts the first names that are taken in FP8, or none: then they stay stacks; returns the plan with them.
 
@@ -26,27 +28,38 @@ def settle(
     Args:
         plan: with the names that ``series`` have.
         plan_anew: makes the plan with the names that they have meanwhile.
-        takes: whether the loader takes all of a plan in FP8; None: it passes over it.
+        ask: makes what asks the model's loader about some of a plan.
     """
     for experts in series:
-        while experts.naming is not None and not _taken(experts, plan, takes):
+        here = functools.cache(functools.partial(_here, experts, plan_anew, ask))
+        while experts.naming is not None and not _taken(experts, plan, ask, here):
             if not experts.next():
                 experts.naming = None
             plan = plan_anew()
     return plan
 
 
-def _taken(experts: Series, plan: Plan, takes: Callable[[Plan], bool | None]) -> bool:
-    """Ask about one layer, or more where a pipeline has it elsewhere, or where it may be kept unquantized."""
+def _taken(experts: Series, plan: Plan, ask: Callable[[Plan], Surveyor], here: Callable[[], set[str]]) -> bool:
+    """Ask about one layer, or more where it is elsewhere, or where it may be kept unquantized."""
     quantized = {placement.name: placement for placement in plan.quantized}
     refused = 0
     for cut in experts.cuts():
         names = [matrix.name for matrices in cut.values() for matrix in matrices]
         mine = tuple(quantized[name] for name in names if name in quantized)
-        answer = takes(dataclasses.replace(plan, placements=mine)) if mine else None
-        if answer:
+        answer = ask(dataclasses.replace(plan, placements=mine)).takes() if mine else None
+        if answer or (answer is None and not here()):
             return True
-        refused += answer is False
+        refused += answer is False or not here().isdisjoint(cut)  # it may pass over names that it does not know
         if refused == _ENOUGH:
             break
     return not refused
+
+
+def _here(experts: Series, plan_anew: Callable[[], Plan], ask: Callable[[Plan], Surveyor]) -> set[str]:
+    """The stacks that the loader has a use for in this process: other ranks, or another model, have the rest."""
+    naming, experts.naming = experts.naming, None
+    plan = plan_anew()
+    experts.naming = naming
+    stacks = {info.name for layer in experts.layers for info in layer.stacks.values()}
+    mine = tuple(placement for placement in plan.placements if placement.name in stacks)
+    return ask(dataclasses.replace(plan, placements=mine)).lands()

@@ -114,6 +114,11 @@ class Surveyor:
         memory = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         return not any(uncovered(memory[name], copies) for name, copies in seen.by_target().items())
 
+    def lands(self) -> set[str]:
+        """The tensors of the plan, as they are, that the loader puts somewhere; all, where it fails."""
+        seen = trace(self.model, self.load, self._virtual((), ()))
+        return {*(self._names if seen.failed else seen.by_source())}
+
     # -- names --------------------------------------------------------------------------------------------------------
 
     @property

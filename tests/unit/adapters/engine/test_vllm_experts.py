@@ -28,7 +28,7 @@ def settled(model, scheme="fp8_channel"):
     def ask(plan):
         return Surveyor(model, model.load_weights, plan, LAYOUT)
 
-    return settle(series, plan(), plan, lambda plan: ask(plan).takes()), ask
+    return settle(series, plan(), plan, ask), ask
 
 
 @pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
@@ -57,15 +57,36 @@ def test_what_is_elsewhere_keeps_the_names_of_a_conversion():
     assert "experts.0.gate_proj.weight" in [placement.name for placement in plan.quantized]
 
 
+@pytest.mark.parametrize("names", [("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ()])
+def test_a_loader_may_pass_over_names_that_it_does_not_know(names):
+    class Silent(Stacked):
+        def load_weights(self, weights):
+            stacks, known = [*SHAPES], self.names
+            super().load_weights(
+                (name, weight) for name, weight in weights if name in stacks or name.split(".")[2] in known
+            )
+
+    plan, _ = settled(Silent(names=names))
+    matrices = [placement.name for placement in plan.quantized if placement.name not in SHAPES]
+    assert {name.split(".")[2] for name in matrices} == {*names}
+
+
 def test_one_layer_that_is_refused_is_no_reason_for_all():
     checkpoint = headers({f"layers.{n}.{name}": shape for n in range(3) for name, shape in SHAPES.items()})
     series = find_series(checkpoint)
     plan = plan_checkpoint(checkpoint, Recipe(), cuts=[cut for experts in series for cut in experts.cuts()])
     asked = []
 
-    def takes(part):
-        asked.append(part.placements[0].name.split(".")[1])
-        return asked[-1] == "1"
+    class Asking:
+        def __init__(self, plan):
+            self.layer = plan.placements[0].name.split(".")[1]
 
-    assert settle(series, plan, lambda: plan, takes) is plan
+        def takes(self):
+            asked.append(self.layer)
+            return self.layer == "1"
+
+        def lands(self):
+            return {}
+
+    assert settle(series, plan, lambda: plan, Asking) is plan
     assert asked == ["0", "1"]
