@@ -1,6 +1,7 @@
 """Tiny checkpoints as they are published, where transformers saves something else than engines know.
 
-Configs on the hub have fields that transformers' own lack, and vision towers a level of names that it left out since.
+Configs on the hub have fields that transformers' own lack, vision towers a level of names that it left out since, and
+some stacks of experts are [experts, in, out].
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
 _HEAD_DIM = ("glm4_moe", "glm4v_moe_text")
 #: those that give a side which is that of a head, or of all
 _SIDES = {"lfm2": "block_dim", "minimax_m2": "rotary_dim"}
+_STACK = ".experts."
 _TOWER = re.compile(r"(?<=vision_tower\.)(?=embeddings\.|encoder\.|post_layernorm\.|pre_layrnorm\.|head\.)")
 
 
@@ -51,14 +53,27 @@ def add_fields(folder: Path) -> None:
 
 
 def respell(folder: Path) -> Iterator[str]:
-    """Give tensors other names, as they are called on the hub, one way after another; yields what it did."""
+    """Give tensors other names or layouts, as they are on the hub, one way after another; yields what it did."""
     for what, rename in (("vision_tower.vision_model", _with_vision_model),):
         if _rename(folder, rename):
             yield what
+    if _transpose_stacks(folder):
+        yield "experts as [in, out]"
 
 
 def _with_vision_model(name: str) -> str:
     return _TOWER.sub("vision_model.", name)
+
+
+def _transpose_stacks(folder: Path) -> bool:
+    changed = False
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        stacks = {name: t.transpose(1, 2).contiguous() for name, t in tensors.items() if t.ndim == 3 and _STACK in name}
+        if stacks:
+            save_file({**tensors, **stacks}, file, metadata={"format": "pt"})
+            changed = True
+    return changed
 
 
 def _rename(folder: Path, rename: Callable[[str], str]) -> bool:

@@ -1,6 +1,10 @@
 """What is asked of each tiny model in vLLM, and how the answer is told.
 
 stock      stock vLLM loads the unquantized checkpoint (otherwise there is nothing to compare with)
+
+and then, for each scheme:
+
+online     stock vLLM loads it with its own online quantization to FP8 (which is not judged)
 load       with ``--load-format octavo`` it holds the same weights, quantized
 convert    stock vLLM loads `octavo.convert`'s result, and holds the same weights, quantized
 equal      the two hold the same bits, wherever both hold FP8 or both do not
@@ -17,7 +21,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +47,12 @@ from .published import add_fields, respell
 from .tiny import candidates
 
 RIGHT, REFUSED, NOT_BUILT, WRONG = "right", "refused", "not built", "wrong"
+#: what is converted is not for this vLLM, which was said
+DECLINED = "declined"
+#: scheme -> the name of vLLM's own
+_ONLINE = {"fp8_channel": "fp8_per_channel", "fp8_block": "fp8_per_block"}
 _SHARDS = 3
+_BLOCK = 128
 #: sizes of a model that vLLM is shown, until it takes one
 _SIZES = 2
 #: of a parameter's norm: what e4m3 takes away is a fortieth
@@ -55,13 +64,17 @@ class WrongError(Exception):
     """What octavo made is not what it should be."""
 
 
-def check(case: Case, folder: Path) -> dict[str, Any]:
+def check(case: Case, folder: Path, schemes: Sequence[str]) -> dict[str, Any]:
     """All that there is to say about a case, as JSON. ``folder`` is for its files."""
     began = time.monotonic()
-    result: dict[str, Any] = {"case": case.name, "status": NOT_BUILT, "stages": {}}
+    result: dict[str, Any] = {"case": case.name, "status": NOT_BUILT, "schemes": {}}
     try:
         with _one_rank(folder):
-            _check(case, folder, result)
+            reference, served = _built(case, folder / "src", result)
+            for scheme in schemes if reference is not None else ():
+                result["schemes"][scheme] = _check(scheme, folder, reference, served)
+        found = {each["status"] for each in result["schemes"].values()}
+        result["status"] = next((status for status in (WRONG, REFUSED, RIGHT) if status in found), NOT_BUILT)
     except Exception as error:  # one of the sweep itself
         result |= {"status": WRONG, "why": _text(error)}
     finally:
@@ -70,30 +83,37 @@ def check(case: Case, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _check(case: Case, folder: Path, result: dict[str, Any]) -> None:
-    src, dst = folder / "src", folder / "dst"
-    reference, served = _built(case, src, result)
-    if reference is None:
-        return
+def _check(scheme: str, folder: Path, reference: State, served: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to say about a scheme."""
+    src, dst = folder / "src", folder / scheme
+    stages: dict[str, Any] = {}
     states: dict[str, State] = {}
     vllm = _ForkedVllm()
 
+    def online() -> dict[str, Any]:
+        try:
+            _load(src, quantization=_ONLINE[scheme], **served)
+        except Exception as error:
+            return {"loads": False, "why": _text(error)}
+        return {"loads": True}
+
     def load() -> dict[str, Any]:
-        states["load"] = _load(src, load_format="octavo", **served)
+        options = {"load_format": "octavo", "model_loader_extra_config": {"scheme": scheme}}
+        states["load"] = _load(src, **options, **served)
         return {"fp8": _compare(states["load"], reference)}
 
     def convert() -> dict[str, Any]:
         readers = (TransformersReader(), vllm)
         options = (1 << 28, 1, "cpu", None, False, False, False)
         with set_current_vllm_config(VllmConfig()):  # without which no model can be made that uses vLLM's activations
-            recipe = Recipe.coerce("fp8_channel", ())
+            recipe = Recipe.coerce(scheme, ())
             report = convert_checkpoint(src, dst, recipe, "compressed-tensors", *options, lambda: readers)
         found: dict[str, Any] = {"notes": [note[:300] for note in report.notes]}
         declined = [note for note in report.notes if "vLLM" in note and ("can't load" in note or "not proved" in note)]
         try:
             states["convert"] = _load(dst, **served)
         except Exception as error:
-            status = REFUSED if declined else WRONG
+            status = DECLINED if declined else WRONG
             return {**found, "status": status, "why": f"stock vLLM does not start: {_text(error)} {declined[:1]}"}
         written = {name: tensor for name, tensor in reference.items() if name not in vllm.missing}
         states["convert"] = {n: t for n, t in states["convert"].items() if n not in vllm.missing}
@@ -107,11 +127,11 @@ def _check(case: Case, folder: Path, result: dict[str, Any]) -> None:
             raise WrongError(f"{len(wrong)} of {len(alike)} parameters differ: {wrong[:4]}")
         return {"equal": len(alike), "otherwise": len(mine.keys() | stock.keys()) - len(alike)}
 
-    for stage in (load, convert, equal):
+    for stage in (online, load, convert, equal):
         if stage is not equal or len(states) == 2:
-            result["stages"][stage.__name__] = _judged(stage, folder)
-    found = [stage["status"] for stage in result["stages"].values()]
-    result["status"] = next(status for status in (WRONG, REFUSED, RIGHT) if status in found)
+            stages[stage.__name__] = _judged(stage, folder)
+    found = [stage["status"] for stage in stages.values()]
+    return {"status": next(status for status in (WRONG, REFUSED, RIGHT) if status in found), "stages": stages}
 
 
 def _judged(stage: Callable[[], Any], folder: Path) -> dict[str, Any]:
@@ -251,6 +271,11 @@ def _compare(state: State, reference: State) -> float:
 
 
 def _unpacked(weight: Tensor, scale: Tensor) -> Tensor:
+    """Of scales for rows, or for blocks."""
+    if scale.ndim == weight.ndim:
+        for axis in (-2, -1):
+            if 1 < scale.shape[axis] < weight.shape[axis] or (axis == -2 and scale.shape[axis] == 1):
+                scale = scale.repeat_interleave(_BLOCK, axis).narrow(axis, 0, weight.shape[axis])
     return weight.float() * scale.reshape(*scale.shape, *[1] * (weight.ndim - scale.ndim))
 
 

@@ -21,6 +21,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from octavo.adapters.engine.names import SCHEMES
+
 from .cases import Case
 from .run import read, summary
 
@@ -51,6 +53,7 @@ def vllm_cases() -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", metavar="REGEX", help="cases to run, of names as llama/LlamaForCausalLM")
+    parser.add_argument("--schemes", nargs="+", default=[*SCHEMES], choices=SCHEMES, help="all, one after another")
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for one case")
     parser.add_argument("--again", nargs="*", default=[], metavar="STATUS", help="run cases of this status again")
     parser.add_argument("--out", type=Path, default=Path("sweep-vllm.jsonl"), help="lines of JSON, added to")
@@ -88,8 +91,8 @@ def main() -> None:
                 continue
             folder = Path(tempfile.mkdtemp(dir=parent))
             began = time.monotonic()
-            found = in_fork(lambda case=case, folder=folder: check(case, folder), asked.limit)
-            lost = {"case": case.name, "status": "wrong", "stages": {}, "why": "its process ended"}
+            found = in_fork(lambda case=case, folder=folder: check(case, folder, asked.schemes), asked.limit)
+            lost = {"case": case.name, "status": "wrong", "schemes": {}, "why": "its process ended"}
             if time.monotonic() - began >= asked.limit:
                 lost |= {"status": "not built", "why": f"it took more than {asked.limit:.0f} s"}
             print(json.dumps(found or lost), file=out, flush=True)
@@ -97,7 +100,12 @@ def main() -> None:
     found = [results[case.name] for case in cases]
     if asked.write:
         asked.write.write_text("".join(json.dumps(line) + "\n" for line in collected(found)))
-    sys.exit(summary(found))
+    sys.exit(summary([{**result, "stages": _stages(result)} for result in found]))
+
+
+def _stages(result: dict[str, Any]) -> dict[str, Any]:
+    """The stages of all schemes."""
+    return {f"{scheme} {n}": stage for scheme, each in result["schemes"].items() for n, stage in each["stages"].items()}
 
 
 def collected(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -108,7 +116,8 @@ def collected(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     cases = [{**result, "kind": _kind(result["case"].partition("/")[2])} for result in results]
     for case in cases:
-        case.get("stages", {}).get("convert", {}).pop("notes", None)
+        for stage in _stages(case).values():
+            stage.pop("notes", None)
     versions = {"vllm": vllm.__version__, "transformers": transformers.__version__}
     return [{**versions, "registered": len(ModelRegistry.models)}, *cases]
 
