@@ -48,6 +48,7 @@ from . import config as quantization
 from . import drafts, versions
 from . import reloading as reload
 from .config import OctavoConfig
+from .telling import telling
 
 Progress = Callable[[int, int], None] | None
 # below vLLM's own loggers, so that its settings hold for ours
@@ -65,6 +66,7 @@ class _MakeAnewError(Exception):
 class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     """Errors are `OctavoError`, raised before a weight is read, and leave no model behind."""
 
+    @telling
     def __init__(self, load_config: Any) -> None:
         # what the extra config and --quantization say together is checked when both are known
         self.extra = load_config.model_loader_extra_config
@@ -76,6 +78,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
+    @telling
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
         self.is_draft = drafts.is_draft(vllm_config, model_config)
