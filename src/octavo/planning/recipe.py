@@ -153,8 +153,10 @@ class Recipe:
                 problems.append(str(error))
         for pattern in () if problems else self.patterns:
             if pattern not in matched:
-                near = _nearest(pattern, weights) if len(problems) < _MAX_NEAREST else ""
-                problems.append(f"the pattern {pattern!r} matches no tensor{near}")
+                names = (name for weight in weights for name in weight.names)
+                near = nearest(pattern, names) if len(problems) < _MAX_NEAREST else None
+                said = f"; the nearest name is {near!r}" if near else ""
+                problems.append(f"the pattern {pattern!r} matches no tensor{said}")
             elif not matched[pattern] and pattern not in self.ignore:
                 problems.append(
                     f"the target {pattern!r} matches only weights that can't be quantized, or stay by default"
@@ -261,10 +263,9 @@ def matching(patterns: Iterable[str], names: Collection[str]) -> tuple[str, ...]
     return tuple(pattern for pattern in patterns if any(_matches_name(pattern, name) for name in names))
 
 
-def _nearest(pattern: str, weights: Sequence[Weight]) -> str:
+def nearest(pattern: str, names: Iterable[str]) -> str | None:
+    """The name that is most like a pattern, if one is."""
     import difflib
 
-    every = (name for weight in weights for name in weight.names)
-    names = list(itertools.islice(every, _MAX_NEAR_NAMES))
-    close = difflib.get_close_matches(pattern, names, 1, cutoff=0.6)
-    return f"; the nearest name is {close[0]!r}" if close else ""
+    close = difflib.get_close_matches(pattern, list(itertools.islice(names, _MAX_NEAR_NAMES)), 1, cutoff=0.6)
+    return close[0] if close else None

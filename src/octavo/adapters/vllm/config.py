@@ -24,7 +24,8 @@ from ...errors import RecipeError
 from ...planning.kinds import default_keep
 from ..engine.names import LOAD_FORMAT, PREFIX
 from . import plugin
-from .fitting import fitted, is_linear
+from .fitting import can_be_plain, fitted, is_linear
+from .layers import LayerPatterns
 
 # below vLLM's own loggers, so that its settings hold for ours
 log = init_logger("vllm.octavo")
@@ -43,6 +44,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         super().__init__(target_scheme_map={}, ignore=[], quant_format="float-quantized")
         plugin.take_over()
         self.kept: dict[str, str] = {}  # layers that stay unquantized, whatever the config says -> why
+        self.layers = LayerPatterns()  # of layers that stay
         self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # layers, as vLLM calls them
         self.refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # those that don't fit FP8 -> why
 
@@ -128,6 +130,8 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
                 f"reads weights itself; use --load-format {LOAD_FORMAT}, or leave it out"
             )
         self.names[layer] = prefix
+        if can_be_plain(layer) and (pattern := self.layers.matching(prefix)):
+            self.kept.setdefault(prefix, f"ignored by {pattern!r}")
         if load_format == "dummy" and not self.target_scheme_map:
             self._pretend()
         # by its name, if it has one: some heads of vLLM's have none

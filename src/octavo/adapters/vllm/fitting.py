@@ -26,7 +26,7 @@ def fitted(ways: Sequence[Callable[[], Any]], layer: nn.Module, refused: Refused
 
     The reason is that of the first way.
     """
-    if not (is_linear(layer) or hasattr(layer, "moe_config")):
+    if not can_be_plain(layer):
         return ways[0]()
     given, rest = _names(layer), [*ways]
     while rest:
@@ -67,6 +67,11 @@ def _watch(
 
 def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, LinearBase)
+
+
+def can_be_plain(layer: nn.Module) -> bool:
+    """Return True for linear layers and experts, which there are without quantization, too."""
+    return is_linear(layer) or hasattr(layer, "moe_config")
 
 
 def _try_activations(layer: nn.Module) -> None:

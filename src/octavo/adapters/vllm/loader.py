@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ from ...conversion import formats
 from ...conversion.iterate import iterate
 from ...errors import RecipeError
 from ...planning.plan import Plan, plan_checkpoint
+from ...planning.recipe import matching
 from ...planning.stacks import find_series
 from ...streaming.meter import Stages, collection_paused, measured
 from ...streaming.on_accelerator import WarmUp
@@ -48,6 +50,7 @@ from . import config as quantization
 from . import drafts, versions
 from . import reloading as reload
 from .config import OctavoConfig
+from .layers import LayerPatterns
 from .telling import telling
 
 Progress = Callable[[int, int], None] | None
@@ -108,6 +111,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             if self.is_draft:
                 self.options = drafts.fitting(self.options, self.checkpoint)
             self.experts = find_series(self.checkpoint)
+            self.quant_config.layers = self._layer_patterns()
             self.plan = self._plan()
         kept: dict[str, str] = {}
         forget_layers = versions.remember_layers(vllm_config)
@@ -183,6 +187,17 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         options = self.options
         return plan_checkpoint(self.checkpoint, options.recipe, options.staging_bytes, str(self.device), cuts=cuts)
 
+    def _layer_patterns(self) -> LayerPatterns:
+        """The patterns of ``ignore`` that match no tensor, which then are no longer among the options."""
+        given = self.options.ignore
+        found = matching(given, self.checkpoint.tensors)
+        if found != given:
+            self.options = dataclasses.replace(self.options, ignore=found)
+            # experts that are cut from stacks have names of their own
+            found = matching(given, {*self.checkpoint.tensors, *(p.name for p in self._plan().placements)})
+            self.options = dataclasses.replace(self.options, ignore=found)
+        return LayerPatterns(pattern for pattern in given if pattern not in found)
+
     def _config(self, plan: Plan) -> Mapping[str, Any]:
         """The config of the checkpoint that a plan would make."""
         return formats.get(DEFAULT_FORMAT).config(plan, ragged=True)
@@ -216,6 +231,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 f"{model_config.model}: {type(model).__name__} reads several checkpoints, which octavo does not; leave "
                 "--load-format and --quantization out"
             )
+        self._check_patterns(model)
         kept, unfit = self.quant_config.unquantized(model)
         ask = functools.partial(
             Surveyor,
@@ -251,6 +267,17 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             weights = iterate(self.checkpoint, places.rest, layout, threads=threads, progress=overall, tally=tally)
             model.load_weights(weights)
         versions.release_pinned_memory()
+
+    def _check_patterns(self, model: nn.Module) -> None:
+        if self.vllm_config.parallel_config.pipeline_parallel_size > 1:
+            return  # a layer may be another rank's
+        paths = self.quant_config.paths(model)
+        parts = [
+            f"{layer}.{name}"
+            for path, layer in paths.items()
+            for name, _ in model.get_submodule(path).named_parameters(recurse=False)
+        ]
+        self.quant_config.layers.check([*paths.values()], parts, [*self.checkpoint.tensors], str(self.checkpoint.path))
 
     def _check(self, model: nn.Module, found: Survey, unfit: Collection[str]) -> None:
         """Have the model made anew, if it must be, or refuse. Tensors with the reasons ``unfit`` are in layers that are

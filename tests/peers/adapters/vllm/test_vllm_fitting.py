@@ -102,3 +102,27 @@ def test_a_model_of_which_nothing_becomes_fp8_is_warned_of(tmp_path: Path) -> No
     (answer,) = load(octavo_job(source, model_loader_extra_config=extra))
     assert not answer.error, answer.error
     assert re.search("WARNING.*octavo: nothing in FP8: all stays unquantized", answer.output)
+
+
+def ignoring(source: Path, *patterns: str) -> Job:
+    return octavo_job(source, model_loader_extra_config={"ignore": [*patterns]})
+
+
+def test_layers_are_ignored_by_names_of_vllm_too(tmp_path: Path) -> None:
+    source = make("qwen2_moe", tmp_path / "bf16")
+    mine, by_tensors, part, unknown = load(
+        ignoring(source, "*.0.self_attn.qkv_proj", "re:.*1.mlp.experts$", "*.o_proj"),
+        ignoring(source, "*.0.self_attn.[qkv]_proj", "*.1.mlp.experts.*", "*.o_proj"),
+        ignoring(source, "*.experts.w2_weight"),
+        ignoring(source, "model.layers.0.self_attn.qkvproj", "*.o_proj"),
+    )
+    assert not mine.error, mine.error
+    assert mine.parameters == by_tensors.parameters
+    assert not any("0.self_attn.qkv" in name or "1.mlp.experts" in name for name in in_fp8(mine.parameters[0]))
+    assert "3 ignored by '*.0.self_attn.qkv_proj'" in mine.output
+    assert "experts.w2_weight, a part of model.layers.0.mlp.experts, which stays as a whole" in part.error
+    assert "'model.layers.0.self_attn.qkvproj' matches no tensor of" in unknown.error
+    assert "the nearest tensor is 'model.layers.0.self_attn." in unknown.error
+    assert "the nearest layer is 'model.layers.0.self_attn.qkv_proj'" in unknown.error
+    # in a line of its own, before the tracebacks of vLLM's processes
+    assert "ERROR" in next(line for line in unknown.output.splitlines() if "octavo: ignore: 'model." in line)
