@@ -9,6 +9,7 @@ memory that the kernel can take back at any time, and at most half of it. Where 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,10 +32,12 @@ class ReadAhead:
 
     Args:
         shards: whose files; what is cached already is left alone. At most half of `available_bytes` is read.
+        start: the share of them after which it begins; what is before comes last. Processes that read the same files
+            begin at different places, and find in the page cache what the others have read.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = shards
+    def __init__(self, shards: Sequence[Shard], start: float = 0.0) -> None:
+        self._shards, self._start = shards, start
         # on few cores, more would keep the thread that imports waiting
         self._ring: Ring[tuple[Path, int]] = Ring(max(2, min(_MOST_THREADS, usable_cpus() // 2)), "reading ahead")
 
@@ -58,17 +61,17 @@ class ReadAhead:
 
     def _windows(self) -> Iterator[tuple[Path, int]]:
         room = available_bytes() // 2
-        for shard in self._shards:
-            if cached_share(shard.path) >= CACHED:
+        windows = [(shard, offset) for shard in self._shards for offset in range(0, shard.nbytes, _WINDOW_BYTES)]
+        first = int(self._start * len(windows))
+        is_cached = functools.cache(lambda path: cached_share(path) >= CACHED)  # asked when its first window comes
+        for shard, offset in (*windows[first:], *windows[:first]):
+            nbytes = min(_WINDOW_BYTES, shard.nbytes - offset)
+            if is_cached(shard.path) or cached_share(shard.path, offset, nbytes, RUN_WINDOWS) >= CACHED:
                 continue
-            for offset in range(0, shard.nbytes, _WINDOW_BYTES):
-                nbytes = min(_WINDOW_BYTES, shard.nbytes - offset)
-                if cached_share(shard.path, offset, nbytes, RUN_WINDOWS) >= CACHED:
-                    continue
-                room -= nbytes
-                if room < 0:
-                    return
-                yield shard.path, offset
+            room -= nbytes
+            if room < 0:
+                return
+            yield shard.path, offset
 
 
 class _Reader:

@@ -53,6 +53,15 @@ def test_no_more_is_read_than_there_is_room_for(tmp_path, monkeypatch):
     assert 0.4 <= cached_share(shards[1].path) < 1  # the kernel reads on by a little
 
 
+def test_processes_that_read_the_same_files_begin_at_different_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "available_bytes", lambda: 64 * MIB)
+    shards = [cold_shard(tmp_path, name, 32 * MIB) for name in ("a.safetensors", "b.safetensors")]
+    read_all(ReadAhead(shards, 0.5), 32 * MIB)
+    assert [cached_share(shard.path) for shard in shards] == [0, 1]
+    read_all(ReadAhead(shards, 0.5), 32 * MIB)  # then what is before
+    assert [cached_share(shard.path) for shard in shards] == [1, 1]
+
+
 @pytest.mark.parametrize("trouble", ["gone", "a folder", "shorter"])
 def test_trouble_is_left_for_the_stream_to_report(trouble, tmp_path):
     first, second = [cold_shard(tmp_path, name, 9 * MIB) for name in ("a.safetensors", "b.safetensors")]

@@ -37,6 +37,7 @@ from ...planning.recipe import matching
 from ...planning.stacks import find_series
 from ...streaming.meter import Stages, collection_paused, measured
 from ...streaming.on_accelerator import WarmUp
+from ...streaming.readahead import ReadAhead
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
 from ...text import human_bytes, printable
@@ -113,6 +114,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             self.experts = find_series(self.checkpoint)
             self.quant_config.layers = self._layer_patterns()
             self.plan = self._plan()
+        rank, ranks = _place_among_ranks()
+        self.warming.enter_context(ReadAhead(self.checkpoint.shards, rank / ranks))
         kept: dict[str, str] = {}
         forget_layers = versions.remember_layers(vllm_config)
         while True:
@@ -297,12 +300,18 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def _progress(self) -> bool | None:
         if not self.load_config.use_tqdm_on_load:
             return False
-        distributed = torch.distributed.is_initialized() and torch.distributed.get_rank() != 0
-        return False if distributed else None
+        return None if _place_among_ranks()[0] == 0 else False
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """For reloading: the weights of a checkpoint, unquantized, as vLLM expects them."""
         return reload.CheckpointWeights(self._open(model_config), model, self.options)
+
+
+def _place_among_ranks() -> tuple[int, int]:
+    """The number of this process, and of all that hold the model."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def _computed(places: Places) -> Iterator[str]:
