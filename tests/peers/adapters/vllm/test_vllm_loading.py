@@ -209,14 +209,6 @@ def test_layers_that_an_update_does_not_bring_stay(tmp_path: Path) -> None:
     assert after == {key: (new if key.startswith("model.layers.1.") else old)[key] for key in new} != old
 
 
-def test_stacks_of_experts_stay_where_the_loader_takes_no_scales(tmp_path: Path) -> None:
-    (answer,) = load(octavo_job(make("granitemoe", tmp_path / "bf16")))
-    assert not answer.error, answer.error
-    experts = [digest for name, digest in answer.parameters[0].items() if ".experts." in name and "_weight" in name]
-    assert len(experts) == 4
-    assert all("bfloat16" in digest for digest in experts)
-
-
 def test_half_a_layer_is_named(tmp_path: Path) -> None:
     folder = make("llama", tmp_path / "bf16")
     edit_tensors(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
