@@ -35,11 +35,19 @@ class Bundle(NamedTuple):
     chunks: tuple[Chunk, ...]
 
 
+class Run(NamedTuple):
+    """Bytes of a file that lie one after another."""
+
+    offset: int
+    nbytes: int
+    shared: bool = False  # other ranks read them, too: from the page cache, if this one reads them through it
+
+
 class Block(NamedTuple):
-    """Bytes that are copied to a device at once. ``runs`` are (byte offset in the file, bytes), one after another."""
+    """Bytes that are copied to a device at once: those of ``runs``, one after another."""
 
     shard: int
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
     nbytes: int
     bundles: tuple[Bundle, ...]
     in_order: bool  # some chunks share scale groups with those of other blocks: these blocks follow one another
@@ -54,7 +62,7 @@ class Read(NamedTuple):
 
     block: Block
     start: int  # in the block
-    runs: tuple[tuple[int, int], ...]
+    runs: tuple[Run, ...]
     nbytes: int
     last: bool
 
@@ -64,25 +72,25 @@ def cut_reads(blocks: Iterable[Block], slot_bytes: int) -> Iterator[Read]:
     for block in blocks:
         start = 0
         for runs in _fill_slots(block.runs, slot_bytes):
-            nbytes = sum(length for _, length in runs)
+            nbytes = sum(run.nbytes for run in runs)
             yield Read(block, start, runs, nbytes, start + nbytes == block.nbytes)
             start += nbytes
         if not block.nbytes:
             yield Read(block, 0, (), 0, True)
 
 
-def _fill_slots(runs: Iterable[tuple[int, int]], slot_bytes: int) -> Iterator[tuple[tuple[int, int], ...]]:
+def _fill_slots(runs: Iterable[Run], slot_bytes: int) -> Iterator[tuple[Run, ...]]:
     """The runs, a slot at a time. One that fills a slot has slots of its own, and so may go past the page cache."""
-    filling: list[tuple[int, int]] = []
+    filling: list[Run] = []
     room = slot_bytes
-    for offset, nbytes in runs:
+    for offset, nbytes, shared in runs:
         alone = nbytes >= slot_bytes
         if alone and filling:
             yield tuple(filling)
             filling, room = [], slot_bytes
         while nbytes:
             part = min(nbytes, room)
-            filling.append((offset, part))
+            filling.append(Run(offset, part, shared))
             offset, nbytes, room = offset + part, nbytes - part, room - part
             if not room or (alone and not nbytes):
                 yield tuple(filling)
@@ -94,29 +102,30 @@ def _fill_slots(runs: Iterable[tuple[int, int]], slot_bytes: int) -> Iterator[tu
 def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo], block_bytes: int) -> Iterator[Block]:
     """All of a plan's placements in the order of the files, no block larger than ``block_bytes``."""
     bundles: list[Bundle] = []
-    runs: list[list[int]] = []  # [byte offset in the file, bytes]
-    shard, filled = -1, 0
+    runs: list[Run] = []
+    shard, filled, end = -1, 0, 0
     for at, chunk in _in_file_order(placements, tensors, block_bytes):
         piece, info = chunk.piece, tensors[chunk.piece.src_name]
         itemsize, numel = dtypes.moved_bits(info.dtype_name) // 8, piece.numel
         nbytes, is_run = numel * itemsize, piece.run_length == numel
         # elements must be aligned within the block
         fits = filled + nbytes <= block_bytes and not filled % itemsize
-        if bundles and not (is_run and fits and info.shard == shard and at >= sum(runs[-1])):
+        if bundles and not (is_run and fits and info.shard == shard and at >= end):
             yield _block(shard, runs, bundles)
             bundles, runs, filled = [], [], 0
         shard = info.shard
         if is_run:
             within = Piece(piece.dst_off, piece.size, piece.src_name, filled // itemsize, piece.src_strides)
             bundles.append(_bundle(chunk, info, within))
-            if runs and at == sum(runs[-1]):
-                runs[-1][1] += nbytes
+            shared = chunk.placement.columns is not None
+            if runs and at == end and runs[-1].shared == shared:
+                runs[-1] = Run(runs[-1].offset, runs[-1].nbytes + nbytes, shared)
             else:  # what lies between is not for here: other ranks' rows, say
-                runs.append([at, nbytes])
-            filled += nbytes
+                runs.append(Run(at, nbytes, shared))
+            filled, end = filled + nbytes, at + nbytes
             continue
         length, offsets = piece.runs()
-        scattered = [[info.offset + offset * itemsize, length * itemsize] for offset in offsets]
+        scattered = [Run(info.offset + offset * itemsize, length * itemsize) for offset in offsets]
         # read one after another, they lie without holes
         packed = piece._replace(src_off=0, src_strides=packed_strides(piece.size, piece.src_strides))
         yield _block(shard, scattered, [_bundle(chunk, info, packed)])
@@ -152,10 +161,9 @@ def _bundle(chunk: Chunk, info: TensorInfo, piece: Piece) -> Bundle:
     return Bundle(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,))
 
 
-def _block(shard: int, runs: Sequence[Sequence[int]], bundles: list[Bundle]) -> Block:
+def _block(shard: int, runs: Sequence[Run], bundles: list[Bundle]) -> Block:
     in_order = any(bundle.work in (Work.AMAX, Work.REREAD) for bundle in bundles)
-    found = tuple((offset, nbytes) for offset, nbytes in runs)
-    return Block(shard, found, sum(nbytes for _, nbytes in found), tuple(join(bundles)), in_order)
+    return Block(shard, tuple(runs), sum(run.nbytes for run in runs), tuple(join(bundles)), in_order)
 
 
 # -- joining ----------------------------------------------------------------------------------------------------------

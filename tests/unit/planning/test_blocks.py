@@ -6,7 +6,7 @@ import pytest
 
 from helpers import headers
 from octavo.elements.pieces import Piece
-from octavo.planning.blocks import Block, cut_blocks, cut_reads
+from octavo.planning.blocks import Block, Run, cut_blocks, cut_reads
 from octavo.planning.placement import Placement
 
 EXPERTS, ROWS, COLS = 4, 64, 128
@@ -40,10 +40,9 @@ def test_other_ranks_rows_neither_end_a_block_nor_keep_experts_apart(rank, check
     (block,) = cut_blocks(placements(rank, 2), checkpoint.tensors, 1 << 20)
     matrix = ROWS * COLS * 2
     assert block.nbytes == EXPERTS * 2 * matrix
-    assert sum(nbytes for _, nbytes in block.runs) == block.nbytes
-    # a half of gate, then one of up; down is whole, and ends where this rank's half of gate begins, or begins where
-    # its half of the up before has ended
-    assert len(block.runs) == (2 * EXPERTS if rank == 0 else 2 * EXPERTS + 1)
+    # of gate and up a half, which no other rank reads; of down all of it
+    half = matrix // 2
+    assert [(run.nbytes, run.shared) for run in block.runs] == [(matrix, True), (half, False), (half, False)] * EXPERTS
     assert [(bundle.placement.name, len(bundle.chunks), bundle.piece.size) for bundle in block.bundles] == [
         ("w2", EXPERTS, (EXPERTS, COLS, ROWS)),
         ("w13", 2 * EXPERTS, (EXPERTS, ROWS, COLS)),
@@ -55,14 +54,15 @@ def test_a_block_goes_forward_in_its_file_and_is_no_larger_than_allowed(checkpoi
     blocks = list(cut_blocks(placements(1, 2), checkpoint.tensors, 3 * matrix))
     assert [block.nbytes for block in blocks] == [3 * matrix, 3 * matrix, 2 * matrix]
     for block in blocks:
-        ends = [offset + nbytes for offset, nbytes in block.runs]
-        assert all(end < following for end, (following, _) in zip(ends, block.runs[1:], strict=False))
+        ends = [run.offset + run.nbytes for run in block.runs]
+        assert all(end <= run.offset for end, run in zip(ends, block.runs[1:], strict=False))
 
 
 def reads_of(*lengths, slot_bytes=100):
     offsets = [1000 * number for number in range(len(lengths))]
-    block = Block(0, tuple(zip(offsets, lengths, strict=True)), sum(lengths), (), False)
-    return [(read.start, read.runs, read.nbytes, read.last) for read in cut_reads([block], slot_bytes)]
+    block = Block(0, tuple(map(Run, offsets, lengths)), sum(lengths), (), False)
+    reads = cut_reads([block], slot_bytes)
+    return [(read.start, tuple(run[:2] for run in read.runs), read.nbytes, read.last) for read in reads]
 
 
 def test_short_runs_share_a_slot_and_a_long_one_has_its_own():
