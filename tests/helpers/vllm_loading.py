@@ -101,6 +101,9 @@ def _tensor(tensors: dict[str, Any], name: str) -> Any:
 
     if name in tensors:
         return tensors[name]
+    for part, other in enumerate("qkv"):
+        if (fused := name.replace(f"{other}_proj", "qkv_proj")) in tensors:
+            return tensors[fused].chunk(3)[part]
     return torch.cat([tensors[name.replace("qkv_proj", f"{part}_proj")] for part in "qkv"])
 
 

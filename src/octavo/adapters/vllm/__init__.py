@@ -13,6 +13,7 @@ that `octavo.convert` writes, whatever the degree of parallelism.
     layers     patterns of ``ignore`` by vLLM's names of layers
     telling    errors, in the log
     reloading  what happens when weights are loaded again; `arrivals`: what has come for each layer
+    naming     updates by other names than the checkpoint's; `derived`: views of weights
     cpu_kernels  for processors for which vLLM has none
     reader     what vLLM would make of a checkpoint in FP8; `asking` and `watching`: in a process of its own
     versions   what differs between vLLM's versions

@@ -76,6 +76,10 @@ class Arrivals:
     def __contains__(self, name: str) -> bool:
         return name in self._layers_of
 
+    def waiting(self) -> set[str]:
+        """The tensors that fill layers which wait."""
+        return {name for layer in self._layers if layer.waits for name in layer.fillers}
+
     def add(self, name: str) -> None:
         """Before a tensor is handed to the model's loader.
 

@@ -32,6 +32,7 @@ from ..engine.options import Options
 from ..engine.survey import Fillers
 from . import derived, versions
 from .arrivals import Arrivals
+from .naming import Names
 
 _ATTRIBUTE = "_octavo_weights"
 
@@ -101,6 +102,21 @@ class Weights:
                 offset = stack.storage_offset() + piece.src_off
                 yield placement.name, stack.as_strided(piece.size, piece.src_strides, offset)
 
+    @functools.cached_property
+    def _names(self) -> Names:
+        return Names(self.model, self.original, self.plan)
+
+    def _known(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by the names of the checkpoint, where the loader takes other names for the same."""
+        for name, weight in weights:
+            known = name in self._placements or name in self.arrivals
+            parts = None if known else self._names.apart(name, weight, self.arrivals)
+            if parts is None:
+                yield name, weight
+            else:
+                del weight
+                yield from parts
+
     def _read(self, weights: CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.quantized():
             self.arrivals.add(name)
@@ -113,7 +129,7 @@ class Weights:
 
         Whether scales are finite is appended to ``finite``, and looked at once all are made.
         """
-        for name, weight in self._apart(weights):
+        for name, weight in self._known(self._apart(weights)):
             placement = self._placements.get(name)
             if placement is not None:
                 _check_shape(name, weight, placement.shape)

@@ -14,6 +14,8 @@ import vllm
 from torch import nn
 
 OLDEST = (0, 24)
+#: what vLLM calls the loader of a parameter of which it notes what comes
+_DEFERRED = "online_process_loader"
 #: the module that knows all loaders
 LOADERS = "vllm.model_executor.model_loader"
 #: a module that every model in FP8 needs, whose kernels are known when it has been imported
@@ -85,6 +87,26 @@ def forget_what_came(layer: nn.Module) -> None:
     info = get_layerwise_info(layer)
     info.loaded_weights.clear()
     info.load_numel = 0
+
+
+@contextlib.contextmanager
+def loading_at_once(model: nn.Module) -> Iterator[None]:
+    """While vLLM reloads a model: have loaders write, where otherwise it notes what comes until a layer is whole."""
+    found: list[Any] = [parameter for parameter in (*model.parameters(), *model.buffers()) if _deferred(parameter)]
+    deferring = [parameter.weight_loader for parameter in found]
+    for parameter, loader in zip(found, deferring, strict=True):
+        while loader.__name__ == _DEFERRED:
+            loader = loader.__wrapped__
+        parameter.weight_loader = loader
+    try:
+        yield
+    finally:
+        for parameter, loader in zip(found, deferring, strict=True):
+            parameter.weight_loader = loader
+
+
+def _deferred(parameter: Any) -> bool:
+    return getattr(getattr(parameter, "weight_loader", None), "__name__", "") == _DEFERRED
 
 
 def watch_reloads(check: Callable[[nn.Module], None]) -> None:

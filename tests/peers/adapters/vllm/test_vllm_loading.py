@@ -123,9 +123,11 @@ FUSED = "model.layers.1.self_attn.qkv_proj.weight"
         ([[GATE], [GATE], [UP]], ["came twice", f"{UP} came, {GATE} did not"], ()),
         ([[GATE], [GATE], [UP, GATE]], ["came twice"], ("layers.1.mlp.gate_up_proj.",)),
         ([[O_PROJ], [O_PROJ]], [f"{O_PROJ}: came again"], ("layers.0.self_attn.o_proj.",)),
-        ([[FUSED]], [f"{FUSED}: is no tensor of the checkpoint"], ()),
+        # by the name of vLLM's own layer
+        ([[FUSED]], [], ("layers.1.self_attn.qkv_proj.",)),
+        ([[FUSED.replace("qkv", "q")], [FUSED]], [f"{FUSED.replace('qkv', 'q')}: came twice"], ()),
     ],
-    ids=["twice", "then the rest", "then all", "again", "fused"],
+    ids=["twice", "then the rest", "then all", "again", "fused", "fused and apart"],
 )
 def test_a_tensor_that_vllm_would_take_for_another_is_refused(
     calls: list[list[str]], errors: list[str], new_layers: tuple[str, ...], tmp_path: Path
@@ -135,6 +137,14 @@ def test_a_tensor_that_vllm_would_take_for_another_is_refused(
     for part, error in zip(errors, found, strict=True):
         assert part in error
     assert after == {key: (new if any(part in key for part in new_layers) else old)[key] for key in new}
+
+
+def test_a_part_of_a_tensor_is_refused(tmp_path: Path) -> None:
+    """phi3's checkpoint has them fused; vLLM's loader takes them apart as well."""
+    part = FUSED.replace("qkv", "q")
+    old, after, _, errors = update("phi3", "fp8_channel", lambda _: [[part]], tmp_path)
+    assert f"{part}: is no tensor of the checkpoint" in errors[0]
+    assert after == old
 
 
 def test_an_update_without_biases_leaves_them_or_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+"""Updates by other names than the checkpoint's: a trainer's, or of fused tensors. The model's loader is asked, dry.
+
+What goes where the tensors of the checkpoint go is taken for them, so that it is quantized as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...elements.dry_run import Copy, Source, Trace, trace
+from ...planning.plan import Plan
+from ..engine.renaming import Part, parts_of
+from . import versions
+from .arrivals import Arrivals
+
+#: names that are tried as those of other tensors, once one of them is understood, and turn out to be none
+_MAX_MISSES = 8
+
+
+class Names:
+    """What a loader makes of names, asked while vLLM reloads the model."""
+
+    def __init__(self, model: nn.Module, load: Callable[[Iterable[tuple[str, Tensor]]], Any], plan: Plan) -> None:
+        self._model, self._load = model, load
+        self._shapes = {placement.name: placement.shape for placement in plan.placements}
+        self._known: dict[str, list[Copy]] = {}  # tensor of the checkpoint -> where it goes
+        self._understood: dict[tuple[str, tuple[int, ...]], list[Part] | None] = {}
+
+    def apart(self, name: str, weight: Tensor, arrivals: Arrivals) -> Iterator[tuple[str, Tensor]] | None:
+        """A tensor that the checkpoint does not know, as those that it holds; None if they are not whole."""
+        key = (name, tuple(weight.shape))
+        if key not in self._understood:
+            self._ask_about_waiting(arrivals)
+            self._ask(name, weight)
+        parts = self._understood.get(key)
+        if parts is None:
+            return None
+        weight = weight.contiguous()
+        return (
+            (part.name, weight.as_strided(part.shape, part.strides, weight.storage_offset() + part.offset))
+            for part in parts
+        )
+
+    def _ask_about_waiting(self, arrivals: Arrivals) -> None:
+        """Where tensors of the checkpoint go, of layers that have their parameters in its form at the moment."""
+        waiting = arrivals.waiting()
+        names = [name for name in self._shapes if name in waiting and name not in self._known]
+        if names:
+            seen = self._trace({name: self._shapes[name] for name in names})
+            if seen.failed is None:
+                self._known.update(seen.by_source())
+
+    def _ask(self, name: str, weight: Tensor) -> None:
+        """About one, and, if it is a tensor of the checkpoint, about all whose names differ as its name does."""
+        shape = tuple(weight.shape)
+        self._note(self._trace({name: shape}), {name: shape})
+        parts = self._understood[name, shape]
+        if parts is None or len(parts) != 1:
+            return
+        theirs, ours = _beginnings(name, parts[0].name)
+        alike = {
+            theirs + known.removeprefix(ours): self._shapes[known] for known in self._known if known.startswith(ours)
+        }
+        alike = {n: s for n, s in alike.items() if (n, s) not in self._understood and n not in self._shapes}
+        for _ in range(_MAX_MISSES):
+            seen = self._trace(alike)
+            if seen.failed is None:
+                self._note(seen, alike)
+                return
+            alike.pop(seen.failed[0], None)
+
+    def _note(self, seen: Trace, shapes: dict[str, tuple[int, ...]]) -> None:
+        found = seen.by_source()
+        for name, shape in shapes.items():
+            copies = found.get(name, []) if seen.failed is None and name not in seen.used else []
+            numel = torch.Size(shape).numel()
+            self._understood[name, shape] = parts_of(copies, numel, self._known, self._shapes) if copies else None
+
+    def _trace(self, shapes: dict[str, tuple[int, ...]]) -> Trace:
+        with versions.loading_at_once(self._model):
+            return trace(self._model, self._load, [Source(*each, torch.bfloat16) for each in shapes.items()])
+
+
+def _beginnings(theirs: str, ours: str) -> tuple[str, str]:
+    """Two names without what they end in alike, whole words of it."""
+    a, b = theirs.split("."), ours.split(".")
+    while a and b and a[-1] == b[-1]:
+        del a[-1], b[-1]
+    return ("".join(f"{word}." for word in a), "".join(f"{word}." for word in b))
