@@ -173,10 +173,13 @@ class Case:
                 verdict.misread[name] = why
         verdict.unread = tuple(unread)
         given = {layer_of(copy.target) for name in self.scales for copy in found.get(name, ())}
+        written = seen.by_target()
+        filled = {target[:end] for target in written for end, letter in enumerate(target) if letter == "."}
         for module, why in {**self.plain, **self.unbuilt}.items():
             if module not in given:  # it only has to be told that there is no scale
                 verdict.waiting[module] = f"it can't build it in FP8: {why}"
-        written = seen.by_target()
+            if module not in filled:
+                verdict.empty += (module,)
         for holder in sorted(self._holders):
             module = layer_of(holder)
             given = {self._origin(source) for copy in written.get(holder, ()) for source in copy.sources}

@@ -97,6 +97,9 @@ def test_what_the_loader_passes_over_is_named_and_so_is_what_stays_empty() -> No
     assert judge(Toy(), others=(), exempt=("norm",)) == Verdict()
     verdict = judge(Toy(down="passed over"))
     assert (verdict.unread, verdict.empty) == (("down_proj.weight",), ("down_proj",))
+    # names that a loader does not know are not right because the layer can't be built in FP8
+    model = Toy(down="passed over", quantized=("gate_up_proj",))
+    assert judge(model, unbuilt={"down_proj": "no kernel"}).empty == ("down_proj",)
 
 
 def test_a_tensor_that_the_loader_does_not_take_at_all_ends_the_question() -> None:
