@@ -15,6 +15,7 @@ from octavo import Recipe
 from octavo.adapters.engine.survey import Surveyor
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
+from octavo.conversion.iterate import iterate
 from octavo.errors import WeightError
 from octavo.numerics import schemes
 from octavo.planning.budget import Budget
@@ -81,6 +82,23 @@ def test_a_loader_that_computes_is_left_to_itself(source):
     places = Surveyor(model, model.load_weights, plan_checkpoint(checkpoint, Recipe()), LAYOUT).run().places
     assert not places.direct.placements
     assert [placement.name for placement in places.rest.placements] == list(checkpoint.tensors)
+
+
+def test_what_is_read_is_what_was_planned_though_a_loader_computes_some_of_it(source):
+    class Adding(Toy):
+        def load_weights(self, weights):
+            super().load_weights((name, weight + 1 if name == "norm" else weight) for name, weight in weights)
+
+    tensors, checkpoint = source
+    model, reference = Adding(ranks=2), Adding(ranks=2)
+    by_loader(reference, tensors, "fp8_channel")
+    places = Surveyor(model, model.load_weights, plan_checkpoint(checkpoint, Recipe()), LAYOUT).run().places
+    assert [placement.name for placement in places.rest.placements] == ["norm"]
+    tally = Stream(checkpoint, places.direct, ParameterSink(places.storages)).run()
+    model.load_weights(iterate(checkpoint, places.rest, LAYOUT, tally=tally))
+    assert tally.read_bytes == places.direct.source_bytes + places.rest.source_bytes
+    for (name, mine), wanted in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert same_bytes(mine, wanted), name
 
 
 def test_a_tensor_that_goes_to_two_places_is_streamed_to_both(source):
