@@ -112,6 +112,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", {**_SMALL, "head_dim": 32}),
     "phi3": ("Phi3Config", {**_SMALL, "pad_token_id": 0}),
     "granitemoe": ("GraniteMoeConfig", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe wide": (
+        "GraniteMoeConfig",
+        {
+            **_SMALL,
+            "hidden_size": 256,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
         {

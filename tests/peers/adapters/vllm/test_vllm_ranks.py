@@ -37,6 +37,9 @@ CASES = [
     ("mixtral", "fp8_channel", 2, False),
     ("mixtral", "fp8_channel", 4, True),
     ("deepseek_v2", "fp8_channel", 2, False),
+    ("granitemoe wide", "fp8_channel", 2, False),  # experts in stacks
+    ("granitemoe wide", "fp8_block", 2, False),
+    ("granitemoe wide", "fp8_channel", 2, True),
 ]
 
 
