@@ -65,6 +65,18 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Answer,
     return dict(zip(CASES, zip(found[::2], found[1::2], strict=True), strict=True))
 
 
+def test_what_does_not_fit_a_rank_stays_on_both(tmp_path: Path) -> None:
+    """Of 128 rows of q, k, v, of 128 columns of o and of the sides of experts, a rank has 64."""
+    (answer,) = run(octavo_job(make("qwen2_moe", tmp_path / "bf16"), "fp8_block", **TWO), timeout=900)
+    assert not answer.error, answer.output[-4000:]
+    assert [len(tokens) for tokens in answer.tokens] == [8, 8]
+    shared = {
+        f"model.layers.{n}.mlp.shared_expert.{name}.weight" for n in (0, 1) for name in ("gate_up_proj", "down_proj")
+    }
+    for rank in answer.parameters:
+        assert {name for name, digest in rank.items() if "float8_e4m3fn" in digest} == shared
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_equal_stock_vllm_on_the_converted_checkpoint(
     case: str, answers: dict[str, tuple[Answer, Answer]]
