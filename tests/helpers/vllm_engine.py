@@ -139,11 +139,18 @@ class _Session:
     def generate(self) -> tuple[list[list[int]], list[list[dict[str, float]]]]:
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=3, detokenize=False, ignore_eos=True)
-        outputs = self.llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
+        prompts: list[Any] = [{"prompt_token_ids": ids} for ids in PROMPTS]
+        logprobs_of_prompt = (
+            None if self.llm.llm_engine.vllm_config.lora_config else 3
+        )  # with adapters, vLLM on a CPU can't
+        params = SamplingParams(
+            temperature=0, max_tokens=8, prompt_logprobs=logprobs_of_prompt, detokenize=False, ignore_eos=True
+        )
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         logprobs = [
-            [{str(k): v.logprob for k, v in at.items()} for at in output.prompt_logprobs if at] for output in outputs
+            [{str(k): v.logprob for k, v in at.items()} for at in output.prompt_logprobs or () if at]
+            for output in outputs
         ]
         return tokens, logprobs
 
@@ -152,6 +159,24 @@ class _Session:
     def draft(self) -> dict[str, str]:
         """Digests of the draft's parameters."""
         return dict(self.llm.collective_rpc(_draft_digests)[0])
+
+    def twice(self) -> list[Any]:
+        """[tokens, how many of the prompt came from the cache of prefixes] of a longer prompt, asked twice."""
+        return [self._plainly([PROMPTS[0] * 4])[0] for _ in range(2)]
+
+    def adapted(self, path: str) -> list[Any]:
+        """Tokens with a LoRA adapter."""
+        from vllm.lora.request import LoRARequest
+
+        return [tokens for tokens, _ in self._plainly(PROMPTS, lora_request=LoRARequest("adapter", 1, path))]
+
+    def _plainly(self, prompts: list[list[int]], **options: Any) -> list[tuple[list[int], int]]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, max_tokens=8, detokenize=False, ignore_eos=True)
+        given: list[Any] = [{"prompt_token_ids": ids} for ids in prompts]
+        outputs = self.llm.generate(given, params, use_tqdm=False, **options)
+        return [(list(output.outputs[0].token_ids), output.num_cached_tokens or 0) for output in outputs]
 
     def reload_path(self, path: str) -> str:
         return _error(lambda: self.llm.collective_rpc("reload_weights", kwargs={"weights_path": path}))
