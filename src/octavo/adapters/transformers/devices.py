@@ -18,6 +18,7 @@ import torch
 
 from ...errors import DeviceError
 from ...machine import on_cpu, usable_device
+from ...memory import available_bytes
 from ...planning.plan import Plan
 from ...running.modules import scale_name
 from ...text import human_bytes, shown, told
@@ -148,6 +149,18 @@ def _lent(plan: Plan) -> Iterable[str]:
         yield f"{human_bytes(lent)} are on the CPU, and copied to an accelerator each time they are used"
 
 
+def free_bytes(device: int | str) -> int | None:
+    """What a device that an automatic map may use has free; None where it is not here, or does not tell."""
+    names = accelerators()
+    if not isinstance(device, int):
+        return available_bytes() or None if device == "cpu" else None
+    if device >= len(names):
+        return None
+    found = torch.device(names[device])
+    backend = getattr(torch, found.type)
+    return int(backend.mem_get_info(found)[0] + backend.memory_reserved(found) - backend.memory_allocated(found))
+
+
 class Sizes:
     """What transformers asks a quantizer while it makes a map."""
 
@@ -161,10 +174,11 @@ class Sizes:
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
         """No more than what leaves room for staging in the memory that is free."""
-        from transformers.integrations.accelerate import get_max_memory
-
-        free = {device: max(0, nbytes - self._staging_bytes) for device, nbytes in get_max_memory().items()}
-        return {device: min(nbytes, free.get(device, nbytes)) for device, nbytes in max_memory.items()}
+        rooms = {device: free_bytes(device) for device in max_memory}
+        return {
+            device: nbytes if (free := rooms[device]) is None else min(nbytes, max(0, free - self._staging_bytes))
+            for device, nbytes in max_memory.items()
+        }
 
     def validate_environment(self, **_: Any) -> None:
         """Nothing is to be checked of a map."""

@@ -208,6 +208,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[Any, int]], None]:
     monkeypatch.setattr(devices, "accelerators", lambda: names)
 
     def free(memory: Mapping[Any, int]) -> None:
+        monkeypatch.setattr(devices, "free_bytes", memory.get)
         maximum = integration.accelerate_max_memory
         monkeypatch.setattr(
             integration, "accelerate_max_memory", lambda asked=None: maximum(asked) if asked else dict(memory)
