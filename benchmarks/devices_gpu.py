@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ result(**devices_gpu.measure(way, Path(folder), scheme, device_map))
 # libraries and model code into the page cache, so that the first load is like the others
 WARM_UP = """
 import octavo, torch
-octavo.plan(sys.argv[1], model=True)
+for folder in sys.argv[1:]: octavo.plan(folder, model=True)
 result(gpus=torch.cuda.device_count())
 """
 
@@ -212,6 +213,9 @@ def main() -> None:
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if common.lacks_gpu("devices_gpu", args.device_map, tries_on_cpu=False):
+        return
+    if args.device_map != "cpu" and (count := run_fresh(WARM_UP)["gpus"]) < 2:
+        print(json.dumps({"benchmark": "devices_gpu", "skipped": f"{count} GPU"}))
         return
     merged = Merged("devices_gpu", args.folder, args.output, write=not args.no_save)
     right = [run_model(model, args, merged) for model in args.models]
