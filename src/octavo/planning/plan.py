@@ -163,6 +163,11 @@ class Plan:
         for name, why in list(self.unused.items())[:10]:
             lines.append(printable(f"not used: {name}: {why}"))
         lines += [printable(f"note: {note}") for note in self.notes]
+        if len(self.devices) > 1:
+            lines += [
+                f"{d}: final {human_bytes(self.final_bytes(d))}, peak at most {human_bytes(self.peak_bytes(d))}"
+                for d in self.devices
+            ]
         lines.append(
             f"unquantized {human_bytes(self.source_bytes)}, final {human_bytes(self.final_bytes())}, "
             f"peak at most {human_bytes(self.peak_bytes())}, to read {human_bytes(self.read_bytes)}"

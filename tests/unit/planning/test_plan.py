@@ -232,6 +232,7 @@ def test_the_forecast_is_given_for_each_device():
     assert (card.device, host.device) == (torch.device("cuda:0"), torch.device("cpu"))
     assert plan.peak_bytes("cpu") - 48 == max(card.host_bytes, host.host_bytes)  # one after the other
     assert plan.peak_bytes("cuda:0") - 96 == card.device_bytes
+    assert "cuda:0: final 96 B, peak at most 256.00 MiB" in plan.table()
 
 
 def test_what_is_read_twice_counts_twice():
