@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.vllm_checkpoints import make, with_mtp
-from helpers.vllm_engine import Job, octavo_job
+from helpers.vllm_engine import Job, octavo_job, run
 from helpers.vllm_loading import load
 from helpers.vllm_reading import convert_for
 from octavo.adapters.vllm.reader import VllmReader
@@ -33,3 +33,13 @@ def test_a_draft_is_filled_with_or_without_copies_of_embedding_and_head(
     given = {n: d for n, d in stock.results[0].items() if not any(part in n for part in shared)}
     assert given.items() <= mine.results[0].items()
     assert sum("float8" in digest for digest in given.values()) > 4
+
+
+@pytest.mark.usefixtures("vllm_engine")
+def test_an_engine_that_drafts_says_what_stock_says_of_the_converted_checkpoint(tmp_path: Path) -> None:
+    source = with_mtp(make("glm4_moe", tmp_path / "bf16"))
+    out, _ = convert_for(VllmReader(), source)
+    mine, stock = run(octavo_job(source, **MTP), Job(out, MTP), timeout=500)
+    for answer in (mine, stock):
+        assert not answer.error, answer.output[-4000:]
+    assert (mine.tokens, mine.logprobs) == (stock.tokens, stock.logprobs)
