@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -21,7 +19,8 @@ from typing import Any
 import pytest
 
 from helpers.vllm_checkpoints import convert, make
-from helpers.vllm_engine import ENVIRONMENT, PROMPTS, Answer, Job, octavo_job, run
+from helpers.vllm_command import vllm_command
+from helpers.vllm_engine import PROMPTS, Answer, Job, octavo_job, run
 
 pytestmark = [
     pytest.mark.peers,
@@ -98,17 +97,16 @@ def test_two_ranks_equal_stock_vllm_on_the_converted_checkpoint(
 
 
 @contextlib.contextmanager
-def served(model: Path, *arguments: str) -> Iterator[str]:
+def served(model: Path, scratch: Path, *arguments: str) -> Iterator[str]:
     """The address of an OpenAI server; it is asked to stop, and must."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # the `vllm` command of the CPU wheel asks for metadata of a package named vllm
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     options = ["--host", "127.0.0.1", "--skip-tokenizer-init", "--enforce-eager", "--max-model-len", "64"]
+    command, environment = vllm_command("serve", str(model), "--port", str(port), *options, *arguments, scratch=scratch)
     server = subprocess.Popen(
-        [*command, *options, *arguments],
-        env={**os.environ, **ENVIRONMENT},
+        command,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -145,10 +143,24 @@ def test_the_openai_server_starts_answers_and_stops(tmp_path: Path) -> None:
         "return_token_ids": True,
         "detokenize": False,
     }
-    with served(source, "--load-format", "octavo", "--dtype", "bfloat16") as address:
+    with served(source, tmp_path / "scratch", "--load-format", "octavo", "--dtype", "bfloat16") as address:
         request = urllib.request.Request(
             f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         with urllib.request.urlopen(request, timeout=60) as response:
             answer = json.load(response)
     assert answer["choices"][0]["token_ids"] == reference.tokens[0]
+
+
+def test_the_command_says_what_is_wrong_with_an_option_and_ends(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "bf16")
+    options = ["--skip-tokenizer-init", "--enforce-eager", "--max-model-len", "64", "--dtype", "bfloat16"]
+    extra = ["--load-format", "octavo", "--model-loader-extra-config", '{"shceme": "fp8_block"}']
+    command, environment = vllm_command("serve", str(source), *options, *extra, scratch=tmp_path / "scratch")
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    output = finished.stdout + finished.stderr
+    assert finished.returncode == 1
+    assert "unknown key 'shceme'; known: scheme, ignore" in output
+    before, _, _ = output.partition("Traceback")
+    assert "octavo: " in before
+    assert "unknown key 'shceme'" in before
