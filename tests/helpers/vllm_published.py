@@ -46,6 +46,25 @@ def qwen3_vl_moe(folder: Path, seed: int = 0) -> Path:
     return edit_tensors(folder, transpose)
 
 
+def qwen2_5_vl(folder: Path, seed: int = 0) -> Path:
+    """As Qwen2.5-VL is published: `visual.` and `model.layers.`, which transformers calls otherwise since."""
+    text = {**_TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0}}
+    vision = {"depth": 2, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 128}
+    vision |= {"patch_size": 14, "fullatt_block_indexes": [1], "window_size": 112}
+    return _save("Qwen2_5_VL", {"text_config": text, "vision_config": vision}, folder, seed)
+
+
+def as_trainer_sends(folder: Path) -> Path:
+    """Rename what is in the hub's layout to what a model of transformers calls its parameters."""
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            ours = name.replace("model.", "model.language_model.") if name.startswith("model.") else name
+            tensors["model." + name if name.startswith("visual.") else ours] = tensors.pop(name)
+
+    return edit_tensors(folder, rename)
+
+
 def _save(family: str, options: dict[str, Any], folder: Path, seed: int) -> Path:
     import transformers
 

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.folders import edit_tensors, tensors_of
 from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_engine import Job, octavo_job
 from helpers.vllm_loading import load
+from helpers.vllm_published import as_trainer_sends, qwen2_5_vl
 
 pytestmark = [
     pytest.mark.peers,
@@ -137,6 +139,43 @@ def test_a_tensor_that_vllm_would_take_for_another_is_refused(
     for part, error in zip(errors, found, strict=True):
         assert part in error
     assert after == {key: (new if any(part in key for part in new_layers) else old)[key] for key in new}
+
+
+def update_by_other_names(old: Path, new: Path, sent: Path) -> None:
+    """What is sent has the values of a checkpoint that is loaded afresh; some tensors at a time, again and again."""
+    names = list(tensors_of(sent))
+    steps = [["update", str(sent), [names]], ["reload", str(old)], ["update", str(sent), [names[::2], names[1::2]]]]
+    mine, fresh = load(octavo_job(old, steps=steps), octavo_job(new))
+    assert not mine.error, mine.error
+    assert not fresh.error, fresh.error
+    assert any("float8" in digest for digest in fresh.parameters[0].values())
+    assert set(names) != set(tensors_of(new))
+    assert mine.results == [
+        [fresh.parameters[0], True, []],
+        [mine.parameters[0], True],
+        [fresh.parameters[0], True, []],
+    ]
+
+
+def test_experts_in_stacks_are_requantized_as_matrices(tmp_path: Path) -> None:
+    """As transformers has them since version 5, where the checkpoint has them apart."""
+
+    def stack(tensors: dict[str, Any]) -> None:
+        for layer in range(2):
+            experts = f"model.layers.{layer}.mlp.experts"
+            pairs = [[tensors.pop(f"{experts}.{n}.{part}_proj.weight") for part in ("gate", "up")] for n in range(4)]
+            tensors[f"{experts}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+            downs = [tensors.pop(f"{experts}.{n}.down_proj.weight") for n in range(4)]
+            tensors[f"{experts}.down_proj"] = torch.stack(downs)
+
+    old, new = make("qwen3_moe", tmp_path / "old"), make("qwen3_moe", tmp_path / "new", seed=1)
+    update_by_other_names(old, new, edit_tensors(make("qwen3_moe", tmp_path / "sent", seed=1), stack))
+
+
+def test_names_of_a_trainers_model_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("torchvision")  # without which vLLM has no vision-language models
+    old, new, sent = (qwen2_5_vl(tmp_path / name, seed) for name, seed in (("old", 0), ("new", 1), ("sent", 1)))
+    update_by_other_names(old, new, as_trainer_sends(sent))
 
 
 def test_a_part_of_a_tensor_is_refused(tmp_path: Path) -> None:
