@@ -9,7 +9,6 @@ names, fusing and sharding; none of it is repeated here.
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from ..errors import CoverageError
 from .boxes import Box
 from .operations import PlainDispatchMode, is_view, storage_key, tensors_in
 from .pieces import contiguous_strides
-from .views import Layout, NoBoxError, layout_of
+from .views import Image, Layout, NoBoxError, Seen, View, layout_of
 
 _aten = torch.ops.aten
 _copy_ = _aten.copy_.default
@@ -40,32 +39,10 @@ _VIEWS = (
     "view",
 )
 _NONE: frozenset[str] = frozenset()
-#: the most boxes that something rearranged may be
-_PIECES = 16
 #: what copies a tensor to another device, dtype or layout
 _MOVES = frozenset({_aten._to_copy.default, _aten.clone.default})
 #: what writes a constant
 _FILLS = frozenset({_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default})
-
-
-class View(NamedTuple):
-    """``as_strided`` of a tensor's memory, in elements."""
-
-    offset: int
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> View:
-        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
-
-    def narrowed(self, start: Sequence[int], size: tuple[int, ...]) -> View:
-        """A box of this view."""
-        return View(self.offset + sum(map(operator.mul, start, self.strides)), size, self.strides)
-
-
-#: views of a source, and where they are put; none where that is not known
-_Seen = list[tuple[View, View]]
 
 
 class Copy(NamedTuple):
@@ -88,7 +65,7 @@ class Trace:
 
     copies: list[Copy] = field(default_factory=list)
     used: set[str] = field(default_factory=set)  # sources of which a value was asked for
-    computes: bool = False  # the loader reads what it has written, or changes parameters other than by copying
+    computed: set[str] = field(default_factory=set)  # targets read after they are written, or changed otherwise
     opaque: dict[str, str] = field(default_factory=dict)  # target -> a write into it that is no box
     failed: tuple[str, Exception] | None = None  # the tensor that was being loaded when the loader gave up
 
@@ -150,7 +127,7 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
             "can't follow; convert the checkpoint with `octavo convert`, and serve that"
         )
     recorder.adopt(made)
-    recorder.trace.computes |= recorder.reads_what_it_wrote
+    recorder.find_computed()
     return recorder.trace
 
 
@@ -170,27 +147,6 @@ def _views_unseen() -> Iterator[None]:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
-
-
-class _Image(NamedTuple):
-    """What a loader has made to have elements of a source in another order: axis by axis, a view of its memory and one
-    of the source's."""
-
-    made: View
-    source: View
-
-    def trace(self, shown: View, into: View) -> _Seen:
-        """Views of the source that ``shown``, a view of the made, is together, and where ``into`` puts these."""
-        offset, size, strides = shown
-        layout = layout_of(self.made.size, self.made.strides)
-        try:
-            found = layout.pieces(offset - self.made.offset, size, strides, into.strides, into.offset, at_most=_PIECES)
-        except NoBoxError:
-            return []
-        return [
-            (self.source.narrowed(piece.dst_off, piece.size), View(piece.src_off, piece.size, piece.src_strides))
-            for piece in found
-        ]
 
 
 class _Target(NamedTuple):
@@ -227,10 +183,12 @@ class _Recorder(PlainDispatchMode):
         self._roots: dict[int, frozenset[str]] = {}
         self._itemsizes: dict[int, int] = {}  # of roots; seen as another dtype, they are not counted in elements
         self._derived: dict[int, frozenset[str]] = {}
-        self._images: dict[int, _Image] = {}  # of roots that are not sources themselves
-        self._elsewhere: list[tuple[Tensor, frozenset[str], _Seen]] = []  # writes into other memory
+        self._images: dict[int, Image] = {}  # of roots that are not sources themselves
+        self._elsewhere: list[tuple[Tensor, frozenset[str], Seen]] = []  # writes into other memory
         self._read: set[int] = set()  # storages of targets
         self._written: set[int] = set()
+        self._changed: set[int] = set()  # by other than a source
+        self._made: set[int] = set()  # storages with what is computed of targets
         self._kept: list[Tensor] = []  # a storage that is freed could lend its identity to another
 
     def source(self, source: Source) -> Tensor:
@@ -248,16 +206,16 @@ class _Recorder(PlainDispatchMode):
         written = any(_storage(target) == _storage(tensor) for target, *_ in self._elsewhere)
         return bool(self._names(tensor)) and not written
 
-    @property
-    def reads_what_it_wrote(self) -> bool:
-        """Return True if the loader asked for values that it has written, which tables of the model are not."""
-        return bool(self._read & self._written)
+    def find_computed(self) -> None:
+        """Name what the loader asked for after writing it, which tables of the model are not, and what it changed."""
+        for key in (self._read & self._written) | self._changed:
+            self.trace.computed |= {home.name for home in self._targets.get(key, ())}
 
     def adopt(self, made: dict[str, Tensor]) -> None:
         """Count parameters that the loader has made on the way, and what was written into them, as the model's."""
         for name, tensor in made.items():
             self._targets[_storage(tensor)] = [_Target.of(name, tensor)]
-            self.trace.computes = True
+            self._changed.add(_storage(tensor))
         for target, sources, seen in self._elsewhere:
             if _storage(target) in self._targets:
                 self._note(target, sources, seen)
@@ -270,14 +228,18 @@ class _Recorder(PlainDispatchMode):
         kwargs = kwargs or {}
         # what is filled holds no longer what it held
         sources = self._sources_of(args[1:] if func in _FILLS else args, kwargs)
-        if func not in _FILLS:
-            read = self._targets.keys() & {_storage(tensor) for tensor in tensors_in((args, kwargs))}
-            self._read |= read
-            self.trace.computes |= func._schema.is_mutable and bool(read)
+        used = set() if func in _FILLS else {_storage(tensor) for tensor in tensors_in((args, kwargs))}
+        read = self._targets.keys() & used
+        self._read |= read
+        computes = bool(read) or not used.isdisjoint(self._made)
         if func._schema.is_mutable:
+            self._changed |= read
+            self._make(args[:1] if computes else ())
             return self._mutate(func, args, kwargs, sources)
         if not sources:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            self._make(result if computes else ())
+            return result
         if func is _aten._local_scalar_dense.default:
             self.trace.used |= sources
             return 1.0 if args[0].is_floating_point() else 1
@@ -288,6 +250,12 @@ class _Recorder(PlainDispatchMode):
             if func not in _MOVES or not self._follow(args[0], tensor):
                 self._derive(tensor, sources)
         return result
+
+    def _make(self, results: Any) -> None:
+        """Note tensors that are computed of what the model holds."""
+        for tensor in tensors_in((results,)):
+            self._made.add(_storage(tensor))
+            self._kept.append(tensor)
 
     def _follow(self, tensor: Tensor, made: Tensor) -> bool:
         """Note that ``made`` holds what ``tensor`` does; False where that is not known to be elements of a source."""
@@ -302,10 +270,10 @@ class _Recorder(PlainDispatchMode):
         if len(seen) != 1:
             return False
         self._add_root(made, self._roots[key])
-        self._images[_storage(made)] = _Image(seen[0][1], seen[0][0])
+        self._images[_storage(made)] = Image(seen[0][1], seen[0][0])
         return True
 
-    def _trace(self, tensor: Tensor, into: View) -> _Seen:
+    def _trace(self, tensor: Tensor, into: View) -> Seen:
         """Views of a source that ``tensor`` is together, and where ``into``, of its shape, puts these."""
         image = self._images.get(_storage(tensor))
         return [(View.of(tensor), into)] if image is None else image.trace(View.of(tensor), into)
@@ -341,8 +309,9 @@ class _Recorder(PlainDispatchMode):
         origin, home = _storage(value), _storage(target)
         derived = self._derived.get(origin)
         sources = derived or self._roots.get(origin, _NONE)
-        if origin in self._targets:
+        if origin in self._targets or origin in self._made:
             self._read.add(origin)
+            (self._changed if home in self._targets else self._made).add(home)
         alike = value.shape == target.shape
         followed = sources and alike and derived is None and value.itemsize == self._itemsizes[origin]
         seen = self._trace(value, View.of(target)) if followed else []
@@ -367,7 +336,7 @@ class _Recorder(PlainDispatchMode):
         self._overwritten(target, sources)
         return target if sources else func(*args, **kwargs)
 
-    def _note(self, target: Tensor, sources: frozenset[str], seen: _Seen) -> None:
+    def _note(self, target: Tensor, sources: frozenset[str], seen: Seen) -> None:
         self._written.add(_storage(target))
         into, homes = View.of(target), self._targets[_storage(target)]
         if 0 in into.size:

@@ -12,8 +12,11 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from torch import Tensor
 
 from .boxes import Box
 from .pieces import Piece
@@ -178,6 +181,52 @@ def trace_view(
 ) -> list[Piece]:
     """`Layout.pieces` for a tensor of that shape and with these strides."""
     return layout_of(tuple(shape), tuple(strides)).pieces(offset, sizes, dst_strides, src_strides, src_off, src_name)
+
+
+# -- views of memory --------------------------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """``as_strided`` of a tensor's memory, in elements."""
+
+    offset: int
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> View:
+        return cls(int(tensor.storage_offset()), tuple(tensor.shape), tensor.stride())
+
+    def narrowed(self, start: Sequence[int], size: tuple[int, ...]) -> View:
+        """A box of this view."""
+        return View(self.offset + sum(map(operator.mul, start, self.strides)), size, self.strides)
+
+
+#: views of a source, and where they are put; none where that is not known
+Seen = list[tuple[View, View]]
+#: the most boxes that something rearranged may be
+_PIECES = 16
+
+
+class Image(NamedTuple):
+    """What a loader has made to have elements of a source in another order: axis by axis, a view of its memory and one
+    of the source's."""
+
+    made: View
+    source: View
+
+    def trace(self, shown: View, into: View) -> Seen:
+        """Views of the source that ``shown``, a view of the made, is together, and where ``into`` puts these."""
+        offset, size, strides = shown
+        layout = layout_of(self.made.size, self.made.strides)
+        try:
+            found = layout.pieces(offset - self.made.offset, size, strides, into.strides, into.offset, at_most=_PIECES)
+        except NoBoxError:
+            return []
+        return [
+            (self.source.narrowed(piece.dst_off, piece.size), View(piece.src_off, piece.size, piece.src_strides))
+            for piece in found
+        ]
 
 
 #: rows of a layout: more than any storage has

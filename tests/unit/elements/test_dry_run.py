@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from octavo.elements.boxes import Box
-from octavo.elements.dry_run import Copy, Source, View, trace
+from octavo.elements.dry_run import Copy, Source, trace
+from octavo.elements.views import View
 from octavo.errors import CoverageError
 
 
@@ -57,7 +58,7 @@ def test_fused_parameters_are_followed_box_by_box():
         Copy("qkv", Box((4, 0), (4, 6)), frozenset("k"), whole, View(24, (4, 6), (6, 1))),
         Copy("qkv", Box((0, 0), (4, 6)), frozenset("q"), whole, View(0, (4, 6), (6, 1))),
     ]
-    assert not seen.computes
+    assert not seen.computed
 
 
 class Seen(TorchDispatchMode):
@@ -138,8 +139,13 @@ def test_a_loader_that_reads_or_changes_parameters_is_known():
             super().load_weights(weights)
             self.total = self.qkv.data.sum()
 
-    for model in (Doubling(), Summing()):
-        assert traced(model, ("q", (4, 6))).computes
+    class Doubled(Fused):
+        def load_weights(self, weights):
+            super().load_weights(weights)
+            self.bias.data.copy_(self.qkv.data[:4, 0] * 2)
+
+    for model, computed in ((Doubling(), {"bias"}), (Summing(), {"qkv"}), (Doubled(), {"qkv", "bias"})):
+        assert traced(model, ("q", (4, 6))).computed == computed
 
 
 def test_a_loader_that_looks_at_what_the_model_brings_does_not_compute():
@@ -155,7 +161,7 @@ def test_a_loader_that_looks_at_what_the_model_brings_does_not_compute():
 
     seen = traced(Mapped(), ("q", (4, 6)), ("k", (4, 6)))
     assert [copy.src_name for copy in seen.copies] == ["q"]
-    assert not seen.computes
+    assert not seen.computed
 
 
 def test_the_model_is_as_it_was():
@@ -270,4 +276,4 @@ def test_a_parameter_that_the_loader_makes_is_the_models():
     late, padding = seen.by_target()["late"]
     assert (late.box, late.src_name) == (((1,), (3,)), "late")
     assert (padding.box, padding.sources) == (((0,), (1,)), frozenset())
-    assert seen.computes  # it makes another one each time
+    assert seen.computed == {"late"}  # it makes another one each time

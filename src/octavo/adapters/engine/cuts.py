@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ...elements.dry_run import Copy, View
+from ...elements.dry_run import Copy
+from ...elements.views import View
 from ...numerics.schemes import Scheme
 
 

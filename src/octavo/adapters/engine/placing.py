@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
-from ...elements.dry_run import Copy, Trace, View, is_run
+from ...elements.dry_run import Copy, Trace, is_run
 from ...elements.pieces import Piece, contiguous_strides
+from ...elements.views import View
 from ...numerics import schemes
 from ...planning.placement import Placement, cut_parts
 from ...planning.plan import Plan
@@ -48,7 +49,7 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     for placement in plan.placements:
         weights, scales = found.get(placement.name, []), found.get(layout.scale_name(placement.name), [])
         parts = None
-        if not seen.computes and placement.name not in seen.used:
+        if placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in (*weights, *scales)):
             parts = _quantized(placement, weights, scales) if placement.scheme else _moved(placement, weights, memory)
         if parts is None or any(devices[copy.target] != placement.device for copy in (*weights, *scales)):
             rest.append(placement)
