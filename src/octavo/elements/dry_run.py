@@ -218,7 +218,7 @@ class _Recorder(PlainDispatchMode):
             self._changed.add(_storage(tensor))
         for target, sources, seen in self._elsewhere:
             if _storage(target) in self._targets:
-                self._note(target, sources, seen)
+                self._note(_storage(target), target, sources, seen)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is _copy_:
@@ -319,26 +319,28 @@ class _Recorder(PlainDispatchMode):
             if sources and not alike and value.numel() != target.numel():  # torch would repeat a row to fill many
                 shapes = f"of shape {list(value.shape)} does not fill {list(target.shape)}"
                 raise RuntimeError(f"{min(sources)!r} {shapes}")
-            self._note(target, sources, seen)
-        elif sources:
-            self._elsewhere.append((target, sources, seen))
-        self._overwritten(target, sources)
+            self._note(home, target, sources, seen)
+        else:
+            if sources:
+                self._elsewhere.append((target, sources, seen))
+            self._overwritten(target, sources)
         return target if sources else target.copy_(value)
 
     def _mutate(self, func: Any, args: Sequence[Any], kwargs: Any, sources: frozenset[str]) -> Any:
         target = args[0]
         if not isinstance(target, Tensor):
             return func(*args, **kwargs)
-        if _storage(target) in self._targets:
-            self._note(target, sources, [])
+        home = _storage(target)
+        if home in self._targets:
+            self._note(home, target, sources, [])
         elif sources or func in _FILLS:
             self._elsewhere.append((target, sources, []))
         self._overwritten(target, sources)
         return target if sources else func(*args, **kwargs)
 
-    def _note(self, target: Tensor, sources: frozenset[str], seen: Seen) -> None:
-        self._written.add(_storage(target))
-        into, homes = View.of(target), self._targets[_storage(target)]
+    def _note(self, key: int, target: Tensor, sources: frozenset[str], seen: Seen) -> None:
+        self._written.add(key)
+        into, homes = View.of(target), self._targets[key]
         if 0 in into.size:
             return
         for home in homes if seen else ():
