@@ -50,6 +50,7 @@ class Forecaster(OctavoLoader):
         """The model, made on that device, and what its loader would do."""
         model_config = config.model_config
         config.load_config.device, self.device = device, torch.device(device)
+        self.vllm_config, self.is_draft = config, False
         self.options = Options.parse(self.extra, model_config.quantization)
         self.quant_config = self._quant_config(config, model_config)
         try:
@@ -57,6 +58,9 @@ class Forecaster(OctavoLoader):
         except _SeenError as seen:
             return seen.model, seen.found
         raise AssertionError("a model was loaded")
+
+    def _read_ahead(self) -> None:
+        """No weight is read."""
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         raise _SeenError(model, self.survey(model, model_config, formats.get(DEFAULT_FORMAT)))

@@ -114,8 +114,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             self.experts = find_series(self.checkpoint)
             self.quant_config.layers = self._layer_patterns()
             self.plan = self._plan()
-        rank, ranks = _place_among_ranks()
-        self.warming.enter_context(ReadAhead(self.checkpoint.shards, rank / ranks))
+        self._read_ahead()
         kept: dict[str, str] = {}
         forget_layers = versions.remember_layers(vllm_config)
         while True:
@@ -134,6 +133,11 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
                 kept.update(again.keep)
             forget_layers()
             gc.collect()  # the model is held by its own cycles
+
+    def _read_ahead(self) -> None:
+        """Have the system read what other ranks begin with, too."""
+        rank, ranks = _place_among_ranks()
+        self.warming.enter_context(ReadAhead(self.checkpoint.shards, rank / ranks))
 
     def _quant_config(self, vllm_config: VllmConfig, model_config: ModelConfig) -> OctavoConfig:
         """The config that vLLM made from ``--quantization``, or one made now, as vLLM would."""
