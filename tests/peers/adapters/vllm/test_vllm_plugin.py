@@ -91,5 +91,5 @@ def test_loaders_of_vllm_make_way_once_octavo_is_asked_for(told: dict[str, Any])
 
 
 def test_kernels_for_a_cpu_are_offered_once_a_model_is_in_fp8(told: dict[str, Any]) -> None:
-    assert ("ReferenceBlockLinear" in told["kernels"]) == told["cpu"]
+    assert ("OctavoBlockLinear" in told["kernels"]) == told["cpu"]
     assert "_Watch" not in told["watching"]
