@@ -13,12 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import vllm
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader import get_model_loader
 
 from ...choices import DEFAULT_FORMAT
 from ...conversion import formats
@@ -44,20 +42,20 @@ class _SeenError(Exception):
 
 
 class Forecaster(OctavoLoader):
-    """Goes as far as the survey."""
+    """Goes as far as the survey, and reads nothing."""
 
-    def look(self, config: VllmConfig, device: str) -> tuple[nn.Module, Survey]:
+    @classmethod
+    def look(cls, config: VllmConfig, device: str) -> tuple[nn.Module, Survey]:
         """The model, made on that device, and what its loader would do."""
-        model_config = config.model_config
-        config.load_config.device, self.device = device, torch.device(device)
-        self.vllm_config, self.is_draft = config, False
-        self.options = Options.parse(self.extra, model_config.quantization)
-        self.quant_config = self._quant_config(config, model_config)
+        config.load_config.device = device
         try:
-            self._load_model(config, model_config, "")
+            cls(config.load_config).load_model(config, config.model_config)
         except _SeenError as seen:
             return seen.model, seen.found
         raise AssertionError("a model was loaded")
+
+    def _warm_up(self) -> None:
+        """Nothing is streamed."""
 
     def _read_ahead(self) -> None:
         """No weight is read."""
@@ -117,11 +115,8 @@ def forecast(model: str, extra: dict[str, Any], options: dict[str, Any]) -> Fore
 
 def _look(config: VllmConfig) -> tuple[nn.Module, Survey]:
     forget = versions.remember_layers(config)
-    loader = get_model_loader(config.load_config)
-    assert isinstance(loader, OctavoLoader)
-    forecaster = Forecaster(config.load_config)
     try:
-        return forecaster.look(config, "meta")
+        return Forecaster.look(config, "meta")
     except OctavoError:
         raise
     except Exception as error:
@@ -132,4 +127,4 @@ def _look(config: VllmConfig) -> tuple[nn.Module, Survey]:
         if nbytes > _MOST_BYTES:
             raise OctavoError(f"its model would have to be made in memory: {error_text(error)}") from error
     forget()
-    return Forecaster(config.load_config).look(config, "cpu")
+    return Forecaster.look(config, "cpu")

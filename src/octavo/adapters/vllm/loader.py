@@ -101,9 +101,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         self.quant_config = self._quant_config(vllm_config, model_config)
         self.device = self._device(vllm_config)
         with collection_paused(), contextlib.ExitStack() as self.warming:
-            # pinned memory and kernels, while the model is planned and made
-            warm_up = WarmUp(self.device, self.options.staging_bytes, self.options.threads, [self.options.scheme])
-            self.warming.enter_context(warm_up)
+            self._warm_up()
             return self._load_model(vllm_config, model_config, prefix)
 
     def _load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
@@ -134,8 +132,13 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             forget_layers()
             gc.collect()  # the model is held by its own cycles
 
+    def _warm_up(self) -> None:
+        """Pinned memory and kernels, while the model is planned and made."""
+        options = self.options
+        self.warming.enter_context(WarmUp(self.device, options.staging_bytes, options.threads, [options.scheme]))
+
     def _read_ahead(self) -> None:
-        """Have the system read what other ranks begin with, too."""
+        """What the page cache lacks, while the model is made."""
         rank, ranks = _place_among_ranks()
         self.warming.enter_context(ReadAhead(self.checkpoint.shards, rank / ranks))
 
