@@ -27,8 +27,8 @@ BY_DEFAULT = frozenset({"output head", "embedding", "norm", "shared expert's gat
 #: output heads as transformers' models name them, the last components of a module's path
 _HEADS = (
     r"lm_heads?(\.\d+)?|embed_out|output_layer|output|proj_out|vocab_projector|generator_lm_head|lm_loss|output_projection"
-    r"|score|classifier|qa_outputs|cls(\..*)?|predictions\.decoder|pred_layer\.proj|shared_head\.head|codec_head"
-    r"|v_head(\..*)?|value_head|reward_head|transformer\.ff_out|head"
+    r"|score|classifier|qa_outputs|cls(\.[a-z_]+)*|predictions\.decoder|pred_layer\.proj|shared_head\.head|codec_head"
+    r"|v_head(\.\w+)?|value_head|reward_head|transformer\.ff_out|head"
 )
 #: of those, which are tied to the embedding in some models, and then in no file
 TIED_HEADS = (
@@ -42,7 +42,9 @@ TIED_HEADS = (
     r"output_projection",
 )
 
-#: modules that are heads with all that they hold, where they are not in a layer: of rewards, classes, spans, ranks
+#: of those, names that matrices of layers have, too
+_IN_LAYERS = frozenset({"output_layer", "output", "proj_out", "output_projection", "score", "classifier"})
+#: modules that are heads with the layers in them, where they are in no layer: of rewards, classes, spans, ranks
 _WHOLE_HEADS = frozenset({"score", "qa_outputs", "sequence_summary", "start_logits", "end_logits", "answer_class"})
 _ENDS_OF_HEADS = ("_head", "classifier")
 
@@ -81,7 +83,7 @@ def default_keep(name: str) -> str | None:
 def _default_keep(module: str) -> str | None:
     # components are compared, and not searched by patterns, which take long on the names that a stranger can think of
     *_, before, last = "", *module.split(".")
-    if _HEAD.search(module) or _is_in_head(module.split(".")):
+    if _is_head(module):
         return "output head"
     if last in _EMBEDDINGS or "embed" in last or last.endswith(("emb", "embs")):
         return "embedding"
@@ -97,17 +99,16 @@ def _default_keep(module: str) -> str | None:
     return None
 
 
-def _is_in_head(components: Sequence[str]) -> bool:
-    """Return True for layers of heads, and for what prepares an encoder's output for one."""
-    *_, before, last = "", *components
+def _is_head(module: str) -> bool:
+    """Return True for heads, layers of heads, and what prepares an encoder's output for one."""
+    *above, before, last = "", "", *module.split(".")
+    in_layer = any(component.isdecimal() for component in (*above, before))
+    if _HEAD.search(module) and not (in_layer and last in _IN_LAYERS):
+        return True
     if (before in ("pooler", "head") and last.startswith("dense")) or last == "logits_proj":
         return True
-    for component in components:
-        if component.isdecimal():  # in a layer
-            return False
-        if component in _WHOLE_HEADS or component.endswith(_ENDS_OF_HEADS):
-            return True
-    return False
+    # what lies deeper is a model of its own, as robots have in their heads
+    return not in_layer and any(name in _WHOLE_HEADS or name.endswith(_ENDS_OF_HEADS) for name in (before, last))
 
 
 def _is_stack(module: str) -> bool:
