@@ -153,6 +153,9 @@ class Arrivals:
                 first = came[0] if came else "a tensor by another name"
                 problems.append(f"{layer.name}: {first} came, {named[0]}{more} did not")
                 layer.leave_as_it_was()
+            elif not versions.count(layer.module):  # else vLLM would leave it as it was, without a word
+                problems.append(f"{layer.name}: {came[0] if came else 'all'} came, and vLLM's loader put it elsewhere")
+                layer.leave_as_it_was()
             layer.forget()
         advice = "These layers are as they were before; all others that came whole are new. Send whole layers."
         raise_problems(CoverageError, f"{self._model_name}, new weights", problems, advice)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
@@ -133,6 +134,7 @@ class Weights:
             placement = self._placements.get(name)
             if placement is not None:
                 _check_shape(name, weight, placement.shape)
+                _check_dtype(placement, weight)
             if placement is not None and placement.scheme is not None and weight.dtype != FP8:
                 q, scale = schemes.quantize(weight, placement.scheme)
                 del weight
@@ -153,6 +155,14 @@ class Weights:
 def _check_shape(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(weight.shape) != shape:
         raise CoverageError(f"{name}: has the shape {list(weight.shape)}, was loaded with {list(shape)}")
+
+
+def _check_dtype(placement: Placement, weight: Tensor) -> None:
+    """Raise for what vLLM would cast, number by number."""
+    first = dtypes.MOVED[placement.source_dtype_names[0]]
+    floats = {*dtypes.QUANTIZABLE, *([FP8] if placement.scheme else ())}
+    if weight.dtype not in (floats if first in dtypes.QUANTIZABLE else {first}):
+        raise CoverageError(f"{placement.name}: is {weight.dtype}, was loaded from {first}")
 
 
 def _check_finite(finite: list[tuple[str, Tensor]]) -> None:

@@ -220,16 +220,19 @@ def test_what_is_not_finite_or_has_another_shape_is_refused(tmp_path: Path) -> N
     def spoil(tensors: dict[str, Any]) -> None:
         tensors[GATE][3, 5] = math.nan
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].clone()
+        tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
 
     old, new, bad = (make("llama", tmp_path / name, seed=seed) for name, seed in (("old", 0), ("new", 1), ("bad", 1)))
     edit_tensors(bad, spoil)
-    steps = [["update", str(bad), [[GATE]]], ["update", str(bad), [["model.norm.weight"]]], ["reload", str(new)]]
+    names = (GATE, "model.norm.weight", "lm_head.weight")
+    steps = [*(["update", str(bad), [[name]]] for name in names), ["reload", str(new)]]
     mine, fresh = load(octavo_job(old, steps=steps), octavo_job(new))
     assert not mine.error, mine.error
-    (after, _, (not_finite,)), (again, _, (misshapen,)), reloaded = mine.results
+    (after, _, (not_finite,)), (again, _, (misshapen,)), (once_more, _, (integers,)), reloaded = mine.results
     assert f"{GATE}: holds a number that is not finite" in not_finite
     assert "model.norm.weight: has the shape [" in misshapen
-    assert after == again == mine.parameters[0]
+    assert "lm_head.weight: is torch.int8, was loaded from torch.bfloat16" in integers
+    assert after == again == once_more == mine.parameters[0]
     assert reloaded == [fresh.parameters[0], True]
 
 
@@ -247,6 +250,22 @@ def test_an_update_that_failed_leaves_nothing_behind(name: str, tmp_path: Path) 
     assert [end[0] for end in ends] == [fresh.parameters[0], mine.parameters[0], fresh.parameters[0]]
     assert [end[1] for end in ends] == [True] * 3
     assert ends[0][2] == ends[2][2] == []
+
+
+def test_what_a_loader_does_not_count_is_named(tmp_path: Path) -> None:
+    """vLLM's for gpt-oss copies experts past what counts them: vLLM alone leaves them as they were, without a word."""
+    old, new = make("gpt_oss", tmp_path / "old"), make("gpt_oss", tmp_path / "new", seed=1)
+    mine, fresh = load(octavo_job(old, steps=[["update", str(new), [list(tensors_of(new))]]]), octavo_job(new))
+    assert not mine.error, mine.error
+    ((after, in_place, errors),) = mine.results
+    assert in_place
+    assert ".experts" in errors[-1]
+    assert "came, and vLLM's loader put it elsewhere" in errors[-1]
+    differ = {name for name, digest in fresh.parameters[0].items() if digest != mine.parameters[0][name]}
+    stayed = {name for name in differ if after[name] == mine.parameters[0][name]}
+    assert stayed
+    assert all(".experts." in name or name.endswith(".sinks") for name in stayed)
+    assert all(after[name] == fresh.parameters[0][name] for name in differ - stayed)
 
 
 def test_layers_that_an_update_does_not_bring_stay(tmp_path: Path) -> None:
