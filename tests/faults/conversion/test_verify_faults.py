@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import octavo
-from helpers import random_weights, write_checkpoint
+from helpers import random_weights, threads_of_octavo, write_checkpoint
 from helpers.folders import edit_tensors
 from octavo.errors import CheckpointError, SourceChangedError
 
@@ -111,7 +110,7 @@ def test_verify_names_the_tensor_where_a_file_is_cut_off_meanwhile(
     says = (str(file), f"ended at byte {left:,}", f"tensor '{name}': bytes ", f"it was {nbytes:,} bytes long")
     verify = functools.partial(octavo.verify, tmp_path / "out", source, staging_bytes=1 << 20, threads=threads)
     fails(SourceChangedError, says, verify)
-    assert threading.active_count() == 1
+    assert threads_of_octavo() == []
 
 
 def test_verify_names_the_tensor_where_a_disk_fails(

@@ -46,7 +46,7 @@ def takes_deciding(device_map: Any) -> bool:
 
 def name_of(device: Any) -> str:
     """A device as a map names it, a number being that of an accelerator."""
-    if isinstance(device, int):
+    if isinstance(device, int) and not isinstance(device, bool):
         found = accelerators()
         return found[device] if 0 <= device < len(found) else f"cuda:{device}"
     return f"{device}:0" if str(device) in ("cuda", "xpu") else str(device)
@@ -66,6 +66,10 @@ def candidates(device: str | torch.device, asked: ModelOptions) -> list[torch.de
     if str(device) != "cpu":
         raise DeviceError(f"device={str(device)!r} and device_map both say where the model goes: leave one out")
     if is_automatic(device_map):
+        if not isinstance(max_memory, Mapping | None):
+            raise DeviceError(f"max_memory is {shown(max_memory)}, and not devices and how much of each")
+        for number in (key for key in max_memory or () if isinstance(key, int)):
+            usable_device(name_of(number), begin=False)
         names = [name for number, name in enumerate(accelerators()) if max_memory is None or number in max_memory]
     else:
         names = list(dict.fromkeys(placed(device_map).values()))
@@ -84,6 +88,10 @@ def placed(device_map: Any) -> dict[str, str]:
             raise DeviceError(f"device_map is {shown(device_map)}: neither a device nor modules and their devices")
         device_map = {"": device_map}
     places = {str(module): name_of(device) for module, device in device_map.items()}
+    for module, device in places.items():
+        if device != "disk" and not _is_device(device):
+            what = f" for {module}" if module else ""
+            raise DeviceError(f"device_map names {shown(device_map[module])}{what}: no device, as cpu, cuda:0 or 0 are")
     if on_disk := [module for module, device in places.items() if device == "disk"]:
         which = f"{shown(', '.join(on_disk))}" if on_disk != [""] else "the whole model"
         raise DeviceError(
@@ -91,6 +99,14 @@ def placed(device_map: Any) -> dict[str, str]:
             "max_memory"
         )
     return places
+
+
+def _is_device(name: str) -> bool:
+    """Return True for names of devices that hold values, here or on another machine."""
+    try:
+        return torch.device(name).type != "meta"
+    except RuntimeError:
+        return False
 
 
 def placer(places: Mapping[str, str], model: Any) -> Callable[[str], str]:
@@ -194,8 +210,8 @@ def decide(model: Any, plan: Plan, device_map: str, max_memory: Mapping[Any, Any
 
     if max_memory is None and not accelerators():
         return {"": "cpu"}
-    room = None if max_memory is None else dict(max_memory)
     try:
+        room = None if max_memory is None else dict(max_memory)
         made = _get_device_map(model, device_map, room, Sizes(plan))  # type: ignore[arg-type]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise DeviceError(f"device_map={device_map!r}, max_memory={shown(max_memory)}: {told(error)}") from error

@@ -168,6 +168,12 @@ def test_a_device_that_can_hold_nothing_is_refused(
         ({"max_memory": {0: "1GiB"}}, "max_memory is for a device_map that decides by it"),
         ({"device_map": "cpu", "max_memory": {0: "1GiB"}}, "max_memory is for a device_map that decides by it"),
         ({"device_map": 1.5}, "device_map is 1.5: neither a device nor modules"),
+        ({"device_map": "AUTO"}, "device_map names 'AUTO': no device"),
+        ({"device_map": {"": None}}, "device_map names None: no device"),
+        ({"device_map": {"": "cpu", "lm_head": "meta"}}, "device_map names 'meta' for lm_head: no device"),
+        ({"device_map": True}, "device_map names True: no device"),
+        ({"device_map": "auto", "max_memory": "1GiB"}, "max_memory is '1GiB', and not devices"),
+        ({"device_map": "auto", "max_memory": {7: "1GiB"}}, "device 'cuda:7' can't be used here"),
         ({"device_map": "auto", "max_memory": {"cpu": "lots"}}, "max_memory={'cpu': 'lots'}"),
         ({"device_map": "auto", "max_memory": {"gpu": "1GiB"}}, "Device gpu is not recognized"),
     ],
@@ -177,6 +183,12 @@ def test_options_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(DeviceError, match=says):
         octavo.load(checkpoints.folder("llama"), **options)
+
+
+@pytest.mark.parametrize("device_map", ["gpu", {"": "CPU"}, {"": -1}])
+def test_a_plan_is_for_devices_that_could_be(checkpoints: Checkpoints, device_map: Any) -> None:
+    with pytest.raises(DeviceError, match=r"device_map names .*: no device"):
+        octavo.plan(checkpoints.folder("llama"), device_map=device_map)
 
 
 def test_a_model_that_was_saved_is_spread_too(checkpoints: Checkpoints, tmp_path: Path) -> None:
