@@ -201,11 +201,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         """The patterns of ``ignore`` that match no tensor, which then are no longer among the options."""
         given = self.options.ignore
         found = matching(given, self.checkpoint.tensors)
-        if found != given:
-            self.options = dataclasses.replace(self.options, ignore=found)
-            # experts that are cut from stacks have names of their own
-            found = matching(given, {*self.checkpoint.tensors, *(p.name for p in self._plan().placements)})
-            self.options = dataclasses.replace(self.options, ignore=found)
+        self.options = dataclasses.replace(self.options, ignore=found)
         return LayerPatterns(pattern for pattern in given if pattern not in found)
 
     def _config(self, plan: Plan) -> Mapping[str, Any]:

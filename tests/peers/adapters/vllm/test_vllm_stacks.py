@@ -74,3 +74,17 @@ def test_a_stack_of_another_shape_is_refused(tmp_path: Path) -> None:
     (after, in_place, errors) = mine.results[0]
     assert errors == [f"{name}: has the shape [4, 128, 512], was loaded with [4, 512, 128]"]
     assert (after, in_place) == (mine.parameters[0], True)
+
+
+def test_experts_are_ignored_by_their_stacks_or_as_a_layer(tmp_path: Path) -> None:
+    source = stacked("granitemoe", tmp_path / "bf16")
+    patterns = [["*.experts.*"], ["*_linear.weight"], ["*.experts.0.*"]]
+    layers, stacks, one = load(
+        *(Job(source, {"load_format": "octavo", "model_loader_extra_config": {"ignore": given}}) for given in patterns),
+        timeout=500,
+    )
+    found = experts(layers)
+    assert found == experts(stacks)
+    assert all("bfloat16" in digest for digest in found.values())
+    assert "'*.experts.0.*' matches no tensor of" in one.error
+    assert "and no layer of vLLM's" in one.error
