@@ -248,10 +248,11 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             replaced=functools.partial(drafts.replaced, self.vllm_config, model, model_config),
             kept={**kept, **unfit},
         )
-        before, self.plan = self.plan, settle(self.experts, self.plan, self._plan, ask)
-        if self.plan is not before and self._config(self.plan) != self._config(before):
-            raise _MakeAnewError({})
-        found = ask(self.plan).run()
+        with versions.unheard():
+            before, self.plan = self.plan, settle(self.experts, self.plan, self._plan, ask)
+            if self.plan is not before and self._config(self.plan) != self._config(before):
+                raise _MakeAnewError({})
+            found = ask(self.plan).run()
         self._check(model, found, {*unfit.values()})
         return found
 

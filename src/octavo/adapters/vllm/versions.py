@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,24 @@ def replaced(model: nn.Module, model_config: Any) -> set[str]:
             )
     shared = ((path, module) for path, module in found.items() if isinstance(module, nn.Module))
     return {f"{path}.{name}" for path, module in shared for name, _ in module.named_parameters()}
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Without what vLLM warns of in this thread: a loader that runs dry is given what no checkpoint would hold."""
+    thread = threading.get_ident()
+
+    def is_heard(record: logging.LogRecord) -> bool:
+        return record.thread != thread or record.levelno > logging.WARNING or record.name.startswith("vllm.octavo")
+
+    handlers = logging.getLogger("vllm").handlers
+    for handler in handlers:
+        handler.addFilter(is_heard)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(is_heard)
 
 
 def release_pinned_memory() -> None:
