@@ -27,7 +27,7 @@ BY_DEFAULT = frozenset({"output head", "embedding", "norm", "shared expert's gat
 #: output heads as transformers' models name them, the last components of a module's path
 _HEADS = (
     r"lm_heads?(\.\d+)?|embed_out|output_layer|output|proj_out|vocab_projector|generator_lm_head|lm_loss|output_projection"
-    r"|score|classifier|qa_outputs|cls(\.[a-z_]+)*|predictions\.decoder|pred_layer\.proj|shared_head\.head|codec_head"
+    r"|score|classifier|qa_outputs|cls|predictions\.decoder|pred_layer\.proj|shared_head\.head|codec_head"
     r"|v_head(\.\w+)?|value_head|reward_head|transformer\.ff_out|head"
 )
 #: of those, which are tied to the embedding in some models, and then in no file
@@ -106,6 +106,8 @@ def _is_head(module: str) -> bool:
     if _HEAD.search(module) and not (in_layer and last in _IN_LAYERS):
         return True
     if (before in ("pooler", "head") and last.startswith("dense")) or last == "logits_proj":
+        return True
+    if not in_layer and "cls" in (*above, before):  # the heads of BERT, however deep
         return True
     # what lies deeper is a model of its own, as robots have in their heads
     return not in_layer and any(name in _WHOLE_HEADS or name.endswith(_ENDS_OF_HEADS) for name in (before, last))

@@ -78,6 +78,7 @@ def test_every_decision_says_why():
         ("layers.0.attention.output", False),
         ("model.layers.61.shared_head.head", True),
         ("cls.predictions.transform.dense", True),
+        ("cls.seq_relationship", True),
         ("cls.layers.0.fc1", False),
         ("action_head.model.layers.0.self_attn.q_proj", False),  # a model of its own
         ("classifier.model.up_proj", False),
