@@ -14,7 +14,7 @@ import octavo
 from .folders import edit_tensors
 from .models import random_model
 
-_SMALL = {
+SMALL = {
     "vocab_size": 260,
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -23,6 +23,21 @@ _SMALL = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 128,
 }
+_DEEPSEEK = {
+    **SMALL,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 128,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "decoder_sparse_step": 1}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,7 +45,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2": (
         "LlamaConfig",
         {
-            **_SMALL,
+            **SMALL,
             "hidden_size": 576,
             "intermediate_size": 1536,
             "num_attention_heads": 9,
@@ -50,17 +65,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "word_embed_proj_dim": 128,
         },
     ),
-    "llama": ("LlamaConfig", _SMALL),
+    "llama": ("LlamaConfig", SMALL),
     # for two ranks: each has 128 rows and columns of every matrix
     "llama wide": (
         "LlamaConfig",
-        {**_SMALL, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4},
+        {**SMALL, "hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4},
     ),
-    "qwen2_moe": ("Qwen2MoeConfig", {**_SMALL, **_EXPERTS, "shared_expert_intermediate_size": 256}),
+    "qwen2_moe": ("Qwen2MoeConfig", {**SMALL, **_EXPERTS, "shared_expert_intermediate_size": 256}),
     "qwen2_moe wide": (
         "Qwen2MoeConfig",
         {
-            **_SMALL,
+            **SMALL,
             **_EXPERTS,
             "hidden_size": 256,
             "num_attention_heads": 8,
@@ -69,53 +84,29 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 256,
         },
     ),
-    "qwen3_moe": ("Qwen3MoeConfig", {**_SMALL, **_EXPERTS, "head_dim": 32}),
-    "mixtral": ("MixtralConfig", {**_SMALL, "num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**SMALL, **_EXPERTS, "head_dim": 32}),
+    "mixtral": ("MixtralConfig", {**SMALL, "num_local_experts": 4}),
     "deepseek_v2": (
         "DeepseekV2Config",
         {
-            **_SMALL,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 128,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "kv_lora_rank": 512,
-            "q_lora_rank": 128,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 64,
-            "v_head_dim": 64,
+            **_DEEPSEEK,
         },
     ),
     "deepseek_v3": (
         "DeepseekV3Config",
         {
-            **_SMALL,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 128,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "kv_lora_rank": 512,
-            "q_lora_rank": 128,
-            "qk_rope_head_dim": 64,
-            "qk_nope_head_dim": 64,
-            "v_head_dim": 64,
+            **_DEEPSEEK,
             "topk_method": "noaux_tc",
             "scoring_func": "sigmoid",
         },
     ),
-    "gemma3": ("Gemma3TextConfig", {**_SMALL, "head_dim": 32}),
-    "phi3": ("Phi3Config", {**_SMALL, "pad_token_id": 0}),
-    "granitemoe": ("GraniteMoeConfig", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gemma3": ("Gemma3TextConfig", {**SMALL, "head_dim": 32}),
+    "phi3": ("Phi3Config", {**SMALL, "pad_token_id": 0}),
+    "granitemoe": ("GraniteMoeConfig", {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "granitemoe wide": (
         "GraniteMoeConfig",
         {
-            **_SMALL,
+            **SMALL,
             "hidden_size": 256,
             "num_attention_heads": 8,
             "num_key_value_heads": 8,
@@ -126,7 +117,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granitemoehybrid": (
         "GraniteMoeHybridConfig",
         {
-            **_SMALL,
+            **SMALL,
             "shared_intermediate_size": 128,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,
@@ -136,7 +127,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (
         "Gemma4TextConfig",
         {
-            **_SMALL,
+            **SMALL,
             "head_dim": 32,
             "global_head_dim": 32,
             "enable_moe_block": True,
@@ -151,7 +142,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4": (
         "Llama4TextConfig",
         {
-            **_SMALL,
+            **SMALL,
             "head_dim": 32,
             "intermediate_size_mlp": 256,
             "num_local_experts": 4,
@@ -162,7 +153,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4_moe": (
         "Glm4MoeConfig",
         {
-            **_SMALL,
+            **SMALL,
             "n_routed_experts": 4,
             "n_shared_experts": 1,
             "num_experts_per_tok": 2,
@@ -186,7 +177,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_oss": (
         "GptOssConfig",
         {
-            **_SMALL,
+            **SMALL,
             "head_dim": 32,
             "num_local_experts": 4,
             "num_experts_per_tok": 2,

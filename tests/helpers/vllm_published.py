@@ -9,17 +9,9 @@ import torch
 from torch import Tensor
 
 from .folders import edit_tensors
+from .vllm_checkpoints import SMALL
 
-_TEXT = {
-    "vocab_size": 260,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-}
+_TEXT = {**SMALL, "head_dim": 32}
 
 
 def llama4(folder: Path, seed: int = 0) -> Path:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import octavo
 from helpers import same_bytes
+from helpers.device_maps import ROUTES, load
 from octavo.choices import DEFAULT_STAGING_BYTES
 from octavo.errors import WeightError
 
@@ -37,18 +38,6 @@ APART = {
 TIED = {**APART, "lm_head": 0}
 
 
-def load(folder: Path, device_map: Any, scheme: str = "fp8_channel", **options: Any) -> Any:
-    return octavo.load(folder, scheme, device_map=device_map, **options)
-
-
-def from_pretrained(folder: Path, device_map: Any, scheme: str = "fp8_channel", **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = octavo.OctavoConfig(scheme)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map=device_map, **options)
-
-
-ROUTES = {"octavo.load": load, "from_pretrained": from_pretrained}
 by_route = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 
 

@@ -20,6 +20,7 @@ from _models import Checkpoints, logits, make_checkpoint
 from transformers import AutoModelForCausalLM
 
 import octavo
+from helpers.device_maps import ROUTES, from_pretrained, load
 from helpers.folders import tensors_of
 from helpers.models import differences
 from octavo.adapters.transformers import devices
@@ -38,16 +39,6 @@ APART = {
 }
 
 
-def load(folder: Path, device_map: Any, scheme: str = "fp8_channel", **options: Any) -> Any:
-    return octavo.load(folder, scheme, device_map=device_map, **options)
-
-
-def from_pretrained(folder: Path, device_map: Any, scheme: str = "fp8_channel", **options: Any) -> Any:
-    config = octavo.OctavoConfig(scheme)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map=device_map, **options)
-
-
-ROUTES = {"octavo.load": load, "from_pretrained": from_pretrained}
 by_route = pytest.mark.parametrize("route", ROUTES.values(), ids=ROUTES)
 
 
