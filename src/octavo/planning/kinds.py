@@ -8,6 +8,7 @@ multiplies with is kept.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -107,10 +108,16 @@ def _is_head(module: str) -> bool:
         return True
     if (before in ("pooler", "head") and last.startswith("dense")) or last == "logits_proj":
         return True
-    if not in_layer and "cls" in (*above, before):  # the heads of BERT, however deep
+    if _is_in_cls((*above, before, last)):
         return True
     # what lies deeper is a model of its own, as robots have in their heads
     return not in_layer and any(name in _WHOLE_HEADS or name.endswith(_ENDS_OF_HEADS) for name in (before, last))
+
+
+def _is_in_cls(components: Sequence[str]) -> bool:
+    """Return True for what is in a BERT's ``cls``, however deep, but for the numbered layers of another model."""
+    below = itertools.takewhile(lambda component: not component.isdecimal(), reversed(components))
+    return "cls" in below
 
 
 def _is_stack(module: str) -> bool:
