@@ -1,4 +1,4 @@
-"""Skips what needs a vLLM that is not here."""
+"""Skips what needs a vLLM or an SGLang that is not here."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def vllm_engine(vllm_loads: None) -> None:
     code = "import torch; from vllm.platforms import current_platform as p; p.import_kernels(); torch.ops._C.rms_norm"
     if subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=100).returncode:
         pytest.skip("vLLM's kernels can't be loaded with this torch")
+
+
+@pytest.fixture(scope="session")
+def sglang_loads() -> None:
+    """For tests that load models of SGLang: needs its Python modules, none of its kernels."""
+    if find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed: make peers-sglang")
