@@ -21,16 +21,8 @@ _REPEATS = 3
 class Model:
     """A causal language model on a device, bf16 or octavo's, and its random prompts."""
 
-    def __init__(self, way: str, folder: Path, device: torch.device) -> None:
-        began = time.perf_counter()
-        if way == "bf16":
-            loader = transformers.AutoModelForCausalLM
-            self.model = loader.from_pretrained(folder, dtype=torch.bfloat16, device_map=str(device))
-        else:
-            self.model = octavo.load(folder, way.removeprefix("octavo-"), device, progress=False)
-        self.device = device
-        self.synchronize()
-        self.load_s = time.perf_counter() - began
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model, self.device = model, device
         config = self.model.generation_config  # nothing but the length ends an answer
         config.eos_token_id, config.pad_token_id, config.do_sample = None, 0, False
         self.answers: dict[int, torch.Tensor] = {}  # batch -> the tokens that generate made
@@ -55,7 +47,9 @@ class Model:
 # -- prefill ----------------------------------------------------------------------------------------------------------
 
 
-def prefill(model: Model, shapes: list[tuple[int, int]], reference: Path, write: bool) -> dict[str, Any]:
+def prefill(
+    model: Model, shapes: list[tuple[int, int]], reference: Path | None = None, write: bool = False
+) -> dict[str, Any]:
     """Tokens a second of one forward pass over prompts, their keys and values kept.
 
     The logits after the first shape's prompts are written, or compared with those that the reference wrote.
@@ -76,13 +70,13 @@ def prefill(model: Model, shapes: list[tuple[int, int]], reference: Path, write:
     return found
 
 
-def _compare(logits: torch.Tensor, reference: Path, write: bool) -> dict[str, Any]:
+def _compare(logits: torch.Tensor, reference: Path | None, write: bool) -> dict[str, Any]:
     if not bool(torch.isfinite(logits).all()):
         raise ArithmeticError("the logits are not finite")
-    if write:
+    if reference is not None and write:
         torch.save(logits, reference)
         return {}
-    if not reference.is_file():
+    if reference is None or not reference.is_file():
         return {"cosine": None}
     theirs = torch.load(reference)
     return {"cosine": round(float(torch.nn.functional.cosine_similarity(logits, theirs, -1).mean()), 5)}
@@ -177,11 +171,20 @@ def _rate(batch: int, tokens: int, took_s: float) -> dict[str, Any]:
 # -- all of it --------------------------------------------------------------------------------------------------------
 
 
+def load(way: str, folder: Path, device: torch.device) -> Any:
+    if way == "bf16":
+        loader = transformers.AutoModelForCausalLM
+        return loader.from_pretrained(folder, dtype=torch.bfloat16, device_map=str(device))
+    return octavo.load(folder, way.removeprefix("octavo-"), device, progress=False)
+
+
 def measure(way: str, folder: Path, device_name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Run the tasks that ``options`` asks for, in this order; one that fails does not end the others."""
     device = torch.device(device_name)
-    model = Model(way, folder, device)
-    found: dict[str, Any] = {"load_s": round(model.load_s, 3)}
+    began = time.perf_counter()
+    model = Model(load(way, folder, device), device)
+    model.synchronize()
+    found: dict[str, Any] = {"load_s": round(time.perf_counter() - began, 3)}
     if device.type == "cuda":
         found["allocated_bytes"] = torch.cuda.memory_allocated(device)
     experts = getattr(model.model.config, "_experts_implementation", None)

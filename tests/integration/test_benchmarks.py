@@ -18,6 +18,7 @@ import octavo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _checks
+import _first_token
 import _loaders
 import _measure
 import _vllm
@@ -227,3 +228,15 @@ def test_planning_is_measured_without_data(tmp_path, monkeypatch):
     assert found["read_bytes"] == facts["bytes"]
     assert found["blocks"] <= found["boxes"]
     assert all(found[name]["median"] > 0 for name in plan_cpu.SECONDS)
+
+
+@pytest.mark.parametrize("way", ["bf16", "octavo-fp8_channel", "config-fp8_block"])
+def test_steps_to_the_first_token_are_counted_in_order(way, tmp_path):
+    folder = make_checkpoint("llama", tmp_path / "llama")
+    options = {"prompt": 4, "rates": True, "prefill": [[1, 4]], "batches": [2], "new": 3}
+    found = _first_token.measure(way, folder, "cpu", time.perf_counter(), options)
+    assert list(found["at_s"]) == ["python", "torch", "loaded", "first token", "second token"]
+    assert [*found["at_s"].values()] == sorted(found["at_s"].values())
+    assert ("stages_s" in found) == (way != "bf16")
+    assert found["prefill"]["1x4"]["tokens_per_s"] > 0
+    assert found["generate"]["2"]["tokens_per_s"] > 0

@@ -1,0 +1,127 @@
+"""How long from the start of Python to the first token, and how fast are tokens from then on?
+
+    python benchmarks/first_token.py --folder /dev/shm/octavo-bench
+    python benchmarks/first_token.py --models llama3-8b --ways bf16 octavo-fp8_channel
+
+Random weights of the shapes of Llama-3-8B and Qwen1.5-MoE-A2.7B, files in the page cache. Each way is two processes,
+one after the other, which share a folder of compiled kernels that was empty before the first. ``at_s`` counts from the
+start of the process: Python runs, torch is imported, the model is loaded, its first token is there, and a second one
+for the same prompt, which has nothing to compile.
+
+    bf16, fp8, torchao    from_pretrained: as it is; transformers' own FP8; torchao's, a scale a row
+    octavo-SCHEME         octavo.load
+    config-SCHEME         from_pretrained with octavo's config
+
+Then, in the second process, as users call the model: prefill of prompts, and tokens that ``generate`` makes beyond the
+first. A way that can't run says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import common
+import make_checkpoint
+from common import ChildError, Merged, run_fresh, say
+
+MODELS = ("llama3-8b", "qwen1.5-moe-a2.7b")
+WAYS = ("bf16", "octavo-fp8_channel", "octavo-fp8_block", "config-fp8_channel", "torchao", "fp8")
+
+CHILD = """
+import _first_token
+from pathlib import Path
+way, folder, device, options = sys.argv[1:]
+result(**_first_token.measure(way, Path(folder), device, STARTED_S, json.loads(options)))
+"""
+
+
+def shape(text: str) -> tuple[int, int]:
+    batch, _, length = text.partition("x")
+    return int(batch), int(length)
+
+
+def measure(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """A first process and a second one."""
+    found = {}
+    options = {"prefill": args.prefill, "batches": args.batches, "prompt": args.prompt, "new": args.new}
+    with tempfile.TemporaryDirectory() as kernels:
+        os.environ["TRITON_CACHE_DIR"] = kernels
+        for process, rates in (("first", False), ("second", not args.no_rates)):
+            common.set_cache(folder, cold=False)
+            asked = json.dumps({**options, "rates": rates})
+            try:
+                found[process] = run_fresh(CHILD, way, folder, args.device, asked, timeout_s=args.timeout_s)
+            except ChildError as error:
+                found[process] = {"error": str(error)[-2000:]}
+                break
+    return found
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """A line a process: seconds of each step, and tokens a second."""
+    lines = []
+    for way, processes in rows.items():
+        for process, row in processes.items():
+            if "error" in row:
+                lines.append(f"{way:20}{process:8}{row['error'].splitlines()[-1][:150]}")
+                continue
+            at = row["at_s"]
+            steps = "  ".join(f"{name} {at[name]:.2f}" for name in ("torch", "loaded", "first token", "second token"))
+            rates = "  ".join(
+                f"{name} {task} {found['tokens_per_s']:,.0f}/s"
+                for name in ("prefill", "generate")
+                for task, found in row.get(name, {}).items()
+                if "tokens_per_s" in found
+            )
+            lines.append(f"{way:20}{process:8}{steps}  {rates}")
+    return "\n".join(lines)
+
+
+def run_model(model: str, args: argparse.Namespace, merged: Merged) -> None:
+    folder = common.model_folder(args.folder, model, args.layers)
+    facts = make_checkpoint.make(model, folder, args.layers)
+    say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
+    merged.add(facts, "models", model, "checkpoint")
+    rows = {}
+    for way in args.ways:
+        rows[way] = measure(way, folder, args)
+        merged.add({**rows[way], "prompt": args.prompt, "new": args.new}, "models", model, way)
+        say(table({way: rows[way]}))
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
+    parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument("--prefill", nargs="+", type=shape, default=[(1, 128), (1, 512), (4, 2048)], metavar="BxLENGTH")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256], help="of the decode (%(default)s)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode (%(default)s)")
+    parser.add_argument("--new", type=int, default=32, help="tokens to decode (%(default)s)")
+    parser.add_argument("--no-rates", action="store_true", help="up to the first tokens only")
+    parser.add_argument("--device", default="cuda:0", help="cpu tries the benchmark out (%(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=300, help="for one process (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, help="merge into this file instead of results/first_token-<machine>.json"
+    )
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if common.lacks_gpu("first_token", args.device):
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    merged = Merged("first_token", args.folder, args.output, write=not args.no_save, device=args.device)
+    for model in args.models:
+        run_model(model, args, merged)
+    merged.close()
+
+
+if __name__ == "__main__":
+    main()
