@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -47,26 +47,29 @@ class Rank:
     peak_bytes: int
     weights: tuple[Weight, ...]
     unread: tuple[str, ...]  # tensors that its loader passes over
+    derived: Mapping[str, int] = field(default_factory=dict)  # layers -> bytes that they make of weights, and keep
 
     @classmethod
-    def of(cls, rank: int, model: nn.Module, found: Survey, device: str) -> Rank:
+    def of(cls, rank: int, model: nn.Module, found: Survey, device: str, derived: Mapping[str, int]) -> Rank:
         """The figures of a survey, in which the model may have been on meta, for where it is to be."""
         assert found.places is not None
         there, rest = found.places.direct.placements, found.places.rest
         direct = replace(found.places.direct, placements=tuple(replace(p, device=device) for p in there))
         held = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-        final_bytes, beside = sum(held.values()), Budget.fit(direct.placements, direct.staging_bytes).staging_bytes
+        loaded_bytes, beside = sum(held.values()), Budget.fit(direct.placements, direct.staging_bytes).staging_bytes
         if rest.placements:  # of which each tensor is made whole
             beside = max(beside, rest.staging_bytes, *(placement.final_bytes for placement in rest.placements))
         weights = (*map(Weight.of, there), *(Weight.of(placement, True) for placement in rest.placements))
+        final_bytes = loaded_bytes + sum(derived.values())  # made when staging has been given back
         return cls(
             rank,
             type(model).__name__,
             direct.read_bytes + replace(rest, placements=_moved(rest.placements, device)).read_bytes,
             final_bytes,
-            final_bytes + beside,
+            max(final_bytes, loaded_bytes + beside),
             weights,
             found.unread,
+            derived,
         )
 
     def grouped(self, quantized: bool) -> dict[str, tuple[int, int]]:
@@ -141,6 +144,9 @@ class Forecast:
         if rank.unread:
             more = ", ..." if len(rank.unread) > _MAX_UNREAD else ""
             lines.append(f"{one}not read: {len(rank.unread):,} ({', '.join(rank.unread[:_MAX_UNREAD])}{more})")
+        lines += [
+            f"{one}made of weights after loading, by {name}: {human_bytes(n)}" for name, n in rank.derived.items()
+        ]
         lines.append(
             f"{one}to read {human_bytes(rank.read_bytes)}, final {human_bytes(rank.final_bytes)}, "
             f"peak at most {human_bytes(rank.peak_bytes)}"

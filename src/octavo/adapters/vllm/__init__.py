@@ -16,6 +16,7 @@ that `octavo.convert` writes, whatever the degree of parallelism.
     naming     updates by other names than the checkpoint's; `derived`: views of weights
     cpu_kernels  for processors for which vLLM has none
     reader     what vLLM would make of a checkpoint in FP8; `asking` and `watching`: in a process of its own
+    planning   what it would make of one in octavo's FP8; `forecasting` and `processing`: in a process of its own
     versions   what differs between vLLM's versions
 
 `register` is the entry point in vLLM's plugin group ``vllm.general_plugins``; it is called in every process of vLLM.

@@ -28,6 +28,7 @@ from ..engine.options import Options
 from ..engine.survey import Survey, error_text
 from . import register, versions
 from .loader import OctavoLoader
+from .processing import made_after_loading
 
 #: of a checkpoint whose model has to be made in memory
 _MOST_BYTES = 8 << 30
@@ -106,9 +107,10 @@ def forecast(model: str, extra: dict[str, Any], options: dict[str, Any]) -> Fore
         config = arguments.create_engine_config()
         world = config.parallel_config.world_size
         with set_current_vllm_config(config), versions.as_rank(rank, config):
-            found = _look(config)
+            made, found = _look(config)
+            derived = made_after_loading(made, config.model_config.dtype)
         device = config.device_config.device
-        ranks.append(Rank.of(rank, *found, "cpu" if str(device) == "cpu" else f"{device}:0"))
+        ranks.append(Rank.of(rank, made, found, "cpu" if str(device) == "cpu" else f"{device}:0", derived))
         rank += 1
     return Forecast(f"vLLM {vllm.__version__}", model, Options.parse(extra).scheme, tuple(ranks))
 

@@ -33,30 +33,39 @@ import json, sys
 import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from octavo.adapters.vllm import forecasting, loader, versions
 
-tallies, held = [], []
+tallies, held, before = [], [], set()
 
 class Tally(loader.Tally):
     def __init__(self):
         super().__init__()
         tallies.append(self)
 
+def storages(modules):
+    tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values(), *vars(m).values())]
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if torch.is_tensor(t) and t.ndim}
+
 def prepare(model, *_):
     held.append(sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values()))
+    before.clear(), before.update(storages(model.modules()))
 
 loader.Tally, loader.reload.prepare = Tally, prepare
 torch.accelerator.empty_cache = lambda: None  # as vLLM's worker does on a CPU
 for model, extra, options, loads in json.load(sys.stdin):
     found = forecasting.answer(model, extra, options)
     tallies.clear(), held.clear()
+    derived = []
     for rank in range(len(found["ranks"]) if loads else 0):
         arguments = EngineArgs(model=model, load_format="octavo", model_loader_extra_config=extra, enforce_eager=True,
             skip_tokenizer_init=True, distributed_executor_backend="mp", **options)
         config = arguments.create_engine_config()
         with set_current_vllm_config(config), versions.as_rank(rank, config):
-            loader.OctavoLoader(config.load_config).load_model(config, config.model_config)
-    figures = [[t.read_bytes, t.placed_bytes, h] for t, h in zip(tallies, held, strict=True)]
+            loaded = loader.OctavoLoader(config.load_config).load_model(config, config.model_config)
+            made = storages(m for m in loaded.modules() if isinstance(m, AttentionLayerBase))
+            derived.append(sum(nbytes for key, nbytes in made.items() if key not in before))
+    figures = [[t.read_bytes, t.placed_bytes, *h] for t, *h in zip(tallies, held, derived, strict=True)]
     print("FOUND", json.dumps([found, figures]), flush=True)
 """
 TWO = {"tensor_parallel_size": 2}
@@ -66,6 +75,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "two ranks": ("llama wide", "fp8_channel", TWO),
     "two ranks of experts": ("qwen2_moe wide", "fp8_block", TWO),
     "experts apart": ("qwen2_moe wide", "fp8_channel", {**TWO, "enable_expert_parallel": True}),
+    "latent attention": ("deepseek_v3", "fp8_channel", {}),
     "layers apart": ("llama wide", "fp8_block", {"pipeline_parallel_size": 2}),
 }
 
@@ -142,10 +152,12 @@ def test_each_rank_reads_and_holds_what_was_planned(case: str, found: dict[str, 
     _, scheme, options = CASES[case]
     ranks = Forecast.from_dict(fields).ranks
     assert len(ranks) == len(loaded) == max([1, *(value for value in options.values() if value is not True)])
-    for rank, (read, placed, held) in zip(ranks, loaded, strict=True):
+    for rank, (read, placed, held, derived) in zip(ranks, loaded, strict=True):
         assert rank.read_bytes == read
         assert sum(weight.nbytes for weight in rank.weights) == placed
-        assert rank.final_bytes == held
+        assert sum(rank.derived.values()) == derived
+        assert (derived > 0) == (case == "latent attention")
+        assert rank.final_bytes == held + derived
         assert held < rank.peak_bytes <= held + DEFAULT_STAGING_BYTES
         assert {weight.to for weight in rank.weights if weight.quantized} == {scheme}
         assert not any(weight.computed for weight in rank.weights)
