@@ -29,9 +29,10 @@ from ...numerics import schemes
 from ...numerics.schemes import FP8
 from ...planning.placement import Placement
 from ...planning.plan import Plan
+from ..engine import derived
 from ..engine.options import Options
 from ..engine.survey import Fillers
-from . import derived, versions
+from . import versions
 from .arrivals import Arrivals
 from .naming import Names
 

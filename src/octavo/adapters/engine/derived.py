@@ -1,6 +1,6 @@
-"""Tensors beside the parameters that show a parameter's memory, kept right where vLLM reloads.
+"""Tensors beside the parameters that show a parameter's memory, kept right where an engine reloads.
 
-A module may hold a view of a parameter (Mamba's ``conv_weights``). vLLM leaves such views as they are in a reload,
+A module may hold a view of a parameter (Mamba's ``conv_weights``). Engines leave such views as they are in a reload,
 since what is copied into the parameter shows in them. Where processing has put other memory under the parameter, as
 it does on a CPU that packs weights, the view still shows what was loaded first, and would do so for ever.
 """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from octavo.adapters.vllm import derived
+from octavo.adapters.engine import derived
 
 
 class Method:
