@@ -47,6 +47,7 @@ from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
 from ..engine.options import Options
 from ..engine.placing import Places
 from ..engine.survey import Survey, Surveyor
+from ..engine.updating import CheckpointWeights
 from . import config as quantization
 from . import drafts, versions
 from . import reloading as reload
@@ -308,7 +309,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """For reloading: the weights of a checkpoint, unquantized, as vLLM expects them."""
-        return reload.CheckpointWeights(self._open(model_config), model, self.options)
+        return CheckpointWeights(self._open(model_config), model, self.options)
 
 
 def _place_among_ranks() -> tuple[int, int]:

@@ -6,6 +6,7 @@ What goes where the tensors of the checkpoint go is taken for them, so that it i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,24 +14,33 @@ from torch import Tensor, nn
 
 from ...elements.dry_run import Copy, Source, Trace, trace
 from ...planning.plan import Plan
-from ..engine.renaming import Part, parts_of
-from . import versions
 from .arrivals import Arrivals
+from .renaming import Part, parts_of
 
 #: names that are tried as those of other tensors, once one of them is understood, and turn out to be none
 _MAX_MISSES = 8
 
 
 class Names:
-    """What a loader makes of names, asked while vLLM reloads the model."""
+    """What a loader makes of names, asked while a model is given new weights.
 
-    def __init__(self, model: nn.Module, load: Callable[[Iterable[tuple[str, Tensor]]], Any], plan: Plan) -> None:
-        self._model, self._load = model, load
+    Args:
+        at_once: a context in which the loader writes what it is given, if otherwise it does so later.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        load: Callable[[Iterable[tuple[str, Tensor]]], Any],
+        plan: Plan,
+        at_once: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._model, self._load, self._at_once = model, load, at_once
         self._shapes = {placement.name: placement.shape for placement in plan.placements}
         self._known: dict[str, list[Copy]] = {}  # tensor of the checkpoint -> where it goes
         self._understood: dict[tuple[str, tuple[int, ...]], list[Part] | None] = {}
 
-    def apart(self, name: str, weight: Tensor, arrivals: Arrivals) -> Iterator[tuple[str, Tensor]] | None:
+    def apart(self, name: str, weight: Tensor, arrivals: Arrivals[Any]) -> Iterator[tuple[str, Tensor]] | None:
         """A tensor that the checkpoint does not know, as those that it holds; None if they are not whole."""
         key = (name, tuple(weight.shape))
         if key not in self._understood:
@@ -45,7 +55,7 @@ class Names:
             for part in parts
         )
 
-    def _ask_about_waiting(self, arrivals: Arrivals) -> None:
+    def _ask_about_waiting(self, arrivals: Arrivals[Any]) -> None:
         """Where tensors of the checkpoint go, of layers that have their parameters in its form at the moment."""
         waiting = arrivals.waiting()
         names = [name for name in self._shapes if name in waiting and name not in self._known]
@@ -81,7 +91,7 @@ class Names:
             self._understood[name, shape] = parts_of(copies, numel, self._known, self._shapes) if copies else None
 
     def _trace(self, shapes: dict[str, tuple[int, ...]]) -> Trace:
-        with versions.loading_at_once(self._model):
+        with self._at_once():
             return trace(self._model, self._load, [Source(*each, torch.bfloat16) for each in shapes.items()])
 
 

@@ -1,0 +1,156 @@
+"""Which tensors have come for which layer, while an engine is given new weights.
+
+Names are counted, against those that the dry run saw fill a layer. A layer for which some came and others did not stays
+as it was. How a layer is left so, and when it is complete, is the engine's: see its own `Layer`.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Mapping
+from typing import Any, Generic, TypeVar
+
+from ...errors import CoverageError, raise_problems
+
+
+class Layer(abc.ABC):
+    """A layer, and the tensors that have come for it since it began to wait for them."""
+
+    def __init__(self, name: str, fillers: Mapping[str, frozenset[str]]) -> None:
+        self.name, self.fillers = name, fillers
+        self.came: set[str] = set()
+        self.counted_others = False  # elements of tensors that the checkpoint does not know have come
+
+    @property
+    @abc.abstractmethod
+    def waits(self) -> bool:
+        """Return True while tensors can be loaded into it."""
+
+    @abc.abstractmethod
+    def begin(self) -> None:
+        """Before the first of its tensors comes."""
+
+    @abc.abstractmethod
+    def count(self) -> int:
+        """The elements that the engine has taken for it, while it waits."""
+
+    @abc.abstractmethod
+    def drop_what_came(self) -> None:
+        """Have the engine forget it."""
+
+    @abc.abstractmethod
+    def restore(self) -> None:
+        """Give what has been written already its values back."""
+
+    def moving(self, name: str) -> bool:
+        """Return True if a tensor is not written before the layer is complete."""
+        return True
+
+    def lacking(self) -> list[str]:
+        return sorted(name for name in self.fillers if name not in self.came and self.moving(name))
+
+    def leave_as_it_was(self) -> None:
+        self.restore()
+        self.drop_what_came()
+        self.forget()
+
+    def forget(self) -> None:
+        self.came.clear()
+        self.counted_others = False
+
+    @property
+    def holds_fp8(self) -> bool:
+        return any(name.endswith("_scale") for parameters in self.fillers.values() for name in parameters)
+
+
+AnyLayer = TypeVar("AnyLayer", bound=Layer)
+
+
+class Arrivals(abc.ABC, Generic[AnyLayer]):
+    """Of one model. An update may take several calls of its ``load_weights``; layers wait from its beginning on."""
+
+    engine: str
+
+    def __init__(self, model: Any, layers: Iterable[AnyLayer]) -> None:
+        self._model_name = type(model).__name__
+        self.layers = list(layers)
+        self._layers_of: dict[str, list[AnyLayer]] = {}
+        for layer in self.layers:
+            for name in layer.fillers:
+                self._layers_of.setdefault(name, []).append(layer)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._layers_of
+
+    def layers_of(self, name: str) -> Iterable[AnyLayer]:
+        return self._layers_of.get(name, ())
+
+    def waiting(self) -> set[str]:
+        """The tensors that fill layers which wait."""
+        return {name for layer in self.layers if layer.waits for name in layer.fillers}
+
+    @abc.abstractmethod
+    def add(self, name: str) -> None:
+        """Before a tensor is handed to the model's loader.
+
+        Raises:
+            CoverageError: the engine would take it for something else.
+        """
+
+    def counts(self) -> list[tuple[AnyLayer, int]]:
+        """The elements that have come for each layer that waits."""
+        return [(layer, layer.count()) for layer in self.layers if layer.waits]
+
+    def add_other(self, name: str, before: list[tuple[AnyLayer, int]]) -> None:
+        """After the loader has been handed a tensor that the checkpoint does not know.
+
+        Raises:
+            CoverageError: it went into a layer that holds FP8, as it was.
+        """
+        for layer, count in before:
+            if layer.count() == count or not layer.waits:
+                continue
+            if layer.holds_fp8:
+                raise CoverageError(
+                    f"{name}: is no tensor of the checkpoint, and {self.engine} puts it into {layer.name}, which holds "
+                    f"FP8. Name tensors as the checkpoint does: {', '.join(sorted(layer.fillers)[:3])}, ..."
+                )
+            layer.counted_others = True
+
+    def prune(self) -> None:
+        """After a call: forget what came for layers that are complete."""
+        for layer in self.layers:
+            if (layer.came or layer.counted_others) and not layer.waits:
+                layer.forget()
+
+    def drop(self) -> None:
+        """Leave every layer that waits as it was; what is sent from now on begins anew."""
+        for layer in self.layers:
+            if layer.waits:
+                layer.leave_as_it_was()
+            layer.forget()
+
+    def check_complete(self) -> None:
+        """At the end of an update: leave layers as they were of which only a part has come, and raise for them."""
+        problems = []
+        for layer in self.layers:
+            if not layer.waits or not (layer.came or layer.counted_others):
+                continue
+            came = sorted(name for name in layer.came if layer.moving(name))
+            lacking = layer.lacking()
+            if not came and not layer.counted_others:  # only what is written already: let the rest not be processed
+                layer.drop_what_came()
+            elif lacking:
+                # a scale is made of its weight
+                named = [name for name in lacking if not any(name != n and name.startswith(n) for n in lacking)]
+                more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+                first = came[0] if came else "a tensor by another name"
+                problems.append(f"{layer.name}: {first} came, {named[0]}{more} did not")
+                layer.leave_as_it_was()
+            elif not layer.count():  # else the engine would leave it as it was, without a word
+                first = came[0] if came else "all"
+                problems.append(f"{layer.name}: {first} came, and {self.engine}'s loader put it elsewhere")
+                layer.leave_as_it_was()
+            layer.forget()
+        advice = "These layers are as they were before; all others that came whole are new. Send whole layers."
+        raise_problems(CoverageError, f"{self._model_name}, new weights", problems, advice)

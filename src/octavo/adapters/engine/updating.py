@@ -1,0 +1,243 @@
+"""New weights for a model that an engine runs: checkpoints and tensors in bf16, quantized as they come.
+
+Each tensor is given to the model's own ``load_weights`` as it was when the model was loaded: by the names of the
+checkpoint, stacks of experts cut into matrices, in FP8 and followed by its scale where it became FP8. When that can be
+loaded, and how it comes to where kernels have it, is the engine's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import dtypes
+from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.header import TensorInfo
+from ...conversion.formats import Format
+from ...conversion.iterate import iterate
+from ...elements.pieces import whole
+from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
+from ...numerics import schemes
+from ...numerics.schemes import FP8
+from ...planning.placement import Placement
+from ...planning.plan import Plan
+from . import derived
+from .arrivals import Arrivals
+from .naming import Names
+from .options import Options
+
+_ATTRIBUTE = "_octavo_weights"
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The checkpoint that a model was loaded from, and how to load it again, instead of ``load_weights``."""
+
+    tensors: Mapping[str, TensorInfo]  # in its files
+    plan: Plan
+    layout: Format
+    model: nn.Module
+    original: Callable[[Iterable[tuple[str, Tensor]]], Any]
+    arrivals: Arrivals[Any]
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+        """``model.load_weights`` for tensors named and shaped as in the checkpoint.
+
+        If it fails, layers of which only a part has come are as they were, and wait for all of their tensors.
+        """
+        finite: list[tuple[str, Tensor]] = []
+        if isinstance(weights, CheckpointWeights):
+            self.arrivals.drop()  # whatever has come before, all of it comes now
+            pairs = self._read(weights)
+        else:
+            pairs = self._quantized(weights, finite)
+        try:
+            result = self.original(pairs, *args, **kwargs)
+            _check_finite(finite)
+        except BaseException:
+            self.arrivals.drop()
+            raise
+        self.arrivals.prune()
+        return result
+
+    def loading_at_once(self) -> AbstractContextManager[None]:
+        """A context in which ``original`` writes what it is given, for dry runs."""
+        return contextlib.nullcontext()
+
+    @functools.cached_property
+    def _placements(self) -> dict[str, Placement]:
+        return {placement.name: placement for placement in self.plan.placements}
+
+    @functools.cached_property
+    def _matrices(self) -> dict[str, list[Placement]]:
+        """Stack of experts -> what it is loaded as."""
+        found: dict[str, list[Placement]] = {}
+        for placement in self.plan.placements:
+            if (stack := placement.pieces[0].src_name) != placement.name:
+                found.setdefault(stack, []).append(placement)
+        return found
+
+    def _apart(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors as they were first given to the loader: stacks of experts cut into matrices."""
+        for name, weight in weights:
+            matrices = self._matrices.get(name)
+            if matrices is None:
+                yield name, weight
+                continue
+            _check_shape(name, weight, self.tensors[name].shape)
+            stack = weight.contiguous()
+            del weight
+            for placement in matrices:
+                piece = placement.pieces[0]
+                offset = stack.storage_offset() + piece.src_off
+                yield placement.name, stack.as_strided(piece.size, piece.src_strides, offset)
+
+    @functools.cached_property
+    def _names(self) -> Names:
+        return Names(self.model, self.original, self.plan, self.loading_at_once)
+
+    def _known(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors by the names of the checkpoint, where the loader takes other names for the same."""
+        for name, weight in weights:
+            known = name in self._placements or name in self.arrivals
+            parts = None if known else self._names.apart(name, weight, self.arrivals)
+            if parts is None:
+                yield name, weight
+            else:
+                del weight
+                yield from parts
+
+    def _read(self, weights: CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in weights.quantized():
+            self.arrivals.add(name)
+            yield name, weight
+
+    def _quantized(
+        self, weights: Iterable[tuple[str, Tensor]], finite: list[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor as it was first loaded: in FP8 and followed by its scale, or as it is.
+
+        Whether scales are finite is appended to ``finite``, and looked at once all are made.
+        """
+        for name, weight in self._known(self._apart(weights)):
+            placement = self._placements.get(name)
+            if placement is not None:
+                _check_shape(name, weight, placement.shape)
+                _check_dtype(placement, weight)
+            if placement is not None and placement.scheme is not None and weight.dtype != FP8:
+                q, scale = schemes.quantize(weight, placement.scheme)
+                del weight
+                finite.append((name, torch.isfinite(scale).all()))
+                for part, tensor in ((name, q), (self.layout.scale_name(name), self.layout.stored_scale(scale))):
+                    self.arrivals.add(part)
+                    yield part, tensor
+                del q, scale, tensor
+            elif name in self.arrivals:
+                self.arrivals.add(name)
+                yield name, weight
+            else:
+                counts = self.arrivals.counts()
+                yield name, weight
+                self.arrivals.add_other(name, counts)
+
+
+def _check_shape(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != shape:
+        raise CoverageError(f"{name}: has the shape {list(weight.shape)}, was loaded with {list(shape)}")
+
+
+def _check_dtype(placement: Placement, weight: Tensor) -> None:
+    """Raise for what engines cast, number by number."""
+    first = dtypes.MOVED[placement.source_dtype_names[0]]
+    floats = {*dtypes.QUANTIZABLE, *([FP8] if placement.scheme else ())}
+    if weight.dtype not in (floats if first in dtypes.QUANTIZABLE else {first}):
+        raise CoverageError(f"{placement.name}: is {weight.dtype}, was loaded from {first}")
+
+
+def _check_finite(finite: list[tuple[str, Tensor]]) -> None:
+    for device in {flag.device for _, flag in finite}:
+        mine = [(name, flag) for name, flag in finite if flag.device == device]
+        flags = torch.stack([flag for _, flag in mine]).tolist()
+        bad = [name for (name, _), good in zip(mine, flags, strict=True) if not good]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise WeightError(
+                f"{bad[0]}{more}: holds a number that is not finite, which has no FP8 form. Its layer may be new "
+                "already; send that again in another update."
+            )
+
+
+def prepare(weights: Weights) -> None:
+    """Have later calls of ``load_weights`` quantize as the first one did, and updates checked."""
+    setattr(weights.model, _ATTRIBUTE, weights)
+    weights.model.load_weights = weights.load  # type: ignore[assignment]
+    derived.follow(weights.model)
+
+
+def of(model: nn.Module) -> Weights | None:
+    """What a model was loaded from; None if octavo did not load it."""
+    return getattr(model, _ATTRIBUTE, None)
+
+
+class CheckpointWeights:
+    """Another checkpoint of the same model; iterated over, its tensors as they are, as engines expect them of a loader.
+
+    Raises:
+        CoverageError: when made, before anything is read, if it has not the tensors that the model was loaded from.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: nn.Module, options: Options) -> None:
+        loaded = of(model)
+        if loaded is None:
+            raise CheckpointError(f"{type(model).__name__}: was not loaded by octavo, and can't be reloaded by it")
+        problems = []
+        for placement in loaded.plan.placements:
+            stack = placement.pieces[0].src_name
+            info = checkpoint.tensors.get(placement.name) or checkpoint.tensors.get(stack)
+            shape = placement.shape if info is None or info.name == placement.name else loaded.tensors[stack].shape
+            if info is None:
+                problems.append(f"has no {placement.name}")
+            elif info.shape != shape:
+                problems.append(f"{info.name} has the shape {list(info.shape)}, not {list(shape)}")
+            elif placement.scheme and not info.quantizable:
+                problems.append(f"{info.name} is {info.dtype_name}, not bf16, fp16 or fp32")
+        problems = list(dict.fromkeys(problems))  # of a stack, once
+        raise_problems(CoverageError, checkpoint.path, problems, "Nothing was loaded: the model is as it was.")
+        self._checkpoint, self._loaded, self._threads = checkpoint, loaded, options.threads
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._read(quantized=False)
+
+    def quantized(self) -> Iterator[tuple[str, Tensor]]:
+        """In FP8, each with its scale, as the model was first loaded."""
+        return self._read(quantized=True)
+
+    def _read(self, *, quantized: bool) -> Iterator[tuple[str, Tensor]]:
+        infos, plan = self._checkpoint.tensors, self._loaded.plan
+        found = [_of_checkpoint(placement, infos, quantized) for placement in plan.placements]
+        first = {p.name: (infos[p.pieces[0].src_name], p.pieces[0].src_off) for p in found}
+        found.sort(key=lambda p: (first[p.name][0].shard, first[p.name][0].offset, first[p.name][1]))
+        plan = dataclasses.replace(plan, source=str(self._checkpoint.path), placements=tuple(found))
+        return iterate(self._checkpoint, plan, self._loaded.layout, threads=self._threads)
+
+
+def _of_checkpoint(placement: Placement, infos: Mapping[str, TensorInfo], quantized: bool) -> Placement:
+    """The placement of the same tensor in another checkpoint, where experts may lie apart that were in a stack."""
+    info = infos.get(placement.name)
+    pieces = placement.pieces if info is None else (whole(info.name, info.shape),)
+    info = infos[pieces[0].src_name]
+    nbytes = info.nbytes * pieces[0].numel // max(1, math.prod(info.shape))
+    placement = dataclasses.replace(
+        placement, source_dtype_names=(info.dtype_name,), source_bytes=nbytes, pieces=pieces
+    )
+    if placement.scheme and quantized:
+        return placement
+    return dataclasses.replace(placement, dtype_name=info.dtype_name, scheme=None, parts=())
