@@ -8,15 +8,18 @@ of all parameters, tokens and prompt logprobs; or the error. Nothing of vLLM is 
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +57,14 @@ class Answer:
 class Job:
     """A model to load with ``vllm.LLM(model, **options)``.
 
-    ``steps`` are taken after the first answers: each ``[name, *arguments]`` of a method of `_Session`.
+    ``steps`` are taken after the first answers: each ``[name, *arguments]`` of a method of `_Session`. Where it is only
+    ``loaded``, parameters are all that is answered.
     """
 
     model: Path
     options: dict[str, Any] = field(default_factory=dict)
     steps: list[list[Any]] = field(default_factory=list)
+    loaded: bool = False
 
 
 def octavo_job(model: Path, scheme: str = "fp8_channel", steps: Sequence[list[Any]] = (), **options: Any) -> Job:
@@ -68,15 +73,34 @@ def octavo_job(model: Path, scheme: str = "fp8_channel", steps: Sequence[list[An
     return Job(model, {**extra, **options}, list(steps))
 
 
-def run(*jobs: Job, timeout: float = 300) -> list[Answer]:
-    """One engine after another, in one process and its workers: importing vLLM takes longer than all that is asked."""
+def run(*jobs: Job, replicas: int = 1, timeout: float = 300) -> list[Answer]:
+    """One engine after another, in one process and its workers: importing vLLM takes longer than all that is asked.
+
+    With ``replicas``, so many processes answer the same side by side, as data parallel engines; what they say is one
+    answer, of one after another.
+    """
     (ranks,) = {job.options.get("tensor_parallel_size", 1) for job in jobs}
     environment = {**os.environ, **ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if ranks > 1:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(ranks))  # a core each
+    given = json.dumps([{**asdict(job), "model": str(job.model.absolute())} for job in jobs])
+    ask = functools.partial(_ask, given, len(jobs), timeout)
+    if replicas == 1:
+        return ask(environment)
+    meeting = {
+        "VLLM_DP_SIZE": str(replicas),
+        "VLLM_DP_MASTER_IP": "127.0.0.1",
+        "VLLM_DP_MASTER_PORT": str(free_port()),
+    }
+    with ThreadPoolExecutor(replicas) as pool:
+        environments = [{**environment, **meeting, "VLLM_DP_RANK": str(number)} for number in range(replicas)]
+        return [_joined(answers) for answers in zip(*pool.map(ask, environments), strict=True)]
+
+
+def _ask(jobs: str, count: int, timeout: float, environment: dict[str, str]) -> list[Answer]:
     finished = subprocess.run(
         [sys.executable, "-m", "helpers.vllm_engine"],
-        input=json.dumps([{**asdict(job), "model": str(job.model.absolute())} for job in jobs]),
+        input=jobs,
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -89,7 +113,22 @@ def run(*jobs: Job, timeout: float = 300) -> list[Answer]:
         answer.output = log
         answer.log = [line.partition("octavo: ")[2] for line in log.splitlines() if "octavo: " in line]
     lost = Answer(error=f"the process ended with {finished.returncode}", output=finished.stderr)
-    return [*found, *[lost] * (len(jobs) - len(found))]
+    return [*found, *[lost] * (count - len(found))]
+
+
+def _joined(answers: Sequence[Answer]) -> Answer:
+    first, *others = answers
+    for name in (of.name for of in fields(Answer)):
+        for other in others:
+            setattr(first, name, getattr(first, name) + getattr(other, name))
+    return first
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 # -- in the engine's process ------------------------------------------------------------------------------------------
@@ -299,7 +338,8 @@ def _answer(job: dict[str, Any]) -> Answer:
     try:
         session = _Session(job["model"], job["options"])
         answer.parameters = session.parameters()
-        answer.tokens, answer.logprobs = session.generate()
+        if not job["loaded"]:
+            answer.tokens, answer.logprobs = session.generate()
         for name, *arguments in job["steps"]:
             answer.results.append(getattr(session, name)(*arguments))
     except BaseException as error:

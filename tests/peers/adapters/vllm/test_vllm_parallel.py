@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import socket
 import subprocess
 import time
 import urllib.request
@@ -20,7 +19,7 @@ import pytest
 
 from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_command import vllm_command
-from helpers.vllm_engine import PROMPTS, Answer, Job, octavo_job, run
+from helpers.vllm_engine import PROMPTS, Answer, Job, free_port, octavo_job, run
 
 pytestmark = [
     pytest.mark.peers,
@@ -99,9 +98,7 @@ def test_two_ranks_equal_stock_vllm_on_the_converted_checkpoint(
 @contextlib.contextmanager
 def served(model: Path, scratch: Path, *arguments: str) -> Iterator[str]:
     """The address of an OpenAI server; it is asked to stop, and must."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ["--host", "127.0.0.1", "--skip-tokenizer-init", "--enforce-eager", "--max-model-len", "64"]
     command, environment = vllm_command("serve", str(model), "--port", str(port), *options, *arguments, scratch=scratch)
     server = subprocess.Popen(
