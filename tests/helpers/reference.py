@@ -2,7 +2,7 @@
 
     w ≈ q.float() * scale                            q: float8_e4m3fn
     scale = round_up_to_bf16(float32(amax) / 448)    fp8_channel, fp8_block, fp8_tensor; 1 where that is 0
-    scale = 2 ** (floor(log2(amax)) - 8)             mxfp8 (OCP MX v1.0, 6.3), at least 2**-127; 1 where amax is 0
+    scale = 2 ** ceil(log2(amax / 448))              mxfp8, at least 2**-127; 1 where amax is 0
     q = rne(clamp(float32(w) / scale, -448, 448))
 
 Loops over groups, arithmetic in float64 wherever the definition does not say float32.
@@ -61,8 +61,8 @@ def bf16_scale(amax: float) -> float:
 def mx_scale(amax: float) -> float:
     if amax == 0:
         return 1.0
-    exponent = math.frexp(amax)[1] - 1  # floor(log2(amax)), exactly
-    return 2.0 ** max(exponent - 8, -127)
+    mantissa, exponent = math.frexp(amax)  # 448 is 0.875 * 2**9
+    return 2.0 ** max(exponent - 9 + (mantissa > 0.875), -127)
 
 
 def e4m3(values: np.ndarray) -> Tensor:

@@ -10,11 +10,11 @@
 
 For the first three, ``scale = round_up_to_bf16(amax / 448)``: amax in float32, a true division, and the smallest
 number of bf16 that is no smaller. Stock readers cast ``weight_scale`` to bf16; since bf16 can hold it, that changes
-nothing. Rounding *up* keeps ``|w / scale| <= 448``, so nothing saturates. For mxfp8 the scale is
-``2 ** (floor(log2(amax)) - 8)`` as OCP Microscaling Formats (MX) v1.0, section 6.3, defines it for e4m3; there, values
-above 448 saturate. Where amax is 0 the scale is 1.
+nothing. For mxfp8 it is ``2 ** ceil(log2(amax / 448))``, the smallest power of two that is no smaller, at least
+2**-127. Rounding *up* keeps ``|w / scale| <= 448``, so nothing saturates. (OCP Microscaling Formats (MX) v1.0, section
+6.3, rounds down, and saturates.) Where amax is 0 the scale is 1.
 
-``q = rne(clamp(w / scale, -448, 448))`` with the division in float32.
+``q = rne(w / scale)`` with the division in float32.
 
 Groups are those of one matrix, or of one *part* of its rows (see ``parts`` below); each matrix of a stack
 ``[experts, out, in]`` is quantized as if alone. Whatever piece of a matrix these functions are given, they compute the
@@ -42,6 +42,8 @@ FP8_MAX = 448.0
 E8M0 = torch.float8_e8m0fnu
 #: torch spreads a reduction of so many elements that are not neighbours in memory over several thread blocks
 _SPLIT = 1024
+#: what makes the mantissa of a float32 above 1.75 carry: 2**23 less the bits of 0.75, less one
+_ABOVE_448 = (1 << 23) - (3 << 21) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ class Scheme:
     name: str
     group_rows: int | None  # rows of a scale group; None: all
     group_cols: int | None  # columns of a scale group; None: all
-    power_of_two: bool  # e8m0 scales as OCP MX defines them; else float32 numbers that bf16 can hold
+    power_of_two: bool  # e8m0 scales; else float32 numbers that bf16 can hold
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -226,8 +228,8 @@ def _norm(
 def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
     """amax, float32 -> scale, float32 of the same shape. See the module's docstring for the definition."""
     if scheme.power_of_two:
-        # an e8m0 byte is a float's exponent field; e4m3's largest exponent is 8
-        exponent = ((amax.view(torch.int32) >> 23) - 8).clamp_(min=0)
+        # an e8m0 byte is a float's exponent field; 448 is 1.75 * 2**8, and what is above 1.75 carries into the exponent
+        exponent = ((amax.view(torch.int32).add(_ABOVE_448) >> 23) - 8).clamp_(min=0)
         # with a number, `where` would copy it to the device and wait
         exponent = exponent.masked_fill_(amax == 0, 127).masked_fill_(~torch.isfinite(amax), 255)
         return exponent.to(torch.uint8).view(E8M0).float()
@@ -257,7 +259,6 @@ def quantize_into(
     *,
     phase: tuple[int, int] = (0, 0),
     scratch: Tensor | None = None,
-    clamped: Tensor | None = None,
 ) -> None:
     """Write ``weight[..., out, in]`` as FP8 into ``out`` of the same shape, given the scales of its groups.
 
@@ -265,30 +266,19 @@ def quantize_into(
         scale: float32 [..., row cells, column cells], as `group_amax` and `scale_from_amax` give it.
         phase: as for `group_amax`.
         scratch: as many float32 elements as ``weight``; spares an allocation on a CPU, elsewhere it is not used.
-        clamped: of the shape and dtype of ``weight``, or itself, which then changes; spares an allocation elsewhere.
     """
     if weight.device.type != "cpu":
-        divide_into(out, weight, scale, scheme, phase=phase, clamped=clamped)
+        divide_into(out, weight, scale, scheme, phase=phase)
         return
     if scratch is None:
         scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
     wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
     for rows, cols in _all_spans(weight, scheme, phase):
         _grouped(wide, rows, cols).div_(_cells_of(scale, rows, cols))
-    if scheme.power_of_two:  # the other scales are rounded up: |w / scale| <= 448 already
-        wide.clamp_(-FP8_MAX, FP8_MAX)
     out.copy_(wide)
 
 
-def divide_into(
-    out: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    scheme: Scheme,
-    *,
-    phase: tuple[int, int] = (0, 0),
-    clamped: Tensor | None = None,
-) -> None:
+def divide_into(out: Tensor, weight: Tensor, scale: Tensor, scheme: Scheme, *, phase: tuple[int, int] = (0, 0)) -> None:
     """`quantize_into` on a GPU, which divides in float32 and rounds to FP8 in one kernel.
 
     (On a CPU that is slower than one after the other.)
@@ -297,12 +287,7 @@ def divide_into(
         torch.div(weight, scale, out=out)
         return
     for rows, cols in _all_spans(weight, scheme, phase):
-        values, cells = _grouped(weight, rows, cols), _cells_of(scale, rows, cols)
-        if scheme.power_of_two:
-            limit = (FP8_MAX * cells).to(values.dtype)  # exact, or further from 0 than any weight of the group
-            place = None if clamped is None else _grouped(clamped, rows, cols)
-            values = torch.clamp(values, -limit, limit, out=place)
-        torch.div(values, cells, out=_grouped(out, rows, cols))
+        torch.div(_grouped(weight, rows, cols), _cells_of(scale, rows, cols), out=_grouped(out, rows, cols))
 
 
 def _all_spans(weight: Tensor, scheme: Scheme, phase: tuple[int, int]) -> list[tuple[_Span, _Span]]:

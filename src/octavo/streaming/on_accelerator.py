@@ -321,12 +321,11 @@ class DevicePress:
         destination.put_scale(mine.cells, mine.of_scales(stored))
         out = destination.view(mine.piece)
         if out is not None:
-            # nothing else is made of these bytes, so they may be clamped where they are
-            schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, clamped=values)
+            schemes.quantize_into(out, values, scale, scheme, phase=mine.phase)
             return
         if self._scratch is None:
             nbytes = self._lanes[0].staged.bytes.numel() // 2
             self._scratch = torch.empty(nbytes, dtype=schemes.FP8, device=self._device)
         out = self._scratch[: mine.piece.numel].view(mine.piece.size)
-        schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, clamped=values)
+        schemes.quantize_into(out, values, scale, scheme, phase=mine.phase)
         destination.put(mine.piece, out)

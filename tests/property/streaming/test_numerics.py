@@ -94,15 +94,13 @@ def check_bound(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, sche
     """``|w − q·scale| ≤ max(|w|/16, scale·2⁻¹⁰)``, and float32's rounding of w / scale.
 
     e4m3 has 4 significant bits: half a unit in the last place is 1/16 of the magnitude at most; below 2⁻⁶ its numbers
-    are 2⁻⁹ apart, so half of that, 2⁻¹⁰, is the error there. OCP's rule lets |w| / scale reach 512 and saturates above
-    448, so mxfp8 loses up to 1/8.
+    are 2⁻⁹ apart, so half of that, 2⁻¹⁰, is the error there.
     """
     w = weight.double().abs()
     factors = schemes.expand_scale(scale, weight.shape, scheme, parts).double().expand(weight.shape)
-    assert bool((w <= factors * (512 if scheme == "mxfp8" else 448)).all())
-    relative = torch.where(w > 448 * factors, 1 / 8, 1 / 16)
+    assert bool((w <= factors * 448).all())
     # the quotient is rounded to float32: relatively by 2**-24, or by 2**-150 where it is subnormal
-    bound = torch.maximum(w * relative, factors * 2.0**-10) + w * 2.0**-23 + factors * 2.0**-149
+    bound = torch.maximum(w / 16, factors * 2.0**-10) + w * 2.0**-23 + factors * 2.0**-149
     assert bool(((weight.double() - q.double() * factors).abs() <= bound).all())
 
 

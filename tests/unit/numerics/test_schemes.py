@@ -65,17 +65,19 @@ def test_ties_round_to_even():
 
 
 @pytest.mark.parametrize(
-    ("amax", "scale"), [(1.0, 2.0**-8), (448.0, 1.0), (500.0, 1.0), (511.0, 1.0), (512.0, 2.0), (0.0, 1.0)]
+    ("amax", "scale"),
+    [(1.0, 2.0**-8), (1.75, 2.0**-8), (1.76, 2.0**-7), (448.0, 1.0), (448.0001, 2.0), (512.0, 2.0), (0.0, 1.0)],
 )
-def test_mx_scales_are_the_floor_powers_of_ocp(amax, scale):
+def test_mx_scales_are_powers_of_two_rounded_up(amax, scale):
     _, found = schemes.quantize(torch.tensor([[amax, 0.0]]), "mxfp8")
     assert found.dtype == torch.float8_e8m0fnu
     assert found.float().tolist() == [[scale]]
 
 
-def test_mx_saturates_above_448_times_its_scale():
-    q, _ = schemes.quantize(torch.tensor([[511.0, -470.0, 448.0, 1.0]]), "mxfp8")
-    assert q.float().tolist() == [[448.0, -448.0, 448.0, 1.0]]
+def test_nothing_saturates_in_mx():
+    q, scale = schemes.quantize(torch.tensor([[511.0, -470.0, 448.0, 1.0]]), "mxfp8")
+    assert scale.item() == 2.0
+    assert (2 * q.float()).tolist() == [[512.0, -480.0, 448.0, 1.0]]
 
 
 def test_mx_scales_of_tiny_weights_stop_at_the_smallest_e8m0():
@@ -232,21 +234,20 @@ def test_a_box_with_its_phase_gives_the_bytes_of_the_whole(scheme, box, scratch)
     assert same_bytes(out, q[:, top:bottom, left:right])
 
 
-@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "bits"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_dividing_as_on_a_gpu_gives_the_same_bytes(scheme, dtype, kind, in_place):
+def test_dividing_as_on_a_gpu_gives_the_same_bytes(scheme, dtype, kind):
     found = schemes.get(scheme)
     rows, cols = found.group_rows or 1 << 30, found.group_cols or 1 << 30
     for transposed in (False, True):
         weight = random_weights((2, 300, 150), dtype, 7, kind)
         q, scale = schemes.quantize(weight, scheme)
         grid = scale.float().reshape(2, *found.cells(300, 150))
-        part = (weight.mT.contiguous().mT if transposed else weight.clone())[:, 10:, 3:]
+        part = (weight.mT.contiguous().mT if transposed else weight)[:, 10:, 3:]
         out = torch.empty(part.shape, dtype=schemes.FP8)
         phase = (10 % rows, 3 % cols)
-        schemes.divide_into(out, part, grid[:, 10 // rows :], found, phase=phase, clamped=part if in_place else None)
+        schemes.divide_into(out, part, grid[:, 10 // rows :], found, phase=phase)
         assert same_bytes(out, q[:, 10:, 3:])
 
 

@@ -263,7 +263,7 @@ def _quantize(tasks: Sequence[_Task], scheme: Scheme) -> Tensor:
     values = [task.values for task in tasks]
     scales = scales_of(values, [task.scales.shape for task in tasks], [(0, 0)] * len(tasks), scheme)
     for task, scale in zip(tasks, scales.grids, strict=True):
-        schemes.quantize_into(task.out, task.values, scale, scheme, clamped=task.values)
+        schemes.quantize_into(task.out, task.values, scale, scheme)
     for task, stored in zip(tasks, scales.stored, strict=True):
         task.scales.copy_(stored)
     return scales.amax
