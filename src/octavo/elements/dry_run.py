@@ -20,7 +20,7 @@ from ..errors import CoverageError
 from .boxes import Box
 from .operations import PlainDispatchMode, is_view, storage_key, tensors_in
 from .pieces import contiguous_strides
-from .views import Image, Layout, NoBoxError, Seen, View, layout_of
+from .views import Image, Layout, NoBoxError, Seen, View, joined, layout_of
 
 _aten = torch.ops.aten
 _copy_ = _aten.copy_.default
@@ -41,6 +41,8 @@ _VIEWS = (
 _NONE: frozenset[str] = frozenset()
 #: what copies a tensor to another device, dtype or layout
 _MOVES = frozenset({_aten._to_copy.default, _aten.clone.default})
+#: what puts tensors side by side
+_JOINS = frozenset({_aten.cat.default, _aten.stack.default})
 #: what writes a constant
 _FILLS = frozenset({_aten.fill_.Scalar, _aten.fill_.Tensor, _aten.zero_.default})
 
@@ -247,7 +249,11 @@ class _Recorder(PlainDispatchMode):
         options = {k: v for k, v in kwargs.items() if k not in ("device", "pin_memory", "non_blocking")}
         result = func(*args, **options)
         for tensor in tensors_in(result):
-            if func not in _MOVES or not self._follow(args[0], tensor):
+            if func in _JOINS:
+                follows = self._follow(joined(tensor, *args, **kwargs), tensor)
+            else:
+                follows = func in _MOVES and self._follow_move(args[0], tensor)
+            if not follows:
                 self._derive(tensor, sources)
         return result
 
@@ -257,26 +263,39 @@ class _Recorder(PlainDispatchMode):
             self._made.add(_storage(tensor))
             self._kept.append(tensor)
 
-    def _follow(self, tensor: Tensor, made: Tensor) -> bool:
-        """Note that ``made`` holds what ``tensor`` does; False where that is not known to be elements of a source."""
+    def _follow_move(self, tensor: Tensor, made: Tensor) -> bool:
+        """Note that ``made`` holds what ``tensor`` does; False where that is not known to be elements of sources."""
         names = self._whole_root(tensor)
         if names is not None and made.is_contiguous():
             self._add_root(made, names)
             return True
-        key = _storage(tensor)
-        if key in self._derived or tensor.itemsize != self._itemsizes.get(key) or made.dtype != tensor.dtype:
+        return self._follow([(tensor, View.of(made))], made)
+
+    def _follow(self, parts: Sequence[tuple[Tensor, View]], made: Tensor) -> bool:
+        """Note that ``made`` holds tensors where the views say; False where these are not known to be of sources."""
+        seen: Seen = []
+        for tensor, into in parts:
+            key = _storage(tensor)
+            if key in self._derived or tensor.itemsize != self._itemsizes.get(key) or made.dtype != tensor.dtype:
+                return False
+            found = self._trace(tensor, into)
+            if not found:
+                return False
+            seen += found
+        image = Image.of(View.of(made), seen)
+        if image is None:
             return False
-        seen = self._trace(tensor, View.of(made))
-        if len(seen) != 1:
-            return False
-        self._add_root(made, self._roots[key])
-        self._images[_storage(made)] = Image(seen[0][1], seen[0][0])
+        self._add_root(made, frozenset(name for name, *_ in seen))
+        self._images[_storage(made)] = image
         return True
 
     def _trace(self, tensor: Tensor, into: View) -> Seen:
-        """Views of a source that ``tensor`` is together, and where ``into``, of its shape, puts these."""
+        """Views of sources that ``tensor`` is together, and where ``into``, of its shape, puts these."""
         image = self._images.get(_storage(tensor))
-        return [(View.of(tensor), into)] if image is None else image.trace(View.of(tensor), into)
+        if image is not None:
+            return image.trace(View.of(tensor), into)
+        (name,) = self._roots[_storage(tensor)]
+        return [(name, View.of(tensor), into)]
 
     def _whole_root(self, tensor: Tensor) -> frozenset[str] | None:
         """The source that ``tensor`` is all of, in its own order."""
@@ -344,10 +363,13 @@ class _Recorder(PlainDispatchMode):
         if 0 in into.size:
             return
         for home in homes if seen else ():
-            boxes = [home.box_of(part) if target.itemsize == home.itemsize else None for _, part in seen]
+            boxes = [home.box_of(part) if target.itemsize == home.itemsize else None for *_, part in seen]
             if None not in boxes:
-                copies = zip(boxes, seen, strict=True)
-                self.trace.copies += [Copy(home.name, box, sources, view, part) for box, (view, part) in copies if box]
+                self.trace.copies += [
+                    Copy(home.name, box, frozenset((name,)), view, part)
+                    for box, (name, view, part) in zip(boxes, seen, strict=True)
+                    if box
+                ]
                 return
         for home in homes:
             box = home.box_of(into) if target.itemsize == home.itemsize else None

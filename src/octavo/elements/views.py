@@ -202,31 +202,65 @@ class View(NamedTuple):
         return View(self.offset + sum(map(operator.mul, start, self.strides)), size, self.strides)
 
 
-#: views of a source, and where they are put; none where that is not known
-Seen = list[tuple[View, View]]
+def joined(made: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> list[tuple[Tensor, View]]:
+    """Tensors, and where one after another is in what was made of them: as wide as they are, or one place each."""
+    found, at = [], 0
+    for tensor in tensors:
+        if not tensor.numel():
+            continue
+        stacked = tensor.ndim < made.ndim
+        part = made.select(dim, at) if stacked else made.narrow(dim, at, tensor.shape[dim])
+        found.append((tensor, View.of(part)))
+        at += 1 if stacked else tensor.shape[dim]
+    return found
+
+
+#: names of sources, views of them, and where these are put; none where that is not known
+Seen = list[tuple[str, View, View]]
 #: the most boxes that something rearranged may be
 _PIECES = 16
 
 
 class Image(NamedTuple):
-    """What a loader has made to have elements of a source in another order: axis by axis, a view of its memory and one
-    of the source's."""
+    """What a loader has made to have elements of sources in another order, or together: a tensor, and its pieces."""
 
-    made: View
-    source: View
+    layout: Layout
+    pieces: tuple[Piece, ...]
+
+    @classmethod
+    def of(cls, made: View, seen: Seen) -> Image | None:
+        """The image of ``seen``, all that was put into ``made``; None where that is too much or can't be told."""
+        layout = layout_of(made.size, made.strides)
+        pieces: list[Piece] = []
+        try:
+            for name, view, (offset, size, strides) in seen:
+                at = offset - made.offset
+                pieces += layout.pieces(at, size, strides, view.strides, view.offset, name, at_most=_PIECES)
+        except NoBoxError:
+            return None
+        return cls(layout, tuple(pieces)) if pieces else None
 
     def trace(self, shown: View, into: View) -> Seen:
-        """Views of the source that ``shown``, a view of the made, is together, and where ``into`` puts these."""
+        """Views of sources that ``shown``, a view of the made from its beginning, is together, and where ``into`` puts
+        these."""
         offset, size, strides = shown
-        layout = layout_of(self.made.size, self.made.strides)
         try:
-            found = layout.pieces(offset - self.made.offset, size, strides, into.strides, into.offset, at_most=_PIECES)
+            found = self.layout.pieces(offset, size, strides, into.strides, into.offset, at_most=_PIECES)
         except NoBoxError:
             return []
         return [
-            (self.source.narrowed(piece.dst_off, piece.size), View(piece.src_off, piece.size, piece.src_strides))
-            for piece in found
+            (piece.src_name, _source(piece, box), _source(part, box))
+            for part in found
+            for piece in self.pieces
+            if (box := piece.box.common(part.box))
         ]
+
+
+def _source(piece: Piece, box: Box) -> View:
+    """Where a box within a piece comes from."""
+    return View(piece.src_off, piece.size, piece.src_strides).narrowed(
+        tuple(map(operator.sub, box.off, piece.dst_off)), box.size
+    )
 
 
 #: rows of a layout: more than any storage has

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import pytest
@@ -189,6 +190,70 @@ def test_what_a_loader_puts_in_another_order_is_followed_axis_by_axis():
     assert permuted.box == ((0, 0), (12, 6))
     assert permuted.view == View(0, (6, 2, 6), (6, 36, 1))
     assert permuted.into == View(0, (6, 2, 6), (12, 6, 1))
+
+
+class Joining(Fused):
+    """Puts what it is given together, by `join`, before it writes that into all of a parameter."""
+
+    def __init__(self, join) -> None:
+        super().__init__()
+        self.join = join
+
+    def load_weights(self, weights):
+        self.qkv.data.copy_(self.join([weight for _, weight in weights]))
+
+
+@pytest.mark.parametrize(
+    ("join", "shapes", "found"),
+    [
+        (torch.cat, [(4, 6), (8, 6)], [("a", (0, 0), (4, 6), 0), ("b", (4, 0), (8, 6), 0)]),
+        (
+            lambda given: torch.cat(given, dim=-1),
+            [(12, 2), (12, 4)],
+            [("a", (0, 0), (12, 2), 0), ("b", (0, 2), (12, 4), 0)],
+        ),
+        (
+            lambda given: torch.stack(given).view(12, 6),
+            [(6, 6), (6, 6)],
+            [("a", (0, 0), (6, 6), 0), ("b", (6, 0), (6, 6), 0)],
+        ),
+        # a rank's rows, of which some are of one and some of the other; also as tensors of their own
+        (lambda given: torch.cat(given)[2:14], [(8, 6), (8, 6)], [("a", (0, 0), (6, 6), 12), ("b", (6, 0), (6, 6), 0)]),
+        (
+            lambda given: torch.cat(given)[2:14].to("cpu", copy=True),
+            [(8, 6), (8, 6)],
+            [("a", (0, 0), (6, 6), 12), ("b", (6, 0), (6, 6), 0)],
+        ),
+        (
+            lambda given: torch.cat([torch.cat(given[:2]), given[2]]),
+            [(4, 6), (4, 6), (4, 6)],
+            [("a", (0, 0), (4, 6), 0), ("b", (4, 0), (4, 6), 0), ("c", (8, 0), (4, 6), 0)],
+        ),
+        (
+            lambda given: torch.cat([given[0][4:], given[0][:4], torch.empty(0, dtype=torch.bfloat16)]),
+            [(12, 6)],
+            [("a", (0, 0), (8, 6), 24), ("a", (8, 0), (4, 6), 0)],
+        ),
+    ],
+)
+def test_what_a_loader_puts_together_is_followed_part_by_part(join, shapes, found):
+    seen = traced(Joining(join), *zip("abc", shapes, strict=False))
+    assert [(copy.src_name, *copy.box, copy.view and copy.view.offset) for copy in seen.copies] == found
+    assert all(math.prod(copy.view.size) == copy.box.numel for copy in seen.copies)
+
+
+@pytest.mark.parametrize(
+    "join",
+    [
+        lambda given: torch.cat([given[0], -given[1]]),
+        lambda given: torch.cat([given[0], torch.zeros(6, 6, dtype=torch.bfloat16, device="meta")]),
+        lambda given: torch.cat([given[0], given[1].float()]),
+        lambda given: torch.cat(given).mul_(2),
+    ],
+)
+def test_what_is_put_together_with_something_computed_is_not_followed(join):
+    (copy,) = traced(Joining(join), ("a", (6, 6)), ("b", (6, 6))).copies
+    assert (copy.src_name, copy.box, copy.view) == ("a", ((0, 0), (12, 6)), None)
 
 
 @pytest.mark.parametrize(
