@@ -29,6 +29,10 @@ def changed(tensor, steps):
             tensor = tensor.flatten(axis, axis + 1)
         elif step == "every other":
             tensor = tensor[(slice(None),) * axis + (slice(where % 2 if size > 1 else 0, None, 2),)]
+        elif step == "roll" and tensor.ndim:
+            tensor = torch.cat([tensor.narrow(axis, 1, size - 1), tensor.narrow(axis, 0, 1)], axis)
+        elif step == "stack" and tensor.numel() < 100:
+            tensor = torch.stack([tensor, tensor], axis)
     return tensor
 
 
@@ -50,7 +54,9 @@ class Changing(nn.Module):
     shape=st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3),
     steps=st.lists(
         st.tuples(
-            st.sampled_from(["narrow", "swap", "contiguous", "clone", "split", "merge", "every other"]),
+            st.sampled_from(
+                ["narrow", "swap", "contiguous", "clone", "split", "merge", "every other", "roll", "stack"]
+            ),
             st.integers(0, 11),
         ),
         max_size=7,
