@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import CoverageError
 from .boxes import Box
+from .inline import pools_inline
 from .operations import PlainDispatchMode, is_view, storage_key, tensors_in
 from .pieces import contiguous_strides
 from .views import Image, Layout, NoBoxError, Seen, View, joined, layout_of
@@ -116,7 +117,7 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
 
     # a subclass that dispatches by itself must see the views of its tensors
     plain = all(storage_key(tensor) is not None for tensor in before.values())
-    with torch.no_grad(), _views_unseen() if plain else contextlib.nullcontext(), recorder:
+    with torch.no_grad(), _views_unseen() if plain else contextlib.nullcontext(), pools_inline(), recorder:
         try:
             load(weights())
         except Exception as error:  # whatever a model's loader raises means that it does not take the tensor

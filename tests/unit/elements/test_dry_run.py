@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import pytest
@@ -165,6 +166,18 @@ def test_a_loader_that_looks_at_what_the_model_brings_does_not_compute():
     assert not seen.computed
 
 
+def test_what_a_loader_leaves_to_threads_is_followed():
+    class Threaded(Fused):
+        def load_weights(self, weights):
+            with ThreadPoolExecutor() as pool:
+                for done in [pool.submit(super(Threaded, self).load_weights, [pair]) for pair in weights]:
+                    done.result()
+
+    seen = traced(Threaded(), ("q", (4, 6)), ("k", (4, 6)))
+    assert [(copy.src_name, copy.view) for copy in seen.copies] == [(name, View(0, (4, 6), (6, 1))) for name in "qk"]
+    assert traced(Threaded(), ("q", (4, 6)), ("what", (4, 6))).failed[0] == "what"
+
+
 def test_the_model_is_as_it_was():
     model = Fused()
     before = {name: tensor.clone() for name, tensor in model.named_parameters()}
@@ -230,7 +243,7 @@ class Joining(Fused):
             [("a", (0, 0), (4, 6), 0), ("b", (4, 0), (4, 6), 0), ("c", (8, 0), (4, 6), 0)],
         ),
         (
-            lambda given: torch.cat([given[0][4:], given[0][:4], torch.empty(0, dtype=torch.bfloat16)]),
+            lambda given: torch.cat([given[0][4:], given[0][:4], given[0].new_empty(0)]),
             [(12, 6)],
             [("a", (0, 0), (8, 6), 24), ("a", (8, 0), (4, 6), 0)],
         ),
