@@ -24,22 +24,22 @@ class _Cut(NamedTuple):
 
 
 def unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme) -> str | None:
-    """Say why scales don't lie beside their weights in the model; None if they do."""
+    """Say what the loader does so that scales don't lie beside their weights in the model; None if they do."""
     groups = (scheme.group_rows, scheme.group_cols)
     expected, actual = set(), set()
     for copy in weights:
         cut = _cut(copy, shape, groups)
         if cut is None:
-            return "vLLM's loader rearranges it in a way that scales can't follow"
+            return "rearranges it in a way that scales can't follow"
         expected.add(cut._replace(target=copy.target + "_scale"))
     for copy in scales:
         cut = _cut(copy, scheme.scale_shape(shape) or (1, 1), (1, 1))
         if cut is None:
-            return "vLLM's loader rearranges its scale"
+            return "rearranges its scale"
         actual.add(cut)
     if expected == actual or _row_by_row(expected) == _row_by_row(actual):
         return None
-    return "vLLM's loader does not cut its scale as it cuts the weight"
+    return "does not cut its scale as it cuts the weight"
 
 
 def paired(

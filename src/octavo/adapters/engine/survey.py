@@ -1,7 +1,7 @@
 """A survey of an engine's model: what becomes FP8, what stays and why. Dry runs decide it, before a byte is read.
 
 The recipe says what should become FP8, the model has layers that hold FP8, and its loader says which tensors go there
-and whether it takes their scales. Where the three agree, a tensor is quantized. Where vLLM keeps a layer unquantized,
+and whether it takes their scales. Where the three agree, a tensor is quantized. Where an engine keeps a layer as it is,
 so does octavo. Where the recipe keeps a tensor that goes into a layer of FP8, or where the loader can't take a weight
 with its scale, the layer has to stay unquantized: `Survey.keep` names it, for the model to be made anew.
 
@@ -34,7 +34,6 @@ from .placing import Places, split
 
 #: layer -> tensors, scales included, that fill it in this process -> its parameters that they go to
 Fillers = Mapping[str, Mapping[str, frozenset[str]]]
-_KEPT_BY_VLLM = "vLLM keeps this layer unquantized"
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class Surveyor:
         exempt: parameters that no checkpoint needs to hold.
         replaced: after the loader has run, parameters that will give way to those of another model.
         kept: modules that an earlier survey wanted kept -> why.
+        engine: what it is called.
     """
 
     model: nn.Module
@@ -70,13 +70,14 @@ class Surveyor:
     exempt: Collection[str] = ()
     replaced: Callable[[], Collection[str]] = tuple
     kept: Mapping[str, str] = field(default_factory=dict)
+    engine: str = "the engine"
 
     def run(self) -> Survey:
-        """Nearly always, what the recipe wants is what vLLM does, and one dry run shows it; else it takes more.
+        """Nearly always, what the recipe wants is what the engine does, and one dry run shows it; else it takes more.
 
         Raises:
             CoverageError: naming all that is missing, written twice or only in part, or that the loader refuses.
-            RecipeError: only some of the tensors that vLLM fuses are to be quantized.
+            RecipeError: only some of the tensors that the engine fuses are to be quantized.
         """
         wanted = frozenset(placement.name for placement in self.plan.quantized)
         seen = self._trace(wanted)
@@ -147,7 +148,7 @@ class Surveyor:
 
     @functools.cached_property
     def _no_floats(self) -> frozenset[str]:
-        """Tensors that vLLM would take for weights, number by number: integers, and FP8 without a scale."""
+        """Tensors that an engine would take for weights, number by number: integers, and FP8 without a scale."""
         return frozenset(n for n, dtype in self._dtype_names.items() if dtypes.TORCH[dtype] not in dtypes.QUANTIZABLE)
 
     # -- dry runs -----------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ class Surveyor:
             ]
             if not beside:
                 raise CoverageError(self._refusal(failed))
-            why = f"in FP8, vLLM's layer has no place for {failed[0].rpartition('.')[2]}"
+            why = f"in FP8, {self.engine}'s layer has no place for {failed[0].rpartition('.')[2]}"
             keep.update(dict.fromkeys(beside, why))
         return seen, keep, lacking.keys()
 
@@ -201,13 +202,17 @@ class Surveyor:
             alike = [name for name in wanted - refused.keys() if pattern_of(name) == culprit]
             if not alike:
                 raise CoverageError(self._refusal(seen.failed))
-            refused.update(
-                dict.fromkeys(alike, f"vLLM's loader does not take it with a scale ({text_of(seen.failed)})")
-            )
+            why = f"{self.engine}'s loader does not take it with a scale ({text_of(seen.failed)})"
+            refused.update(dict.fromkeys(alike, why))
+
+    @property
+    def _kept_by_engine(self) -> str:
+        return f"{self.engine} keeps this layer unquantized"
 
     def _refusal(self, failed: tuple[str, Exception]) -> str:
         what = f"does not take the tensor {failed[0]!r}" if failed[0] else "fails to load"
-        return f"{self.plan.source}: {type(self.model).__name__} in vLLM {what} ({text_of(failed)}). Nothing was read."
+        where = f"{self.plan.source}: {type(self.model).__name__} in {self.engine}"
+        return f"{where} {what} ({text_of(failed)}). Nothing was read."
 
     # -- whether weights and scales fit -------------------------------------------------------------------------------
 
@@ -224,15 +229,13 @@ class Surveyor:
         for name in wanted:
             weights, scales = found.get(name, []), found.get(self.layout.scale_name(name), [])
             if not weights and not scales:
-                continue  # the loader passes over it: another rank's experts, layers that vLLM leaves out
+                continue  # the loader passes over it: another rank's experts, layers that the engine leaves out
             if not weights or any(copy.target not in holders for copy in weights):
-                problems[name] = _KEPT_BY_VLLM
+                problems[name] = self._kept_by_engine
             elif not scales:
-                problems[name] = "vLLM's loader passes over its scale"
-            else:
-                why = unequal(weights, scales, shapes[name], self._scheme)
-                if why:
-                    problems[name] = why
+                problems[name] = f"{self.engine}'s loader passes over its scale"
+            elif why := unequal(weights, scales, shapes[name], self._scheme):
+                problems[name] = f"{self.engine}'s loader {why}"
         return problems
 
     def _compare(self, plain: Trace, wanted: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -249,8 +252,8 @@ class Surveyor:
             if placement.name not in wanted:
                 keep.update(dict.fromkeys(inside, placement.reason))
             elif len(inside) < len(copies):
-                why = next((self.kept[m] for c in copies if (m := layer_of(c.target)) in self.kept), _KEPT_BY_VLLM)
-                stay[placement.name] = why
+                said = next((self.kept[m] for c in copies if (m := layer_of(c.target)) in self.kept), None)
+                stay[placement.name] = why = said or self._kept_by_engine
                 keep.update(dict.fromkeys(inside, why))
         ignored = {p.name: p.reason for p in self.plan.kept if p.reason.startswith("ignored by")}
         problems = []
@@ -259,8 +262,8 @@ class Surveyor:
             others = sorted(homes[module] & set(wanted))
             if named and others:
                 problems.append(
-                    f"{named[0]} is {ignored[named[0]]}, but vLLM fuses it into {module} with {others[0]}, which is to "
-                    "become FP8; ignore all of them, or none"
+                    f"{named[0]} is {ignored[named[0]]}, but {self.engine} fuses it into {module} with {others[0]}, "
+                    "which is to become FP8; ignore all of them, or none"
                 )
         raise_problems(RecipeError, "recipe", problems)
         return keep, stay

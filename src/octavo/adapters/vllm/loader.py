@@ -248,6 +248,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             exempt=versions.exempt(model),
             replaced=functools.partial(drafts.replaced, self.vllm_config, model, model_config),
             kept={**kept, **unfit},
+            engine="vLLM",
         )
         with versions.unheard():
             before, self.plan = self.plan, settle(self.experts, self.plan, self._plan, ask)

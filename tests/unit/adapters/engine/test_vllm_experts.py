@@ -26,7 +26,7 @@ def settled(model, scheme="fp8_channel"):
         return plan_checkpoint(checkpoint, Recipe(scheme), cuts=[cut for experts in series for cut in experts.cuts()])
 
     def ask(plan):
-        return Surveyor(model, model.load_weights, plan, LAYOUT)
+        return Surveyor(model, model.load_weights, plan, LAYOUT, engine="vLLM")
 
     return settle(series, plan(), plan, ask), ask
 

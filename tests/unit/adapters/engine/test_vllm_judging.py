@@ -54,7 +54,7 @@ def test_what_a_loader_calls_by_another_name_is_found() -> None:
 
 @pytest.mark.parametrize(
     ("down", "why"),
-    [("no scales", "it passes over the scale"), ("shifted", "vLLM's loader does not cut its scale")],
+    [("no scales", "it passes over the scale"), ("shifted", "it does not cut its scale")],
 )
 def test_a_loader_that_has_no_use_for_a_scale_misreads_the_weight(down: str, why: str) -> None:
     misread = judge(Toy(down=down)).misread

@@ -22,7 +22,7 @@ SHAPES = {"gate_proj.weight": (256, 256), "up_proj.weight": (256, 256), "down_pr
 
 def survey(model, scheme="fp8_channel", shapes=SHAPES, dtype="BF16", ignore=(), **options):
     plan = plan_checkpoint(headers(shapes, dtype), Recipe(scheme, ignore=ignore))
-    return Surveyor(model, model.load_weights, plan, LAYOUT, **options).run()
+    return Surveyor(model, model.load_weights, plan, LAYOUT, engine="vLLM", **options).run()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
