@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from ...errors import RecipeError
@@ -18,8 +18,8 @@ from ...planning.recipe import Recipe
 from .names import SCHEMES, scheme_of_quantization
 
 _REFUSED = {
-    "fp8_tensor": "vLLM quantizes the parts of a fused layer a second time, to their largest scale",
-    "mxfp8": "few of vLLM's kernels take it",
+    "fp8_tensor": "it quantizes the parts of a fused layer a second time, to their largest scale",
+    "mxfp8": "few of its kernels take it",
 }
 
 
@@ -40,18 +40,22 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "strict": (lambda value: type(value) is bool, "true or false"),
 }
 
+Mine = TypeVar("Mine", bound="Options")
+
 
 @dataclass(frozen=True)
 class Options:
-    """``--model-loader-extra-config``, checked.
+    """``--model-loader-extra-config``, checked; each engine has its own class.
 
     Args:
         scheme: ``fp8_channel`` (default) or ``fp8_block``.
         ignore: patterns of checkpoint tensors that stay as they are; see `octavo.Recipe`.
         staging_bytes: bound on memory beyond the model, on the host and on the device.
         threads: that read; default: one a core, at most 16.
-        strict: refuse to start where vLLM's loader can't take a tensor in FP8, which otherwise stays as it is.
+        strict: refuse to start where the engine's loader can't take a tensor in FP8, which otherwise stays as it is.
     """
+
+    engine: ClassVar[str]  # what it is called
 
     scheme: str = DEFAULT_SCHEME
     ignore: tuple[str, ...] = ()
@@ -69,11 +73,11 @@ class Options:
         return [field.name for field in fields(cls)]
 
     @classmethod
-    def parse(cls, extra: Any, quantization: str | None = None) -> Options:
+    def parse(cls: type[Mine], extra: Any, quantization: str | None = None) -> Mine:
         """Parse ``--model-loader-extra-config`` and ``--quantization`` together.
 
         Raises:
-            RecipeError: an unknown key, a value of the wrong kind, two schemes, or one that vLLM can't run.
+            RecipeError: an unknown key, a value of the wrong kind, two schemes, or one that the engine can't run.
         """
         given = dict(extra) if isinstance(extra, Mapping) else {} if extra is None else None
         if given is None:
@@ -91,17 +95,18 @@ class Options:
                 f"--quantization {quantization} and the scheme {given['scheme']!r} of --model-loader-extra-config "
                 "contradict each other; give one of them"
             )
-        check_scheme(given.get("scheme", DEFAULT_SCHEME))
+        cls._check_scheme(given.get("scheme", DEFAULT_SCHEME))
         options = cls(**{**given, "ignore": tuple(given.get("ignore", ()))})
         _ = options.recipe  # finds malformed patterns
         return options
 
-
-def check_scheme(scheme: Any) -> None:
-    """Raise a `RecipeError` that names an alternative unless vLLM can run the scheme."""
-    if scheme in SCHEMES:
-        return
-    if scheme in _REFUSED:
-        raise RecipeError(f"the scheme {scheme} is not offered in vLLM: {_REFUSED[scheme]}. Use {' or '.join(SCHEMES)}")
-    schemes.get(scheme)
-    raise AssertionError(f"{scheme} is neither offered nor refused")
+    @classmethod
+    def _check_scheme(cls, scheme: Any) -> None:
+        """Raise a `RecipeError` that names an alternative unless the engine can run the scheme."""
+        if scheme in SCHEMES:
+            return
+        if scheme in _REFUSED:
+            instead = f"Use {' or '.join(SCHEMES)}"
+            raise RecipeError(f"the scheme {scheme} is not offered in {cls.engine}: {_REFUSED[scheme]}. {instead}")
+        schemes.get(scheme)
+        raise AssertionError(f"{scheme} is neither offered nor refused")

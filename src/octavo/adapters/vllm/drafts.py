@@ -21,9 +21,9 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...errors import Lines, OctavoError
 from ...planning.recipe import matching
 from ..engine.names import scheme_of_quantization
-from ..engine.options import Options
 from . import versions
 from .config import OctavoConfig
+from .options import Options
 
 
 def has_draft(vllm_config: VllmConfig) -> bool:

@@ -24,10 +24,10 @@ from ...errors import OctavoError
 from ...streaming.meter import collection_paused
 from ..engine.forecast import Forecast, Rank
 from ..engine.names import LOAD_FORMAT
-from ..engine.options import Options
 from ..engine.survey import Survey, error_text
 from . import register, versions
 from .loader import OctavoLoader
+from .options import Options
 from .processing import made_after_loading
 
 #: of a checkpoint whose model has to be made in memory

@@ -44,7 +44,6 @@ from ...text import human_bytes, printable
 from ..engine.experts import settle
 from ..engine.log import figures, outcome, warning
 from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
-from ..engine.options import Options
 from ..engine.placing import Places
 from ..engine.survey import Survey, Surveyor
 from ..engine.updating import CheckpointWeights
@@ -53,6 +52,7 @@ from . import drafts, versions
 from . import reloading as reload
 from .config import OctavoConfig
 from .layers import LayerPatterns
+from .options import Options
 from .telling import telling
 
 Progress = Callable[[int, int], None] | None

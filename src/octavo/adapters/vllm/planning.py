@@ -18,7 +18,7 @@ from ... import errors
 from ...checkpoint.checkpoint import Checkpoint
 from ...errors import Lines, MissingExtraError, OctavoError, RecipeError
 from ..engine.forecast import Forecast
-from ..engine.options import Options
+from .options import Options
 from .reader import ENVIRONMENT, PACKAGE
 
 _LIMIT_S = 900.0

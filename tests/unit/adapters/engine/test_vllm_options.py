@@ -9,7 +9,7 @@ import pytest
 
 from octavo import Recipe
 from octavo.adapters.engine.names import scheme_of_quantization
-from octavo.adapters.engine.options import Options
+from octavo.adapters.vllm.options import Options
 from octavo.errors import RecipeError
 
 
