@@ -10,7 +10,7 @@ that `octavo.convert` writes, whatever the degree of parallelism.
     fitting    layers that can't be made in FP8
     loader     ``--load-format octavo``
     drafts     models beside the target
-    layers     patterns of ``ignore`` by vLLM's names of layers
+    options    what its users may say
     telling    errors, in the log
     reloading  what happens when weights are loaded again; `arrivals`: what has come for each layer
     naming     updates by other names than the checkpoint's; `derived`: views of weights

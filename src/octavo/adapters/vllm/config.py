@@ -22,10 +22,10 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from ...conversion.formats import whole_config
 from ...errors import RecipeError
 from ...planning.kinds import default_keep
+from ..engine.layers import LayerPatterns
 from ..engine.names import LOAD_FORMAT, PREFIX
 from . import plugin
 from .fitting import can_be_plain, fitted, is_linear
-from .layers import LayerPatterns
 
 # below vLLM's own loggers, so that its settings hold for ours
 log = init_logger("vllm.octavo")
@@ -44,7 +44,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         super().__init__(target_scheme_map={}, ignore=[], quant_format="float-quantized")
         plugin.take_over()
         self.kept: dict[str, str] = {}  # layers that stay unquantized, whatever the config says -> why
-        self.layers = LayerPatterns()  # of layers that stay
+        self.layers = LayerPatterns("vLLM")  # of layers that stay
         self.names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # layers, as vLLM calls them
         self.refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # those that don't fit FP8 -> why
 

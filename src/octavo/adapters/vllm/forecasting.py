@@ -18,8 +18,6 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
-from ...choices import DEFAULT_FORMAT
-from ...conversion import formats
 from ...errors import OctavoError
 from ...streaming.meter import collection_paused
 from ..engine.forecast import Forecast, Rank
@@ -62,7 +60,7 @@ class Forecaster(OctavoLoader):
         """No weight is read."""
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
-        raise _SeenError(model, self.survey(model, model_config, formats.get(DEFAULT_FORMAT)))
+        raise _SeenError(model, self.survey(model, model_config))
 
 
 def main() -> None:

@@ -181,13 +181,6 @@ def unheard() -> Iterator[None]:
             handler.removeFilter(is_heard)
 
 
-def release_pinned_memory() -> None:
-    """Give back to the system what the ring's slots were: torch keeps pinned memory, and a server loads once."""
-    release = getattr(torch.accelerator, "empty_host_cache", None)  # since torch 2.10
-    if release is not None and torch.accelerator.is_available():
-        release()
-
-
 def inspect_in_this_process() -> list[Exception]:
     """Have vLLM look at classes of models where it is; its way is to import them in another process, for seconds.
 

@@ -1,11 +1,13 @@
-"""Patterns of ``ignore`` that are about vLLM's layers, by names that vLLM has: ``*.qkv_proj``, ``*.mlp.experts``.
+"""Patterns of ``ignore`` that are about an engine's layers, by names that it has: ``*.qkv_proj``, ``*.mlp.experts``.
 
 They are those that match no tensor of the checkpoint. A layer stays as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import nn
 
 from ...errors import RecipeError, raise_problems
 from ...planning.recipe import matching, nearest
@@ -14,7 +16,8 @@ from ...planning.recipe import matching, nearest
 class LayerPatterns:
     """Patterns that are yet to match, while a model is made."""
 
-    def __init__(self, patterns: Iterable[str] = ()) -> None:
+    def __init__(self, engine: str, patterns: Iterable[str] = ()) -> None:
+        self._engine = engine
         self.patterns = tuple(patterns)
         self._matched: set[str] = set()
 
@@ -24,16 +27,19 @@ class LayerPatterns:
         self._matched.update(found)
         return found[0] if found else None
 
-    def check(
-        self, layers: Collection[str], parameters: Collection[str], tensors: Collection[str], source: str
-    ) -> None:
+    def check(self, model: nn.Module, paths: Mapping[str, str], tensors: Collection[str], source: str) -> None:
         """Refuse patterns that have matched no layer.
 
         Args:
-            layers: all that were made.
-            parameters: theirs, below the same names.
+            paths: the place of each layer in the model -> its name.
             tensors: of the checkpoint at ``source``.
         """
+        layers = [*paths.values()]
+        parameters = [
+            f"{layer}.{name}"
+            for path, layer in paths.items()
+            for name, _ in model.get_submodule(path).named_parameters(recurse=False)
+        ]
         problems = []
         for pattern in self.patterns:
             if pattern in self._matched:
@@ -48,5 +54,5 @@ class LayerPatterns:
                 if (name := nearest(pattern, names))
             ]
             said = f"; {', '.join(near)}" if near else ""
-            problems.append(f"{pattern!r} matches no tensor of {source} and no layer of vLLM's{said}")
+            problems.append(f"{pattern!r} matches no tensor of {source} and no layer of {self._engine}'s{said}")
         raise_problems(RecipeError, "ignore", problems)
