@@ -25,7 +25,7 @@ from ...planning.kinds import default_keep
 from ..engine.layers import LayerPatterns
 from ..engine.names import LOAD_FORMAT, PREFIX
 from . import plugin
-from .fitting import can_be_plain, fitted, is_linear
+from .fitting import FITTING, can_be_plain, is_linear
 
 # below vLLM's own loggers, so that its settings hold for ours
 log = init_logger("vllm.octavo")
@@ -141,7 +141,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         ways = [functools.partial(self._method, layer, prefix)]
         if self.has_blocked_weights() and is_linear(layer):
             ways.append(functools.partial(self._weights_only, layer, prefix))
-        return fitted(ways, layer, self.refused)
+        return FITTING.fitted(ways, layer, self.refused)
 
     def _weights_only(self, layer: nn.Module, prefix: str) -> Any:
         """The method for FP8 weights and activations as they are, of which no groups have to be made."""

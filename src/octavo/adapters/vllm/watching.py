@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from ...numerics.schemes import FP8
-from .fitting import fitted, is_linear
+from .fitting import FITTING, is_linear
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Watch:
 
     def get_quant_method(self, original: Callable[..., Any], config: Any, layer: nn.Module, prefix: str) -> Any:
         self.asked.clear()
-        method = fitted([functools.partial(original, config, layer, prefix)], layer, self.refused)
+        method = FITTING.fitted([functools.partial(original, config, layer, prefix)], layer, self.refused)
         self.names[layer] = _parts(config, prefix, self.asked)
         return method
 
