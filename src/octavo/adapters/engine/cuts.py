@@ -23,15 +23,21 @@ class _Cut(NamedTuple):
     cols: tuple[int, int, int]
 
 
-def unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme) -> str | None:
-    """Say what the loader does so that scales don't lie beside their weights in the model; None if they do."""
+def unequal(
+    weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme, suffix: str
+) -> str | None:
+    """Say what the loader does so that scales don't lie beside their weights in the model; None if they do.
+
+    Args:
+        suffix: of the parameter with the scales, after that of the weight.
+    """
     groups = (scheme.group_rows, scheme.group_cols)
     expected, actual = set(), set()
     for copy in weights:
         cut = _cut(copy, shape, groups)
         if cut is None:
             return "rearranges it in a way that scales can't follow"
-        expected.add(cut._replace(target=copy.target + "_scale"))
+        expected.add(cut._replace(target=copy.target + suffix))
     for copy in scales:
         cut = _cut(copy, scheme.scale_shape(shape) or (1, 1), (1, 1))
         if cut is None:
@@ -43,7 +49,7 @@ def unequal(weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, .
 
 
 def paired(
-    weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme
+    weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme, suffix: str
 ) -> list[tuple[Copy, Copy]] | None:
     """Each copy of a weight with that of its scales; None where a weight's are copied in several goes."""
     groups = (scheme.group_rows, scheme.group_cols)
@@ -51,7 +57,7 @@ def paired(
     found = []
     for weight in weights:
         cut = _cut(weight, shape, groups)
-        scale = None if cut is None else beside.get(cut._replace(target=f"{weight.target}_scale"))
+        scale = None if cut is None else beside.get(cut._replace(target=weight.target + suffix))
         if scale is None:
             return None
         found.append((weight, scale))

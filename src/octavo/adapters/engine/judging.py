@@ -223,7 +223,7 @@ class Case:
             # one number, which goes to a cell of its own where several matrices are fused
             alike = {f"{copy.target}_scale" for copy in weights} == {copy.target for copy in beside}
             return None if alike else "its scale does not arrive beside it"
-        why = unequal(weights, beside, info.shape, scheme)
+        why = unequal(weights, beside, info.shape, scheme, _SCALES[0])
         return why and f"it {why}"
 
     def _unquantized(self, weights: list[Copy]) -> str | None:

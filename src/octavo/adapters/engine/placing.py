@@ -44,13 +44,18 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     """Which of the plan's tensors need no loader, by a dry run ``seen`` in which all went well."""
     found, memory = seen.by_source(), dict(model.named_parameters()) | dict(model.named_buffers())
     rest: list[Placement] = []
+    suffix = layout.scale_suffix
     homes: dict[str, list[_Part]] = {}  # parameter -> what is streamed into it
     devices = {target: str(tensor.device) for target, tensor in memory.items()}
     for placement in plan.placements:
         weights, scales = found.get(placement.name, []), found.get(layout.scale_name(placement.name), [])
         parts = None
         if placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in (*weights, *scales)):
-            parts = _quantized(placement, weights, scales) if placement.scheme else _moved(placement, weights, memory)
+            parts = (
+                _quantized(placement, weights, scales, suffix)
+                if placement.scheme
+                else _moved(placement, weights, memory)
+            )
         if parts is None or any(devices[copy.target] != placement.device for copy in (*weights, *scales)):
             rest.append(placement)
             continue
@@ -59,7 +64,7 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     direct: list[Placement] = []
     storages: dict[str, Storage] = {}
     for target, parts in homes.items():  # in the order of their first bytes
-        joined = _joined(target, parts, memory)
+        joined = _joined(target, parts, memory, suffix)
         if joined is not None:
             direct.append(joined[0])
             storages[joined[0].name] = joined[1]
@@ -117,10 +122,10 @@ def _rows(view: View, length: int) -> tuple[View, Columns] | None:
     return whole, None if columns == (0, length) else columns
 
 
-def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy]) -> list[_Part] | None:
+def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy], suffix: str) -> list[_Part] | None:
     """Matrices, or rows and columns of them, each with its scales; None where there is more to do than to move."""
     scheme = schemes.get(str(placement.scheme))
-    pairs = paired(weights, scales, placement.shape, scheme)
+    pairs = paired(weights, scales, placement.shape, scheme, suffix)
     if pairs is None:
         return None
     n, k = placement.shape[-2:]
@@ -168,9 +173,11 @@ def _part(placement: Placement, number: int, piece: Piece, columns: Columns, dty
     )
 
 
-def _joined(target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor]) -> tuple[Placement, Storage] | None:
+def _joined(
+    target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor], suffix: str
+) -> tuple[Placement, Storage] | None:
     """All parts of a quantized parameter as one placement; None where they are not whole rows that tile it."""
-    whole, scales = memory[target].detach(), memory.get(f"{target}_scale")
+    whole, scales = memory[target].detach(), memory.get(target + suffix)
     first = parts[0][0]
     alike = {
         (part.scheme, part.source_dtype_names, part.shape[-1:], part.columns, scale is None) for part, _, scale in parts

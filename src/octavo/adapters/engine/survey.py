@@ -35,6 +35,9 @@ from .placing import Places, split
 #: layer -> tensors, scales included, that fill it in this process -> its parameters that they go to
 Fillers = Mapping[str, Mapping[str, frozenset[str]]]
 
+#: how a reason ends why a tensor can't be FP8 of which a loader takes the weight alone
+SCALE_PASSED_OVER = "passes over its scale"
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -233,8 +236,8 @@ class Surveyor:
             if not weights or any(copy.target not in holders for copy in weights):
                 problems[name] = self._kept_by_engine
             elif not scales:
-                problems[name] = f"{self.engine}'s loader passes over its scale"
-            elif why := unequal(weights, scales, shapes[name], self._scheme):
+                problems[name] = f"{self.engine}'s loader {SCALE_PASSED_OVER}"
+            elif why := unequal(weights, scales, shapes[name], self._scheme, self.layout.scale_suffix):
                 problems[name] = f"{self.engine}'s loader {why}"
         return problems
 
