@@ -24,7 +24,7 @@ LAYERS = (
     ("conversion",),
     ("session",),
     ("adapters.engine", "adapters.transformers"),
-    ("adapters.vllm",),
+    ("adapters.sglang", "adapters.vllm"),
     ("readers",),
     ("api", "api_models"),
     ("demo",),

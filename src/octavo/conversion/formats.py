@@ -123,13 +123,7 @@ class Format:
         kept = sorted({module_of(p.name) for p in plan.kept if p.name.endswith(".weight")})
         ignore = ["lm_head", *sorted({*kept, *unquantized} - {"lm_head"})]
         if self.name == "fp8":
-            return {
-                "quant_method": "fp8",
-                "activation_scheme": "dynamic",
-                "fmt": "e4m3",
-                "weight_block_size": [128, 128],
-                "modules_to_not_convert": ignore,
-            }
+            return {**_FP8_CONFIG, "modules_to_not_convert": ignore}
         groups = {
             f"group_{number}": {"targets": targets, **_arguments(scheme, () if ragged else placements)}
             for number, (scheme, targets, placements) in enumerate(_groups(plan, modules))
@@ -241,6 +235,12 @@ def _groups(plan: Plan, modules: Mapping[str, str]) -> list[tuple[str, list[str]
     return groups
 
 
+_FP8_CONFIG = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "weight_block_size": [128, 128],
+}
 _CT_FORMATS = {
     "fp8_channel": "float-quantized",
     "fp8_block": "float-quantized",
@@ -278,8 +278,10 @@ def _arguments(scheme: str, placements: Iterable[Placement]) -> dict[str, Any]:
 _FORMATS = {name: Format(name, terms.scale_suffix, terms.schemes) for name, terms in choices.FORMATS.items()}
 
 
-def whole_config(scheme: str) -> dict[str, Any]:
-    """The compressed-tensors config of a checkpoint of which no more is known: all is in one scheme but the head."""
+def whole_config(scheme: str, name: str = choices.DEFAULT_FORMAT) -> dict[str, Any]:
+    """The config of a checkpoint of which no more is known: all is in one scheme but the head."""
+    if name == "fp8":
+        return {**_FP8_CONFIG, "modules_to_not_convert": ["lm_head"]}
     return {
         "quant_method": "compressed-tensors",
         "format": _CT_FORMATS[scheme],

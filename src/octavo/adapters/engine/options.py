@@ -31,8 +31,9 @@ def _are_patterns(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
 
 
-#: key -> whether a value is of its kind, and what that is
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+#: whether a value is of its kind, and what that is
+Kind = tuple[Callable[[Any], bool], str]
+_KINDS: dict[str, Kind] = {
     "scheme": (lambda value: isinstance(value, str), "the name of a scheme"),
     "ignore": (_are_patterns, "a list of patterns"),
     "staging_bytes": (_is_count, "a number of bytes"),
@@ -73,6 +74,11 @@ class Options:
         return [field.name for field in fields(cls)]
 
     @classmethod
+    def kinds(cls) -> dict[str, Kind]:
+        """What the value of each key has to be."""
+        return _KINDS
+
+    @classmethod
     def parse(cls: type[Mine], extra: Any, quantization: str | None = None) -> Mine:
         """Parse ``--model-loader-extra-config`` and ``--quantization`` together.
 
@@ -86,7 +92,7 @@ class Options:
         if unknown:
             known = ", ".join(cls.names())
             raise RecipeError(f"--model-loader-extra-config: unknown key {unknown[0]!r}; known: {known}")
-        for name, (fits, what) in _KINDS.items():
+        for name, (fits, what) in cls.kinds().items():
             if name in given and not fits(given[name]):
                 raise RecipeError(f"--model-loader-extra-config: {name} must be {what}, not {given[name]!r}")
         named = scheme_of_quantization(quantization)

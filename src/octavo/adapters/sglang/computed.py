@@ -1,0 +1,56 @@
+"""What loaders of SGLang compute of weights once they have written them: ``post_load_weights``.
+
+DeepSeek's makes the matrices of its attention from a projection, for the layers of which it was given tensors. In a dry
+run there is nothing to compute of; and what octavo streams to its place was given to nobody. So calls are noted, and
+made when all weights are there, for all layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_METHOD = "post_load_weights"
+#: their argument for what has been loaded; without it, all layers count
+_GIVEN = "weight_names"
+
+
+class Computed:
+    """Calls that a model's loader made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = [module for module in model.modules() if hasattr(module, _METHOD)]
+        self._calls: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Meanwhile, note calls and compute nothing."""
+        for module in self._modules:
+            module.__dict__[_METHOD] = self._note(module)
+        try:
+            yield
+        finally:
+            for module in self._modules:
+                del module.__dict__[_METHOD]
+
+    def _note(self, module: nn.Module) -> Any:
+        def note(*args: Any, **kwargs: Any) -> None:
+            given = dict(zip(_parameters(module), args, strict=False)) | kwargs
+            given.pop(_GIVEN, None)
+            self._calls[id(module)] = (module, given)
+
+        return note
+
+    def compute(self) -> None:
+        """Make the calls, each once."""
+        for module, given in self._calls.values():
+            getattr(module, _METHOD)(**given)
+
+
+def _parameters(module: nn.Module) -> list[str]:
+    import inspect
+
+    return [*inspect.signature(getattr(type(module), _METHOD)).parameters][1:]

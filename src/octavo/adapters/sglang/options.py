@@ -1,0 +1,65 @@
+"""The options of SGLang's users. Needs no SGLang.
+
+sglang serve MODEL --load-format octavo
+sglang serve MODEL --load-format octavo --model-loader-extra-config '{"scheme": "fp8_block", "format": "fp8"}'
+sglang serve MODEL --quantization octavo_fp8_block
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from ...choices import DEFAULT_FORMAT
+from ...conversion import formats
+from ...errors import RecipeError
+from ..engine import options
+from ..engine.names import SCHEMES
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(options.Options):
+    """``--model-loader-extra-config`` of SGLang.
+
+    Args:
+        format: of the FP8 checkpoint that SGLang is told of: ``compressed-tensors`` (default), or ``fp8`` for kernels
+            that SGLang has for that alone.
+        draft: the scheme of a draft with a checkpoint of its own, which stays as it is otherwise.
+    """
+
+    engine = "SGLang"
+
+    format: str = DEFAULT_FORMAT
+    draft: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.draft is not None:
+            self._check_scheme(self.draft)
+        layout = formats.get(self.format)
+        for scheme in filter(None, (self.scheme, self.draft)):
+            if scheme not in layout.schemes:
+                raise RecipeError(
+                    f"--model-loader-extra-config: the format {self.format!r} has no {scheme}, only "
+                    f"{', '.join(layout.schemes)}; choose another scheme, or the format {DEFAULT_FORMAT!r}"
+                )
+
+    def for_draft(self) -> Options | None:
+        """The options for a draft with a checkpoint of its own, to which patterns don't apply; None if it stays."""
+        return None if self.draft is None else dataclasses.replace(self, scheme=self.draft, ignore=())
+
+    @classmethod
+    def kinds(cls) -> dict[str, options.Kind]:
+        text = (lambda value: isinstance(value, str), "a text")
+        scheme = (lambda value: value is None or isinstance(value, str), f"one of {', '.join(SCHEMES)}")
+        return {**super().kinds(), "format": text, "draft": scheme}
+
+    @classmethod
+    def of(cls, extra: Any, quantization: str | None = None) -> Options:
+        """As `parse`, of what SGLang holds: JSON as a text, or what it means."""
+        if isinstance(extra, str):
+            try:
+                extra = json.loads(extra or "{}")
+            except ValueError as error:
+                raise RecipeError(f"--model-loader-extra-config is no JSON: {error}") from None
+        return cls.parse(extra, quantization)

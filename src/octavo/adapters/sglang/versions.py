@@ -1,0 +1,160 @@
+"""Differences between versions of SGLang, and names that are public in none of them. Nothing else knows the version."""
+
+from __future__ import annotations
+
+import contextlib
+import pkgutil
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import sglang
+import torch
+from torch import nn
+
+OLDEST = (0, 5, 12)
+NEWEST = (0, 5, 23)  # that was tried
+
+
+def _version() -> tuple[int, int, int] | None:
+    """None if it can't be told, as of a build from source."""
+    found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(sglang.__version__))
+    return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
+
+
+def is_supported() -> bool:
+    """Return True if this SGLang is known to have what is used here. One without a version counts as new."""
+    return (_version() or NEWEST) >= OLDEST
+
+
+def too_old() -> str:
+    """A remark on a version that is not supported."""
+    return (
+        f"needs SGLang {'.'.join(map(str, OLDEST))} or later, and this is {sglang.__version__}: --load-format octavo "
+        "is unknown. Convert the checkpoint with `octavo convert`, and serve that."
+    )
+
+
+def untried() -> str | None:
+    """A remark on a version that was not tried."""
+    if (_version() or (0, 0, 0)) <= NEWEST and _version() is not None:
+        return None
+    tried = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
+    return (
+        f"octavo was tried with SGLang {tried}, and this is {sglang.__version__}. Should it fail, convert the "
+        "checkpoint with `octavo convert`, and serve that without octavo."
+    )
+
+
+def offer(load_format: str, quantizations: Iterable[str]) -> None:
+    """Have the command line take these."""
+    from sglang.srt import server_args
+
+    if load_format not in server_args.LOAD_FORMAT_CHOICES:
+        server_args.add_load_format_choices([load_format])
+        server_args.add_quantization_method_choices([*quantizations])
+
+
+def server_args_target() -> str:
+    """The method of ``ServerArgs`` before which arguments are as the user gave them."""
+    from sglang.srt.server_args import ServerArgs
+
+    # before 0.5.2x, an object resolves its arguments when it is made
+    method = "resolve_once" if hasattr(ServerArgs, "resolve_once") else "__post_init__"
+    return f"sglang.srt.server_args.ServerArgs.{method}"
+
+
+def hook(target: str, function: Callable[..., Any], kind: str) -> None:
+    """Have SGLang call ``function`` where it calls what ``target`` names."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if all(function is not known for _, known, _ in HookRegistry._hooks.get(target, ())):
+        HookRegistry.register(target, function, HookType[kind])
+
+
+def is_hooked(target: str, function: Callable[..., Any]) -> bool:
+    """Return True if SGLang has put a hook where it was to be; where it can't, it only logs that."""
+    try:
+        found = pkgutil.resolve_name(target)
+    except (AttributeError, ImportError):
+        return False
+    while found is not None:
+        held = (getattr(cell, "cell_contents", None) for cell in getattr(found, "__closure__", None) or ())
+        if any(value is function for value in held):
+            return True
+        found = getattr(found, "__wrapped__", None)
+    return False
+
+
+def files_of(loader: Any, model_config: Any) -> list[Path]:
+    """The .safetensors files of a model; fetched, if it is a hub id."""
+    _, files, _ = loader._prepare_weights(model_config.model_path, model_config.revision, fall_back_to_pt=False)
+    return sorted(map(Path, files))
+
+
+def quantization_config(model_config: Any, load_config: Any) -> Any:
+    """What SGLang makes of the ``quantization_config`` that it found beside the checkpoint."""
+    from sglang.srt.model_loader import loader
+
+    return loader._get_quantization_config(model_config, load_config)
+
+
+def make(model_config: Any, load_config: Any, quant_config: Any) -> nn.Module:
+    """A model without weights, on the device that is torch's default at the moment."""
+    from sglang.srt.model_loader import loader
+
+    model: nn.Module = loader._initialize_model(model_config, load_config, quant_config)
+    return model
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """While a model is made."""
+    from sglang.srt.model_loader.utils import set_default_torch_dtype
+
+    with set_default_torch_dtype(dtype):
+        yield
+
+
+def process(model: Any, device: torch.device) -> None:
+    """What SGLang does with a model that has its weights, for its kernels."""
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    separate = getattr(DefaultModelLoader, "postprocess_weights", None)
+    if separate is not None:  # 0.5.15 has it in one function with loading
+        separate(model, device)
+        return
+    with without(model, "load_weights"):
+        DefaultModelLoader.load_weights_and_postprocess(model, iter(()), device)
+
+
+@contextlib.contextmanager
+def without(module: Any, method: str) -> Iterator[None]:
+    """Meanwhile, calls of a method do nothing."""
+    before = module.__dict__.get(method)
+    module.__dict__[method] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del module.__dict__[method]
+        if before is not None:
+            module.__dict__[method] = before
+
+
+def exempt(model: nn.Module) -> set[str]:
+    """Parameters for which no checkpoint needs to have a tensor: scales of the KV cache."""
+    from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    found: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
+            found.update(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
+    return found
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Return True if this process has all layers of a model: with pipelines, others have some of them."""
+    from sglang.srt.distributed import get_pp_group
+
+    return int(get_pp_group().world_size) == 1

@@ -1,0 +1,48 @@
+"""What users say to the SGLang plugin; needs no SGLang."""
+
+from __future__ import annotations
+
+import pytest
+
+from octavo.adapters.sglang.options import Options
+from octavo.errors import RecipeError
+
+
+def test_nothing_said_means_channel_scales_in_compressed_tensors():
+    options = Options.of(None)
+    assert options == Options.of("") == Options.of("{}") == Options.of({})
+    assert (options.scheme, options.format, options.draft) == ("fp8_channel", "compressed-tensors", None)
+
+
+def test_what_is_said_may_be_a_text_or_what_it_means():
+    extra = {"scheme": "fp8_block", "format": "fp8", "ignore": ["*.o_proj"], "threads": 2}
+    options = Options.of('{"scheme": "fp8_block", "format": "fp8", "ignore": ["*.o_proj"], "threads": 2}')
+    assert options == Options.of(extra) == Options.of({**extra, "scheme": "fp8_block"}, "octavo_fp8_block")
+    assert (options.scheme, options.format, options.ignore) == ("fp8_block", "fp8", ("*.o_proj",))
+
+
+def test_a_draft_stays_unless_it_has_a_scheme_of_its_own():
+    assert Options.of({"ignore": ["*.o_proj"]}).for_draft() is None
+    draft = Options.of({"draft": "fp8_block", "ignore": ["*.o_proj"]}).for_draft()
+    assert draft is not None
+    assert (draft.scheme, draft.ignore) == ("fp8_block", ())
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ("{", "is no JSON"),
+        ("[1]", "must be a JSON object"),
+        ('{"shceme": "fp8_block"}', "unknown key 'shceme'"),
+        ('{"format": "gguf"}', "unknown format 'gguf'"),
+        ('{"format": 3}', "format must be a text"),
+        ('{"format": "fp8"}', "the format 'fp8' has no fp8_channel, only fp8_block"),
+        ('{"scheme": "mxfp8"}', "mxfp8 is not offered in SGLang: few of its kernels take it"),
+        ('{"draft": "mxfp8"}', "mxfp8 is not offered in SGLang"),
+        ('{"draft": "fp9"}', "unknown scheme 'fp9'"),
+        ('{"format": "fp8", "scheme": "fp8_block", "draft": "fp8_channel"}', "has no fp8_channel"),
+    ],
+)
+def test_what_cant_be_meant_is_refused(extra, problem):
+    with pytest.raises(RecipeError, match=problem):
+        Options.of(extra)
