@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import random
 import time
 from pathlib import Path
 from typing import Any
+
+from _engines import plugin_is_known, random_ids
+
+#: the group of entry points, and octavo's
+PLUGINS, PLUGIN = "vllm.general_plugins", "octavo = octavo.adapters.vllm:register"
 
 #: as the parent sets it, before anything of vLLM or torch is imported
 ENVIRONMENT = {
@@ -20,21 +23,6 @@ ENVIRONMENT = {
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # multicast, which not every host has
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
-
-
-def plugin_path(folder: Path) -> Path:
-    """A folder for PYTHONPATH from which vLLM knows octavo's plugin, where octavo runs from its sources uninstalled."""
-    made = folder / "plugin"
-    info = made / "octavo-0.dist-info"
-    info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: octavo\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[vllm.general_plugins]\noctavo = octavo.adapters.vllm:register\n")
-    return made
-
-
-def plugin_is_known() -> bool:
-    """Whether vLLM finds octavo's plugin by itself."""
-    return any(found.name == "octavo" for found in importlib.metadata.entry_points(group="vllm.general_plugins"))
 
 
 def engine_options(way: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -79,15 +67,13 @@ def engine_options(way: str, folder: Path, options: dict[str, Any]) -> dict[str,
 
 
 def prompts(count: int, length: int, vocabulary: int) -> list[dict[str, list[int]]]:
-    """Random token ids, the same in every process."""
-    numbers = random.Random(count * 1_000_003 + length)
-    return [{"prompt_token_ids": [numbers.randrange(3, vocabulary) for _ in range(length)]} for _ in range(count)]
+    return [{"prompt_token_ids": ids} for ids in random_ids(count, length, vocabulary)]
 
 
 def measure(way: str, folder: Path, answers: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Load, answer, time; tokens and logprobs are written to ``answers``."""
     began = time.perf_counter()
-    if not plugin_is_known():
+    if not plugin_is_known(PLUGINS):
         raise RuntimeError("vLLM does not find octavo's plugin")
     if options["ranks"] == 1:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import vllm.model_executor.model_loader as model_loader
 import vllm.model_executor.model_loader.base_loader as base_loader
+from _sums import memory, sum_of, synchronize
 
 from octavo.machine import rss_bytes
 from octavo.streaming.stream import Stream, Tally
 
 FACTS: dict[str, Any] = {}
 _LOG: list[str] = []
-_WORDS = 1 << 24  # summed at once
 
 
 class _Keep(logging.Handler):
@@ -31,29 +31,13 @@ class _Keep(logging.Handler):
 logging.getLogger("vllm.octavo").addHandler(_Keep())
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def _memory() -> dict[str, int]:
-    if not torch.cuda.is_available():
-        return {"allocated_bytes": 0, "reserved_bytes": 0, "allocated_peak_bytes": 0, "reserved_peak_bytes": 0}
-    return {
-        "allocated_bytes": torch.cuda.memory_allocated(),
-        "reserved_bytes": torch.cuda.memory_reserved(),
-        "allocated_peak_bytes": torch.cuda.max_memory_allocated(),
-        "reserved_peak_bytes": torch.cuda.max_memory_reserved(),
-    }
-
-
 def _timed(name: str, work: Any) -> Any:
     @functools.wraps(work)
     def run(*args: Any, **kwargs: Any) -> Any:
-        _synchronize()
+        synchronize()
         began = time.perf_counter()
         result = work(*args, **kwargs)
-        _synchronize()
+        synchronize()
         FACTS[name] = time.perf_counter() - began
         return result
 
@@ -70,9 +54,9 @@ def _measured(get_model_loader: Any) -> Any:
         def load(*args: Any, **kwargs: Any) -> Any:
             if torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
-            FACTS["before"] = _memory()
+            FACTS["before"] = memory()
             model = load_model(*args, **kwargs)
-            FACTS["after"] = _memory()
+            FACTS["after"] = memory()
             FACTS["rss_bytes"] = rss_bytes()
             return model
 
@@ -119,12 +103,4 @@ class Meter:
     def parameter_sums(self) -> dict[str, str]:
         """Name -> dtype, shape and a sum of its bytes: the same for two models with the same bytes."""
         model = self.get_model()  # type: ignore[attr-defined]
-        return {name: _sum(tensor.detach()) for name, tensor in model.named_parameters()}
-
-
-def _sum(tensor: torch.Tensor) -> str:
-    whole = tensor.t() if tensor.ndim == 2 and not tensor.is_contiguous() else tensor  # as kernels have it
-    flat = whole.contiguous().reshape(-1).view(torch.uint8)
-    words = flat[: flat.numel() // 8 * 8].view(torch.int64)
-    total = sum(number * int(part.sum()) for number, part in enumerate(words.split(_WORDS), 1))
-    return f"{tensor.dtype} {list(tensor.shape)} {total} {flat[words.numel() * 8 :].tolist()}"
+        return {name: sum_of(tensor.detach()) for name, tensor in model.named_parameters()}

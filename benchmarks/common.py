@@ -63,6 +63,19 @@ def gpu() -> dict[str, str]:
     return dict(zip(("gpu", "gpu_memory", "gpu_driver"), found[0].split(", "), strict=True)) if found else {}
 
 
+def device_used() -> Callable[[], int] | None:
+    """Asks the driver how much of the first GPU's memory is in use, by whomever."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    except Exception as error:  # NVMLError has no base but Exception
+        say(f"no figures of the whole card: {type(error).__name__}: {error}")
+        return None
+    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
 def lacks_gpu(name: str, device: str = "cuda", *, tries_on_cpu: bool = True) -> bool:
     """Whether the GPU that a benchmark asks for is not there; says so, on stdout as its result."""
     if device == "cpu" or gpu():

@@ -72,19 +72,6 @@ PROMISED_RESERVED = 1.02  # of the peak that is allocated
 PROMISED_FASTER = {"qwen1.5-moe-a2.7b": 4.0}  # than transformers' fp8
 
 
-def device_used() -> Callable[[], int] | None:
-    """Asks the driver how much of the first GPU's memory is in use, by whomever."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    except Exception as error:  # NVMLError has no base but Exception
-        say(f"no figures of the whole card: {type(error).__name__}: {error}")
-        return None
-    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
-
-
 # -- one load ---------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +292,7 @@ def main() -> None:
     args = arguments()
     if common.lacks_gpu("load_gpu", args.device):
         return
-    budget, used = Budget(args.budget_s), device_used() if args.device != "cpu" else None
+    budget, used = Budget(args.budget_s), common.device_used() if args.device != "cpu" else None
     merged = Merged("load_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
     right = [run_model(model, args, merged, budget, used) for model in args.models]
     merged.close(left_out=budget.left_out)

@@ -34,14 +34,14 @@ import json
 import math
 import os
 import shutil
-import statistics
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import _vllm
 import common
 import make_checkpoint
+from _engines import Budget, Ranks, against, answers_path, key_of, plugin_is_known, plugin_path, source_of
 from common import ChildError, Merged, run_fresh, say
 
 MODELS = ("qwen1.5-moe-a2.7b",)
@@ -61,35 +61,12 @@ PROMISED_OVER_BYTES, PROMISED_RESERVED = GIB // 4, 1.02
 PROMISED_SHARE = 0.65
 
 
-class Ranks(NamedTuple):
-    """How many GPUs work together, and whether each has whole experts."""
-
-    count: int
-    experts: bool = False
-
-    def __str__(self) -> str:
-        return f"tp{self.count}{' ep' if self.experts else ''}"
-
-    @classmethod
-    def parse(cls, text: str) -> Ranks:
-        return cls(int(text.removesuffix("e")), text.endswith("e"))
-
-
 CHILD = """
 from pathlib import Path
 import _vllm
 way, folder, answers, options = sys.argv[1:]
 result(**_vllm.measure(way, Path(folder), Path(answers), json.loads(options)))
 """
-
-CONVERT = """
-import octavo
-source, target, scheme = sys.argv[1:]
-began = time.perf_counter()
-octavo.convert(source, target, scheme, progress=False)
-result(seconds=time.perf_counter() - began)
-"""
-
 
 # -- one way ----------------------------------------------------------------------------------------------------------
 
@@ -110,48 +87,6 @@ def condense(found: dict[str, Any], source_bytes: int) -> dict[str, Any]:
         "log": ranks[0]["log"],
     }
     return {**row, **found}
-
-
-def compare(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Two sets of answers: how far the logprobs of the same prompts are from each other, and how many tokens agree."""
-    a, b = ([value for prompt in answers["logprobs"] for value in prompt] for answers in (mine, other))
-    tokens = [
-        (x, y) for xs, ys in zip(mine["tokens"], other["tokens"], strict=True) for x, y in zip(xs, ys, strict=True)
-    ]
-    firsts = [(xs[0], ys[0]) for xs, ys in zip(mine["tokens"], other["tokens"], strict=True)]
-    return {
-        "mean_difference": round(statistics.fmean(abs(x - y) for x, y in zip(a, b, strict=True)), 5),
-        "correlation": round(statistics.correlation(a, b), 5),
-        "same_tokens": round(statistics.fmean(x == y for x, y in tokens), 4),
-        "same_first_tokens": round(statistics.fmean(x == y for x, y in firsts), 4),
-        "equal": mine["logprobs"] == other["logprobs"] and mine["tokens"] == other["tokens"],
-        "equal_parameters": mine["sums"] == other["sums"] if mine["sums"] and other["sums"] else None,
-    }
-
-
-def against(way: str, ranks: Ranks, folder: Path) -> dict[str, Any]:
-    """Comparisons with what else there is: bf16, vLLM's own, the converted checkpoint; with more ranks, also one."""
-    mine = json.loads(answers_path(way, ranks, folder).read_text())
-    others = [(other, ranks) for other in ("bf16", *ONLINE, *OCTAVO, *CONVERTED) if other != way]
-    found = {}
-    for other, count in [*others, *([(way, Ranks(1))] if ranks.count > 1 else [])]:
-        path = answers_path(other, count, folder)
-        theirs = json.loads(path.read_text()) if path.is_file() else None
-        if theirs is not None and lengths(theirs) == lengths(mine):  # asked the same
-            found[key_of(other, count) if count != ranks else other] = compare(mine, theirs)
-    return found
-
-
-def lengths(answers: dict[str, Any]) -> list[list[int]]:
-    return [[len(values) for values in answers[what]] for what in ("tokens", "logprobs")]
-
-
-def answers_path(way: str, ranks: Ranks, folder: Path) -> Path:
-    return folder.with_name(folder.name + ".answers") / f"{key_of(way, ranks)}.json"
-
-
-def key_of(way: str, ranks: Ranks) -> str:
-    return f"{way} {ranks}"
 
 
 # -- what came out ----------------------------------------------------------------------------------------------------
@@ -207,35 +142,6 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 # -- running ----------------------------------------------------------------------------------------------------------
-
-
-class Budget:
-    """Seconds that may pass; what would not end by then is not begun."""
-
-    def __init__(self, seconds: float | None, timeout_s: float) -> None:
-        self._ends = time.perf_counter() + seconds if seconds else math.inf
-        self._timeout_s, self._longest_s = timeout_s, 0.0
-
-    def timeout_s(self) -> float | None:
-        """How long the next process may take; None if it should not begin."""
-        left = self._ends - time.perf_counter()
-        return min(self._timeout_s, left) if left > 1.1 * self._longest_s else None
-
-    def took(self, seconds: float) -> None:
-        self._longest_s = max(self._longest_s, seconds)
-
-
-def source_of(way: str, folder: Path, merged: Merged, model: str, timeout_s: float) -> Path:
-    """The checkpoint that a way reads; converted first, where it is to be."""
-    if way not in CONVERTED:
-        return folder
-    scheme = way.removeprefix("converted-")
-    target = folder.with_name(f"{folder.name}-{scheme}")
-    if not target.is_dir():
-        found = run_fresh(CONVERT, folder, target, scheme, timeout_s=timeout_s)
-        say(f"converted to {scheme}: {found['seconds']:.1f} s")
-        merged.add(found, "models", model, f"convert-{scheme}")
-    return target
 
 
 def run_way(
@@ -320,7 +226,7 @@ def judge(rows: dict[str, dict[str, Any]], args: argparse.Namespace, folder: Pat
     for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
         row = rows.get(key_of(way, ranks), {})
         if "load_s" in row:
-            row["against"] = against(way, ranks, folder)
+            row["against"] = against(way, ranks, WAYS, folder)
             row["promises"] = promises(way, ranks, rows)
 
 
@@ -369,8 +275,8 @@ def main() -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     for name, value in {**_vllm.ENVIRONMENT, "VLLM_USE_DEEP_GEMM": "0"}.items():
         os.environ.setdefault(name, value)
-    if not _vllm.plugin_is_known():
-        made = str(_vllm.plugin_path(args.folder))
+    if not plugin_is_known(_vllm.PLUGINS):
+        made = str(plugin_path(args.folder, _vllm.PLUGINS, _vllm.PLUGIN))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
     merged = Merged("vllm_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
     budget = Budget(args.budget_s, args.timeout_s)

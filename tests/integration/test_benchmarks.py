@@ -18,6 +18,7 @@ import octavo
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import _checks
+import _engines
 import _first_token
 import _loaders
 import _measure
@@ -142,7 +143,7 @@ def test_vllm_finds_the_plugin_where_octavo_is_not_installed(tmp_path):
         "found = [e for e in entry_points(group='vllm.general_plugins') if e.name == 'octavo']\n"
         "print(len(found), {e.load().__module__ for e in found})\n"
     )
-    path = [str(_vllm.plugin_path(tmp_path)), str(common.ROOT / "src"), *sys.path]
+    path = [str(_engines.plugin_path(tmp_path, _vllm.PLUGINS, _vllm.PLUGIN)), str(common.ROOT / "src"), *sys.path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-S", "-c", code]  # without this environment's own packages, but those of PYTHONPATH
     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
@@ -157,10 +158,10 @@ def answers(*logprobs: float, tokens: tuple[int, ...] = (1, 2)) -> dict:
 
 
 def test_answers_of_two_engines_are_compared():
-    same = vllm_gpu.compare(answers(-1.0, -2.0, -3.0), answers(-1.0, -2.0, -3.0))
+    same = _engines.compare(answers(-1.0, -2.0, -3.0), answers(-1.0, -2.0, -3.0))
     assert same["equal"]
     assert same["equal_parameters"]
-    other = vllm_gpu.compare(answers(-1.0, -2.0, -3.0), answers(-1.5, -2.5, -3.5, tokens=(1, 7)))
+    other = _engines.compare(answers(-1.0, -2.0, -3.0), answers(-1.5, -2.5, -3.5, tokens=(1, 7)))
     assert not other["equal"]
     assert not other["equal_parameters"]
     assert (other["mean_difference"], other["correlation"]) == (0.5, 1.0)

@@ -15,6 +15,7 @@ from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_engine import Job, octavo_job, run
 
 sys.path.insert(0, str(Path(__file__).parents[4] / "benchmarks"))
+import _engines
 import _vllm
 
 pytestmark = [
@@ -31,7 +32,11 @@ OPTIONS = {"attention_backend": "TRITON_ATTN", "kv_cache_memory_bytes": 1 << 28,
 @pytest.fixture(autouse=True)
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin is found, and nothing is compiled for minutes."""
-    path = [str(_vllm.plugin_path(tmp_path)), str(Path(__file__).parents[4] / "src"), os.environ.get("PYTHONPATH", "")]
+    path = [
+        str(_engines.plugin_path(tmp_path, _vllm.PLUGINS, _vllm.PLUGIN)),
+        str(Path(__file__).parents[4] / "src"),
+        os.environ.get("PYTHONPATH", ""),
+    ]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
     for name, value in {**_vllm.ENVIRONMENT, "VLLM_USE_DEEP_GEMM": "0"}.items():
         monkeypatch.setenv(name, value)

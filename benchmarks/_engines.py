@@ -1,0 +1,135 @@
+"""What benchmarks of engines share: numbers of GPUs, converted checkpoints, answers to compare, time that is left."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common import Merged, run_fresh, say
+
+CONVERT = """
+import octavo
+source, target, scheme = sys.argv[1:]
+began = time.perf_counter()
+octavo.convert(source, target, scheme, progress=False)
+result(seconds=time.perf_counter() - began)
+"""
+
+
+class Ranks(NamedTuple):
+    """How many GPUs work together, and whether each has whole experts."""
+
+    count: int
+    experts: bool = False
+
+    def __str__(self) -> str:
+        return f"tp{self.count}{' ep' if self.experts else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> Ranks:
+        return cls(int(text.removesuffix("e")), text.endswith("e"))
+
+
+class Budget:
+    """Seconds that may pass; what would not end by then is not begun."""
+
+    def __init__(self, seconds: float | None, timeout_s: float) -> None:
+        self._ends = time.perf_counter() + seconds if seconds else math.inf
+        self._timeout_s, self._longest_s = timeout_s, 0.0
+
+    def timeout_s(self) -> float | None:
+        """How long the next process may take; None if it should not begin."""
+        left = self._ends - time.perf_counter()
+        return min(self._timeout_s, left) if left > 1.1 * self._longest_s else None
+
+    def took(self, seconds: float) -> None:
+        self._longest_s = max(self._longest_s, seconds)
+
+
+def source_of(way: str, folder: Path, merged: Merged, model: str, timeout_s: float) -> Path:
+    """The checkpoint that a way reads; converted first, where it is to be."""
+    kind, _, scheme = way.partition("-")
+    if kind != "converted":
+        return folder
+    target = folder.with_name(f"{folder.name}-{scheme}")
+    if not target.is_dir():
+        found = run_fresh(CONVERT, folder, target, scheme, timeout_s=timeout_s)
+        say(f"converted to {scheme}: {found['seconds']:.1f} s")
+        merged.add(found, "models", model, f"convert-{scheme}")
+    return target
+
+
+# -- engines ----------------------------------------------------------------------------------------------------------
+
+
+def plugin_path(folder: Path, group: str, *entries: str) -> Path:
+    """A folder for PYTHONPATH from which an engine knows plugins, where octavo runs from its sources uninstalled."""
+    made = folder / "plugin"
+    info = made / "octavo-0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: octavo\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("\n".join([f"[{group}]", *entries, ""]))
+    return made
+
+
+def plugin_is_known(group: str) -> bool:
+    """Whether an engine finds octavo's plugin by itself."""
+    return any(found.name == "octavo" for found in importlib.metadata.entry_points(group=group))
+
+
+def random_ids(count: int, length: int, vocabulary: int) -> list[list[int]]:
+    """Random token ids, the same in every process."""
+    numbers = random.Random(count * 1_000_003 + length)
+    return [[numbers.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+def compare(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Two sets of answers: how far the logprobs of the same prompts are from each other, and how many tokens agree."""
+    a, b = ([value for prompt in answers["logprobs"] for value in prompt] for answers in (mine, other))
+    tokens = [
+        (x, y) for xs, ys in zip(mine["tokens"], other["tokens"], strict=True) for x, y in zip(xs, ys, strict=True)
+    ]
+    firsts = [(xs[0], ys[0]) for xs, ys in zip(mine["tokens"], other["tokens"], strict=True)]
+    return {
+        "mean_difference": round(statistics.fmean(abs(x - y) for x, y in zip(a, b, strict=True)), 5),
+        "correlation": round(statistics.correlation(a, b), 5),
+        "same_tokens": round(statistics.fmean(x == y for x, y in tokens), 4),
+        "same_first_tokens": round(statistics.fmean(x == y for x, y in firsts), 4),
+        "equal": mine["logprobs"] == other["logprobs"] and mine["tokens"] == other["tokens"],
+        "equal_parameters": mine["sums"] == other["sums"] if mine["sums"] and other["sums"] else None,
+    }
+
+
+def against(way: str, ranks: Ranks, ways: Iterable[str], folder: Path, engine: str = "vllm") -> dict[str, Any]:
+    """Comparisons with the other ways that there are, on as many GPUs; with more than one, with the same way on one."""
+    mine = json.loads(answers_path(way, ranks, folder, engine).read_text())
+    others = [(other, ranks) for other in ways if other != way]
+    found = {}
+    for other, count in [*others, *([(way, Ranks(1))] if ranks.count > 1 else [])]:
+        path = answers_path(other, count, folder, engine)
+        theirs = json.loads(path.read_text()) if path.is_file() else None
+        if theirs is not None and lengths(theirs) == lengths(mine):  # asked the same
+            found[key_of(other, count) if count != ranks else other] = compare(mine, theirs)
+    return found
+
+
+def lengths(answers: dict[str, Any]) -> list[list[int]]:
+    return [[len(values) for values in answers[what]] for what in ("tokens", "logprobs")]
+
+
+def answers_path(way: str, ranks: Ranks, folder: Path, engine: str = "vllm") -> Path:
+    return folder.with_name(f"{folder.name}.{engine}-answers") / f"{key_of(way, ranks)}.json"
+
+
+def key_of(way: str, ranks: Ranks) -> str:
+    return f"{way} {ranks}"
