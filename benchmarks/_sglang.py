@@ -1,0 +1,158 @@
+"""The measured side of `sglang_gpu.py`: one engine of SGLang, loaded one way, answers prompts of random token ids.
+
+In the processes of its ranks, `register` is a plugin of SGLang's beside octavo's, which measures the load.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from _engines import plugin_is_known, random_ids
+
+#: the group of entry points; octavo's, and the measuring one
+PLUGINS = "sglang.srt.plugins"
+ENTRIES = ("octavo = octavo.adapters.sglang:register", "octavo_bench = _sglang:register")
+#: where ranks write what they measured
+_FACTS, _SUMS = "OCTAVO_BENCH_FACTS", "OCTAVO_BENCH_SUMS"
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "SGLANG_DISABLE_CUDNN_CHECK": "1"}
+
+
+# -- in every rank ----------------------------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Have SGLang's own hooks time what fills a model."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+    HookRegistry.register(runner, _measured, HookType.AROUND)
+
+
+def _measured(load_model: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
+    import torch
+    from _sums import memory, sum_of, synchronize
+
+    synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    result = load_model(runner, *args, **kwargs)
+    synchronize()
+    facts: dict[str, Any] = {"load_s": time.perf_counter() - began, "after": memory()}
+    if os.environ.get(_SUMS):
+        facts["sums"] = {name: sum_of(tensor.detach()) for name, tensor in runner.model.named_parameters()}
+    if folder := os.environ.get(_FACTS):
+        Path(folder, f"{runner.tp_rank}.json").write_text(json.dumps(facts))
+    return result
+
+
+# -- the engine -------------------------------------------------------------------------------------------------------
+
+
+def engine_options(way: str, folder: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What `sglang.Engine` is given for a way."""
+    asked: dict[str, Any] = {
+        "model_path": str(folder),
+        "dtype": "bfloat16",
+        "device": options["device"],
+        "skip_tokenizer_init": True,
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "attention_backend": "triton" if options["device"] == "cuda" else "torch_native",
+        "disable_cuda_graph": not options["graphs"],
+        "disable_radix_cache": True,
+        "max_total_tokens": options["tokens"],
+        "max_running_requests": max(options["batches"]),
+        "context_length": options["length"],
+        "tp_size": options["ranks"],
+        "random_seed": 0,
+        "log_level": "info",
+    }
+    if options["experts"]:
+        asked["ep_size"] = options["ranks"]
+    kind, _, scheme = way.partition("-")
+    if kind == "octavo":
+        asked |= {"load_format": "octavo", "model_loader_extra_config": json.dumps({"scheme": scheme})}
+    elif kind == "fp8":
+        asked["quantization"] = "fp8"
+    return asked | options["engine"]
+
+
+def measure(way: str, folder: Path, answers: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Load, answer, time; tokens and logprobs are written to ``answers``."""
+    began = time.perf_counter()
+    if not plugin_is_known(PLUGINS):
+        raise RuntimeError("SGLang does not find octavo's plugin")
+    facts = answers.with_suffix(".facts")
+    facts.mkdir(exist_ok=True)
+    os.environ[_FACTS] = str(facts)
+    if options["sums"]:
+        os.environ[_SUMS] = "1"
+    import sglang
+    import torch
+
+    imported = time.perf_counter()
+    engine = sglang.Engine(**engine_options(way, folder, options))
+    try:
+        started = time.perf_counter()
+        ranks = [json.loads((facts / f"{rank}.json").read_text()) for rank in range(options["ranks"])]
+        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        answered = _answers(engine, random_ids(*options["compare"], vocabulary), options["new"])
+        answers.write_text(json.dumps({**answered, "sums": [rank.pop("sums", None) for rank in ranks]}))
+        found: dict[str, Any] = {
+            "imports_s": imported - began,
+            "start_s": started - imported,
+            "ready_at_s": started,
+            "ranks": ranks,
+            "versions": {"sglang": sglang.__version__, "torch": torch.__version__},
+        }
+        if options["speed"]:
+            found["prefill"] = _prefill(engine, random_ids(*options["prefill"], vocabulary))
+            found["decode"] = {
+                str(batch): _decode(engine, random_ids(batch, options["prompt"], vocabulary), options["new"])
+                for batch in options["batches"]
+            }
+    finally:
+        engine.shutdown()
+    return found
+
+
+def _generate(engine: Any, ids: list[list[int]], new: int, **more: Any) -> list[Any]:
+    params = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
+    found: list[Any] = engine.generate(input_ids=ids, sampling_params=params, **more)
+    assert all(len(each["output_ids"]) == new for each in found)
+    return found
+
+
+def _answers(engine: Any, ids: list[list[int]], new: int) -> dict[str, Any]:
+    """Greedy tokens, and the logprob of each token of the prompts but the first."""
+    outputs = _generate(engine, ids, new, return_logprob=True, logprob_start_len=0)
+    return {
+        "tokens": [output["output_ids"] for output in outputs],
+        "logprobs": [[at[0] for at in output["meta_info"]["input_token_logprobs"][1:]] for output in outputs],
+    }
+
+
+def _seconds(engine: Any, ids: list[list[int]], new: int) -> float:
+    began = time.perf_counter()
+    _generate(engine, ids, new)
+    return time.perf_counter() - began
+
+
+def _prefill(engine: Any, ids: list[list[int]], repeats: int = 5) -> dict[str, Any]:
+    first_s = _seconds(engine, ids, 1)  # compiles kernels
+    seconds = min(_seconds(engine, ids, 1) for _ in range(repeats))
+    tokens = sum(map(len, ids))
+    return {"tokens": tokens, "first_s": first_s, "seconds": seconds, "tokens_per_s": tokens / seconds}
+
+
+def _decode(engine: Any, ids: list[list[int]], new: int, repeats: int = 5) -> dict[str, Any]:
+    """New tokens a second after the first, of a batch: what answering takes beyond one token each."""
+    first_s = _seconds(engine, ids, new)
+    seconds = min(_seconds(engine, ids, new) for _ in range(repeats))
+    seconds -= min(_seconds(engine, ids, 1) for _ in range(repeats))
+    return {"first_s": first_s, "seconds": seconds, "tokens_per_s": len(ids) * (new - 1) / seconds}

@@ -1,0 +1,220 @@
+"""How long does SGLang take until it serves FP8 from a bf16 checkpoint, and how well and fast does it answer then?
+
+    python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench
+    python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench --ways octavo-fp8_channel --tensor-parallel 1 2 2e
+
+Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine with processes of its own, one for each GPU
+(2e: with experts apart, each whole on one of them):
+
+    bf16             SGLang as it is
+    fp8              SGLang's own online quantization: --quantization fp8
+    octavo-...       --load-format octavo
+    converted-...    SGLang as it is, on the checkpoint that `octavo convert` writes
+
+    load s       of the model runner's ``load_model``: to make the model, fill it, and bring it into the form of kernels
+    start s      of `sglang.Engine(...)`, the load in it
+    final, over  allocated by torch after the load, and at the peak beyond that; "card" is the most of the whole card
+                 until the engine was ready, as the driver counts it, its KV cache included
+    prefill      tokens a second of prompts of which one token is asked each
+    decode       new tokens a second, for batches; without CUDA graphs unless --graphs
+
+Answers are compared with those of other ways in the same folder: the logprobs of the prompts' own tokens, and greedy
+tokens. octavo's must be equal to the converted checkpoint's, parameters included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _sglang
+import common
+import make_checkpoint
+from _engines import Budget, Ranks, against, answers_path, key_of, plugin_path, source_of
+from common import ChildError, Merged, run_fresh, say
+
+MODELS = ("qwen1.5-moe-a2.7b",)
+SCHEMES = ("fp8_channel", "fp8_block")
+OCTAVO = tuple(f"octavo-{scheme}" for scheme in SCHEMES)
+CONVERTED = tuple(f"converted-{scheme}" for scheme in SCHEMES)
+WAYS = ("bf16", "fp8", *OCTAVO, *CONVERTED)
+GIB = 1 << 30
+
+#: than SGLang's own fp8; beyond what stays
+PROMISED_FASTER, PROMISED_OVER_BYTES = 8.0, int(0.3 * GIB)
+
+CHILD = """
+from pathlib import Path
+import _sglang
+way, folder, answers, options = sys.argv[1:]
+result(**_sglang.measure(way, Path(folder), Path(answers), json.loads(options)))
+"""
+
+
+def condense(found: dict[str, Any], source_bytes: int) -> dict[str, Any]:
+    """A row of the result; with several ranks, the slowest and the largest."""
+    ranks, ready_at = found.pop("ranks"), found.pop("ready_at_s")
+    samples = [sample[3] for sample in found.pop("samples") if sample[0] <= ready_at]
+    after = [rank["after"] for rank in ranks]
+    load_s = max(rank["load_s"] for rank in ranks)
+    row = {
+        "load_s": round(load_s, 3),
+        "gb_per_s": round(source_bytes / load_s / 1e9, 2),
+        "final_bytes": max(memory["allocated_bytes"] for memory in after),
+        "over_bytes": max(memory["allocated_peak_bytes"] - memory["allocated_bytes"] for memory in after),
+        "reserved_share": round(max(m["reserved_peak_bytes"] / max(1, m["allocated_peak_bytes"]) for m in after), 4),
+        "card_peak_bytes": max(samples, default=0),
+    }
+    return {**row, **found}
+
+
+def promises(way: str, ranks: Ranks, rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """Which promises a load through octavo kept."""
+    row = rows[key_of(way, ranks)]
+    if way not in OCTAVO or "load_s" not in row:
+        return {}
+    kept = {"over": row["over_bytes"] <= PROMISED_OVER_BYTES}
+    own = rows.get(key_of("fp8", ranks), {})
+    if "load_s" in own:
+        kept["faster"] = own["load_s"] >= PROMISED_FASTER * row["load_s"]
+    if twin := row.get("against", {}).get(way.replace("octavo", "converted")):
+        kept["equal"] = twin["equal"] and twin["equal_parameters"] is not False
+    return kept
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """A line a way, and what it says of its answers below."""
+    head = ("load s", "GB/s", "start s", "final GiB", "over GiB", "card GiB", "reserved", "prefill/s")
+    batches = list(dict.fromkeys(batch for row in rows.values() for batch in row.get("decode", {})))
+    lines = [f"{'':26}" + "".join(f"{name:>11}" for name in (*head, *(f"decode {batch}" for batch in batches)))]
+    for key, row in rows.items():
+        if "load_s" not in row:
+            lines.append(f"{key:26}{row.get('skipped') or row['error'].splitlines()[-1][:150]}")
+            continue
+        sizes = [row[name] / GIB for name in ("final_bytes", "over_bytes", "card_peak_bytes")]
+        values = [row["load_s"], row["gb_per_s"], row["start_s"], *sizes, row["reserved_share"]]
+        cells = "".join(f"{value:11.3f}" for value in values)
+        if "prefill" in row:
+            speeds = [row["prefill"], *(row["decode"].get(batch, {"tokens_per_s": math.nan}) for batch in batches)]
+            cells += "".join(f"{speed['tokens_per_s']:11,.0f}" for speed in speeds)
+        lines.append(f"{key:26}{cells}")
+        for other, found in row.get("against", {}).items():
+            same = "equal" if found["equal"] else f"logprobs {found['mean_difference']:.4f} apart"
+            parameters = {None: "", True: ", parameters equal", False: ", parameters differ"}[found["equal_parameters"]]
+            lines.append(f"{'':28}to {other}: {same}, {found['same_tokens']:.0%} of tokens{parameters}")
+        if broken := [name for name, held in row.get("promises", {}).items() if not held]:
+            lines.append(f"{'':28}not as promised: {', '.join(broken)}")
+    return "\n".join(lines)
+
+
+def run_model(
+    model: str, args: argparse.Namespace, merged: Merged, budget: Budget, used: Callable[[], int] | None
+) -> bool:
+    """Every way to load a model; whether octavo's answer as they promise."""
+    folder = common.model_folder(args.folder, model, args.layers)
+    facts = make_checkpoint.make(model, folder, args.layers)
+    say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
+    merged.add(facts, "models", model, "checkpoint")
+    options = {
+        "device": args.device,
+        "graphs": args.graphs,
+        "length": max(args.prefill[1], args.compare[1], args.prompt) + args.new + 64,
+        "tokens": args.cache_tokens,
+        "compare": args.compare,
+        "prefill": args.prefill,
+        "batches": args.batches,
+        "prompt": args.prompt,
+        "new": args.new,
+        "sums": args.sums,
+        "speed": not args.load_only,
+        "engine": args.engine,
+    }
+    rows: dict[str, dict[str, Any]] = {}
+    for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
+        key, began, timeout_s = key_of(way, ranks), time.perf_counter(), budget.timeout_s()
+        answers = answers_path(way, ranks, folder, "sglang")
+        answers.parent.mkdir(exist_ok=True)
+        answers.unlink(missing_ok=True)
+        if timeout_s is None:
+            rows[key] = {"skipped": "no time was left"}
+            continue
+        try:
+            source = source_of(way, folder, merged, model, timeout_s)
+            cached = common.set_cache(source, cold=args.cold)
+            asked = json.dumps({**options, "ranks": ranks.count, "experts": ranks.experts})
+            how: dict[str, Any] = {"device_used": used, "samples": True, "log": args.log}
+            found = run_fresh(CHILD, way, source, answers, asked, timeout_s=max(1, timeout_s), **how)
+            rows[key] = condense(found, facts["bytes"]) | {"graphs": args.graphs, "cached": round(cached, 3)}
+            rows[key]["against"] = against(way, ranks, WAYS, folder, "sglang")
+            rows[key]["promises"] = promises(way, ranks, rows)
+        except ChildError as error:
+            rows[key] = {"error": str(error)[-3000:]}
+            say(f"{key}: {rows[key]['error']}")
+        budget.took(time.perf_counter() - began)
+        merged.add(rows[key], "models", model, key)
+        say(f"{key}: {time.perf_counter() - began:.0f} s\n{table({key: rows[key]})}")
+    say(table(rows))
+    return not any("error" in row or row.get("promises", {}).get("equal") is False for row in rows.values())
+
+
+def pair(text: str) -> tuple[int, int]:
+    count, _, length = text.partition("x")
+    return int(count), int(length)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help=", ".join(WAYS))
+    parser.add_argument(
+        "--tensor-parallel",
+        nargs="+",
+        type=Ranks.parse,
+        default=[Ranks(1)],
+        metavar="N",
+        help="GPUs; 2e: experts apart",
+    )
+    parser.add_argument("--compare", type=pair, default=(8, 128), metavar="COUNTxLENGTH", help="prompts (%(default)s)")
+    parser.add_argument("--prefill", type=pair, default=(4, 2048), metavar="COUNTxLENGTH", help="(%(default)s)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="of the decode (%(default)s)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode (%(default)s)")
+    parser.add_argument("--new", type=int, default=64, help="tokens to decode (%(default)s)")
+    parser.add_argument("--load-only", action="store_true", help="time the load, not the answers")
+    parser.add_argument("--cold", action="store_true", help="from the disk, not from the page cache")
+    parser.add_argument("--graphs", action="store_true", help="CUDA graphs")
+    parser.add_argument("--sums", action="store_true", help="compare all parameters, too")
+    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more options for sglang.Engine")
+    parser.add_argument("--cache-tokens", type=int, default=16384, help="of the KV cache (%(default)s)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="(%(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=240, help="for one process (%(default)s)")
+    parser.add_argument("--budget-s", type=float, help="start nothing that would not end by then")
+    parser.add_argument("--log", action="store_true", help="print what the engines print")
+    parser.add_argument("--output", type=Path, help="merge into this file instead of results/sglang_gpu-<machine>.json")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    if common.lacks_gpu("sglang_gpu", args.device):
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for name, value in _sglang.ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    made = str(plugin_path(args.folder, _sglang.PLUGINS, *_sglang.ENTRIES))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
+    merged = Merged("sglang_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
+    budget, used = Budget(args.budget_s, args.timeout_s), common.device_used() if args.device != "cpu" else None
+    right = [run_model(model, args, merged, budget, used) for model in args.models]
+    merged.close()
+    raise SystemExit(0 if all(right) else 1)
+
+
+if __name__ == "__main__":
+    main()
