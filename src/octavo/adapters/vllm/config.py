@@ -25,7 +25,7 @@ from ...planning.kinds import default_keep
 from ..engine.layers import LayerPatterns
 from ..engine.names import LOAD_FORMAT, PREFIX
 from . import plugin
-from .fitting import FITTING, can_be_plain, is_linear
+from .fitting import FITTING, can_be_plain, check_kernel, is_linear
 
 # below vLLM's own loggers, so that its settings hold for ours
 log = init_logger("vllm.octavo")
@@ -154,7 +154,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
 
     def _method(self, layer: nn.Module, prefix: str) -> Any:
         try:
-            return super().get_quant_method(layer, prefix)
+            method = super().get_quant_method(layer, prefix)
         except ValueError as error:
             if "different quantization schemes" not in str(error):
                 raise
@@ -163,6 +163,8 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
                 f"vLLM fuses {', '.join(parts)} into {prefix}, and only some of them are to stay unquantized; ignore "
                 "all of them, or none"
             ) from error
+        check_kernel(method, layer)
+        return method
 
     @contextlib.contextmanager
     def _ignoring_everything(self) -> Iterator[None]:

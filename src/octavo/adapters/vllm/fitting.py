@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.platforms import current_platform
 
 from ..engine.fitting import Fitting
+
+
+def check_kernel(method: Any, layer: Any) -> None:
+    """Raise for experts that have no kernel here, which on some platforms vLLM says only when they have been loaded."""
+    if getattr(method, "experts_cls", layer) is None:
+        activation = getattr(layer.moe_config.activation, "value", layer.moe_config.activation)
+        raise NotImplementedError(f"no kernel of {current_platform.device_name} takes these experts ({activation})")
 
 
 def is_linear(layer: nn.Module) -> bool:

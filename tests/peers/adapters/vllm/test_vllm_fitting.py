@@ -65,6 +65,20 @@ def test_strict_refuses_by_name(tmp_path: Path) -> None:
     assert not accepted.error
 
 
+def test_experts_for_which_a_cpu_has_no_kernel_stay(tmp_path: Path) -> None:
+    """Gemma-4's are gated by tanh's GELU, and vLLM said so when all of them had been loaded."""
+    source = make("gemma4", tmp_path / "bf16")
+    strict = octavo_job(source, model_loader_extra_config={"strict": True})
+    mine, bf16, refused = load(octavo_job(source), Job(source), strict)
+    assert not mine.error, mine.error
+    experts = {name for name in bf16.parameters[0] if ".experts." in name}
+    assert experts
+    assert all(mine.parameters[0][name] == bf16.parameters[0][name] for name in experts)
+    assert len(in_fp8(mine.parameters[0])) == 8
+    assert "no kernel of cpu takes these experts (gelu_tanh)" in mine.output
+    assert "experts.down_proj can't become FP8 in Gemma4ForCausalLM: vLLM can't make this layer" in refused.error
+
+
 def reward_model(folder: Path) -> Path:
     """A Qwen2 with a head of two layers."""
     kind, config = "Qwen2Config", {**CONFIGS["llama"][1], "num_labels": 1}
