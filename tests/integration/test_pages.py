@@ -23,7 +23,9 @@ from helpers import pages
 from helpers.models import add_tokenizer
 from octavo import cli
 from octavo.adapters.engine import names
-from octavo.adapters.engine import options as vllm_options
+from octavo.adapters.engine.options import Options
+from octavo.adapters.sglang.options import Options as SGLangOptions
+from octavo.adapters.vllm.options import Options as VllmOptions
 
 NAMED = re.compile(r"Qwen/Qwen3[\w.-]*|facebook/opt-125m|meta-llama/[\w.-]+|path/to/model")
 EXTRAS = re.compile(r"^octavo(\[(?P<extras>[\w,]+)\])?$")
@@ -80,24 +82,28 @@ def test_examples_of_a_docstring_run(name: str, model: Path, here: Path) -> None
 
 
 def check_calls(block: pages.Block) -> None:
-    """Compare what a block asks of octavo, and of vLLM with octavo in it, with what they take."""
+    """Compare what a block asks of octavo, and of engines with octavo in them, with what they take."""
     for node in ast.walk(ast.parse(block.code)):
         if not isinstance(node, ast.Call):
             continue
         called, given = node.func, {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg}
         if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "octavo":
             inspect.signature(getattr(octavo, called.attr)).bind(*node.args, **given)
-        elif isinstance(called, ast.Name) and called.id == "LLM":
+        elif options := ENGINES.get(ast.unparse(called)):
             known = {name: ast.literal_eval(value) for name, value in given.items()}
-            check_vllm(known.get("load_format"), known.get("quantization"), known.get("model_loader_extra_config"))
+            asked = (known.get(name) for name in ("load_format", "quantization", "model_loader_extra_config"))
+            check_engine(options, *asked)
 
 
-def check_vllm(load_format: str | None, quantization: str | None, extra: Any) -> None:
+def check_engine(options: type[Options], load_format: str | None, quantization: str | None, extra: Any) -> None:
     assert load_format in (None, names.LOAD_FORMAT)
     scheme = names.scheme_of_quantization(quantization)
     assert quantization is None or scheme in names.SCHEMES
     assert load_format or scheme, "octavo is not asked for"
-    vllm_options.Options.parse(extra, quantization)
+    options.parse(extra, quantization)
+
+
+ENGINES: dict[str, type[Options]] = {"LLM": VllmOptions, "sglang.Engine": SGLangOptions}
 
 
 # -- shell ------------------------------------------------------------------------------------------------------------
@@ -145,32 +151,36 @@ def check_make(words: list[str]) -> None:
             assert f'"{option}"' in text, option
 
 
-def check_vllm_serve(words: list[str]) -> None:
-    assert words[0] == "serve"
-    check_vllm_options(words[1:])
+def check_serve(kind: type[Options]) -> Callable[[list[str]], None]:
+    def check(words: list[str]) -> None:
+        assert words[0] == "serve"
+        check_engine_options(kind, words[1:])
+
+    return check
 
 
-def check_vllm_options(words: list[str]) -> None:
+def check_engine_options(kind: type[Options], words: list[str]) -> None:
     """What octavo makes of the options that concern it; all options go through vLLM's own parser in the peer tests."""
     options: dict[str, str] = {}
     for word, after in zip(words, [*words[1:], ""], strict=True):
         name, has_value, value = word.partition("=")
         options[name] = value if has_value else after
     extra = options.get("--model-loader-extra-config")
-    check_vllm(options.get("--load-format"), options.get("--quantization"), extra and json.loads(extra))
+    check_engine(kind, options.get("--load-format"), options.get("--quantization"), extra and json.loads(extra))
 
 
 def check_python(words: list[str]) -> None:
     path = pages.ROOT / words[0]
     compile(path.read_text(), words[0], "exec")
     if "vllm_generate" in words[0]:
-        check_vllm_options(words[1:])
+        check_engine_options(VllmOptions, words[1:])
 
 
 CHECKS: dict[str, Callable[[list[str]], None]] = {
     "octavo": check_octavo,
     "pip": check_pip,
     "make": check_make,
-    "vllm": check_vllm_serve,
+    "sglang": check_serve(SGLangOptions),
+    "vllm": check_serve(VllmOptions),
     "python": check_python,
 }

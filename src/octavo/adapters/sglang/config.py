@@ -97,7 +97,7 @@ class _Deciding:
         if not _can_be_plain(layer):
             return super().get_quant_method(layer, prefix)  # type: ignore[misc]
         if self.layers.stays(layer, prefix, self.packed_modules_mapping):
-            return _unquantized(layer)
+            return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None  # then SGLang makes its own
         return _FITTING.fitted([functools.partial(self._in_fp8, layer, prefix)], layer, self.layers.refused)
 
     def _in_fp8(self, layer: nn.Module, prefix: str) -> Any:
@@ -136,14 +136,14 @@ def _can_be_plain(layer: nn.Module) -> bool:
 
 
 def _unquantized(layer: Any) -> Any:
-    """SGLang's method for a layer without quantization, from the beginning or in the place of another."""
+    """SGLang's method for a layer without quantization, in the place of another."""
     if isinstance(layer, LinearBase):
         method = UnquantizedLinearMethod()
         create = method.create_weights
 
         def create_weights(*args: Any, **kwargs: Any) -> Any:
             del method.create_weights
-            # the loader of another method needs more of parameters
+            # for that other method, the layer has a loader that needs more of parameters
             return create(*args, **{**kwargs, "weight_loader": layer.weight_loader})
 
         method.create_weights = create_weights

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.sglang_hooks import WAYS, without_hooks
 from helpers.sglang_loading import Job, load, octavo_job
 from helpers.vllm_checkpoints import convert, make
 
@@ -31,3 +32,37 @@ def test_all_tensors_equal_those_of_the_converted_checkpoint(scheme: str, tmp_pa
     assert mine.served == flagged.served == stock.served
     assert mine_moe.loaded == stock_moe.loaded
     assert mine_moe.served == stock_moe.served
+
+
+def test_a_hook_that_sglang_has_not_set_ends_the_start_by_its_name(tmp_path: Path) -> None:
+    found = without_hooks(make("llama", tmp_path / "bf16"))
+    assert len(found) == len(WAYS) * 5
+    for hook, way, error in found:
+        if not hook:
+            assert not error, (way, error)
+        elif hook.endswith("__post_init__") and way == "quantization":
+            assert "octavo_fp8_block" in error  # SGLang's own words: nobody has told it what that is
+        else:
+            assert error.startswith(f"RecipeError: SGLang has not set octavo's hook on {hook}; "), (way, error)
+
+
+def test_what_contradicts_itself_or_cant_be_meant_is_refused(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "bf16")
+    draft = {"speculative_draft_model_quantization": "octavo_fp8_block"}
+    cases = [
+        (octavo_job(source, quantization="fp8"), "leave --quantization fp8 out"),
+        (octavo_job(source, "fp8_block", quantization="octavo_fp8_channel"), "contradict each other"),
+        (octavo_job(source, "mxfp8"), "the scheme mxfp8 is not offered in SGLang"),
+        (octavo_job(source, extra={"ignore": ["*.no_proj"]}), "matches no tensor"),
+        (
+            Job(source, {"quantization": "octavo_fp8_block", "load_format": "dummy"}),
+            "--load-format dummy reads weights",
+        ),
+        (Job(source, draft), "a draft only beside a target"),
+        (octavo_job(convert(source, "fp8_channel")), "is quantized already (compressed-tensors, says its config.json)"),
+        (octavo_job(tmp_path), "config.json"),
+    ]
+    answers = load(*(job for job, _ in cases))
+    assert [
+        answer.error for answer, (_, problem) in zip(answers, cases, strict=True) if problem not in answer.error
+    ] == []
