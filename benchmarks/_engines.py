@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import math
 import random
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,6 +67,43 @@ def source_of(way: str, folder: Path, merged: Merged, model: str, timeout_s: flo
     return target
 
 
+def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str], default: Sequence[str]) -> None:
+    """Which ways, on how many GPUs, what is asked, and how long it may take."""
+    parser.add_argument("--ways", nargs="+", default=default, choices=ways, metavar="WAY", help=", ".join(ways))
+    parser.add_argument(
+        "--tensor-parallel",
+        nargs="+",
+        type=Ranks.parse,
+        default=[Ranks(1)],
+        metavar="N",
+        help="GPUs; 2e: experts apart",
+    )
+    parser.add_argument("--compare", type=_pair, default=(8, 128), metavar="COUNTxLENGTH", help="prompts (%(default)s)")
+    parser.add_argument("--prefill", type=_pair, default=(4, 2048), metavar="COUNTxLENGTH", help="(%(default)s)")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="of the decode (%(default)s)")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode (%(default)s)")
+    parser.add_argument("--new", type=int, default=64, help="tokens to decode (%(default)s)")
+    parser.add_argument("--load-only", action="store_true", help="time the load, not the answers")
+    parser.add_argument("--cold", action="store_true", help="from the disk, not from the page cache")
+    parser.add_argument("--sums", action="store_true", help="compare all parameters, too")
+    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more options for the engine")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu tries it out (%(default)s)")
+    parser.add_argument("--timeout-s", type=float, default=240, help="for one process (%(default)s)")
+    parser.add_argument("--budget-s", type=float, help="start nothing that would not end by then")
+    parser.add_argument("--log", action="store_true", help="print what the engines print")
+
+
+def _pair(text: str) -> tuple[int, int]:
+    count, _, length = text.partition("x")
+    return int(count), int(length)
+
+
+def what_is_asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the measured side that all engines have."""
+    names = ("device", "compare", "prefill", "batches", "prompt", "new", "sums", "engine")
+    return {**{name: getattr(args, name) for name in names}, "speed": not args.load_only}
+
+
 # -- engines ----------------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +126,24 @@ def random_ids(count: int, length: int, vocabulary: int) -> list[list[int]]:
     """Random token ids, the same in every process."""
     numbers = random.Random(count * 1_000_003 + length)
     return [[numbers.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+# -- speed ------------------------------------------------------------------------------------------------------------
+
+
+def prefill_rate(seconds_of: Callable[[int], float], tokens: int, repeats: int = 5) -> dict[str, Any]:
+    """Tokens a second of prompts, by the seconds that an answer of so many tokens takes: one token each."""
+    first_s = seconds_of(1)  # compiles kernels
+    seconds = min(seconds_of(1) for _ in range(repeats))
+    return {"tokens": tokens, "first_s": first_s, "seconds": seconds, "tokens_per_s": tokens / seconds}
+
+
+def decode_rate(seconds_of: Callable[[int], float], batch: int, new: int, repeats: int = 5) -> dict[str, Any]:
+    """New tokens a second after the first, of a batch: what answering takes beyond one token each."""
+    first_s = seconds_of(new)
+    seconds = min(seconds_of(new) for _ in range(repeats))
+    seconds -= min(seconds_of(1) for _ in range(repeats))
+    return {"first_s": first_s, "seconds": seconds, "tokens_per_s": batch * (new - 1) / seconds}
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------

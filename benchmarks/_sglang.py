@@ -5,13 +5,15 @@ In the processes of its ranks, `register` is a plugin of SGLang's beside octavo'
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from _engines import plugin_is_known, random_ids
+from _engines import decode_rate, plugin_is_known, prefill_rate, random_ids
 
 #: the group of entry points; octavo's, and the measuring one
 PLUGINS = "sglang.srt.plugins"
@@ -111,11 +113,12 @@ def measure(way: str, folder: Path, answers: Path, options: dict[str, Any]) -> d
             "versions": {"sglang": sglang.__version__, "torch": torch.__version__},
         }
         if options["speed"]:
-            found["prefill"] = _prefill(engine, random_ids(*options["prefill"], vocabulary))
-            found["decode"] = {
-                str(batch): _decode(engine, random_ids(batch, options["prompt"], vocabulary), options["new"])
-                for batch in options["batches"]
-            }
+            seconds_of = functools.partial(_seconds, engine, random_ids(*options["prefill"], vocabulary))
+            found["prefill"] = prefill_rate(seconds_of, math.prod(options["prefill"]))
+            found["decode"] = {}
+            for batch in options["batches"]:
+                seconds_of = functools.partial(_seconds, engine, random_ids(batch, options["prompt"], vocabulary))
+                found["decode"][str(batch)] = decode_rate(seconds_of, batch, options["new"])
     finally:
         engine.shutdown()
     return found
@@ -141,18 +144,3 @@ def _seconds(engine: Any, ids: list[list[int]], new: int) -> float:
     began = time.perf_counter()
     _generate(engine, ids, new)
     return time.perf_counter() - began
-
-
-def _prefill(engine: Any, ids: list[list[int]], repeats: int = 5) -> dict[str, Any]:
-    first_s = _seconds(engine, ids, 1)  # compiles kernels
-    seconds = min(_seconds(engine, ids, 1) for _ in range(repeats))
-    tokens = sum(map(len, ids))
-    return {"tokens": tokens, "first_s": first_s, "seconds": seconds, "tokens_per_s": tokens / seconds}
-
-
-def _decode(engine: Any, ids: list[list[int]], new: int, repeats: int = 5) -> dict[str, Any]:
-    """New tokens a second after the first, of a batch: what answering takes beyond one token each."""
-    first_s = _seconds(engine, ids, new)
-    seconds = min(_seconds(engine, ids, new) for _ in range(repeats))
-    seconds -= min(_seconds(engine, ids, 1) for _ in range(repeats))
-    return {"first_s": first_s, "seconds": seconds, "tokens_per_s": len(ids) * (new - 1) / seconds}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from _engines import plugin_is_known, random_ids
+from _engines import decode_rate, plugin_is_known, prefill_rate, random_ids
 
 #: the group of entry points, and octavo's
 PLUGINS, PLUGIN = "vllm.general_plugins", "octavo = octavo.adapters.vllm:register"
@@ -99,9 +101,13 @@ def measure(way: str, folder: Path, answers: Path, options: dict[str, Any]) -> d
     found["answers_s"] = time.perf_counter() - started
     if not options["speed"]:
         return found
-    found["prefill"] = _prefill(llm, prompts(*options["prefill"], vocabulary))
+    found["prefill"] = prefill_rate(
+        functools.partial(_generate_s, llm, prompts(*options["prefill"], vocabulary)), math.prod(options["prefill"])
+    )
     found["decode"] = {
-        str(batch): _decode(llm, prompts(batch, options["prompt"], vocabulary), options["new"])
+        str(batch): decode_rate(
+            functools.partial(_generate_s, llm, prompts(batch, options["prompt"], vocabulary)), batch, options["new"]
+        )
         for batch in options["batches"]
     }
     return found
@@ -129,19 +135,3 @@ def _generate_s(llm: Any, asked: list[Any], new: int) -> float:
     seconds = time.perf_counter() - began
     assert all(len(output.outputs[0].token_ids) == new for output in outputs)
     return seconds
-
-
-def _prefill(llm: Any, asked: list[Any], repeats: int = 5) -> dict[str, Any]:
-    """Prompts of which one token is asked each; all of them fit one step."""
-    first_s = _generate_s(llm, asked, 1)  # compiles kernels
-    seconds = min(_generate_s(llm, asked, 1) for _ in range(repeats))
-    tokens = sum(len(prompt["prompt_token_ids"]) for prompt in asked)
-    return {"tokens": tokens, "first_s": first_s, "seconds": seconds, "tokens_per_s": tokens / seconds}
-
-
-def _decode(llm: Any, asked: list[Any], new: int, repeats: int = 5) -> dict[str, Any]:
-    """New tokens a second after the first, of a batch: what answering takes beyond one token each."""
-    first_s = _generate_s(llm, asked, new)
-    seconds = min(_generate_s(llm, asked, new) for _ in range(repeats))
-    seconds -= min(_generate_s(llm, asked, 1) for _ in range(repeats))
-    return {"first_s": first_s, "seconds": seconds, "tokens_per_s": len(asked) * (new - 1) / seconds}

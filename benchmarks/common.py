@@ -304,6 +304,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, default: Iterable[str],
     parser.add_argument("--folder", type=Path, default=Path("/dev/shm/octavo-bench"), help="(%(default)s)")
 
 
+def add_result_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Where what is measured goes."""
+    into = f"results/{name}-<machine>.json"
+    parser.add_argument("--output", type=Path, help=f"merge into this file instead of {into}")
+    parser.add_argument("--no-save", action="store_true", help="print only")
+
+
 def model_folder(folder: Path, model: str, layers: int | None) -> Path:
     """Where the benchmarks keep a model's checkpoint, so that they share it."""
     return folder / (f"{model}-{layers}" if layers else model)

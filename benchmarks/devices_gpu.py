@@ -206,10 +206,7 @@ def main() -> None:
     parser.add_argument("--device-map", default="auto", help="cpu tries the benchmark out (%(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--timeout-s", type=float, default=300, help="for one process (%(default)s)")
-    parser.add_argument(
-        "--output", type=Path, help="merge into this file instead of results/devices_gpu-<machine>.json"
-    )
-    parser.add_argument("--no-save", action="store_true", help="print only")
+    common.add_result_arguments(parser, "devices_gpu")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if common.lacks_gpu("devices_gpu", args.device_map, tries_on_cpu=False):

@@ -105,10 +105,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-rates", action="store_true", help="up to the first tokens only")
     parser.add_argument("--device", default="cuda:0", help="cpu tries the benchmark out (%(default)s)")
     parser.add_argument("--timeout-s", type=float, default=300, help="for one process (%(default)s)")
-    parser.add_argument(
-        "--output", type=Path, help="merge into this file instead of results/first_token-<machine>.json"
-    )
-    parser.add_argument("--no-save", action="store_true", help="print only")
+    common.add_result_arguments(parser, "first_token")
     return parser.parse_args()
 
 

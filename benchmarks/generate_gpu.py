@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import common
@@ -114,10 +113,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=128, help="tokens to decode (%(default)s)")
     parser.add_argument("--device", default="cuda:0", help="cpu tries the benchmark out (%(default)s)")
     parser.add_argument("--timeout-s", type=float, default=300, help="for one process (%(default)s)")
-    parser.add_argument(
-        "--output", type=Path, help="merge into this file instead of results/generate_gpu-<machine>.json"
-    )
-    parser.add_argument("--no-save", action="store_true", help="print only")
+    common.add_result_arguments(parser, "generate_gpu")
     return parser.parse_args()
 
 

@@ -277,8 +277,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--timeout-s", type=float, default=180, help="for one process (%(default)s)")
     parser.add_argument("--budget-s", type=float, help="start nothing that would not end by then")
     parser.add_argument("--remove", action="store_true", help="remove each checkpoint after its use")
-    parser.add_argument("--output", type=Path, help="merge into this file instead of results/load_gpu-<machine>.json")
-    parser.add_argument("--no-save", action="store_true", help="print only")
+    common.add_result_arguments(parser, "load_gpu")
     args = parser.parse_args()
     chosen = args.loaders or ["ceilings", *(["direct"] if args.cold else []), "octavo", "peers"]
     args.loaders = list(dict.fromkeys(way for name in chosen for way in GROUPS.get(name, (name,))))

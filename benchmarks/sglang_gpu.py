@@ -30,13 +30,12 @@ import math
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import _sglang
 import common
 import make_checkpoint
-from _engines import Budget, Ranks, against, answers_path, key_of, plugin_path, source_of
+from _engines import Budget, Ranks, add_arguments, against, answers_path, key_of, plugin_path, source_of, what_is_asked
 from common import ChildError, Merged, run_fresh, say
 
 MODELS = ("qwen1.5-moe-a2.7b",)
@@ -122,18 +121,10 @@ def run_model(
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
     merged.add(facts, "models", model, "checkpoint")
     options = {
-        "device": args.device,
+        **what_is_asked(args),
         "graphs": args.graphs,
         "length": max(args.prefill[1], args.compare[1], args.prompt) + args.new + 64,
         "tokens": args.cache_tokens,
-        "compare": args.compare,
-        "prefill": args.prefill,
-        "batches": args.batches,
-        "prompt": args.prompt,
-        "new": args.new,
-        "sums": args.sums,
-        "speed": not args.load_only,
-        "engine": args.engine,
     }
     rows: dict[str, dict[str, Any]] = {}
     for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
@@ -163,40 +154,13 @@ def run_model(
     return not any("error" in row or row.get("promises", {}).get("equal") is False for row in rows.values())
 
 
-def pair(text: str) -> tuple[int, int]:
-    count, _, length = text.partition("x")
-    return int(count), int(length)
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument(
-        "--tensor-parallel",
-        nargs="+",
-        type=Ranks.parse,
-        default=[Ranks(1)],
-        metavar="N",
-        help="GPUs; 2e: experts apart",
-    )
-    parser.add_argument("--compare", type=pair, default=(8, 128), metavar="COUNTxLENGTH", help="prompts (%(default)s)")
-    parser.add_argument("--prefill", type=pair, default=(4, 2048), metavar="COUNTxLENGTH", help="(%(default)s)")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="of the decode (%(default)s)")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode (%(default)s)")
-    parser.add_argument("--new", type=int, default=64, help="tokens to decode (%(default)s)")
-    parser.add_argument("--load-only", action="store_true", help="time the load, not the answers")
-    parser.add_argument("--cold", action="store_true", help="from the disk, not from the page cache")
+    add_arguments(parser, WAYS, WAYS)
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs")
-    parser.add_argument("--sums", action="store_true", help="compare all parameters, too")
-    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more options for sglang.Engine")
     parser.add_argument("--cache-tokens", type=int, default=16384, help="of the KV cache (%(default)s)")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="(%(default)s)")
-    parser.add_argument("--timeout-s", type=float, default=240, help="for one process (%(default)s)")
-    parser.add_argument("--budget-s", type=float, help="start nothing that would not end by then")
-    parser.add_argument("--log", action="store_true", help="print what the engines print")
-    parser.add_argument("--output", type=Path, help="merge into this file instead of results/sglang_gpu-<machine>.json")
-    parser.add_argument("--no-save", action="store_true", help="print only")
+    common.add_result_arguments(parser, "sglang_gpu")
     return parser.parse_args()
 
 

@@ -139,8 +139,7 @@ def main() -> None:
     parser.add_argument("--staging-bytes", type=int, default=DEFAULT_STAGING_BYTES)
     parser.add_argument("--repeats", type=int, default=3, help="of which the best is told (%(default)s)")
     parser.add_argument("--device", default="cuda:0", help="cpu tries the benchmark out (%(default)s)")
-    parser.add_argument("--output", type=Path, help="merge into this file instead of results/stream_gpu-<machine>.json")
-    parser.add_argument("--no-save", action="store_true")
+    common.add_result_arguments(parser, "stream_gpu")
     args = parser.parse_args()
     if common.lacks_gpu("stream_gpu", args.device):
         return

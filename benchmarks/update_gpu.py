@@ -156,8 +156,7 @@ def main() -> None:
     parser.add_argument("--sources", nargs="+", default=["device", "pinned", "iterator", "pageable"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--staging-bytes", type=int, default=DEFAULT_STAGING_BYTES)
-    parser.add_argument("--output", type=Path, help="merge into this file instead of results/update_gpu-<machine>.json")
-    parser.add_argument("--no-save", action="store_true")
+    common.add_result_arguments(parser, "update_gpu")
     options = parser.parse_args()
     if common.lacks_gpu("update_gpu", tries_on_cpu=False):
         return
