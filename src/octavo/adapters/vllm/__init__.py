@@ -13,7 +13,7 @@ that `octavo.convert` writes, whatever the degree of parallelism.
     options    what its users may say
     telling    errors, in the log
     reloading  what happens when weights are loaded again; `arrivals`: what has come for each layer
-    naming     updates by other names than the checkpoint's; `derived`: views of weights
+    repacking  experts that vLLM packs for a CPU the first time only
     cpu_kernels  for processors for which vLLM has none
     reader     what vLLM would make of a checkpoint in FP8; `asking` and `watching`: in a process of its own
     planning   what it would make of one in octavo's FP8; `forecasting` and `processing`: in a process of its own

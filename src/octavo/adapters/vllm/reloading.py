@@ -21,7 +21,7 @@ from ...errors import CheckpointError
 from ...planning.plan import Plan
 from ..engine import updating
 from ..engine.survey import Fillers
-from . import versions
+from . import repacking, versions
 from .arrivals import Arrivals
 
 
@@ -45,6 +45,7 @@ def prepare(model: Any, checkpoint: Checkpoint, plan: Plan, layout: Format, fill
     """Have later calls of ``model.load_weights`` quantize as the first one did, and updates checked."""
     arrivals = Arrivals(model, fillers)
     updating.prepare(Weights(checkpoint.tensors, plan, layout, model, model.load_weights, arrivals))
+    repacking.follow(model)
     versions.watch_reloads(_check_complete)
 
 
