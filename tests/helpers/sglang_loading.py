@@ -125,8 +125,17 @@ class Session:
     server_args: Any
 
 
+def _draft(session: Session, path: str | None = None) -> dict[str, str]:
+    """What a worker for drafts loads beside the model, by layers of its checkpoint or from another; -> digests."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    path = path or session.server_args.model_path
+    model_config = ModelConfig.from_server_args(session.server_args, model_path=path, is_draft_model=True)
+    return digests(_load(session.server_args, model_config)[1])
+
+
 #: what can be done with a loaded model: name -> function of the session and further arguments, to something for JSON
-STEPS: dict[str, Callable[..., Any]] = {}
+STEPS: dict[str, Callable[..., Any]] = {"draft": _draft}
 
 
 def tensors_of_model(model: Any) -> Iterator[tuple[str, Any]]:
@@ -195,10 +204,7 @@ def _settle(server_args: Any, model_config: Any) -> None:
 
 def load_session(model: str, options: dict[str, Any]) -> Session:
     """Do what a model runner does until the weights are there."""
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import get_model_loader
     from sglang.srt.server_args import ServerArgs
 
     defaults = {"device": "cpu", "dtype": "bfloat16", "disable_cuda_graph": True, "tp_size": int(os.environ["RANKS"])}
@@ -207,14 +213,23 @@ def load_session(model: str, options: dict[str, Any]) -> Session:
     model_config = ModelConfig.from_server_args(server_args)
     _join(options.get("ep_size", 1))
     _settle(server_args, model_config)
+    loader, loaded = _load(server_args, model_config)
+    return Session(loaded, loader, model_config, server_args)
+
+
+def _load(server_args: Any, model_config: Any) -> tuple[Any, Any]:
+    """A loader, and the model that it made."""
+    from sglang.srt.configs.device_config import DeviceConfig
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.model_loader.loader import get_model_loader
+
     load_config = LoadConfig(
         load_format=server_args.load_format,
         model_loader_extra_config=server_args.model_loader_extra_config,
         tp_rank=int(os.environ["RANK"]),
     )
     loader = get_model_loader(load_config, model_config)
-    loaded = loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
-    return Session(loaded, loader, model_config, server_args)
+    return loader, loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
 
 
 class _BeforePostProcessing:
@@ -268,6 +283,7 @@ def _answer(job: dict[str, Any], before: _BeforePostProcessing) -> dict[str, Any
             answer["results"].append(STEPS[name](session, *arguments))
     except Exception as error:
         traceback.print_exc()
+        answer["loaded"] = before.digests or {}
         answer["error"] = f"{type(error).__name__}: {error}"
     return answer
 

@@ -21,6 +21,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, Un
 from torch import nn
 
 from ...errors import RecipeError
+from ...numerics import schemes
+from ...numerics.schemes import FP8
 from ...planning.kinds import module_of
 from ...planning.plan import Plan
 from ..engine.fitting import Fitting
@@ -40,6 +42,10 @@ class Layers:
         self._made: Counter[str] = Counter()
         self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self.refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # those that don't fit FP8 -> why
+        assert plan.recipe.scheme is not None
+        # a scale a row of weights goes with one for all activations of a token
+        group = schemes.get(plan.recipe.scheme).group_cols or 1
+        self.fitting = Fitting(_can_be_plain, _unquantized, functools.partial(_check_activations, group))
 
     def name(self, layer: nn.Module, prefix: str) -> str:
         """What SGLang calls a layer, with a number where it calls others so, too."""
@@ -98,7 +104,7 @@ class _Deciding:
             return super().get_quant_method(layer, prefix)  # type: ignore[misc]
         if self.layers.stays(layer, prefix, self.packed_modules_mapping):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None  # then SGLang makes its own
-        return _FITTING.fitted([functools.partial(self._in_fp8, layer, prefix)], layer, self.layers.refused)
+        return self.layers.fitting.fitted([functools.partial(self._in_fp8, layer, prefix)], layer, self.layers.refused)
 
     def _in_fp8(self, layer: nn.Module, prefix: str) -> Any:
         ignored = getattr(self, self._ignored)
@@ -151,4 +157,8 @@ def _unquantized(layer: Any) -> Any:
     return UnquantizedFusedMoEMethod(layer.use_triton_kernels, layer.use_flashinfer_trtllm_moe, layer.use_deep_gemm)
 
 
-_FITTING = Fitting(_can_be_plain, _unquantized)
+def _check_activations(group: int, layer: nn.Module) -> None:
+    """Raise what SGLang's kernels raise with the first request: they cut a row of activations into groups."""
+    for weight in layer.parameters(recurse=False):
+        if weight.dtype == FP8 and weight.shape[-1] % group:
+            raise ValueError(f"groups of {group} activations don't divide {weight.shape[-1]} columns")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def load_model(self, *, model_config: Any, device_config: Any) -> nn.Module:
         """Make the model and fill it. Errors: see `Options.parse`, `Checkpoint.open`, `Surveyor.run`."""
         scheme = asking.scheme_of(model_config)
-        if scheme is None and model_config.is_draft_model:
+        if scheme is None and versions.is_draft(model_config):
             stock = get_model_loader(self.load_config, model_config)
             unquantized: nn.Module = stock.load_model(model_config=model_config, device_config=device_config)
             return unquantized
@@ -73,7 +74,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def _options(self, model_config: Any, scheme: str) -> Options:
         """Those of a target, or of a draft."""
-        if model_config.is_draft_model and (options := self.options.for_draft()) and options.scheme == scheme:
+        if versions.is_draft(model_config) and (options := self.options.for_draft()) and options.scheme == scheme:
             return options
         return self.options
 
@@ -125,7 +126,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         if versions.is_whole(model):
             self.loading.check_patterns(model, layers)
         try:
-            return self.loading.survey(model, layers, versions.exempt(model))
+            replaced = functools.partial(versions.replaced, model, model_config)
+            return self.loading.survey(model, layers, versions.exempt(model), replaced)
         except MakeAnewError as again:
             if self.options.format == "fp8" and any(SCALE_PASSED_OVER in why for why in again.keep.values()):
                 raise RecipeError(

@@ -153,6 +153,21 @@ def exempt(model: nn.Module) -> set[str]:
     return found
 
 
+def is_draft(model_config: Any) -> bool:
+    """Return True if a model drafts for another one."""
+    return bool(getattr(model_config, "is_draft_model", False))
+
+
+def replaced(model: Any, model_config: Any) -> set[str]:
+    """Parameters of a draft for which SGLang takes those of its target, once both are loaded: embedding and head."""
+    if not is_draft(model_config) or not hasattr(model, "get_embed_and_head"):
+        return set()
+    embedding, head = model.get_embed_and_head()
+    both = hasattr(model, "set_embed_and_head") and getattr(model, "load_lm_head_from_target", True)
+    given = [embedding, head] if both else [embedding] if hasattr(model, "set_embed") else []
+    return {name for name, parameter in model.named_parameters() if any(parameter is each for each in given)}
+
+
 def is_whole(model: nn.Module) -> bool:
     """Return True if this process has all layers of a model: with pipelines, others have some of them."""
     from sglang.srt.distributed import get_pp_group
