@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import octavo
 from helpers.sglang_hooks import WAYS, without_hooks
 from helpers.sglang_loading import Job, load, octavo_job
 from helpers.vllm_checkpoints import convert, make
@@ -32,6 +33,22 @@ def test_all_tensors_equal_those_of_the_converted_checkpoint(scheme: str, tmp_pa
     assert mine.served == flagged.served == stock.served
     assert mine_moe.loaded == stock_moe.loaded
     assert mine_moe.served == stock_moe.served
+
+
+def test_the_format_fp8_is_taken_where_loaders_know_its_scales(tmp_path: Path) -> None:
+    """On a CPU without AMX, SGLang makes no kernels' form of it."""
+    source, llama = make("qwen3_moe", tmp_path / "bf16"), make("llama", tmp_path / "llama")
+    converted = tmp_path / "converted"
+    octavo.convert(source, converted, "fp8_block", format="fp8", prove=False)
+    extra = {"format": "fp8"}
+    jobs = (octavo_job(path, "fp8_block", extra=extra) for path in (source, llama))
+    mine, refused, stock = load(*jobs, Job(converted))
+    for answer in (mine, stock):
+        assert "requires that CPU has AMX support" in answer.error
+    assert sum(name.endswith("weight_scale_inv") for name in mine.loaded) == 8
+    assert mine.loaded == stock.loaded
+    assert "LlamaForCausalLM in SGLang has no place for the scales of the format 'fp8'" in refused.error
+    assert "use the format 'compressed-tensors'" in refused.error
 
 
 def test_a_hook_that_sglang_has_not_set_ends_the_start_by_its_name(tmp_path: Path) -> None:

@@ -1,0 +1,151 @@
+"""From SGLang's arguments to the config that it reads for a checkpoint; needs no SGLang."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from octavo.adapters.sglang import asking
+from octavo.errors import CheckpointError, RecipeError
+
+
+@dataclass
+class Arguments:
+    """Of SGLang's ``ServerArgs``, those that matter here."""
+
+    model_path: str = "target"
+    quantization: str | None = None
+    load_format: str = "auto"
+    model_loader_extra_config: str = "{}"
+    speculative_draft_model_quantization: str | None = None
+    speculative_draft_load_format: str | None = None
+
+
+@dataclass
+class Config:
+    """What config.json holds."""
+
+    text_config: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.__dict__.update(self.extra)
+
+
+@dataclass
+class ModelConfig:
+    hf_config: Any
+
+
+def asked(config: Any, model: str = "target", draft: bool = False, **arguments: Any) -> Any:
+    server_args = Arguments(**arguments)
+    asking.settle(server_args)
+    with asking.about(server_args, model, is_draft_model=draft):
+        return asking.with_quantization(config, model)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file(
+        {"model.layers.0.mlp.down_proj.weight": torch.ones(128, 128, dtype=torch.bfloat16)}, tmp_path / "a.safetensors"
+    )
+    (tmp_path / "config.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "scheme"),
+    [
+        ({"load_format": "octavo"}, "fp8_channel"),
+        ({"quantization": "octavo_fp8_block"}, "fp8_block"),
+        ({"quantization": "octavo_fp8_block", "load_format": "safetensors"}, "fp8_block"),
+        ({"quantization": "octavo_fp8_block", "load_format": "octavo"}, "fp8_block"),
+        ({"load_format": "octavo", "model_loader_extra_config": '{"scheme": "fp8_block"}'}, "fp8_block"),
+    ],
+)
+def test_both_ways_of_asking_become_one(arguments, scheme):
+    server_args = Arguments(**arguments)
+    assert asking.is_asked_for(server_args)
+    asking.settle(server_args)
+    assert (server_args.quantization, server_args.load_format) == (None, "octavo")
+    assert json.loads(server_args.model_loader_extra_config)["scheme"] == scheme
+    before = copy.deepcopy(server_args)
+    asking.settle(server_args)
+    assert server_args == before
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "compressed-tensors"])
+def test_others_are_not_asking_for_octavo(quantization):
+    assert not asking.is_asked_for(Arguments(quantization=quantization))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ({"load_format": "octavo", "quantization": "fp8"}, "leave --quantization fp8 out"),
+        ({"load_format": "gguf", "quantization": "octavo_fp8_block"}, "--load-format gguf reads weights itself"),
+        ({"speculative_draft_load_format": "octavo"}, "a draft only beside a target"),
+        ({"quantization": "octavo_mxfp8"}, "mxfp8 is not offered in SGLang"),
+    ],
+)
+def test_arguments_that_contradict_each_other_are_refused(arguments, problem):
+    server_args = Arguments(**arguments)
+    assert asking.is_asked_for(server_args)
+    with pytest.raises(RecipeError, match=problem):
+        asking.settle(server_args)
+
+
+def test_the_config_is_that_of_an_fp8_checkpoint_and_says_whose_it_is():
+    given = Config()
+    found = asked(given, quantization="octavo_fp8_block")
+    assert not hasattr(given, "quantization_config")
+    assert found.quantization_config["quant_method"] == "compressed-tensors"
+    assert asking.scheme_of(ModelConfig(found)) == "fp8_block"
+    extra = '{"scheme": "fp8_block", "format": "fp8"}'
+    found = asked(given, load_format="octavo", model_loader_extra_config=extra)
+    assert found.quantization_config["quant_method"] == "fp8"
+    assert found.quantization_config["weight_block_size"] == [128, 128]
+    assert asking.scheme_of(ModelConfig(given)) is None
+    assert asking.with_quantization(given, "target") is given  # nobody has asked
+
+
+def test_a_draft_is_of_the_target_or_has_a_scheme_or_stays():
+    assert asking.scheme_of(ModelConfig(asked(Config(), draft=True, load_format="octavo"))) == "fp8_channel"
+    own: dict[str, Any] = {"model": "other", "draft": True, "load_format": "octavo"}
+    assert asking.scheme_of(ModelConfig(asked(Config(), **own))) is None
+    own["speculative_draft_model_quantization"] = "octavo_fp8_block"
+    assert asking.scheme_of(ModelConfig(asked(Config(), **own))) == "fp8_block"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(extra={"quantization_config": {"quant_method": "fp8"}}),
+        Config(extra={"compression_config": {"quant_method": "fp8"}}),
+        Config(text_config=Config(extra={"quantization_config": {"quant_method": "fp8"}})),
+    ],
+)
+def test_what_is_quantized_already_is_refused_before_it_is_opened(config):
+    with pytest.raises(RecipeError, match=r"target is quantized already \(fp8, says its config.json\): leave it"):
+        asked(config, load_format="octavo")
+
+
+def test_what_a_file_beside_says_is_quantized_is_refused(folder):
+    (folder / "hf_quant_config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"is quantized already \(says its hf_quant_config.json\)"):
+        asked(Config(), str(folder), load_format="octavo")
+
+
+def test_a_checkpoint_in_a_folder_is_opened_and_planned_at_once(folder):
+    extra = '{"ignore": ["*.qkv_proj"]}'  # which may be a layer's
+    asked(Config(), str(folder), load_format="octavo", model_loader_extra_config=extra)
+    (folder / "a.safetensors").write_bytes(b"\x08")
+    with pytest.raises(CheckpointError, match=r"a\.safetensors"):
+        asked(Config(), str(folder), load_format="octavo")
