@@ -25,6 +25,7 @@ from octavo.errors import OctavoError
 
 from .folders import tensors_of
 from .vllm_engine import ENVIRONMENT, Answer, Job, addresses, digests
+from .vllm_stand_ins import stand_in
 
 
 def load(*jobs: Job, timeout: float = 300) -> list[Answer]:
@@ -141,12 +142,10 @@ def _pack_convolutions() -> None:
 def _main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    import torch
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
-    if not torch.accelerator.is_available():
-        torch.accelerator.empty_cache = lambda: None  # as vLLM's worker does on a CPU
+    stand_in()
     with tempfile.TemporaryDirectory() as folder, set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{folder}/rendezvous", 0, "gloo")
         initialize_model_parallel(1, 1)

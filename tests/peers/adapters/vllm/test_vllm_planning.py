@@ -34,11 +34,13 @@ import torch
 from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from helpers.vllm_stand_ins import stand_in
+from octavo.adapters.engine import loading
 from octavo.adapters.vllm import forecasting, loader, versions
 
 tallies, held, before = [], [], set()
 
-class Tally(loader.Tally):
+class Tally(loading.Tally):
     def __init__(self):
         super().__init__()
         tallies.append(self)
@@ -51,13 +53,13 @@ def prepare(model, *_):
     held.append(sum({id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}.values()))
     before.clear(), before.update(storages(model.modules()))
 
-loader.Tally, loader.reload.prepare = Tally, prepare
-torch.accelerator.empty_cache = lambda: None  # as vLLM's worker does on a CPU
+loading.Tally, loader.reload.prepare = Tally, prepare
+stand_in()
 for model, extra, options, loads in json.load(sys.stdin):
     found = forecasting.answer(model, extra, options)
     tallies.clear(), held.clear()
     derived = []
-    for rank in range(len(found["ranks"]) if loads else 0):
+    for rank in range(len(found.get("ranks", ())) if loads else 0):
         arguments = EngineArgs(model=model, load_format="octavo", model_loader_extra_config=extra, enforce_eager=True,
             skip_tokenizer_init=True, distributed_executor_backend="mp", **options)
         config = arguments.create_engine_config()
@@ -139,6 +141,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         capture_output=True,
         text=True,
         env={**os.environ, **ENVIRONMENT},
+        cwd=Path(__file__).parents[3],
         timeout=500,
     )
     answers = [json.loads(line[6:]) for line in ended.stdout.splitlines() if line.startswith("FOUND ")]
@@ -150,6 +153,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_each_rank_reads_and_holds_what_was_planned(case: str, found: dict[str, Any]) -> None:
     fields, loaded = found[case]
     _, scheme, options = CASES[case]
+    assert "error" not in fields, fields["text"]
     ranks = Forecast.from_dict(fields).ranks
     assert len(ranks) == len(loaded) == max([1, *(value for value in options.values() if value is not True)])
     for rank, (read, placed, held, derived) in zip(ranks, loaded, strict=True):

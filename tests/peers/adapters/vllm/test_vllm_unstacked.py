@@ -90,7 +90,8 @@ def test_matrices_are_read_as_the_stacks_are(
 
 
 def test_names_that_are_known_are_those_that_vllm_takes(tmp_path: Path) -> None:
-    """Where vLLM is not installed, what was found out here decides."""
+    """Where vLLM is not installed, what was found out here decides. Older versions have other names for some."""
+    pytest.importorskip("vllm", "0.32")
     for name in STACKED:
         source = make(name, tmp_path / name)
         octavo.convert(source, tmp_path / f"{name}-fp8", prove=False)
