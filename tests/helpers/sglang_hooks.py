@@ -3,7 +3,7 @@
     python -m helpers.sglang_hooks CHECKPOINT > answers
 
 Takes one hook away after another, and makes a model's config and its loader, as servers do. Answers with a line of JSON
-for each: the hook, how octavo was asked for, and the error.
+for each: the hook, how octavo was asked for, and the error. The last lines are of versions, and of what octavo says.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "load format": {"load_format": "octavo"},
     "quantization": {"quantization": "octavo_fp8_block"},
 }
+VERSIONS = ("0.5.9", "0.5.12", "0.5.23.post1", "0.5.24", "0.6.0rc1", "0.0.0.dev0", "unknown")
 
 
-def without_hooks(checkpoint: Path) -> list[tuple[str, str, str]]:
-    """(Hook, way of asking, error) of each; the hook is empty for none."""
+def without_hooks(checkpoint: Path) -> list[tuple[str, str, str | None]]:
+    """(Hook, way of asking, error) of each; the hook is empty for none, and "version" for what octavo says of one."""
     finished = subprocess.run(
         [sys.executable, "-m", "helpers.sglang_hooks", str(checkpoint)],
         capture_output=True,
@@ -86,7 +87,9 @@ def _main() -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    from octavo.adapters.sglang import plugin
+    import sglang
+
+    from octavo.adapters.sglang import plugin, versions
 
     os.environ["RANK"] = "0"
     for way, options in WAYS.items():
@@ -97,6 +100,10 @@ def _main() -> None:
         out.write(json.dumps(["", way, _error(start)]) + "\n")
         for target, *_ in plugin._hooks():
             out.write(json.dumps([target, way, _without(target, start)]) + "\n")
+    for version in VERSIONS:
+        sglang.__version__ = version
+        said = versions.untried() if versions.is_supported() else versions.too_old()
+        out.write(json.dumps(["version", version, said]) + "\n")
     out.flush()
 
 

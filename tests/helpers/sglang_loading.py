@@ -134,8 +134,17 @@ def _draft(session: Session, path: str | None = None) -> dict[str, str]:
     return digests(_load(session.server_args, model_config)[1])
 
 
+def _methods(session: Session) -> dict[str, list[str]]:
+    """Layer -> classes of what SGLang has it computed by."""
+    found = {}
+    for name, module in session.model.named_modules():
+        if method := getattr(module, "quant_method", None):
+            found[name] = [type(module).__name__, type(method).__name__, type(getattr(module, "scheme", None)).__name__]
+    return found
+
+
 #: what can be done with a loaded model: name -> function of the session and further arguments, to something for JSON
-STEPS: dict[str, Callable[..., Any]] = {"draft": _draft}
+STEPS: dict[str, Callable[..., Any]] = {"draft": _draft, "methods": _methods}
 
 
 def tensors_of_model(model: Any) -> Iterator[tuple[str, Any]]:

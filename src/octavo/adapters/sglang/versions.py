@@ -18,9 +18,10 @@ NEWEST = (0, 5, 23)  # that was tried
 
 
 def _version() -> tuple[int, int, int] | None:
-    """None if it can't be told, as of a build from source."""
+    """None if it can't be told, as of a checkout, which calls itself 0.0.0."""
     found = re.match(r"(\d+)\.(\d+)\.(\d+)", str(sglang.__version__))
-    return None if found is None else (int(found[1]), int(found[2]), int(found[3]))
+    version = (0, 0, 0) if found is None else (int(found[1]), int(found[2]), int(found[3]))
+    return version if any(version) else None
 
 
 def is_supported() -> bool:
@@ -38,7 +39,8 @@ def too_old() -> str:
 
 def untried() -> str | None:
     """A remark on a version that was not tried."""
-    if (_version() or (0, 0, 0)) <= NEWEST and _version() is not None:
+    version = _version()
+    if version is not None and version <= NEWEST:
         return None
     tried = f"{'.'.join(map(str, OLDEST))} to {'.'.join(map(str, NEWEST))}"
     return (
@@ -170,6 +172,6 @@ def replaced(model: Any, model_config: Any) -> set[str]:
 
 def is_whole(model: nn.Module) -> bool:
     """Return True if this process has all layers of a model: with pipelines, others have some of them."""
-    from sglang.srt.distributed import get_pp_group
+    from sglang.srt.distributed.parallel_state import get_pp_group
 
     return int(get_pp_group().world_size) == 1

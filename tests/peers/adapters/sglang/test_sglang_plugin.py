@@ -22,7 +22,8 @@ pytestmark = [
 @pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
 def test_all_tensors_equal_those_of_the_converted_checkpoint(scheme: str, tmp_path: Path) -> None:
     sources = [make(name, tmp_path / name) for name in ("llama", "qwen3_moe")]
-    jobs = [(octavo_job(source, scheme), Job(convert(source, scheme))) for source in sources]
+    steps = [["methods"]]
+    jobs = [(octavo_job(source, scheme, steps), Job(convert(source, scheme), steps=steps)) for source in sources]
     flag = Job(sources[0], {"quantization": f"octavo_{scheme}"})
     mine, stock, mine_moe, stock_moe, flagged = load(*jobs[0], *jobs[1], flag)
     for answer in (mine, stock, mine_moe, stock_moe, flagged):
@@ -31,6 +32,8 @@ def test_all_tensors_equal_those_of_the_converted_checkpoint(scheme: str, tmp_pa
     assert any("float8_e4m3fn" in digest for digest in stock.loaded.values())
     assert mine.loaded == flagged.loaded == stock.loaded
     assert mine.served == flagged.served == stock.served
+    assert any("FusedMoE" in classes for classes in mine_moe.results[0].values())
+    assert mine.results + mine_moe.results == stock.results + stock_moe.results  # LoRA and kernels find the same layers
     assert mine_moe.loaded == stock_moe.loaded
     assert mine_moe.served == stock_moe.served
 
@@ -51,10 +54,16 @@ def test_the_format_fp8_is_taken_where_loaders_know_its_scales(tmp_path: Path) -
     assert "use the format 'compressed-tensors'" in refused.error
 
 
-def test_a_hook_that_sglang_has_not_set_ends_the_start_by_its_name(tmp_path: Path) -> None:
+def test_hooks_that_sglang_has_not_set_end_the_start_by_name_and_other_versions_are_told(tmp_path: Path) -> None:
     found = without_hooks(make("llama", tmp_path / "bf16"))
-    assert len(found) == len(WAYS) * 5
-    for hook, way, error in found:
+    said = {version: remark for what, version, remark in found if what == "version"}
+    assert said["0.5.12"] is said["0.5.23.post1"] is None
+    assert "needs SGLang 0.5.12 or later, and this is 0.5.9: --load-format octavo is unknown" in said.pop("0.5.9")
+    for version in ("0.5.24", "0.6.0rc1", "0.0.0.dev0", "unknown"):
+        assert f"octavo was tried with SGLang 0.5.12 to 0.5.23, and this is {version}. Should it" in said[version]
+    starts = [(hook, way, error or "") for hook, way, error in found if hook != "version"]
+    assert len(starts) == len(WAYS) * 5
+    for hook, way, error in starts:
         if not hook:
             assert not error, (way, error)
         elif hook.endswith("__post_init__") and way == "quantization":
