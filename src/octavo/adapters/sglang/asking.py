@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...conversion.formats import whole_config
@@ -27,8 +27,6 @@ from .options import Options
 _GIVES_WAY = (LOAD_FORMAT, "auto", "safetensors")
 #: the key of a ``quantization_config`` that is octavo's
 _MARK = "octavo"
-#: other files by which checkpoints say that they are quantized
-_SAID_BESIDE = ("hf_quant_config.json", "quant_model_description.json")
 #: of the model whose config is being made
 _current: ContextVar[Options | None] = ContextVar("octavo", default=None)
 
@@ -45,6 +43,7 @@ def settle(server_args: Any) -> None:
 
     Raises:
         RecipeError: they contradict each other.
+        OctavoError: what is wrong with a checkpoint that is here, or its plan.
     """
     quantization, load_format = server_args.quantization, server_args.load_format
     scheme = scheme_of_quantization(quantization)
@@ -71,7 +70,10 @@ def settle(server_args: Any) -> None:
     given = json.loads(server_args.model_loader_extra_config or "{}")
     server_args.model_loader_extra_config = json.dumps({**given, **extra})
     server_args.quantization, server_args.load_format = None, LOAD_FORMAT
-    Options.of(server_args.model_loader_extra_config)  # with the draft's scheme
+    options = Options.of(server_args.model_loader_extra_config)  # with the draft's scheme
+    _try_plan(server_args.model_path, options)
+    if (draft_options := options.for_draft()) and server_args.speculative_draft_model_path:
+        _try_plan(server_args.speculative_draft_model_path, draft_options)
 
 
 @contextlib.contextmanager
@@ -95,14 +97,11 @@ def with_quantization(config: Any, model: str) -> Any:
 
     Raises:
         RecipeError: it is quantized already.
-        OctavoError: what is wrong with a checkpoint or its plan.
     """
     options = _current.get()
     if options is None:
         return config
     _refuse_quantized(config, model)
-    if Path(model).is_dir():
-        _try_plan(model, options)
     config = copy.deepcopy(config)  # SGLang keeps the other one, for other models
     config.quantization_config = marked(whole_config(options.scheme, options.format), options)
     return config
@@ -120,31 +119,27 @@ def scheme_of(model_config: Any) -> str | None:
 
 
 def _refuse_quantized(config: Any, model: str) -> None:
-    text = getattr(config, "text_config", None)
-    found = next(
-        (
-            said
-            for part in (config, text)
-            for key in ("quantization_config", "compression_config")
-            if (said := getattr(part, key, None))
-        ),
-        None,
-    )
-    beside = next((name for name in _SAID_BESIDE if (Path(model) / name).is_file()), None)
-    if found is None and beside is None:
-        return
-    method = found.get("quant_method") if isinstance(found, Mapping) else getattr(found, "quant_method", None)
-    how = f" ({method}, says its config.json)" if method else f" (says its {beside})" if beside else ""
+    for part in (config, getattr(config, "text_config", None)):
+        for key in ("quantization_config", "compression_config"):
+            if found := getattr(part, key, None):
+                _refuse(
+                    model, (found if isinstance(found, Mapping) else vars(found)).get("quant_method", "by its config")
+                )
+
+
+def _refuse(model: str, how: object) -> NoReturn:
     raise RecipeError(
-        f"--load-format {LOAD_FORMAT} quantizes bf16 checkpoints, and {model} is quantized already{how}: leave it and "
-        "--quantization out to serve the checkpoint so, or start from the bf16 checkpoint"
+        f"--load-format {LOAD_FORMAT} quantizes bf16 checkpoints, and {model} is quantized already ({how}): leave it "
+        "and --quantization out to serve the checkpoint so, or start from the bf16 checkpoint"
     )
 
 
-@functools.lru_cache(maxsize=8)
 def _try_plan(model: str, options: Options) -> None:
-    """Raise what reading headers and planning raise. The loader of each rank does it again, elsewhere and later."""
+    """Raise what reading headers and planning raise, if the model is here. Each rank's loader does it again, later."""
+    if not Path(model).is_dir():
+        return
     checkpoint = Checkpoint.open(model)
-    recipe = options.recipe
+    if (found := checkpoint.quantization) is not None:
+        _refuse(model, found)
     known = matching(options.ignore, checkpoint.tensors)  # others may be about layers
-    plan_checkpoint(checkpoint, type(recipe)(recipe.scheme, ignore=known), options.staging_bytes)
+    plan_checkpoint(checkpoint, dataclasses.replace(options, ignore=known).recipe, options.staging_bytes)

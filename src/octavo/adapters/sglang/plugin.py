@@ -56,7 +56,7 @@ def _hooks() -> list[tuple[str, Callable[..., Any], str]]:
 def _read_arguments(server_args: Any, *_: Any, **__: Any) -> None:
     from . import asking
 
-    if asking.is_asked_for(server_args):
+    if asking.is_asked_for(server_args) and not versions.is_resolved(server_args):
         check_hooks()
         asking.settle(server_args)
 

@@ -67,6 +67,11 @@ def server_args_target() -> str:
     return f"sglang.srt.server_args.ServerArgs.{method}"
 
 
+def is_resolved(server_args: Any) -> bool:
+    """Return True where arguments have come from another process, which has resolved them."""
+    return bool(getattr(server_args, "_resolution_finished", False))
+
+
 def hook(target: str, function: Callable[..., Any], kind: str) -> None:
     """Have SGLang call ``function`` where it calls what ``target`` names."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType

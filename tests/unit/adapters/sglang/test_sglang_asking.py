@@ -26,6 +26,7 @@ class Arguments:
     model_loader_extra_config: str = "{}"
     speculative_draft_model_quantization: str | None = None
     speculative_draft_load_format: str | None = None
+    speculative_draft_model_path: str | None = None
 
 
 @dataclass
@@ -46,6 +47,7 @@ class ModelConfig:
 
 def asked(config: Any, model: str = "target", draft: bool = False, **arguments: Any) -> Any:
     server_args = Arguments(**arguments)
+    assert asking.is_asked_for(server_args)
     asking.settle(server_args)
     with asking.about(server_args, model, is_draft_model=draft):
         return asking.with_quantization(config, model)
@@ -128,24 +130,27 @@ def test_a_draft_is_of_the_target_or_has_a_scheme_or_stays():
     "config",
     [
         Config(extra={"quantization_config": {"quant_method": "fp8"}}),
-        Config(extra={"compression_config": {"quant_method": "fp8"}}),
+        Config(extra={"compression_config": Config(extra={"quant_method": "fp8"})}),
         Config(text_config=Config(extra={"quantization_config": {"quant_method": "fp8"}})),
     ],
 )
-def test_what_is_quantized_already_is_refused_before_it_is_opened(config):
-    with pytest.raises(RecipeError, match=r"target is quantized already \(fp8, says its config.json\): leave it"):
+def test_what_is_quantized_already_is_refused_by_its_config(config):
+    with pytest.raises(RecipeError, match=r"target is quantized already \(fp8\): leave it and --quantization out"):
         asked(config, load_format="octavo")
 
 
-def test_what_a_file_beside_says_is_quantized_is_refused(folder):
-    (folder / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"is quantized already \(says its hf_quant_config.json\)"):
-        asked(Config(), str(folder), load_format="octavo")
-
-
-def test_a_checkpoint_in_a_folder_is_opened_and_planned_at_once(folder):
-    extra = '{"ignore": ["*.qkv_proj"]}'  # which may be a layer's
-    asked(Config(), str(folder), load_format="octavo", model_loader_extra_config=extra)
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_what_is_here_is_opened_and_planned_before_sglang_starts_anything(folder, role):
+    arguments = Arguments(load_format="octavo", model_loader_extra_config='{"ignore": ["*.qkv_proj"]}')  # a layer's
+    if role == "target":
+        arguments.model_path = str(folder)
+    else:
+        arguments.speculative_draft_model_path = str(folder)
+        arguments.speculative_draft_model_quantization = "octavo_fp8_block"
+    asking.settle(copy.copy(arguments))
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    with pytest.raises(RecipeError, match=rf"{folder} is quantized already \(fp8"):
+        asking.settle(copy.copy(arguments))
     (folder / "a.safetensors").write_bytes(b"\x08")
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
-        asked(Config(), str(folder), load_format="octavo")
+        asking.settle(copy.copy(arguments))
