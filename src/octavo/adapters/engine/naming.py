@@ -39,6 +39,7 @@ class Names:
         self._shapes = {placement.name: placement.shape for placement in plan.placements}
         self._known: dict[str, list[Copy]] = {}  # tensor of the checkpoint -> where it goes
         self._understood: dict[tuple[str, tuple[int, ...]], list[Part] | None] = {}
+        self._targets: dict[tuple[str, tuple[int, ...]], list[str]] = {}
 
     def apart(self, name: str, weight: Tensor, arrivals: Arrivals[Any]) -> Iterator[tuple[str, Tensor]] | None:
         """A tensor that the checkpoint does not know, as those that it holds; None if they are not whole."""
@@ -54,6 +55,10 @@ class Names:
             (part.name, weight.as_strided(part.shape, part.strides, weight.storage_offset() + part.offset))
             for part in parts
         )
+
+    def targets(self, name: str, weight: Tensor) -> list[str]:
+        """Where a tensor goes that has been asked about."""
+        return self._targets[name, tuple(weight.shape)]
 
     def _ask_about_waiting(self, arrivals: Arrivals[Any]) -> None:
         """Where tensors of the checkpoint go, of layers that have their parameters in its form at the moment."""
@@ -86,6 +91,7 @@ class Names:
     def _note(self, seen: Trace, shapes: dict[str, tuple[int, ...]]) -> None:
         found = seen.by_source()
         for name, shape in shapes.items():
+            self._targets[name, shape] = [copy.target for copy in found.get(name, ())]
             copies = found.get(name, []) if seen.failed is None and name not in seen.used else []
             numel = torch.Size(shape).numel()
             self._understood[name, shape] = parts_of(copies, numel, self._known, self._shapes) if copies else None

@@ -61,7 +61,7 @@ class Weights:
             pairs = self._quantized(weights, finite)
         try:
             result = self.original(pairs, *args, **kwargs)
-            _check_finite(finite)
+            check_finite(finite, "Its layer may be new already")
         except BaseException:
             self.arrivals.drop()
             raise
@@ -144,9 +144,13 @@ class Weights:
                 self.arrivals.add(name)
                 yield name, weight
             else:
-                counts = self.arrivals.counts()
-                yield name, weight
-                self.arrivals.add_other(name, counts)
+                yield from self._other(name, weight)
+
+    def _other(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A tensor that the checkpoint does not know, and that holds none that it knows."""
+        counts = self.arrivals.counts()
+        yield name, weight
+        self.arrivals.add_other(name, counts)
 
 
 def _check_shape(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
@@ -162,7 +166,8 @@ def _check_dtype(placement: Placement, weight: Tensor) -> None:
         raise CoverageError(f"{placement.name}: is {weight.dtype}, was loaded from {first}")
 
 
-def _check_finite(finite: list[tuple[str, Tensor]]) -> None:
+def check_finite(finite: list[tuple[str, Tensor]], then: str) -> None:
+    """Raise for scales that are not finite, and say what has become of their layers."""
     for device in {flag.device for _, flag in finite}:
         mine = [(name, flag) for name, flag in finite if flag.device == device]
         flags = torch.stack([flag for _, flag in mine]).tolist()
@@ -170,8 +175,8 @@ def _check_finite(finite: list[tuple[str, Tensor]]) -> None:
         if bad:
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise WeightError(
-                f"{bad[0]}{more}: holds a number that is not finite, which has no FP8 form. Its layer may be new "
-                "already; send that again in another update."
+                f"{bad[0]}{more}: holds a number that is not finite, which has no FP8 form. {then}; send that "
+                "again in another update."
             )
 
 
