@@ -322,6 +322,6 @@ def _main() -> None:
 
 if __name__ == "__main__":
     # by its name, so that steps that other modules add to it are there
-    from helpers import sglang_loading
+    from helpers import sglang_loading, sglang_updates  # noqa: F401  (it adds steps)
 
     sglang_loading._main()

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import nn
 
-_METHOD = "post_load_weights"
+#: what computes it
+METHOD = "post_load_weights"
 #: their argument for what has been loaded; without it, all layers count
 _GIVEN = "weight_names"
 
@@ -22,19 +23,19 @@ class Computed:
     """Calls that a model's loader made."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [module for module in model.modules() if hasattr(module, _METHOD)]
+        self._modules = [module for module in model.modules() if hasattr(module, METHOD)]
         self._calls: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
         """Meanwhile, note calls and compute nothing."""
         for module in self._modules:
-            module.__dict__[_METHOD] = self._note(module)
+            module.__dict__[METHOD] = self._note(module)
         try:
             yield
         finally:
             for module in self._modules:
-                del module.__dict__[_METHOD]
+                del module.__dict__[METHOD]
 
     def _note(self, module: nn.Module) -> Any:
         def note(*args: Any, **kwargs: Any) -> None:
@@ -47,10 +48,10 @@ class Computed:
     def compute(self) -> None:
         """Make the calls, each once."""
         for module, given in self._calls.values():
-            getattr(module, _METHOD)(**given)
+            getattr(module, METHOD)(**given)
 
 
 def _parameters(module: nn.Module) -> list[str]:
     import inspect
 
-    return [*inspect.signature(getattr(type(module), _METHOD)).parameters][1:]
+    return [*inspect.signature(getattr(type(module), METHOD)).parameters][1:]

@@ -27,7 +27,7 @@ from ..engine.loading import Loading, MakeAnewError, place_among_ranks
 from ..engine.names import LOAD_FORMAT
 from ..engine.survey import SCALE_PASSED_OVER, Survey
 from ..engine.telling import Telling
-from . import asking, plugin, versions
+from . import asking, plugin, reloading, runner, versions
 from .computed import Computed
 from .config import Layers, deciding
 from .options import Options
@@ -35,7 +35,7 @@ from .options import Options
 telling = Telling(plugin.log)
 
 
-class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
+class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
     """Errors are `OctavoError`, raised before a weight is read, and leave no model behind."""
 
     @telling
@@ -115,6 +115,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         with computed.noted():
             self.loading.fill(found, model.load_weights, None if place_among_ranks()[0] == 0 else False)
         computed.compute()
+        reloading.prepare(model, self.loading, found, self.options)
 
     def _survey(self, model: Any, model_config: Any, layers: Layers) -> Survey:
         """What the model's loader does with the checkpoint. Refuse what can't be done; have the model made anew."""

@@ -180,3 +180,49 @@ def is_whole(model: nn.Module) -> bool:
     from sglang.srt.distributed.parallel_state import get_pp_group
 
     return int(get_pp_group().world_size) == 1
+
+
+def processes(method: Any) -> bool:
+    """Return True if a layer's method may make something else of weights that have been loaded."""
+    from sglang.srt.layers.quantization.base_config import QuantizeMethodBase
+
+    name = "process_weights_after_loading"
+    return getattr(type(method), name, None) not in (None, getattr(QuantizeMethodBase, name))
+
+
+def updater() -> type:
+    """The class whose methods give a running model new weights."""
+    from sglang.srt.model_executor import model_runner
+
+    if hasattr(model_runner.ModelRunner, "update_weights_from_disk"):  # until 0.5.2x
+        return model_runner.ModelRunner  # type: ignore[no-any-return]
+    from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
+
+    return WeightUpdater  # type: ignore[no-any-return]
+
+
+def model_of(updater: Any) -> nn.Module:
+    """The model of what `updater` has made."""
+    model: nn.Module = updater.get_model() if hasattr(updater, "get_model") else updater.model
+    return model
+
+
+def scheduler_updater() -> Any:
+    """The class of which a scheduler has one, to pass on what it is asked for."""
+    from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+
+    return SchedulerWeightUpdaterManager
+
+
+def last_of_update() -> tuple[str, ...]:
+    """Its methods after which an update is complete, if its request says nothing else."""
+    if hasattr(scheduler_updater(), "end_weight_update"):  # since 0.5.2x
+        return ("end_weight_update", "update_weights_from_ipc")
+    return ("update_weights_from_tensor", "update_weights_from_distributed", "update_weights_from_ipc")
+
+
+def loses_weights(manager: Any) -> bool:
+    """Return True if a `scheduler_updater` gives memory of weights back without a copy of them."""
+    if not manager.memory_saver_adapter.enabled:
+        return False
+    return not manager.tp_worker.server_args.enable_weights_cpu_backup

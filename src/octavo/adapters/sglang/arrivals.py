@@ -1,0 +1,87 @@
+"""Which tensors have come for which layer, while SGLang is given new weights.
+
+SGLang has no notion of a layer that waits: a loader writes what it is given. So layers wait here: see `Form`. Where an
+update begins, it did not say before 0.5.2x, either. A tensor that comes again, before its layer is whole, begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from ...errors import CoverageError
+from ..engine import arrivals
+from ..engine.survey import Fillers
+from .forms import Form, Forms
+
+
+class _Layer(arrivals.Layer):
+    def __init__(self, name: str, form: Form, fillers: Mapping[str, frozenset[str]]) -> None:
+        super().__init__(name, fillers)
+        self.form = form
+
+    @property
+    def waits(self) -> bool:
+        return True
+
+    def begin(self) -> None:
+        self.form.begin()
+
+    def count(self) -> int:
+        return len(self.lacking())  # where none is lacking, the loader has not written all that came
+
+    def drop_what_came(self) -> None:
+        self.form.drop()
+
+    def restore(self) -> None:
+        """What is written already is whole."""
+
+
+class Arrivals(arrivals.Arrivals[_Layer]):
+    """Of a model of SGLang."""
+
+    engine = "SGLang"
+
+    def __init__(self, model: nn.Module, fillers: Fillers, forms: Forms) -> None:
+        super().__init__(model, [_Layer(name, forms[name], mine) for name, mine in fillers.items()])
+        self._lost: set[_Layer] = set()  # layers whose memory holds nothing, until they have come whole
+
+    def lose(self) -> None:
+        """All layers hold nothing: their memory has been given back."""
+        self.drop()
+        self._lost.update(self.layers)
+
+    def add(self, name: str) -> None:
+        for layer in self.layers_of(name):
+            if name in layer.came:
+                layer.leave_as_it_was()
+            if not layer.came:
+                layer.begin()
+            layer.came.add(name)
+
+    def take(self, name: str, check: Callable[[], None]) -> None:
+        """After the loader has been handed a tensor: have layers that are whole be new, if ``check`` does not raise."""
+        for layer in self.layers_of(name):
+            if layer.came and not layer.lacking():
+                check()
+                self._complete(layer)
+
+    def prune(self) -> None:
+        for layer in self.layers:
+            if layer.came and not layer.lacking():
+                self._complete(layer)
+
+    def _complete(self, layer: _Layer) -> None:
+        if layer.form.complete():
+            layer.forget()
+            self._lost.discard(layer)
+
+    def check_complete(self) -> None:
+        super().check_complete()
+        if names := sorted(layer.name for layer in self._lost):
+            more = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
+            raise CoverageError(
+                f"{self._model_name}, new weights: nothing came for {names[0]}{more}, and what they held is lost since "
+                "release_memory_occupation. Send all tensors, or start with --enable-weights-cpu-backup."
+            )

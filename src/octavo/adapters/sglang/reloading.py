@@ -1,0 +1,177 @@
+"""Loading again: checkpoints and tensors in bf16, requantized into the memory that the model has.
+
+However SGLang is given new weights (from disk, from tensors, from other processes), they come to the model's
+``load_weights``; what SGLang does to layers before and after it, it does not do a second time (see `Form`). So bf16 is
+quantized wherever it comes from, and nothing is loaded into what kernels read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint.checkpoint import Checkpoint
+from ...elements.inline import pools_inline
+from ...errors import CheckpointError, CoverageError
+from ..engine import updating
+from ..engine.loading import Loading
+from ..engine.options import Options
+from ..engine.survey import Survey, layer_of
+from . import kept, runner, versions
+from .arrivals import Arrivals
+from .computed import METHOD
+from .forms import Forms
+
+_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights(updating.Weights):
+    """Of a model of SGLang."""
+
+    arrivals: Arrivals
+    forms: Forms
+    options: Options
+
+    def load(self, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
+        """``model.load_weights``; a layer has its new weights once all of its tensors have come, in whatever call."""
+        if elsewhere := self.forms.elsewhere:
+            raise CheckpointError(
+                f"{type(self.model).__name__}: {elsewhere} is offloaded, and can't be given new weights. Start anew to "
+                "load them, or leave --cpu-offload-gb out."
+            )
+        with torch.no_grad(), self.forms.of_checkpoint(), pools_inline():
+            return super().load(weights, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def loading_at_once(self) -> Iterator[None]:
+        with contextlib.ExitStack() as meanwhile:
+            meanwhile.enter_context(self.forms.outlined())
+            for module in self.model.modules():
+                if hasattr(module, METHOD):
+                    meanwhile.enter_context(versions.without(module, METHOD))
+            yield
+
+    def _read(self, weights: updating.CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
+        return self._taken(super()._read(weights), [])
+
+    def _quantized(
+        self, weights: Iterable[tuple[str, Tensor]], finite: list[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        used = ((name, weight) for name, weight in weights if not self._is_passed_over(name))
+        return self._taken(super()._quantized(used, finite), finite)
+
+    def _taken(
+        self, pairs: Iterator[tuple[str, Tensor]], finite: list[tuple[str, Tensor]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """What the loader is given; after each of them, layers that are whole are new."""
+
+        def check() -> None:
+            updating.check_finite(finite, "Its layer is as it was")
+            finite.clear()
+
+        for name, tensor in pairs:
+            yield name, tensor
+            del tensor
+            self.arrivals.take(name, check)
+
+    def _is_passed_over(self, name: str) -> bool:
+        """Return True for a tensor of the checkpoint that the loader had no use for, in this process."""
+        known = name in self._placements or name in self._matrices or name in self.arrivals
+        return name in self.tensors and not known
+
+    def _other(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+        for target in self._names.targets(name, weight):
+            form = self.forms.get(layer_of(target))
+            if form is not None and form.stages:
+                raise CoverageError(
+                    f"{name}: is no tensor of the checkpoint, and SGLang puts it into {form.name}, which is in the "
+                    f"form of its kernels. Name tensors as the checkpoint does: {', '.join(form.tensors[:3])}, ..."
+                )
+        yield name, weight
+
+
+def prepare(model: Any, loading: Loading, found: Survey, options: Options) -> None:
+    """Have later calls of ``model.load_weights`` quantize as the first one did. Called before SGLang's processing."""
+    forms = Forms(model, found.fillers, versions.processes)
+    arrivals = Arrivals(model, found.fillers, forms)
+    tensors, load = loading.checkpoint.tensors, model.load_weights
+    updating.prepare(Weights(tensors, found.plan, loading.layout, model, load, arrivals, forms, options))
+    for module in model.modules():
+        if hasattr(module, METHOD):
+            _compute_in_form_of_checkpoint(module, model, forms)
+    _models.add(model)
+    runner.watch()
+
+
+def _compute_in_form_of_checkpoint(module: nn.Module, model: nn.Module, forms: Forms) -> None:
+    compute = getattr(module, METHOD)
+
+    @functools.wraps(compute)
+    def post_load_weights(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), forms.of_checkpoint(), kept.in_place(model):
+            return compute(*args, **kwargs)
+
+    module.__dict__[METHOD] = post_load_weights
+
+
+def reload(model: Any, open_checkpoint: Callable[[], Checkpoint]) -> None:
+    """Load a checkpoint in bf16 into a model that octavo has loaded.
+
+    Raises:
+        OctavoError: before anything is read, where it does not fit; else layers that have come whole are new.
+    """
+    loaded = updating.of(model)
+    assert isinstance(loaded, Weights)
+    model.load_weights(updating.CheckpointWeights(open_checkpoint(), model, loaded.options))
+    loaded.arrivals.check_complete()
+
+
+def sleep(model: nn.Module) -> Callable[[], None]:
+    """Before a model's memory is given back without a copy: know that all weights have to come anew.
+
+    Returns:
+        What to call when there is memory again: it restores parameters that no checkpoint fills.
+    """
+    weights = _weights(model)
+    weights.arrivals.lose()
+    filled = {id(parameter) for parameter in weights.forms.filled()}
+    rest = [
+        (parameter, parameter.detach().cpu().clone()) for parameter in model.parameters() if id(parameter) not in filled
+    ]
+
+    def wake() -> None:
+        with torch.no_grad():
+            for parameter, held in rest:
+                parameter.copy_(held)
+
+    return wake
+
+
+def begin() -> None:
+    """Before an update, where SGLang says so: forget what an earlier one left half."""
+    for model in _models:
+        _weights(model).arrivals.drop()
+
+
+def check_complete() -> None:
+    """After an update, where SGLang says so.
+
+    Raises:
+        CoverageError: naming all layers of which a part has come; they are as they were.
+    """
+    for model in _models:
+        _weights(model).arrivals.check_complete()
+
+
+def _weights(model: nn.Module) -> Weights:
+    found = updating.of(model)
+    assert isinstance(found, Weights)
+    return found

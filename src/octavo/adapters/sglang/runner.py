@@ -1,0 +1,161 @@
+"""Where SGLang gives a running model new weights: what is asked there, for models of octavo's, and answered.
+
+Most of it needs no help, since it ends in the model's ``load_weights``. But from disk, SGLang answers any error by
+loading the same files again; from tensors, an error ends the server; and the end of an update, which shows whether all
+has come, only these places know.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from ...errors import OctavoError
+from ..engine import updating
+from ..engine.names import LOAD_FORMAT
+from . import versions
+
+#: formats of ``update_weights_from_disk`` that are the files octavo reads
+_SAFETENSORS = (LOAD_FORMAT, "auto", "safetensors")
+#: formats of ``update_weights_from_tensor`` that come to ``load_weights``
+_TENSORS = (None, "flattened_bucket")
+
+#: what SGLang calls the weights among the memory that it gives back
+_WEIGHTS = "weights"
+_waking: list[Callable[[], None]] = []
+
+
+class RefusedError(BaseException):
+    """Carries an error past SGLang, which would answer an `Exception` by loading the same files again."""
+
+
+def watch() -> None:
+    """Take these places over, once in a process."""
+    _wrap(versions.updater(), "update_weights_from_disk", _from_disk)
+    _wrap(versions.updater(), "update_weights_from_tensor", _from_tensor)
+    for name in versions.last_of_update():
+        _wrap(versions.scheduler_updater(), name, _last)
+    _wrap(versions.scheduler_updater(), "begin_weight_update", _first)
+    _wrap(versions.scheduler_updater(), "release_memory_occupation", _release)
+    _wrap(versions.scheduler_updater(), "resume_memory_occupation", _resume)
+
+
+def _wrap(owner: type, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name, None)
+    if original is None or hasattr(original, "octavo"):
+        return
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        return around(original, *args, **kwargs)
+
+    method.octavo = True  # type: ignore[attr-defined]
+    setattr(owner, name, method)
+
+
+def _from_disk(
+    original: Callable[..., Any],
+    updater: Any,
+    model_path: str,
+    load_format: str,
+    weight_name_filter: Any = None,
+    recapture_cuda_graph: bool = False,
+) -> tuple[bool, str]:
+    rest = {"recapture_cuda_graph": recapture_cuda_graph}
+    if updating.of(versions.model_of(updater)) is None:
+        answer: tuple[bool, str] = original(updater, model_path, load_format, weight_name_filter, **rest)
+        return answer
+    if load_format not in _SAFETENSORS or weight_name_filter is not None:
+        what = "some of its tensors only" if weight_name_filter else f"the load format {load_format!r}"
+        return False, f"{model_path}: a model that octavo has loaded can't be given {what}. Nothing was loaded."
+    path = updater.model_config.model_path
+    done = False
+    try:
+        done, message = original(updater, model_path, LOAD_FORMAT, **rest)
+    except RefusedError as refused:
+        message = str(refused)
+    finally:
+        if not done:
+            updater.model_config.model_path = path
+    return done, message
+
+
+def _from_tensor(
+    original: Callable[..., Any], updater: Any, named_tensors: Any, load_format: str | None = None
+) -> tuple[bool, str]:
+    if updating.of(versions.model_of(updater)) is None:
+        answer: tuple[bool, str] = original(updater, named_tensors, load_format)
+        return answer
+    if load_format not in _TENSORS:
+        return False, (
+            f"update_weights_from_tensor: with the load format {load_format!r}, tensors would be put into what "
+            "SGLang's kernels read. Nothing was loaded; leave the load format out."
+        )
+    try:
+        answer = original(updater, named_tensors, load_format)
+    except Exception as error:  # layers that are not whole are as they were, so the server may go on
+        return False, _text(error)
+    return answer
+
+
+def _text(error: Exception) -> str:
+    return str(error) if isinstance(error, OctavoError) else f"{type(error).__name__}: {error}"
+
+
+def _first(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    from . import reloading
+
+    answer = original(manager, request)
+    reloading.begin()
+    return answer
+
+
+def _last(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    """Without sessions, the last call of an update is the one that flushes the cache."""
+    from . import reloading
+
+    answer = original(manager, request)
+    if answer.success and getattr(request, "flush_cache", True):
+        try:
+            reloading.check_complete()
+        except OctavoError as error:
+            answer.success, answer.message = False, str(error)
+    return answer
+
+
+def _release(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    from . import reloading
+
+    model = manager.tp_worker.model_runner.model
+    if _WEIGHTS in (request.tags or [_WEIGHTS]) and updating.of(model) is not None and versions.loses_weights(manager):
+        _waking.append(reloading.sleep(model))
+    return original(manager, request)
+
+
+def _resume(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    answer = original(manager, request)
+    if _WEIGHTS in (request.tags or [_WEIGHTS]):
+        while _waking:
+            _waking.pop()()
+    return answer
+
+
+class Reloads:
+    """What ``update_weights_from_disk`` asks of a loader."""
+
+    def _get_weights_iterator(self, source: Any) -> Any:
+        """How to open a checkpoint: what of it is read, and as what, is the model's to say."""
+        return functools.partial(self._open, SimpleNamespace(model_path=source.model_or_path, revision=source.revision))
+
+    def load_weights_and_postprocess(self, model: Any, weights: Any, target_device: Any) -> None:
+        from . import reloading
+
+        try:
+            reloading.reload(model, weights)
+        except Exception as error:
+            raise RefusedError(_text(error)) from error
+
+    def _open(self, model_config: Any) -> Any:
+        raise NotImplementedError

@@ -1,0 +1,197 @@
+"""New weights for a model of SGLang: requantized in place, equal to a fresh load, nothing moved; parts refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.folders import edit_tensors, tensors_of
+from helpers.sglang_loading import Answer, load, octavo_job
+from helpers.vllm_checkpoints import make
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("sglang_loads"),
+]
+WHOLE: list[list[str]] = [[]]
+
+
+def pair(name: str, folder: Path) -> tuple[Path, Path]:
+    return make(name, folder / "old"), make(name, folder / "new", seed=1)
+
+
+def run(name: str, scheme: str, folder: Path, *steps: list[Any]) -> tuple[Answer, Answer]:
+    """A model that takes the steps, and one that is loaded from the other checkpoint."""
+    old, new = pair(name, folder)
+    mine, fresh = load(octavo_job(old, scheme, steps), octavo_job(new, scheme), timeout=500)
+    assert not mine.error, mine.output[-4000:]
+    assert not fresh.error, fresh.output[-4000:]
+    assert mine.served != fresh.served
+    return mine, fresh
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v2"])
+def test_every_way_of_updating_equals_a_fresh_load_in_the_same_memory(name: str, scheme: str, tmp_path: Path) -> None:
+    old, new = str(tmp_path / "old"), str(tmp_path / "new")
+    ways = ["disk", "tensors", "disk auto", "bucket", "distributed", "last"]
+    steps = [["update", way, (new, old)[number % 2], WHOLE] for number, way in enumerate(ways)]
+    mine, fresh = run(name, scheme, tmp_path, *steps, ["do", "process"], ["update", "tensors", old, WHOLE])
+    states = [fresh.served, mine.served] * 3
+    results = [*mine.results[:6], mine.results[7]]
+    for (answers, now, in_place), expected in zip(results, [*states, mine.served], strict=True):
+        assert [done for done, _ in answers] == [True], answers
+        assert {key for key in expected if now[key] != expected[key]} == set()
+        assert in_place
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+@pytest.mark.parametrize("name", ["llama", "qwen2_moe"])
+def test_fifty_updates_leave_nothing_behind(name: str, scheme: str, tmp_path: Path) -> None:
+    steps = ["often", [str(tmp_path / "new"), str(tmp_path / "old")], 50]
+    mine, fresh = run(name, scheme, tmp_path, steps)
+    ((states, resident, in_place),) = mine.results
+    assert len(states) == 50
+    assert in_place
+    for number, state in enumerate(states):
+        assert state == (fresh, mine)[number % 2].served
+    # what the first few leave in allocators is no growth
+    assert max(resident[-10:]) - max(resident[5:15]) < 2 << 20
+
+
+UP, GATE = (f"model.layers.1.mlp.{name}_proj.weight" for name in ("up", "gate"))
+FUSED = "model.layers.1.mlp.gate_up_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.3.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme", "lacking", "stays"),
+    [
+        ("llama", "fp8_channel", UP, "model.layers.1.mlp.gate_up_proj"),
+        ("llama", "fp8_block", UP, "model.layers.1.mlp.gate_up_proj"),
+        ("qwen2_moe", "fp8_channel", EXPERT, "model.layers.1.mlp.experts"),
+        ("qwen2_moe", "fp8_block", EXPERT, "model.layers.1.mlp.experts"),
+    ],
+)
+def test_a_layer_of_which_a_part_came_stays_as_it_was_and_is_named(
+    name: str, scheme: str, lacking: str, stays: str, tmp_path: Path
+) -> None:
+    old, new = pair(name, tmp_path)
+    names = [name for name in tensors_of(new) if name != lacking]
+    some = ["update", "more to come", str(new), [names[::3], names[1::3]]]
+    mine, fresh = run(
+        name,
+        scheme,
+        tmp_path,
+        some,
+        ["update", "last", str(new), [names[2::3]]],
+        ["update", "last", str(new), [[lacking]]],  # what came of its layer before is forgotten
+        ["update", "tensors", str(new), WHOLE],
+        ["update", "tensors", str(old), [names]],
+        ["update", "tensors", str(old), [[lacking]]],  # its layer waits for it
+    )
+    begun, ended, alone, whole, most, rest = mine.results
+    assert [done for done, _ in begun[0]] == [True, True]
+    ((refused, message),) = ended[0]
+    assert not refused
+    assert f"{stays}: " in message
+    assert f"{lacking} did not" in message
+    mixed = {key: (mine if key.startswith(f"{stays}.") else fresh).served[key] for key in fresh.served}
+    assert ended[1] == mixed
+    ((refused, message),) = alone[0]
+    assert not refused
+    assert f"{stays}: {lacking} came" in message
+    assert alone[1] == mixed
+    assert whole[1] == fresh.served
+    assert most[1] == {key: (fresh if key.startswith(f"{stays}.") else mine).served[key] for key in fresh.served}
+    assert rest[1] == mine.served
+    assert all(in_place for _, _, in_place in mine.results)
+
+
+def test_what_would_go_wrong_is_refused_and_the_model_stays(tmp_path: Path) -> None:
+    _, new = pair("llama", tmp_path)
+    bad, lacking, integers = (make("llama", tmp_path / name, seed=1) for name in ("bad", "lacking", "integers"))
+    edit_tensors(bad, lambda tensors: tensors[GATE].view(-1)[:1].fill_(float("nan")))
+    edit_tensors(lacking, lambda tensors: tensors.pop(UP))
+    edit_tensors(integers, lambda tensors: tensors.update({UP: tensors[UP].int()}))
+    steps = [
+        ["update", "disk", str(lacking), WHOLE],
+        ["update", "disk dummy", str(new), WHOLE],
+        ["update", "tensors direct", str(new), WHOLE],
+        ["update", "tensors", str(bad), [[UP, GATE]]],
+        ["update", "tensors", str(integers), [[UP, GATE]]],
+        ["update", "disk", str(tmp_path / "nowhere"), WHOLE],
+        ["update", "tensors", str(new), WHOLE],
+    ]
+    mine, fresh = run("llama", "fp8_block", tmp_path, *steps)
+    *refusals, after = mine.results
+    said = [answers[0][1] for answers, _, _ in refusals]
+    for text, words in zip(said, (f"has no {UP}", "'dummy'", "'direct'", GATE, "torch.int32", "nowhere"), strict=True):
+        assert words in text
+    assert "not finite" in said[3]
+    for answers, now, in_place in refusals:
+        assert not answers[0][0]
+        assert now == mine.served
+        assert in_place
+    assert after[1] == fresh.served
+
+
+def fuse(tensors: dict[str, Any]) -> None:
+    tensors[FUSED] = torch.cat([tensors.pop(GATE), tensors.pop(UP)])
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_a_fused_tensor_is_taken_for_those_that_it_holds(scheme: str, tmp_path: Path) -> None:
+    fused, half = (make("llama", tmp_path / name, seed=1) for name in ("fused", "half"))
+    edit_tensors(fused, fuse)
+    edit_tensors(half, lambda tensors: tensors.update({FUSED: tensors[GATE].clone()}))
+    steps = [["update", "last", str(half), [[FUSED]]], ["update", "last", str(fused), WHOLE]]
+    mine, fresh = run("llama", scheme, tmp_path, *steps)
+    (refused, left, _), (taken, now, in_place) = mine.results
+    ((done, message),) = refused
+    assert not done
+    assert f"{GATE} came, {UP} did not" in message  # for SGLang's loader half of it is the first of its parts
+    assert left == mine.served
+    assert taken == [[True, "Success"]]
+    assert now == fresh.served
+    assert in_place
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_bare_tensors_are_quantized_and_not_put_into_what_kernels_read(scheme: str, tmp_path: Path) -> None:
+    """SGLang alone puts bf16 into blocks of FP8, without a word, and refuses it for channels."""
+    mine, fresh = run("llama", scheme, tmp_path, ["update", "bare", str(tmp_path / "new"), WHOLE])
+    ((answers, now, in_place),) = mine.results
+    assert answers == [[True, ""]]
+    assert now == fresh.served
+    assert in_place
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_memory_that_was_given_back_is_filled_by_an_update_or_its_loss_is_told(scheme: str, tmp_path: Path) -> None:
+    old, new = pair("deepseek_v2", tmp_path)
+    names = list(tensors_of(new))
+    mine, fresh = run(
+        "deepseek_v2",
+        scheme,
+        tmp_path,
+        ["do", "sleep"],
+        ["update", "last", str(new), [names[5:]]],
+        ["update", "last", str(new), WHOLE],
+        ["do", "sleep"],
+        ["update", "disk", str(old), WHOLE],
+        ["update", "last", str(new), [names[5:]]],
+    )
+    _, part, whole, _, disk, _ = mine.results
+    ((told, message),) = part[0]
+    assert not told
+    assert "is lost since release_memory_occupation" in message or "did not" in message
+    for (answers, now, in_place), expected in ((whole, fresh.served), (disk, mine.served)):
+        assert answers[0][0], answers
+        assert {key for key in expected if now[key] != expected[key]} == set()
+        assert in_place
