@@ -61,7 +61,7 @@ def test_reloading_equals_a_fresh_load_in_the_same_memory(scheme: str, tmp_path:
 
 
 def test_views_of_weights_that_are_packed_are_new_after_a_reload(tmp_path: Path) -> None:
-    """Mamba's ``conv_weights``, which the forward reads; vLLM alone leaves it as it was, in bf16 as well."""
+    """Mamba's ``conv_weights``, which the forward reads; vLLM 0.32 alone leaves it as it was, in bf16 as well."""
     old, new = make("mamba2", tmp_path / "old"), make("mamba2", tmp_path / "new", seed=1)
     steps = [["reload", str(new)], ["update", str(old), [list(tensors_of(old))]], ["reload", str(new)]]
     mine, fresh, stock = load(
@@ -74,7 +74,7 @@ def test_views_of_weights_that_are_packed_are_new_after_a_reload(tmp_path: Path)
     assert all(mine.parameters[0][name] != fresh.parameters[0][name] for name in views)
     assert [result[0] for result in mine.results] == [fresh.parameters[0], mine.parameters[0], fresh.parameters[0]]
     left = {name for name, digest in stock.results[0][0].items() if digest == stock.parameters[0][name]}
-    assert left == views
+    assert left in (views, set())  # 0.24 does not
 
 
 def update(name: str, scheme: str, calls: Callable[[list[str]], list[list[str]]], tmp_path: Path) -> tuple[Any, ...]:
