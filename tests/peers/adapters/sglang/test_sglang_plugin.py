@@ -54,6 +54,34 @@ def test_the_format_fp8_is_taken_where_loaders_know_its_scales(tmp_path: Path) -
     assert "use the format 'compressed-tensors'" in refused.error
 
 
+def test_what_is_ignored_stays_whether_it_is_a_tensor_or_a_layer(tmp_path: Path) -> None:
+    source, experts = make("llama", tmp_path / "llama"), make("qwen3_moe", tmp_path / "moe")
+
+    def ignoring(checkpoint: Path, *patterns: str, scheme: str = "fp8_channel", **extra: object) -> Job:
+        return octavo_job(checkpoint, scheme, extra={"ignore": patterns, **extra})
+
+    mine, of_experts, part, unknown, strict, all_of_it = load(
+        ignoring(source, "*.0.self_attn.qkv_proj", "*.down_proj", "*.1.mlp.*_proj.weight"),
+        ignoring(experts, "*.0.mlp.experts", "*.1.mlp.experts.*"),
+        ignoring(source, "*.q_proj"),
+        ignoring(source, "*.qkv_porj"),
+        ignoring(make("smollm2", tmp_path / "smollm2"), scheme="fp8_block", strict=True),
+        octavo_job(source),
+    )
+    for answer in (mine, of_experts, all_of_it):
+        assert not answer.error, answer.error
+    in_fp8 = {name.removesuffix(".weight") for name, digest in mine.loaded.items() if "float8" in digest}
+    first, second = "model.layers.0", "model.layers.1"
+    attention = {f"{first}.self_attn.o_proj", f"{second}.self_attn.qkv_proj", f"{second}.self_attn.o_proj"}
+    assert in_fp8 == {*attention, f"{first}.mlp.gate_up_proj"}
+    assert all(mine.served[f"{name}.weight"] == all_of_it.served[f"{name}.weight"] for name in in_fp8)
+    assert not any("experts" in name for name, digest in of_experts.loaded.items() if "float8" in digest)
+    assert sum("float8" in digest for digest in of_experts.loaded.values()) == 4
+    assert "but SGLang fuses it into model.layers.0.self_attn.qkv_proj with" in part.error
+    assert "and no layer of SGLang's" in unknown.error
+    assert "can't become FP8 in LlamaForCausalLM: SGLang can't make this layer in fp8_block" in strict.error
+
+
 def test_hooks_that_sglang_has_not_set_end_the_start_by_name_and_other_versions_are_told(tmp_path: Path) -> None:
     found = without_hooks(make("llama", tmp_path / "bf16"))
     said = {version: remark for what, version, remark in found if what == "version"}
