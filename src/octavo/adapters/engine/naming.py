@@ -56,9 +56,9 @@ class Names:
             for part in parts
         )
 
-    def targets(self, name: str, weight: Tensor) -> list[str]:
-        """Where a tensor goes that has been asked about."""
-        return self._targets[name, tuple(weight.shape)]
+    def targets(self, name: str, weight: Tensor) -> list[str] | None:
+        """Where a tensor goes that has been asked about; None if that can't be told without its numbers."""
+        return self._targets.get((name, tuple(weight.shape)))
 
     def _ask_about_waiting(self, arrivals: Arrivals[Any]) -> None:
         """Where tensors of the checkpoint go, of layers that have their parameters in its form at the moment."""
@@ -91,7 +91,8 @@ class Names:
     def _note(self, seen: Trace, shapes: dict[str, tuple[int, ...]]) -> None:
         found = seen.by_source()
         for name, shape in shapes.items():
-            self._targets[name, shape] = [copy.target for copy in found.get(name, ())]
+            if seen.failed is None:
+                self._targets[name, shape] = [copy.target for copy in found.get(name, ())]
             copies = found.get(name, []) if seen.failed is None and name not in seen.used else []
             numel = torch.Size(shape).numel()
             self._understood[name, shape] = parts_of(copies, numel, self._known, self._shapes) if copies else None

@@ -88,7 +88,14 @@ class Weights(updating.Weights):
         return name in self.tensors and not known
 
     def _other(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
-        for target in self._names.targets(name, weight):
+        targets = self._names.targets(name, weight)
+        if targets is None:
+            raise CoverageError(
+                f"{name}: is no tensor of the checkpoint, and {type(self.model).__name__} can't say where it goes in "
+                f"the shape {list(weight.shape)}, so it might be written over what SGLang's kernels read. Name tensors "
+                "as the checkpoint does."
+            )
+        for target in targets:
             form = self.forms.get(layer_of(target))
             if form is not None and form.stages:
                 raise CoverageError(
