@@ -7,6 +7,7 @@ as it was. How a layer is left so, and when it is complete, is the engine's: see
 from __future__ import annotations
 
 import abc
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -70,6 +71,7 @@ class Arrivals(abc.ABC, Generic[AnyLayer]):
     """Of one model. An update may take several calls of its ``load_weights``; layers wait from its beginning on."""
 
     engine: str
+    log: logging.Logger
 
     def __init__(self, model: Any, layers: Iterable[AnyLayer]) -> None:
         self._model_name = type(model).__name__
@@ -78,6 +80,10 @@ class Arrivals(abc.ABC, Generic[AnyLayer]):
         for layer in self.layers:
             for name in layer.fillers:
                 self._layers_of.setdefault(name, []).append(layer)
+        self.names: set[str] = set()  # all that has come in this update
+        self._passed_over: dict[str, None] = {}  # by other names than the checkpoint's
+        self._told: set[str] = set()
+        self._beside: dict[str, list[str]] = {}  # module -> tensors of the checkpoint
 
     def __contains__(self, name: str) -> bool:
         return name in self._layers_of
@@ -117,6 +123,10 @@ class Arrivals(abc.ABC, Generic[AnyLayer]):
                 )
             layer.counted_others = True
 
+    def pass_over(self, name: str) -> None:
+        """The loader has no use for a tensor, and the checkpoint has none of that name."""
+        self._passed_over[name] = None
+
     def prune(self) -> None:
         """After a call: forget what came for layers that are complete."""
         for layer in self.layers:
@@ -129,10 +139,12 @@ class Arrivals(abc.ABC, Generic[AnyLayer]):
             if layer.waits:
                 layer.leave_as_it_was()
             layer.forget()
+        self.names.clear()
+        self._passed_over.clear()
 
     def check_complete(self) -> None:
         """At the end of an update: leave layers as they were of which only a part has come, and raise for them."""
-        problems = []
+        problems = self._misnamed()
         for layer in self.layers:
             if not layer.waits or not (layer.came or layer.counted_others):
                 continue
@@ -152,5 +164,30 @@ class Arrivals(abc.ABC, Generic[AnyLayer]):
                 problems.append(f"{layer.name}: {first} came, and {self.engine}'s loader put it elsewhere")
                 layer.leave_as_it_was()
             layer.forget()
+        self.names.clear()
         advice = "These layers are as they were before; all others that came whole are new. Send whole layers."
         raise_problems(CoverageError, f"{self._model_name}, new weights", problems, advice)
+
+    def _misnamed(self) -> list[str]:
+        """What was passed over beside tensors of which none came; a warning about what else was, once."""
+        problems, harmless = [], []
+        for name in self._passed_over:
+            beside = self._near(name.rpartition(".")[0])
+            if beside and self.names.isdisjoint(beside):
+                problems.append(f"{name}: {self.engine}'s loader knows no such tensor, and {beside[0]} did not come")
+            elif name not in self._told:
+                harmless.append(name)
+        self._passed_over.clear()
+        self._told.update(harmless)
+        if harmless:
+            first = f"{', '.join(harmless[:2])}{', ...' if len(harmless) > 2 else ''}"
+            text = "octavo: an update brought what %s's loader passes over: %s (%s)"
+            self.log.warning(text, self.engine, f"{len(harmless):,} tensor{'s' * (len(harmless) > 1)}", first)
+        return problems
+
+    def _near(self, module: str) -> list[str]:
+        """The tensors of the checkpoint in a module, or in the nearest one around it."""
+        if module not in self._beside:
+            inside = sorted(name for name in self._layers_of if name.startswith(f"{module}.")) if module else []
+            self._beside[module] = inside if inside or not module else self._near(module.rpartition(".")[0])
+        return self._beside[module]

@@ -1,11 +1,12 @@
 """Updates by other names than the checkpoint's: a trainer's, or of fused tensors. The model's loader is asked, dry.
 
-What goes where the tensors of the checkpoint go is taken for them, so that it is quantized as they were.
+What goes where the tensors of the checkpoint go is taken for them, so that it is quantized as they were. What the
+loader has no use for is known as that; what it can't take is refused by its name and shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -13,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ...elements.dry_run import Copy, Source, Trace, trace
+from ...errors import CoverageError
 from ...planning.plan import Plan
 from .arrivals import Arrivals
+from .expecting import Shape, likely_shapes
 from .renaming import Part, parts_of
+from .survey import error_text
 
 #: names that are tried as those of other tensors, once one of them is understood, and turn out to be none
 _MAX_MISSES = 8
@@ -38,11 +42,17 @@ class Names:
         self._model, self._load, self._at_once = model, load, at_once
         self._shapes = {placement.name: placement.shape for placement in plan.placements}
         self._known: dict[str, list[Copy]] = {}  # tensor of the checkpoint -> where it goes
-        self._understood: dict[tuple[str, tuple[int, ...]], list[Part] | None] = {}
-        self._targets: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        self._understood: dict[tuple[str, Shape], list[Part] | None] = {}  # empty: passed over
+        self._targets: dict[tuple[str, Shape], list[str]] = {}
 
-    def apart(self, name: str, weight: Tensor, arrivals: Arrivals[Any]) -> Iterator[tuple[str, Tensor]] | None:
-        """A tensor that the checkpoint does not know, as those that it holds; None if they are not whole."""
+    def apart(self, name: str, weight: Tensor, arrivals: Arrivals[Any]) -> list[tuple[str, Tensor]] | None:
+        """A tensor that the checkpoint does not know, as those that it holds; None if they are not whole.
+
+        There are none where the loader passes over it.
+
+        Raises:
+            CoverageError: it can't be loaded, in this shape or at all.
+        """
         key = (name, tuple(weight.shape))
         if key not in self._understood:
             self._ask_about_waiting(arrivals)
@@ -51,10 +61,10 @@ class Names:
         if parts is None:
             return None
         weight = weight.contiguous()
-        return (
+        return [
             (part.name, weight.as_strided(part.shape, part.strides, weight.storage_offset() + part.offset))
             for part in parts
-        )
+        ]
 
     def targets(self, name: str, weight: Tensor) -> list[str] | None:
         """Where a tensor goes that has been asked about; None if that can't be told without its numbers."""
@@ -72,8 +82,14 @@ class Names:
     def _ask(self, name: str, weight: Tensor) -> None:
         """About one, and, if it is a tensor of the checkpoint, about all whose names differ as its name does."""
         shape = tuple(weight.shape)
-        self._note(self._trace({name: shape}), {name: shape})
+        seen = self._trace({name: shape})
+        # what a tensor without data raises when it is asked for them says nothing of one that has some
+        if seen.failed is not None and "meta" not in str(seen.failed[1]).lower():
+            raise CoverageError(self._refusal(name, shape, seen.failed[1]))
+        self._note(seen, {name: shape})
         parts = self._understood[name, shape]
+        if parts is None and (expected := self._expected(name, shape)):
+            raise CoverageError(self._other_shape(name, shape, expected))
         if parts is None or len(parts) != 1:
             return
         theirs, ours = _beginnings(name, parts[0].name)
@@ -88,14 +104,35 @@ class Names:
                 return
             alike.pop(seen.failed[0], None)
 
+    def _refusal(self, name: str, shape: Shape, error: Exception) -> str:
+        if expected := self._expected(name, shape):
+            return self._other_shape(name, shape, expected)
+        return (
+            f"{name}: is no tensor of the checkpoint, and {type(self._model).__name__} does not take it in the shape "
+            f"{list(shape)} ({error_text(error)})"
+        )
+
+    def _other_shape(self, name: str, shape: Shape, expected: Shape) -> str:
+        return f"{name}: has the shape {list(shape)}, and {type(self._model).__name__} takes it as {list(expected)}"
+
+    def _expected(self, name: str, shape: Shape) -> Shape | None:
+        """The shape in which the loader takes a tensor for others of the checkpoint."""
+        for likely in likely_shapes(name, shape, self._shapes):
+            self._note(self._trace({name: likely}), {name: likely})
+            if self._understood[name, likely]:
+                return likely
+        return None
+
     def _note(self, seen: Trace, shapes: dict[str, tuple[int, ...]]) -> None:
         found = seen.by_source()
         for name, shape in shapes.items():
             if seen.failed is None:
                 self._targets[name, shape] = [copy.target for copy in found.get(name, ())]
-            copies = found.get(name, []) if seen.failed is None and name not in seen.used else []
-            numel = torch.Size(shape).numel()
-            self._understood[name, shape] = parts_of(copies, numel, self._known, self._shapes) if copies else None
+            copies = found.get(name, [])
+            if seen.failed is not None or name in seen.used or name in seen.opaque.values():
+                self._understood[name, shape] = None
+            else:
+                self._understood[name, shape] = parts_of(copies, shape, self._known, self._shapes) if copies else []
 
     def _trace(self, shapes: dict[str, tuple[int, ...]]) -> Trace:
         with self._at_once():

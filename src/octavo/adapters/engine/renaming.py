@@ -25,19 +25,21 @@ class Part(NamedTuple):
 
 def parts_of(
     copies: Sequence[Copy],
-    numel: int,
+    shape: tuple[int, ...],
     known: Mapping[str, Sequence[Copy]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> list[Part] | None:
     """The tensors of the checkpoint that a tensor holds, by where a loader puts all of them.
 
     Args:
-        copies: of the tensor, which has ``numel`` elements.
+        copies: of the tensor of this shape.
         known: tensor of the checkpoint -> its copies.
 
     Returns:
-        In the order in which they lie in it; None where it is anything but whole tensors of the checkpoint.
+        In the order in which they lie in it; None where it is anything but whole tensors of the checkpoint. Of a
+        stack, matrices may be left out: another rank's experts.
     """
+    numel = math.prod(shape)
     by_target: dict[str, list[Copy]] = {}
     for copy in copies:
         by_target.setdefault(copy.target, []).append(copy)
@@ -55,7 +57,21 @@ def parts_of(
         found.append(view)
         accounted += sum(math.prod(copy.box.size) for copy in theirs)
     found.sort(key=lambda part: part.offset)
+    if not _holds_whole_matrices(found, shape):
+        return None  # rows or columns are left over
     return found if found and accounted == sum(math.prod(copy.box.size) for copy in copies) else None
+
+
+def _holds_whole_matrices(parts: Sequence[Part], shape: tuple[int, ...]) -> bool:
+    """Return True if parts cover each matrix of a stack as a whole, or not at all; a tensor of fewer axes is one."""
+    matrix = math.prod(shape[1:] if len(shape) > 2 else shape)
+    covered: dict[int, int] = {}
+    for part in parts:
+        count = part.shape[0] if len(part.shape) == len(shape) > 2 else 1
+        for number in range(count):
+            index = part.offset // matrix + number
+            covered[index] = covered.get(index, 0) + math.prod(part.shape) // count
+    return all(numel == matrix for numel in covered.values())
 
 
 def _fits(part: Part, numel: int) -> bool:

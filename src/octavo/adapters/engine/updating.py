@@ -112,6 +112,8 @@ class Weights:
             if parts is None:
                 yield name, weight
             else:
+                if not parts and name not in self.tensors:
+                    self.arrivals.pass_over(name)
                 del weight
                 yield from parts
 
@@ -128,6 +130,7 @@ class Weights:
         Whether scales are finite is appended to ``finite``, and looked at once all are made.
         """
         for name, weight in self._known(self._apart(weights)):
+            self.arrivals.names.add(name)
             placement = self._placements.get(name)
             if placement is not None:
                 _check_shape(name, weight, placement.shape)

@@ -18,6 +18,7 @@ from ...errors import CoverageError
 from ..engine import arrivals
 from ..engine.survey import Fillers
 from . import versions
+from .telling import log
 
 
 class _Layer(arrivals.Layer):
@@ -60,6 +61,7 @@ class Arrivals(arrivals.Arrivals[_Layer]):
     """Of a model of vLLM."""
 
     engine = "vLLM"
+    log = log
 
     def __init__(self, model: nn.Module, fillers: Fillers) -> None:
         # later, a path may lead to what LoRA has put around the layer

@@ -47,6 +47,10 @@ class Model(nn.Module):
                     self.experts.copy_(weight)
                 case ["two", "experts"]:
                     self.experts[:2].copy_(weight)
+                case ["cropped", "down"]:
+                    self.down.copy_(weight[:4, 3:])
+                case ["cropped", "experts"]:
+                    self.experts.copy_(weight[:, :2])
                 case ["half"]:
                     self.experts[0, :1].copy_(weight)
 
@@ -59,6 +63,8 @@ class Model(nn.Module):
         ("experts", (3, 2, 4), {f"expert.{n}": lambda t, n=n: t[n] for n in range(3)}),
         ("experts.transposed", (3, 4, 2), {f"expert.{n}": lambda t, n=n: t[n].T for n in range(3)}),
         ("two.experts", (2, 2, 4), {f"expert.{n}": lambda t, n=n: t[n] for n in range(2)}),
+        ("cropped.down", (5, 6), None),
+        ("cropped.experts", (3, 3, 4), None),
         ("half", (1, 4), None),
         ("flipped", (4,), None),
         ("unknown", (4,), None),
@@ -71,7 +77,7 @@ def test_what_a_tensor_holds(
     known = trace(model, model.load, [Source(*each, torch.bfloat16) for each in SHAPES.items()]).by_source()
     copies = trace(model, model.load, [Source(name, shape, torch.bfloat16)]).by_source().get(name, [])
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)
-    parts = parts_of(copies, tensor.numel(), known, SHAPES)
+    parts = parts_of(copies, tuple(tensor.shape), known, SHAPES)
     if held is None:
         assert parts is None
         return
