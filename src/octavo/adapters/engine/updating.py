@@ -127,7 +127,7 @@ class Weights:
     ) -> Iterator[tuple[str, Tensor]]:
         """Each tensor as it was first loaded: in FP8 and followed by its scale, or as it is.
 
-        Whether scales are finite is appended to ``finite``, and looked at once all are made.
+        Whether numbers are finite is appended to ``finite``, and looked at once all are made.
         """
         for name, weight in self._known(self._apart(weights)):
             self.arrivals.names.add(name)
@@ -144,6 +144,8 @@ class Weights:
                     yield part, tensor
                 del q, scale, tensor
             elif name in self.arrivals:
+                if weight.dtype in dtypes.QUANTIZABLE and weight.numel():
+                    finite.append((name, ~weight.amax().isnan()))  # it may hold infinities
                 self.arrivals.add(name)
                 yield name, weight
             else:
@@ -170,7 +172,7 @@ def _check_dtype(placement: Placement, weight: Tensor) -> None:
 
 
 def check_finite(finite: list[tuple[str, Tensor]], then: str) -> None:
-    """Raise for scales that are not finite, and say what has become of their layers."""
+    """Raise for numbers that are not finite, and say what has become of their layers."""
     for device in {flag.device for _, flag in finite}:
         mine = [(name, flag) for name, flag in finite if flag.device == device]
         flags = torch.stack([flag for _, flag in mine]).tolist()
@@ -178,8 +180,7 @@ def check_finite(finite: list[tuple[str, Tensor]], then: str) -> None:
         if bad:
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise WeightError(
-                f"{bad[0]}{more}: holds a number that is not finite, which has no FP8 form. {then}; send that "
-                "again in another update."
+                f"{bad[0]}{more}: holds a number that is not finite. {then}; send that again in another update."
             )
 
 

@@ -6,6 +6,7 @@ update begins, it did not say before 0.5.2x, either. A tensor that comes again, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 from torch import nn
@@ -42,6 +43,7 @@ class Arrivals(arrivals.Arrivals[_Layer]):
     """Of a model of SGLang."""
 
     engine = "SGLang"
+    log = logging.getLogger("sglang.srt.octavo")
 
     def __init__(self, model: nn.Module, fillers: Fillers, forms: Forms) -> None:
         super().__init__(model, [_Layer(name, forms[name], mine) for name, mine in fillers.items()])
