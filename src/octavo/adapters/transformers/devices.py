@@ -20,6 +20,7 @@ from ...errors import DeviceError
 from ...machine import on_cpu, usable_device
 from ...memory import available_bytes
 from ...planning.plan import Plan
+from ...planning.recipe import nearest
 from ...running.modules import scale_name
 from ...text import human_bytes, shown, told
 from .options import ModelOptions
@@ -115,8 +116,9 @@ def placer(places: Mapping[str, str], model: Any) -> Callable[[str], str]:
     Buffers that no checkpoint holds may be left out of a map, as transformers has it.
 
     Raises:
-        DeviceError: when it is called, for a parameter that the map leaves out.
+        DeviceError: the map names what the model does not have; when it is called, for a parameter that it leaves out.
     """
+    _check_names(places, model)
     loose = {name for name, _ in model.named_non_persistent_buffers()}
     spare = next((device for device in places.values() if not on_cpu(device)), "cpu")
 
@@ -131,6 +133,17 @@ def placer(places: Mapping[str, str], model: Any) -> Callable[[str], str]:
         raise DeviceError(f"device_map names no device for {name}")
 
     return place
+
+
+def _check_names(places: Mapping[str, str], model: Any) -> None:
+    """Raise for names in a map that are no modules of a model, and none of its tensors."""
+    named = (model.named_modules(), model.named_parameters(remove_duplicate=False), model.named_buffers())
+    known = {name for names in named for name, _ in names}
+    if unknown := [module for module in places if module and module not in known]:
+        near = nearest(unknown[0], known)
+        more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
+        said = f"; the nearest is {shown(near)}" if near else ""
+        raise DeviceError(f"device_map names {shown(unknown[0])}{more}, and the model has no such module{said}")
 
 
 def spread(plan: Plan, model: Any, places: Mapping[str, str]) -> Plan:

@@ -115,6 +115,12 @@ def test_a_map_that_leaves_a_layer_out_is_refused(checkpoints: Checkpoints, rout
 
 
 @by_route
+def test_a_map_of_what_the_model_does_not_have_is_refused(checkpoints: Checkpoints, route: Any) -> None:
+    with pytest.raises(DeviceError, match=r"names 'model.layer.1', .* no such module; the nearest is 'model.layers.1'"):
+        route(checkpoints.folder("llama"), {**APART, "model.layer.1": "cpu"})
+
+
+@by_route
 def test_a_map_may_leave_out_what_no_checkpoint_holds(checkpoints: Checkpoints, route: Any) -> None:
     without = {module: device for module, device in APART.items() if module != "model.rotary_emb"}
     model = route(checkpoints.folder("llama"), without)
