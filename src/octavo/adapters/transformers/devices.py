@@ -40,11 +40,6 @@ def is_automatic(device_map: Any) -> bool:
     return isinstance(device_map, str) and device_map in AUTOMATIC
 
 
-def takes_deciding(device_map: Any) -> bool:
-    """Return True if it is automatic, and there is a choice."""
-    return is_automatic(device_map) and bool(accelerators())
-
-
 def name_of(device: Any) -> str:
     """A device as a map names it, a number being that of an accelerator."""
     if isinstance(device, int) and not isinstance(device, bool):

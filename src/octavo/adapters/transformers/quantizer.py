@@ -31,7 +31,7 @@ from ...planning.recipe import Recipe
 from ...running import modules
 from ...streaming.meter import Stages
 from ...text import shown, told
-from .devices import Sizes, is_automatic, placed, spread, takes_deciding
+from .devices import Sizes, is_automatic, placed, spread
 from .model_plan import plan_model
 from .skeleton import compute_buffers
 from .swap import METHOD, fill, swap, swap_planned
@@ -227,10 +227,10 @@ class OctavoQuantizer(HfQuantizer):
             plan = plan_model(model, checkpoint, config.recipe, "cpu", staging_bytes, strict=False, heads=True)
         with stages("swap"):
             swap_planned(model, plan)
-        if takes_deciding(device_map):
+        if is_automatic(device_map):
             self._waiting = _Waiting(model, checkpoint, plan, stages, Sizes(plan))
             return
-        places = placed("cpu" if device_map is None or is_automatic(device_map) else device_map)
+        places = placed("cpu" if device_map is None else device_map)
         for device in set(places.values()):
             usable_device(device, begin=False)
         self._stream(model, checkpoint, stages, spread(plan, model, places))

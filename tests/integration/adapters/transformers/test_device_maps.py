@@ -121,6 +121,17 @@ def test_a_map_of_what_the_model_does_not_have_is_refused(checkpoints: Checkpoin
 
 
 @by_route
+def test_room_holds_without_an_accelerator(
+    checkpoints: Checkpoints, route: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices, "accelerators", list)
+    folder = checkpoints.folder("llama")
+    assert not hasattr(route(folder, "auto"), "hf_device_map")
+    with pytest.raises(DeviceError, match="on disk, and octavo holds weights in memory"):
+        route(folder, "auto", max_memory={"cpu": 1000})
+
+
+@by_route
 def test_a_map_may_leave_out_what_no_checkpoint_holds(checkpoints: Checkpoints, route: Any) -> None:
     without = {module: device for module, device in APART.items() if module != "model.rotary_emb"}
     model = route(checkpoints.folder("llama"), without)
