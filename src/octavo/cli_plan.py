@@ -74,6 +74,8 @@ def for_engine(
     """What an engine loads; returns whether it fits on each rank."""
     if engine != "vllm":
         raise RecipeError(f"unknown engine {shown(engine)}; known: vllm")
+    if scheme == "none":
+        raise RecipeError(f"--engine {engine} plans what becomes FP8 there: without a scheme, octavo has no part in it")
     if memory and (len(memory) > 1 or "=" in memory[0]):
         raise typer.BadParameter("--device-memory of an engine is one size, that of each rank")
     from .adapters.vllm.planning import plan_for_vllm

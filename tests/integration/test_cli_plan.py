@@ -127,6 +127,7 @@ def test_plan_says_no_where_a_spread_model_is_left_for_the_cpu(llama: Path, run:
         (("--device-memory", "gpu=1GiB"), "'gpu': write cuda:0=24GiB"),
         (("-tp", "2"), "ranks are an engine's: add --engine vllm"),
         (("--engine", "sglang"), "unknown engine 'sglang'; known: vllm"),
+        (("--engine", "vllm", "--scheme", "none"), "without a scheme, octavo has no part in it"),
         (("--engine", "vllm", "--checkpoint"), "leave --checkpoint, --device out"),
         (("--engine", "vllm", "--device-memory", "cuda:0=1GiB"), "one size, that of each rank"),
     ],
