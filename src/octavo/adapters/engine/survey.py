@@ -10,12 +10,15 @@ Coverage is exact: each element of each parameter is written once, by something 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import re
 import textwrap
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -363,5 +366,28 @@ def text_of(failed: tuple[str, Exception]) -> str:
 
 
 def error_text(error: Exception) -> str:
-    """An error of others in a few words."""
-    return textwrap.shorten(f"{type(error).__name__}: {error}".rstrip(": "), 160, placeholder=" ...")
+    """An error of others in a few words; an assertion without any is quoted, with its numbers."""
+    said = str(error) or (_assertion(error) if isinstance(error, AssertionError) else "")
+    return textwrap.shorten(f"{type(error).__name__}: {said}".rstrip(": "), 160, placeholder=" ...")
+
+
+def _assertion(error: AssertionError) -> str:
+    """``assert heads % ranks == 0 (heads = 3, ranks = 2)``, as far as the source is at hand."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    found = traceback.extract_tb(error.__traceback__)
+    line = found[-1].line if found else None
+    try:
+        test = ast.parse(line or "").body[0]
+        names = [node for node in ast.walk(test) if isinstance(node, ast.Name | ast.Attribute)]
+    except (SyntaxError, IndexError):
+        return line or ""
+    values = {ast.unparse(name): _value(name, frames[-1].f_locals) for name in names}
+    numbers = ", ".join(f"{name} = {value}" for name, value in values.items() if isinstance(value, int))
+    return f"{line} ({numbers})" if numbers else str(line)
+
+
+def _value(name: ast.expr, variables: Mapping[str, Any]) -> Any:
+    """What a name, or an attribute of one, stands for."""
+    if isinstance(name, ast.Attribute):
+        return getattr(_value(name.value, variables), name.attr, None)
+    return variables.get(name.id) if isinstance(name, ast.Name) else None
