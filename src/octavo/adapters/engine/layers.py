@@ -48,6 +48,9 @@ class LayerPatterns:
                 layer = part.rpartition(".")[0]
                 problems.append(f"{pattern!r} matches {part}, a part of {layer}, which stays as a whole: ignore that")
                 continue
+            if bare := next((name for name in layers if matching([pattern], [f"{name}.weight"])), None):
+                problems.append(f"{pattern!r} matches {bare}, which has no weights that become FP8: leave it out")
+                continue
             near = [
                 f"the nearest {what} is {name!r}"
                 for what, names in (("tensor", tensors), ("layer", layers))
