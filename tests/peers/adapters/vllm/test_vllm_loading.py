@@ -159,6 +159,7 @@ def update_by_other_names(old: Path, new: Path, sent: Path) -> None:
 
 def test_experts_in_stacks_are_requantized_as_matrices(tmp_path: Path) -> None:
     """As transformers has them since version 5, where the checkpoint has them apart."""
+    pytest.importorskip("vllm", "0.32")  # 0.24 does not know these names
 
     def stack(tensors: dict[str, Any]) -> None:
         for layer in range(2):
