@@ -23,7 +23,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "load format": {"load_format": "octavo"},
     "quantization": {"quantization": "octavo_fp8_block"},
 }
-VERSIONS = ("0.5.9", "0.5.12", "0.5.23.post1", "0.5.24", "0.6.0rc1", "0.0.0.dev0", "unknown")
+VERSIONS = ("0.5.9", "0.5.15", "0.5.23.post1", "0.5.24", "0.6.0rc1", "0.0.0.dev0", "unknown")
 
 
 def without_hooks(checkpoint: Path) -> list[tuple[str, str, str | None]]:

@@ -13,7 +13,7 @@ import sglang
 import torch
 from torch import nn
 
-OLDEST = (0, 5, 12)
+OLDEST = (0, 5, 15)
 NEWEST = (0, 5, 23)  # that was tried
 
 

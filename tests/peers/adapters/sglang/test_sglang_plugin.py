@@ -85,10 +85,10 @@ def test_what_is_ignored_stays_whether_it_is_a_tensor_or_a_layer(tmp_path: Path)
 def test_hooks_that_sglang_has_not_set_end_the_start_by_name_and_other_versions_are_told(tmp_path: Path) -> None:
     found = without_hooks(make("llama", tmp_path / "bf16"))
     said = {version: remark for what, version, remark in found if what == "version"}
-    assert said["0.5.12"] is said["0.5.23.post1"] is None
-    assert "needs SGLang 0.5.12 or later, and this is 0.5.9: --load-format octavo is unknown" in said.pop("0.5.9")
+    assert said["0.5.15"] is said["0.5.23.post1"] is None
+    assert "needs SGLang 0.5.15 or later, and this is 0.5.9: --load-format octavo is unknown" in said.pop("0.5.9")
     for version in ("0.5.24", "0.6.0rc1", "0.0.0.dev0", "unknown"):
-        assert f"octavo was tried with SGLang 0.5.12 to 0.5.23, and this is {version}. Should it" in said[version]
+        assert f"octavo was tried with SGLang 0.5.15 to 0.5.23, and this is {version}. Should it" in said[version]
     starts = [(hook, way, error or "") for hook, way, error in found if hook != "version"]
     assert len(starts) == len(WAYS) * 5
     for hook, way, error in starts:
