@@ -13,9 +13,8 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-#: what the modules that load models import; a whole engine wants sgl_kernel, too
-FOR_LOADING = ("torchvision", "cutlass", "cuda")
-FOR_ENGINES = (*FOR_LOADING, "sgl_kernel", "tvm_ffi")
+#: what SGLang of any version imports to load models, or for its whole engine
+PACKAGES = ("torchvision", "cutlass", "cuda", "sgl_kernel", "tvm_ffi")
 
 
 class _Anything:
@@ -62,7 +61,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def install(packages: Sequence[str] = FOR_LOADING) -> None:
+def install(packages: Sequence[str] = PACKAGES) -> None:
     """Have ``packages`` importable from now on, unless they are anyway."""
     _let_transformers_look()
     sys.meta_path.append(_Finder(packages))  # the last that is asked
