@@ -297,7 +297,7 @@ def _answer(job: dict[str, Any], before: _BeforePostProcessing) -> dict[str, Any
     return answer
 
 
-def _as_on_hopper() -> None:
+def as_on_hopper() -> None:
     """Have SGLang not ask CUDA what the GPU can, where there is none."""
     from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
@@ -313,7 +313,7 @@ def _main() -> None:
     from sglang.srt.plugins import load_plugins
 
     load_plugins()
-    _as_on_hopper()
+    as_on_hopper()
     before = _BeforePostProcessing()
     for job in json.load(sys.stdin):
         out.write(json.dumps(_answer(job, before)) + "\n")
