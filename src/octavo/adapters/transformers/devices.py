@@ -185,6 +185,10 @@ def free_bytes(device: int | str) -> int | None:
     return int(backend.mem_get_info(found)[0] + backend.memory_reserved(found) - backend.memory_allocated(found))
 
 
+#: more bytes than any model takes
+_ANY = 1 << 60
+
+
 class Sizes:
     """What transformers asks a quantizer while it makes a map."""
 
@@ -197,8 +201,15 @@ class Sizes:
         return self._sizes.get(param_name, param.element_size())
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """No more than what leaves room for staging in the memory that is free."""
+        """No more than what leaves room for staging in the memory that is free.
+
+        Without an accelerator there is nothing to choose: unless somebody limits it, the model goes to the CPU.
+        """
         rooms = {device: free_bytes(device) for device in max_memory}
+        # of what is free, which differs from one moment to the next, transformers offers 90 %
+        limited = any(nbytes < 0.8 * (rooms[device] or 0) for device, nbytes in max_memory.items())
+        if not limited and not accelerators():
+            return dict.fromkeys(max_memory, _ANY)
         return {
             device: nbytes if (free := rooms[device]) is None else min(nbytes, max(0, free - self._staging_bytes))
             for device, nbytes in max_memory.items()

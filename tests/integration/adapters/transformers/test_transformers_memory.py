@@ -18,6 +18,7 @@ from transformers.integrations import accelerate
 import octavo
 from helpers.folders import tensors_of
 from helpers.models import differences
+from octavo.adapters.transformers import devices
 
 
 @pytest.fixture
@@ -79,7 +80,8 @@ def test_a_model_that_leaves_little_free_memory_stays_where_it_was_streamed(
 ) -> None:
     direct = checkpoints.load(architecture, "fp8_channel")
     free_bytes = direct.load_report.final_bytes // 2
-    monkeypatch.setattr(accelerate, "accelerate_max_memory", lambda *_: {"cpu": free_bytes})
+    monkeypatch.setattr(accelerate, "accelerate_max_memory", lambda given=None: given or {"cpu": free_bytes})
+    monkeypatch.setattr(devices, "free_bytes", lambda _: free_bytes)
     model = AutoModelForCausalLM.from_pretrained(
         checkpoints.folder(architecture), quantization_config=octavo.OctavoConfig(), device_map=device_map
     )
