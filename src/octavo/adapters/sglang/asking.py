@@ -21,7 +21,7 @@ from ...errors import RecipeError
 from ...planning.plan import plan_checkpoint
 from ...planning.recipe import matching
 from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
-from .options import Options
+from .options import Options, meant
 
 #: load formats that read safetensors, or that SGLang chooses by
 _GIVES_WAY = (LOAD_FORMAT, "auto", "safetensors")
@@ -67,8 +67,7 @@ def settle(server_args: Any) -> None:
     if draft := scheme_of_quantization(server_args.speculative_draft_model_quantization):
         extra["draft"] = draft
         server_args.speculative_draft_model_quantization = None
-    given = json.loads(server_args.model_loader_extra_config or "{}")
-    server_args.model_loader_extra_config = json.dumps({**given, **extra})
+    server_args.model_loader_extra_config = json.dumps({**meant(server_args.model_loader_extra_config), **extra})
     server_args.quantization, server_args.load_format = None, LOAD_FORMAT
     options = Options.of(server_args.model_loader_extra_config)  # with the draft's scheme
     _try_plan(server_args.model_path, options)

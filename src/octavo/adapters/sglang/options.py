@@ -56,10 +56,15 @@ class Options(options.Options):
 
     @classmethod
     def of(cls, extra: Any, quantization: str | None = None) -> Options:
-        """As `parse`, of what SGLang holds: JSON as a text, or what it means."""
-        if isinstance(extra, str):
-            try:
-                extra = json.loads(extra or "{}")
-            except ValueError as error:
-                raise RecipeError(f"--model-loader-extra-config is no JSON: {error}") from None
-        return cls.parse(extra, quantization)
+        """As `parse`, of what SGLang holds: see `meant`."""
+        return cls.parse(meant(extra), quantization)
+
+
+def meant(extra: Any) -> Any:
+    """``--model-loader-extra-config``, which SGLang holds as JSON, or as what it means; nothing said is no key."""
+    if isinstance(extra, str):
+        try:
+            extra = json.loads(extra or "{}")
+        except ValueError as error:
+            raise RecipeError(f"--model-loader-extra-config is no JSON: {error}") from None
+    return {} if extra is None else extra

@@ -23,7 +23,7 @@ class Arguments:
     model_path: str = "target"
     quantization: str | None = None
     load_format: str = "auto"
-    model_loader_extra_config: str = "{}"
+    model_loader_extra_config: Any = "{}"
     speculative_draft_model_quantization: str | None = None
     speculative_draft_load_format: str | None = None
     speculative_draft_model_path: str | None = None
@@ -154,3 +154,17 @@ def test_what_is_here_is_opened_and_planned_before_sglang_starts_anything(folder
     (folder / "a.safetensors").write_bytes(b"\x08")
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
         asking.settle(copy.copy(arguments))
+
+
+@pytest.mark.parametrize("extra", [{"scheme": "fp8_block"}, '{"scheme": "fp8_block"}'])
+def test_the_extra_config_is_taken_as_what_it_means_too(extra: Any) -> None:
+    server_args = Arguments(load_format="octavo", model_loader_extra_config=extra)
+    asking.settle(server_args)
+    assert json.loads(server_args.model_loader_extra_config) == {"scheme": "fp8_block"}
+
+
+@pytest.mark.parametrize("extra", ["null", None, "", {}])
+def test_an_extra_config_that_says_nothing_is_the_default(extra: Any) -> None:
+    server_args = Arguments(load_format="octavo", model_loader_extra_config=extra)
+    asking.settle(server_args)
+    assert json.loads(server_args.model_loader_extra_config) == {"scheme": "fp8_channel"}
