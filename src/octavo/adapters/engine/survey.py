@@ -367,8 +367,13 @@ def text_of(failed: tuple[str, Exception]) -> str:
 
 def error_text(error: Exception) -> str:
     """An error of others in a few words; an assertion without any is quoted, with its numbers."""
+    return textwrap.shorten(whole_text(error), 160, placeholder=" ...")
+
+
+def whole_text(error: Exception) -> str:
+    """As `error_text`, with all words that it has."""
     said = str(error) or (_assertion(error) if isinstance(error, AssertionError) else "")
-    return textwrap.shorten(f"{type(error).__name__}: {said}".rstrip(": "), 160, placeholder=" ...")
+    return f"{type(error).__name__}: {said}".rstrip(": ")
 
 
 def _assertion(error: AssertionError) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from ...errors import OctavoError
 from ..engine import updating
 from ..engine.names import LOAD_FORMAT
+from ..engine.survey import whole_text
 from . import versions
 
 #: formats of ``update_weights_from_disk`` that are the files octavo reads
@@ -101,7 +102,7 @@ def _from_tensor(
 
 
 def _text(error: Exception) -> str:
-    return str(error) if isinstance(error, OctavoError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, OctavoError) else whole_text(error)
 
 
 def _first(original: Callable[..., Any], manager: Any, request: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.adapters.engine.survey import error_text
+from octavo.adapters.engine.survey import error_text, whole_text
 
 
 class Layer:
@@ -26,8 +26,15 @@ def test_an_assertion_without_a_word_is_quoted_with_its_numbers() -> None:
         error = raised
     error.args = ()  # pytest has words of its own
     assert error_text(error) == "AssertionError: assert self.heads % ranks == 0 (self.heads = 3, ranks = 2)"
+    assert whole_text(error) == error_text(error)
 
 
 def test_other_errors_keep_their_words() -> None:
     assert error_text(ValueError("no such thing")) == "ValueError: no such thing"
     assert error_text(AssertionError("heads")) == "AssertionError: heads"
+
+
+def test_many_words_are_cut_only_where_few_are_wanted() -> None:
+    many = " ".join(["word"] * 60)
+    assert whole_text(ValueError(many)) == f"ValueError: {many}"
+    assert error_text(ValueError(many)).endswith(" ...")
