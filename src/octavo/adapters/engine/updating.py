@@ -13,9 +13,8 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from ...checkpoint import dtypes
@@ -24,7 +23,7 @@ from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
 from ...conversion.iterate import iterate
 from ...elements.pieces import whole
-from ...errors import CheckpointError, CoverageError, WeightError, raise_problems
+from ...errors import CheckpointError, CoverageError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8
 from ...planning.placement import Placement
@@ -33,6 +32,7 @@ from . import derived
 from .arrivals import Arrivals
 from .naming import Names
 from .options import Options
+from .soundness import Soundness
 
 _ATTRIBUTE = "_octavo_weights"
 
@@ -48,20 +48,23 @@ class Weights:
     original: Callable[[Iterable[tuple[str, Tensor]]], Any]
     arrivals: Arrivals[Any]
 
+    #: what has become of the layer of a tensor that holds what is no number
+    unsound: ClassVar[str] = "Its layer may be new already"
+
     def load(self, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
         """``model.load_weights`` for tensors named and shaped as in the checkpoint.
 
         If it fails, layers of which only a part has come are as they were, and wait for all of their tensors.
         """
-        finite: list[tuple[str, Tensor]] = []
+        soundness = Soundness(self.unsound)
         if isinstance(weights, CheckpointWeights):
             self.arrivals.drop()  # whatever has come before, all of it comes now
-            pairs = self._read(weights)
+            pairs = self._read(weights, soundness)
         else:
-            pairs = self._quantized(weights, finite)
+            pairs = self._quantized(weights, soundness)
         try:
             result = self.original(pairs, *args, **kwargs)
-            check_finite(finite, "Its layer may be new already")
+            soundness.check()
         except BaseException:
             self.arrivals.drop()
             raise
@@ -75,6 +78,11 @@ class Weights:
     @functools.cached_property
     def _placements(self) -> dict[str, Placement]:
         return {placement.name: placement for placement in self.plan.placements}
+
+    @functools.cached_property
+    def _scaled(self) -> dict[str, Placement]:
+        """Scale -> what it is of."""
+        return {self.layout.scale_name(name): p for name, p in self._placements.items() if p.scheme is not None}
 
     @functools.cached_property
     def _matrices(self) -> dict[str, list[Placement]]:
@@ -117,17 +125,17 @@ class Weights:
                 del weight
                 yield from parts
 
-    def _read(self, weights: CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
+    def _read(self, weights: CheckpointWeights, soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.quantized():
+            if name in self._placements and weight.dtype != FP8:  # what becomes FP8 was looked at when it was read
+                soundness.of_weight(name, weight)
             self.arrivals.add(name)
             yield name, weight
 
-    def _quantized(
-        self, weights: Iterable[tuple[str, Tensor]], finite: list[tuple[str, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _quantized(self, weights: Iterable[tuple[str, Tensor]], soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
         """Each tensor as it was first loaded: in FP8 and followed by its scale, or as it is.
 
-        Whether numbers are finite is appended to ``finite``, and looked at once all are made.
+        Whether it is sound is asked of each before it is given to the loader, and looked at once all are made.
         """
         for name, weight in self._known(self._apart(weights)):
             self.arrivals.names.add(name)
@@ -138,14 +146,19 @@ class Weights:
             if placement is not None and placement.scheme is not None and weight.dtype != FP8:
                 q, scale = schemes.quantize(weight, placement.scheme)
                 del weight
-                finite.append((name, torch.isfinite(scale).all()))
+                soundness.of_quantized(name, scale)
                 for part, tensor in ((name, q), (self.layout.scale_name(name), self.layout.stored_scale(scale))):
                     self.arrivals.add(part)
                     yield part, tensor
                 del q, scale, tensor
-            elif name in self.arrivals:
-                if weight.dtype in dtypes.QUANTIZABLE and weight.numel():
-                    finite.append((name, ~weight.amax().isnan()))  # it may hold infinities
+                continue
+            scaled = self._scaled.get(name)
+            if scaled is not None:
+                _check_scale(name, weight, scaled)
+                soundness.of_scale(name, weight)
+            else:
+                soundness.of_weight(name, weight)
+            if name in self.arrivals:
                 self.arrivals.add(name)
                 yield name, weight
             else:
@@ -171,17 +184,15 @@ def _check_dtype(placement: Placement, weight: Tensor) -> None:
         raise CoverageError(f"{placement.name}: is {weight.dtype}, was loaded from {first}")
 
 
-def check_finite(finite: list[tuple[str, Tensor]], then: str) -> None:
-    """Raise for numbers that are not finite, and say what has become of their layers."""
-    for device in {flag.device for _, flag in finite}:
-        mine = [(name, flag) for name, flag in finite if flag.device == device]
-        flags = torch.stack([flag for _, flag in mine]).tolist()
-        bad = [name for (name, _), good in zip(mine, flags, strict=True) if not good]
-        if bad:
-            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-            raise WeightError(
-                f"{bad[0]}{more}: holds a number that is not finite. {then}; send that again in another update."
-            )
+def _check_scale(name: str, scale: Tensor, placement: Placement) -> None:
+    """Raise for what engines cast, or spread over more cells than it has."""
+    assert placement.scheme is not None
+    shape = schemes.get(placement.scheme).scale_shape(placement.shape) or (1,)
+    if scale.dtype not in dtypes.QUANTIZABLE or tuple(scale.shape) != shape:
+        raise CoverageError(
+            f"{name}: is {scale.dtype} {list(scale.shape)}, and the scale of {placement.name} in {placement.scheme} is "
+            f"torch.float32 {list(shape)}"
+        )
 
 
 def prepare(weights: Weights) -> None:

@@ -62,6 +62,11 @@ class Arrivals(arrivals.Arrivals[_Layer]):
                 layer.begin()
             layer.came.add(name)
 
+    def is_written_at_once(self, name: str) -> bool:
+        """Return True for a tensor that a loader puts into a layer which does not wait for others, or anywhere."""
+        layers = self.layers_of(name)
+        return not layers or not all(layer.form.stages for layer in layers)
+
     def take(self, name: str, check: Callable[[], None]) -> None:
         """After the loader has been handed a tensor: have layers that are whole be new, if ``check`` does not raise."""
         for layer in self.layers_of(name):

@@ -23,6 +23,7 @@ from ...errors import CheckpointError, CoverageError
 from ..engine import updating
 from ..engine.loading import Loading
 from ..engine.options import Options
+from ..engine.soundness import Soundness
 from ..engine.survey import Survey, layer_of
 from . import kept, runner, versions
 from .arrivals import Arrivals
@@ -39,6 +40,8 @@ class Weights(updating.Weights):
     arrivals: Arrivals
     forms: Forms
     options: Options
+
+    unsound = "Its layer is as it was"
 
     def load(self, weights: Iterable[tuple[str, Tensor]], *args: Any, **kwargs: Any) -> Any:
         """``model.load_weights``; a layer has its new weights once all of its tensors have come, in whatever call."""
@@ -59,28 +62,21 @@ class Weights(updating.Weights):
                     meanwhile.enter_context(versions.without(module, METHOD))
             yield
 
-    def _read(self, weights: updating.CheckpointWeights) -> Iterator[tuple[str, Tensor]]:
-        return self._taken(super()._read(weights), [])
+    def _read(self, weights: updating.CheckpointWeights, soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
+        return self._taken(super()._read(weights, soundness), soundness)
 
-    def _quantized(
-        self, weights: Iterable[tuple[str, Tensor]], finite: list[tuple[str, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _quantized(self, weights: Iterable[tuple[str, Tensor]], soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
         used = ((name, weight) for name, weight in weights if not self._is_passed_over(name))
-        return self._taken(super()._quantized(used, finite), finite)
+        return self._taken(super()._quantized(used, soundness), soundness)
 
-    def _taken(
-        self, pairs: Iterator[tuple[str, Tensor]], finite: list[tuple[str, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _taken(self, pairs: Iterator[tuple[str, Tensor]], soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
         """What the loader is given; after each of them, layers that are whole are new."""
-
-        def check() -> None:
-            updating.check_finite(finite, "Its layer is as it was")
-            finite.clear()
-
         for name, tensor in pairs:
+            if self.arrivals.is_written_at_once(name):
+                soundness.check()
             yield name, tensor
             del tensor
-            self.arrivals.take(name, check)
+            self.arrivals.take(name, soundness.check)
 
     def _is_passed_over(self, name: str) -> bool:
         """Return True for a tensor of the checkpoint that the loader had no use for, in this process."""

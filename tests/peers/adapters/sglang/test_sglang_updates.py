@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from helpers.folders import edit_tensors, tensors_of
-from helpers.sglang_checkpoints import make
+from helpers.sglang_checkpoints import convert, make
 from helpers.sglang_loading import Answer, load, octavo_job
 
 pytestmark = [
@@ -138,6 +139,66 @@ def test_what_would_go_wrong_is_refused_and_the_model_stays(tmp_path: Path) -> N
         assert not answers[0][0]
         assert now == mine.served
         assert in_place
+    assert after[1] == fresh.served
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+def test_what_is_no_number_is_not_written_where_nothing_waits(name: str, tmp_path: Path) -> None:
+    pair("llama", tmp_path)
+    bad = make("llama", tmp_path / "bad", seed=1)
+    edit_tensors(bad, lambda tensors: tensors[name].view(-1)[5:6].fill_(float("nan")))
+    ways = ["tensors", "disk", "bucket", "last"]
+    steps = [["update", way, str(bad), [[name]]] for way in ways]
+    mine, fresh = run("llama", "fp8_block", tmp_path, *steps, ["update", "disk", str(tmp_path / "new"), WHOLE])
+    *refusals, after = mine.results
+    for answers, now, in_place in refusals:
+        ((done, message),) = answers
+        assert not done
+        assert f"{name}: holds a number that is not finite. Its layer is as it was; send" in message
+        assert now[name] == mine.served[name]
+        assert in_place
+    assert after[1] == fresh.served
+
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+SCALE = f"{DOWN}_scale"
+
+
+def _bits(value: int) -> Any:
+    return lambda tensors: tensors[DOWN].view(torch.uint8).view(-1)[:1].fill_(value)
+
+
+def _scale(change: Any) -> Any:
+    return lambda tensors: tensors.update({SCALE: change(tensors[SCALE])})
+
+
+#: what is wrong -> how, and what is said of it for scales of blocks
+UNSOUND: dict[str, tuple[Any, str]] = {
+    "nan": (_bits(0x7F), f"{DOWN}: holds a number that is not finite. Its layer is as it was"),
+    "negative nan": (_bits(0xFF), f"{DOWN}: holds a number that is not finite. Its layer is as it was"),
+    "a number below 0": (_scale(lambda scale: -scale), f"{SCALE}: holds a number that is not finite, or is negative"),
+    "infinity": (_scale(lambda scale: scale / 0), f"{SCALE}: holds a number that is not finite, or is negative"),
+    "integers": (_scale(lambda scale: scale.int()), f"{SCALE}: is torch.int32 [1, 2], and the scale of {DOWN} in "),
+    "a cell": (_scale(lambda scale: scale[:, :1].clone()), f"{SCALE}: is torch.float32 [1, 1], and the scale of "),
+    "a vector": (_scale(lambda scale: scale.flatten()), "in fp8_block is torch.float32 [1, 2]"),
+}
+
+
+def test_fp8_of_a_trainer_is_taken_and_refused_where_it_is_no_number_or_misshapen(tmp_path: Path) -> None:
+    _, new = pair("llama", tmp_path)
+    good = convert(new, "fp8_block")
+    steps = []
+    for name, (change, _) in UNSOUND.items():
+        shutil.copytree(good, tmp_path / name)
+        edit_tensors(tmp_path / name, change)
+        steps.append(["update", "last", str(tmp_path / name), [[DOWN, SCALE]]])
+    mine, fresh = run("llama", "fp8_block", tmp_path, *steps, ["update", "last", str(good), WHOLE])
+    *refusals, after = mine.results
+    for (answers, now, _), (_, words) in zip(refusals, UNSOUND.values(), strict=True):
+        assert words in answers[0][1]
+        assert not answers[0][0]
+        assert now == mine.served
+    assert after[0] == [[True, "Success"]]
     assert after[1] == fresh.served
 
 
