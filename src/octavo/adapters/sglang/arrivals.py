@@ -1,7 +1,7 @@
 """Which tensors have come for which layer, while SGLang is given new weights.
 
 SGLang has no notion of a layer that waits: a loader writes what it is given. So layers wait here: see `Form`. Where an
-update begins, it did not say before 0.5.2x, either. A tensor that comes again, before its layer is whole, begins anew.
+update begins, it did not say before 0.5.2x, either. A tensor that comes again begins another: what waits is forgotten.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from ...errors import CoverageError
+from ...errors import CoverageError, Lines
 from ..engine import arrivals
 from ..engine.survey import Fillers
 from .forms import Form, Forms
@@ -48,6 +48,8 @@ class Arrivals(arrivals.Arrivals[_Layer]):
     def __init__(self, model: nn.Module, fillers: Fillers, forms: Forms) -> None:
         super().__init__(model, [_Layer(name, forms[name], mine) for name, mine in fillers.items()])
         self._lost: set[_Layer] = set()  # layers whose memory holds nothing, until they have come whole
+        self._sent: set[str] = set()  # what has come since the update began, as far as that is known
+        self._again = ""  # the first tensor that came again, so that another update must have begun
 
     def lose(self) -> None:
         """All layers hold nothing: their memory has been given back."""
@@ -55,9 +57,10 @@ class Arrivals(arrivals.Arrivals[_Layer]):
         self._lost.update(self.layers)
 
     def add(self, name: str) -> None:
+        if name in self._sent:
+            self._begin_another(name)
+        self._sent.add(name)
         for layer in self.layers_of(name):
-            if name in layer.came:
-                layer.leave_as_it_was()
             if not layer.came:
                 layer.begin()
             layer.came.add(name)
@@ -66,6 +69,21 @@ class Arrivals(arrivals.Arrivals[_Layer]):
         """Return True for a tensor that a loader puts into a layer which does not wait for others, or anywhere."""
         layers = self.layers_of(name)
         return not layers or not all(layer.form.stages for layer in layers)
+
+    def _begin_another(self, name: str) -> None:
+        for layer in self.layers:
+            if layer.came:
+                layer.leave_as_it_was()
+        self._sent.clear()
+        self._again = self._again or name
+
+    def drop(self) -> None:
+        super().drop()
+        self._forget_sent()
+
+    def _forget_sent(self) -> None:
+        self._sent.clear()
+        self._again = ""
 
     def take(self, name: str, check: Callable[[], None]) -> None:
         """After the loader has been handed a tensor: have layers that are whole be new, if ``check`` does not raise."""
@@ -85,7 +103,15 @@ class Arrivals(arrivals.Arrivals[_Layer]):
             self._lost.discard(layer)
 
     def check_complete(self) -> None:
-        super().check_complete()
+        again = self._again
+        self._forget_sent()
+        try:
+            super().check_complete()
+        except CoverageError as error:
+            if not again:
+                raise
+            more = f"{again} came twice: if an update before this one broke off, layers may be mixed of both."
+            raise CoverageError(Lines.of(*str(error).splitlines(), f"{more} Send all tensors again.")) from None
         if names := sorted(layer.name for layer in self._lost):
             more = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
             raise CoverageError(
