@@ -91,8 +91,12 @@ def _scheduler(session: Session, update: Callable[[Any], Any] | None = None) -> 
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Manager
 
     saver = SimpleNamespace(enabled=True, pause=lambda _: _lose_all_but_buffers(session), resume=lambda _: None)
-    runner = SimpleNamespace(model=session.model)
-    worker = SimpleNamespace(model_runner=runner, server_args=session.server_args, update_weights_from_tensor=update)
+    worker = SimpleNamespace(
+        model_runner=SimpleNamespace(model=session.model),
+        server_args=session.server_args,
+        update_weights_from_tensor=update,
+        update_weights_from_disk=update,
+    )
     others = {"draft_worker": None, "tp_cpu_group": None, "flush_cache": lambda **_: True}
     return Manager(tp_worker=worker, memory_saver_adapter=saver, is_fully_idle=lambda: True, **others)
 
@@ -107,6 +111,12 @@ def _by_the_scheduler(session: Session, path: Path, tensors: list[tuple[str, Any
 
 def _more_to_come(session: Session, path: Path, tensors: list[tuple[str, Any]]) -> Any:
     return _by_the_scheduler(session, path, tensors, last=False)
+
+
+def _disk_by_the_scheduler(session: Session, path: Path, _: list[tuple[str, Any]]) -> Any:
+    manager = _scheduler(session, lambda request: _from_disk(session, path, []))
+    answer = manager.update_weights_from_disk(SimpleNamespace(flush_cache=True, torch_empty_cache=False))
+    return answer.success, answer.message
 
 
 def _bare(session: Session, _: Path, tensors: list[tuple[str, Any]]) -> Any:
@@ -129,6 +139,7 @@ WAYS: dict[str, Callable[..., Any]] = {
     "distributed": _distributed,
     "last": _by_the_scheduler,
     "more to come": _more_to_come,
+    "disk last": _disk_by_the_scheduler,
     "bare": _bare,
 }
 

@@ -19,18 +19,19 @@ from torch import Tensor, nn
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...elements.inline import pools_inline
-from ...errors import CheckpointError, CoverageError
+from ...errors import CheckpointError, CoverageError, Lines, OctavoError
 from ..engine import updating
 from ..engine.loading import Loading
 from ..engine.options import Options
 from ..engine.soundness import Soundness
-from ..engine.survey import Survey, layer_of
+from ..engine.survey import Survey, layer_of, whole_text
 from . import kept, runner, versions
 from .arrivals import Arrivals
 from .computed import METHOD
 from .forms import Forms
 
 _models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_updated: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # to which something came, since an update ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Weights(updating.Weights):
                 f"{type(self.model).__name__}: {elsewhere} is offloaded, and can't be given new weights. Start anew to "
                 "load them, or leave --cpu-offload-gb out."
             )
+        _updated.add(self.model)
         with torch.no_grad(), self.forms.of_checkpoint(), pools_inline():
             return super().load(weights, *args, **kwargs)
 
@@ -131,10 +133,19 @@ def reload(model: Any, open_checkpoint: Callable[[], Checkpoint]) -> None:
     Raises:
         OctavoError: before anything is read, where it does not fit; else layers that have come whole are new.
     """
-    loaded = updating.of(model)
-    assert isinstance(loaded, Weights)
-    model.load_weights(updating.CheckpointWeights(open_checkpoint(), model, loaded.options))
-    loaded.arrivals.check_complete()
+    loaded, checkpoint = _weights(model), open_checkpoint()
+    weights = updating.CheckpointWeights(checkpoint, model, loaded.options)
+    try:
+        model.load_weights(weights)
+        loaded.arrivals.check_complete()
+    except Exception as error:
+        what = str(error) if isinstance(error, OctavoError) else whole_text(error)
+        advice = (
+            "Layers that had come whole are new, all others as they were: load the folder from before again, or this"
+        )
+        raise CheckpointError(Lines.of(*f"{checkpoint.path}: {what}".splitlines(), f"{advice} one, mended.")) from error
+    finally:
+        _updated.discard(model)
 
 
 def sleep(model: nn.Module) -> Callable[[], None]:
@@ -158,20 +169,29 @@ def sleep(model: nn.Module) -> Callable[[], None]:
     return wake
 
 
-def begin() -> None:
-    """Before an update, where SGLang says so: forget what an earlier one left half."""
+def drop() -> None:
+    """Before an update, where SGLang says so, and after one that failed: forget what waits."""
     for model in _models:
         _weights(model).arrivals.drop()
+    _updated.clear()
 
 
 def check_complete() -> None:
     """After an update, where SGLang says so.
 
     Raises:
-        CoverageError: naming all layers of which a part has come; they are as they were.
+        CoverageError: naming all layers, of the models that were updated, of which a part has come; they are as they
+            were.
     """
-    for model in _models:
-        _weights(model).arrivals.check_complete()
+    problems: list[str] = []
+    for model in list(_updated or _models):
+        try:
+            _weights(model).arrivals.check_complete()
+        except CoverageError as error:
+            problems += str(error).splitlines()
+    _updated.clear()
+    if problems:
+        raise CoverageError(Lines.of(*problems))
 
 
 def _weights(model: nn.Module) -> Weights:

@@ -8,9 +8,12 @@ has come, only these places know.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from ...errors import OctavoError
 from ..engine import updating
@@ -28,6 +31,9 @@ _WEIGHTS = "weights"
 _waking: list[Callable[[], None]] = []
 
 
+_log = logging.getLogger("sglang.srt.octavo")
+
+
 class RefusedError(BaseException):
     """Carries an error past SGLang, which would answer an `Exception` by loading the same files again."""
 
@@ -36,8 +42,9 @@ def watch() -> None:
     """Take these places over, once in a process."""
     _wrap(versions.updater(), "update_weights_from_disk", _from_disk)
     _wrap(versions.updater(), "update_weights_from_tensor", _from_tensor)
-    for name in versions.last_of_update():
-        _wrap(versions.scheduler_updater(), name, _last)
+    for name in versions.updates():
+        ends = name in versions.last_of_update()
+        _wrap(versions.scheduler_updater(), name, functools.partial(_update, ends=ends))
     _wrap(versions.scheduler_updater(), "begin_weight_update", _first)
     _wrap(versions.scheduler_updater(), "release_memory_occupation", _release)
     _wrap(versions.scheduler_updater(), "resume_memory_occupation", _resume)
@@ -65,9 +72,11 @@ def _from_disk(
     recapture_cuda_graph: bool = False,
 ) -> tuple[bool, str]:
     rest = {"recapture_cuda_graph": recapture_cuda_graph}
-    if updating.of(versions.model_of(updater)) is None:
+    weights = updating.of(versions.model_of(updater))
+    if weights is None:
         answer: tuple[bool, str] = original(updater, model_path, load_format, weight_name_filter, **rest)
         return answer
+    weights.arrivals.drop()  # what waits is of another update, which did not end
     if load_format not in _SAFETENSORS or weight_name_filter is not None:
         what = "some of its tensors only" if weight_name_filter else f"the load format {load_format!r}"
         return False, f"{model_path}: a model that octavo has loaded can't be given {what}. Nothing was loaded."
@@ -86,10 +95,12 @@ def _from_disk(
 def _from_tensor(
     original: Callable[..., Any], updater: Any, named_tensors: Any, load_format: str | None = None
 ) -> tuple[bool, str]:
-    if updating.of(versions.model_of(updater)) is None:
+    weights = updating.of(versions.model_of(updater))
+    if weights is None:
         answer: tuple[bool, str] = original(updater, named_tensors, load_format)
         return answer
     if load_format not in _TENSORS:
+        weights.arrivals.drop()
         return False, (
             f"update_weights_from_tensor: with the load format {load_format!r}, tensors would be put into what "
             "SGLang's kernels read. Nothing was loaded; leave the load format out."
@@ -97,6 +108,7 @@ def _from_tensor(
     try:
         answer = original(updater, named_tensors, load_format)
     except Exception as error:  # layers that are not whole are as they were, so the server may go on
+        weights.arrivals.drop()
         return False, _text(error)
     return answer
 
@@ -109,21 +121,47 @@ def _first(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     from . import reloading
 
     answer = original(manager, request)
-    reloading.begin()
+    if answer.success:
+        reloading.drop()
     return answer
 
 
-def _last(original: Callable[..., Any], manager: Any, request: Any) -> Any:
-    """Without sessions, the last call of an update is the one that flushes the cache."""
+def _update(original: Callable[..., Any], manager: Any, request: Any, *, ends: bool) -> Any:
+    """A call of an update; without sessions, the last one is that which flushes the cache.
+
+    An exception that SGLang lets through ends its process, and that the server: then there is nobody to agree with.
+    """
     from . import reloading
 
     answer = original(manager, request)
-    if answer.success and getattr(request, "flush_cache", True):
+    if not answer.success and getattr(request, "flush_cache", False):  # as ranks do that succeed
+        manager.flush_cache(empty_cache=request.torch_empty_cache)
+    if answer.success and ends and getattr(request, "flush_cache", True):
         try:
             reloading.check_complete()
         except OctavoError as error:
             answer.success, answer.message = False, str(error)
+    failures = _failures(manager.tp_cpu_group, None if answer.success else answer.message)
+    if failures:
+        reloading.drop()
+        answer.success, answer.message = False, "\n".join(failures)
     return answer
+
+
+def _failures(group: Any, mine: str | None) -> list[str]:
+    """What went wrong in which rank of a group, all of which call this: SGLang passes on what its first one answers."""
+    count = torch.distributed.get_world_size(group)
+    if count == 1:
+        return [] if mine is None else [mine]
+    if mine is not None:
+        _log.error("octavo: new weights, rank %d of %d: %s", torch.distributed.get_rank(group), count, mine)
+    all_of_them: list[str | None] = [None] * count
+    torch.distributed.all_gather_object(all_of_them, mine, group=group)
+    ranks: dict[str, list[str]] = {}
+    for rank, text in enumerate(all_of_them):
+        if text is not None:
+            ranks.setdefault(text, []).append(str(rank))
+    return [f"rank {', '.join(which)} of {count}: {text}" for text, which in ranks.items()]
 
 
 def _release(original: Callable[..., Any], manager: Any, request: Any) -> Any:

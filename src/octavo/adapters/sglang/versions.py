@@ -214,8 +214,14 @@ def scheduler_updater() -> Any:
     return SchedulerWeightUpdaterManager
 
 
+def updates() -> tuple[str, ...]:
+    """Its methods that bring new weights, or end a session that did."""
+    ways = ("disk", "tensor", "distributed", "ipc")
+    return (*(f"update_weights_from_{way}" for way in ways), "end_weight_update")
+
+
 def last_of_update() -> tuple[str, ...]:
-    """Its methods after which an update is complete, if its request says nothing else."""
+    """Those after which an update is complete, if its request says nothing else."""
     if hasattr(scheduler_updater(), "end_weight_update"):  # since 0.5.2x
         return ("end_weight_update", "update_weights_from_ipc")
     return ("update_weights_from_tensor", "update_weights_from_distributed", "update_weights_from_ipc")

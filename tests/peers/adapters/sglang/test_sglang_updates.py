@@ -11,7 +11,7 @@ import torch
 
 from helpers.folders import edit_tensors, tensors_of
 from helpers.sglang_checkpoints import convert, make
-from helpers.sglang_loading import Answer, load, octavo_job
+from helpers.sglang_loading import Answer, load, load_ranks, octavo_job
 
 pytestmark = [
     pytest.mark.peers,
@@ -256,3 +256,75 @@ def test_memory_that_was_given_back_is_filled_by_an_update_or_its_loss_is_told(s
         assert answers[0][0], answers
         assert {key for key in expected if now[key] != expected[key]} == set()
         assert in_place
+
+
+def test_a_layer_is_not_completed_by_another_update_as_far_as_that_can_be_known(tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    bad = make("llama", tmp_path / "bad", seed=2)
+    edit_tensors(bad, lambda tensors: tensors.pop(UP))
+    down = UP.replace("up_proj", "down_proj")
+    broken_off, rest = ["update", "more to come", str(bad), [[GATE, down]]], ["update", "last", str(new), [[UP]]]
+    steps = [
+        [broken_off, ["update", "last", str(new), [[down, UP]]]],  # a tensor comes again, elsewhere in the model
+        [broken_off, ["update", "disk", str(bad), WHOLE], rest],
+        [broken_off, ["update", "tensors direct", str(bad), WHOLE], rest],
+        [["update", "last", str(new), WHOLE]],
+    ]
+    mine, _ = run("llama", "fp8_block", tmp_path, *(step for some in steps for step in some))
+    layer = "model.layers.1.mlp.gate_up_proj"
+    for result in (mine.results[1], mine.results[4], mine.results[7]):
+        ((done, message),) = result[0]
+        assert not done
+        assert f"{layer}: {UP} came, {GATE} did not" in message
+        assert {k: v for k, v in result[1].items() if layer in k} == {
+            k: v for k, v in mine.served.items() if layer in k
+        }
+    assert f"{down} came twice" in mine.results[1][0][0][1]
+    assert mine.results[-1][0] == [[True, "Success"]]
+
+
+def test_a_folder_with_an_error_in_the_middle_is_named_and_layers_before_it_are_said_to_be_new(tmp_path: Path) -> None:
+    old, _ = pair("llama", tmp_path)
+    bad = make("llama", tmp_path / "bad", seed=1)
+    edit_tensors(bad, lambda tensors: tensors[GATE].view(-1)[:1].fill_(float("nan")))
+    mine, _ = run(
+        "llama", "fp8_block", tmp_path, ["update", "disk", str(bad), WHOLE], ["update", "disk", str(old), WHOLE]
+    )
+    ((done, message),), now, _ = mine.results[0]
+    assert not done
+    assert str(bad) in message
+    assert GATE in message
+    assert "Layers that had come whole are new" in message
+    assert now != mine.served
+    assert mine.results[1][1] == mine.served
+
+
+@pytest.mark.parametrize("way", ["last", "disk last"])
+def test_what_fails_in_one_rank_is_the_answer_of_all(way: str, tmp_path: Path) -> None:
+    """SGLang passes on the answer of its first rank. With experts of their own, only the other one sees a NaN."""
+    expert = "model.layers.0.block_sparse_moe.experts.3.w1.weight"
+    old, bad, new = (
+        make("mixtral wide", tmp_path / name, seed=seed) for seed, name in enumerate(("old", "bad", "new"))
+    )
+    edit_tensors(bad, lambda tensors: tensors[expert].view(-1)[:1].fill_(float("nan")))
+    lacking = expert.replace("w1", "w2")
+    names = [name for name in tensors_of(new) if name != lacking]
+    steps = [
+        ["update", way, str(bad), WHOLE],
+        ["update", "last", str(new), [names]],
+        ["update", "last", str(new), [[lacking]]],
+        ["update", way, str(new), WHOLE],
+    ]
+    ((first, second),) = load_ranks(2, octavo_job(old, "fp8_channel", steps, ep_size=2), timeout=500)
+    for rank in (first, second):
+        assert not rank.error, rank.output[-4000:]
+        nan, part, alone, whole = (answers[0] for answers, _, _ in rank.results)
+        assert not nan[0]
+        assert nan[1].startswith("rank 1 of 2: ")
+        assert expert in nan[1]
+        assert not part[0]
+        assert f"{lacking} did not" in part[1]
+        assert not alone[0]
+        assert whole[0], whole
+    assert "octavo: new weights, rank 1 of 2: " in second.output
+    assert "octavo: new weights, rank" not in first.output
