@@ -125,13 +125,18 @@ class Session:
     server_args: Any
 
 
-def _draft(session: Session, path: str | None = None) -> dict[str, str]:
-    """What a worker for drafts loads beside the model, by layers of its checkpoint or from another; -> digests."""
+def load_draft(session: Session, path: str | None = None) -> tuple[Any, Any]:
+    """A loader, and the model that it made, for a worker that drafts beside the model."""
     from sglang.srt.configs.model_config import ModelConfig
 
     path = path or session.server_args.model_path
     model_config = ModelConfig.from_server_args(session.server_args, model_path=path, is_draft_model=True)
-    return digests(_load(session.server_args, model_config)[1])
+    return _load(session.server_args, model_config)
+
+
+def _draft(session: Session, path: str | None = None) -> dict[str, str]:
+    """What a worker for drafts loads beside the model, by layers of its checkpoint or from another; -> digests."""
+    return digests(load_draft(session, path)[1])
 
 
 def _methods(session: Session) -> dict[str, list[str]]:

@@ -197,6 +197,24 @@ def _sleep(session: Session) -> None:
     manager.resume_memory_occupation(request)
 
 
+def _draft_that_sleeps(session: Session, **flags: bool) -> Any:
+    """A draft made of the same checkpoint, whose memory is given back with the target's; -> an update's answer.
+
+    The update brings to both all that the target has use for.
+    """
+    from .sglang_loading import load_draft
+
+    draft = load_draft(session)[1]
+    for flag, value in flags.items():
+        setattr(session.server_args, flag, value)
+    _sleep(session)
+    path = Path(session.server_args.model_path)
+    tensors = [(name, tensor) for name, tensor in tensors_of(path).items() if ".layers.2." not in name]
+    draft.load_weights(iter(tensors))
+    return list(_by_the_scheduler(session, path, tensors))
+
+
 ACTS = {"process": _process_again, "sleep": _sleep}
 STEPS["update"], STEPS["often"] = _update, _often
+STEPS["draft that sleeps"] = lambda session, flags: _draft_that_sleeps(session, **flags)
 STEPS["do"] = lambda session, name: ACTS[name](session)

@@ -148,22 +148,24 @@ def reload(model: Any, open_checkpoint: Callable[[], Checkpoint]) -> None:
         _updated.discard(model)
 
 
-def sleep(model: nn.Module) -> Callable[[], None]:
-    """Before a model's memory is given back without a copy: know that all weights have to come anew.
+def sleep(loses: Callable[[nn.Module], bool]) -> Callable[[], None]:
+    """Before memory of models is given back, of some without a copy: know that all of their weights have to come anew.
 
     Returns:
         What to call when there is memory again: it restores parameters that no checkpoint fills.
     """
-    weights = _weights(model)
-    weights.arrivals.lose()
-    filled = {id(parameter) for parameter in weights.forms.filled()}
-    rest = [
-        (parameter, parameter.detach().cpu().clone()) for parameter in model.parameters() if id(parameter) not in filled
-    ]
+    lost = [model for model in _models if loses(model)]
+    filled = {id(parameter) for model in _models for parameter in _weights(model).forms.filled()}
+    rest: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for model in lost:
+        _weights(model).arrivals.lose()
+        for parameter in model.parameters():
+            if id(parameter) not in filled and id(parameter) not in rest:
+                rest[id(parameter)] = parameter, parameter.detach().cpu().clone()
 
     def wake() -> None:
         with torch.no_grad():
-            for parameter, held in rest:
+            for parameter, held in rest.values():
                 parameter.copy_(held)
 
     return wake

@@ -167,9 +167,8 @@ def _failures(group: Any, mine: str | None) -> list[str]:
 def _release(original: Callable[..., Any], manager: Any, request: Any) -> Any:
     from . import reloading
 
-    model = manager.tp_worker.model_runner.model
-    if _WEIGHTS in (request.tags or [_WEIGHTS]) and updating.of(model) is not None and versions.loses_weights(manager):
-        _waking.append(reloading.sleep(model))
+    if _WEIGHTS in (request.tags or [_WEIGHTS]):
+        _waking.append(reloading.sleep(functools.partial(versions.loses_weights, manager)))
     return original(manager, request)
 
 

@@ -227,8 +227,10 @@ def last_of_update() -> tuple[str, ...]:
     return ("update_weights_from_tensor", "update_weights_from_distributed", "update_weights_from_ipc")
 
 
-def loses_weights(manager: Any) -> bool:
-    """Return True if a `scheduler_updater` gives memory of weights back without a copy of them."""
+def loses_weights(manager: Any, model: nn.Module) -> bool:
+    """Return True if a `scheduler_updater` gives memory of a model's weights back without a copy of them."""
     if not manager.memory_saver_adapter.enabled:
         return False
-    return not manager.tp_worker.server_args.enable_weights_cpu_backup
+    server_args, is_target = manager.tp_worker.server_args, model is manager.tp_worker.model_runner.model
+    kept = server_args.enable_weights_cpu_backup
+    return not (kept if is_target else kept or server_args.enable_draft_weights_cpu_backup)

@@ -12,6 +12,8 @@ import torch
 from helpers.folders import edit_tensors, tensors_of
 from helpers.sglang_checkpoints import convert, make
 from helpers.sglang_loading import Answer, load, load_ranks, octavo_job
+from helpers.vllm_checkpoints import make as make_for_vllm
+from helpers.vllm_checkpoints import with_mtp
 
 pytestmark = [
     pytest.mark.peers,
@@ -328,3 +330,16 @@ def test_what_fails_in_one_rank_is_the_answer_of_all(way: str, tmp_path: Path) -
         assert whole[0], whole
     assert "octavo: new weights, rank 1 of 2: " in second.output
     assert "octavo: new weights, rank" not in first.output
+
+
+def test_a_draft_whose_memory_was_given_back_is_known_to_hold_nothing(tmp_path: Path) -> None:
+    source = with_mtp(make_for_vllm("glm4_moe", tmp_path / "bf16"), copies=False)
+    flag = {"enable_draft_weights_cpu_backup": True}
+    jobs = [octavo_job(source, "fp8_channel", [["draft that sleeps", flags]]) for flags in ({}, flag)]
+    lost, kept = load(*jobs, timeout=500)
+    assert not lost.error, lost.output[-4000:]
+    assert not kept.error, kept.output[-4000:]
+    ((done, message),) = lost.results
+    assert not done
+    assert "model.layers.2." in message or "is lost since release_memory_occupation" in message
+    assert kept.results == [[True, "Success"]]
