@@ -7,6 +7,7 @@ as it was. How a layer is left so, and when it is complete, is the engine's: see
 from __future__ import annotations
 
 import abc
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Generic, TypeVar
@@ -80,7 +81,9 @@ class Arrivals(abc.ABC, Generic[AnyLayer]):
         for layer in self.layers:
             for name in layer.fillers:
                 self._layers_of.setdefault(name, []).append(layer)
-        self.names: set[str] = set()  # all that has come in this update
+        #: parameters; one that is tied to another has a name, too
+        self._own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.names: set[str] = set()  # all that has come in this update, but for what is passed over
         self._passed_over: dict[str, None] = {}  # by other names than the checkpoint's
         self._told: set[str] = set()
         self._beside: dict[str, list[str]] = {}  # module -> tensors of the checkpoint
@@ -169,21 +172,43 @@ class Arrivals(abc.ABC, Generic[AnyLayer]):
         raise_problems(CoverageError, f"{self._model_name}, new weights", problems, advice)
 
     def _misnamed(self) -> list[str]:
-        """What was passed over beside tensors of which none came; a warning about what else was, once."""
+        """What was passed over instead of tensors of which none came; a warning about what else was, once."""
         problems, harmless = [], []
         for name in self._passed_over:
-            beside = self._near(name.rpartition(".")[0])
-            if beside and self.names.isdisjoint(beside):
-                problems.append(f"{name}: {self.engine}'s loader knows no such tensor, and {beside[0]} did not come")
-            elif name not in self._told:
+            meant = self._meant(name)
+            if meant is not None:
+                problems.append(f"{name}: {self.engine}'s loader knows no such tensor, and {meant} did not come")
+            else:
                 harmless.append(name)
         self._passed_over.clear()
+        strange = [name for name in harmless if name not in self._own]
+        if strange and not self.names:
+            came, known = _first(strange), _first(sorted(self._layers_of))
+            return [f"{self.engine}'s loader knows nothing of what came: {came}; it knows {known}", *problems]
+        harmless = [name for name in harmless if name not in self._told]
         self._told.update(harmless)
         if harmless:
-            first = f"{', '.join(harmless[:2])}{', ...' if len(harmless) > 2 else ''}"
             text = "octavo: an update brought what %s's loader passes over: %s (%s)"
-            self.log.warning(text, self.engine, f"{len(harmless):,} tensor{'s' * (len(harmless) > 1)}", first)
+            count = f"{len(harmless):,} tensor{'s' * (len(harmless) > 1)}"
+            self.log.warning(text, self.engine, count, _first(harmless, 2))
         return problems
+
+    def _meant(self, name: str) -> str | None:
+        """A tensor of the checkpoint that did not come, and for which one by another name was sent, by its looks."""
+        beside = self._near(name.rpartition(".")[0])
+        if beside:
+            return beside[0] if self.names.isdisjoint(beside) else None
+        known = next((tail for tail in _tails(name) if tail in self._layers_of), self._by_tail.get(name))
+        return known if known not in self.names else None
+
+    @functools.cached_property
+    def _by_tail(self) -> dict[str, str | None]:
+        """What names of the checkpoint end in -> the name; None if several end so."""
+        found: dict[str, str | None] = {}
+        for name in self._layers_of:
+            for tail in _tails(name):
+                found[tail] = None if tail in found else name
+        return found
 
     def _near(self, module: str) -> list[str]:
         """The tensors of the checkpoint in a module, or in the nearest one around it."""
@@ -191,3 +216,13 @@ class Arrivals(abc.ABC, Generic[AnyLayer]):
             inside = sorted(name for name in self._layers_of if name.startswith(f"{module}.")) if module else []
             self._beside[module] = inside if inside or not module else self._near(module.rpartition(".")[0])
         return self._beside[module]
+
+
+def _tails(name: str) -> list[str]:
+    """What a name ends in, longest first: all but its last word alone, which says little."""
+    words = name.split(".")
+    return [".".join(words[start:]) for start in range(1, len(words) - 1)]
+
+
+def _first(names: list[str], most: int = 3) -> str:
+    return f"{', '.join(names[:most])}{', ...' if len(names) > most else ''}"

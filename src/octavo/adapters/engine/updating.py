@@ -120,10 +120,17 @@ class Weights:
             if parts is None:
                 yield name, weight
             else:
-                if not parts and name not in self.tensors:
-                    self.arrivals.pass_over(name)
+                if not parts:
+                    self._pass_over(name)
                 del weight
                 yield from parts
+
+    def _pass_over(self, name: str) -> None:
+        """The loader has no use for a tensor: in this process, or because it does not know the name."""
+        if name in self.tensors:
+            self.arrivals.names.add(name)
+        else:
+            self.arrivals.pass_over(name)
 
     def _read(self, weights: CheckpointWeights, soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.quantized():

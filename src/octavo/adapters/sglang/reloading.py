@@ -68,8 +68,16 @@ class Weights(updating.Weights):
         return self._taken(super()._read(weights, soundness), soundness)
 
     def _quantized(self, weights: Iterable[tuple[str, Tensor]], soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
-        used = ((name, weight) for name, weight in weights if not self._is_passed_over(name))
-        return self._taken(super()._quantized(used, soundness), soundness)
+        return self._taken(super()._quantized(self._used(weights), soundness), soundness)
+
+    def _used(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """All but tensors of the checkpoint for which the loader had no use, in this process."""
+        for name, weight in weights:
+            known = name in self._placements or name in self._matrices or name in self.arrivals
+            if known or name not in self.tensors:
+                yield name, weight
+            else:
+                self._pass_over(name)
 
     def _taken(self, pairs: Iterator[tuple[str, Tensor]], soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
         """What the loader is given; after each of them, layers that are whole are new."""
@@ -79,11 +87,6 @@ class Weights(updating.Weights):
             yield name, tensor
             del tensor
             self.arrivals.take(name, soundness.check)
-
-    def _is_passed_over(self, name: str) -> bool:
-        """Return True for a tensor of the checkpoint that the loader had no use for, in this process."""
-        known = name in self._placements or name in self._matrices or name in self.arrivals
-        return name in self.tensors and not known
 
     def _other(self, name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
         targets = self._names.targets(name, weight)

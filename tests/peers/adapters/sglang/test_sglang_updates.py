@@ -204,6 +204,26 @@ def test_fp8_of_a_trainer_is_taken_and_refused_where_it_is_no_number_or_misshape
     assert after[1] == fresh.served
 
 
+def test_names_that_all_miss_are_told_with_those_that_are_known(tmp_path: Path) -> None:
+    _, new = pair("llama", tmp_path)
+    wrapped, bare = (shutil.copytree(new, tmp_path / name) for name in ("wrapped", "bare"))
+    edit_tensors(
+        wrapped, lambda tensors: tensors.update({f"policy.{name}.base": tensors.pop(name) for name in [*tensors]})
+    )
+    edit_tensors(bare, lambda tensors: tensors.update({n.removeprefix("model."): tensors.pop(n) for n in [*tensors]}))
+    steps = [["update", "last", str(path), WHOLE] for path in (wrapped, bare, new)]
+    mine, fresh = run("llama", "fp8_block", tmp_path, *steps)
+    (unknown, stays, _), (misses, _, _), (done, now, _) = mine.results
+    assert not unknown[0][0]
+    assert "SGLang's loader knows nothing of what came: policy.lm_head.weight.base, policy.model." in unknown[0][1]
+    assert "it knows lm_head.weight, model.embed_tokens.weight, model.layers.0.input_layernorm" in unknown[0][1]
+    assert stays == mine.served
+    assert not misses[0][0]
+    assert "embed_tokens.weight: SGLang's loader knows no such tensor, and model.embed_tokens.weight" in misses[0][1]
+    assert done == [[True, "Success"]]
+    assert now == fresh.served
+
+
 def fuse(tensors: dict[str, Any]) -> None:
     tensors[FUSED] = torch.cat([tensors.pop(GATE), tensors.pop(UP)])
 
