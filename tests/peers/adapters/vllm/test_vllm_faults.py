@@ -98,7 +98,7 @@ def test_octavo_stops_a_spoiled_checkpoint_and_names_it(what: str, answers: dict
     _, _, named, starts = SPOILED[what]
     assert named in mine.error, mine.error or "it started"
     assert mine.tokens == []
-    assert mine.log == []
+    assert any(line in mine.error for line in mine.log)  # in a line of its own, ahead of the tracebacks
     assert bool(stock.tokens) == starts, stock.error or "stock vLLM started and answered"
 
 
