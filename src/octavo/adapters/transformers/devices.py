@@ -208,7 +208,7 @@ class Sizes:
         rooms = {device: free_bytes(device) for device in max_memory}
         # of what is free, which differs from one moment to the next, transformers offers 90 %
         limited = any(nbytes < 0.8 * (rooms[device] or 0) for device, nbytes in max_memory.items())
-        if not limited and not accelerators():
+        if not limited and not any(isinstance(device, int) for device in max_memory):
             return dict.fromkeys(max_memory, _ANY)
         return {
             device: nbytes if (free := rooms[device]) is None else min(nbytes, max(0, free - self._staging_bytes))
