@@ -21,8 +21,8 @@ def _outcomes() -> tuple[dict[str, str], list[str]]:
     path = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, str(SCRIPT), str(ROUNDS)]
     environment = {**os.environ, "PYTHONPATH": path}
-    # once in some thirty runs all threads wait for one another within torch, where one sets the data of a parameter
-    # while others compute with it; what is held here is that none crashes, and that no model is wrong
+    # once in some thirty runs all threads wait for one another, in calls of torch's: one sets the data of a parameter
+    # while others compute with it. Why is not known; what is held here is that none crashes, and no model is wrong
     for attempt in range(ATTEMPTS):
         try:
             ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=33)
