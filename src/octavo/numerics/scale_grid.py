@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..elements.boxes import Box
-from .schemes import Scheme, count_cells
+from .groups import count_cells
+from .schemes import Scheme
 
 Cells = tuple[slice, ...]
 Phase = tuple[int, int]

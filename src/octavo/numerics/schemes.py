@@ -24,11 +24,9 @@ same bytes: ``phase`` says where in its group the piece begins.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +34,7 @@ from torch import Tensor
 from .. import choices
 from ..errors import RecipeError
 from ..text import shown
+from .groups import Groups, all_spans, cells_of_spans, count_cells, grouped, spans
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -64,6 +63,11 @@ class Scheme:
     def by_row(self) -> bool:
         """Return True if each row is a group: float32 scales ``[..., out, 1]`` are broadcast as they are."""
         return self.group_rows == 1 and self.group_cols is None and not self.power_of_two
+
+    @property
+    def groups(self) -> Groups:
+        """Rows and columns of a scale group; None: all."""
+        return self.group_rows, self.group_cols
 
     def cells(self, rows: int, cols: int) -> tuple[int, int]:
         """The number of scale groups along rows and columns of a matrix."""
@@ -98,49 +102,7 @@ def get(name: str | Scheme) -> Scheme:
     return SCHEMES[name]
 
 
-# -- groups -----------------------------------------------------------------------------------------------------------
-
-
-class _Span(NamedTuple):
-    """A run of equally long cells: elements [start, stop), cells [cell, cell + cells), ``each`` elements a cell."""
-
-    start: int
-    stop: int
-    cell: int
-    cells: int
-    each: int
-
-
-def count_cells(length: int, group: int | None, phase: int = 0) -> int:
-    """The number of scale groups along ``length`` elements, the first of which is ``phase`` into its group."""
-    return 1 if group is None else math.ceil((phase + length) / group)
-
-
-@functools.lru_cache(maxsize=4096)
-def _spans(length: int, group: int | None, phase: int = 0) -> tuple[_Span, ...]:
-    """Cut an axis of which element 0 is ``phase`` into its group: a partial head, whole cells, a partial tail."""
-    if group is None:
-        return (_Span(0, length, 0, 1, length),)
-    spans = []
-    head = min(length, -phase % group)
-    if head:
-        spans.append(_Span(0, head, 0, 1, head))
-    cell = 1 if head else 0
-    whole = (length - head) // group
-    if whole:
-        spans.append(_Span(head, head + whole * group, cell, whole, group))
-    start = head + whole * group
-    if start < length:
-        spans.append(_Span(start, length, cell + whole, 1, length - start))
-    return tuple(spans)
-
-
-def _grouped(x: Tensor, rows: _Span, cols: _Span) -> Tensor:
-    """View x[..., out, in] within the spans as [..., row cells, rows a cell, column cells, columns a cell]."""
-    if rows.stop - rows.start != x.shape[-2] or cols.stop - cols.start != x.shape[-1]:
-        x = x[..., rows.start : rows.stop, cols.start : cols.stop]
-    # splitting an axis is a view, whatever the strides
-    return x.view(*x.shape[:-2], rows.cells, rows.each, cols.cells, cols.each)
+# -- amax and scale ---------------------------------------------------------------------------------------------------
 
 
 def group_amax(
@@ -165,14 +127,14 @@ def group_amax(
     on_cpu = weight.device.type == "cpu"
     if not on_cpu and scheme.by_row:  # there, views cost as well
         return row_amax(weight, out)
-    row_spans = _spans(weight.shape[-2], scheme.group_rows, phase[0])
-    col_spans = _spans(weight.shape[-1], scheme.group_cols, phase[1])
+    row_spans = spans(weight.shape[-2], scheme.group_rows, phase[0])
+    col_spans = spans(weight.shape[-1], scheme.group_cols, phase[1])
     if not on_cpu and len(row_spans) == len(col_spans) == 1:
-        return _norm(_grouped(weight, row_spans[0], col_spans[0]), out)
+        return _norm(grouped(weight, row_spans[0], col_spans[0]), out)
     values = _magnitude_bits(weight, scratch) if on_cpu else weight
     bands = []
     for rows in row_spans:
-        band = [_amax(_grouped(values, rows, cols)) for cols in col_spans]
+        band = [_amax(grouped(values, rows, cols)) for cols in col_spans]
         bands.append(band[0] if len(band) == 1 else torch.cat(band, -1))
     grid = bands[0] if len(bands) == 1 else torch.cat(bands, -2)
     grid = grid.contiguous().view(weight.dtype).float() if on_cpu else grid
@@ -189,8 +151,8 @@ def row_amax(weight: Tensor, out: Tensor | None = None) -> Tensor:
     cols = weight.shape[-1]
     if cols < _SPLIT or weight.stride(-1) <= weight.stride(-2):
         return _norm(weight, out, dim=-1, keepdim=True)
-    rows = _spans(weight.shape[-2], 1, 0)[0]
-    segments = [_norm(_grouped(weight, rows, span)) for span in _spans(cols, _SPLIT // 2, 0)]
+    rows = spans(weight.shape[-2], 1, 0)[0]
+    segments = [_norm(grouped(weight, rows, span)) for span in spans(cols, _SPLIT // 2, 0)]
     joined = segments[0] if len(segments) == 1 else torch.cat(segments, -1)
     if out is None:
         return joined.amax(-1, keepdim=True)
@@ -273,8 +235,8 @@ def quantize_into(
     if scratch is None:
         scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
     wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
-    for rows, cols in _all_spans(weight, scheme, phase):
-        _grouped(wide, rows, cols).div_(_cells_of(scale, rows, cols))
+    for rows, cols in all_spans(weight, scheme.groups, phase):
+        grouped(wide, rows, cols).div_(cells_of_spans(scale, rows, cols))
     out.copy_(wide)
 
 
@@ -286,20 +248,8 @@ def divide_into(out: Tensor, weight: Tensor, scale: Tensor, scheme: Scheme, *, p
     if scheme.by_row:  # views cost as well
         torch.div(weight, scale, out=out)
         return
-    for rows, cols in _all_spans(weight, scheme, phase):
-        torch.div(_grouped(weight, rows, cols), _cells_of(scale, rows, cols), out=_grouped(out, rows, cols))
-
-
-def _all_spans(weight: Tensor, scheme: Scheme, phase: tuple[int, int]) -> list[tuple[_Span, _Span]]:
-    rows, cols = weight.shape[-2:]
-    return list(itertools.product(_spans(rows, scheme.group_rows, phase[0]), _spans(cols, scheme.group_cols, phase[1])))
-
-
-def _cells_of(scale: Tensor, rows: _Span, cols: _Span) -> Tensor:
-    """The scales of the spans' groups, broadcastable to `_grouped` weights."""
-    if rows.cells != scale.shape[-2] or cols.cells != scale.shape[-1]:
-        scale = scale[..., rows.cell : rows.cell + rows.cells, cols.cell : cols.cell + cols.cells]
-    return scale.unsqueeze(-2).unsqueeze(-1)
+    for rows, cols in all_spans(weight, scheme.groups, phase):
+        torch.div(grouped(weight, rows, cols), cells_of_spans(scale, rows, cols), out=grouped(out, rows, cols))
 
 
 def to_stored(scale: Tensor, scheme: Scheme) -> Tensor:

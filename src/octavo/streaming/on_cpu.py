@@ -13,6 +13,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..elements.pieces import Piece
 from ..errors import WeightError
 from ..numerics import schemes
+from ..numerics.groups import count_cells
 from ..numerics.schemes import Scheme
 from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Tile, Work, cut_tiles
@@ -43,8 +44,8 @@ class Tiles:
         grid = torch.zeros(
             (
                 *lead,
-                schemes.count_cells(rows, scheme.group_rows, phase[0]),
-                schemes.count_cells(cols, scheme.group_cols, phase[1]),
+                count_cells(rows, scheme.group_rows, phase[0]),
+                count_cells(cols, scheme.group_cols, phase[1]),
             ),
             dtype=torch.float32,
             device=self.device,
