@@ -32,9 +32,9 @@ _LEAST_ELEMENTS = 128 * 128
 
 
 @functools.cache
-def _numbers() -> Any:
-    """What each byte is as an FP8 number: looking it up is several times faster than torch's conversion."""
-    return torch.arange(256, dtype=torch.uint8).view(schemes.FP8).float().numpy()
+def _numbers(dtype: torch.dtype) -> Any:
+    """What each byte is as a number: looking it up is several times faster than torch's conversion of FP8."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float().numpy()
 
 
 @dataclass
@@ -164,7 +164,7 @@ class Worker:
             return buffer, memoryview(buffer.numpy())  # type: ignore[arg-type]
 
         self._theirs, self._mine, self._cells = memory(4), memory(1), memory(4)
-        self._expected = torch.empty(job.limit, dtype=schemes.FP8)
+        self._expected = torch.empty(job.limit, dtype=torch.uint8)
         self._wide, self._error = (torch.empty(job.limit, dtype=torch.float32) for _ in range(2))
 
     def handle(self, block: Block) -> int:
@@ -206,12 +206,12 @@ class Worker:
         found, wrong = self._found_scales(block, schemes.to_stored(scale, scheme), scheme)
         job.made.read_piece(pair.here, box, self._mine[1])
         mine = self._mine[0][: box.numel]
-        expected = self._expected[: box.numel].view(box.size)
+        expected = self._expected[: box.numel].view(scheme.dtype).view(box.size)
         schemes.quantize_into(expected, weight, scale, scheme, scratch=self._wide)
         wrong = wrong if block.scales else 0
         wrong += differing(expected.view(torch.uint8).view(-1), mine)
         error, wide = (memory[: box.numel].view(box.size) for memory in (self._error, self._wide))
-        np.take(_numbers(), mine.view(box.size).numpy(), out=error.numpy(), mode="clip")
+        np.take(_numbers(scheme.dtype), mine.view(box.size).numpy(), out=error.numpy(), mode="clip")
         error.mul_(schemes.expand_scale(found, box.size, scheme)).sub_(wide.copy_(weight))
         job.add(pair, wrong, _energy(wide), _energy(error))
         return nbytes

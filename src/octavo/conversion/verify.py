@@ -20,7 +20,6 @@ from ..checkpoint.digests import Digest, Recorded
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..errors import CheckpointError, raise_problems
-from ..numerics import schemes
 from ..planning.budget import check_options, default_threads
 from ..planning.placement import Target
 from ..planning.stacks import NAMINGS, Cut, find_experts
@@ -243,7 +242,7 @@ def _pairs(
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
                 continue
-            if here.dtype == schemes.FP8 and scale.dtype == layout.stored_dtype(pair.scheme):
+            if here.dtype == pair.scheme.dtype and scale.dtype == layout.stored_dtype(pair.scheme):
                 pair.scale = scale
             else:
                 pair.differing_bytes = here.nbytes + scale.nbytes

@@ -37,12 +37,23 @@ from ..text import shown
 from .groups import Groups, all_spans, cells_of_spans, count_cells, grouped, spans
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0
 E8M0 = torch.float8_e8m0fnu
+FP8_MAX = 448.0
 #: torch spreads a reduction of so many elements that are not neighbours in memory over several thread blocks
 _SPLIT = 1024
 #: what makes the mantissa of a float32 above 1.75 carry: 2**23 less the bits of 0.75, less one
 _ABOVE_448 = (1 << 23) - (3 << 21) - 1
+
+
+class Numbers(NamedTuple):
+    """The numbers that weights become."""
+
+    name: str  # for people
+    largest: float  # on which the largest magnitude of a group is put, unless its scale was rounded up
+
+
+#: by their dtype, which no unquantized weight has
+NUMBERS = {FP8: Numbers("FP8", FP8_MAX)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,12 @@ class Scheme:
     group_rows: int | None  # rows of a scale group; None: all
     group_cols: int | None  # columns of a scale group; None: all
     power_of_two: bool  # e8m0 scales; else float32 numbers that bf16 can hold
+    dtype: torch.dtype = FP8  # of the numbers
+
+    @property
+    def numbers(self) -> Numbers:
+        """What is known of numbers of this dtype."""
+        return NUMBERS[self.dtype]
 
     @property
     def scale_dtype(self) -> torch.dtype:
@@ -87,7 +104,7 @@ class Scheme:
 
 
 SCHEMES = {
-    name: Scheme(name, terms.group_rows, terms.group_cols, terms.power_of_two)
+    name: Scheme(name, terms.group_rows, terms.group_cols, terms.power_of_two, getattr(torch, terms.dtype))
     for name, terms in choices.SCHEMES.items()
 }
 
@@ -195,7 +212,7 @@ def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
         # with a number, `where` would copy it to the device and wait
         exponent = exponent.masked_fill_(amax == 0, 127).masked_fill_(~torch.isfinite(amax), 255)
         return exponent.to(torch.uint8).view(E8M0).float()
-    scale = amax / _fp8_max(amax.device)
+    scale = amax / _number(scheme.numbers.largest, amax.device)
     positive = scale > 0
     scale.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
     # 1 where the scale is 0; not a number where it is none (whose bits may overflow when rounded)
@@ -204,13 +221,15 @@ def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
 
 def warm_up(device: torch.device) -> None:
     """Make the constants of a device, on the current stream of it."""
-    _fp8_max(torch.empty(0, device=device).device)  # with the number that tensors' devices have
+    known = torch.empty(0, device=device).device  # with the number that tensors' devices have
+    for numbers in NUMBERS.values():
+        _number(numbers.largest, known)
 
 
 @functools.cache
-def _fp8_max(device: torch.device) -> Tensor:
-    """448 as a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal."""
-    return torch.full((), FP8_MAX, dtype=torch.float32, device=device)
+def _number(value: float, device: torch.device) -> Tensor:
+    """A number as a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal."""
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def quantize_into(
@@ -275,7 +294,7 @@ def quantize(weight: Tensor, scheme: str | Scheme, parts: Sequence[int] | None =
     """
     scheme = get(scheme)
     rows = weight.shape[-2]
-    grids, out = [], torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    grids, out = [], torch.empty(weight.shape, dtype=scheme.dtype, device=weight.device)
     start = 0
     for part in parts or (rows,):
         piece = weight[..., start : start + part, :]

@@ -48,7 +48,7 @@ class Placement:
 
     name: str
     shape: tuple[int, ...]
-    dtype_name: str  # as safetensors writes it; F8_E4M3 when quantized
+    dtype_name: str  # as safetensors writes it; when quantized, that of the scheme
     source_dtype_names: tuple[str, ...]
     scheme: str | None
     reason: str
@@ -125,7 +125,7 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
     sources = dict.fromkeys(piece.src_name for piece in target.pieces)
     names = tuple(dict.fromkeys(infos[name].dtype_name for name in sources))
     if decision.scheme:
-        dtype_name = dtypes.NAMES[schemes.FP8]
+        dtype_name = dtypes.NAMES[schemes.get(decision.scheme).dtype]
     elif target.dtype is None:
         dtype_name = names[0]
     else:

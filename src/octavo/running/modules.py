@@ -37,7 +37,7 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = like.in_features, like.out_features
         self.scheme, self.parts = scheme, parts or (like.out_features,)
         self.activation_dtype = like.weight.dtype
-        self.weight = _frozen(torch.empty(like.weight.shape, dtype=schemes.FP8, device="meta"))
+        self.weight = _frozen(torch.empty(like.weight.shape, dtype=schemes.get(scheme).dtype, device="meta"))
         self.weight_scale = _frozen(_meta_scale(like.weight.shape, scheme, self.parts))
         self.bias = like.bias
         self.training = like.training
@@ -55,7 +55,7 @@ class QuantizedLinear(nn.Linear):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
-        if not _refuse_wide(state, prefix, ["weight"], rest[-1]):
+        if not _refuse_wide(self, state, prefix, ["weight"], rest[-1]):
             super()._load_from_state_dict(state, prefix, *rest)
 
     @property
@@ -100,7 +100,7 @@ class _Stacks:
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def _load_from_state_dict(self: Any, state: Any, prefix: str, *rest: Any) -> None:
-        if not _refuse_wide(state, prefix, self.octavo_stacks, rest[-1]):
+        if not _refuse_wide(self, state, prefix, self.octavo_stacks, rest[-1]):
             super()._load_from_state_dict(state, prefix, *rest)  # type: ignore[misc]
 
 
@@ -219,7 +219,7 @@ def quantize_stack(experts: Any, name: str, scheme: str, shape: tuple[int, ...],
     if not isinstance(experts, _Stacks):
         experts.__class__ = _quantized_class(QuantizedExperts, type(experts))  # type: ignore[arg-type]
         experts.octavo_stacks = {}
-    setattr(experts, name, _frozen(torch.empty(shape, dtype=schemes.FP8, device="meta")))
+    setattr(experts, name, _frozen(torch.empty(shape, dtype=schemes.get(scheme).dtype, device="meta")))
     experts.register_parameter(f"{name}_scale", _frozen(_meta_scale(shape, scheme, parts)))
     experts.octavo_stacks[name] = (scheme, parts)
 
@@ -261,8 +261,10 @@ def _read(module: Any, name: str, scheme: str, parts: tuple[int, ...], form: For
 
 
 def _require_codes(module: Any, weight: Tensor) -> None:
-    if weight.dtype != schemes.FP8:
-        raise TypeError(f"{type(module).__name__} holds {weight.dtype} where FP8 numbers were: something cast them")
+    if weight.dtype not in schemes.NUMBERS:
+        raise TypeError(
+            f"{type(module).__name__} holds {weight.dtype} where quantized numbers were: something cast them"
+        )
 
 
 def as_stored(
@@ -282,19 +284,25 @@ def as_stored(
 
 
 def _refuse_casts(module: Any, fn: Any) -> None:
-    """``model.to(dtype)`` would turn FP8 numbers into unscaled weights: raise instead. Moving to a device is fine."""
+    """``model.to(dtype)`` would make unscaled weights of FP8, or round scales: raise instead. Moving is fine."""
     for parameter in module._parameters.values():
-        if parameter is not None and parameter.dtype == schemes.FP8:
-            if fn(parameter.new_empty(0)).dtype != schemes.FP8:
-                raise TypeError("a model with FP8 weights can't be cast; give octavo.load the dtype for the rest of it")
+        if parameter is not None and parameter.dtype in schemes.NUMBERS:
+            if fn(parameter.new_empty(0, dtype=schemes.FP8)).dtype != schemes.FP8:  # what floats become
+                raise TypeError(
+                    "a model with quantized weights can't be cast; give octavo.load the dtype for the rest of it"
+                )
             return
 
 
-def _refuse_wide(state: Mapping[str, Tensor], prefix: str, names: Iterable[str], errors: list[str]) -> bool:
+def _refuse_wide(
+    module: Any, state: Mapping[str, Tensor], prefix: str, names: Iterable[str], errors: list[str]
+) -> bool:
     """``load_state_dict`` of bf16 weights would cast them to FP8 without a scale: leave an error, write nothing."""
-    wide = [prefix + name for name in names if prefix + name in state and state[prefix + name].dtype != schemes.FP8]
+    dtypes = {prefix + name: module._parameters[name].dtype for name in names}
+    wide = [name for name, dtype in dtypes.items() if name in state and state[name].dtype != dtype]
     for name in wide:
-        errors.append(f"{name}: {state[name].dtype} into FP8 weights; octavo.update(model, state_dict) quantizes")
+        here = schemes.NUMBERS[dtypes[name]].name
+        errors.append(f"{name}: {state[name].dtype} into {here} weights; octavo.update(model, state_dict) quantizes")
     return bool(wide)
 
 

@@ -238,8 +238,9 @@ class Item(Layout):
     def start_fp8(self) -> QuantizedStorage:
         """FP8 storage, of which nothing is written yet."""
         assert self.scheme is not None
-        weight = torch.empty(self.stored_shape, dtype=schemes.FP8, device=self.device)
-        self.quantized = QuantizedStorage(self.name, weight, schemes.get(self.scheme))
+        scheme = schemes.get(self.scheme)
+        weight = torch.empty(self.stored_shape, dtype=scheme.dtype, device=self.device)
+        self.quantized = QuantizedStorage(self.name, weight, scheme)
         return self.quantized
 
     def adopt(self, storage: Tensor | QuantizedStorage) -> None:

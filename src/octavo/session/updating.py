@@ -35,9 +35,9 @@ def lent(inventory: Inventory) -> Iterator[None]:
             leaf = modules.scale_name(face.leaf)
             weight: Tensor | None = face.module._parameters.get(face.leaf)
             scale = face.module._parameters.get(leaf)
-            if weight is None or scale is None or weight.dtype != schemes.FP8:
+            if weight is None or scale is None or weight.dtype != schemes.get(item.scheme).dtype:
                 raise LoaderError(
-                    f"{item.name}: the model no longer has its FP8 numbers and {leaf}, so it can't be updated in "
+                    f"{item.name}: the model no longer has its quantized numbers and {leaf}, so it can't be updated in "
                     "place. Load it anew."
                 )
             installed.append((item, weight))

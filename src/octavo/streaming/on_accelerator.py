@@ -325,7 +325,7 @@ class DevicePress:
             return
         if self._scratch is None:
             nbytes = self._lanes[0].staged.bytes.numel() // 2
-            self._scratch = torch.empty(nbytes, dtype=schemes.FP8, device=self._device)
-        out = self._scratch[: mine.piece.numel].view(mine.piece.size)
+            self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+        out = self._scratch[: mine.piece.numel].view(scheme.dtype).view(mine.piece.size)
         schemes.quantize_into(out, values, scale, scheme, phase=mine.phase)
         destination.put(mine.piece, out)

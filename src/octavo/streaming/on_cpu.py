@@ -124,12 +124,12 @@ class Press:
         destination, scale = self._placed.destination(placement), schemes.scale_from_amax(mine.of_scales(amax), scheme)
         destination.put_scale(mine.cells, schemes.to_stored(scale, scheme))
         view = destination.view(mine.piece)
-        out = self._scratch(mine.piece) if view is None else view
+        out = self._scratch(mine.piece, scheme) if view is None else view
         self.tiles.quantize(out, mine.of(x), scale, scheme, mine.phase)
         if view is None:
             destination.put(mine.piece, out)
 
-    def _scratch(self, piece: Piece) -> Tensor:
+    def _scratch(self, piece: Piece, scheme: Scheme) -> Tensor:
         if self.out is None:
-            self.out = torch.empty(self._out_bytes, dtype=schemes.FP8)
-        return self.out[: piece.numel].view(piece.size)
+            self.out = torch.empty(self._out_bytes, dtype=torch.uint8)
+        return self.out[: piece.numel].view(scheme.dtype).view(piece.size)

@@ -180,7 +180,7 @@ def test_asking_for_the_compute_dtype_makes_a_layer_answer_for_its_weight():
 def test_a_layer_whose_codes_something_has_cast_says_so():
     made, _ = layer()
     made._parameters["weight"] = nn.Parameter(torch.zeros(200, 136))
-    with pytest.raises(TypeError, match=r"holds torch\.float32 where FP8 numbers were"):
+    with pytest.raises(TypeError, match=r"holds torch\.float32 where quantized numbers were"):
         made(x(4, 136))
 
 
