@@ -132,8 +132,14 @@ def _generate(engine: Any, ids: list[list[int]], new: int, **more: Any) -> list[
 
 
 def _answers(engine: Any, ids: list[list[int]], new: int) -> dict[str, Any]:
-    """Greedy tokens, and the logprob of each token of the prompts but the first."""
-    outputs = _generate(engine, ids, new, return_logprob=True, logprob_start_len=0)
+    """Greedy tokens, and the logprob of each token of the prompts but the first.
+
+    One prompt at a time: which of several an engine takes into its first step is a matter of time, and products of
+    other numbers of rows are rounded otherwise.
+    """
+    outputs = [
+        each for prompt in ids for each in _generate(engine, [prompt], new, return_logprob=True, logprob_start_len=0)
+    ]
     return {
         "tokens": [output["output_ids"] for output in outputs],
         "logprobs": [[at[0] for at in output["meta_info"]["input_token_logprobs"][1:]] for output in outputs],

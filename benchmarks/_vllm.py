@@ -114,11 +114,15 @@ def measure(way: str, folder: Path, answers: Path, options: dict[str, Any]) -> d
 
 
 def _answers(llm: Any, asked: list[Any], new: int) -> dict[str, Any]:
-    """Greedy tokens, and the logprob of each token of the prompts."""
+    """Greedy tokens, and the logprob of each token of the prompts.
+
+    One prompt at a time: which of several an engine takes into its first step is a matter of time, and products of
+    other numbers of rows are rounded otherwise.
+    """
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=new, prompt_logprobs=1, detokenize=False, ignore_eos=True)
-    outputs = llm.generate(asked, params, use_tqdm=False)
+    outputs = [output for prompt in asked for output in llm.generate([prompt], params, use_tqdm=False)]
     logprobs = [
         [at[token].logprob for token, at in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True) if at]
         for output in outputs
