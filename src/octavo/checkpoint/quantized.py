@@ -20,16 +20,16 @@ from typing import Any
 from ..text import some
 from .files import is_there, read_object
 from .header import TensorInfo
+from .packing import FP8
 
 _KEYS = ("quantization_config", "compression_config")
 #: says of a whole config, by any of these keys, that weights are quantized
 _METHODS = ("quant_method", "quant_algo", "quant_type", "format", "bits", "w_bit", "qformat_weight")
 _MODELOPT = "hf_quant_config.json"
 _OTHERS = ("quantize_config.json", "quant_config.json", "quantization_config.json", "quanto_qmap.json", "params.json")
-_FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 #: what weights are packed into. Of 64 bits, or true and false, are positions and masks
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "F4", "F6_E2M3", "F6_E3M2")
-_NARROW = frozenset((*_FP8, *_PACKED))
+_NARROW = frozenset((*FP8, *_PACKED))
 _SCALE = re.compile(r"scale|^absmax$|^SCB$", re.IGNORECASE)
 #: what takes the place of a weight, in a module that has a scale beside it
 _WEIGHT = re.compile(r"weight|^w_q$|^codes$|^_data$|^qdata$", re.IGNORECASE)
@@ -60,15 +60,9 @@ def find_quantization(
     Raises:
         CheckpointError: a file that would declare it can't be read.
     """
-    narrow = [info for info in tensors.values() if info.dtype_name in _NARROW and len(info.shape) > 1]
-    declared = next(_declared(config), None)
-    if declared:
-        where, method = declared
-        return Quantization(method, f"says {where}its config.json", not narrow)
-    modelopt = read_object(folder / _MODELOPT, unique=False) if is_there(folder / _MODELOPT) else {}
-    algorithm = _method(modelopt.get("quantization"))
-    if algorithm:
-        return Quantization(algorithm, f"says its {_MODELOPT}", not narrow)
+    narrow = _narrow(tensors)
+    for where, value in declarations(folder, config):
+        return Quantization(_method(value) or "unknown", f"says {where}", not narrow)
     if not narrow:
         return None
     shown = list(_shown(narrow, tensors))
@@ -77,19 +71,39 @@ def find_quantization(
         weight, scale = shown[0]
         more = f", and {len(shown) - 1:,} more like it" if shown[1:] else ""
         source = f"though its config.json does not say so: {weight.name} ({weight.dtype_name}) beside {scale}{more}"
-        return Quantization(said or ("FP8" if weight.dtype_name in _FP8 else "packed weights"), source)
+        return Quantization(said or ("FP8" if weight.dtype_name in FP8 else "packed weights"), source)
     return Quantization(said, f"with {some([f'{i.name} ({i.dtype_name})' for i in narrow])}") if said else None
 
 
-def _declared(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Where in a config something is declared, and which method."""
+def declarations(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where it is declared that weights are quantized, and what is declared there.
+
+    Raises:
+        CheckpointError: a file that would declare it can't be read.
+    """
+    yield from _declared(config)
+    modelopt = read_object(folder / _MODELOPT, unique=False) if is_there(folder / _MODELOPT) else {}
+    if _method(modelopt.get("quantization")):
+        yield f"its {_MODELOPT}", modelopt["quantization"]
+
+
+def is_shown(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Return True if tensors alone tell that there are weights which can only be read with a scale."""
+    return any(True for _ in _shown(_narrow(tensors), tensors))
+
+
+def _narrow(tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
+    return [info for info in tensors.values() if info.dtype_name in _NARROW and len(info.shape) > 1]
+
+
+def _declared(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     for key in _KEYS:
         value = config.get(key)
         if isinstance(value, dict) and (value or not path):
             where = f"{path}{'' if key == _KEYS[0] else key}".rstrip(".")
-            yield f"{where} in " if where else "", _method(value) or "unknown"
+            yield f"{where} in its config.json" if where else "its config.json", value
     if _method(config.get("quantization")):
-        yield f"{path}quantization in ", str(_method(config["quantization"]))
+        yield f"{path}quantization in its config.json", config["quantization"]
     for key, value in config.items():
         if isinstance(value, dict) and key not in (*_KEYS, "quantization"):
             yield from _declared(value, f"{path}{key}.")
@@ -128,7 +142,7 @@ def _shown(narrow: list[TensorInfo], tensors: Mapping[str, TensorInfo]) -> Itera
             continue
         beside = [each for each in scales.get(module, ()) if each != leaf]
         named = [each for each in beside if _is_scale_of(each, leaf)]
-        if named or (beside and (info.dtype_name in _FP8 or _WEIGHT.search(leaf))):
+        if named or (beside and (info.dtype_name in FP8 or _WEIGHT.search(leaf))):
             yield info, f"{module}.{(named or beside)[0]}".lstrip(".")
 
 
