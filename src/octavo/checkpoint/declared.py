@@ -1,0 +1,204 @@
+"""What configs declare of quantized weights: in which ways, and of which modules by name.
+
+    quant_method         where                                   says it by
+    fp8                  quantization_config                     weight_block_size
+    fbgemm_fp8           quantization_config                     its name alone
+    compressed-tensors   quantization_config, or the older       config_groups: num_bits, type, strategy, group_size,
+                         compression_config                      block_structure, symmetric, targets
+    modelopt             quantization_config, or quantization    quant_algo, quantized_layers
+                         in hf_quant_config.json
+
+Each may stand at the top of config.json, or in the config of a part of the model. What is not in this table, or says
+that weights were changed otherwise (rotated, pruned into another layout, scaled by their inputs), can't be decoded.
+
+Only what is declared of weights counts, and not what of activations and caches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..text import shown
+from .packing import Groups, words
+from .quantized import declarations
+
+#: formats of compressed-tensors that leave a tensor of numbers in their order
+_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized", "mixed-precision")
+#: what ModelOpt calls an algorithm -> kind of numbers, rows and columns of a group
+_ALGORITHMS: dict[str, tuple[str, Groups]] = {
+    "FP8": ("float8", (None, None)),
+    "FP8_PER_CHANNEL_PER_TOKEN": ("float8", (1, None)),
+    "FP8_PB_WO": ("float8", (128, 128)),
+    "FP8_PB_REAL": ("float8", (128, 128)),
+    "MXFP8": ("float8", (1, 32)),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in which weights are declared to be quantized."""
+
+    kind: str  # of numbers
+    groups: Groups
+    weights: frozenset[str] = frozenset()  # those that are named
+
+    def __str__(self) -> str:
+        return words(self.kind, self.groups)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """All that is declared of a checkpoint; false if nothing is."""
+
+    where: str = ""  # "its config.json"
+    ways: tuple[Way, ...] = ()
+    unknown: str | None = None  # what is declared, and can't be decoded
+
+    def __bool__(self) -> bool:
+        return bool(self.where)
+
+    @property
+    def weights(self) -> frozenset[str]:
+        """Weights that are said to be quantized, by name."""
+        return frozenset().union(*(way.weights for way in self.ways))
+
+
+class _Unknown(Exception):
+    """What is declared can't be decoded."""
+
+
+def read_declared(folder: Path, config: Mapping[str, Any], problems: list[str]) -> Declared:
+    """What is declared of a checkpoint; problems, where it can't be understood, are appended."""
+    places: list[str] = []
+    ways: list[Way] = []
+    for where, value in declarations(folder, config):
+        places.append(where)
+        try:
+            ways += _ways(value)
+        except _Unknown as unknown:
+            return Declared(where, (), str(unknown))
+        except ValueError as error:
+            problems.append(f"{where} says of its quantization: {error}")
+    return Declared(" and ".join(places), tuple(dict.fromkeys(ways)))
+
+
+def _ways(value: Mapping[str, Any]) -> Iterator[Way]:
+    """The ways that one declaration names."""
+    method = str(value.get("quant_method") or "").lower()
+    if not method:  # by the keys that each has
+        method = "modelopt" if value.get("quant_algo") else "compressed-tensors" if value.get("config_groups") else ""
+    reader = _METHODS.get("modelopt" if method.startswith("modelopt") else method)
+    if reader is None:
+        raise _Unknown(method or "unknown")
+    return reader(value)
+
+
+def _fine_grained(value: Mapping[str, Any]) -> Iterator[Way]:
+    size = value.get("weight_block_size")
+    yield Way("float8", (None, None) if size is None else _block(size, "weight_block_size"))
+
+
+def _by_row(value: Mapping[str, Any]) -> Iterator[Way]:
+    yield Way("float8", (1, None))
+
+
+# -- compressed-tensors -----------------------------------------------------------------------------------------------
+
+
+def _compressed_tensors(value: Mapping[str, Any]) -> Iterator[Way]:
+    for key in ("transform_config", "sparsity_config"):
+        more = value.get(key)
+        if isinstance(more, dict) and (more.get("config_groups") or more.get("format") not in (None, "dense")):
+            raise _Unknown(f"compressed-tensors with {key}")
+    groups = value.get("config_groups")
+    if not isinstance(groups, dict):
+        raise ValueError(f"config_groups is {shown(groups)}")
+    for group in groups.values():
+        if not isinstance(group, dict):
+            raise ValueError(f"a group of config_groups is {shown(group)}")
+        weights = group.get("weights")
+        if weights is None:  # of activations alone
+            continue
+        if not isinstance(weights, dict):
+            raise ValueError(f"weights of a group are {shown(weights)}")
+        layout = group.get("format") or value.get("format") or "naive-quantized"
+        if layout not in _FORMATS:
+            raise _Unknown(f"compressed-tensors, {layout if isinstance(layout, str) else shown(layout)}")
+        yield _group(weights, group.get("targets"))
+
+
+def _group(weights: Mapping[str, Any], targets: Any) -> Way:
+    bits, type_ = weights.get("num_bits", 8), weights.get("type", "int")
+    kind = {(8, "float"): "float8", (8, "int"): "int8"}.get((bits, type_)) if _hashable(bits, type_) else None
+    if kind is None:
+        raise _Unknown(f"compressed-tensors with {type_} of {bits} bits")
+    names = targets if isinstance(targets, list) else []
+    return Way(kind, _strategy(weights), frozenset(f"{name}.weight" for name in names if isinstance(name, str)))
+
+
+def _strategy(weights: Mapping[str, Any]) -> Groups:
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy is None:  # as the library does without it
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    if strategy == "tensor":
+        return None, None
+    if strategy == "channel":
+        return 1, None
+    if strategy in ("group", "tensor_group"):
+        return 1, _positive(size, "group_size")
+    if strategy == "block":
+        block = weights.get("block_structure")
+        if isinstance(block, str):  # as older versions write it
+            block = [int(side) if side.isdecimal() and len(side) < 9 else side for side in re.split("[xX, ]+", block)]
+        return _block(block, "block_structure")
+    raise ValueError(f"strategy is {shown(strategy)}")
+
+
+# -- ModelOpt ---------------------------------------------------------------------------------------------------------
+
+
+def _modelopt(value: Mapping[str, Any]) -> Iterator[Way]:
+    layers = value.get("quantized_layers")
+    algorithms: dict[str, list[str]] = {}
+    if isinstance(layers, dict):
+        for name, layer in layers.items():
+            algorithm = layer.get("quant_algo") if isinstance(layer, dict) else None
+            algorithms.setdefault(str(algorithm), []).append(f"{name}.weight")
+    else:
+        algorithms[str(value.get("quant_algo"))] = []
+    for algorithm, names in algorithms.items():
+        if algorithm not in _ALGORITHMS:
+            raise _Unknown(f"modelopt {algorithm}")
+        kind, groups = _ALGORITHMS[algorithm]
+        yield Way(kind, groups, frozenset(names))
+
+
+_METHODS: dict[str, Callable[[Mapping[str, Any]], Iterator[Way]]] = {
+    "fp8": _fine_grained,
+    "fbgemm_fp8": _by_row,
+    "compressed-tensors": _compressed_tensors,
+    "modelopt": _modelopt,
+}
+
+
+# -- values -----------------------------------------------------------------------------------------------------------
+
+
+def _block(value: Any, what: str) -> Groups:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{what} is {shown(value)}, and not two sizes")
+    return _positive(value[0], what), _positive(value[1], what)
+
+
+def _positive(value: Any, what: str) -> int:
+    if type(value) is not int or not 0 < value < 1 << 31:
+        raise ValueError(f"{what} is {shown(value)}, and no size")
+    return value
+
+
+def _hashable(*values: Any) -> bool:
+    return all(isinstance(value, (int, str)) for value in values)

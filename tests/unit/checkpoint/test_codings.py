@@ -1,0 +1,380 @@
+"""Which stored tensors make a weight, by headers and config, and what contradicts itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import headers
+from octavo.checkpoint.codings import Codings, Decoding, find_codings
+from octavo.checkpoint.dtypes import BITS
+
+#: name -> (dtype, shape)
+Tensors = Mapping[str, tuple[str, Sequence[int]]]
+X = "model.layers.0.mlp.up_proj"
+PLAIN: Tensors = {"model.norm.weight": ("BF16", (8,)), "lm_head.weight": ("BF16", (32, 256))}
+
+
+def find(tensors: Tensors, config: Mapping[str, Any] | None = None, folder: Path = Path("/nowhere")) -> Codings:
+    """What is found without a problem."""
+    found, problems = found_with_problems(tensors, config, folder)
+    assert problems == []
+    return found
+
+
+def found_with_problems(
+    tensors: Tensors, config: Mapping[str, Any] | None = None, folder: Path = Path("/nowhere")
+) -> tuple[Codings, list[str]]:
+    named = {**PLAIN, **tensors}
+    infos = headers({n: shape for n, (_, shape) in named.items()}, {n: d for n, (d, _) in named.items()}).tensors
+    problems: list[str] = []
+    return find_codings(folder, config or {}, infos, problems), problems
+
+
+def fp8(**more: Any) -> dict[str, Any]:
+    return {"quantization_config": {"quant_method": "fp8", **more}}
+
+
+def ct(*weights: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    groups = {f"group_{i}": {"targets": ["Linear"], "weights": dict(each)} for i, each in enumerate(weights)}
+    return {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "config_groups": groups,
+            **more,
+        }
+    }
+
+
+FLOAT = {"num_bits": 8, "type": "float"}
+CHANNEL = {**FLOAT, "strategy": "channel"}
+BLOCK = {**FLOAT, "strategy": "block", "block_structure": [128, 128]}
+BLOCKS = fp8(weight_block_size=[128, 128])
+
+FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
+    "DeepSeek's blocks": (
+        {f"{X}.weight": ("F8_E4M3", (200, 256)), f"{X}.weight_scale_inv": ("F32", (2, 2))},
+        BLOCKS,
+        Decoding("float8", 128, 128),
+    ),
+    "blocks, of a part of the model": (
+        {f"{X}.weight": ("F8_E4M3", (200, 256)), f"{X}.weight_scale_inv": ("BF16", (2, 2))},
+        {"text_config": BLOCKS},
+        Decoding("float8", 128, 128),
+    ),
+    "blocks of another size": (
+        {f"{X}.weight": ("F8_E4M3", (200, 256)), f"{X}.weight_scale_inv": ("F32", (4, 4))},
+        fp8(weight_block_size=[64, 64]),
+        Decoding("float8", 64, 64),
+    ),
+    "blocks in a stack": (
+        {"m.experts.gate_up_proj": ("F8_E4M3", (2, 200, 256)), "m.experts.gate_up_proj_scale_inv": ("F32", (2, 2, 2))},
+        BLOCKS,
+        Decoding("float8", 128, 128),
+    ),
+    "DeepSeek-V4's names": (
+        {"layers.0.attn.wo.weight": ("F8_E4M3", (256, 256)), "layers.0.attn.wo.scale": ("F8_E8M0", (2, 2))},
+        BLOCKS,
+        Decoding("float8", 128, 128),
+    ),
+    "Mistral's scale a tensor": (
+        {
+            f"{X}.weight": ("F8_E4M3", (8, 8)),
+            f"{X}.weight_scale_inv": ("BF16", ()),
+            f"{X}.activation_scale": ("BF16", ()),
+        },
+        fp8(weight_block_size=None, activation_scheme="static"),
+        Decoding("float8", None, None),
+    ),
+    "compressed-tensors, a scale a row": (
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 1))},
+        ct(CHANNEL),
+        Decoding("float8", 1, None),
+    ),
+    "the same, by an axis": (
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("BF16", (8,))},
+        ct(CHANNEL),
+        Decoding("float8", 1, None),
+    ),
+    "compressed-tensors, a scale": (
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("BF16", (1,)), f"{X}.input_scale": ("BF16", (1,))},
+        ct({**FLOAT, "strategy": "tensor"}),
+        Decoding("float8", None, None),
+    ),
+    "compressed-tensors, blocks": (
+        {f"{X}.weight": ("F8_E4M3", (8, 256)), f"{X}.weight_scale": ("BF16", (1, 2))},
+        ct(BLOCK),
+        Decoding("float8", 128, 128),
+    ),
+    "compressed-tensors, the one of two groups that fits": (
+        {f"{X}.weight": ("F8_E4M3", (200, 256)), f"{X}.weight_scale": ("BF16", (2, 2))},
+        ct(CHANNEL, BLOCK),
+        Decoding("float8", 128, 128),
+    ),
+    "compressed-tensors by its older key": (
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 1))},
+        {"compression_config": ct(CHANNEL)["quantization_config"]},
+        Decoding("float8", 1, None),
+    ),
+    "compressed-tensors, int8": (
+        {f"{X}.weight": ("I8", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 1))},
+        ct({"num_bits": 8, "type": "int", "strategy": "channel"}, format="int-quantized"),
+        Decoding("int8", 1, None),
+    ),
+    "compressed-tensors, int8 with zero points": (
+        {
+            f"{X}.weight": ("I8", (8, 16)),
+            f"{X}.weight_scale": ("BF16", (8, 1)),
+            f"{X}.weight_zero_point": ("I8", (8, 1)),
+        },
+        ct({"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}, format="int-quantized"),
+        Decoding("int8", 1, None),
+    ),
+    "mxfp8": (
+        {f"{X}.weight": ("F8_E4M3", (8, 64)), f"{X}.weight_scale": ("U8", (8, 2))},
+        ct({**FLOAT, "strategy": "group", "group_size": 32}, format="mxfp8-quantized"),
+        Decoding("float8", 1, 32),
+    ),
+    "ModelOpt, a scale": (
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("F32", ()), f"{X}.input_scale": ("F32", ())},
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+        Decoding("float8", None, None),
+    ),
+    "ModelOpt, blocks with axes between": (
+        {f"{X}.weight": ("F8_E4M3", (256, 128)), f"{X}.weight_scale": ("F32", (2, 1, 1, 1))},
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}},
+        Decoding("float8", 128, 128),
+    ),
+    "fbgemm": (
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("F32", (8, 1))},
+        {"quantization_config": {"quant_method": "fbgemm_fp8"}},
+        Decoding("float8", 1, None),
+    ),
+    "undeclared, blocks": (
+        {f"{X}.weight": ("F8_E4M3", (128, 256)), f"{X}.weight_scale_inv": ("F32", (1, 2))},
+        {},
+        Decoding("float8", None, 128),
+    ),
+    "undeclared, a scale a row": (
+        {f"{X}.weight": ("F8_E5M2", (12, 256)), f"{X}.weight_scale": ("F32", (12, 1))},
+        {},
+        Decoding("float8", 1, None),
+    ),
+    "a scale for each expert": (
+        {"m.experts.down_proj": ("F8_E4M3", (3, 8, 16)), "m.experts.down_proj_weight_scale": ("F32", (3,))},
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
+        Decoding("float8", None, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_what_makes_a_weight_is_found(case: str) -> None:
+    tensors, config, decoding = FOUND[case]
+    found = find(tensors, config)
+    name = next(iter(tensors))
+    assert found.by_name.keys() == {name}
+    coding = found.by_name[name]
+    assert (coding.name, coding.shape, coding.decoding) == (name, tuple(tensors[name][1]), decoding)
+    assert found.consumed.keys() == tensors.keys() - {name}
+    assert hash(coding) == hash(find(tensors, config).by_name[name])
+    grid = coding.grid
+    assert coding.scale.numel == headers({"grid": grid}).tensors["grid"].numel
+
+
+def test_a_file_of_its_own_declares_as_config_does(tmp_path: Path) -> None:
+    content = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(content))
+    tensors: Tensors = {
+        f"{X}.weight": ("F8_E4M3", (8, 16)),
+        f"{X}.weight_scale": ("F32", ()),
+        "model.layers.0.self_attn.k_proj.k_scale": ("F32", ()),
+    }
+    found = find(tensors, {}, tmp_path)
+    assert str(found.by_name[f"{X}.weight"]) == "FP8 with a scale for each matrix"
+    assert found.consumed == {
+        f"{X}.weight_scale": f"scale of {X}.weight",
+        "model.layers.0.self_attn.k_proj.k_scale": "scale of a cache",
+    }
+
+
+def test_mixed_layers_are_taken_by_name_where_headers_allow_both() -> None:
+    layers = {X: {"quant_algo": "FP8_PB_WO"}, "model.other": {"quant_algo": "FP8"}}
+    config = {"quantization_config": {"quant_method": "modelopt", "quantized_layers": layers}}
+    one = {f"{X}.weight": ("F8_E4M3", (64, 64)), f"{X}.weight_scale": ("F32", (1, 1))}
+    other = {"model.other.weight": ("F8_E4M3", (64, 64)), "model.other.weight_scale": ("F32", (1, 1))}
+    found = find({**one, **other}, config).by_name
+    assert found[f"{X}.weight"].decoding == Decoding("float8", 128, 128)
+    assert found["model.other.weight"].decoding == Decoding("float8", None, None)
+
+
+WEIGHT: Tensors = {f"{X}.weight": ("F8_E4M3", (200, 256))}
+SCALE: Tensors = {f"{X}.weight_scale_inv": ("F32", (2, 2))}
+
+WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
+    "no scale": (
+        {**WEIGHT, "y.weight": ("F8_E4M3", (128, 128)), "y.weight_scale_inv": ("F32", (1, 1))},
+        BLOCKS,
+        f"{X}.weight is F8_E4M3, and has no scale beside it",
+    ),
+    "two scales": (
+        {**WEIGHT, **SCALE, f"{X}.weight_scale": ("F32", (2, 2))},
+        BLOCKS,
+        f"{X}.weight has 2 scales: {X}.weight_scale_inv and {X}.weight_scale",
+    ),
+    "a scale of other groups": (
+        {**WEIGHT, f"{X}.weight_scale_inv": ("F32", (200, 1))},
+        BLOCKS,
+        f"{X}.weight_scale_inv is [200, 1] beside {X}.weight, F8_E4M3 [200, 256], and its config.json says FP8 in "
+        "blocks of 128x128",
+    ),
+    "a scale of no groups": (
+        {**WEIGHT, f"{X}.weight_scale_inv": ("F32", (2, 2, 2))},
+        BLOCKS,
+        f"{X}.weight_scale_inv is [2, 2, 2] beside {X}.weight, F8_E4M3 [200, 256]: no grid of scales for it",
+    ),
+    "a scale of integers": (
+        {**WEIGHT, f"{X}.weight_scale_inv": ("I32", (2, 2))},
+        BLOCKS,
+        f"{X}.weight_scale_inv is I32, and scales of F8_E4M3 are F32",
+    ),
+    "a scale of a weight that has none": (
+        {**WEIGHT, **SCALE, "y.weight": ("BF16", (8, 8)), "y.weight_scale_inv": ("F32", (1, 1))},
+        BLOCKS,
+        "y.weight_scale_inv is the scale of y.weight, which is BF16, which has none",
+    ),
+    "a scale of nothing": (
+        {**WEIGHT, **SCALE, "y.weight_scale_inv": ("F32", (1, 1))},
+        BLOCKS,
+        "y.weight_scale_inv is the scale of y.weight, which is not there",
+    ),
+    "declared by name, and not quantized": (
+        {**WEIGHT, **SCALE, "y.weight": ("BF16", (8, 8))},
+        ct(BLOCK) | ct(BLOCK, config_groups={"g": {"targets": ["y"], "weights": BLOCK}}),
+        "y.weight is BF16, and its config.json says it is quantized",
+    ),
+    "groups that can't be told": (
+        {f"{X}.weight": ("F8_E4M3", (192, 128)), f"{X}.weight_scale": ("F32", (2, 1))},
+        {},
+        "which of them share a scale can't be told, and no config says it",
+    ),
+    "a size that is none": (
+        {**WEIGHT, **SCALE},
+        fp8(weight_block_size=[0, 128]),
+        "its config.json says of its quantization: weight_block_size is 0, and no size",
+    ),
+    "zero points of another shape": (
+        {
+            f"{X}.weight": ("I8", (8, 16)),
+            f"{X}.weight_scale": ("BF16", (8, 1)),
+            f"{X}.weight_zero_point": ("I8", (8, 2)),
+        },
+        ct({"num_bits": 8, "type": "int", "strategy": "channel"}),
+        f"{X}.weight_zero_point is I8 [8, 2], and should be I8 [8, 1]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_contradiction_is_a_problem_by_name(case: str) -> None:
+    tensors, config, text = WRONG[case]
+    _, problems = found_with_problems(tensors, config)
+    assert any(text in problem for problem in problems), problems
+
+
+NOT_DECODED: dict[str, tuple[Tensors, dict[str, Any]]] = {
+    "unquantized": ({}, {}),
+    "FP8 that stands for itself": (WEIGHT, {}),
+    "GPTQ": ({f"{X}.qweight": ("I32", (1, 8)), f"{X}.scales": ("F16", (1, 8))}, {}),
+    "GPTQ beside FP8": (
+        {**WEIGHT, f"{X}.weight_scale": ("F32", ()), "y.qweight": ("I32", (1, 8)), "y.scales": ("F16", (1, 8))},
+        {},
+    ),
+    "declared as what is not known": (
+        {**WEIGHT, **SCALE},
+        {"quantization_config": {"quant_method": "quark"}},
+    ),
+    "declared without a method": ({**WEIGHT, **SCALE}, {"quantization_config": {"load_in_4bit": True}}),
+    "rotated": (
+        {**WEIGHT, f"{X}.weight_scale": ("F32", (2, 2))},
+        ct(BLOCK, transform_config={"config_groups": {"a": 1}}),
+    ),
+    "pruned": (
+        {**WEIGHT, f"{X}.weight_scale": ("F32", (2, 2))},
+        ct(BLOCK, sparsity_config={"format": "sparse-bitmask"}),
+    ),
+    "scaled by its inputs": (
+        {**WEIGHT, **SCALE},
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}},
+    ),
+    "declared, with none of it": ({}, BLOCKS),
+}
+
+
+@pytest.mark.parametrize("case", NOT_DECODED)
+def test_what_can_not_be_decoded_has_no_codings(case: str) -> None:
+    tensors, config = NOT_DECODED[case]
+    assert find(tensors, config) == Codings()
+
+
+# -- hostile ----------------------------------------------------------------------------------------------------------
+
+SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 16, 32, 127, 128, 200]), max_size=4).map(tuple)
+ENDS = (
+    *("weight", "weight_scale_inv", "weight_scale", "weight_packed", "weight_zero_point", "weight_shape", "scale"),
+    *("weight_scale_2", "weight_global_scale", "input_scale", "k_scale", "gate_up_proj", "gate_up_proj_scale"),
+    *("gate_up_proj_blocks", "gate_up_proj_scales", "weight_g_idx", "pre_quant_scale"),
+)
+NAMES = st.sampled_from([*ENDS, *(f"a.{end}" for end in ENDS), *(f"a.b.{end}" for end in ENDS)])
+HEADERS = st.dictionaries(NAMES, st.tuples(st.sampled_from([d for d, bits in BITS.items() if bits % 8 == 0]), SHAPES))
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, -1, 4, 8, 16, 32, 128, 10**30, 1.5]),
+    st.sampled_from(
+        ["fp8", "FP8", "NVFP4", "channel", "group", "block", "tensor", "float", "int", "128x128", "Linear"]
+    ),
+    st.sampled_from(["float-quantized", "pack-quantized", "nvfp4-pack-quantized", "a", "a.b", "re:(", "0x", "²x³"]),
+    st.lists(st.sampled_from([0, 1, 128, -128, "a", None, True]), max_size=3),
+)
+KEYS = st.sampled_from(
+    [
+        *(
+            "quant_method",
+            "quant_algo",
+            "weight_block_size",
+            "config_groups",
+            "weights",
+            "strategy",
+            "num_bits",
+            "type",
+        ),
+        *("group_size", "block_structure", "symmetric", "format", "targets", "ignore", "quantized_layers", "a", "b"),
+    ]
+)
+VALUES = st.recursive(LEAVES, lambda inner: st.dictionaries(KEYS, inner, max_size=5), max_leaves=12)
+METHODS = st.sampled_from(["fp8", "compressed-tensors", "modelopt", "mxfp4", "fbgemm_fp8", "gptq"])
+DECLARATIONS = st.builds(
+    lambda method, value: {
+        "quantization_config": {"quant_method": method, **(value if isinstance(value, dict) else {})}
+    },
+    METHODS,
+    VALUES,
+)
+
+
+@given(HEADERS, st.one_of(st.just({}), DECLARATIONS, st.builds(lambda d: {"text_config": d}, DECLARATIONS)))
+def test_any_headers_and_any_config_are_told_apart_or_refused_by_name(tensors: Tensors, config: dict[str, Any]) -> None:
+    found, problems = found_with_problems(tensors, config)
+    for name, coding in found.by_name.items():
+        for info, shape in ((coding.codes, coding.codes_shape), (coding.scale, coding.grid)):
+            assert info.numel == headers({"x": shape}).tensors["x"].numel, name
+        assert not {info.name for info in coding.stored[1:]} - found.consumed.keys()
+    assert all(any(name.split(".")[-1] in text for name in tensors) or "config" in text for text in problems)
