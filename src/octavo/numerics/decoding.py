@@ -1,0 +1,183 @@
+"""What the numbers of a quantized checkpoint stand for, in float32. Plain torch, any device.
+
+    w = (number - zero point) * scale
+
+    number           stored as                                                    scale is stored as
+    float8           FP8 of any kind                                              float32, bf16, fp16, or e8m0
+    int8             int8                                                         float32, bf16, fp16
+    int4_in_int32    eight in an int32, the lowest four bits first, plus 8        float32, bf16, fp16
+    int8_in_int32    four in an int32, the lowest eight bits first, plus 128      float32, bf16, fp16
+    e2m1             two in a byte, the lower half first                          e8m0 (MXFP4), e4m3 (NVFP4)
+
+A stored scale becomes float32 first, which is exact. A *global scale*, of which there is one for a matrix, then
+multiplies it (ModelOpt) or divides it (compressed-tensors), rounded to float32. All numbers less their zero points are
+exact in float32, so that each weight is rounded once more at most: by the multiplication.
+
+Whatever box of a matrix these functions are given, they compute the same bytes: ``phase`` says where in its scale group
+the box begins.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.codings import Decoding
+from .groups import all_spans, cells_of_spans, grouped
+from .schemes import E8M0, FP8
+
+#: what a number packed into an integer is raised by, so that it is no negative one
+_OFFSETS = {"int4_in_int32": 8, "int8_in_int32": 128}
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def scale_cells(scale: Tensor, decoding: Decoding, global_scale: Tensor | None = None) -> Tensor:
+    """Stored scales -> float32 of the same shape, the global scale worked in.
+
+    Args:
+        scale: [..., row cells, column cells] in the dtype that is stored; bytes are e8m0.
+        global_scale: one for each matrix, broadcastable to ``scale``.
+    """
+    if scale.dtype == torch.uint8:
+        scale = scale.view(E8M0)
+    wide = torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
+    _widen(wide, scale)
+    if global_scale is None:
+        return wide
+    # a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal
+    by = global_scale.float()
+    return wide.div_(by) if decoding.divided else wide.mul_(by)
+
+
+def zero_cells(stored: Tensor, decoding: Decoding, rows: int, head: int = 0) -> Tensor:
+    """Stored zero points -> float32 [..., rows, column cells].
+
+    Args:
+        stored: [..., rows, column cells]; of numbers packed into integers, rows are packed, too: [..., words, ...].
+        head: rows of the first word that lie before those that are meant.
+    """
+    if decoding.kind not in _OFFSETS:
+        return stored.float()
+    words = stored.transpose(-1, -2).contiguous()
+    wide = torch.empty((*words.shape[:-1], rows), dtype=torch.float32, device=stored.device)
+    _numbers(wide, words, decoding, head)
+    return wide.transpose(-1, -2).contiguous()
+
+
+def decode_into(
+    out: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    decoding: Decoding,
+    *,
+    zero_point: Tensor | None = None,
+    phase: tuple[int, int] = (0, 0),
+    head: int = 0,
+) -> None:
+    """Write the weights of a box into ``out``, float32 [..., rows, columns].
+
+    Args:
+        codes: the box as it is stored, [..., rows, words] for columns that are packed into words.
+        scale: `scale_cells` of the groups that the box has a part in.
+        zero_point: `zero_cells` of the same groups.
+        phase: row and column of ``out[..., 0, 0]`` within its scale group.
+        head: columns of the first word that lie before the box.
+    """
+    _numbers(out, codes, decoding, head)
+    for rows, cols in all_spans(out, (decoding.group_rows, decoding.group_cols), phase):
+        part = grouped(out, rows, cols)
+        if zero_point is not None:
+            part.sub_(cells_of_spans(zero_point, rows, cols))
+        part.mul_(cells_of_spans(scale, rows, cols))
+
+
+def decode(
+    shape: tuple[int, ...],
+    codes: Tensor,
+    scale: Tensor,
+    decoding: Decoding,
+    *,
+    zero_point: Tensor | None = None,
+    global_scale: Tensor | None = None,
+) -> Tensor:
+    """A whole tensor of this shape, float32: the definition that every streamed box is compared with.
+
+    Args:
+        codes, scale, zero_point, global_scale: as they are stored, in the shapes that `scale_cells`, `zero_cells` and
+            `decode_into` take.
+    """
+    out = torch.empty(shape, dtype=torch.float32, device=codes.device)
+    zeros = None if zero_point is None else zero_cells(zero_point, decoding, shape[-2])
+    decode_into(out, codes, scale_cells(scale, decoding, global_scale), decoding, zero_point=zeros)
+    return out
+
+
+def bad_scale(scale: Tensor) -> str | None:
+    """Say which of the stored scales is none: negative, zero, not finite. None if all are good.
+
+    A scale of e4m3 may be 0, as which a group is stored whose weights are tiny beside those of its matrix.
+    """
+    if scale.dtype == torch.uint8:
+        scale = scale.view(E8M0)
+    wide = scale.float()
+    good = (wide >= 0 if scale.dtype == FP8 else wide > 0) & torch.isfinite(wide)
+    if bool(good.all()):
+        return None
+    first = (~good).nonzero()[0].tolist()
+    return f"a scale is {wide[tuple(first)].item():g}, at {first}"
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def _numbers(out: Tensor, codes: Tensor, decoding: Decoding, head: int) -> None:
+    """Write the numbers themselves, as float32."""
+    if decoding.pack == 1:
+        _widen(out, codes)
+        return
+    values = codes.shape[-1] * decoding.pack
+    fits = values == out.shape[-1] and out.is_contiguous()
+    wide = out if fits else torch.empty((*codes.shape[:-1], values), dtype=torch.float32, device=out.device)
+    whole = codes.contiguous().view(torch.uint8)
+    if decoding.kind == "int8_in_int32":
+        wide.copy_(whole).sub_(_OFFSETS[decoding.kind])
+    else:
+        # two float32 at a time: to look up eight bytes takes as long as four
+        pairs = _pairs(decoding.kind, out.device)
+        torch.index_select(pairs, 0, whole.view(-1).int(), out=wide.view(-1).view(torch.int64))
+    if not fits:
+        out.copy_(wide[..., head : head + out.shape[-1]])
+
+
+@functools.cache
+def _pairs(number: str, device: torch.device) -> Tensor:
+    """byte -> the bits of its two numbers as float32, the lower half first."""
+    values = torch.tensor(_E2M1 if number == "e2m1" else [code - _OFFSETS[number] for code in range(16)])
+    both = torch.stack([values.float().repeat(16), values.float().repeat_interleave(16)], dim=-1)
+    return both.contiguous().view(torch.int64).flatten().to(device)
+
+
+def _widen(out: Tensor, numbers: Tensor) -> None:
+    """``out.copy_(numbers)``; for FP8 on a CPU ten times as fast as torch, by way of fp16, whose bits are like its."""
+    shift = {torch.float8_e4m3fn: 7, torch.float8_e5m2: 8}.get(numbers.dtype)
+    if numbers.device.type != "cpu" or shift is None:
+        out.copy_(numbers)
+        return
+    if shift == 7 and _holds_nan(numbers):  # of which fp16 would make 480
+        out.copy_(numbers)
+        return
+    bits = numbers.view(torch.int8).to(torch.int16).bitwise_left_shift_(shift)
+    if shift == 8:
+        out.copy_(bits.view(torch.float16))
+        return
+    # the sign was extended into the exponent, whose bias is eight larger in fp16
+    out.copy_(bits.bitwise_and_(~0x4000).view(torch.float16)).mul_(256)
+
+
+def _holds_nan(numbers: Tensor) -> bool:
+    """Return True if any byte is that of an e4m3 which is not a number: 0x7F or 0xFF, the largest integers."""
+    if not numbers.numel():
+        return False
+    return bool(numbers.view(torch.int8).amax() == 0x7F) or bool(numbers.view(torch.uint8).amax() == 0xFF)

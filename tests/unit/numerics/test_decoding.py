@@ -1,0 +1,61 @@
+"""What stored numbers and scales stand for, and which scales are none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers import same_bytes
+from octavo.checkpoint.codings import Decoding
+from octavo.numerics.decoding import bad_scale, decode, scale_cells
+
+BY_TENSOR = Decoding("float8", None, None)
+ONE = torch.ones(1, 1)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+)
+def test_every_fp8_number_is_what_torch_says(dtype: torch.dtype) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(dtype).reshape(16, 16)
+    wide = every.float()
+    assert torch.equal(decode((16, 16), every, ONE, BY_TENSOR).nan_to_num(7, 8, 9), wide.nan_to_num(7, 8, 9))
+    finite = torch.where(torch.isfinite(wide), every.view(torch.uint8), torch.zeros((), dtype=torch.uint8)).view(dtype)
+    assert same_bytes(decode((16, 16), finite, ONE, BY_TENSOR), finite.float())
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_a_single_e4m3_that_is_no_number_stays_none(byte: int) -> None:
+    codes = torch.zeros(8, 8, dtype=torch.uint8)
+    codes[3, 5] = byte
+    found = decode((8, 8), codes.view(torch.float8_e4m3fn), ONE, BY_TENSOR)
+    assert found.isnan().nonzero().tolist() == [[3, 5]]
+
+
+def test_bytes_of_a_scale_are_exponents() -> None:
+    scale = torch.tensor([[0, 1, 127, 254]], dtype=torch.uint8)
+    wide = scale_cells(scale, Decoding("float8", 1, 32))
+    assert wide.tolist() == [[2.0**-127, 2.0**-126, 1.0, 2.0**127]]
+    assert same_bytes(wide, scale_cells(scale.view(torch.float8_e8m0fnu), Decoding("float8", 1, 32)))
+
+
+BAD = [
+    (torch.tensor([[1.0, -0.5]]), "a scale is -0.5, at [0, 1]"),
+    (torch.tensor([[1.0], [0.0]]), "a scale is 0, at [1, 0]"),
+    (torch.tensor([[float("nan")]]), "a scale is nan, at [0, 0]"),
+    (torch.tensor([[float("inf")]], dtype=torch.bfloat16), "a scale is inf, at [0, 0]"),
+    (torch.tensor([[3, 255]], dtype=torch.uint8), "a scale is nan, at [0, 1]"),
+    (torch.tensor([[1.0, -1.0]]).to(torch.float8_e4m3fn), "a scale is -1, at [0, 1]"),
+]
+
+
+@pytest.mark.parametrize(("scale", "text"), BAD)
+def test_a_scale_that_is_none_is_told(scale: torch.Tensor, text: str) -> None:
+    assert bad_scale(scale) == text
+
+
+def test_good_scales_are_good() -> None:
+    assert bad_scale(torch.tensor([[1.0, 2.0**-140]])) is None
+    assert bad_scale(torch.arange(255, dtype=torch.uint8)) is None
+    assert bad_scale(torch.zeros(2, 2).to(torch.float8_e4m3fn)) is None
+    assert bad_scale(torch.empty(0, 2)) is None
