@@ -287,7 +287,7 @@ def product(
         top_k, ids, order, ends, gather = routes
         experts = q.shape[0]
         if order is None:
-            mode, count, tiles_m = PAIRS, 0, rows
+            mode, gather, count, tiles_m = PAIRS, False, 0, rows
         else:
             mode, count = SORTED, power_of_two(experts)
             tiles_m += min(experts, rows)  # at most: an expert's last tile may be partly empty
