@@ -25,6 +25,8 @@ doesn't take is weight-only. mxfp8 on Blackwell would need its scales swizzled; 
 F.scaled_grouped_mm is not used: it takes scales a row in bf16, and was at best as fast as the kernel here
 (226 and 228 µs for the products of Qwen1.5-MoE at 1024 tokens, 913 and 656 at 8192).
 
+On meta the functions compute nothing, but note which kernels they would launch (`ahead`).
+
 No function here waits for the GPU or makes a shape of what lies there, so all can be captured in CUDA graphs. Under
 torch.compile each is one opaque operation (``torch.ops.octavo``), and branches on the number of rows are taken at
 run time.
@@ -50,7 +52,8 @@ from .opaque import opaque
 if TYPE_CHECKING:
     from . import kernels as _kernels_module
 
-_DTYPES = frozenset({torch.bfloat16, torch.float16})
+#: of activations
+DTYPES = frozenset({torch.bfloat16, torch.float16})
 _MAX_PARTS = 4
 
 # All measured on an H100, for weights of 4096 x 4096 and 14336 x 4096, and experts of Qwen1.5-MoE.
@@ -83,6 +86,7 @@ def has_units(index: int) -> bool:
 
 
 def _capability(index: int) -> tuple[int, int]:
+    """Of a device, or for -1 (that of a tensor on meta) of the current one."""
     if torch.compiler.is_compiling():  # which takes this for a constant, and looks through no cache
         properties = torch.cuda.get_device_properties(index)
         return properties.major, properties.minor
@@ -91,7 +95,7 @@ def _capability(index: int) -> tuple[int, int]:
 
 @functools.cache
 def _capability_cached(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    return torch.cuda.get_device_capability(index if index >= 0 else None)
 
 
 @functools.cache
@@ -104,9 +108,14 @@ def _kernels() -> Any:
     return kernels
 
 
+def has_kernels() -> bool:
+    """Return True if there are the kernels that Triton compiles."""
+    return _kernels() is not None
+
+
 def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
     """Return True if the functions here take these operands: on FP8 units, in half precision, no gradient asked."""
-    if x.dtype not in _DTYPES or not q.is_cuda or not has_units(q.device.index):
+    if x.dtype not in DTYPES or not q.is_cuda or not has_units(q.device.index):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
 
@@ -136,7 +145,7 @@ def _layout(rows: int, cols: int, name: str, parts: tuple[int, ...]) -> _kernels
 
 @functools.lru_cache(maxsize=4096)
 def _tile(device: int, rows: int, scheme: str, wide: bool, experts: bool) -> _kernels_module.Tile:
-    """For ``rows`` rows (of an expert); ``wide``: weights are widened to half precision."""
+    """For ``rows`` rows (of an expert); ``wide``: weights are widened to half precision; -1: the current device."""
     tile = _kernels().Tile
     if wide:
         if rows <= 16 and not experts:
@@ -155,7 +164,8 @@ def _tile(device: int, rows: int, scheme: str, wide: bool, experts: bool) -> _ke
         found = tile(64, 128, 128, 4, 4)
     else:
         found = tile(128, 128, 128, 4, 3)
-    shared: int = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 99 << 10)
+    properties = torch.cuda.get_device_properties(device if device >= 0 else None)
+    shared: int = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     stage = (found.rows * (2 if wide else 1) + found.cols) * found.depth
     return found._replace(stages=max(1, min(found.stages, shared // stage - 1)))  # type: ignore[no-any-return]
 
@@ -201,6 +211,9 @@ def _widened_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) ->
     n, k = q.shape
     bias = None if bias is None else bias.to(x.dtype)
     step = max(1, _WIDENED // k)
+    if x.is_meta:
+        _kernels().widen(q, scale, x.dtype)
+        return x.new_empty(*x.shape[:-1], n)
     if step >= n:
         return F.linear(x, _kernels().widen(q, scale, x.dtype), bias)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
@@ -230,6 +243,9 @@ def _scaled_mm(
     n, k = q.shape
     rows = x.numel() // k
     fused = bias if bias is not None and bias.dtype == x.dtype else None
+    if x.is_meta:  # nothing else is compiled, and torch would import half a second's worth of modules
+        (_quantize_groups if by_block else _quantize_rows)(x)
+        return x.new_empty(*x.shape[:-1], n)
     if by_block:
         quantized, x_scale = _quantize_groups(x)
         # [ceil(in / 128), ceil(out / 128)] with columns of whole 16 bytes

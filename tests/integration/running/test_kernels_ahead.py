@@ -1,0 +1,76 @@
+"""The kernels that are compiled ahead are those that a forward then asks for. Needs Triton, and no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Triton compiles for a GPU that is not there: what launches is replaced, what decides about binaries is Triton's own
+COMPILE = """
+import json, os, sys, types
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    utils = None
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    launcher_cls = staticmethod(lambda source, metadata: None)
+
+triton.runtime.driver.set_active(Driver())
+h100 = types.SimpleNamespace(major=9, minor=0, shared_memory_per_block_optin=232448)
+torch.cuda.get_device_properties = lambda *_: h100
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+torch.cuda.current_device = lambda: 0
+
+from helpers.experts import small_model
+from octavo.running import ahead, fp8, launching
+
+def binaries():
+    return len(os.listdir(os.environ["TRITON_CACHE_DIR"]))
+
+fp8._library_takes = lambda *_: False  # there is no library either
+products = ahead.products_of(small_model(sys.argv[1]))
+jobs = ahead.note(products)
+for job in jobs:
+    job.run()
+compiled = binaries()
+
+# the forward: tensors with memory, on what is taken for the current device
+torch.cuda.current_device = lambda: -1
+JITFunction.__getitem__ = lambda self, grid: lambda *args, **options: self.warmup(*args, grid=grid, **options)
+launching._DIRECT = False
+ahead._meta = lambda shape, dtype: torch.zeros(shape, dtype=torch.uint8).to(dtype)
+launched = []
+launch = launching.launch
+def count(kernel, *args, **options):
+    launched.append(kernel.__name__)
+    return launch(kernel, *args, **options)
+for module in (fp8._kernels(), sys.modules["octavo.running.expert_kernels"]):
+    module.launch = count
+for product in products:
+    for rows in (1, 5, 17, 40, 100, 300):
+        product.rehearse(rows)
+again = len(ahead.note(products))
+found = {"jobs": len(jobs), "compiled": compiled, "later": binaries() - compiled, "again": again}
+print(json.dumps({**found, "launched": sorted(set(launched))}))
+"""
+
+
+def test_the_forward_asks_for_no_binary_that_was_not_compiled_ahead(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, "fp8_channel"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300)
+    found = json.loads(done.stdout)
+    assert found["compiled"] == found["jobs"] > 5
+    assert found["later"] == 0
+    assert found["again"] == 0
+    assert found["launched"] == ["_combine_kernel", "_product_kernel", "_quantize_rows_kernel", "_sort_kernel"]
