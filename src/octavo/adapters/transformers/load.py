@@ -30,6 +30,7 @@ from ...choices import DEFAULT_STAGING_BYTES
 from ...errors import MissingExtraError, RecipeError
 from ...planning.plan import Plan
 from ...planning.recipe import Recipe
+from ...running.ahead import Ahead
 from ...streaming.checks import Checks
 from ...streaming.meter import Stages
 from ...streaming.on_accelerator import WarmUp
@@ -56,6 +57,7 @@ def load_model(
     """Do what `octavo.load` promises; arguments and errors are documented there."""
     stages = Stages()
     target, *others = candidates(device, asked)
+    ahead = Ahead((target, *others) if recipe.schemes else ())
     with WarmUp(target, staging_bytes, threads, recipe.schemes, others):
         with stages("open"):
             _require_installed()  # before anything is fetched
@@ -72,7 +74,7 @@ def load_model(
             _tie(model, plan)
             dispatch(model, places)
 
-    how: dict[str, Any] = {"threads": threads, "direct_io": direct_io, "checks": checks}
+    how: dict[str, Any] = {"threads": threads, "direct_io": direct_io, "checks": checks, "ahead": ahead}
     fill(model, checkpoint, plan, stages, progress=progress, finish=finish, **how)
     if prepared.saved:
         model.load_routes = None  # the names in its checkpoint are the model's own

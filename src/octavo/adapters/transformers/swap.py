@@ -19,6 +19,7 @@ from ...machine import on_cpu
 from ...planning.budget import Budget
 from ...planning.plan import Plan
 from ...running import modules
+from ...running.ahead import Ahead
 from ...session.update import Routes
 from ...streaming.checks import Checks
 from ...streaming.meter import Stages, measured
@@ -44,6 +45,7 @@ def fill(
     progress: bool | Callable[[int, int], None] | None = None,
     finish: Callable[[], None] | None = None,
     checks: Checks | None = None,
+    ahead: Ahead | None = None,
 ) -> None:
     """Turn a model on meta into one that holds what the plan says.
 
@@ -55,13 +57,15 @@ def fill(
         stages: counts the seconds of each stage.
         finish: does what else belongs to this load, once all weights are in place, and is measured with it.
         checks: compares what is read with the checkpoint's digests.
+        ahead: compiles meanwhile what a forward will need; by default one that begins here.
     """
     budgets = [Budget.fit(part.placements, plan.staging_bytes, threads) for part in plan.parts()]
     on_host = sum(placement.final_bytes for placement in plan.placements if on_cpu(placement.device))
     advice = "Another device takes the weights; a smaller staging_bytes, or fewer threads, need less beside them."
     for budget in budgets:
         budget.require(plan.source, on_host, advice if on_host else "")
-    with measured(plan, progress) as meter:
+    with measured(plan, progress) as meter, ahead or Ahead(plan.devices if plan.quantized else ()) as compiling:
+        compiling.begin(model)
         with stages("allocate"):
             storages = allocate_all(plan.placements)
             assign(model, storages)
