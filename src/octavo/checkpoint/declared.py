@@ -2,7 +2,7 @@
 
     quant_method         where                                   says it by
     fp8                  quantization_config                     weight_block_size
-    fbgemm_fp8           quantization_config                     its name alone
+    fbgemm_fp8, mxfp4    quantization_config                     its name alone
     compressed-tensors   quantization_config, or the older       config_groups: num_bits, type, strategy, group_size,
                          compression_config                      block_structure, symmetric, targets
     modelopt             quantization_config, or quantization    quant_algo, quantized_layers
@@ -26,10 +26,21 @@ from ..text import shown
 from .packing import Groups, words
 from .quantized import declarations
 
-#: formats of compressed-tensors that leave a tensor of numbers in their order
-_FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized", "mixed-precision")
+#: formats of compressed-tensors that leave numbers in their order
+_FORMATS = (
+    *("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized", "mixed-precision"),
+    *("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
+)
+#: of a pattern of names that is looked at, in characters
+_MAX_PATTERN = 500
 #: what ModelOpt calls an algorithm -> kind of numbers, rows and columns of a group
 _ALGORITHMS: dict[str, tuple[str, Groups]] = {
+    "NVFP4": ("e2m1", (1, 16)),
+    "W4A16_NVFP4": ("e2m1", (1, 16)),
+    "NVFP4_AWQ": ("e2m1", (1, 16)),
+    "W4A8_NVFP4_FP8": ("e2m1", (1, 32)),
+    "MXFP4": ("e2m1", (1, 32)),
+    "W4A8_MXFP4_FP8": ("e2m1", (1, 32)),
     "FP8": ("float8", (None, None)),
     "FP8_PER_CHANNEL_PER_TOKEN": ("float8", (1, None)),
     "FP8_PB_WO": ("float8", (128, 128)),
@@ -44,7 +55,14 @@ class Way:
 
     kind: str  # of numbers
     groups: Groups
+    symmetric: bool = True  # there are no zero points
     weights: frozenset[str] = frozenset()  # those that are named
+    patterns: tuple[str, ...] = ()  # regular expressions of names of modules
+
+    def names(self, weight: str) -> bool:
+        """Return True if a weight is named, or its module's name matches a pattern."""
+        module = weight.removesuffix(".weight")
+        return weight in self.weights or any(_matches(pattern, module) for pattern in self.patterns)
 
     def __str__(self) -> str:
         return words(self.kind, self.groups)
@@ -65,6 +83,13 @@ class Declared:
     def weights(self) -> frozenset[str]:
         """Weights that are said to be quantized, by name."""
         return frozenset().union(*(way.weights for way in self.ways))
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(pattern, name) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False
 
 
 class _Unknown(Exception):
@@ -100,6 +125,11 @@ def _ways(value: Mapping[str, Any]) -> Iterator[Way]:
 def _fine_grained(value: Mapping[str, Any]) -> Iterator[Way]:
     size = value.get("weight_block_size")
     yield Way("float8", (None, None) if size is None else _block(size, "weight_block_size"))
+    yield Way("e2m1", (1, 32))  # experts, of whose numbers the config of the model speaks
+
+
+def _gpt_oss(value: Mapping[str, Any]) -> Iterator[Way]:
+    yield Way("e2m1", (1, 32))
 
 
 def _by_row(value: Mapping[str, Any]) -> Iterator[Way]:
@@ -128,16 +158,25 @@ def _compressed_tensors(value: Mapping[str, Any]) -> Iterator[Way]:
         layout = group.get("format") or value.get("format") or "naive-quantized"
         if layout not in _FORMATS:
             raise _Unknown(f"compressed-tensors, {layout if isinstance(layout, str) else shown(layout)}")
-        yield _group(weights, group.get("targets"))
+        yield _group(weights, group.get("targets"), layout == "pack-quantized")
 
 
-def _group(weights: Mapping[str, Any], targets: Any) -> Way:
+def _group(weights: Mapping[str, Any], targets: Any, packed: bool) -> Way:
     bits, type_ = weights.get("num_bits", 8), weights.get("type", "int")
-    kind = {(8, "float"): "float8", (8, "int"): "int8"}.get((bits, type_)) if _hashable(bits, type_) else None
+    kinds = {(8, "float"): "float8", (4, "float"): "e2m1", (8, "int"): "int8_in_int32" if packed else "int8"}
+    if packed:
+        kinds[4, "int"] = "int4_in_int32"
+    kind = kinds.get((bits, type_)) if isinstance(bits, int) and isinstance(type_, str) else None
     if kind is None:
-        raise _Unknown(f"compressed-tensors with {type_} of {bits} bits")
-    names = targets if isinstance(targets, list) else []
-    return Way(kind, _strategy(weights), frozenset(f"{name}.weight" for name in names if isinstance(name, str)))
+        raise _Unknown(f"compressed-tensors with {shown(type_)} of {shown(bits)} bits")
+    names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
+    return Way(
+        kind,
+        _strategy(weights),
+        weights.get("symmetric") is not False,
+        frozenset(f"{name}.weight" for name in names if not name.startswith("re:")),
+        tuple(name[3:] for name in names if name.startswith("re:") and len(name) < _MAX_PATTERN),
+    )
 
 
 def _strategy(weights: Mapping[str, Any]) -> Groups:
@@ -163,23 +202,33 @@ def _strategy(weights: Mapping[str, Any]) -> Groups:
 
 def _modelopt(value: Mapping[str, Any]) -> Iterator[Way]:
     layers = value.get("quantized_layers")
-    algorithms: dict[str, list[str]] = {}
-    if isinstance(layers, dict):
-        for name, layer in layers.items():
-            algorithm = layer.get("quant_algo") if isinstance(layer, dict) else None
-            algorithms.setdefault(str(algorithm), []).append(f"{name}.weight")
-    else:
-        algorithms[str(value.get("quant_algo"))] = []
-    for algorithm, names in algorithms.items():
-        if algorithm not in _ALGORITHMS:
-            raise _Unknown(f"modelopt {algorithm}")
-        kind, groups = _ALGORITHMS[algorithm]
-        yield Way(kind, groups, frozenset(names))
+    if not isinstance(layers, dict):
+        yield _algorithm(value, frozenset())
+        return
+    alike: dict[tuple[str, str], tuple[Mapping[str, Any], list[str]]] = {}
+    for name, layer in layers.items():
+        if not isinstance(layer, dict):
+            raise ValueError(f"quantized_layers says of {shown(name)}: {shown(layer)}")
+        key = shown(layer.get("quant_algo")), shown(layer.get("group_size"))
+        alike.setdefault(key, (layer, []))[1].append(f"{name}.weight")
+    for layer, weights in alike.values():
+        yield _algorithm(layer, frozenset(weights))
+
+
+def _algorithm(value: Mapping[str, Any], weights: frozenset[str]) -> Way:
+    name = str(value.get("quant_algo")).upper()
+    if name not in _ALGORITHMS:
+        raise _Unknown(f"modelopt {shown(value.get('quant_algo'))}")
+    kind, groups = _ALGORITHMS[name]
+    if groups[0] == 1 and groups[1] and value.get("group_size") is not None:
+        groups = 1, _positive(value["group_size"], "group_size")
+    return Way(kind, groups, weights=weights)
 
 
 _METHODS: dict[str, Callable[[Mapping[str, Any]], Iterator[Way]]] = {
     "fp8": _fine_grained,
     "fbgemm_fp8": _by_row,
+    "mxfp4": _gpt_oss,
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
 }
@@ -198,7 +247,3 @@ def _positive(value: Any, what: str) -> int:
     if type(value) is not int or not 0 < value < 1 << 31:
         raise ValueError(f"{what} is {shown(value)}, and no size")
     return value
-
-
-def _hashable(*values: Any) -> bool:
-    return all(isinstance(value, (int, str)) for value in values)

@@ -6,9 +6,20 @@ from __future__ import annotations
 Groups = tuple[int | None, int | None]
 
 FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-#: kind of numbers -> how many of them an element of the stored tensor holds
-PACK = {"float8": 1, "int8": 1}
-_WORDS = {"float8": "FP8", "int8": "int8"}
+#: kind of numbers -> how many of them, along a row, an element of the stored tensor holds
+PACK = {"float8": 1, "int8": 1, "int4_in_int32": 8, "int8_in_int32": 4, "e2m1": 2}
+_WORDS = {"float8": "FP8", "int8": "int8", "int4_in_int32": "int4", "int8_in_int32": "packed int8", "e2m1": "FP4"}
+
+_FLOATS = ("F32", "BF16", "F16")
+_EXPONENTS = ("F8_E8M0", "U8")
+#: kind of numbers -> dtypes that their scales may have; bytes are e8m0
+SCALES = {
+    "float8": (*_FLOATS, *_EXPONENTS),
+    "int8": _FLOATS,
+    "int4_in_int32": _FLOATS,
+    "int8_in_int32": _FLOATS,
+    "e2m1": ("F8_E4M3", *_EXPONENTS),
+}
 
 
 def count(length: int, group: int | None) -> int:
@@ -27,3 +38,36 @@ def words(kind: str, groups: Groups) -> str:
     if how is None:
         how = f"in groups of {cols}" if rows == 1 else f"in blocks of {rows or 'all'}x{cols or 'all'}"
     return f"{_WORDS[kind]} {how}"
+
+
+# -- grids ------------------------------------------------------------------------------------------------------------
+
+Shape = tuple[int, ...]
+
+
+def cells_of(matrix: Shape, scale: Shape) -> tuple[int, int] | None:
+    """Rows and columns of the grid that scales of this shape are; None if they are none for this matrix or stack."""
+    *lead, rows, cols = matrix
+    if len(scale) == len(matrix) + 2 and scale[-1] == scale[-3] == 1:  # ModelOpt: [row cells, 1, column cells, 1]
+        scale = (*scale[:-4], scale[-4], scale[-2])
+    if len(scale) == len(matrix) and list(scale[:-2]) == lead:
+        return scale[-2], scale[-1]
+    if list(scale) in (lead, [*lead, 1]):
+        return 1, 1
+    if list(scale) == [*lead, rows]:
+        return rows, 1
+    return (1, cols) if lead and list(scale) == [*lead, cols] else None
+
+
+def fits(matrix: Shape, cells: tuple[int, int], groups: Groups) -> bool:
+    """Return True if groups of so many rows and columns make this grid."""
+    return (count(matrix[-2], groups[0]), count(matrix[-1], groups[1])) == cells
+
+
+def guesses(length: int, cells: int) -> list[int | None]:
+    """Sizes of groups that cut so many elements into so many cells: the usual ones, and those that leave no rest."""
+    if cells == 1:
+        return [None]
+    usual = [group for group in (16, 32, 64, 128) if count(length, group) == cells]
+    even = [length // cells] if cells and length % cells == 0 and length else []
+    return list(dict.fromkeys([*even, *usual]))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.codings import Decoding
-from .groups import all_spans, cells_of_spans, grouped
+from .groups import all_spans, cells_of_spans, count_cells, grouped
 from .schemes import E8M0, FP8
 
 #: what a number packed into an integer is raised by, so that it is no negative one
@@ -109,7 +109,9 @@ def decode(
             `decode_into` take.
     """
     out = torch.empty(shape, dtype=torch.float32, device=codes.device)
-    zeros = None if zero_point is None else zero_cells(zero_point, decoding, shape[-2])
+    zeros = (
+        None if zero_point is None else zero_cells(zero_point, decoding, count_cells(shape[-2], decoding.group_rows))
+    )
     decode_into(out, codes, scale_cells(scale, decoding, global_scale), decoding, zero_point=zeros)
     return out
 
@@ -138,7 +140,8 @@ def _numbers(out: Tensor, codes: Tensor, decoding: Decoding, head: int) -> None:
         _widen(out, codes)
         return
     values = codes.shape[-1] * decoding.pack
-    fits = values == out.shape[-1] and out.is_contiguous()
+    # two float32 at a time are written, which have to lie where eight bytes may
+    fits = values == out.shape[-1] and out.is_contiguous() and out.storage_offset() % 2 == 0
     wide = out if fits else torch.empty((*codes.shape[:-1], values), dtype=torch.float32, device=out.device)
     whole = codes.contiguous().view(torch.uint8)
     if decoding.kind == "int8_in_int32":

@@ -19,7 +19,7 @@ GROUPS = st.sampled_from([None, 1, 2, 3, 4, 8, 16])
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Decoding, Stored]:
     kind = draw(st.sampled_from(sorted(SCALES)))
-    decoding = Decoding(kind, draw(GROUPS), draw(GROUPS))
+    decoding = Decoding(kind, draw(GROUPS), draw(GROUPS), draw(st.booleans()))
     shape = (*draw(st.lists(st.integers(1, 2), max_size=1)), draw(SIDES), draw(SIDES))
     zeros = kind.startswith("int") and draw(st.booleans())
     return decoding, stored(shape, decoding, draw(st.sampled_from(SCALES[kind])), draw(st.integers(0, 99)), zeros=zeros)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,15 @@ def ct(*weights: Mapping[str, Any], **more: Any) -> dict[str, Any]:
 FLOAT = {"num_bits": 8, "type": "float"}
 CHANNEL = {**FLOAT, "strategy": "channel"}
 BLOCK = {**FLOAT, "strategy": "block", "block_structure": [128, 128]}
+INT4 = {"num_bits": 4, "type": "int"}
+FP4 = {"num_bits": 4, "type": "float"}
+MIXED = ct(
+    format="pack-quantized",
+    config_groups={
+        "a": {"targets": ["re:.*experts.*"], "weights": {**INT4, "strategy": "channel"}},
+        "b": {"targets": [X], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},
+    },
+)
 BLOCKS = fp8(weight_block_size=[128, 128])
 
 FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
@@ -167,6 +177,89 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
         {},
         Decoding("float8", 1, None),
     ),
+    "compressed-tensors, int4 in groups": (
+        {
+            f"{X}.weight_packed": ("I32", (8, 16)),
+            f"{X}.weight_scale": ("BF16", (8, 4)),
+            f"{X}.weight_shape": ("I64", (2,)),
+        },
+        ct({**INT4, "strategy": "group", "group_size": 32}, format="pack-quantized"),
+        Decoding("int4_in_int32", 1, 32),
+    ),
+    "compressed-tensors, int4 with zero points": (
+        {
+            f"{X}.weight_packed": ("I32", (12, 16)),
+            f"{X}.weight_scale": ("F16", (12, 4)),
+            f"{X}.weight_shape": ("I32", (2,)),
+            f"{X}.weight_zero_point": ("I32", (2, 4)),
+        },
+        ct({**INT4, "strategy": "group", "group_size": 32, "symmetric": False}, format="pack-quantized"),
+        Decoding("int4_in_int32", 1, 32),
+    ),
+    "compressed-tensors, packed int8": (
+        {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 1))},
+        ct({"num_bits": 8, "type": "int", "strategy": "channel"}, format="pack-quantized"),
+        Decoding("int8_in_int32", 1, None),
+    ),
+    "compressed-tensors, packed int8 by its name": (
+        {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 1))},
+        MIXED,
+        Decoding("int8_in_int32", 1, None),
+    ),
+    "compressed-tensors, packed int4 by a pattern": (
+        {"model.experts.1.weight_packed": ("I32", (8, 16)), "model.experts.1.weight_scale": ("BF16", (8, 1))},
+        MIXED,
+        Decoding("int4_in_int32", 1, None),
+    ),
+    "compressed-tensors, NVFP4": (
+        {
+            f"{X}.weight_packed": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_global_scale": ("F32", (1,)),
+            f"{X}.input_global_scale": ("F32", (1,)),
+        },
+        ct({**FP4, "strategy": "tensor_group", "group_size": 16}, format="nvfp4-pack-quantized"),
+        Decoding("e2m1", 1, 16, divided=True),
+    ),
+    "compressed-tensors, MXFP4": (
+        {f"{X}.weight_packed": ("U8", (8, 32)), f"{X}.weight_scale": ("U8", (8, 2))},
+        ct({**FP4, "strategy": "group", "group_size": 32}, format="mxfp4-pack-quantized"),
+        Decoding("e2m1", 1, 32),
+    ),
+    "ModelOpt, NVFP4": (
+        {
+            f"{X}.weight": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_scale_2": ("F32", ()),
+            f"{X}.input_scale": ("F32", ()),
+        },
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+        Decoding("e2m1", 1, 16),
+    ),
+    "ModelOpt, NVFP4 in a stack": (
+        {
+            "m.experts.down_proj": ("U8", (3, 8, 16)),
+            "m.experts.down_proj_weight_scale": ("F8_E4M3", (3, 8, 2)),
+            "m.experts.down_proj_weight_scale_2": ("F32", (3,)),
+            "m.experts.down_proj_input_scale": ("F32", ()),
+        },
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}},
+        Decoding("e2m1", 1, 16),
+    ),
+    "undeclared, NVFP4": (
+        {
+            f"{X}.weight": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_scale_2": ("F32", ()),
+        },
+        {},
+        Decoding("e2m1", 1, 16),
+    ),
+    "DeepSeek-V4's experts": (
+        {"layers.0.ffn.experts.0.w1.weight": ("I8", (8, 32)), "layers.0.ffn.experts.0.w1.scale": ("F8_E8M0", (8, 2))},
+        BLOCKS,
+        Decoding("e2m1", 1, 32),
+    ),
     "a scale for each expert": (
         {"m.experts.down_proj": ("F8_E4M3", (3, 8, 16)), "m.experts.down_proj_weight_scale": ("F32", (3,))},
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
@@ -175,18 +268,41 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
 }
 
 
+NAMED = {f"{X}.weight_packed": f"{X}.weight", "model.experts.1.weight_packed": "model.experts.1.weight"}
+
+
 @pytest.mark.parametrize("case", FOUND)
 def test_what_makes_a_weight_is_found(case: str) -> None:
     tensors, config, decoding = FOUND[case]
     found = find(tensors, config)
-    name = next(iter(tensors))
+    codes = next(iter(tensors))
+    name = NAMED.get(codes, codes)
     assert found.by_name.keys() == {name}
     coding = found.by_name[name]
-    assert (coding.name, coding.shape, coding.decoding) == (name, tuple(tensors[name][1]), decoding)
+    *lead, words = tensors[codes][1]
+    assert (coding.name, coding.shape, coding.decoding) == (name, (*lead, words * decoding.pack), decoding)
     assert found.consumed.keys() == tensors.keys() - {name}
     assert hash(coding) == hash(find(tensors, config).by_name[name])
-    grid = coding.grid
-    assert coding.scale.numel == headers({"grid": grid}).tensors["grid"].numel
+    assert (math.prod(coding.grid), math.prod(coding.codes_shape)) == (coding.scale.numel, coding.codes.numel)
+    assert coding.zero_point is None or math.prod(coding.zero_grid) == coding.zero_point.numel
+
+
+def test_stacks_of_gpt_oss_are_stored_transposed() -> None:
+    tensors: Tensors = {
+        "m.experts.down_proj_blocks": ("U8", (3, 8, 2, 16)),
+        "m.experts.down_proj_scales": ("U8", (3, 8, 2)),
+        "m.experts.down_proj_bias": ("BF16", (3, 8)),
+    }
+    for config in ({}, {"quantization_config": {"quant_method": "mxfp4"}}):
+        found = find(tensors, config)
+        coding = found.by_name["m.experts.down_proj"]
+        assert (coding.shape, coding.matrix, coding.transposed) == ((3, 64, 8), (3, 8, 64), True)
+        assert (coding.codes_shape, coding.grid) == ((3, 8, 32), (3, 8, 2))
+        assert coding.decoding == Decoding("e2m1", 1, 32)
+        assert found.consumed == {
+            "m.experts.down_proj_blocks": "numbers of m.experts.down_proj",
+            "m.experts.down_proj_scales": "scale of m.experts.down_proj",
+        }
 
 
 def test_a_file_of_its_own_declares_as_config_does(tmp_path: Path) -> None:
@@ -270,13 +386,57 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         fp8(weight_block_size=[0, 128]),
         "its config.json says of its quantization: weight_block_size is 0, and no size",
     ),
+    "zero points that are not declared": (
+        {
+            f"{X}.weight_packed": ("I32", (8, 16)),
+            f"{X}.weight_scale": ("BF16", (8, 4)),
+            f"{X}.weight_zero_point": ("I32", (1, 4)),
+        },
+        ct({**INT4, "strategy": "group", "group_size": 32}, format="pack-quantized"),
+        f"{X}.weight_zero_point: zero points beside {X}.weight_packed, which has none by its kind or its config",
+    ),
+    "no zero points": (
+        {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 4))},
+        ct({**INT4, "strategy": "group", "group_size": 32, "symmetric": False}, format="pack-quantized"),
+        f"{X}.weight_packed has no zero points beside it",
+    ),
+    "NVFP4 without its scale of scales": (
+        {f"{X}.weight_packed": ("U8", (8, 16)), f"{X}.weight_scale": ("F8_E4M3", (8, 2))},
+        ct({**FP4, "strategy": "tensor_group", "group_size": 16}, format="nvfp4-pack-quantized"),
+        f"{X}.weight_packed should have one scale of its F8_E4M3 scales, and has none",
+    ),
+    "a scale of scales for a row": (
+        {
+            f"{X}.weight": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_scale_2": ("F32", (8,)),
+        },
+        {},
+        f"{X}.weight_scale_2 is F32 [8], and should be one F32 for each matrix",
+    ),
+    "packed numbers that may be of either size": (
+        {"y.weight_packed": ("I32", (8, 16)), "y.weight_scale": ("BF16", (8, 1))},
+        MIXED,
+        "y.weight_packed, I32 [8, 16]: may be int4 with a scale for each row, or packed int8 with a scale for each row",
+    ),
+    "packed numbers without a scale": (
+        {"y.weight_packed": ("I32", (8, 16)), **WEIGHT, **SCALE},
+        BLOCKS,
+        "y.weight_packed is I32, and has no scale beside it",
+    ),
+    "a scale of gpt-oss for other groups": (
+        {"m.down_proj_blocks": ("U8", (3, 8, 2, 16)), "m.down_proj_scales": ("U8", (3, 8, 4))},
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        "m.down_proj_scales is [3, 8, 4] beside m.down_proj_blocks, U8 [3, 8, 2, 16], and its config.json says FP4 in "
+        "groups of 32",
+    ),
     "zero points of another shape": (
         {
             f"{X}.weight": ("I8", (8, 16)),
             f"{X}.weight_scale": ("BF16", (8, 1)),
             f"{X}.weight_zero_point": ("I8", (8, 2)),
         },
-        ct({"num_bits": 8, "type": "int", "strategy": "channel"}),
+        ct({"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": False}),
         f"{X}.weight_zero_point is I8 [8, 2], and should be I8 [8, 1]",
     ),
 }
@@ -296,6 +456,31 @@ NOT_DECODED: dict[str, tuple[Tensors, dict[str, Any]]] = {
     "GPTQ beside FP8": (
         {**WEIGHT, f"{X}.weight_scale": ("F32", ()), "y.qweight": ("I32", (1, 8)), "y.scales": ("F16", (1, 8))},
         {},
+    ),
+    "int4 of which no config says the bits": (
+        {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 4))},
+        {},
+    ),
+    "columns in another order": (
+        {
+            f"{X}.weight_packed": ("I32", (8, 16)),
+            f"{X}.weight_scale": ("BF16", (8, 4)),
+            f"{X}.weight_g_idx": ("I32", (128,)),
+        },
+        ct({**INT4, "strategy": "group", "group_size": 32}, format="pack-quantized"),
+    ),
+    "int3": (
+        {f"{X}.weight_packed": ("I32", (8, 12)), f"{X}.weight_scale": ("BF16", (8, 4))},
+        ct({"num_bits": 3, "type": "int", "strategy": "group", "group_size": 32}, format="pack-quantized"),
+    ),
+    "scaled before": (
+        {
+            f"{X}.weight": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_scale_2": ("F32", ()),
+            f"{X}.pre_quant_scale": ("BF16", (32,)),
+        },
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}},
     ),
     "declared as what is not known": (
         {**WEIGHT, **SCALE},
@@ -374,7 +559,6 @@ DECLARATIONS = st.builds(
 def test_any_headers_and_any_config_are_told_apart_or_refused_by_name(tensors: Tensors, config: dict[str, Any]) -> None:
     found, problems = found_with_problems(tensors, config)
     for name, coding in found.by_name.items():
-        for info, shape in ((coding.codes, coding.codes_shape), (coding.scale, coding.grid)):
-            assert info.numel == headers({"x": shape}).tensors["x"].numel, name
+        assert (math.prod(coding.grid), math.prod(coding.codes_shape)) == (coding.scale.numel, coding.codes.numel), name
         assert not {info.name for info in coding.stored[1:]} - found.consumed.keys()
     assert all(any(name.split(".")[-1] in text for name in tensors) or "config" in text for text in problems)

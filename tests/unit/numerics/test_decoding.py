@@ -7,7 +7,7 @@ import torch
 
 from helpers import same_bytes
 from octavo.checkpoint.codings import Decoding
-from octavo.numerics.decoding import bad_scale, decode, scale_cells
+from octavo.numerics.decoding import bad_scale, decode, decode_into, scale_cells
 
 BY_TENSOR = Decoding("float8", None, None)
 ONE = torch.ones(1, 1)
@@ -59,3 +59,16 @@ def test_good_scales_are_good() -> None:
     assert bad_scale(torch.arange(255, dtype=torch.uint8)) is None
     assert bad_scale(torch.zeros(2, 2).to(torch.float8_e4m3fn)) is None
     assert bad_scale(torch.empty(0, 2)) is None
+
+
+def test_packed_numbers_are_written_wherever_there_is_room() -> None:
+    codes = torch.tensor([[0x21, 0xF7]], dtype=torch.uint8)
+    scratch, decoding = torch.zeros(9), Decoding("e2m1", 1, None)
+    for start in (0, 1):
+        decode_into(scratch[start : start + 4].view(1, 4), codes, ONE, decoding)
+        assert scratch[start : start + 4].tolist() == [0.5, 1.0, 6.0, -6.0]
+    strided = torch.zeros(4, 2)
+    decode_into(strided[:, :1].mT, codes, ONE, decoding)
+    assert strided.tolist() == [[0.5, 0.0], [1.0, 0.0], [6.0, 0.0], [-6.0, 0.0]]
+    decode_into(scratch[:2].view(1, 2), codes, ONE, decoding, head=1)
+    assert scratch[:2].tolist() == [1.0, 6.0]
