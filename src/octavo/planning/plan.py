@@ -300,4 +300,9 @@ def _cut(targets: list[Target], decisions: dict[str, Decision], cuts: Iterable[C
             continue
         made.update(cut)
         decisions.update({matrix.name: decisions[name] for name, matrix in matrices})
-    return [matrix for target in targets for matrix in made.get(target.name, (target,))]
+    return [_on(matrix, target.device) for target in targets for matrix in made.get(target.name, (target,))]
+
+
+def _on(target: Target, device: str) -> Target:
+    """The target there, where a stack goes that it is of."""
+    return target if target.device == device else replace(target, device=device)

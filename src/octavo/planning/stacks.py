@@ -52,7 +52,7 @@ class Experts:
         stacks = ((role, info.shape, info.dtype_name) for role, info in self.stacks.items())
         return (re.sub(r"\d+", "*", self.base), *stacks)
 
-    def cut(self, naming: Mapping[str, str], device: str = "cpu") -> Cut:
+    def cut(self, naming: Mapping[str, str]) -> Cut:
         """The matrices, under the names of one of `NAMINGS`; none where they don't lie so in the stacks."""
         found: dict[str, tuple[Target, ...]] = {}
         for role, info in self.stacks.items():
@@ -61,13 +61,13 @@ class Experts:
             if not halves:
                 return {}
             found[info.name] = tuple(
-                self._matrix(info, expert, f"{self.base}.{expert}.{naming[half]}.weight", number, len(halves), device)
+                self._matrix(info, expert, f"{self.base}.{expert}.{naming[half]}.weight", number, len(halves))
                 for expert in range(info.shape[0])
                 for number, half in enumerate(halves)
             )
         return found
 
-    def _matrix(self, info: TensorInfo, expert: int, name: str, number: int, count: int, device: str) -> Target:
+    def _matrix(self, info: TensorInfo, expert: int, name: str, number: int, count: int) -> Target:
         """Part ``number`` of ``count`` of the rows of one expert's matrix."""
         _, *sides = info.shape
         strides = contiguous_strides(sides)
@@ -75,7 +75,7 @@ class Experts:
         rows //= count
         offset = expert * sides[0] * sides[1] + number * rows * steps[0]
         piece = Piece((0, 0), (rows, cols), info.name, offset, tuple(steps))
-        return Target(name, (rows, cols), None, kinds.LINEAR, (piece,), device)
+        return Target(name, (rows, cols), None, kinds.LINEAR, (piece,))
 
 
 @dataclass

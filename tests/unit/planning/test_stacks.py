@@ -134,10 +134,10 @@ def test_layers_that_are_alike_have_one_key() -> None:
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
-def plan_of(recipe: Recipe, veto=None) -> Plan:
+def plan_of(recipe: Recipe, veto=None, device: str = "cpu") -> Plan:
     checkpoint = headers({**FUSED_STACKS, "m.0.q_proj.weight": (64, 64)})
     cuts = [experts.cut(PROJ) for experts in find_experts(checkpoint)]
-    return plan_checkpoint(checkpoint, recipe, veto=veto, cuts=cuts)
+    return plan_checkpoint(checkpoint, recipe, device=device, veto=veto, cuts=cuts)
 
 
 def test_a_plan_has_matrices_in_the_place_of_stacks() -> None:
@@ -149,6 +149,10 @@ def test_a_plan_has_matrices_in_the_place_of_stacks() -> None:
     assert up.shape == (32, 64)
     assert up.scale_shape == (32, 1)
     assert plan.to_dict()["tensors"]
+
+
+def test_matrices_go_where_their_stack_would() -> None:
+    assert plan_of(Recipe(), device="meta").devices == ("meta",)
 
 
 @pytest.mark.parametrize(
