@@ -48,6 +48,7 @@ class Rank:
     weights: tuple[Weight, ...]
     unread: tuple[str, ...]  # tensors that its loader passes over
     derived: Mapping[str, int] = field(default_factory=dict)  # layers -> bytes that they make of weights, and keep
+    beside_bytes: int = 0  # of buffers, of rows that pad, of whatever else no tensor fills
 
     @classmethod
     def of(cls, rank: int, model: nn.Module, found: Survey, device: str, derived: Mapping[str, int]) -> Rank:
@@ -70,6 +71,7 @@ class Rank:
             weights,
             found.unread,
             derived,
+            max(0, loaded_bytes - sum(weight.nbytes for weight in weights)),
         )
 
     def grouped(self, quantized: bool) -> dict[str, tuple[int, int]]:
@@ -144,6 +146,8 @@ class Forecast:
         if rank.unread:
             more = ", ..." if len(rank.unread) > _MAX_UNREAD else ""
             lines.append(f"{one}not read: {len(rank.unread):,} ({', '.join(rank.unread[:_MAX_UNREAD])}{more})")
+        if rank.beside_bytes:
+            lines.append(f"{one}filled by no tensor (buffers, rows that pad): {human_bytes(rank.beside_bytes)}")
         lines += [
             f"{one}made of weights after loading, by {name}: {human_bytes(n)}" for name, n in rank.derived.items()
         ]

@@ -77,6 +77,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "two ranks": ("llama wide", "fp8_channel", TWO),
     "two ranks of experts": ("qwen2_moe wide", "fp8_block", TWO),
     "experts apart": ("qwen2_moe wide", "fp8_channel", {**TWO, "enable_expert_parallel": True}),
+    "stacks of experts": ("granitemoe wide", "fp8_block", TWO),
     "latent attention": ("deepseek_v3", "fp8_channel", {}),
     "layers apart": ("llama wide", "fp8_block", {"pipeline_parallel_size": 2}),
 }
@@ -161,10 +162,11 @@ def test_each_rank_reads_and_holds_what_was_planned(case: str, found: dict[str, 
         assert sum(weight.nbytes for weight in rank.weights) == placed
         assert sum(rank.derived.values()) == derived
         assert (derived > 0) == (case == "latent attention")
-        assert rank.final_bytes == held + derived
+        assert rank.final_bytes == held + derived == placed + rank.beside_bytes + derived
         assert held < rank.peak_bytes <= held + DEFAULT_STAGING_BYTES
         assert {weight.to for weight in rank.weights if weight.quantized} == {scheme}
         assert not any(weight.computed for weight in rank.weights)
+    assert sum(rank.beside_bytes for rank in ranks) >= 60 * 128 * 2  # vLLM has 320 rows for a vocabulary of 260
 
 
 @pytest.mark.parametrize("case", WRONG)

@@ -11,7 +11,7 @@ LINEAR = Weight("layers.0.up_proj.weight", "fp8_channel", True, "linear", 300, 2
 NORM = Weight("layers.0.norm.weight", "bf16", False, "norm", 20, 1, False)
 HEAD = Weight("head.weight", "bf16", False, "tied", 100, 1, True)
 RANKS = tuple(
-    Rank(number, "Model", 1000, 430 + number, 2000 + number, (LINEAR, NORM, HEAD), unread, derived)
+    Rank(number, "Model", 1000, 430 + number, 2000 + number, (LINEAR, NORM, HEAD), unread, derived, 10 * number)
     for number, (unread, derived) in enumerate([((), {}), (("a", "b", "c"), {"layers.*.attn": 10})])
 )
 FORECAST = Forecast("an engine 1.0", "models/x", "fp8_channel", RANKS)
@@ -34,4 +34,6 @@ def test_the_table_has_a_column_a_rank_and_its_sums() -> None:
     assert "rank 0: to read 1,000 B, final 430 B, peak at most 1.95 KiB" in text
     assert "rank 1: not read: 3 (a, b, ...)" in text
     assert "rank 0: not read" not in text
+    assert "rank 1: filled by no tensor (buffers, rows that pad): 10 B" in text
+    assert "rank 0: filled by" not in text
     assert "rank 1: made of weights after loading, by layers.*.attn: 10 B" in text
