@@ -5,7 +5,7 @@ They are those that match no tensor of the checkpoint. A layer stays as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -27,35 +27,55 @@ class LayerPatterns:
         self._matched.update(found)
         return found[0] if found else None
 
-    def check(self, model: nn.Module, paths: Mapping[str, str], tensors: Collection[str], source: str) -> None:
+    def check(
+        self,
+        model: nn.Module,
+        paths: Mapping[str, str],
+        tensors: Collection[str],
+        cut: Callable[[], Mapping[str, str]],
+        source: str,
+    ) -> None:
         """Refuse patterns that have matched no layer.
 
         Args:
             paths: the place of each layer in the model -> its name.
             tensors: of the checkpoint at ``source``.
+            cut: gives the matrices that stacks of experts are cut into, by all names -> all experts of the layer.
         """
-        layers = [*paths.values()]
+        unmatched = [pattern for pattern in self.patterns if pattern not in self._matched]
+        layers, matrices = [*paths.values()], cut() if unmatched else {}
         parameters = [
             f"{layer}.{name}"
             for path, layer in paths.items()
             for name, _ in model.get_submodule(path).named_parameters(recurse=False)
         ]
         problems = []
-        for pattern in self.patterns:
-            if pattern in self._matched:
-                continue
-            if part := next((name for name in parameters if matching([pattern], [name])), None):
-                layer = part.rpartition(".")[0]
-                problems.append(f"{pattern!r} matches {part}, a part of {layer}, which stays as a whole: ignore that")
-                continue
-            if bare := next((name for name in layers if matching([pattern], [f"{name}.weight"])), None):
-                problems.append(f"{pattern!r} matches {bare}, which has no weights that become FP8: leave it out")
+        for pattern in unmatched:
+            if said := self._near_miss(pattern, parameters, matrices, layers):
+                problems.append(f"{pattern!r} matches {said}")
                 continue
             near = [
                 f"the nearest {what} is {name!r}"
                 for what, names in (("tensor", tensors), ("layer", layers))
                 if (name := nearest(pattern, names))
             ]
-            said = f"; {', '.join(near)}" if near else ""
-            problems.append(f"{pattern!r} matches no tensor of {source} and no layer of {self._engine}'s{said}")
+            beside = f"; {', '.join(near)}" if near else ""
+            problems.append(f"{pattern!r} matches no tensor of {source} and no layer of {self._engine}'s{beside}")
         raise_problems(RecipeError, "ignore", problems)
+
+    @staticmethod
+    def _near_miss(
+        pattern: str, parameters: Iterable[str], matrices: Mapping[str, str], layers: Iterable[str]
+    ) -> str | None:
+        """What a pattern matches that can't be ignored, and what to do."""
+
+        def first(names: Iterable[str]) -> str | None:
+            return next((name for name in names if matching([pattern], [name])), None)
+
+        if part := first(parameters):
+            return f"{part}, a part of {part.rpartition('.')[0]}, which stays as a whole: ignore that"
+        if matrix := first(matrices):
+            return f"{matrix}, one expert's, of which all in a layer stay or none: ignore {matrices[matrix]}"
+        if bare := first(f"{name}.weight" for name in layers):
+            return f"{bare.removesuffix('.weight')}, which has no weights that become FP8: leave it out"
+        return None

@@ -27,7 +27,7 @@ from ...conversion.iterate import iterate
 from ...errors import RecipeError
 from ...planning.plan import Plan, plan_checkpoint
 from ...planning.recipe import matching
-from ...planning.stacks import find_series
+from ...planning.stacks import NAMINGS, find_series
 from ...streaming.meter import Stages, measured
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
@@ -166,7 +166,14 @@ class Loading:
 
     def check_patterns(self, model: nn.Module, layers: Layers) -> None:
         """Refuse patterns that match neither a tensor nor a layer of this model."""
-        self.patterns.check(model, layers.paths(model), [*self.checkpoint.tensors], str(self.checkpoint.path))
+        tensors, source = [*self.checkpoint.tensors], str(self.checkpoint.path)
+        self.patterns.check(model, layers.paths(model), tensors, self._matrices, source)
+
+    def _matrices(self) -> dict[str, str]:
+        """All names that matrices of experts in stacks may have -> what all experts of their layer are called."""
+        layers = [layer for experts in self._experts for layer in experts.layers]
+        cuts = [(layer.base, layer.cut(naming)) for layer in layers for naming in NAMINGS]
+        return {matrix.name: base for base, cut in cuts for matrices in cut.values() for matrix in matrices}
 
     def _check(self, model: nn.Module, found: Survey, unfit: Collection[str]) -> None:
         """Refuse what ``strict`` does not allow: also tensors that stay for the reasons ``unfit``."""
