@@ -140,6 +140,8 @@ class Format:
 
     def notes(self, plan: Plan, asked: bool = False) -> list[str]:
         """Remarks about who can read the result; fewer of them if transformers has been asked."""
+        if not plan.quantized:
+            return ["nothing became FP8: the result is an unquantized checkpoint, and says nothing of quantization"]
         if self.name != "compressed-tensors":
             return []
         notes = []

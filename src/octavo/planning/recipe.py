@@ -191,7 +191,7 @@ class Recipe:
         if targeting:
             return Decision(targeting[0][1], f"target {targeting[0][0]!r}")
         if self.scheme is None:
-            return Decision(None, "no target matches")
+            return Decision(None, "no target matches" if self.targets else "no scheme is asked for")
         return Decision(self.scheme, weight.kind)
 
 

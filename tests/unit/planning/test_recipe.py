@@ -98,7 +98,9 @@ def test_without_a_scheme_only_targets_are_quantized():
     found = schemes_of(Recipe(None, targets={"re:.*experts": "fp8_block"}))
     assert {name for name, scheme in found.items() if scheme} == {"mlp.experts.gate_up_proj"}
     assert found["mlp.experts.gate_up_proj"] == "fp8_block"
-    assert Recipe(None).decide(MODEL)["model.layers.0.mlp.down_proj.weight"].reason == "no target matches"
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert Recipe(None, targets={"re:.*experts": "fp8_block"}).decide(MODEL)[down].reason == "no target matches"
+    assert Recipe(None).decide(MODEL)[down].reason == "no scheme is asked for"
 
 
 @pytest.mark.parametrize(
