@@ -6,13 +6,16 @@ loader has no use for is known as that; what it can't take is refused by its nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint.header import TensorInfo
 from ...elements.dry_run import Copy, Source, Trace, trace
 from ...errors import CoverageError
 from ...planning.plan import Plan
@@ -29,6 +32,8 @@ class Names:
     """What a loader makes of names, asked while a model is given new weights.
 
     Args:
+        plan: of what is read in this process.
+        tensors: of the checkpoint.
         at_once: a context in which the loader writes what it is given, if otherwise it does so later.
     """
 
@@ -37,10 +42,14 @@ class Names:
         model: nn.Module,
         load: Callable[[Iterable[tuple[str, Tensor]]], Any],
         plan: Plan,
+        tensors: Mapping[str, TensorInfo],
         at_once: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._model, self._load, self._at_once = model, load, at_once
-        self._shapes = {placement.name: placement.shape for placement in plan.placements}
+        self._stacks = {placement.name: placement.pieces[0].src_name for placement in plan.placements}
+        self._shapes = {name: info.shape for name, info in tensors.items()}  # other ranks' tensors, too
+        self._shapes.update({placement.name: placement.shape for placement in plan.placements})
+        self._counts = Counter(map(_numbered, tensors))
         self._known: dict[str, list[Copy]] = {}  # tensor of the checkpoint -> where it goes
         self._understood: dict[tuple[str, Shape], list[Part] | None] = {}  # empty: passed over
         self._targets: dict[tuple[str, Shape], list[str]] = {}
@@ -132,11 +141,25 @@ class Names:
             if seen.failed is not None or name in seen.used or name in seen.opaque.values():
                 self._understood[name, shape] = None
             else:
-                self._understood[name, shape] = parts_of(copies, shape, self._known, self._shapes) if copies else []
+                self._understood[name, shape] = self._parts(copies, shape) if copies else []
+
+    def _parts(self, copies: list[Copy], shape: Shape) -> list[Part] | None:
+        return parts_of(copies, shape, self._known, self._shapes, self._count)
+
+    def _count(self, name: str) -> int:
+        """How many matrices are in the stack that a tensor is cut from; or how many there are that are called alike."""
+        stack = self._stacks.get(name, name)
+        shape = self._shapes[stack]
+        return shape[0] if stack != name or len(shape) > 2 else self._counts[_numbered(name)]
 
     def _trace(self, shapes: dict[str, tuple[int, ...]]) -> Trace:
         with self._at_once():
             return trace(self._model, self._load, [Source(*each, torch.bfloat16) for each in shapes.items()])
+
+
+def _numbered(name: str) -> str:
+    """The name with a star in the place of its last number, which is that of an expert if it has one."""
+    return re.sub(r"\d+(?=\D*$)", "*", name)
 
 
 def _beginnings(theirs: str, ours: str) -> tuple[str, str]:

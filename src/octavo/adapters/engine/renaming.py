@@ -7,7 +7,7 @@ one is known as a view of the other, and nothing is guessed from names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ...elements.dry_run import Copy
@@ -28,16 +28,18 @@ def parts_of(
     shape: tuple[int, ...],
     known: Mapping[str, Sequence[Copy]],
     shapes: Mapping[str, tuple[int, ...]],
+    count: Callable[[str], int],
 ) -> list[Part] | None:
     """The tensors of the checkpoint that a tensor holds, by where a loader puts all of them.
 
     Args:
         copies: of the tensor of this shape.
         known: tensor of the checkpoint -> its copies.
+        count: gives how many matrices the checkpoint has where one of it is.
 
     Returns:
         In the order in which they lie in it; None where it is anything but whole tensors of the checkpoint. Of a
-        stack, matrices may be left out: another rank's experts.
+        stack that has as many as the checkpoint, matrices may be left out: another rank's experts.
     """
     numel = math.prod(shape)
     by_target: dict[str, list[Copy]] = {}
@@ -57,12 +59,12 @@ def parts_of(
         found.append(view)
         accounted += sum(math.prod(copy.box.size) for copy in theirs)
     found.sort(key=lambda part: part.offset)
-    if not _holds_whole_matrices(found, shape):
-        return None  # rows or columns are left over
+    if not _holds_whole_matrices(found, shape, count):
+        return None  # rows, columns or matrices are left over
     return found if found and accounted == sum(math.prod(copy.box.size) for copy in copies) else None
 
 
-def _holds_whole_matrices(parts: Sequence[Part], shape: tuple[int, ...]) -> bool:
+def _holds_whole_matrices(parts: Sequence[Part], shape: tuple[int, ...], count_of: Callable[[str], int]) -> bool:
     """Return True if parts cover each matrix of a stack as a whole, or not at all; a tensor of fewer axes is one."""
     matrix = math.prod(shape[1:] if len(shape) > 2 else shape)
     covered: dict[int, int] = {}
@@ -71,6 +73,8 @@ def _holds_whole_matrices(parts: Sequence[Part], shape: tuple[int, ...]) -> bool
         for number in range(count):
             index = part.offset // matrix + number
             covered[index] = covered.get(index, 0) + math.prod(part.shape) // count
+    if covered and len(covered) < math.prod(shape) // matrix != count_of(parts[0].name):
+        return False
     return all(numel == matrix for numel in covered.values())
 
 

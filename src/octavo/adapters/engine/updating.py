@@ -110,7 +110,7 @@ class Weights:
 
     @functools.cached_property
     def _names(self) -> Names:
-        return Names(self.model, self.original, self.plan, self.loading_at_once)
+        return Names(self.model, self.original, self.plan, self.tensors, self.loading_at_once)
 
     def _known(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors by the names of the checkpoint, where the loader takes other names for the same."""

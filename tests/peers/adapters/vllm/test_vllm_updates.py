@@ -125,6 +125,26 @@ def test_what_cant_be_loaded_is_refused_by_its_name_and_shape(name: str, tmp_pat
     assert reloaded == [fresh.parameters[0], True]
 
 
+def test_an_expert_too_many_in_a_stack_is_no_other_rank_s(tmp_path: Path) -> None:
+    """By another name than the checkpoint's: of four experts, each rank has two, and passes over the others."""
+    old, new = two("qwen3_moe", tmp_path)
+    name, folders = f"{STACK}.gate_up_proj", [shutil.copytree(new, tmp_path / which) for which in ("wide", "right")]
+    for folder, more in zip(folders, (1, 0), strict=True):
+        edit_tensors(folder, lambda found, n=more: found.update({name: torch.cat([stack(found), stack(found)[:n]])}))
+    parts = {f"{STACK}.{n}.{part}_proj.weight" for n in range(4) for part in ("gate", "up")}
+    names = [sent for sent in tensors_of(folders[0]) if sent not in parts]
+    steps = [["update", str(folder), [names]] for folder in folders]
+    one = {"tensor_parallel_size": 1, "rank": 0, "enable_expert_parallel": False}
+    ranks = [one, *({"tensor_parallel_size": 2, "rank": n, "enable_expert_parallel": True} for n in range(2))]
+    mine = load(*(octavo_job(old, steps=steps, **options) for options in ranks))
+    fresh = load(*(octavo_job(new, **options) for options in ranks))
+    for answer, wanted in zip(mine, fresh, strict=True):
+        assert not answer.error, answer.error
+        (*_, errors), right = answer.results
+        assert f"{name}: has the shape [5, 256, 128], and Qwen3MoeForCausalLM takes it as [4, 256, 128]" in errors[0]
+        assert right == [wanted.parameters[0], True, []]
+
+
 def test_buffers_that_trainers_send_are_passed_over_with_a_warning(tmp_path: Path) -> None:
     old, new = two("llama", tmp_path)
     frequencies = [f"model.layers.{number}.self_attn.rotary_emb.inv_freq" for number in range(2)]
