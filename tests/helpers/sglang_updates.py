@@ -214,7 +214,14 @@ def _draft_that_sleeps(session: Session, **flags: bool) -> Any:
     return list(_by_the_scheduler(session, path, tensors))
 
 
-ACTS = {"process": _process_again, "sleep": _sleep}
+def _be_a_stage(session: Session) -> None:
+    """From now on, be one of two stages of a pipeline."""
+    from sglang.srt.distributed.parallel_state import get_pp_group
+
+    get_pp_group().world_size = 2
+
+
+ACTS = {"process": _process_again, "sleep": _sleep, "be a stage": _be_a_stage}
 STEPS["update"], STEPS["often"] = _update, _often
 STEPS["draft that sleeps"] = lambda session, flags: _draft_that_sleeps(session, **flags)
 STEPS["do"] = lambda session, name: ACTS[name](session)

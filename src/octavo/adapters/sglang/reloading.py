@@ -51,6 +51,12 @@ class Weights(updating.Weights):
                 f"{type(self.model).__name__}: {elsewhere} is offloaded, and can't be given new weights. Start anew to "
                 "load them, or leave --cpu-offload-gb out."
             )
+        if not versions.is_whole(self.model):
+            raise CheckpointError(
+                f"{type(self.model).__name__}: is a stage of a pipeline, and can't be given new weights: SGLang answers"
+                " for the first stage alone, so what fails in another would leave them mixed. Start anew to load them, "
+                "or leave --pp-size out."
+            )
         _updated.add(self.model)
         with torch.no_grad(), self.forms.of_checkpoint(), pools_inline():
             return super().load(weights, *args, **kwargs)

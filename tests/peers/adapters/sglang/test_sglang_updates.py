@@ -22,6 +22,7 @@ pytestmark = [
     pytest.mark.usefixtures("sglang_loads"),
 ]
 WHOLE: list[list[str]] = [[]]
+WAYS = ["disk", "tensors", "disk auto", "bucket", "distributed", "last"]
 
 
 def pair(name: str, folder: Path) -> tuple[Path, Path]:
@@ -42,8 +43,7 @@ def run(name: str, scheme: str, folder: Path, *steps: list[Any]) -> tuple[Answer
 @pytest.mark.parametrize("name", ["llama", "qwen2_moe", "deepseek_v2", "deepseek_v3"])
 def test_every_way_of_updating_equals_a_fresh_load_in_the_same_memory(name: str, scheme: str, tmp_path: Path) -> None:
     old, new = str(tmp_path / "old"), str(tmp_path / "new")
-    ways = ["disk", "tensors", "disk auto", "bucket", "distributed", "last"]
-    steps = [["update", way, (new, old)[number % 2], WHOLE] for number, way in enumerate(ways)]
+    steps = [["update", way, (new, old)[number % 2], WHOLE] for number, way in enumerate(WAYS)]
     mine, fresh = run(name, scheme, tmp_path, *steps, ["do", "process"], ["update", "tensors", old, WHOLE])
     states = [fresh.served, mine.served] * 3
     results = [*mine.results[:6], mine.results[7]]
@@ -160,6 +160,16 @@ def test_what_is_no_number_is_not_written_where_nothing_waits(name: str, tmp_pat
         assert now[name] == mine.served[name]
         assert in_place
     assert after[1] == fresh.served
+
+
+def test_stages_of_a_pipeline_refuse_updates_since_they_are_not_asked_what_failed(tmp_path: Path) -> None:
+    new = str(tmp_path / "new")
+    mine, _ = run("llama", "fp8_block", tmp_path, ["do", "be a stage"], *(["update", way, new, WHOLE] for way in WAYS))
+    for answers, now, _ in mine.results[1:]:
+        ((done, message),) = answers
+        assert not done
+        assert "LlamaForCausalLM: is a stage of a pipeline" in message
+        assert now == mine.served
 
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
