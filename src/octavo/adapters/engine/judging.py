@@ -20,9 +20,10 @@ from ...checkpoint.header import TensorInfo
 from ...conversion.formats import scheme_by_scale
 from ...elements.dry_run import Copy, Source, Trace
 from ...numerics.schemes import FP8
+from .coverage import uncovered
 from .culprits import Loader, trace_to_culprit
 from .cuts import unequal
-from .survey import layer_of, pattern_of, text_of, uncovered
+from .survey import layer_of, pattern_of, text_of
 
 _SCALES = ("_scale", "_scale_inv")
 

@@ -16,21 +16,21 @@ import functools
 import re
 import textwrap
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
-from ...elements.boxes import coverage_problem
-from ...elements.dry_run import Copy, Source, Trace, trace
+from ...elements.dry_run import Source, Trace, trace
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8, Scheme
 from ...planning.plan import Plan
+from .coverage import coverage, uncovered
 from .culprits import Loader, trace_to_culprit
 from .cuts import unequal
 from .placing import Places, split
@@ -147,15 +147,6 @@ class Surveyor:
     @functools.cached_property
     def _names(self) -> set[str]:
         return {placement.name for placement in self.plan.placements}
-
-    @functools.cached_property
-    def _dtype_names(self) -> dict[str, str]:
-        return {placement.name: placement.source_dtype_names[0] for placement in self.plan.placements}
-
-    @functools.cached_property
-    def _no_floats(self) -> frozenset[str]:
-        """Tensors that an engine would take for weights, number by number: integers, and FP8 without a scale."""
-        return frozenset(n for n, dtype in self._dtype_names.items() if dtypes.TORCH[dtype] not in dtypes.QUANTIZABLE)
 
     # -- dry runs -----------------------------------------------------------------------------------------------------
 
@@ -290,26 +281,9 @@ class Surveyor:
         return repeated
 
     def _check_coverage(self, seen: Trace) -> None:
-        written = seen.by_target()
-        unneeded = {*self.exempt, *(name for name in self.replaced() if name not in written)}
-        problems = []
-        for name, parameter in self.model.named_parameters():
-            if parameter.numel() == 0 or name in unneeded:
-                continue
-            copies = written.get(name, [])
-            problem = None
-            if name in seen.opaque:
-                problem = f"{seen.opaque[name]} goes into it in a way that can't be followed"
-            elif not copies:
-                problem = "comes from no tensor of the checkpoint"
-            elif parameter.is_floating_point() and (odd := [c.src_name for c in copies if c.sources & self._no_floats]):
-                problem = f"{odd[0]} goes there, which is {self._dtype_names[odd[0]]}: no bf16, fp16 or fp32"
-            elif len(copies) > 1 or copies[0].box.size != tuple(parameter.shape):
-                problem = uncovered(parameter, copies)
-            if problem:
-                problems.append(f"{name} {list(parameter.shape)}: {problem}")
+        unneeded = {*self.exempt, *(name for name in self.replaced() if name not in seen.by_target())}
         advice = "Nothing was loaded. The checkpoint is incomplete, or not one of this model."
-        raise_problems(CoverageError, self.plan.source, problems, advice)
+        raise_problems(CoverageError, self.plan.source, coverage(self.model, seen, self.plan, unneeded), advice)
 
 
 def _fillers(seen: Trace) -> Fillers:
@@ -319,23 +293,6 @@ def _fillers(seen: Trace) -> Fillers:
         for source in copy.sources:
             found.setdefault(module, {}).setdefault(source, set()).add(parameter)
     return {module: {name: frozenset(to) for name, to in mine.items()} for module, mine in found.items()}
-
-
-def uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:
-    """Say why the copies don't tile a parameter, or None. Constants fill the padding, or what is written later."""
-    from_checkpoint = [copy for copy in copies if copy.sources]
-    problem = coverage_problem(parameter.shape, from_checkpoint)
-    if problem and len(from_checkpoint) < len(copies):
-        constants = [copy for copy in copies if not copy.sources]
-        problem = coverage_problem(parameter.shape, [*from_checkpoint, *constants])
-    if problem and "come from no" in problem:
-        names = sorted({copy.src_name for copy in from_checkpoint})
-        problem = f"only {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} {_go(names)} there; {problem}"
-    return problem
-
-
-def _go(names: Sequence[str]) -> str:
-    return "goes" if len(names) == 1 else "go"
 
 
 def _amend(plan: Plan, hit: Collection[str], reasons: Mapping[str, str]) -> Plan:
