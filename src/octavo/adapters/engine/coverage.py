@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Collection, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ...checkpoint import dtypes
 from ...elements.boxes import coverage_problem
 from ...elements.dry_run import Copy, Trace
 from ...planning.plan import Plan
+from ...text import pattern
 
 
 def coverage(model: nn.Module, seen: Trace, plan: Plan, unneeded: Collection[str]) -> list[str]:
@@ -22,6 +26,7 @@ def coverage(model: nn.Module, seen: Trace, plan: Plan, unneeded: Collection[str
     dtype_names = {placement.name: placement.source_dtype_names[0] for placement in plan.placements}
     # which an engine would take for weights, number by number: integers, and FP8 without a scale
     no_floats = {name for name, dtype in dtype_names.items() if dtypes.TORCH[dtype] not in dtypes.QUANTIZABLE}
+    alike = _Alike(model, seen, plan)
     problems = []
     for name, parameter in model.named_parameters():
         if parameter.numel() == 0 or name in unneeded:
@@ -37,10 +42,49 @@ def coverage(model: nn.Module, seen: Trace, plan: Plan, unneeded: Collection[str
         ):
             problem = f"{odd[0]} goes there, which is {dtype_names[odd[0]]}: no bf16, fp16 or fp32"
         elif len(copies) > 1 or copies[0].box.size != tuple(parameter.shape):
-            problem = uncovered(parameter, copies)
+            problem = uncovered(parameter, copies) or alike.short(parameter, copies)
         if problem:
             problems.append(f"{name} {list(parameter.shape)}: {problem}")
     return problems
+
+
+class _Alike:
+    """Tensors whose names differ in numbers alone, and that go to parameters of one shape: they have one shape, too.
+
+    Where a loader pads what is too small, nothing else tells a size of which all of a model is from one that is wrong.
+    """
+
+    def __init__(self, model: nn.Module, seen: Trace, plan: Plan) -> None:
+        self._model, self._seen = model, seen
+        self._shapes = {placement.name: placement.shape for placement in plan.placements}
+
+    def short(self, parameter: Tensor, copies: Sequence[Copy]) -> str | None:
+        """Say which of the tensors that fill a parameter is smaller than others of its kind, or None."""
+        if all(copy.sources for copy in copies):
+            return None
+        for name in sorted({copy.src_name for copy in copies if copy.sources}):
+            kind = self._kind(parameter, name)
+            if pattern(name) == name or name not in self._shapes:
+                continue
+            largest = self._largest[kind]
+            if self._shapes[name] != self._shapes[largest]:
+                sizes = f"{list(self._shapes[name])}, where {largest} has {list(self._shapes[largest])}"
+                return f"{name} has the shape {sizes}: constants would fill the rest"
+        return None
+
+    @functools.cached_property
+    def _largest(self) -> dict[tuple[torch.Size, str], str]:
+        parameters, found = dict(self._model.named_parameters()), dict[tuple[torch.Size, str], str]()
+        for copy in self._seen.copies:
+            if copy.target in parameters and (name := copy.src_name) in self._shapes:
+                known = found.setdefault(self._kind(parameters[copy.target], name), name)
+                if math.prod(self._shapes[name]) > math.prod(self._shapes[known]):
+                    found[self._kind(parameters[copy.target], name)] = name
+        return found
+
+    @staticmethod
+    def _kind(parameter: Tensor, name: str) -> tuple[torch.Size, str]:
+        return parameter.shape, pattern(name)
 
 
 def uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:

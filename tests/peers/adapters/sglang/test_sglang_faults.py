@@ -60,9 +60,15 @@ SPOILED: dict[str, tuple[str, Callable[[Path], object], str, bool]] = {
     ),
     "a matrix of another size": (
         "llama",
-        replace("model.layers.0.self_attn.k_proj.weight", lambda t: t[:, :64]),  # rows SGLang fills up with zeros
+        replace("model.layers.0.self_attn.k_proj.weight", lambda t: t[:, :64]),
         "model.layers.0.self_attn.k_proj.weight",
         False,
+    ),
+    "a matrix of too few rows": (  # which SGLang fills up with zeros on a CPU
+        "llama",
+        replace(f"{MLP}gate_proj.weight", lambda t: t[:200]),
+        f"{MLP}gate_proj.weight has the shape [200, 128], where model.layers.0.mlp.gate_proj.weight has [256, 128]",
+        True,
     ),
     "not a number": (
         "llama",

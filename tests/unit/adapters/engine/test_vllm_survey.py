@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+from torch import nn
 
 from helpers import headers
 from helpers.vllm_toys import Toy, empty
@@ -175,3 +177,27 @@ def test_numbers_that_are_no_weights_are_refused(dtype):
     dtypes = dict.fromkeys(SHAPES, "BF16") | {"norm": dtype}
     with pytest.raises(CoverageError, match=f"norm goes there, which is {dtype}"):
         survey(Toy(), dtype=dtypes)
+
+
+class Padding(nn.Module):
+    """Fills up with zeros what is too small, as SGLang does on a CPU: its layers' rows are a multiple of 32."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 64, bias=False, device="meta", dtype=torch.bfloat16) for _ in "abc")
+        self.wide = nn.ModuleList([nn.Linear(16, 96, bias=False, device="meta", dtype=torch.bfloat16)])
+
+    def load_weights(self, weights):
+        parameters = dict(self.named_parameters())
+        for name, weight in weights:
+            parameters[name].data[len(weight) :].zero_()
+            parameters[name].data[: len(weight)].copy_(weight)
+
+
+@pytest.mark.parametrize("rows", [64, 40])
+def test_padding_is_for_all_tensors_that_are_alike_and_for_no_single_one(rows):
+    shapes = {f"layers.{number}.weight": (rows, 16) for number in range(3)} | {"wide.0.weight": (80, 16)}
+    assert survey(Padding(), scheme=None, shapes=shapes).unread == ()
+    says = f"layers.1.weight [64, 16]: layers.1.weight has the shape [33, 16], where layers.0.weight has [{rows}, 16]"
+    with pytest.raises(CoverageError, match=re.escape(says)):
+        survey(Padding(), scheme=None, shapes={**shapes, "layers.1.weight": (33, 16)})
