@@ -102,3 +102,13 @@ def uncovered(parameter: Tensor, copies: Sequence[Copy]) -> str | None:
 
 def _go(names: Sequence[str]) -> str:
     return "goes" if len(names) == 1 else "go"
+
+
+def parameters_of(method: type, model: nn.Module) -> set[str]:
+    """Of layers whose quantization method is of this class of the engine's."""
+    return {
+        f"{name}.{parameter}"
+        for name, layer in model.named_modules()
+        if isinstance(getattr(layer, "quant_method", None), method)
+        for parameter, _ in layer.named_parameters()
+    }

@@ -153,11 +153,9 @@ def exempt(model: nn.Module) -> set[str]:
     """Parameters for which no checkpoint needs to have a tensor: scales of the KV cache."""
     from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
 
-    found: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "quant_method", None), BaseKVCacheMethod):
-            found.update(f"{name}.{parameter}" for parameter, _ in module.named_parameters())
-    return found
+    from ..engine.coverage import parameters_of
+
+    return parameters_of(BaseKVCacheMethod, model)
 
 
 def is_draft(model_config: Any) -> bool:
