@@ -41,14 +41,22 @@ def widen(q: Tensor, dtype: torch.dtype, scratch: Tensor | None = None, scale: T
     """
     if q.device.type != "cpu":
         return q.to(dtype)
-    half = torch.bfloat16 if dtype == torch.float32 else dtype
-    if half not in _PLACES:
+    if dtype == torch.float32:  # by fp16, which processors make float32 of in one instruction
+        half, factor = _placed(q, torch.float16, scratch)
+        return half.float().mul_(factor)
+    if dtype not in _PLACES:
         return q.to(dtype)
+    half, factor = _placed(q, dtype, scratch)
+    return half.mul_(factor if scale is None else scale * factor)
+
+
+def _placed(q: Tensor, half: torch.dtype, scratch: Tensor | None) -> tuple[Tensor, float]:
+    """float8_e4m3fn -> bf16 or fp16 numbers, and the power of two that makes them those of q."""
     shift, mask, factor = _PLACES[half]
     scratch = torch.empty(q.numel(), dtype=torch.int16) if scratch is None else scratch[: q.numel()]
     bits = scratch.view(q.shape).copy_(q.view(torch.int8))
     bits.mul_(shift).bitwise_and_(mask)  # integers are multiplied faster than shifted
-    return bits.view(half).mul_(factor if scale is None else scale * factor).to(dtype)
+    return bits.view(half), factor
 
 
 def weight_only(
