@@ -13,17 +13,18 @@ import functools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, MissingExtraError, passes, raise_problems, reading
 from ..text import shown, told
+from .codings import find_codings
 from .files import conforms, is_there, local_path, read_object
 from .folders import Found, compare_index, find_files
 from .header import MAX_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
 from .names import check_no_adapter, unwrapped
-from .quantized import Quantization, find_quantization
+from .quantized import Quantization, find_quantization, undeclared
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()  # what is odd, for whoever uses it
     renamed: Mapping[str, str] = field(default_factory=dict)  # names in the files -> those of tensors, if another
     absent: tuple[str, ...] = ()  # what the index names, and no shard holds
+    source: Checkpoint | None = None  # as it is in the files, if tensors and config are those of `decoded`
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -117,18 +119,51 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(info.nbytes for info in self.tensors.values())
+        """Bytes of all tensors, as they are stored."""
+        return sum(info.nbytes for info in self.stored.values())
 
     @functools.cached_property
     def quantization(self) -> Quantization | None:
         """By what this checkpoint is quantized already, whatever tells it; None if it is not."""
-        return find_quantization(self.folder, self.config, self.tensors)
+        return None if self.source else find_quantization(self.folder, self.config, self.tensors)
+
+    @property
+    def stored(self) -> Mapping[str, TensorInfo]:
+        """The tensors that are in the files, whatever they stand for."""
+        return self.tensors if self.source is None else self.source.tensors
+
+    @property
+    def stored_config(self) -> Mapping[str, Any]:
+        """What config.json holds, declarations included."""
+        return self.config if self.source is None else self.source.config
+
+    def decoded(self) -> Checkpoint:
+        """The checkpoint of weights that one which is quantized already stands for; itself, if that is not known.
+
+        Its tensors are what codes, scales and the like make together (see `codings`), its config declares nothing.
+
+        Raises:
+            CheckpointError: what is declared and what the headers say contradict each other.
+        """
+        problems: list[str] = []
+        found = find_codings(self.folder, self.config, self.tensors, problems)
+        raise_problems(CheckpointError, self.path, problems, "It can't be told what its weights are.")
+        if not found.by_name:
+            return self
+        tensors: dict[str, TensorInfo] = {}
+        names = {coding.codes.name: name for name, coding in found.by_name.items()}
+        for info in self.tensors.values():
+            if info.name in names:
+                name, coding = names[info.name], found.by_name[names[info.name]]
+                tensors[name] = replace(info, name=name, dtype_name="BF16", shape=coding.shape, coding=coding)
+            elif info.name not in found.consumed:
+                tensors[info.name] = info
+        return replace(self, tensors=tensors, config=undeclared(self.config), source=self)
 
     def by_shard(self) -> list[list[TensorInfo]]:
-        """The tensors of each shard."""
+        """The tensors of each shard, as they are stored."""
         found: list[list[TensorInfo]] = [[] for _ in self.shards]
-        for info in self.tensors.values():
+        for info in self.stored.values():
             found[info.shard].append(info)
         return found
 

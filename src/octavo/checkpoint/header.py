@@ -14,7 +14,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +22,9 @@ from ..errors import CheckpointError, SourceChangedError, reason
 from ..text import shown
 from . import dtypes
 from .files import Identity, conforms, open_regular, parse_json
+
+if TYPE_CHECKING:
+    from .codings import Coding
 
 #: the limit of the reference implementation (safetensors' MAX_HEADER_SIZE)
 MAX_HEADER_BYTES = 100_000_000
@@ -35,7 +38,11 @@ _MAX_COUNT = (1 << 63) - 1
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a checkpoint: where its bytes are, and what they mean."""
+    """One tensor of a checkpoint: where its bytes are, and what they mean.
+
+    One with a ``coding`` is made of several that are stored: dtype and shape are those of the weights that they stand
+    for, and its bytes those of the codes.
+    """
 
     name: str
     dtype_name: str  # as safetensors writes it: "BF16"
@@ -43,6 +50,7 @@ class TensorInfo:
     shard: int  # index into Checkpoint.shards
     offset: int  # absolute, in bytes from the start of the file
     nbytes: int
+    coding: Coding | None = None
 
     @property
     def dtype(self) -> torch.dtype:

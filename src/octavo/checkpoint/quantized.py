@@ -22,7 +22,8 @@ from .files import is_there, read_object
 from .header import TensorInfo
 from .packing import FP8
 
-_KEYS = ("quantization_config", "compression_config")
+#: what declares it in a config, or in a part of one
+KEYS = ("quantization_config", "compression_config")
 #: says of a whole config, by any of these keys, that weights are quantized
 _METHODS = ("quant_method", "quant_algo", "quant_type", "format", "bits", "w_bit", "qformat_weight")
 _MODELOPT = "hf_quant_config.json"
@@ -97,16 +98,33 @@ def _narrow(tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:
 
 
 def _declared(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for key in _KEYS:
+    for key in KEYS:
         value = config.get(key)
         if isinstance(value, dict) and (value or not path):
-            where = f"{path}{'' if key == _KEYS[0] else key}".rstrip(".")
+            where = f"{path}{'' if key == KEYS[0] else key}".rstrip(".")
             yield f"{where} in its config.json" if where else "its config.json", value
     if _method(config.get("quantization")):
         yield f"{path}quantization in its config.json", config["quantization"]
     for key, value in config.items():
-        if isinstance(value, dict) and key not in (*_KEYS, "quantization"):
+        if isinstance(value, dict) and key not in (*KEYS, "quantization"):
             yield from _declared(value, f"{path}{key}.")
+
+
+def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without what declares, anywhere in it, that weights are quantized."""
+    found = {}
+    for key, value in config.items():
+        if key in KEYS or (key == "quantization" and _method(value)):
+            continue
+        found[key] = undeclared(value) if isinstance(value, dict) else value
+    return found
+
+
+def declaring_files(folder: Path) -> Iterator[str]:
+    """Names of the files beside config.json that declare that weights are quantized."""
+    if is_there(folder / _MODELOPT):
+        yield _MODELOPT
+    yield from (name for name, _ in _in_files(folder))
 
 
 def _method(value: Any) -> str | None:
@@ -118,12 +136,17 @@ def _method(value: Any) -> str | None:
 
 
 def _said(folder: Path) -> Iterator[str]:
+    return (f"{method} ({name})" for name, method in _in_files(folder))
+
+
+def _in_files(folder: Path) -> Iterator[tuple[str, str]]:
+    """Names of files that declare a method, and which."""
     for name in _OTHERS:
         if is_there(folder / name):
             content = read_object(folder / name, unique=False)
             method = _method(content.get("quantization") or content)
             if method or name == "quanto_qmap.json":
-                yield f"{method or 'quanto'} ({name})"
+                yield name, method or "quanto"
 
 
 def _shown(narrow: list[TensorInfo], tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[TensorInfo, str]]:

@@ -56,4 +56,4 @@ class Checks:
         """What has not been read of tensors that were read in part: tensor, first byte, last byte + 1."""
         for name, begun in self._begun.items():
             for digest in list(begun):
-                yield from ((self._checkpoint.tensors[name], start, stop) for start, stop in digest.gaps())
+                yield from ((self._checkpoint.stored[name], start, stop) for start, stop in digest.gaps())

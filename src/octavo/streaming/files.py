@@ -101,6 +101,10 @@ class Files:
         self.read_piece(info, piece, memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
         return piece.from_file_order(flat)
 
+    def name_of(self, info: TensorInfo) -> str:
+        """The name of the file that holds a tensor."""
+        return self._shards[info.shard].path.name
+
     def _tensor_at(self, shard: int, offset: int) -> str:
         for info in self._tensors:
             if info.shard == shard and info.offset <= offset < info.offset + info.nbytes:
@@ -171,7 +175,7 @@ class Files:
     @classmethod
     def of(cls, checkpoint: Checkpoint, direct_io: bool | None = False, checks: Checks | None = None) -> Files:
         """The files of a checkpoint."""
-        return cls(checkpoint.shards, direct_io, checkpoint.tensors.values(), checks)
+        return cls(checkpoint.shards, direct_io, checkpoint.stored.values(), checks)
 
     def close(self) -> None:
         """Close all; whoever reads afterwards gets an error."""
