@@ -168,7 +168,7 @@ def _widen(out: Tensor, numbers: Tensor) -> None:
     if numbers.device.type != "cpu" or shift is None:
         out.copy_(numbers)
         return
-    if shift == 7 and _holds_nan(numbers):  # of which fp16 would make 480
+    if shift == 7 and holds_nan(numbers):  # of which fp16 would make 480
         out.copy_(numbers)
         return
     bits = numbers.view(torch.int8).to(torch.int16).bitwise_left_shift_(shift)
@@ -179,7 +179,7 @@ def _widen(out: Tensor, numbers: Tensor) -> None:
     out.copy_(bits.bitwise_and_(~0x4000).view(torch.float16)).mul_(256)
 
 
-def _holds_nan(numbers: Tensor) -> bool:
+def holds_nan(numbers: Tensor) -> bool:
     """Return True if any byte is that of an e4m3 which is not a number: 0x7F or 0xFF, the largest integers."""
     if not numbers.numel():
         return False

@@ -255,7 +255,14 @@ def quantize_into(
     if scratch is None:
         scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
     wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
-    for rows, cols in all_spans(weight, scheme.groups, phase):
+    quantize_in_place(out, wide, scale, scheme, phase=phase)
+
+
+def quantize_in_place(
+    out: Tensor, wide: Tensor, scale: Tensor, scheme: Scheme, *, phase: tuple[int, int] = (0, 0)
+) -> None:
+    """`quantize_into` of float32 in memory that may be overwritten."""
+    for rows, cols in all_spans(wide, scheme.groups, phase):
         grouped(wide, rows, cols).div_(cells_of_spans(scale, rows, cols))
     out.copy_(wide)
 

@@ -151,7 +151,7 @@ def _with_share(
     placements: Sequence[Placement], tensors: Mapping[str, TensorInfo], block_bytes: int
 ) -> Iterator[tuple[float, Block]]:
     """Blocks, and which share of the sources goes before each."""
-    total, before = max(1, sum(placement.source_bytes for placement in placements)), 0
+    total, before = max(1, sum(placement.stored_bytes for placement in placements)), 0
     for block in cut_blocks(placements, tensors, block_bytes):
         yield before / total, block
         before += block.nbytes

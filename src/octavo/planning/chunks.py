@@ -8,17 +8,18 @@ mean tiny reads (rows of a transposed source), the piece is read twice: all its 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..checkpoint import dtypes
 from ..elements.pieces import Piece, whole
 from ..numerics import schemes
 from ..numerics.scale_grid import cells_of, cuts_no_group
 from ..numerics.schemes import Scheme
+from .coded import stored_nbytes
 from .placement import Placement
 
 #: a run of the file shorter than this is not worth a read of its own: such a piece is read twice instead
@@ -30,6 +31,7 @@ class Work(Enum):
     """The work that is done with a chunk once it is read."""
 
     COPY = "copy"  # place it, casting if need be
+    PASS = "pass"  # place codes and scales as they are
     QUANTIZE = "quantize"  # its scale groups are complete: scale, quantize, place
     AMAX = "amax"  # first reading of a piece whose groups span chunks
     REREAD = "reread"  # second reading: the scales are known
@@ -71,7 +73,7 @@ def default_slot_bytes(placements: Iterable[Placement], staging_bytes: int) -> i
 def _efficient_bytes(placement: Placement) -> int:
     piece = placement.pieces[0] if placement.pieces else None
     if piece is not None and len(placement.shape) == 2 and piece.src_strides[0] < piece.src_strides[1]:
-        return piece.numel * _itemsize(placement)
+        return piece.numel * placement.itemsize
     return placement.shape[-1] * 4 * 128
 
 
@@ -87,7 +89,7 @@ def cut_placements(placements: Iterable[Placement], slot_bytes: int) -> Iterator
 
 def cut_placement(placement: Placement, slot_bytes: int, first_unit: int = 0) -> Iterator[Chunk]:
     """The chunks of one placement; units are numbered from ``first_unit``, and don't decrease."""
-    itemsize = _itemsize(placement)
+    itemsize, codings = placement.itemsize, dict(placement.codings)
     found = list(_cut_placement(placement, slot_bytes))
     if placement.columns is not None:  # what has no place here is read for its amax alone
         found = [each for each in found if each[0] is Work.AMAX or placement.partition(each[1]) is not None]
@@ -97,7 +99,8 @@ def cut_placement(placement: Placement, slot_bytes: int, first_unit: int = 0) ->
         phase = (0, 0)
         if grid is not None:
             cells, phase = grid.place(piece.box, part)
-        yield Chunk(placement, work, piece, piece.numel * itemsize, cells, phase, first_unit + unit, last=not left)
+        nbytes = stored_nbytes(piece, codings.get(piece.src_name), itemsize)
+        yield Chunk(placement, work, piece, nbytes, cells, phase, first_unit + unit, last=not left)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -111,13 +114,25 @@ def cut_tiles(shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int], li
     return tuple(Tile(b, *cells_of(b.box, scheme, (-phase[0], -phase[1]))) for b in boxes)
 
 
-def _itemsize(placement: Placement) -> int:
-    return max((dtypes.moved_bits(name) for name in placement.source_dtype_names), default=8) // 8
+@functools.lru_cache(maxsize=4096)
+def cut_boxes(shape: tuple[int, ...], limit: int) -> tuple[Piece, ...]:
+    """Cut a chunk of the given shape into boxes of at most ``limit`` elements, whatever groups they cut."""
+    return tuple(_cut(whole("", shape), limit, (1, 1), (0, 0)))
+
+
+@functools.lru_cache(maxsize=4096)
+def cut_apart(shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int], limit: int) -> tuple[Tile, ...] | None:
+    """`cut_tiles`; None if some of them have parts of the same scale group."""
+    tiles = cut_tiles(shape, scheme, phase, limit)
+    corners = [tuple((cells.start, cells.stop) for cells in tile.cells) for tile in tiles]
+    covered = sum(math.prod(stop - start for start, stop in corner) for corner in corners)
+    cells = math.prod(max(stop for _, stop in axis) for axis in zip(*corners, strict=True))
+    return tiles if covered == cells else None
 
 
 def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work, Piece, int, int]]:
     """(work, piece, part, unit), the unit counted from 0 within the placement."""
-    itemsize = _itemsize(placement)
+    itemsize = placement.itemsize
     limit = max(1, slot_bytes // itemsize)
     if placement.scheme is None:
         yield from ((Work.COPY, c, 0, 0) for piece in placement.pieces for c in _cut(piece, limit, (1, 1), (0, 0)))
@@ -128,6 +143,9 @@ def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work
         groups = (scheme.group_rows or rows, scheme.group_cols or cols)
         spanning: list[Piece] = []  # pieces that hold only parts of scale groups
         for piece in filter(None, (_within_rows(p, start, start + rows) for p in placement.pieces)):
+            if placement.passed:
+                yield from ((Work.PASS, chunk, part, unit) for chunk in _cut(piece, limit, (1, 1), (0, 0)))
+                continue
             if not cuts_no_group(piece.box, scheme, (start, start + rows), cols):
                 spanning.append(piece)
                 continue

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from ..checkpoint import dtypes
+from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
+from .coded import passes, stored_nbytes
 from .partition import Partition, partition_of, stored_cells
 from .recipe import Decision
 
@@ -58,6 +60,26 @@ class Placement:
     source_bytes: int
     ignored_as: tuple[str, ...] = ()  # patterns by which a recipe would leave it; default: its own name
     columns: tuple[int, int] | None = None  # [start, stop) that have a place here; None: all
+    codings: tuple[tuple[str, Coding], ...] = ()  # of sources that are quantized already
+    passed: bool = False  # their codes and scales stay what they are
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that its sources take in the files, scales aside; `source_bytes` are those of the weights."""
+        if not self.codings:
+            return self.source_bytes
+        codings, itemsize = dict(self.codings), self.itemsize
+        return sum(stored_nbytes(piece, codings.get(piece.src_name), itemsize) for piece in self.pieces)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """What its sources are: dtypes as safetensors names them, and codings in words."""
+        return tuple(dict.fromkeys(str(coding) for _, coding in self.codings)) or self.source_dtype_names
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes that an element of its sources takes in memory at most."""
+        return max((dtypes.moved_bits(name) for name in self.source_dtype_names), default=8) // 8
 
     @property
     def dtype(self) -> torch.dtype:
@@ -135,17 +157,23 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
         swapped = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
         shape, pieces = tuple(shape[d] for d in swapped), tuple(piece.permute(swapped) for piece in pieces)
     pieces = tuple(sorted(pieces, key=lambda p: (infos[p.src_name].shard, infos[p.src_name].offset, p.src_off)))
+    parts = cut_parts(shape, pieces) if decision.scheme else ()
+    codings = tuple((name, coding) for name in sources if (coding := infos[name].coding) is not None)
+    scheme = schemes.get(decision.scheme) if decision.scheme and codings else None
+    passed = scheme is not None and passes(pieces, parts, shape[-1], scheme, infos)
     return Placement(
         target.name,
         shape,
         dtype_name,
         names,
         decision.scheme,
-        decision.reason,
+        f"{decision.reason}, passed through" if passed else decision.reason,
         pieces,
-        cut_parts(shape, pieces) if decision.scheme else (),
+        parts,
         target.device,
         sum(piece.numel * dtypes.moved_bits(infos[piece.src_name].dtype_name) // 8 for piece in pieces),
+        codings=codings,
+        passed=passed,
     )
 
 

@@ -24,6 +24,7 @@ from ..text import human_bytes, pattern, printable, table_text
 from . import kinds
 from .budget import Budget, check_options
 from .chunks import cut_placements
+from .coded import check_none_coded, lay_problems
 from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
 from .stacks import Cut
@@ -65,6 +66,11 @@ class Plan:
     def source_bytes(self) -> int:
         """Bytes of the same model without quantization, in the checkpoint's dtypes."""
         return sum(placement.source_bytes for placement in self.placements)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the same tensors in the files, scales aside: fewer where they are quantized already."""
+        return sum(placement.stored_bytes for placement in self.placements)
 
     def final_bytes(self, device: str | None = None) -> int:
         """Bytes that stay, on one device or on all."""
@@ -120,9 +126,10 @@ class Plan:
                 {
                     "name": p.name,
                     "shape": list(p.shape),
-                    "from": list(p.source_dtype_names),
+                    "from": list(p.sources),
                     "to": p.dtype_name,
                     "scheme": p.scheme,
+                    "passed_through": p.passed,
                     "scale_shape": list(p.scale_shape) if p.scheme else None,
                     "reason": p.reason,
                     "bytes": p.final_bytes,
@@ -150,7 +157,7 @@ class Plan:
         """The plan for people: what becomes of each group of like tensors and why, and the memory forecast."""
         groups: dict[tuple[str, ...], list[Placement]] = {}
         for p in self.placements:
-            sources = "+".join(dtypes.short(d) if (d := dtypes.TORCH[n]) else n for n in p.source_dtype_names)
+            sources = "+".join(dtypes.short(d) if (d := dtypes.TORCH.get(n)) else n for n in p.sources)
             to = p.scheme or dtypes.short(p.dtype)
             key = (pattern(p.name), "x".join(map(str, p.shape)) or "scalar", sources, to, p.reason)
             groups.setdefault(key, []).append(p)
@@ -249,6 +256,8 @@ def make_plan(
         problem = None if covered else coverage_problem(target.shape, target.pieces)
         if problem:
             problems.append(f"{target.name} {list(target.shape)}: {problem}")
+        if checkpoint.source is not None:
+            problems += lay_problems(target.name, target.pieces, infos)
     raise_problems(CoverageError, checkpoint.path, problems)
 
     weights = []
@@ -269,6 +278,7 @@ def make_plan(
             decisions[target.name] = Decision(None, why)
 
     placements = [placement_of(target, decisions[target.name], infos) for target in targets]
+    check_none_coded(checkpoint.path, (placement for placement in placements if not on_cpu(placement.device)))
     first = {
         p.name: min(((infos[q.src_name].shard, infos[q.src_name].offset) for q in p.pieces), default=(0, 0))
         for p in placements

@@ -1,0 +1,134 @@
+"""What a plan needs to know of sources that are quantized already: where codes and scales lie, and what may stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..checkpoint import dtypes
+from ..checkpoint.codings import Coding
+from ..checkpoint.header import TensorInfo
+from ..elements.pieces import Piece
+from ..errors import DeviceError
+from ..numerics.scale_grid import cuts_no_group
+from ..numerics.schemes import Scheme
+
+if TYPE_CHECKING:
+    from .placement import Placement
+
+
+class Lay(NamedTuple):
+    """Where a piece lies in its source, seen as a matrix: the rows of all matrices of a stack below each other."""
+
+    row: int  # the first
+    steps: tuple[int, ...]  # from row to row, along each axis of the piece but that of the columns
+    col: int  # the first
+    cols: int  # so many, one after another
+    axis: int | None  # of the piece, along which they lie; None: it has one column, and no axis of it
+
+    def rows_axes(self, size: Sequence[int]) -> tuple[int, ...]:
+        """The sizes of a piece along all axes but that of the columns."""
+        return tuple(n for axis, n in enumerate(size) if axis != self.axis)
+
+
+def lay_of(piece: Piece, shape: Sequence[int]) -> Lay | None:
+    """How a piece lies in a source of this shape; None where its columns are no run of those of the source."""
+    width = shape[-1]
+    row, col = divmod(piece.src_off, width) if width else (0, 0)
+    axis, cols, steps = None, 1, []
+    for number, (n, stride) in enumerate(zip(piece.size, piece.src_strides, strict=True)):
+        if n > 1 and stride % width:
+            if stride != 1 or axis is not None or col + n > width:
+                return None
+            axis, cols = number, n
+        steps.append(stride // width)
+    if axis is None:  # of a single column, any axis may be its own
+        axis = next((number for number in reversed(range(len(steps))) if piece.size[number] == 1), None)
+    if axis is not None:
+        del steps[axis]
+    return Lay(row, tuple(steps), col, cols, axis)
+
+
+def codes_piece(piece: Piece, lay: Lay, coding: Coding) -> Piece:
+    """The same elements in the tensor of codes, which may hold several in one of its own."""
+    pack, width = coding.decoding.pack, coding.codes_shape[-1]
+    first, stop = lay.col // pack, -(-(lay.col + lay.cols) // pack)
+    strides = list(lay.steps)
+    strides = [step * width for step in strides]
+    size = list(piece.size)
+    if lay.axis is not None:
+        strides.insert(lay.axis, 1)
+        size[lay.axis] = stop - first
+    return Piece(piece.dst_off, tuple(size), coding.codes.name, lay.row * width + first, tuple(strides))
+
+
+def stored_nbytes(piece: Piece, coding: Coding | None, itemsize: int) -> int:
+    """Bytes of a piece in its file: of codes, or of elements of so many bytes."""
+    if coding is None:
+        return piece.numel * itemsize
+    return piece.numel * dtypes.BITS[coding.codes.dtype_name] // (8 * coding.decoding.pack)
+
+
+def lay_problems(name: str, pieces: Iterable[Piece], infos: Mapping[str, TensorInfo]) -> Iterator[str]:
+    """Why a parameter can't be made of sources that are quantized already."""
+    for piece in pieces:
+        info = infos[piece.src_name]
+        if info.coding is not None and piece.numel and lay_of(piece, info.shape) is None:
+            yield f"{name}: takes columns of {info.name} that don't follow each other, which octavo can't decode"
+            return
+
+
+def check_none_coded(source: object, placements: Iterable[Placement]) -> None:
+    """Raise if any of these, which go to an accelerator, has a source that is quantized already."""
+    found = next((placement for placement in placements if placement.codings), None)
+    if found is not None:
+        raise DeviceError(
+            f"{source}: {found.name} is quantized already ({found.codings[0][1]}), which octavo decodes on a CPU "
+            "alone. Load it there (device='cpu'), or convert the checkpoint there, and load what was written"
+        )
+
+
+def passes(
+    pieces: Sequence[Piece], parts: Sequence[int], cols: int, scheme: Scheme, infos: Mapping[str, TensorInfo]
+) -> bool:
+    """Return True if codes and scales of all sources are those of the scheme, groups and all: nothing is computed."""
+    return all(_passes(piece, parts, cols, scheme, infos[piece.src_name]) for piece in pieces)
+
+
+def _passes(piece: Piece, parts: Sequence[int], cols: int, scheme: Scheme, info: TensorInfo) -> bool:
+    coding = info.coding
+    if coding is None or not coding_is(coding, scheme) or not piece.numel:
+        return False
+    lay, last = lay_of(piece, info.shape), len(piece.size) - 1
+    if lay is None or lay.axis != last or (piece.size[last - 1] > 1 and lay.steps[-1] != 1):
+        return False
+    rows = info.shape[-2]
+    firsts = [lay.row, *(step for step, n in zip(lay.steps[:-1], piece.size, strict=False) if n > 1)]
+    if scheme.group_rows is None:
+        aligned = all(first % rows == 0 for first in firsts)
+    else:  # where matrices of a stack end within a group, the next begin with a new one
+        aligned = all(first % rows % scheme.group_rows == 0 for first in firsts)
+        aligned &= all(step % rows == 0 or rows % scheme.group_rows == 0 for step in firsts[1:])
+    if not aligned or (scheme.group_cols is not None and lay.col % scheme.group_cols):
+        return False
+    first = piece.dst_off[-2]
+    start = next(at for at, n in _starts(parts) if at <= first < at + n)
+    stop = start + dict(_starts(parts))[start]
+    return piece.dst_end[-2] <= stop and cuts_no_group(piece.box, scheme, (start, stop), cols)
+
+
+def _starts(parts: Sequence[int]) -> Iterable[tuple[int, int]]:
+    start = 0
+    for rows in parts:
+        yield start, rows
+        start += rows
+
+
+def coding_is(coding: Coding, scheme: Scheme) -> bool:
+    """Return True if what a scheme makes is stored as this."""
+    decoding = coding.decoding
+    groups = decoding.group_rows, decoding.group_cols
+    alone = coding.zero_point is None and coding.global_scale is None and not coding.transposed
+    by_power = coding.scale.dtype_name in ("F8_E8M0", "U8")
+    same = decoding.pack == 1 and coding.codes.dtype == scheme.dtype and groups == scheme.groups
+    return same and alone and (by_power or not scheme.power_of_two)
