@@ -5,18 +5,23 @@ Each worker thread of the ring has a press of its own.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
-from ..elements.pieces import Piece
+from ..elements.pieces import Piece, whole
 from ..errors import WeightError
 from ..numerics import schemes
+from ..numerics.decoding import holds_nan
 from ..numerics.groups import count_cells
 from ..numerics.schemes import Scheme
 from ..planning.budget import Budget
-from ..planning.chunks import Chunk, Tile, Work, cut_tiles
+from ..planning.chunks import Chunk, Tile, Work, cut_apart, cut_boxes, cut_tiles
+from ..planning.partition import Partition
+from .coded import Encoded
 from .nonfinite import nonfinite_text
 from .placed import Placed
 
@@ -35,21 +40,14 @@ class Tiles:
         self.bits = torch.empty(elements, dtype=torch.float32, device="cpu") if on_cpu else None
         self.wide = torch.empty(elements, dtype=torch.float32, device="cpu") if on_cpu else None
 
-    def amax(self, x: Tensor, scheme: Scheme, phase: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
+    def amax(
+        self, x: Tensor | Encoded, scheme: Scheme, phase: tuple[int, int], dtype: torch.dtype | None = None
+    ) -> Tensor:
         """`schemes.group_amax` of ``x``, cast to ``dtype`` before (None: as it is)."""
         tiles = cut_tiles(tuple(x.shape), scheme, phase, self.elements)
         if len(tiles) == 1:
             return self._amax(tiles[0], x, scheme, dtype)
-        *lead, rows, cols = x.shape
-        grid = torch.zeros(
-            (
-                *lead,
-                count_cells(rows, scheme.group_rows, phase[0]),
-                count_cells(cols, scheme.group_cols, phase[1]),
-            ),
-            dtype=torch.float32,
-            device=self.device,
-        )
+        grid = self._grid(tuple(x.shape), scheme, phase)
         for tile in tiles:
             cells = grid[tile.cells]
             cells.copy_(torch.maximum(cells, self._amax(tile, x, scheme, dtype)))
@@ -58,7 +56,7 @@ class Tiles:
     def quantize(
         self,
         out: Tensor,
-        x: Tensor,
+        x: Tensor | Encoded,
         scale: Tensor,
         scheme: Scheme,
         phase: tuple[int, int],
@@ -67,14 +65,47 @@ class Tiles:
         """`schemes.quantize_into` of ``x``, cast to ``dtype`` before (None: as it is)."""
         for tile in cut_tiles(tuple(x.shape), scheme, phase, self.elements):
             region, cells = self._region(tile, x, dtype), scale[tile.cells]
-            schemes.quantize_into(tile.region(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
+            if isinstance(x, Encoded):  # it is in the scratch memory already
+                schemes.quantize_in_place(tile.region(out), region, cells, scheme, phase=tile.phase)
+            else:
+                schemes.quantize_into(tile.region(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
 
-    def _amax(self, tile: Tile, x: Tensor, scheme: Scheme, dtype: torch.dtype | None) -> Tensor:
+    def scale_and_quantize(self, out: Tensor, x: Encoded, scheme: Scheme, phase: tuple[int, int]) -> Tensor | None:
+        """`amax` and `quantize` in one, so that each tile is decoded once; returns the amax.
+
+        None, and nothing is done, where groups span tiles.
+        """
+        tiles = cut_apart(x.shape, scheme, phase, self.elements)
+        if tiles is None:
+            return None
+        grid = self._grid(tuple(x.shape), scheme, phase)
+        for tile in tiles:
+            region, cells = x.decode(tile.box, self.scratch), grid[tile.cells]
+            schemes.group_amax(region, scheme, phase=tile.phase, scratch=self.bits, out=cells)
+            schemes.quantize_in_place(
+                tile.region(out), region, schemes.scale_from_amax(cells, scheme), scheme, phase=tile.phase
+            )
+        return grid
+
+    @property
+    def scratch(self) -> Tensor:
+        """Memory into which a tile of codes is decoded."""
+        assert self.wide is not None
+        return self.wide
+
+    def _grid(self, shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int]) -> Tensor:
+        *lead, rows, cols = shape
+        cells = count_cells(rows, scheme.group_rows, phase[0]), count_cells(cols, scheme.group_cols, phase[1])
+        return torch.zeros((*lead, *cells), dtype=torch.float32, device=self.device)
+
+    def _amax(self, tile: Tile, x: Tensor | Encoded, scheme: Scheme, dtype: torch.dtype | None) -> Tensor:
         region = self._region(tile, x, dtype)
         scratch = None if self.bits is None else self.bits.view(region.dtype)
         return schemes.group_amax(region, scheme, phase=tile.phase, scratch=scratch)
 
-    def _region(self, tile: Tile, x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def _region(self, tile: Tile, x: Tensor | Encoded, dtype: torch.dtype | None) -> Tensor:
+        if isinstance(x, Encoded):
+            return x.decode(tile.box, self.scratch)
         region = tile.region(x)
         return region if dtype is None else region.to(self.device, dtype)
 
@@ -89,13 +120,13 @@ class Press:
         self.out: Tensor | None = None  # where the sink has no memory to quantize into
 
     @torch.no_grad()
-    def take(self, chunk: Chunk, flat: Tensor) -> int:
-        """Do what the plan says with a chunk, whose bytes are in file order.
+    def take(self, chunk: Chunk, read: Tensor | Encoded) -> int:
+        """Do what the plan says with a chunk, whose bytes are in file order, or codes with their scales.
 
         Returns the bytes that are placed by it.
         """
         if chunk.piece.numel:
-            self._place(chunk, self._elements(chunk, flat))
+            self._place(chunk, read if isinstance(read, Encoded) else self._elements(chunk, read))
         return self._placed.done(chunk.placement, chunk.work, chunk.piece)
 
     def _elements(self, chunk: Chunk, flat: Tensor) -> Tensor:
@@ -103,20 +134,24 @@ class Press:
         dtype = dtypes.MOVED[self._checkpoint.tensors[chunk.piece.src_name].dtype_name]
         return chunk.piece.from_file_order(flat.view(dtype))
 
-    def _place(self, chunk: Chunk, x: Tensor) -> None:
+    def _place(self, chunk: Chunk, x: Tensor | Encoded) -> None:
         placement, piece = chunk.placement, chunk.piece
         mine = placement.partition(piece, chunk.cells, chunk.phase)
-        if chunk.work is Work.COPY:
+        if chunk.work in (Work.COPY, Work.PASS):
             assert mine is not None
-            self._placed.destination(placement).put(mine.piece, mine.of(x))
+            if isinstance(x, Encoded):
+                (self._pass if chunk.work is Work.PASS else self._decode)(chunk, mine, x)
+            else:
+                self._placed.destination(placement).put(mine.piece, mine.of(x))
             return
         scheme = schemes.get(placement.scheme or "")
         if chunk.work is Work.REREAD:
             amax = self._placed.wait_amax(placement, chunk.cells, chunk.unit)
         else:
+            if isinstance(x, Encoded) and chunk.work is Work.QUANTIZE and self._at_once(chunk, x, scheme):
+                return
             amax = self.tiles.amax(x, scheme, chunk.phase)
-            if not bool(torch.isfinite(amax).all()):
-                raise WeightError(nonfinite_text(self._checkpoint, piece, x, placement))
+            self._check(amax, chunk, x)
         if chunk.work is Work.AMAX:
             self._placed.fold(placement, chunk.cells, amax, chunk.unit)
             return
@@ -125,11 +160,57 @@ class Press:
         destination.put_scale(mine.cells, schemes.to_stored(scale, scheme))
         view = destination.view(mine.piece)
         out = self._scratch(mine.piece, scheme) if view is None else view
-        self.tiles.quantize(out, mine.of(x), scale, scheme, mine.phase)
+        self.tiles.quantize(out, _part(mine, x), scale, scheme, mine.phase)
         if view is None:
             destination.put(mine.piece, out)
+
+    def _check(self, amax: Tensor, chunk: Chunk, x: Tensor | Encoded) -> None:
+        """Raise if an amax is not finite, which is that of a weight."""
+        if not bool(torch.isfinite(amax).all()):
+            values = x if isinstance(x, Tensor) else x.decode(whole("", x.shape), torch.empty(x.numel))
+            raise WeightError(nonfinite_text(self._checkpoint, chunk.piece, values, chunk.placement))
 
     def _scratch(self, piece: Piece, scheme: Scheme) -> Tensor:
         if self.out is None:
             self.out = torch.empty(self._out_bytes, dtype=torch.uint8)
         return self.out[: piece.numel].view(scheme.dtype).view(piece.size)
+
+    # -- sources that are quantized already ---------------------------------------------------------------------------
+
+    def _at_once(self, chunk: Chunk, x: Encoded, scheme: Scheme) -> bool:
+        """Scale, quantize and place a chunk whose tiles share no scale groups; return False if they do."""
+        if chunk.placement.columns is not None:
+            return False
+        destination = self._placed.destination(chunk.placement)
+        view = destination.view(chunk.piece)
+        out = self._scratch(chunk.piece, scheme) if view is None else view
+        amax = self.tiles.scale_and_quantize(out, x, scheme, chunk.phase)
+        if amax is None:
+            return False
+        self._check(amax, chunk, x)
+        destination.put_scale(chunk.cells, schemes.to_stored(schemes.scale_from_amax(amax, scheme), scheme))
+        if view is None:
+            destination.put(chunk.piece, out)
+        return True
+
+    def _decode(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:
+        """Place what codes stand for."""
+        destination, found = self._placed.destination(chunk.placement), x.part(mine.columns)
+        for box in cut_boxes(mine.piece.size, self.tiles.elements):
+            piece = mine.piece
+            for axis, (off, n) in enumerate(zip(box.dst_off, box.size, strict=True)):
+                piece = piece.narrow(axis, off, n)
+            destination.put(piece, found.decode(box, self.tiles.scratch))
+
+    def _pass(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:
+        """Place codes and scales as they are."""
+        scheme, destination = schemes.get(chunk.placement.scheme or ""), self._placed.destination(chunk.placement)
+        scale, codes = x.grid(scheme, chunk.phase), x.codes
+        if holds_nan(codes):
+            self._check(torch.tensor(math.nan), chunk, x)
+        destination.put_scale(mine.cells, schemes.to_stored(mine.of_scales(scale), scheme))
+        destination.put(mine.piece, mine.of(codes))
+
+
+def _part(mine: Partition, x: Tensor | Encoded) -> Tensor | Encoded:
+    return mine.of(x) if isinstance(x, Tensor) else x.part(mine.columns)

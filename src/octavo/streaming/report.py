@@ -44,6 +44,7 @@ class Report:
     quantize_thread_s: float  # quantizing and placing, summed over threads
     threads: int
     quantized: Mapping[str, tuple[int, int]]  # scheme -> tensors, bytes
+    passed_through: Mapping[str, tuple[int, int]]  # of these, what a quantized source has as it is: likewise
     kept: Mapping[str, tuple[int, int]]  # reason -> tensors, bytes
     unused: Mapping[str, str]  # checkpoint tensors that nothing needed -> why
     notes: Sequence[str] = ()  # what users should know about the result
@@ -81,6 +82,7 @@ class Report:
             quantize_thread_s=tally.quantize_s,
             threads=budget.threads,
             quantized=_grouped(plan.quantized, lambda p: p.scheme or ""),
+            passed_through=_grouped([p for p in plan.quantized if p.passed], lambda p: p.scheme or ""),
             kept=_grouped(plan.kept, lambda p: p.reason),
             unused=dict(plan.unused),
             notes=tuple(notes),
@@ -101,7 +103,7 @@ class Report:
         """A form that JSON can hold."""
         result = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "trace"}
         result.update(total_s=self.total_s, read_gb_per_s=self.read_gb_per_s)
-        for name in ("quantized", "kept"):
+        for name in ("quantized", "passed_through", "kept"):
             result[name] = {key: {"tensors": n, "bytes": b} for key, (n, b) in result[name].items()}
         result["trace"] = [[s.at_s, s.placed_bytes, s.rss_bytes, s.device_bytes] for s in self.trace]
         return result
@@ -124,6 +126,7 @@ class Report:
         rows.append(("read", f"{human_bytes(self.read_bytes)}, {self.read_gb_per_s:.2f} GB/s"))
         rows.append(("seconds", ", ".join(f"{k} {v:.2f}" for k, v in self.seconds.items()) + f": {self.total_s:.2f}"))
         rows += [(f"to {k}", count_text(v)) for k, v in self.quantized.items()]
+        rows += [(f"of these, {k} passed through", count_text(v)) for k, v in self.passed_through.items()]
         rows += [(f"kept: {k}", count_text(v)) for k, v in self.kept.items()]
         rows += [("not used", f"{name}: {why}") for name, why in list(self.unused.items())[:5]]
         rows += [("note", note) for note in self.notes]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, DeviceError, OctavoError, boundary
@@ -24,9 +25,11 @@ from ..machine import now
 from ..planning.blocks import Block, Read, cut_in_turn, cut_reads
 from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Work, cut_placements
+from ..planning.coded import check_none_coded
 from ..planning.placement import Placement
 from ..planning.plan import Plan
 from .checks import Checks
+from .coded import Encoded, read_encoded
 from .files import Files
 from .on_accelerator import DevicePress
 from .on_cpu import Press
@@ -61,11 +64,11 @@ def execute(
     Args:
         direct_io: concerns what goes to accelerators; without any, it is an error.
     """
-    tally, parts, before, others = tally or Tally(), plan.parts(), 0, plan.source_bytes
+    tally, parts, before, others = tally or Tally(), plan.parts(), 0, plan.stored_bytes
     for number, part in enumerate(parts):
         direct = direct_io if not number else None
         stream = Stream(checkpoint, part, sink, threads=threads, tally=tally, direct_io=direct, checks=checks)
-        others -= part.source_bytes
+        others -= part.stored_bytes
 
         def overall(done: int, total: int, before: int = before, others: int = others) -> None:
             if progress:
@@ -99,6 +102,8 @@ class Stream:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
         if direct_io and self.budget.read_bytes == self.budget.slot_bytes:
             raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
+        if self.budget.lanes:
+            check_none_coded(checkpoint.path, plan.placements)
         self.files = Files.of(checkpoint, direct_io if self.budget.lanes else False, checks)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._placed = Placed(sink, self.ring)
@@ -109,7 +114,7 @@ class Stream:
     @property
     def total_bytes(self) -> int:
         """Bytes to be read, as far as is known: cutting tells which are read twice."""
-        return self.plan.source_bytes + self._again_bytes
+        return self.plan.stored_bytes + self._again_bytes
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Tally:
         """Execute the plan; on any error, all threads have ended and all files are closed when it is raised.
@@ -258,12 +263,17 @@ class Stream:
         """Make a press for one thread."""
         return Press(self.checkpoint, self.budget, self._placed)
 
-    def read(self, chunk: Chunk, slot: Slot) -> int:
-        """Read a chunk into a slot, in file order; returns its bytes."""
-        started = now()
-        at = self.files.read_piece(self.checkpoint.tensors[chunk.piece.src_name], chunk.piece, slot.view)
-        self._count_read(started, at)
-        return at
+    def read(self, chunk: Chunk, slot: Slot) -> Tensor | Encoded:
+        """Read a chunk into a slot, in file order; returns its bytes, or codes and scales."""
+        started, info = now(), self.checkpoint.tensors[chunk.piece.src_name]
+        found: Tensor | Encoded
+        if info.coding is None or not chunk.piece.numel:
+            nbytes = self.files.read_piece(info, chunk.piece, slot.view)
+            found = slot.buffer[:nbytes]
+        else:
+            found, nbytes = read_encoded(self.files, info, chunk.piece, slot.buffer)
+        self._count_read(started, nbytes)
+        return found
 
     def count_placed(self, started: float, nbytes: int) -> None:
         """Count what a thread has placed since then."""
@@ -284,8 +294,8 @@ class Worker:
         self.press = stream.make_press()
 
     def handle(self, chunk: Chunk) -> int:
-        nbytes, started = self.stream.read(chunk, self.slot), now()
-        placed = self.press.take(chunk, self.slot.buffer[:nbytes])
+        read, started = self.stream.read(chunk, self.slot), now()
+        placed = self.press.take(chunk, read)
         self.stream.count_placed(started, placed)
         return chunk.nbytes
 

@@ -1,0 +1,152 @@
+"""Chunks of sources that are quantized already: codes and the scales that belong to them, read together.
+
+What is read is decoded a tile at a time, into float32, and then quantized as any weight. Where a scheme makes what the
+source has, nothing is decoded: codes and scales are handed on.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.codings import Coding, Decoding
+from ..checkpoint.header import TensorInfo
+from ..elements.pieces import Piece
+from ..errors import WeightError
+from ..numerics.decoding import bad_scale, decode_into, scale_cells, zero_cells
+from ..numerics.groups import count_cells
+from ..numerics.schemes import Scheme
+from ..planning.coded import Lay, codes_piece, lay_of
+from .files import Files
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """The codes and scales of one piece. The columns of the source are the last axis of both."""
+
+    coding: Coding
+    lay: Lay
+    codes: Tensor  # [..., columns / pack]
+    scale: Tensor  # [..., cells], those of each row; float32
+    zero_point: Tensor | None  # likewise
+    shape: tuple[int, ...]  # that of the piece, or of some of its last axis
+    start: int = 0  # where these begin
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def part(self, columns: slice | None) -> Encoded:
+        """Some of the last axis of the piece; None: all."""
+        if columns is None:
+            return self
+        shape = (*self.shape[:-1], columns.stop - columns.start)
+        return replace(self, shape=shape, start=self.start + columns.start)
+
+    def decode(self, box: Piece, scratch: Tensor) -> Tensor:
+        """The weights of a box of the piece: float32, in scratch memory, with the axes of the piece."""
+        axis, decoding = self.lay.axis, self.coding.decoding
+        offsets, sizes = list(box.dst_off), list(box.size)
+        offsets[-1] += self.start
+        first, cols = (0, 1) if axis is None else (offsets.pop(axis), sizes.pop(axis))
+        rows = tuple(slice(off, off + n) for off, n in zip(offsets, sizes, strict=True))
+        col, pack = self.lay.col + first, decoding.pack
+        words = slice(col // pack - self.lay.col // pack, -(-(col + cols) // pack) - self.lay.col // pack)
+        cells, phase = _cells_of_columns(col, cols, decoding.group_cols, self.lay.col)
+        zero = None if self.zero_point is None else self.zero_point[rows][..., cells]
+        out = scratch[: box.numel].view(*sizes, cols)
+        codes, scale = self.codes[rows][..., words], self.scale[rows][..., cells]
+        phases = (0, phase)
+        decode_into(out, codes, scale, _by_row(decoding), zero_point=zero, phase=phases, head=col % pack)
+        return out.squeeze(-1) if axis is None else out.movedim(-1, axis)
+
+    def grid(self, scheme: Scheme, phase: tuple[int, int]) -> Tensor:
+        """The scales as those of a scheme whose groups are the same: float32 [..., row cells, column cells]."""
+        rows, group = self.scale.shape[-2], scheme.group_rows or 1 << 62
+        firsts = torch.tensor([0, *range(group - phase[0], rows, group)])
+        return self.scale.index_select(-2, firsts)
+
+
+def read_encoded(files: Files, info: TensorInfo, piece: Piece, memory: Tensor) -> tuple[Encoded, int]:
+    """Read the codes of a piece into the beginning of ``memory``, and its scales; returns the bytes, too.
+
+    Raises:
+        WeightError: a scale is negative, or not finite.
+    """
+    coding, lay = info.coding, lay_of(piece, info.shape)
+    assert coding is not None
+    assert lay is not None
+    stored = codes_piece(piece, lay, coding)
+    nbytes = files.read_piece(coding.codes, stored, _view(memory))
+    codes = stored.from_file_order(memory[:nbytes].view(coding.codes.dtype))
+    codes = codes.unsqueeze(-1) if lay.axis is None else codes.movedim(lay.axis, -1)
+    scale, zero, scale_bytes = _read_scales(files, coding, lay, tuple(codes.shape[:-1]))
+    return Encoded(coding, lay, codes, scale, zero, piece.size), nbytes + scale_bytes
+
+
+def _read_scales(files: Files, coding: Coding, lay: Lay, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | None, int]:
+    """Scales and zero points of each row, and the bytes read: of the rows of cells from the first to the last."""
+    decoding = coding.decoding
+    *_, high, wide = coding.grid
+    rows = _rows_of_cells(lay, sizes, coding.matrix[-2], decoding.group_rows)
+    first, stop = int(rows.min()), int(rows.max()) + 1
+    cells, _ = _cells_of_columns(lay.col, lay.cols, decoding.group_cols, 0)
+    stored = _read_rows(files, coding.scale, wide, (first, stop), cells)
+    if (wrong := bad_scale(stored)) is not None:
+        raise WeightError(
+            f"{files.name_of(coding.scale)}: tensor {coding.scale.name!r}: {wrong} of its rows from {first} on: no "
+            f"scale that {coding.name} could be made with. Fetch the checkpoint again."
+        )
+    nbytes, whole_scale = stored.nbytes, None
+    if coding.global_scale is not None:
+        held = _read_rows(files, coding.global_scale, 1, (0, coding.global_scale.numel), slice(0, 1))
+        nbytes += held.nbytes
+        whole_scale = held if held.numel() == 1 else held.index_select(0, torch.arange(first, stop) // high)
+    scale, zero = scale_cells(stored, decoding, whole_scale), None
+    if coding.zero_point is not None:
+        pack = decoding.pack
+        held = _read_rows(files, coding.zero_point, wide, (first // pack, -(-stop // pack)), cells)
+        nbytes += held.nbytes
+        zero = zero_cells(held, decoding, stop - first, first % pack)
+    if decoding.group_rows != 1 or lay.steps != (1,):
+        scale = scale.index_select(0, rows.flatten() - first)
+        zero = None if zero is None else zero.index_select(0, rows.flatten() - first)
+    return scale.view(*sizes, -1), None if zero is None else zero.view(*sizes, -1), nbytes
+
+
+def _read_rows(files: Files, info: TensorInfo, width: int, rows: tuple[int, int], cols: slice) -> Tensor:
+    """Rows [start, stop) and some columns of a tensor, seen as a matrix of this width."""
+    size = rows[1] - rows[0], cols.stop - cols.start
+    return files.read_values(info, Piece((0, 0), size, info.name, rows[0] * width + cols.start, (width, 1)))
+
+
+def _cells_of_columns(col: int, cols: int, group: int | None, first: int) -> tuple[slice, int]:
+    """The column cells of a run of columns, counted from that of column ``first``, and where in a group it begins."""
+    if group is None:
+        return slice(0, 1), 0
+    cell = col // group - first // group
+    return slice(cell, cell + count_cells(cols, group, col % group)), col % group
+
+
+def _rows_of_cells(lay: Lay, sizes: tuple[int, ...], height: int, group: int | None) -> Tensor:
+    """The row of cells of each row, counted over all matrices of a stack."""
+    rows = torch.full(sizes, lay.row, dtype=torch.int64)
+    for axis, (step, n) in enumerate(zip(lay.steps, sizes, strict=True)):
+        rows += (torch.arange(n) * step).view(-1, *(1,) * (len(sizes) - 1 - axis))
+    if group == 1:
+        return rows
+    return rows // height * count_cells(height, group) + (0 if group is None else rows % height // group)
+
+
+@functools.lru_cache(maxsize=256)
+def _by_row(decoding: Decoding) -> Decoding:
+    """The decoding of codes with the scales of each row."""
+    return replace(decoding, group_rows=1)
+
+
+def _view(memory: Tensor) -> memoryview:
+    return memoryview(memory.numpy())  # type: ignore[arg-type]

@@ -1,0 +1,130 @@
+"""Sources that are quantized already: the bytes of decoding whole tensors first, whatever is read at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from helpers import SCHEMES, run_plan, same_bytes
+from helpers.coded import encoded, write_coded
+from octavo.checkpoint.codings import Decoding
+from octavo.elements.symbolic import Symbolic
+from octavo.numerics import schemes
+from octavo.planning import chunks, kinds
+from octavo.planning.budget import Budget
+from octavo.planning.placement import Target
+from octavo.planning.plan import make_plan
+from octavo.planning.recipe import Recipe
+
+from .test_numerics import SIDES, WAYS, Way
+
+pytestmark = pytest.mark.timeout(120)
+
+DECODINGS = st.builds(
+    Decoding,
+    st.just("float8"),
+    st.sampled_from([None, 1, 7, 128]),
+    st.sampled_from([None, 5, 32, 128]),
+)
+
+
+@settings(max_examples=25)
+@given(
+    rows=st.lists(SIDES, min_size=1, max_size=2),
+    cols=SIDES,
+    stacked=st.one_of(st.none(), st.integers(1, 3)),
+    cut=st.one_of(st.none(), st.tuples(st.floats(0, 1), st.floats(0, 1))),
+    permuted=st.booleans(),
+    scheme=st.sampled_from([*SCHEMES, None]),
+    decoding=DECODINGS,
+    seed=st.integers(0, 1 << 30),
+    way=WAYS,
+    transposed=st.booleans(),
+)
+@example(
+    [130], 300, 2, (0.4, 0.6), True, "fp8_block", Decoding("float8", 128, 128), 0, Way(700, 2, 1 << 20, 50, 1), False
+)
+@example(
+    [260, 130],
+    257,
+    None,
+    None,
+    False,
+    "fp8_block",
+    Decoding("float8", 128, 128),
+    0,
+    Way(None, 2, 1 << 20, 50, 1),
+    False,
+)
+@example(
+    [260], 257, 2, None, False, "fp8_channel", Decoding("float8", 128, 128), 0, Way(None, 2, 1 << 20, 1000, 1), True
+)
+def test_bytes_are_those_of_decoding_whole_tensors(
+    rows, cols, stacked, cut, permuted, scheme, decoding, seed, way, transposed
+):
+    """Gate and up (or one matrix) of experts (or of none), with rows in another order, and some columns of them."""
+    sources = {}
+    for part, n in enumerate(rows):
+        for expert in range(stacked or 1):
+            shape = (cols, n) if transposed else (n, cols)
+            sources[f"{part}.{expert}"] = (shape, decoding, encoded(shape, decoding, seed + 10 * part + expert))
+
+    def shuffled(tensor):
+        n = tensor.shape[0]
+        return (
+            tensor
+            if n % 2 or transposed or not permuted
+            else tensor.reshape(2, n // 2, -1).transpose(0, 1).reshape(n, -1)
+        )
+
+    def fuse(tensors):
+        tensors = {name: shuffled(tensor.mT if transposed else tensor) for name, tensor in tensors.items()}
+        bands = [[tensors[f"{part}.{expert}"] for expert in range(stacked or 1)] for part in range(len(rows))]
+        return torch.cat([band[0] if stacked is None else torch.stack(band) for band in bands], -2)
+
+    columns = None
+    if cut is not None:
+        start, stop = sorted(round(at * cols) for at in cut)
+        columns = (start, stop) if start < stop else (max(0, start - 1), max(1, start))
+    symbols = {name: Symbolic.source(name, shape, torch.bfloat16) for name, (shape, *_) in sources.items()}
+    fused = fuse(symbols)
+    role = kinds.LINEAR if stacked is None else kinds.EXPERTS
+    target = Target("p", tuple(fused.shape), None, role, tuple(fused.pieces))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint, weights = write_coded(Path(folder), sources, shards=2)
+        plan = make_plan(checkpoint, [target], Recipe(scheme), way.staging_bytes)
+        placement = dataclasses.replace(plan.placements[0], columns=columns)
+        plan = dataclasses.replace(plan, placements=(placement,))
+        fit = Budget.fit(plan.placements, plan.staging_bytes, way.threads, way.slot_bytes)
+        budget = dataclasses.replace(fit, scratch_elements=min(fit.scratch_elements, way.tile_elements))
+        with mock.patch.object(chunks, "_MIN_RUN_BYTES", way.min_run_bytes):
+            storages, tally = run_plan(checkpoint, plan, budget=budget)
+    storage, whole = storages["p"], fuse(weights).contiguous()
+    within = slice(None) if columns is None else slice(*columns)
+    assert tally.placed_bytes == placement.final_bytes
+    if scheme is None:
+        assert same_bytes(storage.weight, whole[..., within].bfloat16())
+        return
+    group = schemes.get(scheme).group_cols
+    cells = slice(None) if columns is None or group is None else slice(columns[0] // group, -(-columns[1] // group))
+    if placement.passed:
+        codes = fuse({name: parts["codes"].view(torch.uint8) for name, (*_, parts) in sources.items()})
+        assert same_bytes(storage.weight.view(torch.uint8), codes[..., within])
+        assert (
+            same_bytes(schemes.dequantize(*everything(storage, placement), scheme, placement.parts), whole) or columns
+        )
+        return
+    q, scale = schemes.quantize(whole, scheme, placement.parts)
+    assert same_bytes(storage.weight, q[..., within])
+    assert same_bytes(storage.scale, scale if group is None else scale[..., cells])
+
+
+def everything(storage, placement):
+    return storage.weight, storage.scale
