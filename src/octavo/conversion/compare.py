@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.header import TensorInfo
-from ..elements.pieces import Piece
+from ..elements.pieces import Piece, whole
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
 from ..planning.budget import TILE_ELEMENTS, check_options, default_threads
+from ..planning.coded import passes
+from ..streaming.coded import Encoded, read_encoded
 from ..streaming.files import Files
 from ..streaming.ring import Ring
 
@@ -49,6 +51,15 @@ class Pair:
     differing_bytes: int = 0
     signal: float = 0.0  # |w|²
     noise: float = 0.0  # |w - q·scale|²
+
+    @functools.cached_property
+    def passed(self) -> bool:
+        """Return True if codes and scales are those of the source, as plans have it."""
+        if self.scheme is None or self.there.coding is None:
+            return False
+        piece = self.matrix or whole(self.there.name, self.there.shape)
+        *_, rows, cols = self.shape
+        return passes([piece], [rows], cols, self.scheme, {self.there.name: self.there})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,6 +97,14 @@ class Block(NamedTuple):
 def cut(pairs: Iterable[Pair], limit: int) -> Iterator[Block]:
     """Every element of every pair once (twice where groups span blocks), in blocks of ``limit`` elements or fewer."""
     for pair in pairs:
+        if pair.scheme is None and pair.there.coding is not None:
+            *lead, rows, cols = pair.shape
+            width = min(cols, limit)
+            for matrix in range(math.prod(lead) if rows and cols else 0):
+                yield from (
+                    Block(pair, matrix, r, c) for r in _steps(rows, limit // width) for c in _steps(cols, width)
+                )
+            continue
         if pair.scheme is None:
             for start in range(0, pair.there.nbytes, limit):
                 yield Block(pair, 0, (start, min(start + limit, pair.there.nbytes)), (0, 1))
@@ -163,14 +182,18 @@ class Worker:
             buffer = torch.empty(job.limit * itemsize, dtype=torch.uint8)
             return buffer, memoryview(buffer.numpy())  # type: ignore[arg-type]
 
-        self._theirs, self._mine, self._cells = memory(4), memory(1), memory(4)
+        self._theirs, self._mine, self._cells = memory(4), memory(2), memory(4)
         self._expected = torch.empty(job.limit, dtype=torch.uint8)
         self._wide, self._error = (torch.empty(job.limit, dtype=torch.float32) for _ in range(2))
 
     def handle(self, block: Block) -> int:
-        if block.pair.scheme is None:
+        if block.pair.scheme is None and block.pair.there.coding is None:
             return self._compare_bytes(block)
         with torch.no_grad():
+            if block.pair.scheme is None:
+                return self._compare_decoded(block)
+            if block.pair.passed:
+                return self._compare_passed(block, block.pair.scheme)
             return self._compare(block, block.pair.scheme)
 
     def close(self) -> None:
@@ -187,12 +210,54 @@ class Worker:
         self._job.add(pair, differing(self._mine[0][: stop - start], self._theirs[0][: stop - start]))
         return stop - start
 
+    def _compare_decoded(self, block: Block) -> int:
+        """What codes stand for, rounded to bf16."""
+        pair = block.pair
+        weight, nbytes = self._weight(block)
+        box = _piece(block.matrix, pair.shape[-2:], block.rows, block.cols)
+        read = self._job.made.read_piece(pair.here, box, self._mine[1])
+        wanted = weight.to(pair.here.dtype).contiguous().view(-1).view(torch.uint8)
+        self._job.add(pair, differing(wanted, self._mine[0][:read]))
+        return nbytes
+
+    def _compare_passed(self, block: Block, scheme: Scheme) -> int:
+        """Codes and scales as the source has them."""
+        if block.measure:
+            return 0
+        pair = block.pair
+        found, nbytes = self._encoded(block)
+        box = _piece(block.matrix, pair.shape[-2:], block.rows, block.cols)
+        scale = schemes.to_stored(found.grid(scheme, (0, 0)), scheme)
+        wrong = self._found_scales(block, scale, scheme)[1] if block.scales else 0
+        self._job.made.read_piece(pair.here, box, self._mine[1])
+        codes = found.codes.contiguous().view(torch.uint8).view(-1)
+        self._job.add(pair, wrong + differing(codes, self._mine[0][: box.numel]))
+        return nbytes
+
+    def _encoded(self, block: Block) -> tuple[Encoded, int]:
+        pair = block.pair
+        there = pair.source_box(block.matrix, block.rows, block.cols)
+        return read_encoded(self._job.source, pair.there, there, self._theirs[0])
+
+    def _weight(self, block: Block) -> tuple[Tensor, int]:
+        """The weights of a box of the source, and the bytes that were read."""
+        pair = block.pair
+        if pair.there.coding is not None:
+            found, nbytes = self._encoded(block)
+            return found.decode(whole("", found.shape), self._decoded), nbytes
+        there = pair.source_box(block.matrix, block.rows, block.cols)
+        nbytes = self._job.source.read_piece(pair.there, there, self._theirs[1])
+        return there.from_file_order(self._theirs[0][:nbytes].view(pair.there.dtype)), nbytes
+
+    @functools.cached_property
+    def _decoded(self) -> Tensor:
+        """Memory for what codes stand for."""
+        return torch.empty(self._job.limit, dtype=torch.float32)
+
     def _compare(self, block: Block, scheme: Scheme) -> int:
         pair, job = block.pair, self._job
         box = _piece(block.matrix, pair.shape[-2:], block.rows, block.cols)
-        there = pair.source_box(block.matrix, block.rows, block.cols)
-        nbytes = job.source.read_piece(pair.there, there, self._theirs[1])
-        weight = there.from_file_order(self._theirs[0][:nbytes].view(pair.there.dtype))
+        weight, nbytes = self._weight(block)
         if block.unit is None or block.measure:
             scratch = self._wide.view(weight.dtype)
             amax = schemes.group_amax(weight, scheme, scratch=scratch)

@@ -42,6 +42,7 @@ class TensorResult:
     scheme: str | None  # None: kept
     differing_bytes: int | None  # of weight and scale; None if it has not its digest, which does not tell how many
     error_db: float | None  # signal-to-noise against the source; None where nothing was quantized, or to FP8
+    passed: bool = False  # codes and scales should be those of the source
 
     @property
     def equal(self) -> bool:
@@ -82,6 +83,7 @@ class VerifyReport:
             if result.scheme:
                 verdict = "equal" if result.equal else f"{result.differing_bytes:,} bytes differ"
                 db = "of another dtype" if result.error_db is None else f"{result.error_db:.2f} dB"
+                db = "passed through" if result.passed else db
                 yield f"{result.name}  {result.scheme}  {verdict}  {db}"
         kept = [result for result in self.tensors if not result.scheme]
         yield f"kept: {len(kept)} tensors, {sum(not result.equal for result in kept)} of them different"
@@ -99,6 +101,7 @@ class VerifyReport:
                     "scheme": r.scheme,
                     "equal": r.equal,
                     "differing_bytes": r.differing_bytes,
+                    "passed_through": r.passed,
                     "error_db": r.error_db if r.error_db is None or math.isfinite(r.error_db) else None,
                 }
                 for r in self.tensors
@@ -114,7 +117,7 @@ def verify_checkpoint(
     progress: bool | Callable[[int, int], None] | None,
 ) -> VerifyReport:
     """`octavo.verify`, where arguments and errors are documented."""
-    made, source = Checkpoint.open(dst), Checkpoint.open(against)
+    made, source = Checkpoint.open(dst), Checkpoint.open(against).decoded()
     if made.path.resolve() == source.path.resolve():
         raise CheckpointError(f"{dst}: compared with itself; name the checkpoint that it was made from")
     layout = formats.recognize(made)
@@ -279,7 +282,7 @@ def _compare(
 def _result(pair: Pair) -> TensorResult:
     scheme = pair.scheme.name if pair.scheme else None
     db = _ratio_db(pair.signal, pair.noise) if pair.scheme and pair.scale else None
-    return TensorResult(pair.here.name, scheme, pair.differing_bytes, db)
+    return TensorResult(pair.here.name, scheme, pair.differing_bytes, db, pair.passed)
 
 
 def _ratio_db(signal: float, noise: float) -> float:
