@@ -193,7 +193,7 @@ def plan(
             if model:
                 raise
             model = False
-    checkpoint = Checkpoint.open(path, revision)
+    checkpoint = Checkpoint.open(path, revision).decoded()
     if not (model or (model is None and checkpoint.config.get("model_type"))):
         return formats.plan_for(checkpoint, recipe, format, staging_bytes, str(device))[0]
     options = ModelOptions(dtype, model_class, trust_remote_code, attn_implementation, device_map, max_memory)
@@ -357,7 +357,7 @@ def stream(
         ...     print(name, tensor.dtype, tuple(tensor.shape))
     """
     recipe, where = Recipe.coerce(scheme, ignore), str(usable_device(device))
-    checkpoint = Checkpoint.open(path, revision)
+    checkpoint = Checkpoint.open(path, revision).decoded()
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
     checks = Checks(checkpoint) if verify else None
     told = progress and of_user(progress)

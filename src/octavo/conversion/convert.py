@@ -71,7 +71,7 @@ def convert_checkpoint(
     stages = Stages()
     where = str(usable_device(device))
     with stages("open"):
-        checkpoint = Checkpoint.open(src, revision)
+        checkpoint = Checkpoint.open(src, revision).decoded()
         checks = Checks(checkpoint) if verify else None
     layout = formats.get(format)
 
@@ -206,7 +206,7 @@ class Job:
 
     def _other_files(self) -> list[str]:
         """Names of the files that `write_rest` writes."""
-        written = ["config.json"] if self.checkpoint.config else []
+        written = ["config.json"] if self.checkpoint.stored_config else []
         written += [INDEX_NAME] if len(self.shards) > 1 else []
         written += [DIGESTS_NAME] if self.digests else []
         return [file.name for file in self.small_files] + written
@@ -275,17 +275,17 @@ class Job:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         """Write all shards that are not finished."""
-        total = sum(plan.source_bytes for _, plan in self.shards)
+        total = sum(plan.stored_bytes for _, plan in self.shards)
         before = 0
         with Finisher.of(partial) as finisher:
             for read, (shard, plan) in zip(self.checkpoint.shards, self.shards, strict=True):
                 if shard.name not in partial.finished:
-                    shown = share_of(progress, before, plan.source_bytes, total)
+                    shown = share_of(progress, before, plan.stored_bytes, total)
                     file = finisher.open(shard, permissions(read.path))
                     digests = ShardDigests(shard.header) if self.digests else None
                     self._write_shard(finisher, file, shard, plan, budget, tally, shown, digests)
                     finisher.submit(file, shard, digests)
-                before += plan.source_bytes
+                before += plan.stored_bytes
 
     def _write_shard(
         self,
@@ -307,13 +307,13 @@ class Job:
         """Config, tokenizer files, index."""
         result, folder = partial.result, self.checkpoint.folder
         # made from the config as it was planned with; whoever reads the result reads them together
-        if read_config(self.checkpoint.path) != self.checkpoint.config:
+        if read_config(self.checkpoint.path) != self.checkpoint.stored_config:
             raise SourceChangedError(f"{folder / 'config.json'}: changed since it was opened. Run again.")
         try:
             for file in self.small_files:
                 file.copy(result)
             config = {key: value for key, value in self.checkpoint.config.items() if key != WEIGHTS_KEY}
-            if config:
+            if self.checkpoint.stored_config:
                 if self.quantization is not None:
                     config["quantization_config"] = dict(self.quantization)
                 result.write("config.json", json.dumps(config, indent=2) + "\n", permissions(folder / "config.json"))

@@ -54,6 +54,6 @@ def _handed_out(
             if scale is not None:
                 yield layout.scale_name(name), layout.stored_scale(scale)
             del scale
-            handed += placement.source_bytes
+            handed += placement.stored_bytes
             if progress:
-                progress(handed, stream.plan.source_bytes)
+                progress(handed, stream.plan.stored_bytes)

@@ -23,6 +23,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.digests import NAME as DIGESTS_NAME
 from ..checkpoint.files import Identity, open_regular
 from ..checkpoint.modules import MODULES_NAME, leads_out, module_folders
+from ..checkpoint.quantized import declaring_files
 from ..checkpoint.strangers import ADAPTER_CONFIG
 from ..errors import CheckpointError, SourceChangedError, reason
 from ..text import some
@@ -87,19 +88,22 @@ def find_small_files(checkpoint: Checkpoint) -> tuple[tuple[SmallFile, ...], lis
     found: list[SmallFile] = []
     outside: list[str] = []
     notes: list[str] = []
-    if not checkpoint.path.is_dir() and not checkpoint.config:
+    if not checkpoint.path.is_dir() and not checkpoint.stored_config:
         return (), []  # a lone file: what lies beside it is not ours
     inside = _Inside(checkpoint)
+    declaring = () if checkpoint.source is None else tuple(declaring_files(checkpoint.folder))
     for entry in sorted(checkpoint.folder.iterdir()):
         if not entry.is_file() or entry.name.startswith(".") or entry.name.endswith(_NOT_COPIED):
             continue
         ours = inside.holds(entry)
-        if entry.name == "config.json" and checkpoint.config:
+        if entry.name == "config.json" and checkpoint.stored_config:
             if not ours:
                 raise CheckpointError(
                     f"{entry}: a link that leads out of the checkpoint, to {entry.resolve()}. Put a copy in its place, "
                     "if that is what you mean."
                 )
+        elif entry.name in declaring:
+            notes.append(f"{entry.name} is not copied: it declares how the source is quantized")
         elif entry.name == ADAPTER_CONFIG:
             notes.append(f"{ADAPTER_CONFIG} is not copied: readers would look for its adapter")
         elif ours:

@@ -61,7 +61,7 @@ def load_model(
     with WarmUp(target, staging_bytes, threads, recipe.schemes, others):
         with stages("open"):
             _require_installed()  # before anything is fetched
-            checkpoint = Checkpoint.open(path, revision)
+            checkpoint = Checkpoint.open(path, revision).decoded()
             _check_method(checkpoint)
             checks = Checks(checkpoint) if verify else None
         with contextlib.nullcontext() if direct_io else ReadAhead(checkpoint.shards):

@@ -17,6 +17,7 @@ from torch import nn
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.quantized import KEYS as QUANTIZATION_KEYS
 from ...errors import CheckpointError, RecipeError, boundary, passes
 from ...text import told
 from . import own_code
@@ -43,6 +44,8 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
             raise
         refused = None if trusted else own_code.refusal(error, folder, "config.json")
         raise refused or CheckpointError(f"{folder}/config.json: transformers can't read it: {told(error)}") from error
+    if checkpoint.source is not None:
+        _forget_declaration(config)
     if not trusted and not asked.attn_implementation:
         own_code.refuse_kernels(config, folder)
     # a config takes values of any type
@@ -80,6 +83,14 @@ def skeleton(checkpoint: Checkpoint, asked: ModelOptions = DEFAULTS) -> Any:
             raise CheckpointError(f"{file}: transformers can't read it: {told(error)}") from error
     model.eval()
     return model
+
+
+def _forget_declaration(config: Any) -> None:
+    """Let a config, whose weights octavo decodes, be that of a model which is not quantized."""
+    for part in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        for key in QUANTIZATION_KEYS:
+            if part is not None and hasattr(part, key):
+                delattr(part, key)
 
 
 def _dtype(dtype: torch.dtype | str | None, config: Any, checkpoint: Checkpoint) -> torch.dtype:

@@ -268,8 +268,8 @@ def test_config_that_is_unusable_is_named(case: str, llama: Path) -> None:
 @pytest.mark.usefixtures("no_weight_is_read")
 @pytest.mark.parametrize("scheme", ["fp8_channel", "mxfp8"])
 def test_quantized_checkpoint_is_not_quantized_again(scheme: str, llama: Path) -> None:
-    edit_config(llama, quantization_config={"quant_method": "compressed-tensors"})
-    says = (str(llama), "already quantized (compressed-tensors, says its config.json)", "Start from the bf16")
+    edit_config(llama, quantization_config={"quant_method": "gptq"})
+    says = (str(llama), "already quantized (gptq, says its config.json)", "Start from the bf16")
     fails(RecipeError, says, lambda: octavo.load(llama, scheme))
     fails(RecipeError, says, lambda: octavo.plan(llama, scheme))
 

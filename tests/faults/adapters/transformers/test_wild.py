@@ -95,13 +95,6 @@ def _beside(folder: Path) -> None:
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 2)}, folder / "adapter_model.safetensors")
 
 
-def _scaled(folder: Path) -> None:
-    rewritten(folder, lambda name: name, lambda name, t: t.to(torch.float8_e4m3fn) if "up_proj" in name else t)
-    tensors = load_file(folder / MODEL)
-    scales = {f"{name}_scale_inv": torch.ones(1, 1) for name in tensors if "up_proj" in name}
-    save_file({**tensors, **scales}, folder / MODEL, metadata={"format": "pt"})
-
-
 def _packed(folder: Path) -> None:
     tensors = load_file(folder / MODEL)
     name = next(name for name in tensors if name.endswith("up_proj.weight"))
@@ -117,7 +110,6 @@ def _modelopt(folder: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], type[OctavoError], tuple[str, ...]]] = {
     "two checkpoints": (_two, CheckpointError, ("holds two checkpoints", MODEL, INDEX)),
     "an adapter beside a model": (_beside, CheckpointError, ("an adapter of peft", "adapter_config.json")),
-    "FP8 with scales": (_scaled, RecipeError, ("already quantized (FP8, though", "up_proj.weight (F8_E4M3) beside")),
     "packed integers": (_packed, RecipeError, ("already quantized (packed weights, though", "qweight (I32) beside")),
     "ModelOpt's": (_modelopt, RecipeError, ("already quantized (FP8, says its hf_quant_config.json)",)),
     "compression_config": (

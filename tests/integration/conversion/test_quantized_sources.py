@@ -1,0 +1,146 @@
+"""Checkpoints in FP8 blocks, as DeepSeek's are, read as if they were bf16; and passed through where they may be."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import octavo
+from helpers import random_weights, same_bytes, write_checkpoint
+from helpers.coded import FINE_GRAINED, decoded, fine_grained
+from octavo.errors import CheckpointError, DeviceError, WeightError
+from octavo.numerics import schemes
+
+SHAPES = {
+    "model.embed_tokens.weight": (64, 260),
+    "model.layers.0.self_attn.q_proj.weight": (300, 260),
+    "model.layers.0.mlp.up_proj.weight": (128, 260),
+    "model.layers.0.mlp.down_proj.weight": (260, 128),
+    "model.norm.weight": (260,),
+}
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+def write(
+    folder: Path, hidden: int = 260, change: Callable[[dict[str, Tensor]], object] = lambda stored: None
+) -> dict[str, Tensor]:
+    """A checkpoint whose last shard has scales of all others; returns what is stored."""
+    sizes = {name: [hidden if side == 260 else side for side in shape] for name, shape in SHAPES.items()}
+    if hidden % 128 == 0:
+        sizes["model.layers.0.self_attn.q_proj.weight"][0] = 384
+    weights = {name: random_weights(shape, torch.bfloat16, n) for n, (name, shape) in enumerate(sizes.items())}
+    stored = fine_grained(weights)
+    change(stored)
+    ordered = dict(sorted(stored.items(), key=lambda item: item[0].endswith("_scale_inv")))
+    config = {"hidden_size": 260, "quantization_config": FINE_GRAINED, "text_config": {"quantization_config": {}}}
+    write_checkpoint(folder, ordered, shards=2, config=config)
+    (folder / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8_PB_WO"}}')
+    return stored
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_tensor", None])
+def test_bytes_are_those_of_what_the_source_stands_for(scheme: str | None, tmp_path: Path) -> None:
+    weights = decoded(write(tmp_path / "source"))
+    octavo.convert(tmp_path / "source", tmp_path / "out", scheme)
+    made = tensors_of(tmp_path / "out")
+    for name, weight in weights.items():
+        if scheme is None or f"{name}_scale" not in made:
+            assert same_bytes(made[name], weight.bfloat16()), name
+            continue
+        q, scale = schemes.quantize(weight, scheme)
+        assert same_bytes(made[name], q), name
+        assert same_bytes(made[f"{name}_scale"], scale.reshape(made[f"{name}_scale"].shape)), name
+    assert not any(name.endswith("_scale_inv") for name in made)
+    streamed = dict(octavo.stream(tmp_path / "source", scheme, staging_bytes=1 << 20))
+    assert streamed.keys() == made.keys()
+    assert all(same_bytes(tensor, made[name]) for name, tensor in streamed.items())
+    assert octavo.verify(tmp_path / "out", against=tmp_path / "source").ok
+
+
+@pytest.mark.parametrize(("format", "hidden"), [("fp8", 256), ("compressed-tensors", 260)])
+def test_blocks_pass_through_as_blocks(format: str, hidden: int, tmp_path: Path) -> None:
+    stored = write(tmp_path / "source", hidden)
+    report = octavo.convert(tmp_path / "source", tmp_path / "out", "fp8_block", format=format)
+    assert report.passed_through == report.quantized
+    assert report.quantized["fp8_block"][0] == 3
+    made = tensors_of(tmp_path / "out")
+    end = "_scale_inv" if format == "fp8" else "_scale"
+    assert all(same_bytes(tensor, made[name.replace("_scale_inv", end)]) for name, tensor in stored.items())
+    verified = octavo.verify(tmp_path / "out", against=tmp_path / "source")
+    assert verified.ok
+    assert sum("passed through" in line for line in verified.lines()) == 3
+    made[UP].view(torch.uint8)[3, 7] ^= 1
+    write_checkpoint(tmp_path / "spoiled", made, config=json.loads((tmp_path / "out/config.json").read_text()))
+    assert [one.name for one in octavo.verify(tmp_path / "spoiled", against=tmp_path / "source").different] == [UP]
+    assert "linear, passed through" in str(octavo.plan(tmp_path / "source", "fp8_block", model=False))
+
+
+def test_a_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
+    write(tmp_path / "source")
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        octavo.convert(tmp_path / "source", tmp_path / "out", progress=stop)
+    assert (tmp_path / "out.partial").exists()
+    octavo.convert(tmp_path / "source", tmp_path / "out")
+    octavo.convert(tmp_path / "source", tmp_path / "again", staging_bytes=1 << 20, threads=1)
+    again = tensors_of(tmp_path / "again")
+    assert all(same_bytes(tensor, again[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", None])
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        (UP, float("nan"), f"tensor '{UP}' holds nan (at [2, 3])"),
+        (f"{UP}_scale_inv", float("nan"), f"tensor '{UP}_scale_inv': a scale is nan, at [0, 1]"),
+        (f"{UP}_scale_inv", -1.0, f"tensor '{UP}_scale_inv': a scale is -1, at [0, 1]"),
+        (f"{UP}_scale_inv", float("inf"), f"tensor '{UP}_scale_inv': a scale is inf, at [0, 1]"),
+    ],
+)
+def test_what_is_no_weight_is_named(scheme: str | None, name: str, value: float, says: str, tmp_path: Path) -> None:
+    def spoil(stored: dict[str, Tensor]) -> None:
+        stored[name][(2, 3) if name == UP else (0, 1)] = value
+
+    write(tmp_path / "source", change=spoil)
+    if scheme is None and name == UP:  # what is not quantized may be anything
+        octavo.convert(tmp_path / "source", tmp_path / "out", scheme)
+        return
+    with pytest.raises(WeightError) as error:
+        octavo.convert(tmp_path / "source", tmp_path / "out", scheme)
+    assert says in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_that_is_missing_is_named_before_a_weight_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "source", change=lambda stored: stored.pop(f"{UP}_scale_inv"))
+    for way in (octavo.convert, lambda source, _: octavo.plan(source), lambda source, _: list(octavo.stream(source))):
+        with pytest.raises(CheckpointError, match=rf"{UP} is F8_E4M3, and has no scale beside it"):
+            way(tmp_path / "source", tmp_path / "out")
+
+
+def test_an_accelerator_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "source")
+    with pytest.raises(DeviceError, match=r"_proj.weight is quantized already \(FP8 in blocks of 128x128\)"):
+        octavo.plan(tmp_path / "source", device="cuda", model=False)
+
+
+def test_nothing_of_the_declaration_remains(tmp_path: Path) -> None:
+    write(tmp_path / "source")
+    report = octavo.convert(tmp_path / "source", tmp_path / "out", None)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"hidden_size": 260, "text_config": {}}
+    assert not (tmp_path / "out/hf_quant_config.json").exists()
+    assert any("hf_quant_config.json is not copied" in note for note in report.notes)
