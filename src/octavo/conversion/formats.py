@@ -187,14 +187,18 @@ def _series(names: Collection[str], taken: Collection[str]) -> tuple[list[str], 
 
     Readers compare every module with every entry: of ten thousand experts by name, they would take minutes.
     """
-    whole = {_template(name) for name in taken}
-    below = {template[i + 2 :] for template in whole for i in range(len(template)) if template.startswith(r"\.", i)}
-    found, left = [], sorted(names)
+    found: list[str] = []
+    left, whole, below = sorted(names), set[str](), set[str]()
     for fixed in range(3):  # layers, and experts in them
-        used = {_template(name, fixed) for name in taken}
         groups: dict[str, list[str]] = {}
         for name in left:
             groups.setdefault(_template(name, fixed), []).append(name)
+        if max(map(len, groups.values()), default=0) < _SERIES:
+            continue  # of thousands that are taken, no template is needed
+        used = {_template(name, fixed) for name in taken}
+        if not whole:
+            whole = used if not fixed else {_template(name) for name in taken}
+            below = {each[i + 2 :] for each in whole for i in range(len(each)) if each.startswith(r"\.", i)}
         left = []
         for template, members in groups.items():
             if len(members) < _SERIES or template in used or _template(members[0]) in below:

@@ -101,7 +101,10 @@ class Loading:
     @property
     def config(self) -> Mapping[str, Any]:
         """The ``quantization_config`` of the checkpoint that the plan would make."""
-        return self.layout.config(self.plan, ragged=True)
+        return self._config_of(self.plan)
+
+    def _config_of(self, plan: Plan) -> Mapping[str, Any]:
+        return self.layout.config(plan, ragged=True)
 
     def model(self, make: Callable[[Mapping[str, str]], nn.Module], forget: Callable[[], None]) -> nn.Module:
         """A model, filled.
@@ -153,9 +156,9 @@ class Loading:
             kept={**kept, **unfit},
             engine=self.engine,
         )
-        before, config = self.plan, self.config
-        self.plan = settle(self._experts, self.plan, self._plan, ask)
-        if self.plan is not before and self.config != config:
+        before = self.plan
+        self.plan = settle(self._experts, before, self._plan, ask)
+        if self.plan is not before and self.config != self._config_of(before):
             raise MakeAnewError({})
         found = ask(self.plan).run()
         self._check(model, found, {*unfit.values()})
