@@ -30,6 +30,11 @@ class Result:
         found: dict[str, dict[str, Any]] = self.content.get("runs") or {self.content["date"]: self.content}
         return found
 
+    @property
+    def gpu(self) -> str:
+        """'H100': which card, of whatever maker."""
+        return str(next(iter(self.runs.values()))["machine"]["gpu"].split()[1])
+
     def __getitem__(self, key: str) -> Any:
         return self.content[key]
 

@@ -1,95 +1,112 @@
-"""The page of vLLM: seconds until it serves, memory, tokens a second, and how the answers compare."""
+"""The pages of engines: seconds until they serve, memory, tokens a second, and how the answers compare."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from .loading import model_name
-from .results import MIB, Sources, gib, load, page, rate, seconds, table
+from .results import MIB, Result, Sources, gib, load, page, rate, seconds, table
+
+_VLLM = """```sh
+make bench B=vllm_gpu
+```
+
+Random weights in the shape of the model; each way is an engine in a process of its own, or one for each GPU. *Load* is
+vLLM's `load_model` in the worker: making the model, filling it, bringing weights into the form of the kernels. *GiB*
+is what a GPU has in the end, and *over* the peak of the load over that. Tokens a second are those of a prefill of 8,192
+tokens, and of decoding one sequence and 32, in CUDA graphs without torch.compile."""
+
+_SGLANG = """```sh
+make bench B=sglang_gpu
+```
+
+Random weights in the shape of the model; each way is an engine with processes of its own. *Load* is the `load_model` of
+SGLang's model runner: making the model, filling it, bringing weights into the form of the kernels. *GiB* is what a GPU
+has in the end, and *over* the peak of the load over that."""
+
+_ANSWERS = """### Answers
+
+Logprobs of the prompts' own tokens and greedy tokens, against other engines of the same run. They are to be *equal* to
+those of the converted checkpoint, which is what octavo promises; all others differ by as much as quantizing does."""
+
+_PARAMETERS = """*Parameters*: a sum of each parameter's bytes is equal on every rank, and answers are not. With several
+ranks that engine was asked all prompts at once, and takes into a step what has arrived by then, so that products of
+other numbers of rows are rounded otherwise."""
 
 
-def _way(key: str) -> str:
+def _way(key: str, engine: str) -> str:
     """'octavo-fp8_channel tp1' -> what it is."""
     way, _, ranks = key.partition(" tp")
     name = {
         "octavo": "octavo `{}`",
-        "converted": "vLLM, on what `octavo convert` wrote in `{}`",
-    }.get(way.split("-")[0], "vLLM, bf16" if way == "bf16" else f"vLLM's own `{way}`")
+        "converted": f"{engine}, on what `octavo convert` wrote in `{{}}`",
+    }.get(way.split("-")[0], f"{engine}, bf16" if way == "bf16" else f"{engine}'s own `{way}`")
     name = name.format(way.partition("-")[2])
     return name if ranks == "1" else f"{name}, {ranks} ranks"
 
 
-def engines(result: Any, model: str) -> dict[str, dict[str, Any]]:
+def engines(result: Result, model: str) -> dict[str, dict[str, Any]]:
     """The engines that started, by their keys in the result."""
     return {key: row for key, row in result["models"][model].items() if " tp" in key and "load_s" in row}
 
 
-def make() -> str:
-    """The page."""
+def _same(found: dict[str, Any]) -> str:
+    return "yes" if found["equal"] else "parameters" if found.get("equal_parameters") else "no"
+
+
+def _loads(rows: dict[str, dict[str, Any]], sources: Sources, engine: str) -> str:
+    """A line an engine; speeds only where some were measured."""
+    speeds = any("prefill" in row for row in rows.values())
+    lines = []
+    for key, row in rows.items():
+        found = [_way(key, engine), seconds(row["load_s"]), gib(row["final_bytes"]), gib(row["over_bytes"])]
+        if speeds:
+            decode = row.get("decode", {})
+            measured = [row.get("prefill"), *(decode.get(count) for count in ("1", "32"))]
+            found += [rate(each["tokens_per_s"]) if each else "" for each in measured]
+        lines.append((*found, sources.letter(row)))
+    head = ("", "load, s", "GiB", "over", *(("prefill", "decode, 1", "decode, 32") if speeds else ()), "run")
+    return table(head, lines)
+
+
+def _answers(rows: dict[str, dict[str, Any]], sources: Sources, engine: str) -> list[str]:
+    lines = []
+    for key, row in rows.items():
+        ranks = key.partition(" ")[2]
+        for other, found in row.get("against", {}).items():
+            twins = key.startswith("converted-") and other == key.partition(" ")[0].replace("converted", "octavo")
+            if key.startswith(("octavo-", "bf16")) or twins:
+                numbers = f"{found['mean_difference']:.3f}", f"{found['correlation']:.3f}"
+                beside = other if " tp" in other else f"{other} {ranks}"
+                lines.append((_way(key, engine), _way(beside, engine), _same(found), *numbers, sources.letter(row)))
+    compared = table(("", "against", "equal", "mean difference", "correlation", "run"), lines, numbers_from=3)
+    return [_ANSWERS, compared, *([_PARAMETERS] if any("parameters" in line for line in lines) else [])]
+
+
+def _model(result: Result, model: str, engine: str) -> list[str]:
+    rows, sources, all_of_it = engines(result, model), Sources(result), result["models"][model]
+    facts, versions = all_of_it["checkpoint"], {row["versions"][engine.lower()] for row in rows.values()}
     parts = [
-        """```sh
-make bench B=vllm_gpu
-```
-
-Random weights in the shape of the model; each way is an engine in a process of its own. *Load* is vLLM's `load_model`
-in the worker: making the model, filling it, bringing weights into the form of the kernels. *GiB over* is the peak of
-that over what the model has in the end. Tokens a second are those of a prefill of 8,192 tokens, and of decoding one
-sequence and 32, in CUDA graphs without torch.compile."""
+        f"## {model_name(model)}, {result.gpu}\n\n{facts['bytes'] / 1e9:.1f} GB in {facts['tensors']:,} tensors, "
+        f"{engine} {', '.join(sorted(versions))}.",
+        _loads(rows, sources, engine),
+        sources.note(),
     ]
-    for result in load("vllm_gpu"):
-        for model in result["models"]:
-            sources, lines, compared = Sources(result), [], []
-            rows = engines(result, model)
-            for key, row in rows.items():
-                decode = {count: rate(found["tokens_per_s"]) for count, found in row["decode"].items()}
-                letter = sources.letter(row)
-                lines.append(
-                    (
-                        _way(key),
-                        seconds(row["load_s"]),
-                        gib(row["over_bytes"]),
-                        rate(row["prefill"]["tokens_per_s"]),
-                        decode.get("1", ""),
-                        decode.get("32", ""),
-                        letter,
-                    )
-                )
-                for other, found in row.get("against", {}).items():
-                    if not key.startswith("octavo-") and not key.startswith("bf16"):
-                        continue
-                    compared.append(
-                        (
-                            _way(key),
-                            _way(f"{other} tp1"),
-                            "yes" if found["equal"] else "no",
-                            f"{found['mean_difference']:.3f}",
-                            f"{found['correlation']:.3f}",
-                            letter,
-                        )
-                    )
-            facts, converted = result["models"][model]["checkpoint"], result["models"][model]
-            versions = {row["versions"]["vllm"] for row in rows.values()}
-            parts.append(
-                f"## {model_name(model)}\n\n{facts['bytes'] / 1e9:.1f} GB in {facts['tensors']:,} tensors, "
-                f"vLLM {', '.join(sorted(versions))}."
-            )
-            head = ("", "load, s", "GiB over", "prefill", "decode, 1", "decode, 32", "run")
-            parts += [table(head, lines), sources.note()]
-            took = [
-                f"`{key.removeprefix('convert-')}` in {seconds(row['seconds'])} s, with at most "
-                f"{row['process']['peak_rss_bytes'] / MIB:,.0f} MiB"
-                for key, row in converted.items()
-                if key.startswith("convert-")
-            ]
-            if took:
-                parts.append(
-                    f"The conversion that the stock engine needs first, on the same machine: {'; '.join(took)}."
-                )
-            parts += [
-                """### Answers
+    took = [
+        f"`{key.removeprefix('convert-')}` in {seconds(row['seconds'])} s, with at most "
+        f"{row['process']['peak_rss_bytes'] / MIB:,.0f} MiB"
+        for key, row in all_of_it.items()
+        if key.startswith("convert-")
+    ]
+    if took:
+        parts.append(f"The conversion that the stock engine needs first, on the same machine: {'; '.join(took)}.")
+    return [*parts, *_answers(rows, sources, engine)]
 
-Logprobs of the prompts' own tokens and greedy tokens, against other engines of the same run. They are to be *equal* to
-those of the converted checkpoint, which is what octavo promises; all others differ by as much as quantizing does.""",
-                table(("", "against", "equal", "mean difference", "correlation", "run"), compared, numbers_from=3),
-            ]
-    return page("Serving with vLLM", *parts)
+
+def make(engine: str) -> str:
+    """The page of an engine, "vLLM" or "SGLang"."""
+    parts = [_VLLM if engine == "vLLM" else _SGLANG]
+    for result in load(f"{engine.lower()}_gpu"):
+        for model in result["models"]:
+            parts += _model(result, model, engine)
+    return page(f"Serving with {engine}", *parts)

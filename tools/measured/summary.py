@@ -39,6 +39,8 @@ def rows() -> list[tuple[str, str, str]]:
     size = f"{gpu['checkpoint']['bytes'] / 1e9:.1f} GB"
     engines = _first("vllm_gpu")["models"][_MODEL]
     served, online = engines["octavo-fp8_channel tp1"], engines["fp8_per_tensor tp1"]
+    sglang = _first("sglang_gpu")["models"][_MODEL]
+    mine_there, own = sglang["octavo-fp8_channel tp1"], sglang["fp8 tp1"]
     conversion = _first("convert")
     ways = conversion["schemes"]["fp8_channel"]
     source = f"{conversion['checkpoint']['bytes'] / 1e9:.2f} GB"
@@ -62,6 +64,11 @@ def rows() -> list[tuple[str, str, str]]:
             f"vLLM's `fp8_per_tensor`: {seconds(online['load_s'])} s, {mib(online['over_bytes'])} MiB over",
         ),
         (
+            f"In SGLang {mine_there['versions']['sglang'].rpartition('.')[0]}",
+            f"{seconds(mine_there['load_s'])} s, {mib(mine_there['over_bytes'])} MiB over",
+            f"SGLang's `fp8`: {seconds(own['load_s'])} s, {mib(own['over_bytes'])} MiB over",
+        ),
+        (
             "New weights for it in place, from pinned memory",
             f"{seconds(update['update_s']['median'])} s",
             f"copying them alone: {seconds(update['limit_s'])} s",
@@ -77,6 +84,18 @@ def rows() -> list[tuple[str, str, str]]:
 def readme_table() -> str:
     """README's table."""
     return table(("", "octavo `fp8_channel`", "beside it"), rows(), numbers_from=3)
+
+
+def _two_gpus() -> str:
+    result = next(result for result in load("vllm_gpu") if "octavo-fp8_channel tp2" in result["models"][_MODEL])
+    rows = result["models"][_MODEL]
+    one, two = (rows[f"octavo-fp8_channel tp{count}"]["load_s"] for count in (1, 2))
+    own = rows["fp8_per_tensor tp2"]["load_s"]
+    return (
+        f"On two GPUs ({result.gpu}) vLLM loads by octavo in {seconds(two)} s, {two / one:.2f} of the time on one: "
+        "what is asked of the model and of its loader before the first byte does not get less. vLLM's own "
+        f"`fp8_per_tensor` takes {seconds(own)} s. See [Serving with vLLM](serving.md)."
+    )
 
 
 def losses() -> list[str]:
@@ -107,6 +126,7 @@ def losses() -> list[str]:
         f"{converted['1']['tokens_per_s']:.0f} tokens a second, octavo {mine['decode']['1']['tokens_per_s']:.0f}, "
         f"`fp8_per_tensor` {online['decode']['1']['tokens_per_s']:.0f}. See [Serving with vLLM](serving.md)."
     )
+    found.append(_two_gpus())
     loads = _first("load_gpu")["models"][_MODEL]["settings"]["tmpfs"]
     reader = without_imports(loads["instanttensor"])["median"]
     load_s = without_imports(loads["octavo-fp8_channel"])["median"]
@@ -158,15 +178,16 @@ stages, processor time, memory of the host.""",
 | [Updating](updating.md) | how fast new weights take the place of old ones; what models that load themselves need |
 | [Running](products.md) | how fast the FP8 model computes, on a GPU and on a CPU |
 | [Serving with vLLM](serving.md) | how long until vLLM serves, how fast, whether the answers are the same |
+| [Serving with SGLang](serving-sglang.md) | the same for SGLang, but its speed |
 | [Model types](models.md) | which of transformers' models are loaded and converted rightly, and which are not |
 | [What becomes FP8](shares.md) | which share of the matrices of full-size models, loaded and converted |
 | [Models in vLLM](vllm-models.md) | the same of vLLM's architectures, and what each refusal comes from |""",
         "## Where octavo loses\n\n" + "\n".join(f"- {loss}" for loss in losses()),
         """## What was not measured
 
-Several GPUs at once; accelerators that are not NVIDIA's; checkpoints with trained weights (random ones of the same
-shapes stand in for them); disks faster than that of the cold loads. The [log of experiments](../log.md) has what was
-tried by hand, with the failures.""",
+More than two GPUs at once, and experts apart on several; speeds in SGLang; accelerators that are not NVIDIA's;
+checkpoints with trained weights (random ones of the same shapes stand in for them); disks faster than that of the cold
+loads. The [log of experiments](../log.md) has what was tried by hand, with the failures.""",
         "## Machines\n\n"
         + table(("machine", "benchmarks"), [(name, ", ".join(found)) for name, found in where.items()], numbers_from=2),
     )
