@@ -20,33 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .companions import CACHES, Companions, companions, of_weight
 from .declared import Declared, Way, read_declared
 from .header import TensorInfo
-from .packing import FP8, PACK, SCALES, Groups, Shape, cells_of, count, fits, guesses, words
+from .packing import FLOATS, FP8, PACK, SCALES, Groups, Shape, cells_of, count, fits, guesses, words
 from .quantized import is_shown
 
-#: what a scale is called, beside a tensor N: N + this
-_SUFFIXES = ("_scale_inv", "_scale", "_weight_scale")
-#: or beside X.weight: X + this
-_BESIDE = (".scale", ".qscale_weight", ".scale_weight")
-#: a scale of the scales of a matrix, and whether it divides them
-_GLOBAL = {"_scale_2": False, "_weight_scale_2": False, "_global_scale": True}
-#: scales of activations, beside N or in its module, which nobody needs who has weights in another format
-_ACTIVATIONS = (
-    "input_scale",
-    "activation_scale",
-    "input_global_scale",
-    "input_zero_point",
-    "output_scale",
-    "act_scale",
-)
-_BESIDE_WEIGHT = (*_ACTIVATIONS, "qscale_act", "scale_input", "scale_activation")
-#: scales of caches and of attention, in any module
-_CACHES = frozenset(
-    ("k_scale", "v_scale", "q_scale", "kv_scale", "prob_scale", "k_zero_point", "v_zero_point", "q_zero_point")
-)
-#: beside N or in its module: columns in another order, or scaled before they meet the weight
-_UNDECODED = ("_g_idx", ".pre_quant_scale", "_pre_quant_scale")
+#: dtypes of numbers that may stand for weights
+_NUMBERS = frozenset((*FP8, "I8", "U8", "I32"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,13 +131,13 @@ def find_codings(
 
 
 class _Parts(NamedTuple):
-    """A stored tensor of numbers, and what stands beside it."""
+    """Stored numbers of a weight, and what stands beside them."""
 
     name: str  # of the weight that they make
     codes: TensorInfo
-    scales: list[TensorInfo]
+    scale: TensorInfo
     zero_point: TensorInfo | None
-    global_scales: list[tuple[TensorInfo, bool]]  # and whether it divides
+    global_scale: TensorInfo | None
     shape_info: TensorInfo | None
 
     @property
@@ -173,8 +154,16 @@ class _Parts(NamedTuple):
 
     @property
     def held(self) -> str:
-        codes, scale = self.codes, self.scales[0]
+        codes, scale = self.codes, self.scale
         return f"{scale.name} is {list(scale.shape)} beside {codes.name}, {codes.dtype_name} {list(codes.shape)}"
+
+
+class _Form(NamedTuple):
+    """What the codings of weights that are alike have in common."""
+
+    shape: Shape
+    decoding: Decoding
+    transposed: bool
 
 
 class _Problem(Exception):
@@ -186,15 +175,20 @@ class _Finder:
 
     def __init__(self, tensors: Mapping[str, TensorInfo], declared: Declared) -> None:
         self._tensors, self._declared = tensors, declared
+        self._forms: dict[Any, _Form] = {}
         self.consumed: dict[str, str] = {}
         self.wrong: set[str] = set()  # codes of which there is a problem
         self.problems: list[str] = []
 
     def codings(self) -> Iterator[Coding]:
-        for info in self._tensors.values():
-            if info.dtype_name in (*FP8, "I8", "U8", "I32") and len(info.shape) > 1 and not _is_scale(info.name):
+        numbers = [info for info in self._tensors.values() if info.dtype_name in _NUMBERS and len(info.shape) > 1]
+        beside = self._names_by_module() if numbers else {}
+        for info in numbers:
+            module, dot, leaf = info.name.rpartition(".")
+            found = companions(leaf, beside[module]) if of_weight(info.name) is None else None
+            if found is not None:
                 try:
-                    coding = self._of(info)
+                    coding = self._of(info, module + dot, found)
                 except _Problem as problem:
                     self.problems.append(str(problem))
                     self.wrong.add(info.name)
@@ -202,7 +196,7 @@ class _Finder:
                     if coding is not None:
                         yield coding
         if self.consumed or self._declared:
-            caches = (name for name in self._tensors if name.rpartition(".")[2] in _CACHES)
+            caches = (name for name in self._tensors if name.rpartition(".")[2] in CACHES)
             self.consumed.update(dict.fromkeys(caches, "scale of a cache"))
 
     def look_at(self, left: Mapping[str, TensorInfo]) -> None:
@@ -211,130 +205,98 @@ class _Finder:
             packed = info.dtype_name in ("U8", "I32") and name.endswith(("_packed", "_blocks"))
             if (packed or info.dtype_name in FP8) and len(info.shape) > 1:
                 self.problems.append(f"{name} is {info.dtype_name}, and has no scale beside it")
-            elif _is_scale(name):
-                weight = next(name[: -len(end)] for end in (*_SUFFIXES, *_GLOBAL, "_zero_point") if name.endswith(end))
+            elif weight := of_weight(name):
                 other = self._tensors.get(weight)
                 held = f"{other.dtype_name}, which has none" if other is not None else "not there"
                 self.problems.append(f"{name} is the scale of {weight}, which is {held}")
             elif name in self._declared.weights and len(info.shape) > 1:
                 self.problems.append(f"{name} is {info.dtype_name}, and {self._declared.where} says it is quantized")
 
-    def _of(self, codes: TensorInfo) -> Coding | None:
-        """What is made of these numbers; None where they are none, or none that octavo decodes."""
-        parts = self._parts(codes)
-        if parts is None or not parts.scales:
-            return None
-        kinds = _kinds(parts, bool(self._declared))
-        if not kinds:
-            return None
-        self._take(parts)
-        if parts.scales[1:]:
-            raise _Problem(f"{codes.name} has {len(parts.scales)} scales: {' and '.join(s.name for s in parts.scales)}")
-        scale = parts.scales[0]
+    def _names_by_module(self) -> dict[str, frozenset[str]]:
+        found: dict[str, list[str]] = {}
+        for name in self._tensors:
+            module, _, leaf = name.rpartition(".")
+            found.setdefault(module, []).append(leaf)
+        return {module: frozenset(leaves) for module, leaves in found.items()}
+
+    def _of(self, codes: TensorInfo, prefix: str, beside: Companions) -> Coding | None:
+        """What is made of these numbers; None where they are none that octavo decodes."""
+        scale, *others = (self._tensors[prefix + name] for name in beside.scales)
+        by = [self._tensors[prefix + name] for name, _ in beside.global_scales]
+        zero, shape = (self._tensors[prefix + n] if n else None for n in (beside.zero_point, beside.shape))
+        parts = _Parts(prefix + beside.weight, codes, scale, zero, by[0] if by else None, shape)
+        seen = [(info.dtype_name, info.shape) for info in (codes, scale, *by, zero) if info is not None]
+        key = (beside, *seen)
+        form = self._forms.get(key)
+        if form is None:
+            kinds = _kinds(parts, bool(self._declared))
+            if not kinds:
+                return None
+            self._take(parts, prefix, beside)
+            if others:
+                names = " and ".join(info.name for info in (scale, *others))
+                raise _Problem(f"{codes.name} has {len(beside.scales)} scales: {names}")
+            form, always = self._form(parts, kinds, beside)
+            if always:
+                self._forms[key] = form
+        else:
+            self._take(parts, prefix, beside)
+        return Coding(parts.name, form.shape, form.decoding, *parts[1:], transposed=form.transposed)
+
+    def _take(self, parts: _Parts, prefix: str, beside: Companions) -> None:
+        """Note what a weight is made of, and what stands beside it for its activations."""
+        name = parts.name
+        if parts.codes.name != name:
+            self.consumed[parts.codes.name] = f"numbers of {name}"
+        what = f"scale of {name}"
+        for each in beside.scales:
+            self.consumed[prefix + each] = what
+        for each, _ in beside.global_scales:
+            self.consumed[prefix + each] = what
+        if parts.zero_point is not None:
+            self.consumed[parts.zero_point.name] = f"zero points of {name}"
+        if parts.shape_info is not None:
+            self.consumed[parts.shape_info.name] = f"shape of {name}"
+        for each in beside.activations:
+            self.consumed[prefix + each] = f"scale of activations of {name}"
+
+    def _form(self, parts: _Parts, kinds: Sequence[str], beside: Companions) -> tuple[_Form, bool]:
+        """The form of a coding, and whether all that have these shapes have it, whatever their names."""
+        codes, scale = parts.codes, parts.scale
         if scale.dtype_name not in SCALES[kinds[0]]:
             allowed = ", ".join(SCALES[kinds[0]])
             raise _Problem(f"{scale.name} is {scale.dtype_name}, and scales of {codes.dtype_name} are {allowed}")
         if parts.blocks and len(codes.shape) != 4:
             raise _Problem(f"{codes.name} is {list(codes.shape)}, and should be [experts, rows, groups, bytes]")
-        kind, groups, symmetric = self._groups(parts, kinds)
-        by, divided = self._global_scale(parts, kind)
-        shape = parts.matrix(kind)
+        ways = self._ways(parts, kinds)
+        way = _choose(parts, ways)
+        _check_global_scale(parts, way.kind, [name for name, _ in beside.global_scales])
+        decoding = Decoding(way.kind, *way.groups, any(divides for _, divides in beside.global_scales))
+        shape = parts.matrix(way.kind)
+        _check_zero_point(Coding(parts.name, shape, decoding, *parts[1:]), way.symmetric)
         if parts.blocks:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        coding = Coding(
-            parts.name,
-            shape,
-            Decoding(kind, *groups, divided),
-            *(codes, scale, parts.zero_point, by, parts.shape_info),
-            transposed=parts.blocks,
-        )
-        _check_zero_point(coding, symmetric)
-        return coding
+        return _Form(shape, decoding, parts.blocks), len(ways) == 1
 
-    def _parts(self, codes: TensorInfo) -> _Parts | None:
-        name = codes.name
-        stem = name.removesuffix("_packed").removesuffix("_blocks")
-        module, _, leaf = stem.rpartition(".")
-        if any(each in self._tensors for end in _UNDECODED for each in (stem + end, module + end)):
-            return None
-        scales = [*self._beside(stem, ("_scales",) if name.endswith("_blocks") else _SUFFIXES)]
-        if leaf == "weight" and stem == name:
-            scales += self._beside(module, _BESIDE)
-        by = [(self._tensors[stem + end], divides) for end, divides in _GLOBAL.items() if stem + end in self._tensors]
-        zero, shape_info = (self._tensors.get(stem + end) for end in ("_zero_point", "_shape"))
-        return _Parts(stem, codes, scales, zero, by, shape_info)
-
-    def _beside(self, stem: str, suffixes: Sequence[str]) -> Iterator[TensorInfo]:
-        return (self._tensors[stem + suffix] for suffix in suffixes if stem + suffix in self._tensors)
-
-    def _take(self, parts: _Parts) -> None:
-        """Note what a weight is made of, and what stands beside it for its activations."""
-        name = parts.name
-        module, _, leaf = name.rpartition(".")
-        if parts.codes.name != name:
-            self.consumed[parts.codes.name] = f"numbers of {name}"
-        others = (*parts.scales, *(info for info, _ in parts.global_scales))
-        self.consumed.update((info.name, f"scale of {name}") for info in others)
-        for info, what in ((parts.zero_point, "zero points"), (parts.shape_info, "shape")):
-            if info is not None:
-                self.consumed[info.name] = f"{what} of {name}"
-        beside = [f"{name}_{end}" for end in _ACTIVATIONS]
-        if leaf == "weight":
-            beside += [f"{module}.{end}" if module else end for end in _BESIDE_WEIGHT]
-        self.consumed.update((each, f"scale of activations of {name}") for each in beside if each in self._tensors)
-
-    def _groups(self, parts: _Parts, kinds: Sequence[str]) -> tuple[str, Groups, bool | None]:
-        """Kind of numbers, sides of a scale group, and whether it is declared that there are no zero points."""
-        found = {kind: cells_of(parts.matrix(kind), parts.scales[0].shape) for kind in kinds}
+    def _ways(self, parts: _Parts, kinds: Sequence[str]) -> list[Way]:
+        """The ways in which headers allow that these numbers are quantized."""
+        found = {kind: cells_of(parts.matrix(kind), parts.scale.shape) for kind in kinds}
         grids = {kind: cells for kind, cells in found.items() if cells is not None}
         if not grids:
             raise _Problem(f"{parts.held}: no grid of scales for it")
         if not self._declared:
-            (kind, cells), *_ = grids.items()
-            return kind, _guess(parts, parts.matrix(kind), cells), None
-        ways = [
-            way
-            for way in self._declared.ways
-            if way.kind in grids and fits(parts.matrix(way.kind), grids[way.kind], way.groups)
-        ]
+            return [Way(kind, _guess(parts, parts.matrix(kind), cells), None) for kind, cells in grids.items()]
+        ways = [way for way in self._declared.ways if way.kind in grids]
+        ways = [way for way in ways if fits(parts.matrix(way.kind), grids[way.kind], way.groups)]
         if not ways:
             said = ", or ".join(dict.fromkeys(map(str, self._declared.ways)))
             raise _Problem(f"{parts.held}, and {self._declared.where} says {said}")
-        way = _choose(parts, ways, grids)
-        return way.kind, way.groups, way.symmetric
-
-    @staticmethod
-    def _global_scale(parts: _Parts, kind: str) -> tuple[TensorInfo | None, bool]:
-        """The scale of scales, which those of e4m3 have and no others, and whether it divides them."""
-        wanted = kind == "e2m1" and parts.scales[0].dtype_name == "F8_E4M3"
-        if len(parts.global_scales) != wanted:
-            found = " and ".join(info.name for info, _ in parts.global_scales) or "none"
-            raise _Problem(
-                f"{parts.codes.name} should have {'one' if wanted else 'no'} scale of its {parts.scales[0].dtype_name} "
-                f"scales, and has {found}"
-            )
-        if not wanted:
-            return None, False
-        info, divides = parts.global_scales[0]
-        lead = list(parts.codes.shape[:-2])
-        if info.dtype_name not in ("F32", "BF16", "F16") or list(info.shape) not in (lead, [*lead, 1], [*lead, 1, 1]):
-            raise _Problem(
-                f"{info.name} is {info.dtype_name} {list(info.shape)}, and should be one F32 for each matrix"
-            )
-        return info, divides
-
-
-def _is_scale(name: str) -> bool:
-    leaf = name.rpartition(".")[2]
-    return leaf.endswith(_LEAVES if leaf.startswith("weight_") else ("_proj_scale_inv", "_proj_scale"))
-
-
-_LEAVES = (*_SUFFIXES, *_GLOBAL, "_zero_point")
+        return ways
 
 
 def _kinds(parts: _Parts, declared: bool) -> tuple[str, ...]:
     """The kinds of numbers that a stored tensor may hold, by its dtype and that of its scales."""
-    codes, scale = parts.codes, parts.scales[0]
+    codes, scale = parts.codes, parts.scale
     if codes.dtype_name in FP8:
         return ("float8",)
     if codes.dtype_name == "I32":  # how many bits they have, no header says
@@ -352,12 +314,15 @@ def _guess(parts: _Parts, matrix: Shape, cells: tuple[int, int]) -> Groups:
     return rows[0], cols[0]
 
 
-def _choose(parts: _Parts, ways: Sequence[Way], grids: Mapping[str, tuple[int, int]]) -> Way:
+def _choose(parts: _Parts, ways: Sequence[Way]) -> Way:
     """The way that is declared for a weight, among those which its headers allow."""
 
     def meaning(way: Way) -> tuple[str, Groups]:
-        cells = grids[way.kind]
-        return way.kind, (None if cells[0] == 1 else way.groups[0], None if cells[1] == 1 else way.groups[1])
+        rows, cols = (
+            None if group is None or group >= length else group
+            for group, length in zip(way.groups, parts.matrix(way.kind)[-2:], strict=True)
+        )
+        return way.kind, (rows, cols)
 
     if len(ways) > 1:
         ways = [way for way in ways if way.names(parts.name)] or ways
@@ -367,7 +332,22 @@ def _choose(parts: _Parts, ways: Sequence[Way], grids: Mapping[str, tuple[int, i
     return ways[0]
 
 
+def _check_global_scale(parts: _Parts, kind: str, names: Sequence[str]) -> None:
+    """Raise unless there is a scale of scales where those are of e4m3, and none where they are not."""
+    wanted = kind == "e2m1" and parts.scale.dtype_name == "F8_E4M3"
+    if len(names) != wanted:
+        raise _Problem(
+            f"{parts.codes.name} should have {'one' if wanted else 'no'} scale of its {parts.scale.dtype_name} scales, "
+            f"and has {' and '.join(names) or 'none'}"
+        )
+    info, lead = parts.global_scale, list(parts.codes.shape[:-2])
+    if info is None or (info.dtype_name in FLOATS and list(info.shape) in (lead, [*lead, 1], [*lead, 1, 1])):
+        return
+    raise _Problem(f"{info.name} is {info.dtype_name} {list(info.shape)}, and should be one F32 for each matrix")
+
+
 def _check_zero_point(coding: Coding, symmetric: bool | None) -> None:
+    """Raise unless there are zero points where that is declared, and none where it is not."""
     zero, name = coding.zero_point, coding.codes.name
     if zero is None:
         if symmetric is False:

@@ -55,7 +55,7 @@ class Way:
 
     kind: str  # of numbers
     groups: Groups
-    symmetric: bool = True  # there are no zero points
+    symmetric: bool | None = True  # there are no zero points; None: it is not said
     weights: frozenset[str] = frozenset()  # those that are named
     patterns: tuple[str, ...] = ()  # regular expressions of names of modules
 
@@ -134,6 +134,7 @@ def _gpt_oss(value: Mapping[str, Any]) -> Iterator[Way]:
 
 def _by_row(value: Mapping[str, Any]) -> Iterator[Way]:
     yield Way("float8", (1, None))
+    yield Way("float8", (None, 1))  # stacks of experts, whose matrices are [in, out]
 
 
 # -- compressed-tensors -----------------------------------------------------------------------------------------------
@@ -203,7 +204,8 @@ def _strategy(weights: Mapping[str, Any]) -> Groups:
 def _modelopt(value: Mapping[str, Any]) -> Iterator[Way]:
     layers = value.get("quantized_layers")
     if not isinstance(layers, dict):
-        yield _algorithm(value, frozenset())
+        mixed = str(value.get("quant_algo")).upper() == "MIXED_PRECISION" and value.get("config_groups")
+        yield from _compressed_tensors(value) if mixed else [_algorithm(value, frozenset())]
         return
     alike: dict[tuple[str, str], tuple[Mapping[str, Any], list[str]]] = {}
     for name, layer in layers.items():

@@ -10,14 +10,15 @@ FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 PACK = {"float8": 1, "int8": 1, "int4_in_int32": 8, "int8_in_int32": 4, "e2m1": 2}
 _WORDS = {"float8": "FP8", "int8": "int8", "int4_in_int32": "int4", "int8_in_int32": "packed int8", "e2m1": "FP4"}
 
-_FLOATS = ("F32", "BF16", "F16")
+#: dtypes of scales that are numbers
+FLOATS = ("F32", "BF16", "F16")
 _EXPONENTS = ("F8_E8M0", "U8")
 #: kind of numbers -> dtypes that their scales may have; bytes are e8m0
 SCALES = {
-    "float8": (*_FLOATS, *_EXPONENTS),
-    "int8": _FLOATS,
-    "int4_in_int32": _FLOATS,
-    "int8_in_int32": _FLOATS,
+    "float8": (*FLOATS, *_EXPONENTS),
+    "int8": FLOATS,
+    "int4_in_int32": FLOATS,
+    "int8_in_int32": FLOATS,
     "e2m1": ("F8_E4M3", *_EXPONENTS),
 }
 

@@ -167,6 +167,25 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
         {"quantization_config": {"quant_method": "fbgemm_fp8"}},
         Decoding("float8", 1, None),
     ),
+    "fbgemm, experts of [in, out]": (
+        {"m.experts.down_proj": ("F8_E4M3", (3, 8, 16)), "m.experts.down_proj_scale": ("F32", (3, 1, 16))},
+        {"quantization_config": {"quant_method": "fbgemm_fp8"}},
+        Decoding("float8", None, 1),
+    ),
+    "ModelOpt, mixed, by groups": (
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("F32", ())},
+        {
+            "quantization_config": {
+                "quant_method": "modelopt",
+                "quant_algo": "MIXED_PRECISION",
+                "config_groups": {
+                    "a": {"targets": [X], "weights": FLOAT},
+                    "b": {"targets": ["y"], "weights": {**FP4, "group_size": 16}},
+                },
+            }
+        },
+        Decoding("float8", None, None),
+    ),
     "undeclared, blocks": (
         {f"{X}.weight": ("F8_E4M3", (128, 256)), f"{X}.weight_scale_inv": ("F32", (1, 2))},
         {},
