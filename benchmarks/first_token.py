@@ -113,9 +113,11 @@ def main() -> None:
     args = arguments()
     if common.lacks_gpu("first_token", args.device):
         return
-    with common.merged("first_token", args, device=args.device) as merged:
-        for model in args.models:
-            run_model(model, args, merged)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    merged = Merged("first_token", args.folder, args.output, write=not args.no_save, device=args.device)
+    for model in args.models:
+        run_model(model, args, merged)
+    merged.close()
 
 
 if __name__ == "__main__":

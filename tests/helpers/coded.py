@@ -53,7 +53,7 @@ def fine_grained(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Matrices in FP8 as DeepSeek has them, in blocks of 128x128 with ``weight_scale_inv``; all else as it is."""
     stored: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if weight.ndim != 2 or "embed" in name or "head" in name:
+        if weight.ndim != 2 or any(kept in name for kept in ("embed", "head", ".gate.")):
             stored[name] = weight
             continue
         groups = schemes.get("fp8_block")

@@ -36,7 +36,8 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     config: Mapping[str, Any]  # config.json, or empty
     notes: tuple[str, ...] = ()  # what is odd, for whoever uses it
-    renamed: Mapping[str, str] = field(default_factory=dict)  # names in the files -> those of tensors, if another
+    #: names in the files -> those of tensors, if another; scales and the like have that of their weight
+    renamed: Mapping[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()  # what the index names, and no shard holds
     source: Checkpoint | None = None  # as it is in the files, if tensors and config are those of `decoded`
 
@@ -158,7 +159,13 @@ class Checkpoint:
                 tensors[name] = replace(info, name=name, dtype_name="BF16", shape=coding.shape, coding=coding)
             elif info.name not in found.consumed:
                 tensors[info.name] = info
-        return replace(self, tensors=tensors, config=undeclared(self.config), source=self)
+        # what belongs to no weight (scales of a cache) is counted to any
+        parts = dict.fromkeys(found.consumed, next(iter(found.by_name)))
+        parts |= {part.name: coding.name for coding in found.by_name.values() for part in coding.stored}
+        in_files = {new: old for old, new in self.renamed.items()}
+        renamed = {in_files.get(name, name): parts.get(name, name) for name in self.tensors}
+        renamed = {old: new for old, new in renamed.items() if old != new}
+        return replace(self, tensors=tensors, config=undeclared(self.config), renamed=renamed, source=self)
 
     def by_shard(self) -> list[list[TensorInfo]]:
         """The tensors of each shard, as they are stored."""

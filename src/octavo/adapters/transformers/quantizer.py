@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -78,6 +78,7 @@ class OctavoConfig(QuantizationConfigMixin):
         recipe = Recipe(scheme, targets or {}, ignore)
         self.scheme, self.targets, self.ignore = recipe.scheme, dict(recipe.targets), list(recipe.ignore)
         self.staging_bytes, self.threads = staging_bytes, threads
+        self.decodes = False  # whether it is given for a checkpoint that another method has quantized
         if not isinstance(weights, Mapping | None):
             raise RecipeError(f"OctavoConfig: weights must map names to [scheme, parts], not be {shown(weights)}")
         self.weights = None if weights is None else dict(weights)
@@ -85,7 +86,7 @@ class OctavoConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """The form that is saved: what was done to the weights, and not how this machine loaded them."""
         saved: dict[str, Any] = super().to_dict()
-        return {key: value for key, value in saved.items() if key not in ("staging_bytes", "threads")}
+        return {key: value for key, value in saved.items() if key not in ("staging_bytes", "threads", "decodes")}
 
     @property
     def recipe(self) -> Recipe:
@@ -110,6 +111,24 @@ class OctavoConfig(QuantizationConfigMixin):
     def record(self, model: Any) -> None:
         """List the weights of a model that are quantized: once it is saved, `swap` needs to know them."""
         self.weights = {name: [scheme, list(parts)] for name, scheme, parts in modules.quantized_weights(model)}
+
+
+def _merge(
+    cls: type[AutoHfQuantizer],
+    quantization_config: Any,
+    quantization_config_from_args: Any,
+) -> Any:
+    """What a checkpoint declares, and what is asked for, in one config: octavo's where a user gives it."""
+    declared = quantization_config
+    method = declared.get("quant_method") if isinstance(declared, Mapping) else getattr(declared, "quant_method", None)
+    if isinstance(quantization_config_from_args, OctavoConfig) and method != METHOD:
+        quantization_config_from_args.decodes = True
+        return quantization_config_from_args
+    return _merge_of_transformers(cls, quantization_config, quantization_config_from_args)
+
+
+_merge_of_transformers = AutoHfQuantizer.merge_quantization_configs.__func__  # type: ignore[attr-defined]
+AutoHfQuantizer.merge_quantization_configs = classmethod(_merge)  # type: ignore[assignment]
 
 
 class _StreamedConverter(WeightConverter):
@@ -172,6 +191,8 @@ class OctavoQuantizer(HfQuantizer):
     def __init__(self, quantization_config: OctavoConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.config: OctavoConfig = quantization_config
+        if quantization_config.decodes:  # what is quantized is streamed as if it were not
+            self.pre_quantized = False
         self.renamed: Mapping[str, str] = {}  # `Checkpoint.renamed`
         self.streamed: set[str] = set()  # parameters and scales that the stream has filled, until they are handed out
         self._waiting: _Waiting | None = None  # for transformers to decide about devices
@@ -221,7 +242,7 @@ class OctavoQuantizer(HfQuantizer):
             raise RecipeError("OctavoConfig needs a checkpoint on disk to stream from")
         stages = Stages()
         with stages("plan"):
-            checkpoint = Checkpoint.open_chosen([Path(file) for file in checkpoint_files])
+            checkpoint = Checkpoint.open_chosen([Path(file) for file in checkpoint_files]).decoded()
             self.renamed = checkpoint.renamed
             staging_bytes = config.staging_bytes
             plan = plan_model(model, checkpoint, config.recipe, "cpu", staging_bytes, strict=False, heads=True)

@@ -1,0 +1,89 @@
+"""Models whose checkpoints are quantized already: as if octavo had loaded what these stand for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from _models import logits, make_checkpoint, prompt
+
+import octavo
+from helpers import same_bytes, write_checkpoint
+from helpers.coded import FINE_GRAINED, decoded, fine_grained
+from helpers.folders import tensors_of
+from helpers.stock import different, from_stock
+
+EXPERTS = {"n_routed_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
+RAGGED: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "deepseek_v3": {"hidden_size": 144, "kv_lora_rank": 136, "n_group": 1, "moe_intermediate_size": 160, **EXPERTS},
+}
+#: transformers takes blocks that are cut at the edge of a matrix for smaller ones that are all alike
+EVEN: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"hidden_size": 128, "moe_intermediate_size": 256, "head_dim": 32, "num_key_value_heads": 4, **EXPERTS}
+}
+
+
+@pytest.fixture(scope="module", params=RAGGED | EVEN)
+def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A checkpoint in FP8 blocks, and one in float32 of what it stands for."""
+    root = tmp_path_factory.mktemp(request.param)
+    plain = make_checkpoint(request.param, root / "bf16", **(RAGGED | EVEN)[request.param])
+    config = json.loads((plain / "config.json").read_text())
+    stored = fine_grained(tensors_of(plain))
+    write_checkpoint(root / "fp8", stored, config={**config, "quantization_config": FINE_GRAINED})
+    return root / "fp8", write_checkpoint(root / "float", decoded(stored), config=config)
+
+
+def same(model: Any, reference: Any) -> bool:
+    return not different(model, reference) and torch.equal(logits(model), logits(reference))
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", None])
+def test_a_load_gives_the_model_of_what_is_decoded(folders: tuple[Path, Path], scheme: str | None) -> None:
+    source, floats = folders
+    reference = octavo.load(floats, scheme, dtype=torch.bfloat16)
+    model = octavo.load(source, scheme, staging_bytes=2 << 20)
+    assert same(model, reference)
+    assert model.load_report.quantized == reference.load_report.quantized
+    config = octavo.OctavoConfig(scheme)
+    other = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    assert same(other, reference)
+    assert torch.equal(*(each.generate(prompt(), max_new_tokens=3, do_sample=False) for each in (model, other)))
+
+
+def test_blocks_stay_blocks_in_a_model(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = folders
+    model = octavo.load(source, "fp8_block")
+    report = model.load_report
+    assert report.passed_through == report.quantized
+    state, stored = model.state_dict(), tensors_of(source)
+    codes = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn} & state.keys()
+    assert codes
+    assert all(same_bytes(state[name], stored[name]) for name in codes)
+    model.save_pretrained(tmp_path / "saved")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert same(saved, model)
+
+
+@pytest.mark.parametrize("folders", EVEN, indirect=True)
+def test_it_is_decoded_as_transformers_does(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    source, _ = folders
+    model = octavo.load(source, None)
+    assert same(model, from_stock(source))
+    octavo.convert(source, tmp_path / "bf16", None)
+    assert same(model, from_stock(tmp_path / "bf16"))
+
+
+@pytest.mark.parametrize("folders", EVEN, indirect=True)
+@pytest.mark.parametrize(("scheme", "format"), [("fp8_channel", "compressed-tensors"), ("fp8_block", "fp8")])
+def test_stock_transformers_reads_what_is_made_of_it(
+    folders: tuple[Path, Path], scheme: str, format: str, tmp_path: Path
+) -> None:
+    report = octavo.convert(folders[0], tmp_path / "out", scheme, format=format, reader="transformers")
+    assert any(note.startswith("proved: transformers") for note in report.notes)
+    assert torch.isfinite(logits(from_stock(tmp_path / "out"))).all()
