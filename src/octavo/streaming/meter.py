@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
 from ..errors import of_user
 from ..machine import now, on_cpu, rss_bytes
@@ -187,6 +186,7 @@ def progress_bar(
     if progress is False or (progress is None and not on_terminal()):
         yield None
         return
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -201,6 +201,8 @@ def said_meanwhile(progress: bool | Callable[[int, int], None] | None, what: str
     if callable(progress) or progress is False or (progress is None and not on_terminal()):
         yield
         return
+    from rich.console import Console
+
     with Console(stderr=True).status(what):
         yield
 
