@@ -131,4 +131,11 @@ def packed_strides(size: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int
 
 def whole(name: str, shape: Sequence[int]) -> Piece:
     """The piece that makes a parameter out of all of one tensor, unchanged."""
-    return Piece(*Box.whole(shape), name, 0, contiguous_strides(shape))
+    offset, size, strides = _all_of(tuple(shape))
+    return Piece(offset, size, name, 0, strides)
+
+
+@functools.lru_cache(maxsize=4096)
+def _all_of(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Offset, size and strides; a model has thousands of tensors, and some ten shapes."""
+    return *Box.whole(shape), contiguous_strides(shape)

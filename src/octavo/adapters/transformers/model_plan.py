@@ -38,6 +38,9 @@ from .excused import computed, new_heads, unneeded
 from .facts import Fact, facts_of
 from .versions import warn_of_newer
 
+#: a part of a name that is a number
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
 
 def plan_model(
     model: Any,
@@ -262,9 +265,8 @@ def _holes(names: Iterable[str]) -> list[str]:
     """
     series: dict[str, set[tuple[int, ...]]] = {}
     for name in names:
-        parts = name.split(".")
-        template = ".".join("*" if part.isdecimal() else part for part in parts)
-        series.setdefault(template, set()).add(tuple(int(part) for part in parts if part.isdecimal()))
+        numbers = tuple(map(int, _NUMBER.findall(name)))
+        series.setdefault(_NUMBER.sub("*", name), set()).add(numbers)
     if len({len(numbers) for found in series.values() for numbers in found}) != 1:
         return []  # these don't run alongside each other
     every = set().union(*series.values())
