@@ -1,7 +1,7 @@
-"""What every benchmark needs: facts about the machine, fresh processes that are measured, page cache, results.
+"""What every benchmark needs: fresh processes that are measured, page cache, results.
 
 Imports neither torch nor octavo, on purpose: the kernel carries the peak memory of the process that forks over to the
-child, so a small parent is what makes a child's peak its own. Run alone, it prints the facts.
+child, so a small parent is what makes a child's peak its own.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import ctypes
 import json
 import mmap
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -20,12 +19,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
-from importlib import metadata
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from _facts import ROOT, commit, file_system, gpu, machine, machine_name, versions
+
 RESULTS = Path(__file__).resolve().parent / "results"
 IN_MEMORY = ("tmpfs", "ramfs")
 FOLDER = Path(os.environ.get("OCTAVO_BENCH_FOLDER", "/tmp/octavo-bench"))
@@ -34,33 +33,7 @@ _SAMPLE_S = 0.01
 _OUTPUT = re.compile(r" --output \S+")  # where a result was written does not belong to it
 
 
-# -- facts ------------------------------------------------------------------------------------------------------------
-
-
-def machine(folder: Path) -> dict[str, Any]:
-    """CPU, memory, kernel, GPU where there is one, and the storage that ``folder`` lies on."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo)
-    memory = re.search(r"MemTotal:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    return {
-        "cpu": found[1] if found else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(int(memory[1]) / (1 << 20), 1) if memory else None,
-        "kernel": platform.release(),
-        **gpu(),
-        "storage": _storage(folder),
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def gpu() -> dict[str, str]:
-    """Name, memory and driver of the first GPU; nothing where there is none."""
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-    return dict(zip(("gpu", "gpu_memory", "gpu_driver"), found[0].split(", "), strict=True)) if found else {}
+# -- the GPU -----------------------------------------------------------------------------------------------------------
 
 
 def device_used() -> Callable[[], int] | None:
@@ -83,62 +56,6 @@ def lacks_gpu(name: str, device: str = "cuda", *, tries_on_cpu: bool = True) -> 
     say("no GPU: nothing was measured" + ("; --device cpu --no-save tries the benchmark out" if tries_on_cpu else ""))
     print(json.dumps({"benchmark": name, "skipped": "no GPU"}))
     return True
-
-
-def _storage(folder: Path) -> str:
-    device, mount, kind = _mount(folder)
-    return f"{device} {kind} at {mount}"
-
-
-def file_system(folder: Path) -> str:
-    """tmpfs, ext4, ..."""
-    return _mount(folder)[2]
-
-
-def _mount(folder: Path) -> list[str]:
-    """Device, mount point and file system of a folder."""
-    mounts = [line.split()[:3] for line in Path("/proc/mounts").read_text().splitlines()]
-    found = (m for m in mounts if folder.resolve().is_relative_to(m[1]))
-    return max(found, key=lambda m: len(m[1]), default=["?", "?", "?"])
-
-
-def machine_name(facts: dict[str, Any]) -> str:
-    """'Intel(R) Xeon(R) Processor', 2 cores -> 'intel-xeon-2c'; 'NVIDIA H100 80GB HBM3' -> 'nvidia-h100-80gb-hbm3'.
-
-    Ends the names of result files.
-    """
-    if "gpu" in facts:
-        return "-".join(re.sub(r"[^\w\s-]", " ", facts["gpu"]).lower().split())
-    words = re.sub(r"\(R\)|\(TM\)|@.*|\b(CPU|Processor)\b|[^\w\s-]", " ", facts["cpu"]).lower().split()
-    return "-".join([*words, f"{facts['cores']}c"])
-
-
-_PACKAGES = ("torch", "transformers", "accelerate", "safetensors", "instanttensor", "fastsafetensors", "numpy")
-
-
-def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Versions of the packages that are installed beside this interpreter, and its own."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
-
-
-def commit() -> str:
-    """The commit of this checkout, with ``+changes`` if the library differs from it.
-
-    A copy without git's folder is told by the variable OCTAVO_BENCH_COMMIT.
-    """
-    if told := os.environ.get("OCTAVO_BENCH_COMMIT"):
-        return told
-    if not (ROOT / ".git").exists():
-        return "unknown"
-
-    def git(*command: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *command], capture_output=True, text=True).stdout.strip()
-
-    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if git("status", "--porcelain", "--", "src") else "")
 
 
 # -- fresh processes --------------------------------------------------------------------------------------------------
@@ -411,6 +328,15 @@ class Merged:
         return {**self.content, "runs": {key: value for key, value in self.content["runs"].items() if key in named}}
 
 
+@contextlib.contextmanager
+def merged(name: str, args: argparse.Namespace, **facts: Any) -> Iterator[Merged]:
+    """The result of a benchmark with the arguments of `add_result_arguments`; closed where nothing was raised."""
+    args.folder.mkdir(parents=True, exist_ok=True)
+    result = Merged(name, args.folder, args.output, write=not args.no_save, **facts)
+    yield result
+    result.close()
+
+
 def _write(path: Path, content: dict[str, Any], quiet: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + ".part")
@@ -418,7 +344,3 @@ def _write(path: Path, content: dict[str, Any], quiet: bool = False) -> None:
     aside.replace(path)
     if not quiet:
         say(f"wrote {path}")
-
-
-if __name__ == "__main__":
-    print(json.dumps({"commit": commit(), "machine": machine(FOLDER.parent), "versions": versions()}))

@@ -208,15 +208,13 @@ def main() -> None:
     parser.add_argument("--timeout-s", type=float, default=300, help="for one process (%(default)s)")
     common.add_result_arguments(parser, "devices_gpu")
     args = parser.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
     if common.lacks_gpu("devices_gpu", args.device_map, tries_on_cpu=False):
         return
     if args.device_map != "cpu" and (count := run_fresh(WARM_UP)["gpus"]) < 2:
         print(json.dumps({"benchmark": "devices_gpu", "skipped": f"{count} GPU"}))
         return
-    merged = Merged("devices_gpu", args.folder, args.output, write=not args.no_save)
-    right = [run_model(model, args, merged) for model in args.models]
-    merged.close()
+    with common.merged("devices_gpu", args) as merged:
+        right = [run_model(model, args, merged) for model in args.models]
     raise SystemExit(0 if all(right) else 1)
 
 

@@ -113,11 +113,9 @@ def main() -> None:
     args = arguments()
     if common.lacks_gpu("first_token", args.device):
         return
-    args.folder.mkdir(parents=True, exist_ok=True)
-    merged = Merged("first_token", args.folder, args.output, write=not args.no_save, device=args.device)
-    for model in args.models:
-        run_model(model, args, merged)
-    merged.close()
+    with common.merged("first_token", args, device=args.device) as merged:
+        for model in args.models:
+            run_model(model, args, merged)
 
 
 if __name__ == "__main__":

@@ -121,11 +121,9 @@ def main() -> None:
     args = arguments()
     if common.lacks_gpu("generate_gpu", args.device):
         return
-    args.folder.mkdir(parents=True, exist_ok=True)
-    merged = Merged("generate_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
-    for model in args.models:
-        run_model(model, args, merged)
-    merged.close()
+    with common.merged("generate_gpu", args, device=args.device) as merged:
+        for model in args.models:
+            run_model(model, args, merged)
 
 
 if __name__ == "__main__":

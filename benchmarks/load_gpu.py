@@ -35,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _facts
 import common
 import make_checkpoint
 from common import ChildError, Merged, run_fresh, say, summary
@@ -228,7 +229,7 @@ def run_model(
     began = time.monotonic()
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {name}: {facts['bytes'] / 1e9:.2f} GB, {facts['tensors']:,} tensors, {time.monotonic() - began:.0f} s")
-    kind = common.file_system(folder)
+    kind = _facts.file_system(folder)
     setting = kind if kind in common.IN_MEMORY else f"{kind}, {'cold' if args.cold else 'warm'}"
     run_fresh(WARM_UP, folder, args.device, timeout_s=args.timeout_s)
     merged.add(facts, "models", name, "checkpoint")
@@ -282,7 +283,7 @@ def arguments() -> argparse.Namespace:
     chosen = args.loaders or ["ceilings", *(["direct"] if args.cold else []), "octavo", "peers"]
     args.loaders = list(dict.fromkeys(way for name in chosen for way in GROUPS.get(name, (name,))))
     args.folder.mkdir(parents=True, exist_ok=True)
-    if args.cold and common.file_system(args.folder) in common.IN_MEMORY:
+    if args.cold and _facts.file_system(args.folder) in common.IN_MEMORY:
         parser.error(f"--cold: {args.folder} is in memory; give a --folder on a disk")
     return args
 

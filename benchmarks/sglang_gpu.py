@@ -168,15 +168,13 @@ def main() -> None:
     args = arguments()
     if common.lacks_gpu("sglang_gpu", args.device):
         return
-    args.folder.mkdir(parents=True, exist_ok=True)
     for name, value in _sglang.ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     made = str(plugin_path(args.folder, _sglang.PLUGINS, *_sglang.ENTRIES))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
-    merged = Merged("sglang_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
     budget, used = Budget(args.budget_s, args.timeout_s), common.device_used() if args.device != "cpu" else None
-    right = [run_model(model, args, merged, budget, used) for model in args.models]
-    merged.close()
+    with common.merged("sglang_gpu", args, device=args.device) as merged:
+        right = [run_model(model, args, merged, budget, used) for model in args.models]
     raise SystemExit(0 if all(right) else 1)
 
 

@@ -248,16 +248,14 @@ def main() -> None:
     args = arguments()
     if common.lacks_gpu("vllm_gpu", args.device):
         return
-    args.folder.mkdir(parents=True, exist_ok=True)
     for name, value in {**_vllm.ENVIRONMENT, "VLLM_USE_DEEP_GEMM": "0"}.items():
         os.environ.setdefault(name, value)
     if not plugin_is_known(_vllm.PLUGINS):
         made = str(plugin_path(args.folder, _vllm.PLUGINS, _vllm.PLUGIN))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
-    merged = Merged("vllm_gpu", args.folder, args.output, write=not args.no_save, device=args.device)
     budget = Budget(args.budget_s, args.timeout_s)
-    right = [run_model(model, args, merged, budget) for model in args.models]
-    merged.close()
+    with common.merged("vllm_gpu", args, device=args.device) as merged:
+        right = [run_model(model, args, merged, budget) for model in args.models]
     raise SystemExit(0 if all(right) else 1)
 
 

@@ -62,6 +62,13 @@ def test_octavo_in_vllm_equals_stock_vllm_on_the_converted_checkpoint(name: str,
         assert mine.logprobs == stock.logprobs
 
 
+def test_experts_in_stacks_are_streamed_to_their_place(tmp_path: Path) -> None:
+    (mine,) = run(octavo_job(make("granitemoe", tmp_path / "bf16"), **OPTIONS), timeout=800)
+    assert not mine.error, mine.output[-4000:]
+    assert "became fp8_channel" in mine.log[0]
+    assert "vLLM's own loader" not in mine.output
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 @pytest.mark.parametrize("apart", [False, True], ids=["experts cut", "experts apart"])
 def test_two_ranks_on_two_gpus_equal_those_of_stock_vllm_on_the_converted_checkpoint(
