@@ -22,7 +22,7 @@ from ..elements.pieces import Piece, whole
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
 from ..planning.budget import TILE_ELEMENTS, check_options, default_threads
-from ..planning.coded import passes
+from ..planning.coded import passes, stored_piece
 from ..streaming.coded import Encoded, read_encoded
 from ..streaming.files import Files
 from ..streaming.ring import Ring
@@ -236,8 +236,11 @@ class Worker:
 
     def _encoded(self, block: Block) -> tuple[Encoded, int]:
         pair = block.pair
-        there = pair.source_box(block.matrix, block.rows, block.cols)
-        return read_encoded(self._job.source, pair.there, there, self._theirs[0])
+        there, coding = pair.source_box(block.matrix, block.rows, block.cols), pair.there.coding
+        assert coding is not None
+        stored = stored_piece(there, coding)
+        assert stored is not None
+        return read_encoded(self._job.source, pair.there, stored, self._theirs[0])
 
     def _weight(self, block: Block) -> tuple[Tensor, int]:
         """The weights of a box of the source, and the bytes that were read."""

@@ -143,13 +143,14 @@ def _numbers(out: Tensor, codes: Tensor, decoding: Decoding, head: int) -> None:
     # two float32 at a time are written, which have to lie where eight bytes may
     fits = values == out.shape[-1] and out.is_contiguous() and out.storage_offset() % 2 == 0
     wide = out if fits else torch.empty((*codes.shape[:-1], values), dtype=torch.float32, device=out.device)
-    whole = codes.contiguous().view(torch.uint8)
+    # flat, since of an axis of one element the stride may be any
+    whole = codes.contiguous().view(-1).view(torch.uint8)
     if decoding.kind == "int8_in_int32":
-        wide.copy_(whole).sub_(_OFFSETS[decoding.kind])
+        wide.copy_(whole.view(wide.shape)).sub_(_OFFSETS[decoding.kind])
     else:
         # two float32 at a time: to look up eight bytes takes as long as four
         pairs = _pairs(decoding.kind, out.device)
-        torch.index_select(pairs, 0, whole.view(-1).int(), out=wide.view(-1).view(torch.int64))
+        torch.index_select(pairs, 0, whole.int(), out=wide.view(-1).view(torch.int64))
     if not fits:
         out.copy_(wide[..., head : head + out.shape[-1]])
 

@@ -49,6 +49,26 @@ def lay_of(piece: Piece, shape: Sequence[int]) -> Lay | None:
     return Lay(row, tuple(steps), col, cols, axis)
 
 
+def stored_piece(piece: Piece, coding: Coding) -> Piece | None:
+    """A piece of a weight as the same of its `Coding.matrix`; None where that is none."""
+    if not coding.transposed:
+        return piece
+    *_, rows, cols = coding.shape
+    matrix, within = divmod(piece.src_off, rows * cols)
+    row, col = divmod(within, cols)
+    last_row, last_col, strides = row, col, []
+    for n, stride in zip(piece.size, piece.src_strides, strict=True):
+        if n > 1 and stride % (rows * cols):
+            if stride % cols == 0:
+                last_row, stride = last_row + (n - 1) * (stride // cols), stride // cols
+            else:
+                last_col, stride = last_col + (n - 1) * stride, stride * rows
+        strides.append(stride)
+    if last_row >= rows or last_col >= cols:
+        return None
+    return piece._replace(src_off=matrix * rows * cols + col * rows + row, src_strides=tuple(strides))
+
+
 def codes_piece(piece: Piece, lay: Lay, coding: Coding) -> Piece:
     """The same elements in the tensor of codes, which may hold several in one of its own."""
     pack, width = coding.decoding.pack, coding.codes_shape[-1]
@@ -73,7 +93,10 @@ def lay_problems(name: str, pieces: Iterable[Piece], infos: Mapping[str, TensorI
     """Why a parameter can't be made of sources that are quantized already."""
     for piece in pieces:
         info = infos[piece.src_name]
-        if info.coding is not None and piece.numel and lay_of(piece, info.shape) is None:
+        if info.coding is None or not piece.numel:
+            continue
+        stored = stored_piece(piece, info.coding)
+        if stored is None or lay_of(stored, info.coding.matrix) is None:
             yield f"{name}: takes columns of {info.name} that don't follow each other, which octavo can't decode"
             return
 
@@ -99,7 +122,7 @@ def _passes(piece: Piece, parts: Sequence[int], cols: int, scheme: Scheme, info:
     coding = info.coding
     if coding is None or not coding_is(coding, scheme) or not piece.numel:
         return False
-    lay, last = lay_of(piece, info.shape), len(piece.size) - 1
+    lay, last = lay_of(piece, coding.matrix), len(piece.size) - 1
     if lay is None or lay.axis != last or (piece.size[last - 1] > 1 and lay.steps[-1] != 1):
         return False
     rows = info.shape[-2]

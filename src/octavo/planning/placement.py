@@ -15,7 +15,7 @@ from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
-from .coded import passes, stored_nbytes
+from .coded import passes, stored_nbytes, stored_piece
 from .partition import Partition, partition_of, stored_cells
 from .recipe import Decision
 
@@ -156,6 +156,8 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
     if decision.scheme and target.transposed:
         swapped = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
         shape, pieces = tuple(shape[d] for d in swapped), tuple(piece.permute(swapped) for piece in pieces)
+    if any(infos[name].coding for name in sources):
+        pieces = tuple(_as_stored(piece, infos[piece.src_name].coding) for piece in pieces)
     pieces = tuple(sorted(pieces, key=lambda p: (infos[p.src_name].shard, infos[p.src_name].offset, p.src_off)))
     parts = cut_parts(shape, pieces) if decision.scheme else ()
     codings = tuple((name, coding) for name in sources if (coding := infos[name].coding) is not None)
@@ -175,6 +177,13 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
         codings=codings,
         passed=passed,
     )
+
+
+def _as_stored(piece: Piece, coding: Coding | None) -> Piece:
+    """A piece that counts within what is stored, in the order of the file."""
+    found = piece if coding is None or not piece.numel else stored_piece(piece, coding)
+    assert found is not None, f"{piece.src_name}: see lay_problems"
+    return found
 
 
 def cut_parts(shape: Sequence[int], pieces: Sequence[Piece]) -> tuple[int, ...]:

@@ -77,8 +77,9 @@ def read_encoded(files: Files, info: TensorInfo, piece: Piece, memory: Tensor) -
     Raises:
         WeightError: a scale is negative, or not finite.
     """
-    coding, lay = info.coding, lay_of(piece, info.shape)
+    coding = info.coding
     assert coding is not None
+    lay = lay_of(piece, coding.matrix)
     assert lay is not None
     stored = codes_piece(piece, lay, coding)
     nbytes = files.read_piece(coding.codes, stored, _view(memory))
@@ -108,14 +109,28 @@ def _read_scales(files: Files, coding: Coding, lay: Lay, sizes: tuple[int, ...])
         whole_scale = held if held.numel() == 1 else held.index_select(0, torch.arange(first, stop) // high)
     scale, zero = scale_cells(stored, decoding, whole_scale), None
     if coding.zero_point is not None:
-        pack = decoding.pack
-        held = _read_rows(files, coding.zero_point, wide, (first // pack, -(-stop // pack)), cells)
-        nbytes += held.nbytes
-        zero = zero_cells(held, decoding, stop - first, first % pack)
+        zero, held_bytes = _read_zeros(files, coding, coding.zero_point, (first, stop), cells)
+        nbytes += held_bytes
     if decoding.group_rows != 1 or lay.steps != (1,):
         scale = scale.index_select(0, rows.flatten() - first)
         zero = None if zero is None else zero.index_select(0, rows.flatten() - first)
     return scale.view(*sizes, -1), None if zero is None else zero.view(*sizes, -1), nbytes
+
+
+def _read_zeros(
+    files: Files, coding: Coding, info: TensorInfo, rows: tuple[int, int], cols: slice
+) -> tuple[Tensor, int]:
+    """The zero points of rows [start, stop) of cells, counted over all matrices, and the bytes read."""
+    *_, high, wide = coding.grid
+    words, pack = coding.zero_grid[-2], coding.decoding.pack
+    found, nbytes = [], 0
+    for matrix in range(rows[0] // high, -(-rows[1] // high)):
+        low, stop = max(rows[0] - matrix * high, 0), min(rows[1] - matrix * high, high)
+        first, last = matrix * words + low // pack, matrix * words - (-stop // pack)
+        held = _read_rows(files, info, wide, (first, last), cols)
+        nbytes += held.nbytes
+        found.append(zero_cells(held, coding.decoding, stop - low, low % pack))
+    return torch.cat(found), nbytes
 
 
 def _read_rows(files: Files, info: TensorInfo, width: int, rows: tuple[int, int], cols: slice) -> Tensor:

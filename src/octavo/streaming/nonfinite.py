@@ -55,7 +55,8 @@ def nonfinite_text(checkpoint: Checkpoint, piece: Piece, values: Tensor, placeme
     position = torch.nonzero(~torch.isfinite(values))[0].tolist()
     info = checkpoint.tensors[piece.src_name]
     flat = piece.src_off + sum(at * stride for at, stride in zip(position, piece.src_strides, strict=True))
-    where = [flat // stride % n for n, stride in zip(info.shape, contiguous_strides(info.shape), strict=True)]
+    shape = info.shape if info.coding is None else info.coding.matrix
+    where = [flat // stride % n for n, stride in zip(shape, contiguous_strides(shape), strict=True)]
     of = "" if placement.name == info.name else f", part of {placement.name}"
     return (
         f"{checkpoint.shard_of(info.name).path.name}: tensor {info.name!r} holds {values[tuple(position)].item()} "

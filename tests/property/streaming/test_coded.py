@@ -13,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers import SCHEMES, run_plan, same_bytes
-from helpers.coded import encoded, write_coded
+from helpers.coded import BLOCKS, coding_of, encoded, write_coded
 from octavo.checkpoint.codings import Decoding
 from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
@@ -27,11 +27,21 @@ from .test_numerics import SIDES, WAYS, Way
 
 pytestmark = pytest.mark.timeout(120)
 
-DECODINGS = st.builds(
-    Decoding,
-    st.just("float8"),
-    st.sampled_from([None, 1, 7, 128]),
-    st.sampled_from([None, 5, 32, 128]),
+INT4 = Decoding("int4_in_int32", 1, 32)
+DECODINGS = st.one_of(
+    st.builds(
+        Decoding,
+        st.sampled_from(["float8", "int8"]),
+        st.sampled_from([None, 1, 7, 128]),
+        st.sampled_from([None, 5, 128]),
+    ),
+    st.builds(
+        Decoding,
+        st.sampled_from(["int4_in_int32", "int8_in_int32", "e2m1"]),
+        st.just(1),
+        st.sampled_from([None, 16, 32]),
+        st.booleans(),
+    ),
 )
 
 
@@ -47,40 +57,28 @@ DECODINGS = st.builds(
     seed=st.integers(0, 1 << 30),
     way=WAYS,
     transposed=st.booleans(),
+    stored_transposed=st.booleans(),
 )
-@example(
-    [130], 300, 2, (0.4, 0.6), True, "fp8_block", Decoding("float8", 128, 128), 0, Way(700, 2, 1 << 20, 50, 1), False
-)
-@example(
-    [260, 130],
-    257,
-    None,
-    None,
-    False,
-    "fp8_block",
-    Decoding("float8", 128, 128),
-    0,
-    Way(None, 2, 1 << 20, 50, 1),
-    False,
-)
-@example(
-    [260], 257, 2, None, False, "fp8_channel", Decoding("float8", 128, 128), 0, Way(None, 2, 1 << 20, 1000, 1), True
-)
+@example([130], 300, 2, (0.4, 0.6), True, "fp8_block", BLOCKS, 0, Way(700, 2, 1 << 20, 50, 1), False, False)
+@example([260, 130], 257, None, None, False, "fp8_block", BLOCKS, 0, Way(None, 2, 1 << 20, 50, 1), False, False)
+@example([260], 257, 2, None, False, "fp8_channel", BLOCKS, 0, Way(None, 2, 1 << 20, 1000, 1), True, True)
+@example([70], 131, 3, (0.3, 0.9), False, None, INT4, 1, Way(700, 2, 1 << 20, 50, 1), True, True)
 def test_bytes_are_those_of_decoding_whole_tensors(
-    rows, cols, stacked, cut, permuted, scheme, decoding, seed, way, transposed
+    rows, cols, stacked, cut, permuted, scheme, decoding, seed, way, transposed, stored_transposed
 ):
     """Gate and up (or one matrix) of experts (or of none), with rows in another order, and some columns of them."""
     sources = {}
     for part, n in enumerate(rows):
         for expert in range(stacked or 1):
-            shape = (cols, n) if transposed else (n, cols)
-            sources[f"{part}.{expert}"] = (shape, decoding, encoded(shape, decoding, seed + 10 * part + expert))
+            name, shape = f"{part}.{expert}", (cols, n) if transposed else (n, cols)
+            coding = coding_of(name, shape, decoding, stored_transposed)
+            sources[name] = (coding, encoded(coding, seed + 10 * part))
 
     def shuffled(tensor):
         n = tensor.shape[0]
         return (
             tensor
-            if n % 2 or transposed or not permuted
+            if n % 2 or transposed != stored_transposed or not permuted
             else tensor.reshape(2, n // 2, -1).transpose(0, 1).reshape(n, -1)
         )
 
@@ -93,7 +91,7 @@ def test_bytes_are_those_of_decoding_whole_tensors(
     if cut is not None:
         start, stop = sorted(round(at * cols) for at in cut)
         columns = (start, stop) if start < stop else (max(0, start - 1), max(1, start))
-    symbols = {name: Symbolic.source(name, shape, torch.bfloat16) for name, (shape, *_) in sources.items()}
+    symbols = {name: Symbolic.source(name, coding.shape, torch.bfloat16) for name, (coding, _) in sources.items()}
     fused = fuse(symbols)
     role = kinds.LINEAR if stacked is None else kinds.EXPERTS
     target = Target("p", tuple(fused.shape), None, role, tuple(fused.pieces))
@@ -115,7 +113,7 @@ def test_bytes_are_those_of_decoding_whole_tensors(
     group = schemes.get(scheme).group_cols
     cells = slice(None) if columns is None or group is None else slice(columns[0] // group, -(-columns[1] // group))
     if placement.passed:
-        codes = fuse({name: parts["codes"].view(torch.uint8) for name, (*_, parts) in sources.items()})
+        codes = fuse({name: parts["codes"].view(torch.uint8) for name, (_, parts) in sources.items()})
         assert same_bytes(storage.weight.view(torch.uint8), codes[..., within])
         assert (
             same_bytes(schemes.dequantize(*everything(storage, placement), scheme, placement.parts), whole) or columns

@@ -87,3 +87,25 @@ def test_stock_transformers_reads_what_is_made_of_it(
     report = octavo.convert(folders[0], tmp_path / "out", scheme, format=format, reader="transformers")
     assert any(note.startswith("proved: transformers") for note in report.notes)
     assert torch.isfinite(logits(from_stock(tmp_path / "out"))).all()
+
+
+def test_stacks_in_mxfp4_are_decoded_as_transformers_does(tmp_path: Path) -> None:
+    """gpt-oss has them [experts, out, in / 2] in the file, two a byte, and [experts, in, out] in its model."""
+    plain = make_checkpoint("gpt_oss", tmp_path / "bf16", hidden_size=128, intermediate_size=96)
+    config, stored = json.loads((plain / "config.json").read_text()), {}
+    for name, tensor in tensors_of(plain).items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, cols, rows = tensor.shape
+            stored[f"{name}_blocks"] = torch.randint(0, 256, (experts, rows, cols // 32, 16), dtype=torch.uint8)
+            stored[f"{name}_scales"] = torch.randint(115, 122, (experts, rows, cols // 32), dtype=torch.uint8)
+        else:
+            stored[name] = tensor
+    declared = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    source = write_checkpoint(tmp_path / "source", stored, config={**config, "quantization_config": declared})
+    stock = from_stock(source)
+    assert same(octavo.load(source, None, staging_bytes=2 << 20), stock)
+    octavo.convert(source, tmp_path / "out", None)
+    assert same(from_stock(tmp_path / "out"), stock)
+    assert octavo.verify(tmp_path / "out", against=source).ok
+    model, wanted = octavo.load(source, "fp8_channel"), octavo.load(tmp_path / "out", "fp8_channel")
+    assert same(model, wanted)  # what is e2m1 times a power of two is exact in bf16
