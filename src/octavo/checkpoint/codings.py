@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from .companions import CACHES, Companions, companions, of_weight
 from .declared import Declared, Way, read_declared
 from .header import TensorInfo
-from .packing import FLOATS, FP8, PACK, SCALES, Groups, Shape, cells_of, count, fits, guesses, words
+from .packing import EXPONENTS, FLOATS, FP8, PACK, SCALES, Groups, Shape, cells_of, count, fits, guesses, words
 from .quantized import is_shown
 
 #: dtypes of numbers that may stand for weights
@@ -38,6 +38,7 @@ class Decoding:
     group_rows: int | None  # rows of a scale group; None: all
     group_cols: int | None  # columns of a scale group; None: all
     divided: bool = False  # by the global scale are the scales; else multiplied
+    powers: bool = False  # of two are the scales, or are said to be
 
     @property
     def pack(self) -> int:
@@ -271,7 +272,9 @@ class _Finder:
         ways = self._ways(parts, kinds)
         way = _choose(parts, ways)
         _check_global_scale(parts, way.kind, [name for name, _ in beside.global_scales])
-        decoding = Decoding(way.kind, *way.groups, any(divides for _, divides in beside.global_scales))
+        divided = any(divides for _, divides in beside.global_scales)
+        powers = way.powers or scale.dtype_name in EXPONENTS
+        decoding = Decoding(way.kind, *way.groups, divided, powers)
         shape = parts.matrix(way.kind)
         _check_zero_point(Coding(parts.name, shape, decoding, *parts[1:]), way.symmetric)
         if parts.blocks:

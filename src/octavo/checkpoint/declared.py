@@ -1,7 +1,7 @@
 """What configs declare of quantized weights: in which ways, and of which modules by name.
 
     quant_method         where                                   says it by
-    fp8                  quantization_config                     weight_block_size
+    fp8                  quantization_config                     weight_block_size, scale_fmt
     fbgemm_fp8, mxfp4    quantization_config                     its name alone
     compressed-tensors   quantization_config, or the older       config_groups: num_bits, type, strategy, group_size,
                          compression_config                      block_structure, symmetric, targets
@@ -58,6 +58,7 @@ class Way:
     symmetric: bool | None = True  # there are no zero points; None: it is not said
     weights: frozenset[str] = frozenset()  # those that are named
     patterns: tuple[str, ...] = ()  # regular expressions of names of modules
+    powers: bool = False  # of two are the scales, whatever their dtype
 
     def names(self, weight: str) -> bool:
         """Return True if a weight is named, or its module's name matches a pattern."""
@@ -124,7 +125,8 @@ def _ways(value: Mapping[str, Any]) -> Iterator[Way]:
 
 def _fine_grained(value: Mapping[str, Any]) -> Iterator[Way]:
     size = value.get("weight_block_size")
-    yield Way("float8", (None, None) if size is None else _block(size, "weight_block_size"))
+    groups = (None, None) if size is None else _block(size, "weight_block_size")
+    yield Way("float8", groups, powers=value.get("scale_fmt") == "ue8m0")
     yield Way("e2m1", (1, 32))  # experts, of whose numbers the config of the model speaks
 
 

@@ -12,14 +12,15 @@ _WORDS = {"float8": "FP8", "int8": "int8", "int4_in_int32": "int4", "int8_in_int
 
 #: dtypes of scales that are numbers
 FLOATS = ("F32", "BF16", "F16")
-_EXPONENTS = ("F8_E8M0", "U8")
+#: dtypes of scales that are powers of two; bytes are e8m0, too
+EXPONENTS = ("F8_E8M0", "U8")
 #: kind of numbers -> dtypes that their scales may have; bytes are e8m0
 SCALES = {
-    "float8": (*FLOATS, *_EXPONENTS),
+    "float8": (*FLOATS, *EXPONENTS),
     "int8": FLOATS,
     "int4_in_int32": FLOATS,
     "int8_in_int32": FLOATS,
-    "e2m1": ("F8_E4M3", *_EXPONENTS),
+    "e2m1": ("F8_E4M3", *EXPONENTS),
 }
 
 

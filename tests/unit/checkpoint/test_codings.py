@@ -74,6 +74,11 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
         BLOCKS,
         Decoding("float8", 128, 128),
     ),
+    "blocks with scales that are said to be powers of two": (
+        {f"{X}.weight": ("F8_E4M3", (200, 256)), f"{X}.weight_scale_inv": ("F32", (2, 2))},
+        fp8(weight_block_size=[128, 128], scale_fmt="ue8m0"),
+        Decoding("float8", 128, 128, powers=True),
+    ),
     "blocks, of a part of the model": (
         {f"{X}.weight": ("F8_E4M3", (200, 256)), f"{X}.weight_scale_inv": ("BF16", (2, 2))},
         {"text_config": BLOCKS},
@@ -92,7 +97,7 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
     "DeepSeek-V4's names": (
         {"layers.0.attn.wo.weight": ("F8_E4M3", (256, 256)), "layers.0.attn.wo.scale": ("F8_E8M0", (2, 2))},
         BLOCKS,
-        Decoding("float8", 128, 128),
+        Decoding("float8", 128, 128, powers=True),
     ),
     "Mistral's scale a tensor": (
         {
@@ -150,7 +155,7 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
     "mxfp8": (
         {f"{X}.weight": ("F8_E4M3", (8, 64)), f"{X}.weight_scale": ("U8", (8, 2))},
         ct({**FLOAT, "strategy": "group", "group_size": 32}, format="mxfp8-quantized"),
-        Decoding("float8", 1, 32),
+        Decoding("float8", 1, 32, powers=True),
     ),
     "ModelOpt, a scale": (
         {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("F32", ()), f"{X}.input_scale": ("F32", ())},
@@ -243,7 +248,7 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
     "compressed-tensors, MXFP4": (
         {f"{X}.weight_packed": ("U8", (8, 32)), f"{X}.weight_scale": ("U8", (8, 2))},
         ct({**FP4, "strategy": "group", "group_size": 32}, format="mxfp4-pack-quantized"),
-        Decoding("e2m1", 1, 32),
+        Decoding("e2m1", 1, 32, powers=True),
     ),
     "ModelOpt, NVFP4": (
         {
@@ -277,7 +282,7 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
     "DeepSeek-V4's experts": (
         {"layers.0.ffn.experts.0.w1.weight": ("I8", (8, 32)), "layers.0.ffn.experts.0.w1.scale": ("F8_E8M0", (8, 2))},
         BLOCKS,
-        Decoding("e2m1", 1, 32),
+        Decoding("e2m1", 1, 32, powers=True),
     ),
     "a scale for each expert": (
         {"m.experts.down_proj": ("F8_E4M3", (3, 8, 16)), "m.experts.down_proj_weight_scale": ("F32", (3,))},
@@ -317,7 +322,7 @@ def test_stacks_of_gpt_oss_are_stored_transposed() -> None:
         coding = found.by_name["m.experts.down_proj"]
         assert (coding.shape, coding.matrix, coding.transposed) == ((3, 64, 8), (3, 8, 64), True)
         assert (coding.codes_shape, coding.grid) == ((3, 8, 32), (3, 8, 2))
-        assert coding.decoding == Decoding("e2m1", 1, 32)
+        assert coding.decoding == Decoding("e2m1", 1, 32, powers=True)
         assert found.consumed == {
             "m.experts.down_proj_blocks": "numbers of m.experts.down_proj",
             "m.experts.down_proj_scales": "scale of m.experts.down_proj",
