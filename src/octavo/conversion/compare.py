@@ -59,7 +59,7 @@ class Pair:
             return False
         piece = self.matrix or whole(self.there.name, self.there.shape)
         *_, rows, cols = self.shape
-        return passes([piece], [rows], cols, self.scheme, {self.there.name: self.there})
+        return passes([piece], [rows], cols, self.scheme, {self.there.name: self.there.coding})
 
     @property
     def shape(self) -> tuple[int, ...]:

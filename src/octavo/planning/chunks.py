@@ -137,13 +137,13 @@ def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work
     if placement.scheme is None:
         yield from ((Work.COPY, c, 0, 0) for piece in placement.pieces for c in _cut(piece, limit, (1, 1), (0, 0)))
         return
-    scheme = schemes.get(placement.scheme)
+    scheme, passed = schemes.get(placement.scheme), placement.passed
     cols, start, unit = placement.shape[-1], 0, 0
     for part, rows in enumerate(placement.parts):
         groups = (scheme.group_rows or rows, scheme.group_cols or cols)
         spanning: list[Piece] = []  # pieces that hold only parts of scale groups
         for piece in filter(None, (_within_rows(p, start, start + rows) for p in placement.pieces)):
-            if placement.passed:
+            if passed:
                 yield from ((Work.PASS, chunk, part, unit) for chunk in _cut(piece, limit, (1, 1), (0, 0)))
                 continue
             if not cuts_no_group(piece.box, scheme, (start, start + rows), cols):

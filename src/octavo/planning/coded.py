@@ -112,20 +112,19 @@ def check_none_coded(source: object, placements: Iterable[Placement]) -> None:
 
 
 def passes(
-    pieces: Sequence[Piece], parts: Sequence[int], cols: int, scheme: Scheme, infos: Mapping[str, TensorInfo]
+    pieces: Sequence[Piece], parts: Sequence[int], cols: int, scheme: Scheme, codings: Mapping[str, Coding]
 ) -> bool:
     """Return True if codes and scales of all sources are those of the scheme, groups and all: nothing is computed."""
-    return all(_passes(piece, parts, cols, scheme, infos[piece.src_name]) for piece in pieces)
+    return all(_passes(piece, parts, cols, scheme, codings.get(piece.src_name)) for piece in pieces)
 
 
-def _passes(piece: Piece, parts: Sequence[int], cols: int, scheme: Scheme, info: TensorInfo) -> bool:
-    coding = info.coding
+def _passes(piece: Piece, parts: Sequence[int], cols: int, scheme: Scheme, coding: Coding | None) -> bool:
     if coding is None or not coding_is(coding, scheme) or not piece.numel:
         return False
     lay, last = lay_of(piece, coding.matrix), len(piece.size) - 1
     if lay is None or lay.axis != last or (piece.size[last - 1] > 1 and lay.steps[-1] != 1):
         return False
-    rows = info.shape[-2]
+    rows = coding.matrix[-2]
     firsts = [lay.row, *(step for step, n in zip(lay.steps[:-1], piece.size, strict=False) if n > 1)]
     if scheme.group_rows is None:
         aligned = all(first % rows == 0 for first in firsts)

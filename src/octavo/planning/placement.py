@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,7 +61,13 @@ class Placement:
     ignored_as: tuple[str, ...] = ()  # patterns by which a recipe would leave it; default: its own name
     columns: tuple[int, int] | None = None  # [start, stop) that have a place here; None: all
     codings: tuple[tuple[str, Coding], ...] = ()  # of sources that are quantized already
-    passed: bool = False  # their codes and scales stay what they are
+
+    @property
+    def passed(self) -> bool:
+        """Return True if codes and scales of all its sources stay what they are."""
+        if self.scheme is None or not self.codings:
+            return False
+        return passes(self.pieces, self.parts, self.shape[-1], schemes.get(self.scheme), dict(self.codings))
 
     @property
     def stored_bytes(self) -> int:
@@ -161,22 +167,20 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
     pieces = tuple(sorted(pieces, key=lambda p: (infos[p.src_name].shard, infos[p.src_name].offset, p.src_off)))
     parts = cut_parts(shape, pieces) if decision.scheme else ()
     codings = tuple((name, coding) for name in sources if (coding := infos[name].coding) is not None)
-    scheme = schemes.get(decision.scheme) if decision.scheme and codings else None
-    passed = scheme is not None and passes(pieces, parts, shape[-1], scheme, infos)
-    return Placement(
+    placement = Placement(
         target.name,
         shape,
         dtype_name,
         names,
         decision.scheme,
-        f"{decision.reason}, passed through" if passed else decision.reason,
+        decision.reason,
         pieces,
         parts,
         target.device,
         sum(piece.numel * dtypes.moved_bits(infos[piece.src_name].dtype_name) // 8 for piece in pieces),
         codings=codings,
-        passed=passed,
     )
+    return replace(placement, reason=f"{placement.reason}, passed through") if placement.passed else placement
 
 
 def _as_stored(piece: Piece, coding: Coding | None) -> Piece:

@@ -210,6 +210,7 @@ def _joined(
         pieces=tuple(pieces),
         parts=cut_parts(shape, pieces),
         source_bytes=sum(part.source_bytes for part, *_ in parts),
+        codings=tuple(dict.fromkeys(coding for part, *_ in parts for coding in part.codings)),
     )
     if placement.scale_grid != tuple(scales.shape):
         return None

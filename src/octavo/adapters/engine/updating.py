@@ -261,9 +261,11 @@ def _of_checkpoint(placement: Placement, infos: Mapping[str, TensorInfo], quanti
     info = infos.get(placement.name)
     pieces = placement.pieces if info is None else (whole(info.name, info.shape),)
     info = infos[pieces[0].src_name]
+    if info.coding is not None:
+        raise CheckpointError(f"{info.name}: is quantized already ({info.coding}), and can't be loaded again")
     nbytes = info.nbytes * pieces[0].numel // max(1, math.prod(info.shape))
     placement = dataclasses.replace(
-        placement, source_dtype_names=(info.dtype_name,), source_bytes=nbytes, pieces=pieces
+        placement, source_dtype_names=(info.dtype_name,), source_bytes=nbytes, pieces=pieces, codings=()
     )
     if placement.scheme and quantized:
         return placement

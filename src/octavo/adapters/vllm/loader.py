@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.platforms import current_platform
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.quantized import KEYS as QUANTIZATION_KEYS
 from ...choices import DEFAULT_FORMAT
 from ...conversion import formats
 from ...errors import RecipeError
@@ -122,7 +123,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         found = vllm_config.quant_config
         if isinstance(found, OctavoConfig):
             return found
-        if found is not None:
+        if found is not None and not self._decodes(model_config):
             how = "" if model_config.quantization is None else f" ({model_config.quantization})"
             raise RecipeError(
                 f"--load-format {LOAD_FORMAT} quantizes bf16 checkpoints, and {model_config.model} is served quantized "
@@ -138,6 +139,17 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         if made.has_blocked_weights() and "-quant_fp8" not in custom_ops and "+quant_fp8" not in custom_ops:
             custom_ops.append("+quant_fp8")  # as vLLM does when it knows early
         return made
+
+    def _decodes(self, model_config: ModelConfig) -> bool:
+        """Return True if a checkpoint that is quantized already can be read as what it stands for; vLLM forgets then
+        that it is."""
+        if scheme_of_quantization(model_config.quantization) or self._open(model_config).source is None:
+            return False
+        for config in (model_config.hf_config, model_config.hf_text_config):
+            for key in QUANTIZATION_KEYS:
+                if hasattr(config, key):
+                    delattr(config, key)
+        return True
 
     def _check_capability(self, made: OctavoConfig) -> None:
         capability = current_platform.get_device_capability()
@@ -157,9 +169,9 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def _open(self, model_config: ModelConfig) -> Checkpoint:
         local = Path(model_config.model)
         if local.is_dir():
-            return Checkpoint.open(local)
+            return Checkpoint.open(local).decoded()
         files = versions.files_of(self, DefaultModelLoader.Source(model_config.model, model_config.revision))
-        return Checkpoint.open_chosen(files)
+        return Checkpoint.open_chosen(files).decoded()
 
     # -- weights ------------------------------------------------------------------------------------------------------
 

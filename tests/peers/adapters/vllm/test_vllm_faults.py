@@ -6,6 +6,7 @@ so that a version that does better is noticed.
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -112,7 +113,11 @@ def test_an_option_that_cant_be_honoured_is_an_error(what: str, refusals: dict[s
 
 def test_what_is_quantized_already_is_not_quantized_again(tmp_path: Path) -> None:
     folder = convert(make("llama", tmp_path / "llama"), "fp8_channel")
-    loader, flag = run(octavo_job(folder), Job(folder, {"quantization": "octavo_fp8_channel"}))
+    said = make("llama", tmp_path / "said")  # declared, and not so
+    config = json.loads((said / "config.json").read_text())
+    declared = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    (said / "config.json").write_text(json.dumps({**config, "quantization_config": declared}))
+    loader, flag = run(octavo_job(said), Job(folder, {"quantization": "octavo_fp8_channel"}))
     assert "is served quantized already" in loader.error
     assert "the checkpoint is already quantized (compressed-tensors" in flag.error
 
