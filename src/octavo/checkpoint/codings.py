@@ -119,7 +119,7 @@ def find_codings(
         return Codings()
     finder = _Finder(tensors, declared)
     by_name = {coding.name: coding for coding in finder.codings()}
-    if not by_name and not finder.problems:
+    if not by_name and not finder.problems and not declared:
         return Codings()
     known = {*by_name, *finder.wrong, *finder.consumed}
     left = {name: info for name, info in tensors.items() if name not in known}
@@ -128,7 +128,7 @@ def find_codings(
     if declared:
         finder.look_at(left)
     problems += finder.problems
-    return Codings(by_name, finder.consumed)
+    return Codings(by_name, finder.consumed) if by_name else Codings()
 
 
 class _Parts(NamedTuple):

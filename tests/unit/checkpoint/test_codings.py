@@ -364,6 +364,7 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         BLOCKS,
         f"{X}.weight is F8_E4M3, and has no scale beside it",
     ),
+    "no scale at all": (WEIGHT, BLOCKS, f"{X}.weight is F8_E4M3, and has no scale beside it"),
     "two scales": (
         {**WEIGHT, **SCALE, f"{X}.weight_scale": ("F32", (2, 2))},
         BLOCKS,
@@ -579,10 +580,50 @@ DECLARATIONS = st.builds(
 )
 
 
+def check_sound(tensors: Tensors, found: Codings, problems: Sequence[str]) -> None:
+    """Whatever was found fits together, and problems name a tensor, or the config."""
+    for name, coding in found.by_name.items():
+        assert (math.prod(coding.grid), math.prod(coding.codes_shape)) == (coding.scale.numel, coding.codes.numel), name
+        assert coding.zero_point is None or math.prod(coding.zero_grid) == coding.zero_point.numel
+        assert not {info.name for info in coding.stored[1:]} - found.consumed.keys()
+    assert all(any(name.split(".")[-1] in text for name in tensors) or "config" in text for text in problems)
+
+
 @given(HEADERS, st.one_of(st.just({}), DECLARATIONS, st.builds(lambda d: {"text_config": d}, DECLARATIONS)))
 def test_any_headers_and_any_config_are_told_apart_or_refused_by_name(tensors: Tensors, config: dict[str, Any]) -> None:
     found, problems = found_with_problems(tensors, config)
-    for name, coding in found.by_name.items():
-        assert (math.prod(coding.grid), math.prod(coding.codes_shape)) == (coding.scale.numel, coding.codes.numel), name
-        assert not {info.name for info in coding.stored[1:]} - found.consumed.keys()
-    assert all(any(name.split(".")[-1] in text for name in tensors) or "config" in text for text in problems)
+    check_sound(tensors, found, problems)
+
+
+@st.composite
+def almost_right(draw: st.DrawFn) -> tuple[Tensors, dict[str, Any]]:
+    """What is right but for one thing: a shape, a dtype, a tensor that is missing or twice, a declaration."""
+    tensors, config, _ = draw(st.sampled_from(sorted(FOUND.items())))[1]
+    tensors, name = dict(tensors), draw(st.sampled_from(sorted(tensors)))
+    dtype, shape = tensors[name]
+    change = draw(st.sampled_from(["dtype", "axis", "axes", "missing", "twice", "config", "declaration"]))
+    if change == "dtype":
+        tensors[name] = (draw(st.sampled_from([d for d, bits in BITS.items() if bits % 8 == 0])), shape)
+    elif change == "axis" and shape:
+        axis = draw(st.integers(0, len(shape) - 1))
+        side = draw(st.sampled_from([0, 1, 2, 3, shape[axis] + 1, shape[axis] * 2, 128]))
+        tensors[name] = (dtype, (*shape[:axis], side, *shape[axis + 1 :]))
+    elif change == "axes":
+        tensors[name] = (dtype, draw(st.sampled_from([(), tuple(shape)[:1], (*shape, 1), (1, *shape), (2, *shape)])))
+    elif change == "missing":
+        del tensors[name]
+    elif change == "twice":
+        tensors[name + draw(st.sampled_from(["_scale", "_scale_inv", "_scale_2", "_zero_point", "_g_idx"]))] = (
+            dtype,
+            shape,
+        )
+    elif change == "config":
+        config = {}
+    else:
+        config = draw(st.sampled_from(sorted(FOUND.items())))[1][1]
+    return tensors, config
+
+
+@given(almost_right())
+def test_what_is_almost_right_is_sound_or_refused_by_name(case: tuple[Tensors, dict[str, Any]]) -> None:
+    check_sound(case[0], *found_with_problems(*case))
