@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 # Triton compiles for a GPU that is not there: what launches is replaced, what decides about binaries is Triton's own
-COMPILE = """
+PRETEND = """
 import json, os, sys, types
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -33,7 +34,9 @@ torch.cuda.current_device = lambda: 0
 
 from helpers.experts import small_model
 from octavo.running import ahead, fp8, launching
+"""
 
+COMPILE = """
 def binaries():
     return len(os.listdir(os.environ["TRITON_CACHE_DIR"]))
 
@@ -67,10 +70,44 @@ print(json.dumps({**found, "launched": sorted(set(launched))}))
 
 def test_the_forward_asks_for_no_binary_that_was_not_compiled_ahead(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, "fp8_channel"]
+    command = [sys.executable, "-c", PRETEND + COMPILE, "fp8_channel"]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300)
     found = json.loads(done.stdout)
     assert found["compiled"] == found["jobs"] > 5
     assert found["later"] == 0
     assert found["again"] == 0
     assert found["launched"] == ["_combine_kernel", "_product_kernel", "_quantize_rows_kernel", "_sort_kernel"]
+
+
+LOAD = """
+import contextlib, threading, time
+torch.cuda.device = lambda index: contextlib.nullcontext()
+fp8.has_units = lambda index: True
+with ahead.Ahead(["cuda:0"]) as compiling:
+    compiling.begin(small_model(sys.argv[1]))
+    while not ahead.wanted:
+        time.sleep(0.01)
+    print("begun", flush=True)
+    if sys.argv[2] == "interrupted":
+        time.sleep(100)
+"""
+
+
+@pytest.mark.parametrize("end", ["ends", "interrupted"])
+def test_a_process_that_ends_meanwhile_waits_for_no_more_than_what_is_being_compiled(end, tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", PRETEND + LOAD, "fp8_channel", end]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        if end == "interrupted":
+            os.killpg(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=100)
+    if end == "ends":
+        assert (process.returncode, error) == (0, "")
+    else:
+        assert process.returncode != 0
+        assert error.splitlines()[-1] == "KeyboardInterrupt"
+    assert len(os.listdir(tmp_path)) < 8  # of some twenty
