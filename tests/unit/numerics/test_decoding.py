@@ -72,3 +72,15 @@ def test_packed_numbers_are_written_wherever_there_is_room() -> None:
     assert strided.tolist() == [[0.5, 0.0], [1.0, 0.0], [6.0, 0.0], [-6.0, 0.0]]
     decode_into(scratch[:2].view(1, 2), codes, ONE, decoding, head=1)
     assert scratch[:2].tolist() == [1.0, 6.0]
+
+
+@pytest.mark.parametrize("exponent", [-140, 99, 100, 119])
+def test_the_largest_and_the_least_scales_are_multiplied_exactly(exponent: int) -> None:
+    codes = torch.tensor([[0x01, 0x38, 0x7E]], dtype=torch.uint8).view(torch.float8_e4m3fn)  # 2**-9, 1, 448
+    found = decode((1, 3), codes, torch.full((1, 1), 2.0**exponent), BY_TENSOR)
+    assert same_bytes(found, torch.tensor([[2.0 ** (exponent - 9), 2.0**exponent, 448 * 2.0**exponent]]))
+
+
+def test_nothing_is_decoded_to_nothing() -> None:
+    codes = torch.empty(0, 8, dtype=torch.float8_e4m3fn)
+    assert decode((0, 8), codes, torch.empty(0, 1), Decoding("float8", 1, None)).shape == (0, 8)
