@@ -71,10 +71,11 @@ def load(
 
     Args:
         path: A folder, a ``.safetensors`` file, or a hub id (``org/name``, which needs the extra ``hub``): weights in
-            bf16, fp16 or fp32, or what ``save_pretrained`` wrote of a model that octavo had loaded.
+            bf16, fp16 or fp32; or in FP8, MXFP4, NVFP4 or integers with scales, which are decoded (on a CPU); or what
+            ``save_pretrained`` wrote of a model that octavo had loaded.
         scheme: ``"fp8_channel"`` (a scale for each row), ``"fp8_block"`` (for 128 x 128 elements), ``"fp8_tensor"``
             (for each matrix) or ``"mxfp8"`` (for 32 columns of a row). Or a `Recipe`, or its dict form, that chooses by
-            name. None loads without quantizing.
+            name. None loads without quantizing, and what is quantized already as bf16.
         device: The device that the model goes to: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``torch.device(...)``.
         ignore: Patterns of weights to leave as they are, added to those of a recipe: names, globs or ``re:regex``.
         dtype: The dtype of what is not quantized, or its name. By default the config's, as in ``from_pretrained``.
@@ -227,7 +228,8 @@ def convert(
     Args:
         src: A folder, a ``.safetensors`` file, or a hub id, as for `load`.
         dst: The folder to make. It must not exist, and appears only when it is complete.
-        scheme: A scheme, a `Recipe` or its dict form, as for `load`; None copies.
+        scheme: A scheme, a `Recipe` or its dict form, as for `load`; None copies, and makes bf16 of what is quantized
+            already.
         format: Who is to read it: ``"compressed-tensors"`` (vLLM, and transformers with compressed-tensors; any
             scheme) or ``"fp8"`` (DeepSeek's layout; ``fp8_block`` only).
         ignore: Patterns of weights to leave as they are: names, globs or ``re:regex``.

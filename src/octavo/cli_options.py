@@ -72,7 +72,9 @@ def _check_scheme(text: str) -> str:
 
 
 def _complete_scheme(incomplete: str) -> list[tuple[str, str]]:
-    known = {name: terms.summary for name, terms in SCHEMES.items()} | {"none": "all weights stay as they are"}
+    known = {name: terms.summary for name, terms in SCHEMES.items()} | {
+        "none": "all weights stay as they are, or become bf16 if they are quantized already"
+    }
     return [(name, summary) for name, summary in known.items() if name.startswith(incomplete)]
 
 

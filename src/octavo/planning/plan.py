@@ -24,7 +24,7 @@ from ..text import human_bytes, pattern, printable, table_text
 from . import kinds
 from .budget import Budget, check_options
 from .chunks import cut_placements
-from .coded import check_none_coded, lay_problems
+from .coded import check_none_coded, lay_problems, requantized
 from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
 from .stacks import Cut
@@ -101,7 +101,11 @@ class Plan:
     def notes(self) -> list[str]:
         """Remarks for whoever made the plan."""
         idle = bool(self.recipe.schemes) and not self.quantized
-        return [*self.remarks, *(["no weight becomes FP8: see what is kept, and why"] if idle else [])]
+        return [
+            *self.remarks,
+            *(["no weight becomes FP8: see what is kept, and why"] if idle else []),
+            *requantized(self.placements),
+        ]
 
     @property
     def devices(self) -> tuple[str, ...]:

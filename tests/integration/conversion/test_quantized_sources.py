@@ -85,6 +85,14 @@ def test_blocks_pass_through_as_blocks(format: str, hidden: int, tmp_path: Path)
     assert "linear, passed through" in str(octavo.plan(tmp_path / "source", "fp8_block", model=False))
 
 
+def test_a_plan_tells_where_another_scheme_would_keep_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "source")
+    notes = octavo.plan(tmp_path / "source", model=False).notes
+    said = "3 tensors are FP8 in blocks of 128x128 already, and fp8_channel rounds them a second time, where fp8_block "
+    assert [note for note in notes if note.startswith(said)]
+    assert not octavo.plan(tmp_path / "source", "fp8_block", model=False).notes
+
+
 def test_a_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
     write(tmp_path / "source")
 
