@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import octavo
 from helpers import same_bytes
+from helpers.folders import tensors_of
 from helpers.quantized import decoded
 
 pytestmark = pytest.mark.peers
@@ -155,6 +157,22 @@ def test_compressed_tensors_decompresses_to_the_same(case: str, rows: int, dtype
         assert same_bytes(weight.to(theirs.dtype), theirs), name
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_conversion_to_bf16_is_what_compressed_tensors_decompresses(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    compressor, model = compressed(*CASES[case], torch.bfloat16, 100)
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    write(source, model.state_dict(), None)
+    compressor.update_config(str(source))
+    octavo.convert(source, target, scheme=None)
+    compressor.decompress_model(model)
+    found = tensors_of(target)
+    assert found.keys() == {"up.weight", "down.weight", "lm_head.weight"}
+    assert all(same_bytes(weight, model.get_parameter(name).data) for name, weight in found.items())
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+
+
 # -- transformers -----------------------------------------------------------------------------------------------------
 
 
@@ -210,3 +228,5 @@ def test_transformers_dequantizes_stacks_of_gpt_oss_to_the_same(tmp_path: Path) 
     for dtype in (torch.bfloat16, torch.float32):
         theirs = convert_moe_packed_tensors(blocks, scales, dtype=dtype)
         assert same_bytes(weight.to(dtype), theirs)
+    octavo.convert(tmp_path, tmp_path / "target", scheme=None)
+    assert same_bytes(tensors_of(tmp_path / "target")[name], weight.bfloat16())
