@@ -28,8 +28,8 @@ from ..numerics.schemes import FP8
 from . import fp8
 from .modules import QuantizedExperts, QuantizedLinear, scale_name
 
-#: numbers of rows, of tokens or of their experts: a token's and some prompts' first
-_ROWS = (1, 32, 256, 2048, *(1 << i for i in range(14) if 1 << i not in (1, 32, 256, 2048)))
+#: numbers of rows, of tokens or of their experts: some prompts' first, then a token's
+_ROWS = (32, 256, 1, 2048, *(1 << i for i in range(14) if 1 << i not in (32, 256, 1, 2048)))
 #: half of a thread's time is Python's, which one thread at a time runs
 _MOST_THREADS = 3
 
