@@ -200,6 +200,28 @@ def test_transformers_dequantizes_fine_grained_fp8_to_the_same(
             assert same_bytes(weight.to(dtype), theirs), name
 
 
+def test_transformers_takes_blocks_to_be_of_equal_height_where_the_last_is_shorter(tmp_path: Path) -> None:
+    """DeepSeek's blocks have 128 rows: of 160 rows, the second has 32. transformers takes two of 80.
+
+    It refuses sides that its blocks don't divide, such as the 576 rows of kv_a_proj_with_mqa, whose grid has five.
+    """
+    pytest.importorskip("transformers")
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    codes = weights(160, 128, torch.float32).clamp(-400, 400).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[1.0], [2.0]])
+    stored = {"kv.weight": codes, "kv.weight_scale_inv": scale}
+    write(tmp_path, stored, {"quant_method": "fp8", "weight_block_size": [128, 128]})
+    found, theirs = decoded(tmp_path)["kv.weight"], Fp8Dequantize(None)._dequantize_one(codes, scale)
+    assert same_bytes(found[:128], codes[:128].float())
+    assert same_bytes(found[128:], codes[128:].float() * 2)
+    assert same_bytes(found[:80], theirs[:80])
+    assert same_bytes(found[128:], theirs[128:])
+    assert not torch.equal(found[80:128], theirs[80:128])
+    with pytest.raises(ValueError, match="not divisible"):
+        Fp8Dequantize(None)._dequantize_one(codes[:159], scale)
+
+
 def test_transformers_dequantizes_experts_of_four_bits_to_the_same(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
