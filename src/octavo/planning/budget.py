@@ -106,6 +106,8 @@ class Budget:
         """
         try:
             devices = [torch.device(name) for name in dict.fromkeys(p.device for p in placements)]
+            if any(placement.codings for placement in placements):  # of these, the host makes all
+                devices = [torch.device("cpu")]
         except RuntimeError as error:
             raise DeviceError(f"no such kind of device: {str(error).splitlines()[0]}") from error
         check_options(staging_bytes, threads)

@@ -10,7 +10,6 @@ from ..checkpoint import dtypes
 from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
-from ..errors import DeviceError
 from ..numerics import schemes
 from ..numerics.scale_grid import cuts_no_group
 from ..numerics.schemes import Scheme
@@ -117,21 +116,11 @@ def requantized(placements: Iterable[Placement]) -> Iterator[str]:
         keeping = next((name for name, scheme in schemes.SCHEMES.items() if coding_is(coding, scheme)), None)
         if keeping is not None and keeping != placement.scheme:
             counts[str(coding), placement.scheme, keeping] += 1
-    for (coding, scheme, keeping), count in counts.items():
+    for (said, scheme, keeping), count in counts.items():
         cost = _DOUBLED if (keeping, scheme) == ("fp8_block", "fp8_channel") else ""
         yield (
-            f"{count:,} tensors are {coding} already, and {scheme} rounds them a second time, where {keeping} would "
+            f"{count:,} tensors are {said} already, and {scheme} rounds them a second time, where {keeping} would "
             f"keep their bytes{cost}"
-        )
-
-
-def check_none_coded(source: object, placements: Iterable[Placement]) -> None:
-    """Raise if any of these, which go to an accelerator, has a source that is quantized already."""
-    found = next((placement for placement in placements if placement.codings), None)
-    if found is not None:
-        raise DeviceError(
-            f"{source}: {found.name} is quantized already ({found.codings[0][1]}), which octavo decodes on a CPU "
-            "alone. Load it there (device='cpu'), or convert the checkpoint there, and load what was written"
         )
 
 

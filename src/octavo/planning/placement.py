@@ -13,6 +13,7 @@ from ..checkpoint import dtypes
 from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
+from ..machine import on_cpu
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
 from .coded import passes, stored_nbytes, stored_piece
@@ -61,6 +62,11 @@ class Placement:
     ignored_as: tuple[str, ...] = ()  # patterns by which a recipe would leave it; default: its own name
     columns: tuple[int, int] | None = None  # [start, stop) that have a place here; None: all
     codings: tuple[tuple[str, Coding], ...] = ()  # of sources that are quantized already
+
+    @property
+    def by_host(self) -> bool:
+        """Return True if the host makes its bytes: it stays there, or it is decoded before it goes elsewhere."""
+        return bool(self.codings) or on_cpu(self.device)
 
     @property
     def passed(self) -> bool:

@@ -24,7 +24,7 @@ from ..text import human_bytes, pattern, printable, table_text
 from . import kinds
 from .budget import Budget, check_options
 from .chunks import cut_placements
-from .coded import check_none_coded, lay_problems, requantized
+from .coded import lay_problems, requantized
 from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
 from .stacks import Cut
@@ -46,10 +46,10 @@ class Plan:
     remarks: tuple[str, ...] = ()  # on the checkpoint
 
     def parts(self) -> list[Plan]:
-        """The plan as streams execute it: what goes to accelerators, and what stays on the CPU."""
+        """The plan as streams execute it: what accelerators quantize, and what the host does."""
         apart: dict[bool, list[Placement]] = {}
         for placement in self.placements:
-            apart.setdefault(on_cpu(placement.device), []).append(placement)
+            apart.setdefault(placement.by_host, []).append(placement)
         return [replace(self, placements=tuple(found)) for _, found in sorted(apart.items())] or [self]
 
     # -- forecast -----------------------------------------------------------------------------------------------------
@@ -282,7 +282,6 @@ def make_plan(
             decisions[target.name] = Decision(None, why)
 
     placements = [placement_of(target, decisions[target.name], infos) for target in targets]
-    check_none_coded(checkpoint.path, (placement for placement in placements if not on_cpu(placement.device)))
     first = {
         p.name: min(((infos[q.src_name].shard, infos[q.src_name].offset) for q in p.pieces), default=(0, 0))
         for p in placements

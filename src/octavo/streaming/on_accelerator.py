@@ -45,6 +45,13 @@ def backend_of(device: torch.device) -> Any:
     return backend if hasattr(backend, "Stream") else None
 
 
+def wait_for(device: torch.device) -> None:
+    """Block until the device has done what this thread has given to its current stream."""
+    backend = backend_of(device)
+    if backend is not None:
+        backend.current_stream(device).synchronize()
+
+
 class Staged:
     """Memory of a device into which bytes are copied, seen as elements of any dtype."""
 

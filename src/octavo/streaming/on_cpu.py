@@ -14,6 +14,7 @@ from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..elements.pieces import Piece, whole
 from ..errors import WeightError
+from ..machine import on_cpu
 from ..numerics import schemes
 from ..numerics.decoding import holds_nan
 from ..numerics.groups import count_cells
@@ -23,7 +24,9 @@ from ..planning.chunks import Chunk, Tile, Work, cut_apart, cut_boxes, cut_tiles
 from ..planning.partition import Partition
 from .coded import Encoded
 from .nonfinite import nonfinite_text
+from .on_accelerator import wait_for
 from .placed import Placed
+from .sinks import Destination
 
 
 class Tiles:
@@ -127,6 +130,8 @@ class Press:
         """
         if chunk.piece.numel:
             self._place(chunk, read if isinstance(read, Encoded) else self._elements(chunk, read))
+            if not on_cpu(chunk.placement.device):
+                wait_for(torch.device(chunk.placement.device))
         return self._placed.done(chunk.placement, chunk.work, chunk.piece)
 
     def _elements(self, chunk: Chunk, flat: Tensor) -> Tensor:
@@ -158,7 +163,7 @@ class Press:
         assert mine is not None
         destination, scale = self._placed.destination(placement), schemes.scale_from_amax(mine.of_scales(amax), scheme)
         destination.put_scale(mine.cells, schemes.to_stored(scale, scheme))
-        view = destination.view(mine.piece)
+        view = _view(destination, mine.piece)
         out = self._scratch(mine.piece, scheme) if view is None else view
         self.tiles.quantize(out, _part(mine, x), scale, scheme, mine.phase)
         if view is None:
@@ -182,7 +187,7 @@ class Press:
         if chunk.placement.columns is not None:
             return False
         destination = self._placed.destination(chunk.placement)
-        view = destination.view(chunk.piece)
+        view = _view(destination, chunk.piece)
         out = self._scratch(chunk.piece, scheme) if view is None else view
         amax = self.tiles.scale_and_quantize(out, x, scheme, chunk.phase)
         if amax is None:
@@ -200,7 +205,7 @@ class Press:
             piece = mine.piece
             for axis, (off, n) in enumerate(zip(box.dst_off, box.size, strict=True)):
                 piece = piece.narrow(axis, off, n)
-            destination.put(piece, found.decode(box, self.tiles.scratch))
+            destination.put(piece, found.decode(box, self.tiles.scratch).to(chunk.placement.dtype))
 
     def _pass(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:
         """Place codes and scales as they are."""
@@ -210,6 +215,12 @@ class Press:
             self._check(torch.tensor(math.nan), chunk, x)
         destination.put_scale(mine.cells, schemes.to_stored(mine.of_scales(scale), scheme))
         destination.put(mine.piece, mine.of(codes))
+
+
+def _view(destination: Destination, piece: Piece) -> Tensor | None:
+    """The memory of a box if a CPU can quantize into it."""
+    view = destination.view(piece)
+    return view if view is not None and view.device.type == "cpu" else None
 
 
 def _part(mine: Partition, x: Tensor | Encoded) -> Tensor | Encoded:

@@ -25,7 +25,6 @@ from ..machine import now
 from ..planning.blocks import Block, Read, cut_in_turn, cut_reads
 from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Work, cut_placements
-from ..planning.coded import check_none_coded
 from ..planning.placement import Placement
 from ..planning.plan import Plan
 from .checks import Checks
@@ -102,8 +101,7 @@ class Stream:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
         if direct_io and self.budget.read_bytes == self.budget.slot_bytes:
             raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
-        if self.budget.lanes:
-            check_none_coded(checkpoint.path, plan.placements)
+        assert not self.budget.lanes or not any(placement.codings for placement in plan.placements), "Budget.fit"
         self.files = Files.of(checkpoint, direct_io if self.budget.lanes else False, checks)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._placed = Placed(sink, self.ring)

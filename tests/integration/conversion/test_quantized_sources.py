@@ -14,8 +14,9 @@ from torch import Tensor
 import octavo
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.coded import FINE_GRAINED, decoded, fine_grained
-from octavo.errors import CheckpointError, DeviceError, WeightError
+from octavo.errors import CheckpointError, WeightError
 from octavo.numerics import schemes
+from octavo.planning.budget import Budget
 
 SHAPES = {
     "model.embed_tokens.weight": (64, 260),
@@ -140,10 +141,15 @@ def test_a_scale_that_is_missing_is_named_before_a_weight_is_read(tmp_path: Path
             way(tmp_path / "source", tmp_path / "out")
 
 
-def test_an_accelerator_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
+def test_what_goes_to_an_accelerator_is_decoded_by_the_host(tmp_path: Path) -> None:
     write(tmp_path / "source")
-    with pytest.raises(DeviceError, match=r"_proj.weight is quantized already \(FP8 in blocks of 128x128\)"):
-        octavo.plan(tmp_path / "source", device="cuda", model=False)
+    plan = octavo.plan(tmp_path / "source", device="cuda", model=False)
+    on_device, on_host = plan.parts()
+    assert {placement.name for placement in on_host.quantized} == {p.name for p in plan.quantized}
+    assert not on_device.quantized
+    assert Budget.fit(on_host.placements, plan.staging_bytes).lanes == 0
+    assert Budget.fit(on_device.placements, plan.staging_bytes).lanes
+    assert Budget.fit(plan.placements, plan.staging_bytes).lanes == 0
 
 
 def test_nothing_of_the_declaration_remains(tmp_path: Path) -> None:
