@@ -1,0 +1,137 @@
+"""Ways to quantize a weight, octavo's and those of peers by their own functions: from a matrix to what it becomes."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from octavo.numerics import schemes
+
+#: a weight in bf16 or fp16 [out, in] -> float32
+Way = Callable[[Tensor], Tensor]
+
+
+def octavo(scheme: str) -> Way:
+    return lambda weight: schemes.dequantize(*schemes.quantize(weight, scheme), scheme)
+
+
+def compressed_tensors(preset: str) -> Way:
+    """By the range of each group, as llm-compressor's observers find it."""
+    from compressed_tensors.quantization import preset_name_to_scheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    arguments = preset_name_to_scheme(preset, ["Linear"]).weights
+
+    def way(weight: Tensor) -> Tensor:
+        if arguments.strategy == "group":
+            groups = weight.unflatten(-1, (-1, arguments.group_size))
+            low, high = groups.amin(-1), groups.amax(-1)
+        elif arguments.strategy == "channel":
+            low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
+        else:
+            low, high = (end.reshape(1) for end in (weight.amin(), weight.amax()))
+        scale, zero = calculate_qparams(low, high, arguments)
+        q = quantize(weight, scale, zero, arguments)
+        return dequantize(q, scale, zero, arguments, dtype=torch.float32)
+
+    return way
+
+
+def torchao(config: str) -> Way:
+    from torchao import quantization
+
+    made = getattr(quantization, config)()
+
+    def way(weight: Tensor) -> Tensor:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        layer.weight = nn.Parameter(weight.clone(), requires_grad=False)
+        quantization.quantize_(layer, made)
+        return layer.weight.dequantize().float()
+
+    return way
+
+
+def torchao_mx() -> Way:
+    from torchao.prototype.mx_formats.config import ScaleCalculationMode
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor
+
+    def way(weight: Tensor) -> Tensor:
+        made = MXTensor.to_mx(weight, torch.float8_e4m3fn, 32, ScaleCalculationMode.RCEIL)
+        return made.dequantize(torch.float32)
+
+    return way
+
+
+def transformers_blocks() -> Way:
+    """The operation by which its fine-grained quantizer makes FP8."""
+    from transformers import FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    made = Fp8Quantize(types.SimpleNamespace(quantization_config=FineGrainedFP8Config()))
+
+    def way(weight: Tensor) -> Tensor:
+        rows, cols = weight.shape
+        # ragged matrices, which it leaves alone, with zeros up to whole blocks, which are no largest magnitude
+        padded = nn.functional.pad(weight, (0, -cols % 128, 0, -rows % 128))
+        found = made.convert({"x.weight": padded})
+        scale = found["x.weight_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
+        return (found["x.weight"].float() * scale)[:rows, :cols]
+
+    return way
+
+
+#: name -> (bits a weight without its scales, what makes it); peers after the scheme that is theirs
+WAYS: dict[str, tuple[int, Callable[[], Way]]] = {
+    "octavo fp8_channel": (8, lambda: octavo("fp8_channel")),
+    "octavo fp8_block": (8, lambda: octavo("fp8_block")),
+    "octavo fp8_tensor": (8, lambda: octavo("fp8_tensor")),
+    "octavo mxfp8": (8, lambda: octavo("mxfp8")),
+    "octavo int8_channel": (8, lambda: octavo("int8_channel")),
+    "compressed-tensors FP8_DYNAMIC": (8, lambda: compressed_tensors("FP8_DYNAMIC")),
+    "compressed-tensors FP8": (8, lambda: compressed_tensors("FP8")),
+    "compressed-tensors W8A16": (8, lambda: compressed_tensors("W8A16")),
+    "torchao Float8WeightOnlyConfig": (8, lambda: torchao("Float8WeightOnlyConfig")),
+    "torchao Int8WeightOnlyConfig": (8, lambda: torchao("Int8WeightOnlyConfig")),
+    "torchao mxfp8 (RCEIL)": (8, torchao_mx),
+    "transformers FineGrainedFP8Config": (8, transformers_blocks),
+}
+#: octavo's schemes whose readers quantize activations, too
+ACTIVATIONS = ("octavo fp8_channel", "octavo int8_channel")
+
+
+def each_token(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Activations in 8 bits and back, a scale a token, as products with 8-bit activations take them."""
+    largest = schemes.NUMBERS[dtype].largest
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / largest
+    values = x / scale
+    return (values.round() if dtype == torch.int8 else values.to(dtype).float()) * scale
+
+
+class QuantizedInputs:
+    """While entered, the inputs of some layers are quantized."""
+
+    def __init__(self, layers: list[nn.Module], dtype: torch.dtype | None) -> None:
+        self._layers, self._dtype, self._handles = layers, dtype, []
+
+    def __enter__(self) -> None:
+        def hook(module: nn.Module, inputs: Any) -> Any:
+            return (each_token(inputs[0], self._dtype), *inputs[1:])
+
+        if self._dtype is not None:
+            self._handles = [layer.register_forward_pre_hook(hook) for layer in self._layers]
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def linear_layers(model: nn.Module, keep: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
+    """Layers that octavo quantizes by default."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not name.endswith(keep):
+            yield name, module
