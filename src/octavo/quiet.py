@@ -61,3 +61,17 @@ def this_thread_quiet() -> Iterator[None]:
             yield
         finally:
             sys.stderr = before
+
+
+@contextlib.contextmanager
+def loguru_quiet(package: str) -> Iterator[None]:
+    """Hide what a package logs by loguru, which neither of the others reaches, if it has been imported."""
+    logger = getattr(sys.modules.get("loguru"), "logger", None)
+    if logger is None:
+        yield
+        return
+    logger.disable(package)
+    try:
+        yield
+    finally:
+        logger.enable(package)

@@ -26,6 +26,7 @@ from ..planning.coded import passes, stored_piece
 from ..streaming.coded import Encoded, read_encoded
 from ..streaming.files import Files
 from ..streaming.ring import Ring
+from . import packing
 
 #: what comparing an element takes: the weight in float32, its FP8 number twice, and what the definition allocates
 _ELEMENT_BYTES = 32
@@ -46,6 +47,7 @@ class Pair:
     here: TensorInfo
     there: TensorInfo
     matrix: Piece | None = None  # of ``there``, which is a stack; None: all of it
+    is_packed: bool = False  # ``here`` is what is in a packed tensor
     scheme: Scheme | None = None  # None: kept, byte for byte
     scale: TensorInfo | None = None  # None although quantized: of dtypes that can't be compared
     differing_bytes: int = 0
@@ -274,6 +276,8 @@ class Worker:
         found, wrong = self._found_scales(block, schemes.to_stored(scale, scheme), scheme)
         job.made.read_piece(pair.here, box, self._mine[1])
         mine = self._mine[0][: box.numel]
+        if pair.is_packed:
+            packing.flip(mine.view(torch.int8))
         expected = self._expected[: box.numel].view(scheme.dtype).view(box.size)
         schemes.quantize_into(expected, weight, scale, scheme, scratch=self._wide)
         wrong = wrong if block.scales else 0
@@ -294,6 +298,7 @@ class Worker:
         along = [(start, start + n) for start, n in zip(first, wanted.shape, strict=True)]
         nbytes = self._job.made.read_piece(info, _piece(block.matrix, grid, *along), self._cells[1])
         raw = self._cells[0][:nbytes]
+        wanted = wanted.to(info.dtype) if info.dtype == torch.bfloat16 else wanted  # exact
         return raw.view(wanted.dtype).view(wanted.shape), differing(raw, wanted.contiguous().view(torch.uint8).view(-1))
 
 

@@ -299,7 +299,11 @@ class Job:
         digests: ShardDigests | None,
     ) -> None:
         file.write(memoryview(shard.header), 0)
-        sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale, digests)
+        for offset, data in shard.constants:
+            file.write(memoryview(data), offset)
+            if digests is not None:
+                digests.add(offset, offset, memoryview(data))
+        sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale, self.layout.to_bytes, digests)
         stream = Stream(self.checkpoint, plan, sink, budget=budget, tally=tally, checks=self.checks)
         finisher.fill(stream, file).run(progress)
 
@@ -346,6 +350,7 @@ class Job:
     def _index(self) -> str:
         total = sum(p.nbytes for p in self.plan.placements)
         total += sum(self.layout.scale_bytes(p) for p in self.plan.quantized)
+        total += sum(len(data) for shard, _ in self.shards for _, data in shard.constants)
         weight_map = {name: shard.name for shard, _ in self.shards for name in shard.tensor_names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         return json.dumps(index, indent=2) + "\n"

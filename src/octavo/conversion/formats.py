@@ -3,6 +3,8 @@
     format              scheme                                scale beside X.weight
     compressed-tensors  fp8_channel, fp8_block, fp8_tensor    X.weight_scale, float32
     compressed-tensors  mxfp8                                 X.weight_scale, uint8 (the e8m0 bits)
+    compressed-tensors  int8_channel                          X.weight_scale, bf16; the weight is X.weight_packed
+    compressed-tensors-w8a8  int8_channel                     X.weight_scale, float32
     fp8                 fp8_block                             X.weight_scale_inv, float32
 
 ``weight_scale_inv`` is no inverse: both are octavo's scale, ``w ≈ q.float() * scale``.
@@ -41,6 +43,8 @@ from ..planning.placement import Placement
 from ..planning.plan import Plan, Veto, plan_checkpoint
 from ..planning.recipe import Recipe
 from ..planning.stacks import NAMINGS, Cut, Experts, find_experts
+from . import packing
+from .arguments import CT_FORMATS, FP8_CONFIG, arguments
 
 NAMES = tuple(choices.FORMATS)
 #: how a stack of gate and up is called -> the number of a naming; vLLM 0.32 was asked
@@ -62,6 +66,8 @@ class Format:
         if kind == EXPERTS:
             return STACK
         rows, cols = shape[-2:]
+        if self.packs(scheme) and cols % packing.EACH:
+            return f"{cols} columns: readers of packed int8 want a multiple of {packing.EACH}"
         if scheme == "mxfp8" and cols % 32:
             return f"{cols} columns: readers of mxfp8 want a multiple of 32"
         if self.name == "fp8" and any(side > 128 and side % 128 for side in (rows, cols)):
@@ -72,30 +78,64 @@ class Format:
         """The name of a weight's scale."""
         return name + self.scale_suffix
 
+    def packs(self, scheme: str | None) -> bool:
+        """Return True if weights of a scheme are written as `packing` says."""
+        return self.name == choices.DEFAULT_FORMAT and scheme is not None and schemes.get(scheme).dtype == torch.int8
+
+    def weight_name(self, placement: Placement) -> str:
+        """The name under which a weight is written."""
+        return placement.name + packing.PACKED if self.packs(placement.scheme) else placement.name
+
+    def weight_type(self, placement: Placement) -> tuple[str, tuple[int, ...]]:
+        """(safetensors dtype, shape) of a quantized weight on disk."""
+        *lead, cols = placement.shape
+        if self.packs(placement.scheme):
+            return "I32", (*lead, cols // packing.EACH)
+        return placement.dtype_name, placement.shape
+
+    def to_bytes(self, scheme: str | None, values: Tensor) -> Tensor:
+        """The bytes of a weight's values, or of some of them, as they are written; may be made of these in place."""
+        return packing.flip(values) if self.packs(scheme) else values
+
+    def stored_weight(self, scheme: str | None, weight: Tensor) -> Tensor:
+        """A whole weight as it is written; may be made of it in place."""
+        return packing.flip(weight).view(torch.int32) if self.packs(scheme) else weight
+
+    def beside(self, placement: Placement) -> dict[str, Tensor]:
+        """What is written beside a weight and its scale."""
+        if not self.packs(placement.scheme):
+            return {}
+        return {placement.name + packing.SHAPE: packing.shape_tensor(placement.shape)}
+
     def scale_type(self, placement: Placement) -> tuple[str, tuple[int, ...]]:
         """(safetensors dtype, shape) of a placement's scale on disk."""
         assert placement.scheme is not None
         shape = placement.scale_shape or (1,)
-        return ("U8" if schemes.get(placement.scheme).power_of_two else "F32"), shape
+        return dtypes.NAMES[self.stored_dtype(schemes.get(placement.scheme))], shape
 
     def scale_bytes(self, placement: Placement) -> int:
         dtype_name, shape = self.scale_type(placement)
         return math.prod(shape) * dtypes.BITS[dtype_name] // 8
 
-    def stored_scale(self, scale: Tensor) -> Tensor:
+    def stored_scale(self, scheme: str | None, scale: Tensor) -> Tensor:
         """octavo's scale -> this format's, as written to disk or handed out."""
         if scale.dtype == E8M0:
             return scale.view(torch.uint8)
+        if self.packs(scheme):
+            scale = scale.to(torch.bfloat16)  # exact
         return scale.reshape(1) if scale.ndim == 0 else scale
 
     def stored_dtype(self, scheme: Scheme) -> torch.dtype:
         """The dtype of `stored_scale`."""
+        if self.packs(scheme.name):  # readers compute with it in its dtype
+            return torch.bfloat16
         return torch.uint8 if scheme.power_of_two else scheme.scale_dtype
 
-    def scheme_of(self, shape: tuple[int, ...], stored: Tensor) -> Scheme:
-        """The scheme that a weight of this shape with this scale was quantized by."""
-        for name in self.schemes:
-            scheme = schemes.get(name)
+    def scheme_of(self, shape: tuple[int, ...], dtype: torch.dtype | None, stored: Tensor) -> Scheme:
+        """The scheme that a weight of this shape and dtype with this scale was quantized by."""
+        known = [schemes.get(name) for name in self.schemes]
+        # of a dtype that none has, whatever the scale is for
+        for scheme in [scheme for scheme in known if scheme.dtype == dtype] or known:
             wanted = scheme.scale_shape(shape) or (1,)
             if tuple(stored.shape) == wanted and (stored.dtype == torch.uint8) == scheme.power_of_two:
                 return scheme
@@ -123,9 +163,12 @@ class Format:
         kept = sorted({module_of(p.name) for p in plan.kept if p.name.endswith(".weight")})
         ignore = ["lm_head", *sorted({*kept, *unquantized} - {"lm_head"})]
         if self.name == "fp8":
-            return {**_FP8_CONFIG, "modules_to_not_convert": ignore}
+            return {**FP8_CONFIG, "modules_to_not_convert": ignore}
         groups = {
-            f"group_{number}": {"targets": targets, **_arguments(scheme, () if ragged else placements)}
+            f"group_{number}": {
+                "targets": targets,
+                **arguments(scheme, () if ragged else placements, self.packs(scheme)),
+            }
             for number, (scheme, targets, placements) in enumerate(_groups(plan, modules))
         }
         formats = {group["format"] for group in groups.values()}
@@ -142,7 +185,7 @@ class Format:
         """Remarks about who can read the result; fewer of them if transformers has been asked."""
         if not plan.quantized:
             return ["nothing became FP8: the result is an unquantized checkpoint, and says nothing of quantization"]
-        if self.name != "compressed-tensors":
+        if self.name == "fp8":
             return []
         notes = []
         if len({p.scheme for p in plan.quantized}) > 1:
@@ -241,58 +284,19 @@ def _groups(plan: Plan, modules: Mapping[str, str]) -> list[tuple[str, list[str]
     return groups
 
 
-_FP8_CONFIG = {
-    "quant_method": "fp8",
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "weight_block_size": [128, 128],
-}
-_CT_FORMATS = {
-    "fp8_channel": "float-quantized",
-    "fp8_block": "float-quantized",
-    "fp8_tensor": "float-quantized",
-    "mxfp8": "mxfp8-quantized",
-}
-
-
-def _arguments(scheme: str, placements: Iterable[Placement]) -> dict[str, Any]:
-    """The weights, input_activations and format of a compressed-tensors config group."""
-    base = {"num_bits": 8, "type": "float", "symmetric": True}
-    weights: dict[str, Any] = {**base, "dynamic": False}
-    inputs: dict[str, Any] = {**base, "dynamic": True}
-    if scheme == "fp8_channel":
-        weights["strategy"], inputs["strategy"] = "channel", "token"
-    elif scheme == "fp8_tensor":
-        weights["strategy"], inputs["strategy"] = "tensor", "token"
-    elif scheme == "fp8_block":
-        weights |= {"strategy": "block", "block_structure": [128, 128]}
-        inputs |= {"strategy": "group", "group_size": 128}
-    else:
-        group = {"strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-        weights |= group
-        inputs |= group
-    # readers can't cut ragged activations into groups: then weights alone are quantized
-    ragged = scheme == "fp8_block" and any(p.shape[-1] % 128 for p in placements)
-    return {
-        "weights": weights,
-        "input_activations": None if ragged else inputs,
-        "output_activations": None,
-        "format": _CT_FORMATS[scheme],
-    }
-
-
 _FORMATS = {name: Format(name, terms.scale_suffix, terms.schemes) for name, terms in choices.FORMATS.items()}
 
 
 def whole_config(scheme: str, name: str = choices.DEFAULT_FORMAT) -> dict[str, Any]:
     """The config of a checkpoint of which no more is known: all is in one scheme but the head."""
     if name == "fp8":
-        return {**_FP8_CONFIG, "modules_to_not_convert": ["lm_head"]}
+        return {**FP8_CONFIG, "modules_to_not_convert": ["lm_head"]}
+    group = {"targets": ["Linear"], **arguments(scheme, (), get(name).packs(scheme))}
     return {
         "quant_method": "compressed-tensors",
-        "format": _CT_FORMATS[scheme],
+        "format": group["format"],
         "ignore": ["lm_head"],
-        "config_groups": {"group_0": {"targets": ["Linear"], **_arguments(scheme, ())}},
+        "config_groups": {"group_0": group},
     }
 
 
@@ -340,10 +344,10 @@ def known_naming(experts: Experts) -> int | None:
     return next((naming for end, naming in _KNOWN.items() if module.endswith(end)), None)
 
 
-def scheme_by_scale(shape: Sequence[int], scale: TensorInfo) -> Scheme | None:
-    """The scheme of a weight of this shape, by its scale."""
-    for name in choices.SCHEMES:
-        scheme = schemes.get(name)
+def scheme_by_scale(shape: Sequence[int], scale: TensorInfo, dtype: torch.dtype | None = None) -> Scheme | None:
+    """The scheme of a weight of this shape, by its scale; of several that have such scales, that of the dtype."""
+    known = [schemes.get(name) for name in choices.SCHEMES]
+    for scheme in sorted(known, key=lambda scheme: scheme.dtype != dtype):
         bits = scale.dtype_name in ("U8", "F8_E8M0")
         if (
             scale.shape in (scheme.scale_shape(shape), scheme.scale_shape(shape) or (1,))
@@ -362,6 +366,8 @@ def recognize(checkpoint: Checkpoint) -> Format:
         ]
         return named[0] if named else _FORMATS[choices.DEFAULT_FORMAT]
     method = config.get("quant_method")
+    if method == choices.DEFAULT_FORMAT and config.get("format") == CT_FORMATS["int8_channel"]:
+        return _FORMATS["compressed-tensors-w8a8"]
     if method not in _FORMATS:
         raise CheckpointError(f"{checkpoint.path}: quantized by {method!r}, which octavo does not write")
     return _FORMATS[str(method)]

@@ -49,11 +49,13 @@ def _handed_out(
         for placement, storage in placed:
             name, weight, scale = placement.name, storage.weight, storage.scale
             del storage  # what the consumer drops is gone
-            yield name, weight
+            weight = layout.stored_weight(placement.scheme, weight)
+            yield layout.weight_name(placement), weight
             del weight
             if scale is not None:
-                yield layout.scale_name(name), layout.stored_scale(scale)
+                yield layout.scale_name(name), layout.stored_scale(placement.scheme, scale)
             del scale
+            yield from layout.beside(placement).items()
             handed += placement.stored_bytes
             if progress:
                 progress(handed, stream.plan.stored_bytes)

@@ -26,6 +26,7 @@ class ShardLayout:
     nbytes: int
     weights: Mapping[str, int]  # placement -> absolute offset
     scales: Mapping[str, int]
+    constants: tuple[tuple[int, bytes], ...]  # absolute offset, and what is there whatever the weights are
     tensor_names: tuple[str, ...]
 
     @classmethod
@@ -33,25 +34,29 @@ class ShardLayout:
         cls, name: str, placements: Iterable[Placement], layout: formats.Format, checkpoint: Checkpoint
     ) -> ShardLayout:
         """Lay tensors out with the widest dtypes first, so that each is aligned to its own element."""
-        entries: list[tuple[int, str, str, tuple[int, ...], Placement, bool]] = []
+        entries: list[tuple[int, str, str, tuple[int, ...], str, str]] = []
+        constants: dict[str, bytes] = {}
         for p in placements:
             # planned as bytes where torch lacks the dtype; the header has its own shape
-            shape = p.shape if p.scheme else checkpoint.tensors[p.name].shape
-            entries.append((dtypes.BITS[p.dtype_name], p.name, p.dtype_name, shape, p, False))
+            dtype_name, shape = layout.weight_type(p) if p.scheme else (p.dtype_name, checkpoint.tensors[p.name].shape)
+            entries.append((dtypes.BITS[dtype_name], layout.weight_name(p), dtype_name, shape, "weight", p.name))
             if p.scheme:
                 dtype_name, shape = layout.scale_type(p)
-                entries.append((dtypes.BITS[dtype_name], layout.scale_name(p.name), dtype_name, shape, p, True))
+                entries.append((dtypes.BITS[dtype_name], layout.scale_name(p.name), dtype_name, shape, "scale", p.name))
+            for key, tensor in layout.beside(p).items():
+                dtype_name, constants[key] = dtypes.NAMES[tensor.dtype], tensor.numpy().tobytes()
+                entries.append((dtypes.BITS[dtype_name], key, dtype_name, tuple(tensor.shape), "constant", key))
         entries.sort(key=lambda entry: -entry[0])  # stable: reading order within a width
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offsets: dict[bool, dict[str, int]] = {False: {}, True: {}}
+        offsets: dict[str, dict[str, int]] = {"weight": {}, "scale": {}, "constant": {}}
         end = 0
-        for bits, tensor_name, dtype_name, shape, p, is_scale in entries:
+        for bits, tensor_name, dtype_name, shape, what, key in entries:
             begin, count = end, bits
             for n in shape:
                 count *= n
             end += count // 8
             header[tensor_name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [begin, end]}
-            offsets[is_scale][p.name] = begin
+            offsets[what][key] = begin
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         base = 8 + len(text)
@@ -59,8 +64,9 @@ class ShardLayout:
             name,
             struct.pack("<Q", len(text)) + text,
             base + end,
-            {key: base + value for key, value in offsets[False].items()},
-            {key: base + value for key, value in offsets[True].items()},
+            {key: base + value for key, value in offsets["weight"].items()},
+            {key: base + value for key, value in offsets["scale"].items()},
+            tuple((base + value, constants[key]) for key, value in offsets["constant"].items()),
             tuple(key for key in header if key != "__metadata__"),
         )
 
@@ -71,6 +77,12 @@ def check_names(plan: Plan, layout: formats.Format, dst: Path) -> None:
         f"{layout.scale_name(p.name)} is a tensor of the source, and would be the scale of {p.name}"
         for p in plan.quantized
         if layout.scale_name(p.name) in taken
+    ]
+    problems += [
+        f"{name} is a tensor of the source, and would be that of {p.name}"
+        for p in plan.quantized
+        for name in ({layout.weight_name(p)} - {p.name}) | layout.beside(p).keys()
+        if name in taken
     ]
     raise_problems(OutputError, dst, problems, "Is the source quantized already?")
 

@@ -12,7 +12,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
+
 from .. import choices
+from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError, CoverageError
@@ -21,11 +24,16 @@ from ..planning.plan import Plan, Veto
 from ..planning.stacks import Cut
 from ..streaming.meter import Stages
 from ..text import human_bytes, some
+from . import packing
 from .formats import Format
 from .unstacking import Unstacking
 
 #: Readers settle in two rounds: names of modules in one, a proof in the next. After more they contradict themselves.
 _ROUNDS = 6
+
+
+#: what a judgement says by quantized tensor
+_BY_NAME = ("misread", "modules", "refused")
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,14 @@ class Judgement:
     def ok(self) -> bool:
         """Whether all is read as it is meant."""
         return not (self.misread or self.waiting or self.refused or self.missing or self.unexpected or self.unproved)
+
+    def renamed(self, names: Mapping[str, str]) -> Judgement:
+        """The same of tensors by their names in a plan, which are not those on disk where weights are packed."""
+        found = {key: {names.get(name, name): why for name, why in getattr(self, key).items()} for key in _BY_NAME}
+        unexpected = tuple(names.get(name, name) for name in self.unexpected)
+        return replace(
+            self, misread=found["misread"], modules=found["modules"], refused=found["refused"], unexpected=unexpected
+        )
 
     def lines(self) -> Iterator[str]:
         """What is wrong, a line each, and the verdict."""
@@ -149,9 +165,10 @@ def prove(
                     nobody = _NOBODY if checkpoint.config else _NO_CONFIG
                     readers = find_readers() if checkpoint.config.get("architectures") else (nobody,)
                 tensors, scales = as_written(checkpoint, plan, layout)
+                names = {layout.weight_name(p): p.name for p in plan.quantized}
                 config = {**checkpoint.config, "quantization_config": quantization}
                 for reader in readers:
-                    judgements.append(_ask(reader, checkpoint, tensors, scales, config))
+                    judgements.append(_ask(reader, checkpoint, tensors, scales, config).renamed(names))
                     if anew := unstacking.give_up(plan, judgements, complete=len(judgements) == len(readers)):
                         break
         if not anew and said.add(plan, judgements, unstacking.trying()):
@@ -206,20 +223,34 @@ class _Said:
 
 
 def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
-    """What a reader would do with a checkpoint that is FP8 already, whoever wrote it.
+    """What a reader would do with a checkpoint that is quantized already, whoever wrote it.
 
     Raises:
-        CheckpointError: there is no FP8 in it, or no config.
+        CheckpointError: there is no FP8 in it and no int8 with scales, or no config.
     """
     tensors = checkpoint.tensors
-    weights = [name for name, info in tensors.items() if info.dtype == schemes.FP8]
+    suffixes = {terms.scale_suffix for terms in choices.FORMATS.values()}
+
+    def scale_of(name: str) -> str | None:
+        plain = name.removesuffix(packing.PACKED)
+        return next((plain + suffix for suffix in suffixes if plain + suffix in tensors), None)
+
+    found = {name: scale_of(name) for name, info in tensors.items() if _holds_numbers(info)}
+    weights = [name for name, scale in found.items() if scale is not None or tensors[name].dtype == schemes.FP8]
     if not weights:
-        raise CheckpointError(f"{checkpoint.path}: holds no tensors in float8_e4m3fn, which its readers could misread")
-    suffixes = [terms.scale_suffix for terms in choices.FORMATS.values()]
-    scales = {name: name + suffix for name in weights for suffix in suffixes if name + suffix in tensors}
+        raise CheckpointError(
+            f"{checkpoint.path}: holds no tensors in float8_e4m3fn, and none in int8 with scales, which its readers "
+            "could misread"
+        )
+    scales = {name: scale for name in weights if (scale := found[name]) is not None}
     judgement = _ask(reader, checkpoint, tensors, scales, checkpoint.config)
     alone = {name: "it has no scale beside it" for name in weights if name not in scales}
     return judgement if judgement.unproved else replace(judgement, misread={**judgement.misread, **alone})
+
+
+def _holds_numbers(info: TensorInfo) -> bool:
+    """Return True if a tensor may be a quantized weight."""
+    return info.dtype in schemes.NUMBERS or (info.name.endswith(packing.PACKED) and info.dtype == torch.int32)
 
 
 def as_written(checkpoint: Checkpoint, plan: Plan, layout: Format) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -228,10 +259,14 @@ def as_written(checkpoint: Checkpoint, plan: Plan, layout: Format) -> tuple[dict
     scales = {}
     for p in plan.placements:
         source = checkpoint.tensors[p.pieces[0].src_name]
-        shape = p.shape if p.scheme else source.shape
-        tensors[p.name] = TensorInfo(p.name, p.dtype_name, shape, source.shard, 0, p.nbytes)
+        dtype_name, shape = layout.weight_type(p) if p.scheme else (p.dtype_name, source.shape)
+        weight = layout.weight_name(p)
+        tensors[weight] = TensorInfo(weight, dtype_name, shape, source.shard, 0, p.nbytes)
+        for name, tensor in layout.beside(p).items():
+            dtype_name = dtypes.NAMES[tensor.dtype]
+            tensors[name] = TensorInfo(name, dtype_name, tuple(tensor.shape), source.shard, 0, tensor.nbytes)
         if p.scheme:
-            name = scales[p.name] = layout.scale_name(p.name)
+            name = scales[weight] = layout.scale_name(p.name)
             dtype_name, scale_shape = layout.scale_type(p)
             tensors[name] = TensorInfo(name, dtype_name, scale_shape, source.shard, 0, layout.scale_bytes(p))
     return tensors, scales
@@ -259,8 +294,8 @@ def _notes(plan: Plan, judgements: Sequence[Judgement], misread: Mapping[str, tu
         elif judgement.refused:
             name, why = next(iter(judgement.refused.items()))
             notes.append(
-                f"{judgement.reader} can't load {len(judgement.refused):,} FP8 tensors ({name} and others), and says "
-                f"so: {why}. Choose another scheme or format if it is to."
+                f"{judgement.reader} can't load {len(judgement.refused):,} quantized tensors ({name} and others), and "
+                f"says so: {why}. Choose another scheme or format if it is to."
             )
         elif judgement.waiting:
             notes.append(

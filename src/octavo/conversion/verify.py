@@ -18,7 +18,7 @@ import torch
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.digests import Digest, Recorded
 from ..checkpoint.header import TensorInfo
-from ..elements.pieces import Piece
+from ..elements.pieces import Piece, whole
 from ..errors import CheckpointError, raise_problems
 from ..planning.budget import check_options, default_threads
 from ..planning.placement import Target
@@ -26,7 +26,7 @@ from ..planning.stacks import NAMINGS, Cut, find_experts
 from ..streaming.files import Files
 from ..streaming.meter import progress_bar
 from ..streaming.ring import Ring, SingleThreadedTorch
-from . import formats
+from . import formats, packing
 from .compare import Comparison, Pair, Worker, cut
 from .proof import Judgement
 
@@ -124,12 +124,17 @@ def verify_checkpoint(
     problems = _strays(made)
     wanted = _wanted(made, source)
     pairs = _pairs(made, wanted, layout, problems)
+    found = {pair.here.name for pair in pairs}
     expected = {*wanted, *(layout.scale_name(pair.here.name) for pair in pairs if pair.scheme)}
+    expected |= {pair.here.name + end for pair in pairs if pair.is_packed for end in (packing.PACKED, packing.SHAPE)}
     problems += [f"{name}: not in {against}" for name in made.tensors if name not in expected]
-    problems += [f"{name}: in {against}, but not here" for name in wanted if name not in made.tensors]
+    problems += [f"{name}: in {against}, but not here" for name in wanted if name not in found]
+    problems += _shapes(made, pairs)
     quantized = sum(pair.scheme is not None for pair in pairs)
     if quantized and made.config and "quantization_config" not in made.config:
-        problems.append(f"config.json: no quantization_config, without which {quantized} FP8 tensors are read wrong")
+        problems.append(
+            f"config.json: no quantization_config, without which {quantized} quantized tensors are read wrong"
+        )
     raise_problems(CheckpointError, dst, problems, f"Was it made from {against}?")
     _compare(pairs, made, source, staging_bytes, threads, progress)
     return VerifyReport(tuple(_result(pair) for pair in pairs))
@@ -221,10 +226,11 @@ def _pairs(
     """The tensors that both have; what keeps one from being compared is a problem."""
     pairs = []
     for name, (there, matrix) in wanted.items():
-        here = made.tensors.get(name)
+        packed = packing.unpacked(made.tensors.get(name + packing.PACKED), name)
+        here = made.tensors.get(name, packed)
         if here is None:
             continue
-        pair = Pair(here, there, matrix)
+        pair = Pair(here, there, matrix, here is packed)
         pairs.append(pair)
         if here.shape != pair.shape:
             problems.append(f"{name}: {list(here.shape)} here, {list(pair.shape)} there")
@@ -241,7 +247,7 @@ def _pairs(
         else:
             try:
                 stored = torch.empty(scale.shape, dtype=scale.dtype, device="meta")
-                pair.scheme = layout.scheme_of(here.shape, stored)
+                pair.scheme = layout.scheme_of(here.shape, here.dtype, stored)
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
                 continue
@@ -250,6 +256,22 @@ def _pairs(
             else:
                 pair.differing_bytes = here.nbytes + scale.nbytes
     return pairs
+
+
+def _shapes(made: Checkpoint, pairs: list[Pair]) -> list[str]:
+    """What is wrong with the shapes that stand beside packed weights."""
+    problems = []
+    with contextlib.closing(Files.of(made)) as files:
+        for pair in pairs:
+            name = pair.here.name + packing.SHAPE
+            if not pair.is_packed:
+                continue
+            info, wanted = made.tensors.get(name), packing.shape_tensor(pair.shape)
+            if info is None or (info.dtype_name, info.shape) != ("I64", tuple(wanted.shape)):
+                problems.append(f"{name}: missing, or not two int64 numbers, which readers want beside packed weights")
+            elif (found := files.read_values(info, whole(name, info.shape)).tolist()) != wanted.tolist():
+                problems.append(f"{name}: holds {found}, and the weight is {wanted.tolist()}")
+    return problems
 
 
 def _compare(

@@ -60,7 +60,7 @@ def nonfinite_text(checkpoint: Checkpoint, piece: Piece, values: Tensor, placeme
     of = "" if placement.name == info.name else f", part of {placement.name}"
     return (
         f"{checkpoint.shard_of(info.name).path.name}: tensor {info.name!r} holds {values[tuple(position)].item()} "
-        f"(at {where}){of}: a non-finite weight has no FP8 form. Repair the checkpoint, or keep it with "
+        f"(at {where}){of}: a non-finite weight can't be quantized. Repair the checkpoint, or keep it with "
         f"ignore={list(placement.ignored_as or (placement.name,))}."
     )
 

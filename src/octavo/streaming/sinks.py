@@ -39,7 +39,7 @@ class Destination(Protocol):
         """The memory into which the box is to be quantized; None: use scratch, and call `put`."""
 
     def put(self, piece: Piece, values: Tensor) -> None:
-        """Take the values of a box (copied before this returns); not called where `view` gave memory."""
+        """Take the values of a box (copied before this returns, and perhaps changed); not where `view` gave memory."""
 
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
         """Take the scales of some groups, in the scheme's stored dtype."""
@@ -221,7 +221,8 @@ class ShardSink:
     """Writes boxes to their places in one file whose layout is known.
 
     ``extents`` maps a placement's name to where its weight begins, ``scale_extents`` to where its scale does;
-    ``cast_scale`` turns stored scales into those of the format; ``digests`` are made of what is written.
+    ``cast_scale`` turns stored scales into those of the format, and ``to_bytes`` a scheme's numbers, in place;
+    ``digests`` are made of what is written.
     """
 
     def __init__(
@@ -229,10 +230,11 @@ class ShardSink:
         file: OutFile,
         extents: Mapping[str, int],
         scale_extents: Mapping[str, int],
-        cast_scale: Callable[[Tensor], Tensor],
+        cast_scale: Callable[[str | None, Tensor], Tensor],
+        to_bytes: Callable[[str | None, Tensor], Tensor],
         digests: ShardDigests | None = None,
     ) -> None:
-        self._file, self._digests = file, digests
+        self._file, self._digests, self._to_bytes = file, digests, to_bytes
         self._extents, self._scale_extents, self._cast_scale = extents, scale_extents, cast_scale
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
@@ -269,13 +271,13 @@ class _FileRegion:
     def put(self, piece: Piece, values: Tensor) -> None:
         placement = self._placement
         bits = dtypes.moved_bits(placement.dtype_name)
-        values = values.to(placement.dtype)
+        values = self._sink._to_bytes(placement.scheme, values.to(placement.dtype))
         box = tuple(slice(off, off + n) for off, n in zip(piece.dst_off, piece.size, strict=True))
         self._sink.write_box(self._sink._extents[placement.name], placement.stored_shape, box, values, bits)
 
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
         placement = self._placement
-        cast = self._sink._cast_scale(values)
+        cast = self._sink._cast_scale(placement.scheme, values)
         base = self._sink._scale_extents[placement.name]
         self._sink.write_box(base, placement.scale_grid, cells, cast, cast.dtype.itemsize * 8)
 

@@ -18,14 +18,20 @@ from torch import Tensor, nn
 from ...checkpoint import dtypes
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import scheme_by_scale
+from ...conversion.packing import PACKED
 from ...elements.dry_run import Copy, Source, Trace
-from ...numerics.schemes import FP8
+from ...numerics.schemes import NUMBERS
 from .coverage import uncovered
 from .culprits import Loader, trace_to_culprit
 from .cuts import unequal
 from .survey import layer_of, pattern_of, text_of
 
 _SCALES = ("_scale", "_scale_inv")
+
+
+def _plain(name: str) -> str:
+    """The parameter of a weight by the name that it has where it is not packed."""
+    return name.removesuffix(PACKED)
 
 
 @dataclass
@@ -120,8 +126,9 @@ class Case:
 
     @functools.cached_property
     def _holders(self) -> set[str]:
-        """Parameters that hold FP8."""
-        return {name for name, parameter in self._parameters.items() if parameter.dtype == FP8}
+        """Parameters that hold quantized numbers."""
+        found = self._parameters.items()
+        return {name for name, parameter in found if parameter.dtype in NUMBERS or name.endswith(PACKED)}
 
     def _origin(self, name: str) -> str:
         """The weight that a tensor is, or is the scale of."""
@@ -149,7 +156,7 @@ class Case:
             if without and pattern_of(name) in without:
                 continue
             if name in self.scales:
-                yield Source(name, info.shape, FP8 if name in quantized else torch.bfloat16)
+                yield Source(name, info.shape, dtypes.MOVED[info.dtype_name] if name in quantized else torch.bfloat16)
             elif name not in self._weight_of or self._weight_of[name] in quantized:
                 yield Source(name, info.shape, dtypes.MOVED[info.dtype_name])
 
@@ -190,7 +197,7 @@ class Case:
             elif not given and self._parameters[holder].numel():
                 verdict.waiting[module] = "nothing goes there"
                 verdict.empty += (module,)
-        for name in sorted(self._holders | {f"{holder}{end}" for holder in self._holders for end in _SCALES}):
+        for name in sorted(self._holders | {_plain(holder) + end for holder in self._holders for end in _SCALES}):
             if name in self._parameters and layer_of(name) not in verdict.waiting:
                 self._cover(name, written.get(name, []), verdict)
         layers = {layer_of(holder) for holder in self._holders}
@@ -218,12 +225,13 @@ class Case:
         if not scales:
             return "it passes over the scale"
         info, scale = self.tensors[name], self.tensors[self.scales[name]]
-        scheme = scheme_by_scale(info.shape, scale)
+        scheme = scheme_by_scale(info.shape, scale, info.dtype)
         beside = [copy._replace(target=copy.target.removesuffix("_inv")) for copy in scales]
         if scheme is None or (scheme.group_rows is None and scheme.group_cols is None):
             # one number, which goes to a cell of its own where several matrices are fused
-            alike = {f"{copy.target}_scale" for copy in weights} == {copy.target for copy in beside}
+            alike = {f"{_plain(copy.target)}_scale" for copy in weights} == {copy.target for copy in beside}
             return None if alike else "its scale does not arrive beside it"
+        weights = [copy._replace(target=_plain(copy.target)) for copy in weights]
         why = unequal(weights, beside, info.shape, scheme, _SCALES[0])
         return why and f"it {why}"
 

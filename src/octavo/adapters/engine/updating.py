@@ -154,7 +154,10 @@ class Weights:
                 q, scale = schemes.quantize(weight, placement.scheme)
                 del weight
                 soundness.of_quantized(name, scale)
-                for part, tensor in ((name, q), (self.layout.scale_name(name), self.layout.stored_scale(scale))):
+                for part, tensor in (
+                    (name, q),
+                    (self.layout.scale_name(name), self.layout.stored_scale(placement.scheme, scale)),
+                ):
                     self.arrivals.add(part)
                     yield part, tensor
                 del q, scale, tensor

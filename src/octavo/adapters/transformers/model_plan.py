@@ -252,6 +252,8 @@ def trace(
             if name in made_of:
                 other = min(sources, key=dot_natural_key)
                 problems.append(f"duplicate: {made_of[name]} and {other}... both make {name}")
+            elif name in expected and source_of is symbolic_source and not isinstance(symbolic, Symbolic):
+                traced.computed[name] = (sources, "of their shapes alone")
             elif name in expected:
                 found[name], made_of[name] = symbolic, sources[0]
     return traced

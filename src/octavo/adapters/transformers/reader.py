@@ -23,16 +23,18 @@ from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import scheme_by_scale
+from ...conversion.packing import PACKED
 from ...conversion.proof import Judgement
 from ...elements.pieces import Piece
 from ...elements.symbolic import Symbolic
 from ...errors import CheckpointError
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
-from ...quiet import this_thread_quiet
+from ...quiet import loguru_quiet, this_thread_quiet
 from ...text import told
 from .excused import computed, unneeded
 from .model_plan import Traced, kept_in_fp32, prefix_hint, tied_names, trace
+from .samples import make_sample
 from .skeleton import skeleton
 
 NAME = f"transformers {transformers.__version__}"
@@ -62,7 +64,8 @@ class TransformersReader:
             return Judgement(NAME, waiting=waiting, unproved=f"it refuses: {type(error).__name__}: {error}")
         problems: list[str] = []
         try:
-            traced = trace(model, tensors, problems, quantizer)
+            with loguru_quiet("compressed_tensors"):
+                traced = trace(model, tensors, problems, quantizer)
         except Exception as error:  # of a model's way to load that does not go together with its quantizer
             return Judgement(NAME, refused=dict.fromkeys(scales, f"{type(error).__name__}: {told(error)}"))
         case = _Case(model, quantizer, tensors, scales, traced)
@@ -179,7 +182,8 @@ class _Case:
         waiting, missing = set(), set()
         for name in self.expected.keys() - made:
             weight = _weight_of(name)
-            if weight is None or weight not in self.expected or not _holds_fp8(self.expected[weight]):
+            weight = weight and next((n for n in (weight, weight + PACKED) if n in self.expected), None)
+            if weight is None or self.expected[weight].dtype not in (*schemes.NUMBERS, torch.int32):
                 if not tied.get(name, set()) & made:
                     missing.add(name)
             elif not any(piece.src_name in self.scales for piece in self._pieces(weight)):
@@ -221,7 +225,7 @@ class _Case:
         others = [source for source in sources if source not in self.scales]
         beside = _by_source(next((pieces for q in _scale_names(name) if (pieces := self._pieces(q))), ()))
         for source in quantized:
-            if not _holds_fp8(here):
+            if here.dtype != self.tensors[source].dtype:
                 kind = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
                 yield source, f"it takes the codes for weights: its {kind} holds {dtypes.short(here.dtype)}"
             elif self.in_fp32 is not None and self.in_fp32.search(name):
@@ -239,8 +243,8 @@ class _Case:
         scaled = any(self._pieces(scale) for scale in _scale_names(name))
         for source in sources:
             stored = self.tensors[source].dtype
-            if here == schemes.FP8 and scaled and stored not in (here, torch.float8_e5m2):
-                yield source, f"it is {dtypes.short(stored)}, and read as FP8 with a scale"
+            if here in schemes.NUMBERS and scaled and stored not in (here, torch.float8_e5m2):
+                yield source, f"it is {dtypes.short(stored)}, and read as {schemes.NUMBERS[here].name} with a scale"
             elif weight is not None and source in self.weight_of and (stored in _FLOATS) != (here in _FLOATS):
                 why = f"its scale is {dtypes.short(stored)}, and read as {dtypes.short(here)}"
                 yield self.weight_of[source], why
@@ -276,27 +280,11 @@ class _Case:
         return found
 
     def _compare(self, name: str, sources: list[str]) -> str | None:
-        generator = torch.Generator().manual_seed(0)
-        given: dict[str, torch.Tensor] = {}
-        meant: dict[str, torch.Tensor] = {}
-        scale_of = {s: self.scales[s] for s in sources if s in self.scales}
-        for source in sources:
-            info = self.tensors[source]
-            if source in self.weight_of:
-                continue
-            plain = torch.randn(info.shape, generator=generator)
-            if source in scale_of:
-                scale = self.tensors[scale_of[source]]
-                found = scheme_by_scale(info.shape, scale)
-                if found is None:
-                    return "its scale is of no scheme that is known"
-                given[source], grid = schemes.quantize(plain, found)
-                given[scale.name] = (grid.view(torch.uint8) if found.power_of_two else grid).reshape(scale.shape)
-                meant[source] = schemes.dequantize(given[source], grid, found)
-            else:
-                given[source] = meant[source] = plain.to(info.dtype)
-        got = _loaded(self.model, {s: self.tensors[s] for s in given}, given, self.quantizer)
-        want = _loaded(self.model, {s: self.tensors[s] for s in meant}, meant)
+        sample = make_sample(sources, self.tensors, self.scales)
+        if sample is None:
+            return "its scale is of no scheme that is known"
+        got = _loaded(self.model, {s: sample.infos[s] for s in sample.given}, sample.given, self.quantizer)
+        want = _loaded(self.model, {s: sample.infos[s] for s in sample.meant}, sample.meant)
         for target, tensor in want.items():
             if target not in got or got[target].shape != tensor.shape:
                 return f"it makes {_template(target)} of another shape"
@@ -323,12 +311,9 @@ def _loaded(
     return traced.found
 
 
-def _holds_fp8(tensor: torch.Tensor) -> bool:
-    return tensor.dtype == schemes.FP8
-
-
 def _scale_names(name: str) -> tuple[str, ...]:
     """The names under which transformers' modules keep the scale of a parameter."""
+    name = name.removesuffix(PACKED)
     return (f"{name}_scale", f"{name}_scale_inv")
 
 

@@ -13,7 +13,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ...numerics.schemes import FP8
+from ...conversion.packing import PACKED
+from ...numerics.schemes import NUMBERS
 from .fitting import FITTING, is_linear
 
 
@@ -31,7 +32,11 @@ class Watch:
         In the second case this machine may have no kernel, and another one have it.
         """
         modules = {path: module for path, module in model.named_modules() if module in self.names}
-        built = {is_linear(m) for m in modules.values() if any(p.dtype == FP8 for p in m.parameters(recurse=False))}
+        built = {
+            is_linear(m)
+            for m in modules.values()
+            if any(p.dtype in NUMBERS or name.endswith(PACKED) for name, p in m.named_parameters(recurse=False))
+        }
         refused = {path: module for path, module in modules.items() if module in self.refused}
         plain = {path: self.refused[m] for path, m in refused.items() if is_linear(m) in built}
         return plain, {path: self.refused[m] for path, m in refused.items() if path not in plain}
