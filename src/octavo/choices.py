@@ -33,11 +33,15 @@ SCHEMES = {
     "fp8_block": SchemeTerms("one for each 128x128 block", 128, 128),
     "fp8_tensor": SchemeTerms("one for each matrix", None, None),
     "mxfp8": SchemeTerms("one for 32 columns of a row, a power of two", 1, 32, power_of_two=True),
+    "int8_channel": SchemeTerms("one for each row, of integers instead of FP8", 1, None, dtype="int8"),
 }
 DEFAULT_SCHEME = "fp8_channel"
 
 FORMATS = {
     "compressed-tensors": FormatTerms("vLLM, and transformers with compressed-tensors", "_scale", tuple(SCHEMES)),
+    "compressed-tensors-w8a8": FormatTerms(
+        "the same, activations in int8, too; int8_channel only", "_scale", ("int8_channel",)
+    ),
     "fp8": FormatTerms("vLLM and transformers, fp8_block only", "_scale_inv", ("fp8_block",)),
 }
 DEFAULT_FORMAT = "compressed-tensors"

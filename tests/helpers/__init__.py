@@ -24,7 +24,7 @@ from octavo.planning.plan import Plan
 from octavo.streaming.sinks import ParameterSink, Storage
 from octavo.streaming.stream import Stream, Tally
 
-SCHEMES = ("fp8_channel", "fp8_block", "fp8_tensor", "mxfp8")
+SCHEMES = ("fp8_channel", "fp8_block", "fp8_tensor", "mxfp8", "int8_channel")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -15,7 +15,18 @@ from octavo.numerics import schemes
 from . import same_bytes
 from .folders import tensors_of
 
-SUFFIXES = {"compressed-tensors": "_scale", "fp8": "_scale_inv"}
+SUFFIXES = {"compressed-tensors": "_scale", "compressed-tensors-w8a8": "_scale", "fp8": "_scale_inv"}
+
+
+def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with int8 weights in the place of packed ones."""
+    made = dict(tensors)
+    for name in [name for name in tensors if name.endswith("_packed")]:
+        plain = name.removesuffix("_packed")
+        q = (made.pop(name).view(torch.uint8).int() - 128).to(torch.int8)
+        assert made.pop(f"{plain}_shape").tolist() == list(q.shape)
+        made[plain] = q
+    return made
 
 
 def scales_of(tensors: dict[str, Tensor], format: str) -> dict[str, Tensor]:
@@ -26,7 +37,7 @@ def scales_of(tensors: dict[str, Tensor], format: str) -> dict[str, Tensor]:
 
 def write_reference(source: Path, converted: Path, folder: Path, format: str, scheme: str) -> int:
     """An unquantized checkpoint of what the conversion stands for: `schemes.dequantize` to bf16; returns how many."""
-    tensors, made = tensors_of(source), tensors_of(converted)
+    tensors, made = tensors_of(source), unpacked(tensors_of(converted))
     scales = scales_of(made, format)
     for name, stored in scales.items():
         scale = stored.view(schemes.E8M0) if scheme == "mxfp8" else stored

@@ -18,7 +18,12 @@ from octavo.numerics import schemes
 
 MIB = 1 << 20
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "torch_dtype": "bfloat16"}
-CASES = [*(("compressed-tensors", scheme) for scheme in schemes.SCHEMES), ("fp8", "fp8_block")]
+W8A8 = "compressed-tensors-w8a8"
+CASES = [
+    *(("compressed-tensors", scheme) for scheme in schemes.SCHEMES),
+    ("fp8", "fp8_block"),
+    (W8A8, "int8_channel"),
+]
 by_case = pytest.mark.parametrize(("format", "scheme"), CASES)
 by_scheme = pytest.mark.parametrize("scheme", list(schemes.SCHEMES))
 
@@ -55,6 +60,8 @@ def is_quantized(name: str, tensor: Tensor, format: str, scheme: str) -> bool:
         return False
     if scheme == "mxfp8" and tensor.shape[1] % 32:
         return False
+    if (format, scheme) == ("compressed-tensors", "int8_channel") and tensor.shape[1] % 4:
+        return False
     return format != "fp8" or all(side <= 128 or side % 128 == 0 for side in tensor.shape)
 
 
@@ -67,10 +74,15 @@ def expected(tensors: dict[str, Tensor], format: str, scheme: str) -> dict[str, 
             continue
         q, scale = schemes.quantize(tensor, scheme)
         stored = scale.view(torch.uint8) if scheme == "mxfp8" else scale
-        result[name] = q
-        result[name + ("_scale" if format == "compressed-tensors" else "_scale_inv")] = stored.reshape(
+        result[name + ("_scale_inv" if format == "fp8" else "_scale")] = stored.reshape(
             (1,) if stored.ndim == 0 else stored.shape
         )
+        if (format, scheme) == ("compressed-tensors", "int8_channel"):
+            result[name + "_scale"] = scale.bfloat16()
+            result[name + "_packed"] = (q.int() + 128).to(torch.uint8).view(torch.int32)
+            result[name + "_shape"] = torch.tensor(q.shape)
+        else:
+            result[name] = q
     return result
 
 

@@ -1,20 +1,22 @@
 """The numeric definition of every scheme: amax, scale, quantize, dequantize. Plain torch, any device.
 
-    w ≈ q.float() * scale          q: float8_e4m3fn [..., out, in]
+    w ≈ q.float() * scale          q: float8_e4m3fn [..., out, in], or int8
 
     scheme        a scale group is           scale of weight[out, in]
     fp8_channel   one row                    f32 [out, 1]
     fp8_block     128 x 128                  f32 [ceil(out/128), ceil(in/128)]
     fp8_tensor    the whole matrix           f32 []
     mxfp8         32 columns of one row      e8m0 [out, ceil(in/32)], a power of two
+    int8_channel  one row                    f32 [out, 1]
 
 For the first three, ``scale = round_up_to_bf16(amax / 448)``: amax in float32, a true division, and the smallest
 number of bf16 that is no smaller. Stock readers cast ``weight_scale`` to bf16; since bf16 can hold it, that changes
-nothing. For mxfp8 it is ``2 ** ceil(log2(amax / 448))``, the smallest power of two that is no smaller, at least
-2**-127. Rounding *up* keeps ``|w / scale| <= 448``, so nothing saturates. (OCP Microscaling Formats (MX) v1.0, section
-6.3, rounds down, and saturates.) Where amax is 0 the scale is 1.
+nothing. For int8_channel it is the same with 127. For mxfp8 it is ``2 ** ceil(log2(amax / 448))``, the smallest power
+of two that is no smaller, at least 2**-127. Rounding *up* keeps ``|w / scale|`` at or below the largest number, so
+nothing saturates. (OCP Microscaling Formats (MX) v1.0, section 6.3, rounds down, and saturates.) Where amax is 0 the
+scale is 1.
 
-``q = rne(w / scale)`` with the division in float32.
+``q = rne(w / scale)`` with the division in float32: to the nearest number of e4m3, or to the nearest integer.
 
 Groups are those of one matrix, or of one *part* of its rows (see ``parts`` below); each matrix of a stack
 ``[experts, out, in]`` is quantized as if alone. Whatever piece of a matrix these functions are given, they compute the
@@ -36,6 +38,7 @@ from .. import choices
 from ..errors import RecipeError
 from ..text import shown
 from .groups import Groups, all_spans, cells_of_spans, count_cells, grouped, spans
+from .integers import divide_rows
 
 FP8 = torch.float8_e4m3fn
 E8M0 = torch.float8_e8m0fnu
@@ -54,7 +57,7 @@ class Numbers(NamedTuple):
 
 
 #: by their dtype, which no unquantized weight has
-NUMBERS = {FP8: Numbers("FP8", FP8_MAX)}
+NUMBERS = {FP8: Numbers("FP8", FP8_MAX), torch.int8: Numbers("int8", 127.0)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,17 +245,17 @@ def quantize_into(
     phase: tuple[int, int] = (0, 0),
     scratch: Tensor | None = None,
 ) -> None:
-    """Write ``weight[..., out, in]`` as FP8 into ``out`` of the same shape, given the scales of its groups.
+    """Write the numbers of ``weight[..., out, in]`` into ``out`` of the same shape, given the scales of its groups.
 
     Args:
         scale: float32 [..., row cells, column cells], as `group_amax` and `scale_from_amax` give it.
         phase: as for `group_amax`.
-        scratch: as many float32 elements as ``weight``; spares an allocation on a CPU, elsewhere it is not used.
+        scratch: float32, as many elements as ``weight`` (or fewer, on a GPU); spares allocations.
     """
     if weight.device.type != "cpu":
-        divide_into(out, weight, scale, scheme, phase=phase)
+        divide_into(out, weight, scale, scheme, phase=phase, scratch=scratch)
         return
-    if scratch is None:
+    if scratch is None or scratch.numel() < weight.numel():
         scratch = torch.empty(weight.numel(), dtype=torch.float32, device=weight.device)
     wide = scratch[: weight.numel()].view(weight.shape).copy_(weight)
     quantize_in_place(out, wide, scale, scheme, phase=phase)
@@ -264,14 +267,26 @@ def quantize_in_place(
     """`quantize_into` of float32 in memory that may be overwritten."""
     for rows, cols in all_spans(wide, scheme.groups, phase):
         grouped(wide, rows, cols).div_(cells_of_spans(scale, rows, cols))
-    out.copy_(wide)
+    out.copy_(wide if scheme.dtype.is_floating_point else wide.round_())
 
 
-def divide_into(out: Tensor, weight: Tensor, scale: Tensor, scheme: Scheme, *, phase: tuple[int, int] = (0, 0)) -> None:
+def divide_into(
+    out: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    scheme: Scheme,
+    *,
+    phase: tuple[int, int] = (0, 0),
+    scratch: Tensor | None = None,
+) -> None:
     """`quantize_into` on a GPU, which divides in float32 and rounds to FP8 in one kernel.
 
-    (On a CPU that is slower than one after the other.)
+    (On a CPU that is slower than one after the other.) To integers it rounds by several, which need scratch memory.
     """
+    if not scheme.dtype.is_floating_point:
+        assert scheme.by_row
+        divide_rows(out, weight, scale, scratch)
+        return
     if scheme.by_row:  # views cost as well
         torch.div(weight, scale, out=out)
         return
@@ -298,7 +313,7 @@ def quantize(weight: Tensor, scheme: str | Scheme, parts: Sequence[int] | None =
         parts: lengths of runs of rows that never share a scale group (fused gate and up); default: all rows.
 
     Returns:
-        q: float8_e4m3fn of the same shape; scale: as `Scheme.scale_shape` says.
+        q: of the scheme's dtype and the same shape; scale: as `Scheme.scale_shape` says.
     """
     scheme = get(scheme)
     rows = weight.shape[-2]

@@ -61,8 +61,8 @@ class Recipe:
     that give a weight different schemes, and a pattern that matches nothing.
 
     Args:
-        scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"`` or
-            ``"mxfp8"``. None quantizes targets only.
+        scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"``,
+            ``"mxfp8"`` or ``"int8_channel"``. None quantizes targets only.
         targets: Patterns and their schemes, as a mapping or as pairs.
         ignore: Patterns of weights that stay as they are.
 

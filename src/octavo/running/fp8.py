@@ -115,7 +115,7 @@ def has_kernels() -> bool:
 
 def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
     """Return True if the functions here take these operands: on FP8 units, in half precision, no gradient asked."""
-    if x.dtype not in DTYPES or not q.is_cuda or not has_units(q.device.index):
+    if x.dtype not in DTYPES or not q.is_cuda or q.dtype != schemes.FP8 or not has_units(q.device.index):
         return False
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
 

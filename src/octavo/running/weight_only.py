@@ -1,5 +1,7 @@
 """Weight-only products: activations stay bf16, fp16 or fp32, and weights are widened a few rows at a time, exactly.
 
+bf16 holds all integers to 256, so int8 is converted; what follows is about FP8.
+
 On a CPU the widening is integer arithmetic: an e4m3 number's bits, shifted into the place of a bf16 (or fp16) number's,
 are that number times a power of two. That is several times faster than torch's own conversion, and than ``_scaled_mm``,
 which has no fast CPU kernel.
@@ -33,12 +35,16 @@ _PLACES = {
 
 
 def widen(q: Tensor, dtype: torch.dtype, scratch: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """float8_e4m3fn -> bf16, fp16 or fp32, exactly, for all finite values.
+    """float8_e4m3fn or int8 -> bf16, fp16 or fp32, exactly, for all finite values.
 
     Args:
         scratch: int16, at least as many elements; the result may be a view of it.
         scale: bf16 of q's shape, below 2**7; if given, the result is ``q * scale`` rounded once, and dtype is bf16.
     """
+    if q.dtype == torch.int8:
+        if scratch is None or dtype.itemsize != 2:
+            return q.to(dtype)
+        return scratch[: q.numel()].view(dtype).view(q.shape).copy_(q)
     if q.device.type != "cpu":
         return q.to(dtype)
     if dtype == torch.float32:  # by fp16, which processors make float32 of in one instruction
@@ -75,7 +81,7 @@ def weight_only(
         TypeError: x is not bf16, fp16, fp32 or fp64 (cast to the dtype of an FP8 weight, say).
     """
     if x.dtype not in _COMPUTE:
-        raise TypeError(f"activations are {x.dtype}; FP8 weights are multiplied in bf16, fp16, fp32 or fp64")
+        raise TypeError(f"activations are {x.dtype}; quantized weights are multiplied in bf16, fp16, fp32 or fp64")
     flat = x.reshape(-1, x.shape[-1])
     rows, cols = q.shape
     cells = schemes.row_scales(scale, (rows, cols), scheme, parts)  # float32 [out, column cells]

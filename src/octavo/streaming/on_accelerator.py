@@ -105,6 +105,7 @@ class Lane:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self.device = device
         self.staged = Staged(nbytes, device)
+        self._wide: Tensor | None = None
         self.watch: FiniteWatch[list[Bundle]] = FiniteWatch(device)
         self._backend = backend_of(device)
         self._queue: Any = None if self._backend is None else self._backend.Stream(device)
@@ -142,6 +143,12 @@ class Lane:
                 slot.events[self.device] = self._backend.Event()
             slot.busy = slot.events[self.device]
             slot.busy.record(self._queue)
+
+    def wide(self, nbytes: int) -> Tensor:
+        """Memory for float32 numbers, for what no kernel does at once."""
+        if self._wide is None:
+            self._wide = torch.empty(nbytes // 4, dtype=torch.float32, device=self.device)
+        return self._wide
 
     def values(self, bundle: Bundle) -> Tensor:
         """The values of a bundle that has been copied, with the axes of its parameter (a view)."""
@@ -236,6 +243,7 @@ class DevicePress:
         schemes.warm_up(budget.device)  # what all lanes share must be there before any of them
         self._lanes = [Lane(budget.block_bytes, budget.device) for _ in range(budget.lanes)]
         self._turn = 0
+        self._wide_bytes = budget.slot_bytes // 2  # of the two slots that all lanes have beside their blocks
         # where the sink has no memory to quantize into (it takes the bytes at once)
         self._scratch: Tensor | None = None
 
@@ -270,7 +278,7 @@ class DevicePress:
             elif bundle.work is Work.AMAX:
                 self._fold(bundle, values, lane)
             else:
-                self._quantize(bundle, values)
+                self._quantize(bundle, values, lane)
         for scheme, items in whole.items():
             self._quantize_together(items, schemes.get(scheme), lane)
         return sum(self._placed.done(bundle.placement, bundle.work, bundle.piece) for bundle in block.bundles)
@@ -306,7 +314,7 @@ class DevicePress:
         scales = scales_of([values for _, values in items], grids, [bundle.phase for bundle, _ in items], scheme)
         lane.watch.add(scales.amax, [bundle for bundle, _ in items])
         for (bundle, values), scale, stored in zip(items, scales.grids, scales.stored, strict=True):
-            self._place(bundle, values, scale, stored, scheme)
+            self._place(bundle, values, scale, stored, scheme, lane)
 
     def _fold(self, bundle: Bundle, values: Tensor, lane: Lane) -> None:
         """The first reading of a bundle whose scale groups span several."""
@@ -314,25 +322,26 @@ class DevicePress:
         lane.watch.add(amax, [bundle])
         self._placed.fold(bundle.placement, bundle.cells, amax)
 
-    def _quantize(self, bundle: Bundle, values: Tensor) -> None:
+    def _quantize(self, bundle: Bundle, values: Tensor, lane: Lane) -> None:
         """The second reading: it is in the same lane as the first, so all of that has gone before."""
         scheme = schemes.get(bundle.placement.scheme or "")
         scale = schemes.scale_from_amax(self._placed.amax(bundle.placement, bundle.cells), scheme)
-        self._place(bundle, values, scale, schemes.to_stored(scale, scheme), scheme)
+        self._place(bundle, values, scale, schemes.to_stored(scale, scheme), scheme, lane)
 
-    def _place(self, bundle: Bundle, values: Tensor, scale: Tensor, stored: Tensor, scheme: Scheme) -> None:
+    def _place(self, bundle: Bundle, values: Tensor, scale: Tensor, stored: Tensor, scheme: Scheme, lane: Lane) -> None:
         destination = self._placed.destination(bundle.placement)
         mine = bundle.placement.partition(bundle.piece, bundle.cells, bundle.phase)
         assert mine is not None
         values, scale = mine.of(values), mine.of_scales(scale)
         destination.put_scale(mine.cells, mine.of_scales(stored))
         out = destination.view(mine.piece)
+        wide = None if scheme.dtype.is_floating_point else lane.wide(self._wide_bytes)
         if out is not None:
-            schemes.quantize_into(out, values, scale, scheme, phase=mine.phase)
+            schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, scratch=wide)
             return
         if self._scratch is None:
             nbytes = self._lanes[0].staged.bytes.numel() // 2
             self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
         out = self._scratch[: mine.piece.numel].view(scheme.dtype).view(mine.piece.size)
-        schemes.quantize_into(out, values, scale, scheme, phase=mine.phase)
+        schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, scratch=wide)
         destination.put(mine.piece, out)

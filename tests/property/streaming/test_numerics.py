@@ -91,16 +91,19 @@ def check(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, scheme: st
 
 
 def check_bound(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, scheme: str, parts) -> None:
-    """``|w − q·scale| ≤ max(|w|/16, scale·2⁻¹⁰)``, and float32's rounding of w / scale.
+    """``|w − q·scale| ≤ max(|w|/16, scale·2⁻¹⁰)`` in FP8, half a scale in int8, and float32's rounding of w / scale.
 
     e4m3 has 4 significant bits: half a unit in the last place is 1/16 of the magnitude at most; below 2⁻⁶ its numbers
     are 2⁻⁹ apart, so half of that, 2⁻¹⁰, is the error there.
     """
+    largest = schemes.get(scheme).numbers.largest
     w = weight.double().abs()
     factors = schemes.expand_scale(scale, weight.shape, scheme, parts).double().expand(weight.shape)
-    assert bool((w <= factors * 448).all())
+    # to which bf16 scales of subnormal quotients, rounded down in float32, come as near as 2**-16
+    assert bool((w <= factors * largest * (1 + 2.0**-16)).all())
     # the quotient is rounded to float32: relatively by 2**-24, or by 2**-150 where it is subnormal
-    bound = torch.maximum(w / 16, factors * 2.0**-10) + w * 2.0**-23 + factors * 2.0**-149
+    rounding = factors / 2 if scheme == "int8_channel" else torch.maximum(w / 16, factors * 2.0**-10)
+    bound = rounding + w * 2.0**-23 + factors * 2.0**-149
     assert bool(((weight.double() - q.double() * factors).abs() <= bound).all())
 
 
@@ -236,6 +239,7 @@ def test_rows_that_move_are_quantized_where_they_arrive(heads, half, cols, move,
 )
 @example("fp8_tensor", [-133, 127], 3, 0)
 @example("mxfp8", list(range(-133, -100)), 40, 0)
+@example("int8_channel", list(range(-133, -100)), 40, 0)
 def test_the_error_is_bounded_for_every_finite_bf16(scheme, exponents, cols, seed):
     """Rows of magnitudes of their own, from the smallest subnormal to the largest number."""
     generator = torch.Generator().manual_seed(seed)

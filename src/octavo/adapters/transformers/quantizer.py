@@ -42,8 +42,8 @@ class OctavoConfig(QuantizationConfigMixin):
     """The ``quantization_config`` that makes ``from_pretrained`` load as `octavo.load` does.
 
     Args:
-        scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"`` or
-            ``"mxfp8"``. None quantizes targets only.
+        scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"``,
+            ``"mxfp8"`` or ``"int8_channel"``. None quantizes targets only.
         targets: Patterns and their schemes, as in `octavo.Recipe`.
         ignore: Patterns of weights that stay as they are: names, globs or ``re:regex``.
         staging_bytes: A bound in bytes on memory beyond the model. 256 MiB by default, at least 1 MiB.
