@@ -46,6 +46,18 @@ def test_widening_leaves_the_codes_alone_and_takes_any_strides(dtype):
     assert torch.equal(q.view(torch.uint8), before)
 
 
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_tensor"])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_few_rows_in_bf16_are_summed_and_scaled_in_float32_and_rounded_once(rows, scheme):
+    q, scale = quantized((96, 254), scheme)
+    q[:, :] = finite_codes().expand(96, 254)  # subnormal ones, too
+    x = random_weights((rows, 254), torch.bfloat16, 1)
+    exact = x.double() @ schemes.dequantize(q, scale, scheme).double().T
+    found = matmul.linear(x, q, scale, scheme)
+    magnitude = x.double().abs() @ schemes.dequantize(q, scale, scheme).double().abs().T
+    assert ((found.double() - exact).abs() <= exact.abs() * 2.0**-8 + magnitude * 254 * 2.0**-24).all()
+
+
 def quantized(shape: tuple[int, ...], scheme: str, parts=None, seed: int = 0):
     weight = random_weights(shape, torch.float32, seed)
     weight *= torch.logspace(-3, 3, shape[-2])[:, None]  # scales that differ
