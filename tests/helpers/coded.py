@@ -82,7 +82,8 @@ def write_coded(
     infos = {}
     for name, (coding, parts) in sources.items():
         held = {part: files.tensors[f"{name}_{part}"] for part in parts}
-        made = dataclasses.replace(coding, **held)
+        powers = parts["scale"].dtype == torch.uint8
+        made = dataclasses.replace(coding, decoding=dataclasses.replace(coding.decoding, powers=powers), **held)
         infos[name] = dataclasses.replace(held["codes"], name=name, dtype_name="BF16", shape=coding.shape, coding=made)
     weights = {name: whole(coding, parts) for name, (coding, parts) in sources.items()}
     return dataclasses.replace(files, tensors=infos, source=files), weights

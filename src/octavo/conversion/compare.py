@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece, whole
 from ..numerics import schemes
+from ..numerics.lossless import lossless_scale
 from ..numerics.schemes import Scheme
 from ..planning.budget import TILE_ELEMENTS, check_options, default_threads
-from ..planning.coded import passes, stored_piece
+from ..planning.coded import keeps_all, passes, stored_piece
 from ..streaming.coded import Encoded, read_encoded
 from ..streaming.files import Files
 from ..streaming.ring import Ring
@@ -57,11 +58,19 @@ class Pair:
     @functools.cached_property
     def passed(self) -> bool:
         """Return True if codes and scales are those of the source, as plans have it."""
+        return self._is(passes)
+
+    @functools.cached_property
+    def lossless(self) -> bool:
+        """Return True if scales are those by which most weights stay what they are, as plans have it."""
+        return not self.passed and self._is(keeps_all)
+
+    def _is(self, question: Callable[..., bool]) -> bool:
         if self.scheme is None or self.there.coding is None:
             return False
         piece = self.matrix or whole(self.there.name, self.there.shape)
         *_, rows, cols = self.shape
-        return passes([piece], [rows], cols, self.scheme, {self.there.name: self.there.coding})
+        return question([piece], [rows], cols, self.scheme, {self.there.name: self.there.coding})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -215,7 +224,7 @@ class Worker:
     def _compare_decoded(self, block: Block) -> int:
         """What codes stand for, rounded to bf16."""
         pair = block.pair
-        weight, nbytes = self._weight(block)
+        weight, _, nbytes = self._weight(block)
         box = _piece(block.matrix, pair.shape[-2:], block.rows, block.cols)
         read = self._job.made.read_piece(pair.here, box, self._mine[1])
         wanted = weight.to(pair.here.dtype).contiguous().view(-1).view(torch.uint8)
@@ -244,15 +253,15 @@ class Worker:
         assert stored is not None
         return read_encoded(self._job.source, pair.there, stored, self._theirs[0])
 
-    def _weight(self, block: Block) -> tuple[Tensor, int]:
-        """The weights of a box of the source, and the bytes that were read."""
+    def _weight(self, block: Block) -> tuple[Tensor, Tensor | None, int]:
+        """The weights of a box of the source, the unit of `lossless_scale`, and the bytes that were read."""
         pair = block.pair
         if pair.there.coding is not None:
             found, nbytes = self._encoded(block)
-            return found.decode(whole("", found.shape), self._decoded), nbytes
+            return found.decode(whole("", found.shape), self._decoded), found.unit, nbytes
         there = pair.source_box(block.matrix, block.rows, block.cols)
         nbytes = self._job.source.read_piece(pair.there, there, self._theirs[1])
-        return there.from_file_order(self._theirs[0][:nbytes].view(pair.there.dtype)), nbytes
+        return there.from_file_order(self._theirs[0][:nbytes].view(pair.there.dtype)), None, nbytes
 
     @functools.cached_property
     def _decoded(self) -> Tensor:
@@ -262,7 +271,7 @@ class Worker:
     def _compare(self, block: Block, scheme: Scheme) -> int:
         pair, job = block.pair, self._job
         box = _piece(block.matrix, pair.shape[-2:], block.rows, block.cols)
-        weight, nbytes = self._weight(block)
+        weight, unit, nbytes = self._weight(block)
         if block.unit is None or block.measure:
             scratch = self._wide.view(weight.dtype)
             amax = schemes.group_amax(weight, scheme, scratch=scratch)
@@ -272,7 +281,7 @@ class Worker:
             return 0
         if block.unit is not None:
             amax = job.amax(block.unit)
-        scale = schemes.scale_from_amax(amax, scheme)
+        scale = lossless_scale(amax, unit) if pair.lossless else schemes.scale_from_amax(amax, scheme)
         found, wrong = self._found_scales(block, schemes.to_stored(scale, scheme), scheme)
         job.made.read_piece(pair.here, box, self._mine[1])
         mine = self._mine[0][: box.numel]

@@ -11,6 +11,7 @@ from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..numerics import schemes
+from ..numerics.lossless import keeps
 from ..numerics.scale_grid import cuts_no_group
 from ..numerics.schemes import Scheme
 
@@ -129,6 +130,27 @@ def passes(
 ) -> bool:
     """Return True if codes and scales of all sources are those of the scheme, groups and all: nothing is computed."""
     return all(_passes(piece, parts, cols, scheme, codings.get(piece.src_name)) for piece in pieces)
+
+
+def keeps_all(
+    pieces: Sequence[Piece], parts: Sequence[int], cols: int, scheme: Scheme, codings: Mapping[str, Coding]
+) -> bool:
+    """Return True if scales are chosen by which weights of all sources stay what they are, as far as they can.
+
+    Those of a source with a global scale depend on it, so no group may have weights of two sources.
+    """
+    if not pieces or any(piece.src_name not in codings for piece in pieces):
+        return False
+    for piece in pieces:
+        coding = codings[piece.src_name]
+        if not keeps(coding.decoding, scheme):
+            return False
+        alone = piece.size[-1] == cols and any(
+            piece.box.off[-2] == start and piece.size[-2] == rows for start, rows in _starts(parts)
+        )
+        if coding.global_scale is not None and not (alone and coding.global_scale.numel == 1):
+            return False
+    return True
 
 
 def _passes(piece: Piece, parts: Sequence[int], cols: int, scheme: Scheme, coding: Coding | None) -> bool:

@@ -16,7 +16,7 @@ from ..elements.pieces import Piece
 from ..machine import on_cpu
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
-from .coded import passes, stored_nbytes, stored_piece
+from .coded import keeps_all, passes, stored_nbytes, stored_piece
 from .partition import Partition, partition_of, stored_cells
 from .recipe import Decision
 
@@ -62,6 +62,7 @@ class Placement:
     ignored_as: tuple[str, ...] = ()  # patterns by which a recipe would leave it; default: its own name
     columns: tuple[int, int] | None = None  # [start, stop) that have a place here; None: all
     codings: tuple[tuple[str, Coding], ...] = ()  # of sources that are quantized already
+    lossless: bool = False  # scales are those under which most of these stay what they are
 
     @property
     def by_host(self) -> bool:
@@ -186,7 +187,14 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
         sum(piece.numel * dtypes.moved_bits(infos[piece.src_name].dtype_name) // 8 for piece in pieces),
         codings=codings,
     )
-    return replace(placement, reason=f"{placement.reason}, passed through") if placement.passed else placement
+    if placement.scheme is None or not codings:
+        return placement
+    if placement.passed:
+        return replace(placement, reason=f"{placement.reason}, passed through")
+    lossless = keeps_all(pieces, placement.parts, shape[-1], schemes.get(placement.scheme), dict(codings))
+    if not lossless:
+        return placement
+    return replace(placement, lossless=True, reason=f"{placement.reason}, exact wherever FP8 has the number")
 
 
 def _as_stored(piece: Piece, coding: Coding | None) -> Piece:

@@ -19,6 +19,7 @@ from ..elements.pieces import Piece
 from ..errors import WeightError
 from ..numerics.decoding import bad_scale, decode_into, scale_cells, zero_cells
 from ..numerics.groups import count_cells
+from ..numerics.lossless import unit_of
 from ..numerics.schemes import Scheme
 from ..planning.coded import Lay, codes_piece, lay_of
 from .files import Files
@@ -34,6 +35,7 @@ class Encoded:
     scale: Tensor  # [..., cells], those of each row; float32
     zero_point: Tensor | None  # likewise
     shape: tuple[int, ...]  # that of the piece, or of some of its last axis
+    unit: Tensor | None  # of `lossless_scale`
     start: int = 0  # where these begin
 
     @property
@@ -85,12 +87,17 @@ def read_encoded(files: Files, info: TensorInfo, piece: Piece, memory: Tensor) -
     nbytes = files.read_piece(coding.codes, stored, _view(memory))
     codes = stored.from_file_order(memory[:nbytes].view(coding.codes.dtype))
     codes = codes.unsqueeze(-1) if lay.axis is None else codes.movedim(lay.axis, -1)
-    scale, zero, scale_bytes = _read_scales(files, coding, lay, tuple(codes.shape[:-1]))
-    return Encoded(coding, lay, codes, scale, zero, piece.size), nbytes + scale_bytes
+    scale, zero, unit, scale_bytes = _read_scales(files, coding, lay, tuple(codes.shape[:-1]))
+    return Encoded(coding, lay, codes, scale, zero, piece.size, unit), nbytes + scale_bytes
 
 
-def _read_scales(files: Files, coding: Coding, lay: Lay, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor | None, int]:
-    """Scales and zero points of each row, and the bytes read: of the rows of cells from the first to the last."""
+def _read_scales(
+    files: Files, coding: Coding, lay: Lay, sizes: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None, int]:
+    """Scales and zero points of each row, the unit of scales, and the bytes read.
+
+    Read are the rows of cells from the first to the last.
+    """
     decoding = coding.decoding
     *_, high, wide = coding.grid
     rows = _rows_of_cells(lay, sizes, coding.matrix[-2], decoding.group_rows)
@@ -102,10 +109,11 @@ def _read_scales(files: Files, coding: Coding, lay: Lay, sizes: tuple[int, ...])
             f"{files.name_of(coding.scale)}: tensor {coding.scale.name!r}: {wrong} of its rows from {first} on: no "
             f"scale that {coding.name} could be made with. Fetch the checkpoint again."
         )
-    nbytes, whole_scale = stored.nbytes, None
+    nbytes, whole_scale, unit = stored.nbytes, None, None
     if coding.global_scale is not None:
         held = _read_rows(files, coding.global_scale, 1, (0, coding.global_scale.numel), slice(0, 1))
         nbytes += held.nbytes
+        unit = unit_of(decoding, held) if held.numel() == 1 else None
         whole_scale = held if held.numel() == 1 else held.index_select(0, torch.arange(first, stop) // high)
     scale, zero = scale_cells(stored, decoding, whole_scale), None
     if coding.zero_point is not None:
@@ -114,7 +122,7 @@ def _read_scales(files: Files, coding: Coding, lay: Lay, sizes: tuple[int, ...])
     if decoding.group_rows != 1 or lay.steps != (1,):
         scale = scale.index_select(0, rows.flatten() - first)
         zero = None if zero is None else zero.index_select(0, rows.flatten() - first)
-    return scale.view(*sizes, -1), None if zero is None else zero.view(*sizes, -1), nbytes
+    return scale.view(*sizes, -1), None if zero is None else zero.view(*sizes, -1), unit, nbytes
 
 
 def _read_zeros(

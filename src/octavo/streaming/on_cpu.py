@@ -5,7 +5,9 @@ Each worker thread of the ring has a press of its own.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,10 +20,12 @@ from ..machine import on_cpu
 from ..numerics import schemes
 from ..numerics.decoding import holds_nan
 from ..numerics.groups import count_cells
+from ..numerics.lossless import lossless_scale
 from ..numerics.schemes import Scheme
 from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Tile, Work, cut_apart, cut_boxes, cut_tiles
 from ..planning.partition import Partition
+from ..planning.placement import Placement
 from .coded import Encoded
 from .nonfinite import nonfinite_text
 from .on_accelerator import wait_for
@@ -73,10 +77,12 @@ class Tiles:
             else:
                 schemes.quantize_into(tile.region(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
 
-    def scale_and_quantize(self, out: Tensor, x: Encoded, scheme: Scheme, phase: tuple[int, int]) -> Tensor | None:
+    def scale_and_quantize(
+        self, out: Tensor, x: Encoded, scale_of: Callable[[Tensor], Tensor], scheme: Scheme, phase: tuple[int, int]
+    ) -> Tensor | None:
         """`amax` and `quantize` in one, so that each tile is decoded once; returns the amax.
 
-        None, and nothing is done, where groups span tiles.
+        None, and nothing is done, where groups span tiles. ``scale_of`` makes scales of an amax.
         """
         tiles = cut_apart(x.shape, scheme, phase, self.elements)
         if tiles is None:
@@ -85,9 +91,7 @@ class Tiles:
         for tile in tiles:
             region, cells = x.decode(tile.box, self.scratch), grid[tile.cells]
             schemes.group_amax(region, scheme, phase=tile.phase, scratch=self.bits, out=cells)
-            schemes.quantize_in_place(
-                tile.region(out), region, schemes.scale_from_amax(cells, scheme), scheme, phase=tile.phase
-            )
+            schemes.quantize_in_place(tile.region(out), region, scale_of(cells), scheme, phase=tile.phase)
         return grid
 
     @property
@@ -161,7 +165,7 @@ class Press:
             self._placed.fold(placement, chunk.cells, amax, chunk.unit)
             return
         assert mine is not None
-        destination, scale = self._placed.destination(placement), schemes.scale_from_amax(mine.of_scales(amax), scheme)
+        destination, scale = self._placed.destination(placement), _scales(placement, x)(mine.of_scales(amax))
         destination.put_scale(mine.cells, schemes.to_stored(scale, scheme))
         view = _view(destination, mine.piece)
         out = self._scratch(mine.piece, scheme) if view is None else view
@@ -189,11 +193,12 @@ class Press:
         destination = self._placed.destination(chunk.placement)
         view = _view(destination, chunk.piece)
         out = self._scratch(chunk.piece, scheme) if view is None else view
-        amax = self.tiles.scale_and_quantize(out, x, scheme, chunk.phase)
+        scale_of = _scales(chunk.placement, x)
+        amax = self.tiles.scale_and_quantize(out, x, scale_of, scheme, chunk.phase)
         if amax is None:
             return False
         self._check(amax, chunk, x)
-        destination.put_scale(chunk.cells, schemes.to_stored(schemes.scale_from_amax(amax, scheme), scheme))
+        destination.put_scale(chunk.cells, schemes.to_stored(scale_of(amax), scheme))
         if view is None:
             destination.put(chunk.piece, out)
         return True
@@ -215,6 +220,13 @@ class Press:
             self._check(torch.tensor(math.nan), chunk, x)
         destination.put_scale(mine.cells, schemes.to_stored(mine.of_scales(scale), scheme))
         destination.put(mine.piece, mine.of(codes))
+
+
+def _scales(placement: Placement, x: Tensor | Encoded) -> Callable[[Tensor], Tensor]:
+    """What makes scales of an amax."""
+    if placement.lossless and isinstance(x, Encoded):
+        return functools.partial(lossless_scale, unit=x.unit)
+    return functools.partial(schemes.scale_from_amax, scheme=schemes.get(placement.scheme or ""))
 
 
 def _view(destination: Destination, piece: Piece) -> Tensor | None:

@@ -17,6 +17,7 @@ from helpers.coded import BLOCKS, coding_of, encoded, write_coded
 from octavo.checkpoint.codings import Decoding
 from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
+from octavo.numerics.lossless import lossless_scale, unit_of
 from octavo.planning import chunks, kinds
 from octavo.planning.budget import Budget
 from octavo.planning.placement import Target
@@ -27,6 +28,7 @@ from .test_numerics import SIDES, WAYS, Way
 
 pytestmark = pytest.mark.timeout(120)
 
+FP4 = Decoding("e2m1", 1, 32)
 INT4 = Decoding("int4_in_int32", 1, 32)
 DECODINGS = st.one_of(
     st.builds(
@@ -62,6 +64,8 @@ DECODINGS = st.one_of(
 @example([130], 300, 2, (0.4, 0.6), True, "fp8_block", BLOCKS, 0, Way(700, 2, 1 << 20, 50, 1), False, False)
 @example([260, 130], 257, None, None, False, "fp8_block", BLOCKS, 0, Way(None, 2, 1 << 20, 50, 1), False, False)
 @example([260], 257, 2, None, False, "fp8_channel", BLOCKS, 0, Way(None, 2, 1 << 20, 1000, 1), True, True)
+@example([70, 33], 160, 2, None, False, "fp8_channel", FP4, 0, Way(700, 2, 1 << 20, 50, 1), False, False)
+@example([70, 33], 160, 2, None, False, "fp8_tensor", FP4, 1, Way(700, 2, 1 << 20, 50, 1), False, False)
 @example([70], 131, 3, (0.3, 0.9), False, None, INT4, 1, Way(700, 2, 1 << 20, 50, 1), True, True)
 def test_bytes_are_those_of_decoding_whole_tensors(
     rows, cols, stacked, cut, permuted, scheme, decoding, seed, way, transposed, stored_transposed
@@ -119,9 +123,35 @@ def test_bytes_are_those_of_decoding_whole_tensors(
             same_bytes(schemes.dequantize(*everything(storage, placement), scheme, placement.parts), whole) or columns
         )
         return
-    q, scale = schemes.quantize(whole, scheme, placement.parts)
+    if placement.lossless:
+        units = []
+        for part in range(len(rows)):
+            band = [unit_of_source(*sources[f"{part}.{expert}"]) for expert in range(stacked or 1)]
+            units.append(band[0] if stacked is None or band[0] is None else torch.stack(band))
+        q, scale = kept(whole, scheme, placement.parts, units)
+    else:
+        q, scale = schemes.quantize(whole, scheme, placement.parts)
     assert same_bytes(storage.weight, q[..., within])
     assert same_bytes(storage.scale, scale if group is None else scale[..., cells])
+
+
+def unit_of_source(coding, parts):
+    globally = parts.get("global_scale")
+    return unit_of(coding.decoding, None if globally is None else globally.reshape(1, 1))
+
+
+def kept(weight, scheme, parts, units):
+    """`schemes.quantize` with the scales of `lossless_scale`; ``units`` are those of the parts."""
+    scheme, start, found = schemes.get(scheme), 0, []
+    for rows, unit in zip(parts, units, strict=True):
+        part = weight[..., start : start + rows, :]
+        scale = lossless_scale(schemes.group_amax(part, scheme), unit)
+        q = torch.empty(part.shape, dtype=scheme.dtype)
+        schemes.quantize_into(q, part, scale, scheme)
+        found.append((q, scale))
+        start += rows
+    q, scale = (torch.cat(each, -2) for each in zip(*found, strict=True))
+    return q, schemes.to_stored(scale, scheme).reshape(scheme.scale_shape(weight.shape, parts))
 
 
 def everything(storage, placement):

@@ -180,7 +180,8 @@ def _joined(
     whole, scales = memory[target].detach(), memory.get(target + suffix)
     first = parts[0][0]
     alike = {
-        (part.scheme, part.source_dtype_names, part.shape[-1:], part.columns, scale is None) for part, _, scale in parts
+        (part.scheme, part.source_dtype_names, part.shape[-1:], part.columns, part.lossless, scale is None)
+        for part, _, scale in parts
     }
     if len(parts) == 1 or len(alike) > 1 or first.scheme is None or scales is None or whole.ndim < 2:
         return None

@@ -16,6 +16,7 @@ from helpers import same_bytes, write_checkpoint
 from helpers.coded import FINE_GRAINED, decoded, fine_grained
 from helpers.folders import tensors_of
 from helpers.stock import different, from_stock
+from octavo.numerics import schemes
 
 EXPERTS = {"n_routed_experts": 4, "num_experts": 4, "num_experts_per_tok": 2}
 RAGGED: dict[str, dict[str, Any]] = {
@@ -107,5 +108,8 @@ def test_stacks_in_mxfp4_are_decoded_as_transformers_does(tmp_path: Path) -> Non
     octavo.convert(source, tmp_path / "out", None)
     assert same(from_stock(tmp_path / "out"), stock)
     assert octavo.verify(tmp_path / "out", against=source).ok
-    model, wanted = octavo.load(source, "fp8_channel"), octavo.load(tmp_path / "out", "fp8_channel")
-    assert same(model, wanted)  # what is e2m1 times a power of two is exact in bf16
+    state, wanted = octavo.load(source, "fp8_channel").state_dict(), stock.state_dict()
+    for name in (name for name in stored if name.endswith("_blocks")):
+        stack = name.removesuffix("_blocks")  # two bits of significand: FP8 holds them all
+        found = schemes.dequantize(state[stack], state[f"{stack}_scale"], "fp8_channel", dtype=torch.bfloat16)
+        assert same_bytes(found.mT, wanted[stack])
