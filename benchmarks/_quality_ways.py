@@ -85,20 +85,21 @@ def transformers_blocks() -> Way:
     return way
 
 
-#: name -> (bits a weight without its scales, what makes it); peers after the scheme that is theirs
-WAYS: dict[str, tuple[int, Callable[[], Way]]] = {
-    "octavo fp8_channel": (8, lambda: octavo("fp8_channel")),
-    "octavo fp8_block": (8, lambda: octavo("fp8_block")),
-    "octavo fp8_tensor": (8, lambda: octavo("fp8_tensor")),
-    "octavo mxfp8": (8, lambda: octavo("mxfp8")),
-    "octavo int8_channel": (8, lambda: octavo("int8_channel")),
-    "compressed-tensors FP8_DYNAMIC": (8, lambda: compressed_tensors("FP8_DYNAMIC")),
-    "compressed-tensors FP8": (8, lambda: compressed_tensors("FP8")),
-    "compressed-tensors W8A16": (8, lambda: compressed_tensors("W8A16")),
-    "torchao Float8WeightOnlyConfig": (8, lambda: torchao("Float8WeightOnlyConfig")),
-    "torchao Int8WeightOnlyConfig": (8, lambda: torchao("Int8WeightOnlyConfig")),
-    "torchao mxfp8 (RCEIL)": (8, torchao_mx),
-    "transformers FineGrainedFP8Config": (8, transformers_blocks),
+#: name -> what makes it
+WAYS: dict[str, Callable[[], Way]] = {
+    "octavo fp8_channel": lambda: octavo("fp8_channel"),
+    "octavo fp8_block": lambda: octavo("fp8_block"),
+    "octavo fp8_tensor": lambda: octavo("fp8_tensor"),
+    "octavo mxfp8": lambda: octavo("mxfp8"),
+    "octavo int8_channel": lambda: octavo("int8_channel"),
+    "compressed-tensors FP8_DYNAMIC": lambda: compressed_tensors("FP8_DYNAMIC"),
+    "compressed-tensors FP8": lambda: compressed_tensors("FP8"),
+    "compressed-tensors MXFP8": lambda: compressed_tensors("MXFP8"),
+    "compressed-tensors INT8": lambda: compressed_tensors("INT8"),
+    "torchao Float8WeightOnlyConfig": lambda: torchao("Float8WeightOnlyConfig"),
+    "torchao Int8WeightOnlyConfig": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao mxfp8 (RCEIL)": torchao_mx,
+    "transformers FineGrainedFP8Config": transformers_blocks,
 }
 #: octavo's schemes whose readers quantize activations, too
 ACTIVATIONS = ("octavo fp8_channel", "octavo int8_channel")

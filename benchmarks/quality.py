@@ -72,7 +72,7 @@ def measure(case: Case, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     missing = {}
     for name in names:
         try:
-            ways[name] = (WAYS[name][1](), None)
+            ways[name] = (WAYS[name](), None)
         except Exception as error:  # of a peer that is not installed, or is another version
             missing[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
     for name in ACTIVATIONS:

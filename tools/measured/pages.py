@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import converting, loading, models, products, serving, shares, summary, updating, vllm_models
+from . import converting, loading, models, products, quality, serving, shares, summary, updating, vllm_models
 
 
 def make() -> dict[str, str]:
@@ -17,5 +17,6 @@ def make() -> dict[str, str]:
         "measured/serving-sglang.md": serving.make("SGLang"),
         "measured/models.md": models.make(),
         "measured/vllm-models.md": vllm_models.make(),
+        "measured/quality.md": quality.make(),
         "measured/shares.md": shares.make(),
     }

@@ -180,6 +180,7 @@ stages, processor time, memory of the host.""",
 | [Serving with vLLM](serving.md) | how long until vLLM serves, how fast, whether the answers are the same |
 | [Serving with SGLang](serving-sglang.md) | the same for SGLang, but its speed |
 | [Model types](models.md) | which of transformers' models are loaded and converted rightly, and which are not |
+| [Quality](quality.md) | how far answers are from the original's, by scheme and by peer |
 | [What becomes FP8](shares.md) | which share of the matrices of full-size models, loaded and converted |
 | [Models in vLLM](vllm-models.md) | the same of vLLM's architectures, and what each refusal comes from |""",
         "## Where octavo loses\n\n" + "\n".join(f"- {loss}" for loss in losses()),
