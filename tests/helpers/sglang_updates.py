@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -86,27 +87,54 @@ def _distributed(session: Session, _: Path, tensors: list[tuple[str, Any]]) -> A
         torch.distributed.broadcast = broadcast
 
 
-def _scheduler(session: Session, update: Callable[[Any], Any] | None = None) -> Any:
+def _scheduler(session: Session) -> Any:
     """What a scheduler has to pass on what it is asked for."""
     from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager as Manager
 
     saver = SimpleNamespace(enabled=True, pause=lambda _: _lose_all_but_buffers(session), resume=lambda _: None)
+    updater = SimpleNamespace(begin_weight_update=lambda: None, end_weight_update=lambda **_: None)
+    runner = SimpleNamespace(model=session.model, weight_updater=updater)
     worker = SimpleNamespace(
-        model_runner=SimpleNamespace(model=session.model),
+        model_runner=runner,
         server_args=session.server_args,
-        update_weights_from_tensor=update,
-        update_weights_from_disk=update,
+        weight_update_runners=lambda: [("target", runner)],
+        deserialize_own_rank=lambda tensors: tensors,
     )
-    others = {"draft_worker": None, "tp_cpu_group": None, "flush_cache": lambda **_: True}
-    return Manager(tp_worker=worker, memory_saver_adapter=saver, is_fully_idle=lambda: True, **others)
+    given = {
+        "tp_worker": worker,
+        "draft_worker": None,
+        "tp_cpu_group": None,
+        "memory_saver_adapter": saver,
+        "flush_cache": lambda **_: True,
+        "is_fully_idle": lambda **_: True,
+        "scheduler": SimpleNamespace(record_weight_version_change=lambda **_: None, _engine_paused=False),
+    }
+    return Manager(**{field.name: given[field.name] for field in fields(Manager) if field.init and field.name in given})
+
+
+_REQUEST = {"torch_empty_cache": False, "disable_draft_model": True, "selector": "all", "weight_version": None}
+
+
+def _ask(session: Session, way: str, update: Callable[[], Any], last: bool) -> Any:
+    """An update by a scheduler, which learns from the request, or at the end of a session, that it is complete."""
+    manager = getattr(session, "manager", None)
+    if manager is None:
+        manager = session.manager = _scheduler(session)  # type: ignore[attr-defined]
+    worker, has_sessions = manager.tp_worker, hasattr(manager, "begin_weight_update")
+    for owner in (worker, worker.model_runner.weight_updater):
+        setattr(owner, way, lambda *_, **__: update())
+    if has_sessions and manager._session is None and way.endswith("tensor"):
+        manager.begin_weight_update(SimpleNamespace(selector="all"))
+    here = {"model_path": "", "load_format": None, "recapture_cuda_graph": False, "serialized_named_tensors": None}
+    answer = getattr(manager, way)(SimpleNamespace(**_REQUEST, **here, flush_cache=last))
+    if has_sessions and last and manager._session is not None:
+        ended = manager.end_weight_update(SimpleNamespace())
+        answer = ended if answer.success else answer
+    return answer.success, answer.message
 
 
 def _by_the_scheduler(session: Session, path: Path, tensors: list[tuple[str, Any]], last: bool = True) -> Any:
-    """An update by a scheduler, which learns from the request whether more is to come."""
-    manager = _scheduler(session, lambda request: _from_tensors(session, path, tensors))
-    request = SimpleNamespace(flush_cache=last, torch_empty_cache=False, disable_draft_model=True)
-    answer = manager.update_weights_from_tensor(request)
-    return answer.success, answer.message
+    return _ask(session, "update_weights_from_tensor", lambda: _from_tensors(session, path, tensors), last)
 
 
 def _more_to_come(session: Session, path: Path, tensors: list[tuple[str, Any]]) -> Any:
@@ -114,9 +142,7 @@ def _more_to_come(session: Session, path: Path, tensors: list[tuple[str, Any]]) 
 
 
 def _disk_by_the_scheduler(session: Session, path: Path, _: list[tuple[str, Any]]) -> Any:
-    manager = _scheduler(session, lambda request: _from_disk(session, path, []))
-    answer = manager.update_weights_from_disk(SimpleNamespace(flush_cache=True, torch_empty_cache=False))
-    return answer.success, answer.message
+    return _ask(session, "update_weights_from_disk", lambda: _from_disk(session, path, []), True)
 
 
 def _bare(session: Session, _: Path, tensors: list[tuple[str, Any]]) -> Any:
@@ -197,7 +223,7 @@ def _sleep(session: Session) -> None:
     manager.resume_memory_occupation(request)
 
 
-def _draft_that_sleeps(session: Session, **flags: bool) -> Any:
+def _draft_that_sleeps(session: Session) -> Any:
     """A draft made of the same checkpoint, whose memory is given back with the target's; -> an update's answer.
 
     The update brings to both all that the target has use for.
@@ -205,23 +231,30 @@ def _draft_that_sleeps(session: Session, **flags: bool) -> Any:
     from .sglang_loading import load_draft
 
     draft = load_draft(session)[1]
-    for flag, value in flags.items():
-        setattr(session.server_args, flag, value)
     _sleep(session)
     path = Path(session.server_args.model_path)
     tensors = [(name, tensor) for name, tensor in tensors_of(path).items() if ".layers.2." not in name]
-    draft.load_weights(iter(tensors))
-    return list(_by_the_scheduler(session, path, tensors))
+
+    def update() -> Any:
+        draft.load_weights(iter(tensors))
+        return _from_tensors(session, path, tensors)
+
+    return list(_ask(session, "update_weights_from_tensor", update, True))
 
 
-def _be_a_stage(session: Session) -> None:
-    """From now on, be one of two stages of a pipeline."""
+def _be_one_of(stages: int) -> None:
+    """From now on, be a stage of a pipeline of so many."""
     from sglang.srt.distributed.parallel_state import get_pp_group
 
-    get_pp_group().world_size = 2
+    get_pp_group().world_size = stages
 
 
-ACTS = {"process": _process_again, "sleep": _sleep, "be a stage": _be_a_stage}
+ACTS = {
+    "process": _process_again,
+    "sleep": _sleep,
+    "be a stage": lambda _: _be_one_of(2),
+    "be all": lambda _: _be_one_of(1),
+}
 STEPS["update"], STEPS["often"] = _update, _often
-STEPS["draft that sleeps"] = lambda session, flags: _draft_that_sleeps(session, **flags)
+STEPS["draft that sleeps"] = _draft_that_sleeps
 STEPS["do"] = lambda session, name: ACTS[name](session)

@@ -164,8 +164,9 @@ def test_what_is_no_number_is_not_written_where_nothing_waits(name: str, tmp_pat
 
 def test_stages_of_a_pipeline_refuse_updates_since_they_are_not_asked_what_failed(tmp_path: Path) -> None:
     new = str(tmp_path / "new")
-    mine, _ = run("llama", "fp8_block", tmp_path, ["do", "be a stage"], *(["update", way, new, WHOLE] for way in WAYS))
-    for answers, now, _ in mine.results[1:]:
+    steps = [["do", "be a stage"], *(["update", way, new, WHOLE] for way in WAYS), ["do", "be all"]]
+    mine, _ = run("llama", "fp8_block", tmp_path, *steps)
+    for answers, now, _ in mine.results[1:-1]:
         ((done, message),) = answers
         assert not done
         assert "LlamaForCausalLM: is a stage of a pipeline" in message
@@ -365,7 +366,7 @@ def test_what_fails_in_one_rank_is_the_answer_of_all(way: str, tmp_path: Path) -
 def test_a_draft_whose_memory_was_given_back_is_known_to_hold_nothing(tmp_path: Path) -> None:
     source = with_mtp(make_for_vllm("glm4_moe", tmp_path / "bf16"), copies=False)
     flag = {"enable_draft_weights_cpu_backup": True}
-    jobs = [octavo_job(source, "fp8_channel", [["draft that sleeps", flags]]) for flags in ({}, flag)]
+    jobs = [octavo_job(source, "fp8_channel", [["draft that sleeps"]], **flags) for flags in ({}, flag)]
     lost, kept = load(*jobs, timeout=500)
     assert not lost.error, lost.output[-4000:]
     assert not kept.error, kept.output[-4000:]
