@@ -86,7 +86,8 @@ def convert_checkpoint(
         budget = Budget.fit(plan.placements, plan.staging_bytes, threads, handing_out=True)
         budget.require(plan.source)
     tally = Tally()
-    notes = [*plan.notes, *proof.notes, *layout.notes(plan, proof.asked)]
+    copied = checkpoint.quantization is not None  # and says so itself
+    notes = [*plan.notes, *proof.notes, *([] if copied else layout.notes(plan, proof.asked))]
     notes += job.notes()  # which read the source's folder: nothing fails at the end
     partial: PartialFolder | None = None
     try:

@@ -9,7 +9,7 @@ those and decides nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -218,7 +218,8 @@ def plan_checkpoint(
         if dtype is None:
             shape, kind = (info.nbytes,), f"{info.dtype_name}, carried as bytes"
         targets.append(Target(info.name, shape, dtype, kind, (whole(info.name, shape),), device))
-    return make_plan(checkpoint, targets, recipe, staging_bytes, veto=veto, cuts=cuts)
+    plan = make_plan(checkpoint, targets, recipe, staging_bytes, veto=veto, cuts=cuts)
+    return replace(plan, remarks=(*plan.remarks, *_left_quantized(checkpoint, recipe)))
 
 
 def check_unquantized(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -296,6 +297,12 @@ def make_plan(
         dict(other_bytes or {}),
         checkpoint.notes,
     )
+
+
+def _left_quantized(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
+    """A remark on what is copied as it is, where it might be thought to become bf16."""
+    if not recipe.schemes and (found := checkpoint.quantization) is not None:
+        yield f"already quantized ({found}), in a way that octavo can't decode: all tensors stay as they are"
 
 
 def _cut(targets: list[Target], decisions: dict[str, Decision], cuts: Iterable[Cut], veto: Veto | None) -> list[Target]:

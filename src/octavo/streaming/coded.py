@@ -24,6 +24,9 @@ from ..numerics.schemes import Scheme
 from ..planning.coded import Lay, codes_piece, lay_of
 from .files import Files
 
+#: far from any that a weight has; under it, no number of any kind makes a weight that bf16 can't hold
+_TOO_LARGE = 2.0**100
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -104,18 +107,19 @@ def _read_scales(
     first, stop = int(rows.min()), int(rows.max()) + 1
     cells, _ = _cells_of_columns(lay.col, lay.cols, decoding.group_cols, 0)
     stored = _read_rows(files, coding.scale, wide, (first, stop), cells)
-    if (wrong := bad_scale(stored)) is not None:
-        raise WeightError(
-            f"{files.name_of(coding.scale)}: tensor {coding.scale.name!r}: {wrong} of its rows from {first} on: no "
-            f"scale that {coding.name} could be made with. Fetch the checkpoint again."
-        )
+    _check(files, coding, coding.scale, bad_scale(stored), first)
     nbytes, whole_scale, unit = stored.nbytes, None, None
     if coding.global_scale is not None:
         held = _read_rows(files, coding.global_scale, 1, (0, coding.global_scale.numel), slice(0, 1))
+        _check(files, coding, coding.global_scale, bad_scale(held))
         nbytes += held.nbytes
         unit = unit_of(decoding, held) if held.numel() == 1 else None
         whole_scale = held if held.numel() == 1 else held.index_select(0, torch.arange(first, stop) // high)
     scale, zero = scale_cells(stored, decoding, whole_scale), None
+    largest = float(scale.max())
+    if not largest < _TOO_LARGE:
+        blamed = coding.scale if coding.global_scale is None else coding.global_scale
+        _check(files, coding, blamed, f"weights have a scale of {largest:g} by it", first)
     if coding.zero_point is not None:
         zero, held_bytes = _read_zeros(files, coding, coding.zero_point, (first, stop), cells)
         nbytes += held_bytes
@@ -123,6 +127,15 @@ def _read_scales(
         scale = scale.index_select(0, rows.flatten() - first)
         zero = None if zero is None else zero.index_select(0, rows.flatten() - first)
     return scale.view(*sizes, -1), None if zero is None else zero.view(*sizes, -1), unit, nbytes
+
+
+def _check(files: Files, coding: Coding, info: TensorInfo, wrong: str | None, row: int = 0) -> None:
+    """Raise if something is wrong with a tensor of scales that was read from a row on."""
+    if wrong is not None:
+        raise WeightError(
+            f"{files.name_of(info)}: tensor {info.name!r}: {wrong}{f' of its rows from {row} on' if row else ''}: no "
+            f"scale that {coding.name} could be made with. Fetch the checkpoint again."
+        )
 
 
 def _read_zeros(

@@ -134,6 +134,40 @@ def test_what_is_no_weight_is_named(scheme: str | None, name: str, value: float,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("scheme", ["fp8_channel", None])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), 1e-42])
+def test_a_global_scale_that_is_none_is_named(scheme: str | None, value: float, tmp_path: Path) -> None:
+    module = UP.removesuffix(".weight")
+    stored = {
+        UP: torch.randint(0, 256, (16, 32), dtype=torch.uint8),
+        f"{module}.weight_scale": torch.ones(16, 4).to(torch.float8_e4m3fn),
+        f"{module}.weight_scale_2": torch.tensor(value),
+    }
+    declared = {"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16}
+    write_checkpoint(tmp_path / "source", stored, config={"quantization_config": declared})
+    if value == 1e-42:  # small, and a number
+        octavo.convert(tmp_path / "source", tmp_path / "out", scheme)
+        return
+    with pytest.raises(WeightError, match=rf"tensor '{module}.weight_scale_2': a scale is "):
+        octavo.convert(tmp_path / "source", tmp_path / "out", scheme)
+
+
+def test_a_scale_that_makes_weights_without_bounds_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "source", change=lambda stored: stored[f"{UP}_scale_inv"].fill_(3e38))
+    with pytest.raises(WeightError, match=rf"tensor '{UP}_scale_inv': weights have a scale of 3e\+38 by it"):
+        octavo.convert(tmp_path / "source", tmp_path / "out", None)
+
+
+def test_what_cant_be_decoded_is_copied_with_a_note(tmp_path: Path) -> None:
+    stored = {"a.qweight": torch.zeros(4, 8, dtype=torch.int32), "a.scales": torch.ones(1, 8)}
+    declared = {"quant_method": "gptq", "bits": 4}
+    write_checkpoint(tmp_path / "source", stored, config={"quantization_config": declared})
+    report = octavo.convert(tmp_path / "source", tmp_path / "out", None)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"quantization_config": declared}
+    assert any("in a way that octavo can't decode: all tensors stay as they are" in note for note in report.notes)
+    assert not any("unquantized" in note for note in report.notes)
+
+
 def test_a_scale_that_is_missing_is_named_before_a_weight_is_read(tmp_path: Path) -> None:
     write(tmp_path / "source", change=lambda stored: stored.pop(f"{UP}_scale_inv"))
     for way in (octavo.convert, lambda source, _: octavo.plan(source), lambda source, _: list(octavo.stream(source))):
