@@ -26,6 +26,9 @@ from .header import MAX_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
 from .names import check_no_adapter, unwrapped
 from .quantized import Quantization, find_quantization, undeclared
 
+#: what a config may call its dtype -> the dtype of weights that are decoded, where it is not bf16
+_DTYPES = {"float16": "F16", "float32": "F32"}
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -148,15 +151,21 @@ class Checkpoint:
         """
         problems: list[str] = []
         found = find_codings(self.folder, self.config, self.tensors, problems)
+        names = {coding.codes.name: name for name, coding in found.by_name.items()}
+        problems += (
+            f"{name} is there twice: as it is, and as {codes} with its scales"
+            for codes, name in names.items()
+            if codes != name and name in self.tensors
+        )
         raise_problems(CheckpointError, self.path, problems, "It can't be told what its weights are.")
         if not found.by_name:
             return self
         tensors: dict[str, TensorInfo] = {}
-        names = {coding.codes.name: name for name, coding in found.by_name.items()}
+        dtype_name = _DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), "BF16")
         for info in self.tensors.values():
             if info.name in names:
                 name, coding = names[info.name], found.by_name[names[info.name]]
-                tensors[name] = replace(info, name=name, dtype_name="BF16", shape=coding.shape, coding=coding)
+                tensors[name] = replace(info, name=name, dtype_name=dtype_name, shape=coding.shape, coding=coding)
             elif info.name not in found.consumed:
                 tensors[info.name] = info
         # what belongs to no weight (scales of a cache) is counted to any

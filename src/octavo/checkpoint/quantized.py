@@ -116,8 +116,14 @@ def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if key in KEYS or (key == "quantization" and _method(value)):
             continue
-        found[key] = undeclared(value) if isinstance(value, dict) else value
+        found[key] = _undeclared(value)
     return found
+
+
+def _undeclared(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_undeclared(each) for each in value]
+    return undeclared(value) if isinstance(value, dict) else value
 
 
 def declaring_files(folder: Path) -> Iterator[str]:

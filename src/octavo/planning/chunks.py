@@ -133,7 +133,7 @@ def cut_apart(shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int], li
 def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work, Piece, int, int]]:
     """(work, piece, part, unit), the unit counted from 0 within the placement."""
     itemsize = placement.itemsize
-    limit = max(1, slot_bytes // itemsize)
+    limit = max(1, slot_bytes // placement.read_itemsize)
     if placement.scheme is None:
         yield from ((Work.COPY, c, 0, 0) for piece in placement.pieces for c in _cut(piece, limit, (1, 1), (0, 0)))
         return

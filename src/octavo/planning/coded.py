@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -89,6 +90,15 @@ def stored_nbytes(piece: Piece, coding: Coding | None, itemsize: int) -> int:
     if coding is None:
         return piece.numel * itemsize
     return piece.numel * dtypes.BITS[coding.codes.dtype_name] // (8 * coding.decoding.pack)
+
+
+def memory_of(coding: Coding) -> int:
+    """Bytes that reading an element takes at most: of its codes, and of scales, as stored and for each row."""
+    width = coding.matrix[-1] or 1
+    group = min(coding.decoding.group_cols or width, width)
+    cell = dtypes.BITS[coding.scale.dtype_name] // 8 + 8 + (12 if coding.zero_point is not None else 0)
+    codes = dtypes.BITS[coding.codes.dtype_name] / (8 * coding.decoding.pack)
+    return math.ceil(codes + cell / group)
 
 
 def lay_problems(name: str, pieces: Iterable[Piece], infos: Mapping[str, TensorInfo]) -> Iterator[str]:

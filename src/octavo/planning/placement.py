@@ -16,7 +16,7 @@ from ..elements.pieces import Piece
 from ..machine import on_cpu
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
-from .coded import keeps_all, passes, stored_nbytes, stored_piece
+from .coded import keeps_all, memory_of, passes, stored_nbytes, stored_piece
 from .partition import Partition, partition_of, stored_cells
 from .recipe import Decision
 
@@ -91,8 +91,13 @@ class Placement:
 
     @property
     def itemsize(self) -> int:
-        """Bytes that an element of its sources takes in memory at most."""
+        """Bytes of an element of its sources at most."""
         return max((dtypes.moved_bits(name) for name in self.source_dtype_names), default=8) // 8
+
+    @property
+    def read_itemsize(self) -> int:
+        """Bytes of memory that reading an element takes at most, with its share of scales."""
+        return max([self.itemsize, *{memory_of(coding) for _, coding in self.codings}])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -210,7 +210,10 @@ class Press:
             piece = mine.piece
             for axis, (off, n) in enumerate(zip(box.dst_off, box.size, strict=True)):
                 piece = piece.narrow(axis, off, n)
-            destination.put(piece, found.decode(box, self.tiles.scratch).to(chunk.placement.dtype))
+            values = found.decode(box, self.tiles.scratch).to(chunk.placement.dtype)
+            if values.dtype == torch.float16 and bool(torch.isinf(values).any()):  # which holds no more than 65504
+                raise WeightError(nonfinite_text(self._checkpoint, piece, values, chunk.placement))
+            destination.put(piece, values)
 
     def _pass(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:
         """Place codes and scales as they are."""

@@ -13,10 +13,14 @@ from torch import Tensor
 
 import octavo
 from helpers import random_weights, same_bytes, write_checkpoint
-from helpers.coded import FINE_GRAINED, decoded, fine_grained
+from helpers.coded import FINE_GRAINED, coding_of, decoded, encoded, fine_grained, write_coded
+from octavo.checkpoint.codings import Decoding
 from octavo.errors import CheckpointError, WeightError
 from octavo.numerics import schemes
 from octavo.planning.budget import Budget
+from octavo.planning.chunks import cut_placement
+from octavo.planning.plan import plan_checkpoint
+from octavo.planning.recipe import Recipe
 
 SHAPES = {
     "model.embed_tokens.weight": (64, 260),
@@ -156,6 +160,38 @@ def test_a_scale_that_makes_weights_without_bounds_is_named(tmp_path: Path) -> N
     write(tmp_path / "source", change=lambda stored: stored[f"{UP}_scale_inv"].fill_(3e38))
     with pytest.raises(WeightError, match=rf"tensor '{UP}_scale_inv': weights have a scale of 3e\+38 by it"):
         octavo.convert(tmp_path / "source", tmp_path / "out", None)
+
+
+def test_a_weight_that_is_there_twice_is_named(tmp_path: Path) -> None:
+    stack = "model.layers.0.mlp.experts.down_proj"
+    stored = {
+        stack: torch.ones(2, 64, 32, dtype=torch.bfloat16),
+        f"{stack}_blocks": torch.zeros(2, 32, 2, 16, dtype=torch.uint8),
+        f"{stack}_scales": torch.full((2, 32, 2), 120, dtype=torch.uint8),
+    }
+    write_checkpoint(tmp_path / "source", stored, config={"quantization_config": {"quant_method": "mxfp4"}})
+    with pytest.raises(CheckpointError, match=rf"{stack} is there twice: as it is, and as {stack}_blocks"):
+        octavo.plan(tmp_path / "source", None, model=False)
+
+
+def test_weights_are_decoded_to_the_dtype_that_the_config_names(tmp_path: Path) -> None:
+    weights = decoded(write(tmp_path / "source"))
+    file = tmp_path / "source/config.json"
+    config = {**json.loads(file.read_text()), "dtype": "float16", "parts": [{"quantization_config": FINE_GRAINED}]}
+    file.write_text(json.dumps(config))
+    octavo.convert(tmp_path / "source", tmp_path / "out", None)
+    assert same_bytes(tensors_of(tmp_path / "out")[UP], weights[UP].half())
+    assert octavo.verify(tmp_path / "out", against=tmp_path / "source").ok
+    assert json.loads((tmp_path / "out/config.json").read_text())["parts"] == [{}]
+
+
+def test_fine_scales_are_within_the_budget(tmp_path: Path) -> None:
+    coding = coding_of("a.weight", (4096, 1024), Decoding("float8", 1, 2))
+    checkpoint, _ = write_coded(tmp_path, {"a.weight": (coding, encoded(coding, 0))})
+    (placement,) = plan_checkpoint(checkpoint, Recipe("fp8_channel")).placements
+    for chunk in cut_placement(placement, 1 << 16):
+        cells = chunk.piece.numel // 2  # as stored, widened, and for each row
+        assert chunk.piece.numel + cells * 12 <= 1 << 16
 
 
 def test_what_cant_be_decoded_is_copied_with_a_note(tmp_path: Path) -> None:
