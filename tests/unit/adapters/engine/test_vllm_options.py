@@ -50,6 +50,7 @@ def test_threads_may_be_left_to_octavo():
         ({"scheme": "fp8_block"}, "octavo_fp8_channel", "contradict each other"),
         ({"scheme": "fp8_tensor"}, None, "Use fp8_channel or fp8_block"),
         ({"scheme": "mxfp8"}, None, "Use fp8_channel or fp8_block"),
+        ({"scheme": "int8_channel"}, None, "octavo makes it FP8 alone"),
         ({}, "octavo_mxfp8", "Use fp8_channel or fp8_block"),
         ({"scheme": "fp4"}, None, "unknown scheme 'fp4'"),
         ({"ignore": "lm_head"}, None, "must be a list of patterns, not 'lm_head'"),
