@@ -42,6 +42,7 @@ class Checkpoint:
     #: names in the files -> those of tensors, if another; scales and the like have that of their weight
     renamed: Mapping[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()  # what the index names, and no shard holds
+    left_out: Mapping[str, str] = field(default_factory=dict)  # of its source, by `decoded` -> what it is
     source: Checkpoint | None = None  # as it is in the files, if tensors and config are those of `decoded`
 
     @classmethod
@@ -168,13 +169,16 @@ class Checkpoint:
                 tensors[name] = replace(info, name=name, dtype_name=dtype_name, shape=coding.shape, coding=coding)
             elif info.name not in found.consumed:
                 tensors[info.name] = info
+        used = {part.name for coding in found.by_name.values() for part in (*coding.stored, coding.shape_info) if part}
+        left_out = {name: what for name, what in found.consumed.items() if name not in used}
         # what belongs to no weight (scales of a cache) is counted to any
         parts = dict.fromkeys(found.consumed, next(iter(found.by_name)))
         parts |= {part.name: coding.name for coding in found.by_name.values() for part in coding.stored}
         in_files = {new: old for old, new in self.renamed.items()}
         renamed = {in_files.get(name, name): parts.get(name, name) for name in self.tensors}
         renamed = {old: new for old, new in renamed.items() if old != new}
-        return replace(self, tensors=tensors, config=undeclared(self.config), renamed=renamed, source=self)
+        config = undeclared(self.config)
+        return replace(self, tensors=tensors, config=config, renamed=renamed, left_out=left_out, source=self)
 
     def by_shard(self) -> list[list[TensorInfo]]:
         """The tensors of each shard, as they are stored."""

@@ -66,14 +66,15 @@ def default_slot_bytes(placements: Iterable[Placement], staging_bytes: int) -> i
 
     Of a matrix that the file has the other way round, all of it: what is cut there is written in tiny pieces.
     """
-    widest = max((_efficient_bytes(p) for p in placements if p.scheme), default=0)
+    widest = max((_efficient_bytes(p) for p in placements if p.scheme or p.codings), default=0)
     return min(max(widest, 1 << 20), 8 << 20, max(staging_bytes // 4, 1 << 16))
 
 
 def _efficient_bytes(placement: Placement) -> int:
     piece = placement.pieces[0] if placement.pieces else None
-    if piece is not None and len(placement.shape) == 2 and piece.src_strides[0] < piece.src_strides[1]:
-        return piece.numel * placement.itemsize
+    lone = len(placement.shape) == 2 or bool(placement.codings)
+    if piece is not None and lone and piece.src_strides[-2] < piece.src_strides[-1]:
+        return math.prod(piece.size[-2:]) * placement.itemsize
     return placement.shape[-1] * 4 * 128
 
 

@@ -292,7 +292,7 @@ def make_plan(
         str(checkpoint.path),
         recipe,
         tuple(placements),
-        dict(unused or {}),
+        {**checkpoint.left_out, **(unused or {})},
         staging_bytes,
         dict(other_bytes or {}),
         checkpoint.notes,

@@ -162,6 +162,15 @@ def test_a_scale_that_makes_weights_without_bounds_is_named(tmp_path: Path) -> N
         octavo.convert(tmp_path / "source", tmp_path / "out", None)
 
 
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    name = f"{UP.removesuffix('.weight')}.input_scale"
+    write(tmp_path / "source", change=lambda stored: stored.update({name: torch.ones(())}))
+    report = octavo.convert(tmp_path / "source", tmp_path / "out", None)
+    assert [*report.unused] == [name]
+    assert "scale of activations" in report.unused[name]
+    assert f"not used: {name}" in str(octavo.plan(tmp_path / "source", model=False))
+
+
 def test_a_weight_that_is_there_twice_is_named(tmp_path: Path) -> None:
     stack = "model.layers.0.mlp.experts.down_proj"
     stored = {
