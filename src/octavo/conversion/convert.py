@@ -217,6 +217,9 @@ class Job:
         headers = hashlib.sha256()
         for shard_layout, _ in self.shards:
             headers.update(shard_layout.header)
+        for placement in self.plan.placements:  # the same numbers, read otherwise, are other weights
+            for name, coding in placement.codings:
+                headers.update(repr((name, coding.decoding, coding.shape, placement.lossless)).encode())
         return {
             "bytes_version": _BYTES_VERSION,
             "recipe": self.plan.recipe.to_dict(),

@@ -15,7 +15,7 @@ import octavo
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.coded import FINE_GRAINED, coding_of, decoded, encoded, fine_grained, write_coded
 from octavo.checkpoint.codings import Decoding
-from octavo.errors import CheckpointError, WeightError
+from octavo.errors import CheckpointError, OutputError, WeightError
 from octavo.numerics import schemes
 from octavo.planning.budget import Budget
 from octavo.planning.chunks import cut_placement
@@ -112,6 +112,23 @@ def test_a_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
     octavo.convert(tmp_path / "source", tmp_path / "again", staging_bytes=1 << 20, threads=1)
     again = tensors_of(tmp_path / "again")
     assert all(same_bytes(tensor, again[name]) for name, tensor in tensors_of(tmp_path / "out").items())
+
+
+def test_a_source_that_is_declared_otherwise_meanwhile_is_another(tmp_path: Path) -> None:
+    """The same number of blocks may be of 128 rows and of 129."""
+    write(tmp_path / "source")
+
+    def stop(done: int, total: int) -> None:
+        if done == total:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        octavo.convert(tmp_path / "source", tmp_path / "out", progress=stop)
+    (tmp_path / "source/hf_quant_config.json").unlink()
+    declared = {**FINE_GRAINED, "weight_block_size": [129, 128]}
+    (tmp_path / "source/config.json").write_text(json.dumps({"quantization_config": declared}))
+    with pytest.raises(OutputError, match="with another layout"):
+        octavo.convert(tmp_path / "source", tmp_path / "out")
 
 
 @pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", None])
