@@ -197,8 +197,10 @@ class _Finder:
                     if coding is not None:
                         yield coding
         if self.consumed or self._declared:
-            caches = (name for name in self._tensors if name.rpartition(".")[2] in CACHES)
-            self.consumed.update(dict.fromkeys(caches, "scale of a cache"))
+            caches = ((name, info) for name, info in self._tensors.items() if name.rpartition(".")[2] in CACHES)
+            # one for each head only where scales of caches are declared: parameters of models are called so, too
+            of_caches = (name for name, info in caches if info.numel == 1 or self._declared.of_caches)
+            self.consumed.update(dict.fromkeys(of_caches, "scale of a cache"))
 
     def look_at(self, left: Mapping[str, TensorInfo]) -> None:
         """Find what is left over of a checkpoint that is declared to be quantized, and should not be."""
@@ -206,7 +208,7 @@ class _Finder:
             packed = info.dtype_name in ("U8", "I32") and name.endswith(("_packed", "_blocks"))
             if (packed or info.dtype_name in FP8) and len(info.shape) > 1:
                 self.problems.append(f"{name} is {info.dtype_name}, and has no scale beside it")
-            elif weight := of_weight(name):
+            elif (weight := of_weight(name)) and (name.rpartition(".")[2].startswith("weight_") or weight in left):
                 other = self._tensors.get(weight)
                 held = f"{other.dtype_name}, which has none" if other is not None else "not there"
                 self.problems.append(f"{name} is the scale of {weight}, which is {held}")
@@ -327,8 +329,11 @@ def _choose(parts: _Parts, ways: Sequence[Way]) -> Way:
         )
         return way.kind, (rows, cols)
 
-    if len(ways) > 1:
-        ways = [way for way in ways if way.names(parts.name)] or ways
+    # as compressed-tensors does: by name, by pattern, by class
+    ways = [way for way in ways if parts.name in way.weights] or ways
+    if len({meaning(way) for way in ways}) > 1:
+        matching = [way for way in ways if way.matches(parts.name)]
+        ways = matching or [way for way in ways if way.of_classes] or ways
     if len({meaning(way) for way in ways}) > 1:
         said = ", or ".join(dict.fromkeys(map(str, ways)))
         raise _Problem(f"{parts.held}: may be {said}, and what the config says of targets does not tell")

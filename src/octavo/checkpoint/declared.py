@@ -16,6 +16,7 @@ Only what is declared of weights counts, and not what of activations and caches.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ _FORMATS = (
     *("float-quantized", "int-quantized", "naive-quantized", "mxfp8-quantized", "mixed-precision"),
     *("pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"),
 )
-#: of a pattern of names that is looked at, in characters
-_MAX_PATTERN = 500
+#: of a pattern of names that is looked at, and of a name, in characters; and repeats in a pattern, but for digits
+_MAX_PATTERN, _MAX_MODULE, _MAX_REPEATS = 500, 300, 3
 #: what ModelOpt calls an algorithm -> kind of numbers, rows and columns of a group
 _ALGORITHMS: dict[str, tuple[str, Groups]] = {
     "NVFP4": ("e2m1", (1, 16)),
@@ -58,12 +59,13 @@ class Way:
     symmetric: bool | None = True  # there are no zero points; None: it is not said
     weights: frozenset[str] = frozenset()  # those that are named
     patterns: tuple[str, ...] = ()  # regular expressions of names of modules
+    of_classes: bool = False  # of modules, as Linear, whatever their names
     powers: bool = False  # of two are the scales, whatever their dtype
 
-    def names(self, weight: str) -> bool:
-        """Return True if a weight is named, or its module's name matches a pattern."""
+    def matches(self, weight: str) -> bool:
+        """Return True if the name of a weight's module matches a pattern. Those that could take long are not asked."""
         module = weight.removesuffix(".weight")
-        return weight in self.weights or any(_matches(pattern, module) for pattern in self.patterns)
+        return len(module) <= _MAX_MODULE and any(_matches(pattern, module) for pattern in self.patterns)
 
     def __str__(self) -> str:
         return words(self.kind, self.groups)
@@ -76,6 +78,7 @@ class Declared:
     where: str = ""  # "its config.json"
     ways: tuple[Way, ...] = ()
     unknown: str | None = None  # what is declared, and can't be decoded
+    of_caches: bool = False  # are scales, too
 
     def __bool__(self) -> bool:
         return bool(self.where)
@@ -88,9 +91,21 @@ class Declared:
 
 def _matches(pattern: str, name: str) -> bool:
     try:
-        return re.match(pattern, name) is not None
+        return _ends_soon(pattern) and re.match(pattern, name) is not None
     except (re.error, RecursionError, OverflowError):
         return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _ends_soon(pattern: str) -> bool:
+    """Return True if a pattern can't take long on a short name: it repeats no group, and little else.
+
+    Whatever a config holds, Python would try it, for as long as the universe exists.
+    """
+    plain = re.sub(r"\\.|\[[^\]]*\]", lambda found: "\0" if found[0] == r"\d" else "x", pattern.replace("\0", "x"))
+    plain = re.sub("\0[*+](?!\0)", "", plain)  # digits end where something else begins
+    groups = re.search(r"\)[*+{]", plain) or re.search(r"\(\?(?!:)", plain)
+    return not groups and len(re.findall(r"[*+{]", plain)) <= _MAX_REPEATS
 
 
 class _Unknown(Exception):
@@ -101,15 +116,19 @@ def read_declared(folder: Path, config: Mapping[str, Any], problems: list[str]) 
     """What is declared of a checkpoint; problems, where it can't be understood, are appended."""
     places: list[str] = []
     ways: list[Way] = []
+    of_caches = False
     for where, value in declarations(folder, config):
+        if not value:  # which declares nothing
+            continue
         places.append(where)
+        of_caches |= bool(value.get("kv_cache_scheme") or value.get("kv_cache_quant_algo"))
         try:
             ways += _ways(value)
         except _Unknown as unknown:
             return Declared(where, (), str(unknown))
         except ValueError as error:
             problems.append(f"{where} says of its quantization: {error}")
-    return Declared(" and ".join(places), tuple(dict.fromkeys(ways)))
+    return Declared(" and ".join(places), tuple(dict.fromkeys(ways)), of_caches=of_caches)
 
 
 def _ways(value: Mapping[str, Any]) -> Iterator[Way]:
@@ -159,8 +178,10 @@ def _compressed_tensors(value: Mapping[str, Any]) -> Iterator[Way]:
         if not isinstance(weights, dict):
             raise ValueError(f"weights of a group are {shown(weights)}")
         layout = group.get("format") or value.get("format") or "naive-quantized"
+        if not isinstance(layout, str):
+            raise ValueError(f"format is {shown(layout)}")
         if layout not in _FORMATS:
-            raise _Unknown(f"compressed-tensors, {layout if isinstance(layout, str) else shown(layout)}")
+            raise _Unknown(f"compressed-tensors, {layout}")
         yield _group(weights, group.get("targets"), layout == "pack-quantized")
 
 
@@ -169,7 +190,9 @@ def _group(weights: Mapping[str, Any], targets: Any, packed: bool) -> Way:
     kinds = {(8, "float"): "float8", (4, "float"): "e2m1", (8, "int"): "int8_in_int32" if packed else "int8"}
     if packed:
         kinds[4, "int"] = "int4_in_int32"
-    kind = kinds.get((bits, type_)) if isinstance(bits, int) and isinstance(type_, str) else None
+    if type(bits) is not int or not isinstance(type_, str):
+        raise ValueError(f"num_bits is {shown(bits)}, and type {shown(type_)}")
+    kind = kinds.get((bits, type_))
     if kind is None:
         raise _Unknown(f"compressed-tensors with {shown(type_)} of {shown(bits)} bits")
     names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
@@ -179,6 +202,7 @@ def _group(weights: Mapping[str, Any], targets: Any, packed: bool) -> Way:
         weights.get("symmetric") is not False,
         frozenset(f"{name}.weight" for name in names if not name.startswith("re:")),
         tuple(name[3:] for name in names if name.startswith("re:") and len(name) < _MAX_PATTERN),
+        of_classes=any("." not in name and not name.startswith("re:") for name in names),
     )
 
 

@@ -196,6 +196,11 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
         {},
         Decoding("float8", None, 128),
     ),
+    "declared by an empty object": (
+        {f"{X}.weight": ("F8_E5M2", (12, 256)), f"{X}.weight_scale": ("F32", (12, 1))},
+        {"quantization_config": {}},
+        Decoding("float8", 1, None),
+    ),
     "undeclared, a scale a row": (
         {f"{X}.weight": ("F8_E5M2", (12, 256)), f"{X}.weight_scale": ("F32", (12, 1))},
         {},
@@ -353,6 +358,61 @@ def test_mixed_layers_are_taken_by_name_where_headers_allow_both() -> None:
     found = find({**one, **other}, config).by_name
     assert found[f"{X}.weight"].decoding == Decoding("float8", 128, 128)
     assert found["model.other.weight"].decoding == Decoding("float8", None, None)
+
+
+RECIPE = ct(
+    format="pack-quantized",
+    config_groups={
+        "a": {"targets": ["Linear"], "weights": {**INT4, "strategy": "channel"}},
+        "b": {
+            "targets": [r"re:.*layers\.\d+\..*down_proj$", "a.up"],
+            "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
+        },
+        "c": {"targets": [r"re:.*\.up$"], "weights": {**INT4, "strategy": "channel"}},
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [("m.layers.0.up_proj", "int4"), ("m.layers.1.mlp.down_proj", "int8"), ("a.up", "int8"), ("b.up", "int4")],
+)
+def test_names_beat_patterns_and_patterns_beat_classes(module: str, kind: str) -> None:
+    packed: Tensors = {f"{module}.weight_packed": ("I32", (8, 16)), f"{module}.weight_scale": ("BF16", (8, 1))}
+    assert find(packed, RECIPE).by_name[f"{module}.weight"].decoding.kind == f"{kind}_in_int32"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["(.+)+!", "(a|a)*!", "(?=(.*)+).*!", ".*.*.*.*.*.*!", r"\d+\d+\d+\d+\d+!", "(.*){1,9}!", "(" * 400]
+)
+def test_a_pattern_that_could_take_for_ever_is_not_asked(pattern: str) -> None:
+    groups = {
+        "a": {"targets": [f"re:{pattern}"], "weights": {**INT4, "strategy": "channel"}},
+        "b": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel"}},
+    }
+    name = "a" * 200
+    packed: Tensors = {f"{name}.weight_packed": ("I32", (8, 16)), f"{name}.weight_scale": ("BF16", (8, 1))}
+    found = find(packed, ct(format="pack-quantized", config_groups=groups))
+    assert found.by_name[f"{name}.weight"].decoding.kind == "int8_in_int32"
+
+
+def test_parameters_that_are_called_as_scales_are_stay() -> None:
+    tensors: Tensors = {
+        f"{X}.weight": ("F8_E4M3", (200, 256)),
+        f"{X}.weight_scale_inv": ("F32", (2, 2)),
+        "model.attn.q_scale": ("F32", (64,)),
+        "model.attn.k_scale": ("F32", (1,)),
+        "model.mlp.gate_proj_scale": ("BF16", (64,)),
+    }
+    assert find(tensors, BLOCKS).consumed.keys() == {f"{X}.weight_scale_inv", "model.attn.k_scale"}
+    caches = fp8(weight_block_size=[128, 128], kv_cache_scheme={"num_bits": 8})
+    assert "model.attn.q_scale" in find(tensors, caches).consumed
+
+
+@pytest.mark.parametrize("value", ["8", [8], None, True, 8.0])
+def test_bits_that_are_no_number_are_a_problem(value: Any) -> None:
+    _, problems = found_with_problems({**WEIGHT, **SCALE}, ct({**BLOCK, "num_bits": value}))
+    assert any("its config.json says of its quantization: num_bits is" in problem for problem in problems)
 
 
 WEIGHT: Tensors = {f"{X}.weight": ("F8_E4M3", (200, 256))}
