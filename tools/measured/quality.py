@@ -21,9 +21,11 @@ quantized) in nats a token, with its standard error over windows of text, and th
 is better. All is computed in float32, so that only weights differ; in the rows that say so, the inputs of quantized
 layers are 8-bit numbers as well, a scale a token. Peers quantize by their own functions. SmolLM2 (as `octavo demo`
 prepares it) reads the reference of the Python language; Whisper is forced to the same text while it hears noise.""",
-        table(("you have", "take", "because"), _WHOM, numbers_from=3),
     ]
-    for result in load("quality"):
+    results = load("quality")
+    # which scheme is for whom follows from figures
+    parts.append(table(("you have", "take", "because"), _WHOM, numbers_from=3) if results else "Not run yet.")
+    for result in results:
         for name, found in result["models"].items():
             parts += [f"## {_TITLES.get(name, name)}, {found['tokens']:,} tokens", _table(found["ways"])]
         parts.append(_note(result))
