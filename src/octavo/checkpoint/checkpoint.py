@@ -25,6 +25,7 @@ from .folders import Found, compare_index, find_files
 from .header import MAX_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
 from .names import check_no_adapter, unwrapped
 from .quantized import Quantization, find_quantization, undeclared
+from .shapes import with_shapes
 
 #: what a config may call its dtype -> the dtype of weights that are decoded, where it is not bf16
 _DTYPES = {"float16": "F16", "float32": "F32"}
@@ -152,6 +153,8 @@ class Checkpoint:
         """
         problems: list[str] = []
         found = find_codings(self.folder, self.config, self.tensors, problems)
+        with reading(self.path):
+            found = with_shapes(found, self.shards, problems)
         names = {coding.codes.name: name for name, coding in found.by_name.items()}
         problems += (
             f"{name} is there twice: as it is, and as {codes} with its scales"

@@ -97,7 +97,9 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def compressed(arguments: Mapping[str, Any], layout: str, dtype: torch.dtype, rows: int) -> tuple[Any, nn.Module]:
+def compressed(
+    arguments: Mapping[str, Any], layout: str, dtype: torch.dtype, rows: int, cols: int = 256
+) -> tuple[Any, nn.Module]:
     """A compressor, and a model with one layer of linear weights in its format and one that is excluded."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
@@ -105,8 +107,8 @@ def compressed(arguments: Mapping[str, Any], layout: str, dtype: torch.dtype, ro
 
     model = nn.Module()
     for number, name in enumerate(("up", "down", "lm_head")):
-        layer = nn.Linear(256, rows + 4 * number, bias=False, dtype=dtype)
-        layer.weight.data = weights(rows + 4 * number, 256, dtype, number)
+        layer = nn.Linear(cols, rows + 4 * number, bias=False, dtype=dtype)
+        layer.weight.data = weights(rows + 4 * number, cols, dtype, number)
         model.add_module(name, layer)
     group = {"targets": ["Linear"], "weights": dict(arguments), "format": layout}
     config = QuantizationConfig(config_groups={"group_0": group}, ignore=["lm_head"], format=layout)
@@ -157,10 +159,13 @@ def test_compressed_tensors_decompresses_to_the_same(case: str, rows: int, dtype
         assert same_bytes(weight.to(theirs.dtype), theirs), name
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_conversion_to_bf16_is_what_compressed_tensors_decompresses(case: str, tmp_path: Path) -> None:
+RAGGED = ("int4, channel", "int4, zero points of rows", "packed int8, channel")
+
+
+@pytest.mark.parametrize(("case", "cols"), [*((case, 256) for case in CASES), *((case, 101) for case in RAGGED)])
+def test_a_conversion_to_bf16_is_what_compressed_tensors_decompresses(case: str, cols: int, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
-    compressor, model = compressed(*CASES[case], torch.bfloat16, 100)
+    compressor, model = compressed(*CASES[case], torch.bfloat16, 100, cols)
     source, target = tmp_path / "source", tmp_path / "target"
     source.mkdir()
     write(source, model.state_dict(), None)

@@ -1,0 +1,67 @@
+"""Shapes that no header tells: of packed numbers that don't fill the last word of a row.
+
+compressed-tensors keeps the shape of such a weight in a tensor of its own. Where a scale belongs to so many columns,
+their number follows; where one belongs to a whole row, it is read: some bytes, and only there.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from .codings import Coding, Codings
+from .files import open_regular
+from .header import Shard
+from .packing import count
+
+
+def with_shapes(found: Codings, shards: Sequence[Shard], problems: list[str]) -> Codings:
+    """The codings with the shapes that are stored; problems are appended where these can't be those of the numbers.
+
+    Raises:
+        SourceChangedError: a shard is not the file that was opened.
+        OSError: one can't be read.
+    """
+    by_name = dict(found.by_name)
+    for number, codings in _open_by_shard(found.by_name).items():
+        with open_regular(shards[number].path) as file:
+            shards[number].check_is(os.fstat(file.fileno()))
+            for coding in codings:
+                by_name[coding.name] = _settled(coding, file.fileno(), problems)
+    return replace(found, by_name=by_name)
+
+
+def _open_by_shard(codings: Mapping[str, Coding]) -> dict[int, list[Coding]]:
+    """Shard -> the codings whose number of columns stands in it, in the order of the file."""
+    found: dict[int, list[tuple[int, Coding]]] = {}
+    for coding in codings.values():
+        info, decoding = coding.shape_info, coding.decoding
+        if info is not None and decoding.pack > 1 and decoding.group_cols is None:
+            found.setdefault(info.shard, []).append((info.offset, coding))
+    return {shard: [coding for _, coding in sorted(many, key=lambda one: one[0])] for shard, many in found.items()}
+
+
+def _settled(coding: Coding, descriptor: int, problems: list[str]) -> Coding:
+    info = coding.shape_info
+    assert info is not None
+    raw = os.pread(descriptor, info.nbytes, info.offset) if info.nbytes <= 8 * len(coding.shape) else b""
+    shape = tuple(_integers(raw, info.dtype_name))
+    *lead, cols = shape or (0,)
+    words = coding.codes.shape[-1]
+    if tuple(lead) == coding.shape[:-1] and count(cols, coding.decoding.pack) == words and cols > 0:
+        return replace(coding, shape=shape)
+    if not coding.codes.numel:
+        return coding
+    problems.append(
+        f"{info.name} says {list(shape)}, and {coding.codes.name} holds {list(coding.codes.shape)} words of "
+        f"{coding.decoding.pack}"
+    )
+    return coding
+
+
+def _integers(raw: bytes, dtype_name: str) -> Iterator[int]:
+    code = {"I32": "i", "I64": "q"}.get(dtype_name)
+    if code is not None and len(raw) % struct.calcsize(code) == 0:
+        yield from struct.unpack(f"<{len(raw) // struct.calcsize(code)}{code}", raw)

@@ -1,0 +1,75 @@
+"""The number of columns of packed weights, where no header tells it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import octavo
+from helpers import same_bytes, write_checkpoint
+from helpers.folders import tensors_of
+from helpers.quantized import stored
+from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.checkpoint.codings import Decoding
+from octavo.errors import CheckpointError
+from octavo.numerics import schemes
+
+CONFIG = {
+    "quantization_config": {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "g": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "channel"}}
+        },
+    }
+}
+
+
+def write(folder: Path, shape: torch.Tensor, shards: int = 1) -> torch.Tensor:
+    """A checkpoint with 13 words a row that says it has a weight of this shape; returns what is in 101 columns."""
+    held = stored((24, 101), Decoding("int4_in_int32", 1, None), torch.bfloat16, 0, zeros=False)
+    tensors = {
+        "a.up.weight_packed": held.codes,
+        "a.up.weight_scale": held.scale,
+        "a.up.weight_shape": shape,
+        "a.norm.weight": torch.ones(24, dtype=torch.bfloat16),
+    }
+    write_checkpoint(folder, tensors, shards, CONFIG)
+    return held.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("shards", [1, 4])
+def test_the_number_of_columns_is_that_which_is_stored(dtype: torch.dtype, shards: int, tmp_path: Path) -> None:
+    weight = write(tmp_path / "source", torch.tensor([24, 101], dtype=dtype), shards)
+    assert Checkpoint.open(tmp_path / "source").decoded().tensors["a.up.weight"].shape == (24, 101)
+    octavo.convert(tmp_path / "source", tmp_path / "bf16", scheme=None)
+    assert same_bytes(tensors_of(tmp_path / "bf16")["a.up.weight"], weight.bfloat16())
+    octavo.convert(tmp_path / "source", tmp_path / "fp8")
+    found = tensors_of(tmp_path / "fp8")
+    q, scale = schemes.quantize(weight, "fp8_channel")
+    assert same_bytes(found["a.up.weight"], q)
+    assert same_bytes(found["a.up.weight_scale"], scale)
+
+
+WRONG = [
+    torch.tensor([24, 105]),
+    torch.tensor([24, 96]),
+    torch.tensor([23, 101]),
+    torch.tensor([101]),
+    torch.tensor([], dtype=torch.int64),
+    torch.tensor([24, -101]),
+    torch.tensor([1, 24, 101]),
+    torch.tensor([24.0, 101.0]),
+]
+
+
+@pytest.mark.parametrize("shape", WRONG)
+def test_a_shape_that_the_numbers_can_not_have_is_an_error(shape: torch.Tensor, tmp_path: Path) -> None:
+    write(tmp_path, shape)
+    with pytest.raises(
+        CheckpointError, match=r"a\.up\.weight_shape says .*, and a\.up\.weight_packed holds \[24, 13\]"
+    ):
+        Checkpoint.open(tmp_path).decoded()
