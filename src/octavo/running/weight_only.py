@@ -130,14 +130,14 @@ def _few_rows(x: Tensor, q: Tensor, cells: Tensor) -> Tensor:
     Making bf16 of a weight, which takes a multiplication in bf16, would be two fifths of the time.
     """
     rows, cols = q.shape
-    step = max(1, min(rows, _ELEMENTS // cols))
+    step = max(1, min(rows, _ELEMENTS // max(1, cols)))
     scratch = torch.empty(step * cols, dtype=torch.int16)
     wide = torch.empty(step, cols, dtype=torch.float32)
     out = torch.empty(len(x), rows, dtype=torch.float32)
     x = x.float()
     factor = 1.0
     for start in range(0, rows, step):
-        half, factor = _placed(q[start : start + step], torch.float16, scratch)
-        weight = wide[: len(half)].copy_(half)
-        out[:, start : start + step] = x @ weight.t()
+        codes = q[start : start + step]
+        numbers, factor = (codes, 1.0) if q.dtype == torch.int8 else _placed(codes, torch.float16, scratch)
+        out[:, start : start + step] = x @ wide[: len(codes)].copy_(numbers).t()
     return out.mul_(cells.view(1, -1) * factor).to(torch.bfloat16)
