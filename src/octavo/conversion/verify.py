@@ -214,7 +214,8 @@ def _matches(cut: Cut, made: Checkpoint) -> int:
     """How many matrices are in the place of the stacks."""
     if not made.tensors.keys().isdisjoint(cut):
         return 0
-    return sum(matrix.name in made.tensors for matrices in cut.values() for matrix in matrices)
+    names = (matrix.name for matrices in cut.values() for matrix in matrices)
+    return sum(name in made.tensors or name + packing.PACKED in made.tensors for name in names)
 
 
 def _pairs(
