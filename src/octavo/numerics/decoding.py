@@ -156,8 +156,8 @@ def _numbers(out: Tensor, codes: Tensor, decoding: Decoding, head: int) -> float
     # two float32 at a time are written, which have to lie where eight bytes may
     fits = values == out.shape[-1] and out.is_contiguous() and out.storage_offset() % 2 == 0
     wide = out if fits else torch.empty((*codes.shape[:-1], values), dtype=torch.float32, device=out.device)
-    # flat, since of an axis of one element the stride may be any
-    whole = codes.contiguous().view(-1).view(torch.uint8)
+    # flat, and said so: of an axis of one element the stride may be any, which torch does not view as bytes
+    whole = codes.contiguous().as_strided((codes.numel(),), (1,)).view(torch.uint8)
     if decoding.kind == "int8_in_int32":
         wide.copy_(whole.view(wide.shape)).sub_(_OFFSETS[decoding.kind])
     else:

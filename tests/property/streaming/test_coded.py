@@ -64,6 +64,7 @@ DECODINGS = st.one_of(
 @example([130], 300, 2, (0.4, 0.6), True, "fp8_block", BLOCKS, 0, Way(700, 2, 1 << 20, 50, 1), False, False)
 @example([260, 130], 257, None, None, False, "fp8_block", BLOCKS, 0, Way(None, 2, 1 << 20, 50, 1), False, False)
 @example([260], 257, 2, None, False, "fp8_channel", BLOCKS, 0, Way(None, 2, 1 << 20, 1000, 1), True, True)
+@example([1], 2, None, (0.0, 0.0), False, "fp8_channel", INT4, 0, Way(None, None, 1 << 20, 50, 1), False, True)
 @example([70, 33], 160, 2, None, False, "fp8_channel", FP4, 0, Way(700, 2, 1 << 20, 50, 1), False, False)
 @example([70, 33], 160, 2, None, False, "fp8_tensor", FP4, 1, Way(700, 2, 1 << 20, 50, 1), False, False)
 @example([70], 131, 3, (0.3, 0.9), False, None, INT4, 1, Way(700, 2, 1 << 20, 50, 1), True, True)
