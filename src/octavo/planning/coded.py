@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from ..checkpoint import dtypes
 from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
@@ -192,10 +194,14 @@ def _starts(parts: Sequence[int]) -> Iterable[tuple[int, int]]:
 
 
 def coding_is(coding: Coding, scheme: Scheme) -> bool:
-    """Return True if what a scheme makes is stored as this."""
+    """Return True if what a scheme makes is stored as this.
+
+    Not int8 with scales of more than bf16, in which they may have to be written.
+    """
     decoding = coding.decoding
     groups = decoding.group_rows, decoding.group_cols
     alone = coding.zero_point is None and coding.global_scale is None and not coding.transposed
+    alone &= coding.codes.dtype != torch.int8 or coding.scale.dtype_name == "BF16"
     by_power = coding.scale.dtype_name in ("F8_E8M0", "U8")
     same = decoding.pack == 1 and coding.codes.dtype == scheme.dtype and groups == scheme.groups
     return same and alone and (by_power or not scheme.power_of_two)
