@@ -240,10 +240,17 @@ class Worker:
         box = _piece(block.matrix, pair.shape[-2:], block.rows, block.cols)
         scale = schemes.to_stored(found.grid(scheme, (0, 0)), scheme)
         wrong = self._found_scales(block, scale, scheme)[1] if block.scales else 0
-        self._job.made.read_piece(pair.here, box, self._mine[1])
         codes = found.codes.contiguous().view(torch.uint8).view(-1)
-        self._job.add(pair, wrong + differing(codes, self._mine[0][: box.numel]))
+        self._job.add(pair, wrong + differing(codes, self._numbers_of(pair, box)))
         return nbytes
+
+    def _numbers_of(self, pair: Pair, box: Piece) -> Tensor:
+        """The bytes of what was made, in a box."""
+        self._job.made.read_piece(pair.here, box, self._mine[1])
+        mine = self._mine[0][: box.numel]
+        if pair.is_packed:
+            packing.flip(mine.view(torch.int8))
+        return mine
 
     def _encoded(self, block: Block) -> tuple[Encoded, int]:
         pair = block.pair
@@ -283,10 +290,7 @@ class Worker:
             amax = job.amax(block.unit)
         scale = lossless_scale(amax, unit) if pair.lossless else schemes.scale_from_amax(amax, scheme)
         found, wrong = self._found_scales(block, schemes.to_stored(scale, scheme), scheme)
-        job.made.read_piece(pair.here, box, self._mine[1])
-        mine = self._mine[0][: box.numel]
-        if pair.is_packed:
-            packing.flip(mine.view(torch.int8))
+        mine = self._numbers_of(pair, box)
         expected = self._expected[: box.numel].view(scheme.dtype).view(box.size)
         schemes.quantize_into(expected, weight, scale, scheme, scratch=self._wide)
         wrong = wrong if block.scales else 0

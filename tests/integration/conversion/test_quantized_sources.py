@@ -179,21 +179,24 @@ def test_a_scale_that_makes_weights_without_bounds_is_named(tmp_path: Path) -> N
         octavo.convert(tmp_path / "source", tmp_path / "out", None)
 
 
-def test_int8_is_rounded_anew(tmp_path: Path) -> None:
-    """Since its scales are written in bf16, and those of the source need not be numbers of bf16."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_passes_through_with_scales_of_bf16_alone(dtype: torch.dtype, tmp_path: Path) -> None:
+    """In which they are written."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-128, 128, (32, 64), generator=generator, dtype=torch.int8)
-    scale = torch.rand(32, 1, generator=generator) + 0.1
+    scale = (torch.rand(32, 1, generator=generator) + 0.1).to(dtype)
     weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}
     group = {"targets": ["Linear"], "weights": weights}
     declared = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"a": group}}
     stored = {UP: codes, f"{UP}_scale": scale}
     write_checkpoint(tmp_path / "source", stored, config={"quantization_config": declared})
     report = octavo.convert(tmp_path / "source", tmp_path / "out", "int8_channel")
-    assert not report.passed_through
+    assert bool(report.passed_through) == (dtype == torch.bfloat16)
     assert octavo.verify(tmp_path / "out", against=tmp_path / "source").ok
     octavo.convert(tmp_path / "out", tmp_path / "bf16", None)
-    wanted = schemes.dequantize(*schemes.quantize(codes.float() * scale, "int8_channel"), "int8_channel")
+    wanted = codes.float() * scale.float()
+    if dtype == torch.float32:
+        wanted = schemes.dequantize(*schemes.quantize(wanted, "int8_channel"), "int8_channel")
     assert same_bytes(tensors_of(tmp_path / "bf16")[UP], wanted.bfloat16())
 
 
