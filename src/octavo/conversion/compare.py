@@ -240,7 +240,7 @@ class Worker:
         box = _piece(block.matrix, pair.shape[-2:], block.rows, block.cols)
         scale = schemes.to_stored(found.grid(scheme, (0, 0)), scheme)
         wrong = self._found_scales(block, scale, scheme)[1] if block.scales else 0
-        codes = found.codes.contiguous().view(torch.uint8).view(-1)
+        codes = found.unpack().contiguous().view(torch.uint8).view(-1)
         self._job.add(pair, wrong + differing(codes, self._numbers_of(pair, box)))
         return nbytes
 

@@ -69,6 +69,15 @@ class Encoded:
         decode_into(out, codes, scale, _by_row(decoding), zero_point=zero, phase=phases, head=col % pack)
         return out.squeeze(-1) if axis is None else out.movedim(-1, axis)
 
+    def unpack(self) -> Tensor:
+        """The codes as schemes have them, one an element; the memory of packed ones is used for that."""
+        pack = self.coding.decoding.pack
+        if pack == 1:
+            return self.codes
+        # as `numerics.decoding` has it, each is raised by 128, which is its highest bit turned
+        numbers = self.codes.contiguous().view(torch.int8).bitwise_xor_(-128)
+        return numbers.narrow(-1, self.lay.col % pack, self.lay.cols)
+
     def grid(self, scheme: Scheme, phase: tuple[int, int]) -> Tensor:
         """The scales as those of a scheme whose groups are the same: float32 [..., row cells, column cells]."""
         rows, group = self.scale.shape[-2], scheme.group_rows or 1 << 62

@@ -218,7 +218,7 @@ class Press:
     def _pass(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:
         """Place codes and scales as they are."""
         scheme, destination = schemes.get(chunk.placement.scheme or ""), self._placed.destination(chunk.placement)
-        scale, codes = x.grid(scheme, chunk.phase), x.codes
+        scale, codes = x.grid(scheme, chunk.phase), x.unpack()
         if codes.dtype.is_floating_point and holds_nan(codes):
             self._check(torch.tensor(math.nan), chunk, x)
         destination.put_scale(mine.cells, schemes.to_stored(mine.of_scales(scale), scheme))

@@ -90,6 +90,26 @@ def test_blocks_pass_through_as_blocks(format: str, hidden: int, tmp_path: Path)
     assert "linear, passed through" in str(octavo.plan(tmp_path / "source", "fp8_block", model=False))
 
 
+@pytest.mark.parametrize("hidden", [32, 132])
+def test_packed_int8_passes_through_as_int8(hidden: int, tmp_path: Path) -> None:
+    """What octavo writes as int8, it reads again as what it was."""
+    weights = {
+        f"model.layers.{n}.mlp.up_proj.weight": random_weights((300, hidden), torch.bfloat16, n) for n in range(3)
+    }
+    write_checkpoint(tmp_path / "source", weights, 2, {"model_type": "any"})
+    octavo.convert(tmp_path / "source", tmp_path / "packed", "int8_channel", prove=False)
+    for format in ("compressed-tensors", "compressed-tensors-w8a8"):
+        again = tmp_path / format
+        how = {"format": format, "prove": False, "staging_bytes": 1 << 20}
+        report = octavo.convert(tmp_path / "packed", again, "int8_channel", **how)
+        assert report.passed_through == report.quantized
+        assert report.quantized["int8_channel"][0] == 3
+        assert octavo.verify(again, against=tmp_path / "packed").ok
+        assert octavo.verify(again, against=tmp_path / "source").ok
+    made = tensors_of(tmp_path / "packed")
+    assert all(same_bytes(tensor, made[name]) for name, tensor in tensors_of(tmp_path / "compressed-tensors").items())
+
+
 def test_a_plan_tells_where_another_scheme_would_keep_bytes(tmp_path: Path) -> None:
     write(tmp_path / "source")
     notes = octavo.plan(tmp_path / "source", model=False).notes
