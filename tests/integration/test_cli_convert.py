@@ -50,7 +50,7 @@ def test_convert_refuses_a_target_that_exists(llama: Path, tmp_path: Path, run: 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["--format", "gguf"], ["unknown format 'gguf'", "compressed-tensors, fp8"]),
+        (["--format", "gguf"], ["unknown format 'gguf'", "compressed-tensors-w8a8, fp8"]),
         (["--format", "fp8"], ["has no fp8_channel, only fp8_block"]),
         (["--ignore", "nothing.like.it"], ["matches no tensor"]),
         (["--threads", "0"], ["at least 1"]),

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 import octavo
 from helpers import random_weights, write_checkpoint
+from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.checkpoint.digests import NAME
 from octavo.errors import CheckpointError, OutputError
 
@@ -250,7 +251,17 @@ def test_a_resumed_conversion_that_verifies_keeps_only_what_was_verified(first: 
 def test_a_converted_checkpoint_is_handed_out_verified(odd: Path, tmp_path: Path) -> None:
     convert(odd, tmp_path / "out")
     seen = dict(octavo.stream(tmp_path / "out", None, verify=True))
-    assert seen.keys() == {name for shard in recorded(tmp_path / "out")["shards"].values() for name in shard["tensors"]}
+    names = {name for shard in recorded(tmp_path / "out")["shards"].values() for name in shard["tensors"]}
+    scales = {name for name in names if name.endswith("_scale")}
+    assert seen.keys() == names - scales  # with which weights are decoded
+    info = Checkpoint.open(tmp_path / "out").tensors[min(scales)]
+    file = Checkpoint.open(tmp_path / "out").shards[info.shard].path
+    flip(file, 8 * info.offset)
+    fails(
+        CheckpointError,
+        (str(file), f"tensor {info.name!r}: the digest"),
+        lambda: dict(octavo.stream(tmp_path / "out", None, verify=True)),
+    )
 
 
 def test_the_command_says_what_it_compared(tmp_path: Path) -> None:

@@ -326,7 +326,9 @@ def test_format_that_lacks_the_scheme_says_which_has_it(
 
 
 def test_unknown_format_lists_the_known_ones(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="unknown format 'gguf'; known: compressed-tensors, fp8"):
+    with pytest.raises(
+        RecipeError, match="unknown format 'gguf'; known: compressed-tensors, compressed-tensors-w8a8, fp8"
+    ):
         octavo.convert(sources("single"), tmp_path / "out", format="gguf")
     assert list(tmp_path.iterdir()) == []
 
