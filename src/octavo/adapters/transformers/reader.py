@@ -32,6 +32,7 @@ from ...numerics import schemes
 from ...numerics.schemes import Scheme
 from ...quiet import loguru_quiet, this_thread_quiet
 from ...text import told
+from .displaced import displaced
 from .excused import computed, unneeded
 from .model_plan import Traced, kept_in_fp32, prefix_hint, tied_names, trace
 from .samples import make_sample
@@ -70,6 +71,9 @@ class TransformersReader:
             return Judgement(NAME, refused=dict.fromkeys(scales, f"{type(error).__name__}: {told(error)}"))
         case = _Case(model, quantizer, tensors, scales, traced)
         judgement = case.judgement(problems)
+        homeless = {*scales} & {*traced.unexpected}
+        if homeless and (wrong := displaced(skeleton(checkpoint), homeless, tensors)):
+            judgement = replace(judgement, misread={**judgement.misread, **wrong}, unproved="")
         if not case.splits:
             return judgement
         return replace(judgement, caveats=_dequantized(checkpoint, config, case))
@@ -225,9 +229,12 @@ class _Case:
         others = [source for source in sources if source not in self.scales]
         beside = _by_source(next((pieces for q in _scale_names(name) if (pieces := self._pieces(q))), ()))
         for source in quantized:
+            module = self.model.get_submodule(name.rpartition(".")[0])
             if here.dtype != self.tensors[source].dtype:
-                kind = type(self.model.get_submodule(name.rpartition(".")[0])).__name__
+                kind = type(module).__name__
                 yield source, f"it takes the codes for weights: its {kind} holds {dtypes.short(here.dtype)}"
+            elif isinstance(module, torch.nn.Embedding):
+                yield source, "it is in an Embedding, which can't look up codes"
             elif self.in_fp32 is not None and self.in_fp32.search(name):
                 yield source, f"its model keeps {_template(name)} in float32, and takes the codes for weights"
             elif others:

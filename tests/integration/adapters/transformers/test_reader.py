@@ -122,6 +122,32 @@ def test_a_matrix_that_the_model_splits_is_followed_and_one_that_is_no_layer_sta
     assert any("takes the codes for weights: its Embedding holds bf16" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("scheme", "target", "why"),
+    [
+        ("int8_channel", "int8_channel", "has no place for packed weights"),
+        (None, "int8_channel", "has no place for packed weights"),
+        ("int8_channel", "fp8_channel", "is in an Embedding, which can't look up codes"),
+        ("fp8_channel", "int8_channel", "is in an Embedding, which can't look up codes"),
+    ],
+)
+def test_an_embedding_that_is_targeted_stays(
+    scheme: str | None, target: str, why: str, tied: bool, source: Callable[[Any], Path], tmp_path: Path
+) -> None:
+    config = transformers.Qwen2Config(**SMALL, num_key_value_heads=2, tie_word_embeddings=tied)
+    folder = source(transformers.Qwen2ForCausalLM(config))
+    recipe = octavo.Recipe(scheme, targets={"model.embed_tokens.weight": target})
+    report = octavo.convert(folder, tmp_path / "out", recipe)
+    made, meant = tensors_of(tmp_path / "out"), tensors_of(folder)
+    assert torch.equal(made["model.embed_tokens.weight"], meant["model.embed_tokens.weight"])
+    assert scheme is None or any(why in reason for reason in report.kept), report.kept
+    assert scheme is None or any(note.startswith("proved: transformers") for note in report.notes)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(read.get_input_embeddings().weight, meant["model.embed_tokens.weight"])
+    read(torch.arange(12)[None])
+
+
 @pytest.mark.parametrize(
     ("width", "ignore"),
     [(192, []), (128, ["*experts.*.up_proj*", "*experts.*.gate_proj*"]), (128, ["*experts*"])],
