@@ -3,13 +3,15 @@
 It multiplies activations in bf16 with integers, sums in float32, scales, and rounds once: more exactly than a product
 with dequantized weights, which have been rounded before. With few rows, where a product takes as long as reading the
 weights does, it is faster than bf16. With many it is slower than the units that some processors have for bf16: there,
-weights are widened (`weight_only`), as they are for fp16 and fp32, which the kernel takes slowly, and for gradients.
+weights are widened (`weight_only`), as they are for fp16 and fp32, which the kernel takes slowly, and for gradients of
+either mode.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 #: up to so many rows the kernel is faster than units for bf16, weights widened for them
 _FEW = 8
@@ -26,6 +28,8 @@ def takes(x: Tensor, q: Tensor, bias: Tensor | None = None) -> bool:
     if q.shape[1] % _STEP or not q.is_contiguous() or not x.numel():
         return False
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return False
+    if forward_ad._current_level >= 0:  # torch.func.jvp is at a level, too
         return False
     return not _HAS_UNITS or x.numel() <= _FEW * q.shape[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from helpers import random_weights
 from octavo.numerics import schemes
@@ -59,6 +60,33 @@ def test_what_the_kernel_does_not_take_is_widened() -> None:
     assert wanting.grad is not None
     with torch.no_grad():
         assert int8.takes(wanting, q)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it, for forward mode
+@pytest.mark.parametrize("rows", [3, 12])
+def test_gradients_come_by_either_mode_and_by_functional_transforms(rows: int) -> None:
+    q, scale = quantized(6, 64)
+    x, along = random_weights((rows, 64), torch.bfloat16, 1), random_weights((rows, 64), torch.bfloat16, 2)
+    bias = random_weights((6,), torch.bfloat16, 3)
+    weight = (q.double() * scale.double()).float()
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return linear(x, q, scale, "int8_channel", bias=bias)
+
+    def close(found: torch.Tensor, wanted: torch.Tensor) -> bool:
+        return torch.allclose(found.float(), wanted, rtol=2**-6, atol=wanted.abs().max().item() / 100)
+
+    forward = along.float() @ weight.T
+    assert close(torch.func.jvp(product, (x,), (along,))[1], forward)
+    with torch.no_grad():
+        assert close(torch.func.jvp(product, (x,), (along,))[1], forward)
+    with forward_ad.dual_level():
+        assert close(forward_ad.unpack_dual(product(forward_ad.make_dual(x, along))).tangent, forward)
+    assert int8._HAS_UNITS or int8.takes(x, q)  # as before, once that is over
+    backward = torch.func.grad(lambda x: product(x).float().sum())(x)
+    assert close(backward, torch.ones(rows, 6) @ weight)
+    both = torch.func.jacfwd(product)(x), torch.func.jacrev(product)(x)
+    assert close(both[0], both[1].float())
 
 
 def test_a_product_in_few_rows_is_that_of_the_widened_weight() -> None:
