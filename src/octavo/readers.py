@@ -9,6 +9,7 @@ from .choices import READERS
 from .conversion.proof import Absent, Reader
 from .errors import MissingExtraError, RecipeError
 from .quiet import this_thread_quiet
+from .text import told
 
 
 def chosen(name: str | None) -> Callable[[], Sequence[Reader]]:
@@ -52,8 +53,10 @@ def _transformers() -> Reader:
     try:
         with this_thread_quiet():  # what lies beside it is imported, too, and some of that complains
             from .adapters.transformers.reader import TransformersReader
-    except ImportError:
-        return Absent("transformers")
+    except ImportError as error:
+        if find_spec("transformers") is None:
+            return Absent("transformers")
+        return Absent("transformers", f"it can't be imported: {told(error)}")
     return TransformersReader()
 
 
