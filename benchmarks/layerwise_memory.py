@@ -137,7 +137,7 @@ def plot(results: dict[str, dict[str, Any]]) -> None:
         "naive": "all in bf16, then quantized",
     }
     final = results["direct"]["final_bytes"]
-    axes.axhline(final / gib, color="tab:gray", linestyle=":", label="the model in FP8")
+    axes.axhline(final / gib, color="tab:gray", linestyle=":", label="the quantized model")
     for way, found in results.items():
         axes.plot(
             [t for t, _ in found["trace"]], [b / gib for _, b in found["trace"]], color=colors[way], label=labels[way]

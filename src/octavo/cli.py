@@ -196,7 +196,7 @@ def convert(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Write an FP8 checkpoint that stock transformers, compressed-tensors and vLLM load.
+    """Write a quantized checkpoint that stock transformers, compressed-tensors and vLLM load.
 
     [cyan]octavo convert Qwen/Qwen3-8B qwen3-8b-fp8[/cyan]
 
@@ -227,7 +227,7 @@ def convert(
             raise
         tell("", "", f"{dst} is complete: the interrupt came after that")
     if report is not None and not report.quantized and _chosen(scheme):
-        tell("warning", "yellow", f"no weight became FP8: {dst} is a copy")
+        tell("warning", "yellow", f"no weight was quantized: {dst} is a copy")
 
 
 @app.command()
@@ -249,8 +249,8 @@ def verify(
 
     [cyan]octavo verify qwen3-8b-fp8 --against Qwen/Qwen3-8B[/cyan]
 
-    Without --against, are the bytes those that were written? With --reader transformers (or vllm), is any FP8
-    checkpoint read as it is meant? Exit code 1 when a byte differs, or is misread.
+    Without --against, are the bytes those that were written? With --reader transformers (or vllm), is any
+    quantized checkpoint read as it is meant? Exit code 1 when a byte differs, or is misread.
     """
     from . import api
 
@@ -289,7 +289,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     json_: Json = False,
 ) -> None:
-    """Load a model as FP8 while it streams, and answer a prompt as the words come.
+    """Quantize a model while it streams, and answer a prompt as the words come.
 
     [cyan]octavo generate Qwen/Qwen3-8B --prompt "Why is the sky blue?" --device cuda[/cyan]
     """

@@ -50,7 +50,7 @@ NAMES = tuple(choices.FORMATS)
 #: how a stack of gate and up is called -> the number of a naming; vLLM 0.32 was asked
 _KNOWN = {".experts.gate_up_proj": 0, "moe.input_linear": 0, ".experts.fc1": 1}
 #: why a stack of experts is kept, unless it is cut into matrices
-STACK = "expert stack: stock readers take no FP8 in 3-D tensors"
+STACK = "expert stack: stock readers take no quantized 3-D tensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ class Format:
     def notes(self, plan: Plan, asked: bool = False) -> list[str]:
         """Remarks about who can read the result; fewer of them if transformers has been asked."""
         if not plan.quantized:
-            return ["nothing became FP8: the result is an unquantized checkpoint, and says nothing of quantization"]
+            return ["nothing was quantized: the result is an unquantized checkpoint, and says nothing of quantization"]
         if self.name == "fp8":
             return []
         notes = []

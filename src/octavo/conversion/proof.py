@@ -112,7 +112,7 @@ class Absent:
 
 
 _NOBODY = Absent("any reader", "config.json names no architecture")
-_NO_CONFIG = Absent("any reader", "there is no config.json, which would tell readers that the result is FP8")
+_NO_CONFIG = Absent("any reader", "there is no config.json, which would tell readers that the result is quantized")
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ class Plan:
         idle = bool(self.recipe.schemes) and not self.quantized
         return [
             *self.remarks,
-            *(["no weight becomes FP8: see what is kept, and why"] if idle else []),
+            *(["nothing is quantized: see what is kept, and why"] if idle else []),
             *requantized(self.placements),
         ]
 

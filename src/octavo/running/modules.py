@@ -1,4 +1,4 @@
-"""Modules that run after loading: linear layers and expert stacks that hold FP8 weights and their scales.
+"""Modules that run after loading: linear layers and expert stacks that hold quantized weights and their scales.
 
 `linear` computes their products: `fp8` on a GPU with FP8 units, `weight_only` elsewhere. Where code reads a weight by
 its name, it is given what `widened` makes of it.
@@ -22,7 +22,7 @@ from .widened import Codes, Values, Widened
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with ``weight`` in float8_e4m3fn and ``weight_scale`` beside it.
+    """A linear layer with ``weight`` in float8_e4m3fn, or int8, and ``weight_scale`` beside it.
 
     Made from a linear layer whose parameters may be on meta; storage is assigned later.
     """

@@ -134,8 +134,8 @@ class Values(Tensor):
 def refuse_writing(*_: Any) -> None:
     """Raise: whoever writes values would have to quantize them."""
     raise LoaderError(
-        "an FP8 weight can't be changed in place, nor an adapter be merged into it: it would be rounded once more. "
-        "octavo.update quantizes new weights; merge an adapter into the bf16 checkpoint, and load that"
+        "a quantized weight can't be changed in place, nor an adapter be merged into it: it would be rounded once "
+        "more. octavo.update quantizes new weights; merge an adapter into the bf16 checkpoint, and load that"
     )
 
 

@@ -51,8 +51,8 @@ def install_quantized(item: Item) -> tuple[Tensor, Tensor]:
 def refuse(*_: Any, **__: Any) -> None:
     """The weight loader of an FP8 parameter."""
     raise LoaderError(
-        "this parameter holds FP8 numbers: a loader would overwrite them without their scale. To update it, enter "
-        "the session that loaded the model again, or call octavo.update."
+        "this parameter holds quantized numbers: a loader would overwrite them without their scale. To update it, "
+        "enter the session that loaded the model again, or call octavo.update."
     )
 
 

@@ -78,7 +78,7 @@ class ModuleHooks:
                 return None
             name = f"{layer.name}.{leaf}" if layer.name else leaf
             raise LoaderError(
-                f"{name}: a loader ties it to {final[0].name}, whose layer is finished, and holds FP8 numbers. Tie them "  # noqa: E501
+                f"{name}: a loader ties it to {final[0].name}, whose layer is finished, and is quantized. Tie them "
                 "before the weights come, or keep the weight out of the recipe."
             )
         known = self._inventory.find(tensor)

@@ -120,7 +120,7 @@ class Writes(Intake):
     def touch_final(self, item: Item) -> None:
         with self.quiet():
             raise LoaderError(
-                f"{item.name}: a loader reads or changes it when its layer is finished, and would deal in FP8 numbers "
+                f"{item.name}: a loader reads or changes it when its layer is finished, and would deal in codes "
                 "without their scale. Keep the weight out of the recipe, or let the loader do so before the next tensor."  # noqa: E501
             )
 

@@ -147,8 +147,10 @@ class Report:
         axes = figure.subplots()
         seconds = [sample.at_s for sample in self.trace]
         axes.axhline(self.source_bytes / gib, color="tab:red", linestyle="--", label="the model, unquantized")
-        axes.axhline(self.final_bytes / gib, color="tab:gray", linestyle=":", label="the model in FP8")
-        axes.plot(seconds, [s.placed_bytes / gib for s in self.trace], color="tab:blue", label="FP8 bytes in place")
+        axes.axhline(self.final_bytes / gib, color="tab:gray", linestyle=":", label="the quantized model")
+        axes.plot(
+            seconds, [s.placed_bytes / gib for s in self.trace], color="tab:blue", label="quantized bytes in place"
+        )
         if self.device_peak_bytes:
             axes.plot(seconds, [s.device_bytes / gib for s in self.trace], color="tab:green", label="device memory")
         else:

@@ -83,7 +83,7 @@ def test_a_quantized_weight_that_is_registered_transposed_is_refused() -> None:
 )
 def test_fp8_numbers_are_nothing_for_loaders(touch: Callable[[Any], Any]) -> None:
     first, _ = weights(0)
-    with pytest.raises(LoaderError, match="FP8 numbers"), Session(model := linears("abc")) as session:  # noqa: PT012
+    with pytest.raises(LoaderError, match=r"deal in codes|is quantized"), Session(model := linears("abc")) as session:  # noqa: PT012
         for name, tensor in session.pairs([("a", first), ("c", first)]):
             if name == "c":
                 touch(model)

@@ -237,7 +237,7 @@ def test_report_counts_bytes_and_says_what_stayed(sources: Callable[[str], Path]
 
 def test_a_conversion_that_quantizes_nothing_says_so(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", {"model.norm.weight": random_weights((64,), torch.bfloat16, 0)})
-    note = "no weight becomes FP8: see what is kept, and why"
+    note = "nothing is quantized: see what is kept, and why"
     assert note in octavo.convert(source, tmp_path / "a").notes
     assert note not in octavo.convert(source, tmp_path / "b", None).notes
 

@@ -95,7 +95,9 @@ def test_stacks_stay_where_no_reader_takes_their_matrices(says: str) -> None:
     proof = proved(Fake("one 1.0", says=says), Silent())
     assert {placement.name for placement in proof.plan.kept} == STACKS.keys()
     (reason,) = reasons(proof)
-    assert reason.startswith("expert stack: stock readers take no FP8 in 3-D tensors, and one 1.0 takes none of its ")
+    assert reason.startswith(
+        "expert stack: stock readers take no quantized 3-D tensors, and one 1.0 takes none of its "
+    )
     assert len(proof.plan.quantized) == 1
 
 

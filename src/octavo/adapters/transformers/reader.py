@@ -160,7 +160,8 @@ class _Case:
             why = self._sample(name, sources, operation)
             arrived.update({source: arrived.get(source) or why for source in sources if source in self.scales})
         if self.scales and unexpected.issuperset(self.scales):
-            what = f"its {type(self.model).__name__} has no place for {min(self.scales)}, nor for any other FP8 tensor"
+            kind = type(self.model).__name__
+            what = f"its {kind} has no place for {min(self.scales)}, nor for any other quantized tensor"
             what += prefix_hint(self.model, sorted(unexpected)).replace(" Names", ". Names", 1).rstrip(".")
             return Judgement(NAME, unexpected=tuple(sorted(self.scales)), unproved=what)
         for source, why in self._shared():

@@ -106,7 +106,8 @@ class _Asked:
             why = f"it passes over it, and leaves {found.verdict.empty[0]} empty"
             found.verdict.misread.update(dict.fromkeys(unread, why))
         if self.scales and unread.issuperset(self.scales):
-            what = f"its {type(found.model).__name__} has no place for {min(self.scales)}, nor for any other FP8 tensor"
+            kind = type(found.model).__name__
+            what = f"its {kind} has no place for {min(self.scales)}, nor for any other quantized tensor"
             return {"unproved": what}
         judgement = self._judgement(looks)
         return {**judgement, "unproved": unproved} if unproved else judgement

@@ -135,5 +135,5 @@ def _whole_tiles(shape: tuple[int, ...], scheme: Scheme, limit: int) -> tuple[Ti
 
 def _nonfinite(what: object) -> str:
     return (
-        f"{what}: holds values that are not finite, which have no FP8 form. Repair the source, or ignore this weight."
+        f"{what}: holds values that are not finite, which can't be quantized. Repair the source, or ignore this weight."
     )
