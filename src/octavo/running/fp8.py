@@ -47,6 +47,7 @@ from torch import Tensor
 
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
+from . import gradients
 from .opaque import opaque
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
     """Return True if the functions here take these operands: on FP8 units, in half precision, no gradient asked."""
     if x.dtype not in DTYPES or not q.is_cuda or q.dtype != schemes.FP8 or not has_units(q.device.index):
         return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
+    return not gradients.are_asked(x, *others)
 
 
 # -- layouts and tiles ------------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from . import gradients
 
 #: up to so many rows the kernel is faster than units for bf16, weights widened for them
 _FEW = 8
@@ -27,9 +28,7 @@ def takes(x: Tensor, q: Tensor, bias: Tensor | None = None) -> bool:
         return False
     if q.shape[1] % _STEP or not q.is_contiguous() or not x.numel():
         return False
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        return False
-    if forward_ad._current_level >= 0:  # torch.func.jvp is at a level, too
+    if gradients.are_asked(x, bias):
         return False
     return not _HAS_UNITS or x.numel() <= _FEW * q.shape[1]
 
