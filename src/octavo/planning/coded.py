@@ -115,10 +115,6 @@ def lay_problems(name: str, pieces: Iterable[Piece], infos: Mapping[str, TensorI
             return
 
 
-#: what it costs to give blocks of 128x128 one scale a row, as it was measured
-_DOUBLED = "; in fp8_channel, SmolLM2's KL to its original was twice that of its blocks (0.0373, not 0.0176)"
-
-
 def requantized(placements: Iterable[Placement]) -> Iterator[str]:
     """Remarks on weights that a scheme rounds a second time where another would keep their bytes."""
     counts: Counter[tuple[str, str, str]] = Counter()
@@ -130,10 +126,9 @@ def requantized(placements: Iterable[Placement]) -> Iterator[str]:
         if keeping is not None and keeping != placement.scheme:
             counts[str(coding), placement.scheme, keeping] += 1
     for (said, scheme, keeping), count in counts.items():
-        cost = _DOUBLED if (keeping, scheme) == ("fp8_block", "fp8_channel") else ""
         yield (
             f"{count:,} tensors are {said} already, and {scheme} rounds them a second time, where {keeping} would "
-            f"keep their bytes{cost}"
+            "keep their bytes"
         )
 
 
