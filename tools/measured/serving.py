@@ -30,8 +30,8 @@ Logprobs of the prompts' own tokens and greedy tokens, against other engines of 
 those of the converted checkpoint, which is what octavo promises; all others differ by as much as quantizing does."""
 
 _PARAMETERS = """*Parameters*: a sum of each parameter's bytes is equal on every rank, and answers are not. With several
-ranks that engine was asked all prompts at once, and takes into a step what has arrived by then, so that products of
-other numbers of rows are rounded otherwise."""
+ranks that engine was asked all prompts at once, and it may take others of them into a step each time, so that products
+of other numbers of rows are rounded otherwise. That this is why was not shown: it was not asked one by one."""
 
 
 def _way(key: str, engine: str) -> str:
