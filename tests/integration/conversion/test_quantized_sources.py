@@ -118,15 +118,20 @@ def test_a_plan_tells_where_another_scheme_would_keep_bytes(tmp_path: Path) -> N
     assert not octavo.plan(tmp_path / "source", "fp8_block", model=False).notes
 
 
-def test_a_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
-    write(tmp_path / "source")
+def interrupt(source: Path, dst: Path) -> None:
+    """Convert, and stop when all has been read."""
 
     def stop(done: int, total: int) -> None:
         if done == total:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        octavo.convert(tmp_path / "source", tmp_path / "out", progress=stop)
+        octavo.convert(source, dst, progress=stop)
+
+
+def test_a_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
+    write(tmp_path / "source")
+    interrupt(tmp_path / "source", tmp_path / "out")
     assert (tmp_path / "out.partial").exists()
     octavo.convert(tmp_path / "source", tmp_path / "out")
     octavo.convert(tmp_path / "source", tmp_path / "again", staging_bytes=1 << 20, threads=1)
@@ -137,13 +142,7 @@ def test_a_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
 def test_a_source_that_is_declared_otherwise_meanwhile_is_another(tmp_path: Path) -> None:
     """The same number of blocks may be of 128 rows and of 129."""
     write(tmp_path / "source")
-
-    def stop(done: int, total: int) -> None:
-        if done == total:
-            raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        octavo.convert(tmp_path / "source", tmp_path / "out", progress=stop)
+    interrupt(tmp_path / "source", tmp_path / "out")
     (tmp_path / "source/hf_quant_config.json").unlink()
     declared = {**FINE_GRAINED, "weight_block_size": [129, 128]}
     (tmp_path / "source/config.json").write_text(json.dumps({"quantization_config": declared}))
