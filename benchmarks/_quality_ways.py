@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,6 +88,52 @@ def transformers_blocks() -> Way:
     return way
 
 
+def modelopt(kind: str, **how: Any) -> Way:
+    """By the tensors into which ModelOpt packs what it exports; ``how``: of which weights each scale is."""
+    from modelopt.torch.quantization import qtensor
+
+    made = getattr(qtensor, kind)
+
+    def way(weight: Tensor) -> Tensor:
+        quantized, scale = made.quantize(weight.clone(), **how)
+        found: Tensor = quantized.dequantize(torch.float32, scale=scale)
+        return found
+
+    return way
+
+
+def modelopt_nvfp4() -> Way:
+    """Rounded to nearest, as ModelOpt exports what it has not calibrated."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    def way(weight: Tensor) -> Tensor:
+        quantized, scale, scale_2 = NVFP4QTensor.quantize(weight.clone(), 16)
+        found: Tensor = quantized.dequantize(torch.float32, scale=scale, double_scale=scale_2, block_sizes={-1: 16})
+        return found
+
+    return way
+
+
+def modelopt_calibrated(config: str) -> Way:
+    """By a quantizer of ModelOpt after its own calibration of scales, which runs on GPUs alone."""
+    import modelopt.torch.quantization as mtq
+
+    if not torch.cuda.is_available():
+        raise RuntimeError("ModelOpt calibrates these scales on GPUs alone")
+    chosen = copy.deepcopy(getattr(mtq, config))
+    chosen["quant_cfg"].append({"quantizer_name": "*input_quantizer", "enable": False})
+
+    def way(weight: Tensor) -> Tensor:
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="cuda")
+        layer.weight.data.copy_(weight)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            made = mtq.quantize(nn.Sequential(layer), copy.deepcopy(chosen), None)[0]
+        found: Tensor = made.weight_quantizer(made.weight)
+        return found.float().cpu()
+
+    return way
+
+
 #: name -> what makes it
 WAYS: dict[str, Callable[[], Way]] = {
     "octavo fp8_channel": lambda: octavo("fp8_channel"),
@@ -100,6 +149,13 @@ WAYS: dict[str, Callable[[], Way]] = {
     "torchao Int8WeightOnlyConfig": lambda: torchao("Int8WeightOnlyConfig"),
     "torchao mxfp8 (RCEIL)": torchao_mx,
     "transformers FineGrainedFP8Config": transformers_blocks,
+    "ModelOpt FP8": lambda: modelopt("FP8QTensor"),
+    "ModelOpt FP8, a scale a row": lambda: modelopt("FP8QTensor", axis=0),
+    "ModelOpt MXFP8": lambda: modelopt("MXFP8QTensor"),
+    "ModelOpt INT8": lambda: modelopt("INT8QTensor", axis=0),
+    "ModelOpt NVFP4": modelopt_nvfp4,
+    "ModelOpt NVFP4_FOUR_OVER_SIX_CFG": lambda: modelopt_calibrated("NVFP4_FOUR_OVER_SIX_CFG"),
+    "ModelOpt NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": lambda: modelopt_calibrated("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"),
 }
 #: octavo's schemes whose readers quantize activations, too
 ACTIVATIONS = ("octavo fp8_channel", "octavo int8_channel")

@@ -110,8 +110,8 @@ def prepare(text: str, tokens: int) -> tuple[Any, Tensor, Callable[[Tensor], Ten
     def logits(window: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(int(window.sum()))
         sound = torch.randn(1, 80, 3000, generator=generator) * 0.3
-        given = torch.cat([start, window], -1)
-        found: Tensor = model(input_features=sound, decoder_input_ids=given).logits
+        given = torch.cat([start.to(window.device), window], -1)
+        found: Tensor = model(input_features=sound.to(window.device), decoder_input_ids=given).logits
         return found[0, len(_START) - 1 : -1].float()
 
     return model, windows, logits

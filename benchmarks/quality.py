@@ -1,7 +1,9 @@
 """How far from the original are a model's answers when its weights are quantized, by octavo and by its peers?
 
-    python benchmarks/quality.py                            both models, some 20 minutes on two cores
-    python benchmarks/quality.py --tokens 4096 --models smollm2
+    python benchmarks/quality.py                            both models, minutes on a GPU and hours on two cores
+    python benchmarks/quality.py --device cpu --tokens 4096 --models smollm2
+
+A GPU computes the answers if there is one; peers' functions run where they can, most of them on the CPU.
 
 SmolLM2-135M, as `octavo demo` prepares it, reads the reference of the Python language, which comes with Python, in
 windows of 512 tokens; Whisper tiny.en is forced to text of it while it hears noise. All is computed in float32, the
@@ -34,8 +36,8 @@ from octavo.demo.model import prepare
 from octavo.numerics import schemes
 
 WINDOW = 512
-#: windows whose logits of the original are kept while every way is tried
-AT_ONCE = 8
+#: bytes of the original's answers that are kept while every way is tried
+AT_ONCE_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
 
 
 class Case:
@@ -45,13 +47,20 @@ class Case:
         logits: of windows -> float32 [windows, tokens, vocabulary].
     """
 
-    def __init__(self, model: nn.Module, windows: Tensor, logits: Callable[[Tensor], Tensor], keep: tuple[str, ...]):
-        self.windows, self.logits = windows, logits
+    def __init__(
+        self,
+        model: nn.Module,
+        windows: Tensor,
+        logits: Callable[[Tensor], Tensor],
+        keep: tuple[str, ...],
+        device: torch.device,
+    ) -> None:
+        self.windows, self.logits, self.device = windows.to(device), logits, device
         self.layers = dict(linear_layers(model, keep))
         self.original = {name: layer.weight.data.clone() for name, layer in self.layers.items()}
         for name in self.layers:
             self.layers[name].weight.data = self.original[name].float()
-        model.float()
+        model.float().to(device)
 
     def set(self, way: Way | None) -> tuple[float, float]:
         """Give the layers their weights by a way (None: the originals); returns the sums of squares and of errors."""
@@ -74,27 +83,30 @@ def measure(case: Case, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         try:
             ways[name] = (WAYS[name](), None)
         except Exception as error:  # of a peer that is not installed, or is another version
-            missing[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            missing[name] = _failure(name, error)
     for name in ACTIVATIONS:
         if name in ways:
             ways[f"{name}, activations"] = (ways[name][0], schemes.get(name.split()[1]).dtype)
     kl: dict[str, list[Tensor]] = {name: [] for name in ways}
     sums: dict[str, tuple[float, float]] = {}
-    for start in range(0, len(case.windows), AT_ONCE):
-        windows = case.windows[start : start + AT_ONCE]
+    case.set(None)
+    answer_bytes = case.logits(case.windows[:1]).nbytes
+    step = max(1, AT_ONCE_BYTES[case.device.type] // answer_bytes)
+    for start in range(0, len(case.windows), step):
+        windows = case.windows[start : start + step]
         case.set(None)
         reference = [torch.log_softmax(case.logits(window[None]), -1) for window in windows]
         for name, (way, dtype) in list(ways.items()):
             try:
                 sums[name] = case.set(way)
             except Exception as error:
-                missing[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+                missing[name] = _failure(name, error)
                 del ways[name]
                 continue
             with QuantizedInputs(list(case.layers.values()), dtype):
                 for window, wanted in zip(windows, reference, strict=True):
                     found = torch.log_softmax(case.logits(window[None]), -1)
-                    kl[name].append((wanted.exp() * (wanted - found)).sum(-1).double().mean())
+                    kl[name].append((wanted.exp() * (wanted - found)).sum(-1).double().mean().cpu())
         common.say(f"  {start + len(windows)} of {len(case.windows)} windows")
     results: dict[str, dict[str, Any]] = {**missing}
     for name in ways:
@@ -108,6 +120,12 @@ def measure(case: Case, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return results
 
 
+def _failure(name: str, error: Exception) -> dict[str, str]:
+    found = f"{type(error).__name__}: {error}"[:300]
+    common.say(f"  {name} did not run: {found}")
+    return {"error": found}
+
+
 def prose(least: int) -> str:
     """At least so many characters of the reference of Python, without its examples."""
     topics = pydoc_data.topics.topics
@@ -117,18 +135,18 @@ def prose(least: int) -> str:
     return text
 
 
-def smollm2(tokens: int) -> Case:
+def smollm2(tokens: int, device: torch.device) -> Case:
     folder = prepare(progress=common.say)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     ids = AutoTokenizer.from_pretrained(folder)(prose(4 * tokens))["input_ids"]
     count = min(tokens, len(ids)) // WINDOW
     windows = torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
-    return Case(model, windows, lambda window: model(window).logits[0].float(), ("lm_head",))
+    return Case(model, windows, lambda window: model(window).logits[0].float(), ("lm_head",), device)
 
 
-def whisper(tokens: int) -> Case:
+def whisper(tokens: int, device: torch.device) -> Case:
     model, windows, logits = _quality_whisper.prepare(prose(4 * tokens), tokens)
-    return Case(model, windows, logits, ("proj_out",))
+    return Case(model, windows, logits, ("proj_out",), device)
 
 
 MODELS = {"smollm2": smollm2, "whisper": whisper}
@@ -139,21 +157,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--tokens", type=int, default=32_768, help="of SmolLM2; Whisper is forced to an eighth of them")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of each model")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=list(AT_ONCE_BYTES))
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # products are float32 by default, convolutions are not
     models: dict[str, Any] = {}
     for name in options.models:
         began = time.perf_counter()
-        case = MODELS[name](options.tokens if name == "smollm2" else options.tokens // 8)
+        case = MODELS[name](options.tokens, torch.device(options.device))
         common.say(f"{name}: {case.windows.numel():,} tokens")
         models[name] = {
             "tokens": case.windows.numel(),
             "ways": measure(case, options.ways),
             "seconds": round(time.perf_counter() - began, 1),
         }
-    versions = common.versions(("compressed-tensors", "torchao", "transformers", "torch"))
-    values = {"window": WINDOW, "peers": versions, "models": models}
+    versions = common.versions(("compressed-tensors", "torchao", "nvidia-modelopt", "transformers", "torch"))
+    values = {"window": WINDOW, "device": options.device, "peers": versions, "models": models}
     common.save("quality", Path(__file__).parent, values, write=not options.no_save)
 
 
