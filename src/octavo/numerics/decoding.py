@@ -32,6 +32,8 @@ from .schemes import E8M0, FP8
 _OFFSETS = {"int4_in_int32": 8, "int8_in_int32": 128}
 #: dtype -> by how many bits its numbers have to be shifted, to lie as those of fp16
 _SHIFTS = {torch.float8_e4m3fn: 7, torch.float8_e5m2: 8}
+#: kinds of FP8 whose bytes, without the sign, are ordered as their numbers are, and above these what is no number
+ORDERED = tuple(_SHIFTS)
 #: a scale below this may be multiplied by a power of two that numbers lack
 _FAR_FROM_OVERFLOW = 2.0**100
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -81,6 +83,8 @@ def decode_into(
     zero_point: Tensor | None = None,
     phase: tuple[int, int] = (0, 0),
     head: int = 0,
+    scratch: Tensor | None = None,
+    checked: bool = False,
 ) -> None:
     """Write the weights of a box into ``out``, float32 [..., rows, columns].
 
@@ -90,13 +94,15 @@ def decode_into(
         zero_point: `zero_cells` of the same groups.
         phase: row and column of ``out[..., 0, 0]`` within its scale group.
         head: columns of the first word that lie before the box.
+        scratch: float32, as many elements as ``out``; spares an allocation.
+        checked: whether it is known that all codes are numbers, and no scale is 2**100 or more.
     """
     if not out.numel():
         return
-    factor = _numbers(out, codes, decoding, head)
+    factor = _numbers(out, codes, decoding, head, scratch, checked)
     if factor != 1:
         # where that can't overflow, on its way into the product: both are multiplied exactly
-        if scale.amax().item() < _FAR_FROM_OVERFLOW:
+        if checked or scale.amax().item() < _FAR_FROM_OVERFLOW:
             scale = scale * factor
         else:
             out.mul_(factor)
@@ -105,6 +111,29 @@ def decode_into(
         if zero_point is not None:
             part.sub_(cells_of_spans(zero_point, rows, cols))
         part.mul_(cells_of_spans(scale, rows, cols))
+
+
+def row_amax(
+    codes: Tensor, scale: Tensor, decoding: Decoding, *, phase: int = 0, scratch: Tensor | None = None
+) -> Tensor:
+    """The largest magnitude of each row of FP8, float32 [..., rows, 1], without decoding it.
+
+    It is that of the decoded weights: without their sign, codes are ordered as the numbers are, and rounding a product
+    with a scale keeps the order. Where a code is no number, neither is the result.
+
+    Args:
+        codes: of a dtype in `ORDERED`.
+        scale: as for `decode_into`, those of each row.
+        phase: column of ``codes[..., 0, 0]`` within its scale group.
+        scratch: as many bytes as ``codes``; spares an allocation.
+    """
+    held = None if scratch is None else scratch.view(torch.int8)[: codes.numel()].view(codes.shape)
+    magnitudes = torch.bitwise_and(codes.view(torch.int8), 0x7F, out=held)
+    found = []
+    for rows, cols in all_spans(codes, (1, decoding.group_cols), (0, phase)):
+        largest = grouped(magnitudes, rows, cols).squeeze(-3).amax(-1).view(codes.dtype)
+        found.append(cells_of_spans(scale, rows, cols).squeeze(-1).squeeze(-2) * largest.float())
+    return (found[0] if len(found) == 1 else torch.cat(found, -1)).amax(-1, keepdim=True)
 
 
 def decode(
@@ -148,10 +177,12 @@ def bad_scale(scale: Tensor) -> str | None:
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
 
-def _numbers(out: Tensor, codes: Tensor, decoding: Decoding, head: int) -> float:
+def _numbers(
+    out: Tensor, codes: Tensor, decoding: Decoding, head: int, scratch: Tensor | None = None, checked: bool = False
+) -> float:
     """Write the numbers themselves, as float32; returns the power of two by which they are still to be multiplied."""
     if decoding.pack == 1:
-        return _widen(out, codes)
+        return _widen(out, codes, scratch, checked)
     values = codes.shape[-1] * decoding.pack
     # two float32 at a time are written, which have to lie where eight bytes may
     fits = values == out.shape[-1] and out.is_contiguous() and out.storage_offset() % 2 == 0
@@ -177,17 +208,19 @@ def _pairs(number: str, device: torch.device) -> Tensor:
     return both.contiguous().view(torch.int64).flatten().to(device)
 
 
-def _widen(out: Tensor, numbers: Tensor) -> float:
+def _widen(out: Tensor, numbers: Tensor, scratch: Tensor | None = None, checked: bool = False) -> float:
     """Write numbers as float32; returns the power of two by which they are still to be multiplied.
 
     FP8 on a CPU is widened ten times as fast as by torch, by way of fp16, whose bits are like its.
     """
     shift = _SHIFTS.get(numbers.dtype)
     # of e4m3 that is no number, fp16 would make 480
-    if numbers.device.type != "cpu" or shift is None or (shift == 7 and holds_nan(numbers)):
+    if numbers.device.type != "cpu" or shift is None or (shift == 7 and not checked and holds_nan(numbers)):
         out.copy_(numbers)
         return 1
-    bits = numbers.view(torch.int8).to(torch.int16).mul_(1 << shift)  # which is faster than to shift
+    held = torch.empty(numbers.numel()) if scratch is None else scratch
+    bits = held.view(torch.int16)[: numbers.numel()].view(numbers.shape).copy_(numbers.view(torch.int8))
+    bits.mul_(1 << shift)  # which is faster than to shift
     if shift == 8:
         out.copy_(bits.view(torch.float16))
         return 1

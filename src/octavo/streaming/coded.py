@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..checkpoint.codings import Coding, Decoding
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece
 from ..errors import WeightError
-from ..numerics.decoding import bad_scale, decode_into, scale_cells, zero_cells
+from ..numerics.decoding import ORDERED, bad_scale, decode_into, row_amax, scale_cells, zero_cells
 from ..numerics.groups import count_cells
 from ..numerics.lossless import unit_of
 from ..numerics.schemes import Scheme
@@ -52,8 +53,33 @@ class Encoded:
         shape = (*self.shape[:-1], columns.stop - columns.start)
         return replace(self, shape=shape, start=self.start + columns.start)
 
-    def decode(self, box: Piece, scratch: Tensor) -> Tensor:
-        """The weights of a box of the piece: float32, in scratch memory, with the axes of the piece."""
+    def decode(self, box: Piece, scratch: Tensor, spare: Tensor | None = None, checked: bool = False) -> Tensor:
+        """The weights of a box of the piece: float32, in scratch memory, with the axes of the piece.
+
+        Args:
+            spare: float32, as much again; spares an allocation.
+            checked: whether `amax` of it has been looked at.
+        """
+        axis, decoding = self.lay.axis, self.coding.decoding
+        codes, scale, zero, phase, head, cols = self._box(box)
+        out = scratch[: box.numel].view(*codes.shape[:-1], cols)
+        of_box: dict[str, Any] = {"zero_point": zero, "phase": (0, phase), "head": head}
+        decode_into(out, codes, scale, _by_row(decoding), **of_box, scratch=spare, checked=checked)
+        return out.squeeze(-1) if axis is None else out.movedim(-1, axis)
+
+    def compares(self, scheme: Scheme) -> bool:
+        """Return True if `amax` can be found without decoding: of FP8 whose rows are within a scale group each."""
+        in_rows = self.lay.axis == len(self.shape) - 1
+        return self.codes.dtype in ORDERED and scheme.group_cols is None and in_rows
+
+    def amax(self, box: Piece, scheme: Scheme, scratch: Tensor) -> Tensor:
+        """`schemes.group_amax` of a box, where `compares` says that this can be told from codes and scales."""
+        codes, scale, _, phase, _, _ = self._box(box)
+        found = row_amax(codes, scale, self.coding.decoding, phase=phase, scratch=scratch)
+        return found if scheme.group_rows == 1 else found.amax(-2, keepdim=True)
+
+    def _box(self, box: Piece) -> tuple[Tensor, Tensor, Tensor | None, int, int, int]:
+        """Codes, scales and zero points of a box; where in its scale group and word it begins; how many columns."""
         axis, decoding = self.lay.axis, self.coding.decoding
         offsets, sizes = list(box.dst_off), list(box.size)
         offsets[-1] += self.start
@@ -63,11 +89,7 @@ class Encoded:
         words = slice(col // pack - self.lay.col // pack, -(-(col + cols) // pack) - self.lay.col // pack)
         cells, phase = _cells_of_columns(col, cols, decoding.group_cols, self.lay.col)
         zero = None if self.zero_point is None else self.zero_point[rows][..., cells]
-        out = scratch[: box.numel].view(*sizes, cols)
-        codes, scale = self.codes[rows][..., words], self.scale[rows][..., cells]
-        phases = (0, phase)
-        decode_into(out, codes, scale, _by_row(decoding), zero_point=zero, phase=phases, head=col % pack)
-        return out.squeeze(-1) if axis is None else out.movedim(-1, axis)
+        return self.codes[rows][..., words], self.scale[rows][..., cells], zero, phase, col % pack, cols
 
     def unpack(self) -> Tensor:
         """The codes as schemes have them, one an element; the memory of packed ones is used for that."""

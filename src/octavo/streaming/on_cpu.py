@@ -51,7 +51,8 @@ class Tiles:
         self, x: Tensor | Encoded, scheme: Scheme, phase: tuple[int, int], dtype: torch.dtype | None = None
     ) -> Tensor:
         """`schemes.group_amax` of ``x``, cast to ``dtype`` before (None: as it is)."""
-        tiles = cut_tiles(tuple(x.shape), scheme, phase, self.elements)
+        compared = isinstance(x, Encoded) and x.compares(scheme)  # then scratch memory has a byte an element
+        tiles = cut_tiles(tuple(x.shape), scheme, phase, self.elements * (4 if compared else 1))
         if len(tiles) == 1:
             return self._amax(tiles[0], x, scheme, dtype)
         grid = self._grid(tuple(x.shape), scheme, phase)
@@ -71,11 +72,13 @@ class Tiles:
     ) -> None:
         """`schemes.quantize_into` of ``x``, cast to ``dtype`` before (None: as it is)."""
         for tile in cut_tiles(tuple(x.shape), scheme, phase, self.elements):
-            region, cells = self._region(tile, x, dtype), scale[tile.cells]
-            if isinstance(x, Encoded):  # it is in the scratch memory already
+            cells = scale[tile.cells]
+            if isinstance(x, Encoded):
+                region = x.decode(tile.box, self.scratch, self.bits, checked=True)
                 schemes.quantize_in_place(tile.region(out), region, cells, scheme, phase=tile.phase)
-            else:
-                schemes.quantize_into(tile.region(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
+                continue
+            region = self._region(tile, x, dtype)
+            schemes.quantize_into(tile.region(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
 
     def scale_and_quantize(
         self, out: Tensor, x: Encoded, scale_of: Callable[[Tensor], Tensor], scheme: Scheme, phase: tuple[int, int]
@@ -89,7 +92,7 @@ class Tiles:
             return None
         grid = self._grid(tuple(x.shape), scheme, phase)
         for tile in tiles:
-            region, cells = x.decode(tile.box, self.scratch), grid[tile.cells]
+            region, cells = x.decode(tile.box, self.scratch, self.bits), grid[tile.cells]
             schemes.group_amax(region, scheme, phase=tile.phase, scratch=self.bits, out=cells)
             schemes.quantize_in_place(tile.region(out), region, scale_of(cells), scheme, phase=tile.phase)
         return grid
@@ -106,13 +109,16 @@ class Tiles:
         return torch.zeros((*lead, *cells), dtype=torch.float32, device=self.device)
 
     def _amax(self, tile: Tile, x: Tensor | Encoded, scheme: Scheme, dtype: torch.dtype | None) -> Tensor:
+        if isinstance(x, Encoded) and x.compares(scheme):
+            assert self.bits is not None
+            return x.amax(tile.box, scheme, self.bits)
         region = self._region(tile, x, dtype)
         scratch = None if self.bits is None else self.bits.view(region.dtype)
         return schemes.group_amax(region, scheme, phase=tile.phase, scratch=scratch)
 
     def _region(self, tile: Tile, x: Tensor | Encoded, dtype: torch.dtype | None) -> Tensor:
         if isinstance(x, Encoded):
-            return x.decode(tile.box, self.scratch)
+            return x.decode(tile.box, self.scratch, self.bits)
         region = tile.region(x)
         return region if dtype is None else region.to(self.device, dtype)
 
@@ -187,8 +193,11 @@ class Press:
     # -- sources that are quantized already ---------------------------------------------------------------------------
 
     def _at_once(self, chunk: Chunk, x: Encoded, scheme: Scheme) -> bool:
-        """Scale, quantize and place a chunk whose tiles share no scale groups; return False if they do."""
-        if chunk.placement.columns is not None:
+        """Scale, quantize and place a chunk, each tile decoded once; False, and nothing is done, where that can't be.
+
+        That is where tiles share scale groups; nor is it done where the amax is found without decoding.
+        """
+        if chunk.placement.columns is not None or x.compares(scheme):
             return False
         destination = self._placed.destination(chunk.placement)
         view = _view(destination, chunk.piece)
@@ -210,7 +219,7 @@ class Press:
             piece = mine.piece
             for axis, (off, n) in enumerate(zip(box.dst_off, box.size, strict=True)):
                 piece = piece.narrow(axis, off, n)
-            values = found.decode(box, self.tiles.scratch).to(chunk.placement.dtype)
+            values = found.decode(box, self.tiles.scratch, self.tiles.bits).to(chunk.placement.dtype)
             if values.dtype == torch.float16 and bool(torch.isinf(values).any()):  # which holds no more than 65504
                 raise WeightError(nonfinite_text(self._checkpoint, piece, values, chunk.placement))
             destination.put(piece, values)

@@ -7,7 +7,7 @@ import torch
 
 from helpers import same_bytes
 from octavo.checkpoint.codings import Decoding
-from octavo.numerics.decoding import bad_scale, decode, decode_into, scale_cells
+from octavo.numerics.decoding import ORDERED, bad_scale, decode, decode_into, row_amax, scale_cells
 
 BY_TENSOR = Decoding("float8", None, None)
 ONE = torch.ones(1, 1)
@@ -30,6 +30,23 @@ def test_a_single_e4m3_that_is_no_number_stays_none(byte: int) -> None:
     codes[3, 5] = byte
     found = decode((8, 8), codes.view(torch.float8_e4m3fn), ONE, BY_TENSOR)
     assert found.isnan().nonzero().tolist() == [[3, 5]]
+
+
+@pytest.mark.parametrize("dtype", ORDERED)
+def test_the_largest_of_a_row_is_told_without_decoding_it(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (2, 40, 70), generator=generator, dtype=torch.uint8)
+    codes = torch.where(torch.isfinite(codes.view(dtype).float()), codes, torch.zeros((), dtype=torch.uint8))
+    codes[1, 3], codes[0, 5, 1:] = 0, 0
+    scale = torch.exp(torch.randn(2, 40, 3, generator=generator))
+    decoding = Decoding("float8", 1, 32)
+    weight = torch.empty(2, 40, 70)
+    decode_into(weight, codes.view(dtype), scale, decoding, phase=(0, 20))
+    found = row_amax(codes.view(dtype), scale, decoding, phase=20, scratch=torch.empty(1400))
+    assert same_bytes(found, weight.abs().amax(-1, keepdim=True))
+    codes[1, 7, 11] = 0xFF
+    found = row_amax(codes.view(dtype), scale, decoding, phase=20)
+    assert found.isfinite().logical_not().nonzero().tolist() == [[1, 7, 0]]
 
 
 def test_bytes_of_a_scale_are_exponents() -> None:
