@@ -17,7 +17,7 @@ class SchemeTerms(NamedTuple):
     group_rows: int | None  # rows of a scale group; None: all
     group_cols: int | None  # columns of a scale group; None: all
     power_of_two: bool = False  # e8m0 scales as OCP MX defines them; else float32 numbers that bf16 can hold
-    dtype: str = "float8_e4m3fn"  # of the numbers, by torch's name
+    dtype: str = "float8_e4m3fn"  # of the numbers, by torch's name; uint8: two in a byte, and scales among them
 
 
 class FormatTerms(NamedTuple):

@@ -28,99 +28,27 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import choices
-from ..errors import RecipeError
-from ..text import shown
-from .groups import Groups, all_spans, cells_of_spans, count_cells, grouped, spans
+from . import nvfp4
+from .groups import all_spans, cells_of_spans, grouped, spans
 from .integers import divide_rows
+from .terms import E8M0 as E8M0
+from .terms import FP8 as FP8
+from .terms import FP8_MAX as FP8_MAX
+from .terms import HELD as HELD
+from .terms import NUMBERS as NUMBERS
+from .terms import SCHEMES as SCHEMES
+from .terms import Scheme as Scheme
+from .terms import Stored as Stored
+from .terms import get as get
 
-FP8 = torch.float8_e4m3fn
-E8M0 = torch.float8_e8m0fnu
-FP8_MAX = 448.0
 #: torch spreads a reduction of so many elements that are not neighbours in memory over several thread blocks
 _SPLIT = 1024
 #: what makes the mantissa of a float32 above 1.75 carry: 2**23 less the bits of 0.75, less one
 _ABOVE_448 = (1 << 23) - (3 << 21) - 1
-
-
-class Numbers(NamedTuple):
-    """The numbers that weights become."""
-
-    name: str  # for people
-    largest: float  # on which the largest magnitude of a group is put, unless its scale was rounded up
-
-
-#: by their dtype, which no unquantized weight has
-NUMBERS = {FP8: Numbers("FP8", FP8_MAX), torch.int8: Numbers("int8", 127.0)}
-
-
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """How a matrix is cut into scale groups, and what their scales look like."""
-
-    name: str
-    group_rows: int | None  # rows of a scale group; None: all
-    group_cols: int | None  # columns of a scale group; None: all
-    power_of_two: bool  # e8m0 scales; else float32 numbers that bf16 can hold
-    dtype: torch.dtype = FP8  # of the numbers
-
-    @property
-    def numbers(self) -> Numbers:
-        """What is known of numbers of this dtype."""
-        return NUMBERS[self.dtype]
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """The dtype in which scales are stored."""
-        return E8M0 if self.power_of_two else torch.float32
-
-    @property
-    def by_row(self) -> bool:
-        """Return True if each row is a group: float32 scales ``[..., out, 1]`` are broadcast as they are."""
-        return self.group_rows == 1 and self.group_cols is None and not self.power_of_two
-
-    @property
-    def groups(self) -> Groups:
-        """Rows and columns of a scale group; None: all."""
-        return self.group_rows, self.group_cols
-
-    def cells(self, rows: int, cols: int) -> tuple[int, int]:
-        """The number of scale groups along rows and columns of a matrix."""
-        return count_cells(rows, self.group_rows), count_cells(cols, self.group_cols)
-
-    def scale_shape(self, shape: Sequence[int], parts: Sequence[int] | None = None) -> tuple[int, ...]:
-        """Shape of the scale of ``weight[..., out, in]``, whose rows are quantized in ``parts`` (default: one).
-
-        A lone matrix with a lone group has the scale shape ``[]``.
-        """
-        *lead, rows, cols = shape
-        cell_rows = sum(self.cells(part, cols)[0] for part in (parts or (rows,)))
-        cell_cols = self.cells(rows, cols)[1]
-        if self.group_rows is None and not lead and cell_rows == 1:
-            return ()
-        return (*lead, cell_rows, cell_cols)
-
-
-SCHEMES = {
-    name: Scheme(name, terms.group_rows, terms.group_cols, terms.power_of_two, getattr(torch, terms.dtype))
-    for name, terms in choices.SCHEMES.items()
-}
-
-
-def get(name: str | Scheme) -> Scheme:
-    """The scheme called ``name``; a `RecipeError` that lists them otherwise."""
-    if isinstance(name, Scheme):
-        return name
-    if not isinstance(name, str) or name not in SCHEMES:
-        hint = " (None is for no quantization)" if name in ("none", "bf16") else ""
-        raise RecipeError(f"unknown scheme {shown(name)}; known: {', '.join(SCHEMES)}{hint}")
-    return SCHEMES[name]
 
 
 # -- amax and scale ---------------------------------------------------------------------------------------------------
@@ -210,6 +138,8 @@ def _norm(
 
 def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
     """amax, float32 -> scale, float32 of the same shape. See the module's docstring for the definition."""
+    if scheme.packed:
+        return nvfp4.global_scale(amax)
     if scheme.power_of_two:
         # an e8m0 byte is a float's exponent field; 448 is 1.75 * 2**8, and what is above 1.75 carries into the exponent
         exponent = ((amax.view(torch.int32).add(_ABOVE_448) >> 23) - 8).clamp_(min=0)
@@ -237,7 +167,7 @@ def _number(value: float, device: torch.device) -> Tensor:
 
 
 def quantize_into(
-    out: Tensor,
+    out: Stored,
     weight: Tensor,
     scale: Tensor,
     scheme: Scheme,
@@ -248,10 +178,14 @@ def quantize_into(
     """Write the numbers of ``weight[..., out, in]`` into ``out`` of the same shape, given the scales of its groups.
 
     Args:
+        out: as `Scheme.numbers_in` sees what is stored.
         scale: float32 [..., row cells, column cells], as `group_amax` and `scale_from_amax` give it.
         phase: as for `group_amax`.
         scratch: float32, as many elements as ``weight`` (or fewer, on a GPU); spares allocations.
     """
+    if isinstance(out, nvfp4.Packed):
+        nvfp4.quantize_into(out, weight, scale, scratch=scratch)
+        return
     if weight.device.type != "cpu":
         divide_into(out, weight, scale, scheme, phase=phase, scratch=scratch)
         return
@@ -262,9 +196,12 @@ def quantize_into(
 
 
 def quantize_in_place(
-    out: Tensor, wide: Tensor, scale: Tensor, scheme: Scheme, *, phase: tuple[int, int] = (0, 0)
+    out: Stored, wide: Tensor, scale: Tensor, scheme: Scheme, *, phase: tuple[int, int] = (0, 0)
 ) -> None:
     """`quantize_into` of float32 in memory that may be overwritten."""
+    if isinstance(out, nvfp4.Packed):
+        nvfp4.quantize_into(out, wide, scale)
+        return
     for rows, cols in all_spans(wide, scheme.groups, phase):
         grouped(wide, rows, cols).div_(cells_of_spans(scale, rows, cols))
     out.copy_(wide if scheme.dtype.is_floating_point else wide.round_())
@@ -313,16 +250,16 @@ def quantize(weight: Tensor, scheme: str | Scheme, parts: Sequence[int] | None =
         parts: lengths of runs of rows that never share a scale group (fused gate and up); default: all rows.
 
     Returns:
-        q: of the scheme's dtype and the same shape; scale: as `Scheme.scale_shape` says.
+        q: of the scheme's dtype and of `Scheme.stored_shape`; scale: as `Scheme.scale_shape` says.
     """
     scheme = get(scheme)
     rows = weight.shape[-2]
-    grids, out = [], torch.empty(weight.shape, dtype=scheme.dtype, device=weight.device)
+    grids, out = [], torch.empty(scheme.stored_shape(weight.shape), dtype=scheme.dtype, device=weight.device)
     start = 0
     for part in parts or (rows,):
         piece = weight[..., start : start + part, :]
         grid = scale_from_amax(group_amax(piece, scheme), scheme)
-        quantize_into(out[..., start : start + part, :], piece, grid, scheme)
+        quantize_into(scheme.numbers_in(out[..., start : start + part, :]), piece, grid, scheme)
         grids.append(grid)
         start += part
     scale = to_stored(torch.cat(grids, -2), scheme)
@@ -361,7 +298,9 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``q.float() * scale``, rounded once to ``dtype``."""
-    return (q.float() * expand_scale(scale, q.shape, scheme, parts)).to(dtype)
+    numbers = get(scheme).numbers_in(q)
+    wide = nvfp4.widen(numbers) if isinstance(numbers, nvfp4.Packed) else q.float()
+    return (wide * expand_scale(scale, wide.shape, scheme, parts)).to(dtype)
 
 
 def error_db(reference: Tensor, approximation: Tensor) -> float:
