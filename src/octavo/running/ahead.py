@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..machine import usable_cpus
-from ..numerics.schemes import FP8
+from ..numerics import schemes
 from . import fp8
 from .modules import QuantizedExperts, QuantizedLinear, scale_name
 
@@ -76,7 +76,7 @@ def settle(signature: Any) -> None:
 
 @dataclass(frozen=True)
 class Product:
-    """A product with an FP8 weight: all that decides about its kernels but the number of rows."""
+    """A product with a quantized weight: all that decides about its kernels but the number of rows."""
 
     shape: tuple[int, ...]  # [out, in] or [experts, out, in]
     scheme: str
@@ -86,7 +86,7 @@ class Product:
 
     def operands(self) -> tuple[Tensor, Tensor, str, tuple[int, ...], Tensor | None]:
         """Weight, scale, scheme, parts and bias."""
-        weight, scale = _meta(self.shape, FP8), _meta(*self.scale)
+        weight, scale = _meta(self.shape, schemes.get(self.scheme).dtype), _meta(*self.scale)
         bias = None if self.bias is None else _meta(self.shape[:-1], self.bias)
         return weight, scale, self.scheme, self.parts, bias
 
@@ -125,7 +125,7 @@ class Experts:
 
 
 def products_of(model: nn.Module) -> list[Linear | Experts]:
-    """What a forward of a model computes in FP8, in half precision; its modules have their FP8 form already."""
+    """What a forward of a model computes with quantized weights, in half precision; its modules have these already."""
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     found: dict[Linear | Experts, None] = {}  # in the order of the model
     for layer in linears:
@@ -149,9 +149,9 @@ def _experts(module: Any, dtype: torch.dtype) -> Iterator[Experts]:
 
 
 def _product(module: Any, name: str, how: tuple[str, tuple[int, ...]], bias: Tensor | None) -> Product | None:
-    """The product with a weight, if that is FP8."""
+    """The product with a weight, if that is quantized."""
     weight, scale = module._parameters[name], module._parameters[scale_name(name)]
-    if weight.dtype != FP8:
+    if weight.dtype not in schemes.NUMBERS:
         return None
     return Product(tuple(weight.shape), *how, None if bias is None else bias.dtype, (tuple(scale.shape), scale.dtype))
 

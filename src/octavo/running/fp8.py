@@ -1,16 +1,19 @@
 """Products on a GPU with FP8 units (NVIDIA, compute capability 8.9 and later), for bf16 and fp16 activations.
 
-    rows of x        fp8_channel, fp8_tensor         fp8_block                         mxfp8
+    rows of x        fp8_channel, fp8_tensor         fp8_block                         mxfp8, int8_channel
     up to 16         weight-only, one kernel         the same                          the same
-    more             FP8 activations, one kernel     FP8 activations, F.scaled_mm      the same, to 64
+    more             FP8 activations, one kernel     FP8 activations, F.scaled_mm      the same, to 64 or 128
     129 and more     FP8 activations, F.scaled_mm    the same                          widened, then F.linear
 
     experts:
     fewer than 2 rows an expert   weight-only, one kernel        the same              the same
     more                          FP8 activations, one kernel    the same              weight-only, one kernel
 
+int8 needs no FP8 units: it is computed so from compute capability 8.0 on.
+
 *Weight-only*: weights are widened exactly, the product is computed in the dtype of the activations and scaled in
-float32; for mxfp8 in bf16, the power of two is folded into the weight, exactly.
+float32; for mxfp8 in bf16, the power of two is folded into the weight, exactly. Where weights are *widened* first, they
+are scaled and rounded to that dtype, too.
 
 *FP8 activations* are quantized when they come, with a scale of amax / 448 for each row, or for 128 columns of a row
 where the weight's scales vary along it (blocks). Rounding to e4m3 moves each by at most 1/16 of itself, or, if it is
@@ -60,9 +63,10 @@ _MAX_PARTS = 4
 # All measured on an H100, for weights of 4096 x 4096 and 14336 x 4096, and experts of Qwen1.5-MoE.
 #: up to so many rows a product is weight-only, in one kernel
 _FEW = 16
-#: the same under mxfp8
-_FEW_MX = 64
-#: bytes of mxfp8 weights that are widened at a time, for products of more rows
+#: schemes whose activations are never quantized, and up to how many rows a product is one kernel; for more, weights
+#: are widened
+_WEIGHT_ONLY = {"mxfp8": 64, "int8_channel": 128}
+#: bytes of weights that are widened at a time
 _WIDENED = 64 << 20
 #: from so many rows on a product is `F.scaled_mm`'s
 _MANY = 129
@@ -79,6 +83,13 @@ _BUSY = 2
 # Triton compiles a little C for each kernel, too
 _COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None and _COMPILER is not None
+
+
+def computes(dtype: torch.dtype, index: int) -> bool:
+    """Return True if CUDA device ``index`` multiplies weights of such numbers here."""
+    if dtype == torch.int8:
+        return _HAS_TRITON and torch.version.cuda is not None and _capability(index) >= (8, 0)
+    return dtype == schemes.FP8 and has_units(index)
 
 
 def has_units(index: int) -> bool:
@@ -115,8 +126,8 @@ def has_kernels() -> bool:
 
 
 def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
-    """Return True if the functions here take these operands: on FP8 units, in half precision, no gradient asked."""
-    if x.dtype not in DTYPES or not q.is_cuda or q.dtype != schemes.FP8 or not has_units(q.device.index):
+    """Return True if the functions here take these operands: a GPU for it, half precision, no gradient asked."""
+    if x.dtype not in DTYPES or not q.is_cuda or not computes(q.dtype, q.device.index):
         return False
     return not gradients.are_asked(x, *others)
 
@@ -196,9 +207,9 @@ def linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int
     if kernels is None or len(parts) > _MAX_PARTS:
         return _weight_only(x, q, scale, scheme, parts, bias)
     scale, device = _bytes(scale), x.get_device()
-    if scheme == "mxfp8" and rows > _FEW_MX:
+    if rows > _WEIGHT_ONLY.get(scheme, rows):
         return _widened_linear(x, q, scale, bias)
-    wide = scheme == "mxfp8" or rows <= _FEW
+    wide = scheme in _WEIGHT_ONLY or rows <= _FEW
     layout, tile = _layout(n, k, scheme, tuple(parts)), _tile(device, rows, scheme, wide, False)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     x_scale = None
@@ -208,7 +219,7 @@ def linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int
 
 
 def _widened_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """mxfp8, at most 128 MiB of the weight widened at a time."""
+    """At most 128 MiB of the weight widened at a time."""
     n, k = q.shape
     bias = None if bias is None else bias.to(x.dtype)
     step = max(1, _WIDENED // k)
@@ -226,7 +237,7 @@ def _widened_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) ->
 
 
 def _library_takes(x: Tensor, q: Tensor, scheme: str, parts: Sequence[int]) -> bool:
-    if scheme == "mxfp8" or any(side % 16 for side in q.shape):
+    if scheme in _WEIGHT_ONLY or any(side % 16 for side in q.shape):
         return False
     if scheme == "fp8_block":
         # cuBLAS knows 1x128 by 128x128 on Hopper only, and one regular grid of blocks
@@ -363,7 +374,7 @@ def expert_linear(
     """Row i: ``x[i // top_k] @ dequantize(q[ids[i]]).T + bias[ids[i]]``; nothing where ids[i] >= experts.
 
     Args:
-        q: float8_e4m3fn [experts, out, in].
+        q: float8_e4m3fn or int8 [experts, out, in].
         ids: [rows].
         order, ends: as `sort_routes` gives them; ids are the sorted ones then, and so are the rows of the result.
         gather: row i takes ``x[order[i] // top_k]``; else x is sorted as the result.
@@ -375,7 +386,7 @@ def expert_linear(
     if not rows:
         return x.new_empty(0, n)
     each = 1 if order is None else rows // experts
-    wide = scheme == "mxfp8" or order is None or each < _BUSY
+    wide = scheme in _WEIGHT_ONLY or order is None or each < _BUSY
     x_scale = None
     if not wide:
         x, x_scale = (kernels.quantize_groups if scheme == "fp8_block" else kernels.quantize_rows)(x)

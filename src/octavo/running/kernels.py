@@ -1,4 +1,4 @@
-"""Triton kernels of the forward on a GPU with FP8 units: a product with FP8 weights, and FP8 activations.
+"""Triton kernels of the forward on a GPU: a product with FP8 or int8 weights, and FP8 activations.
 
 Imported only where Triton is installed. Every kernel takes every scheme and any side; matrices are contiguous along
 their rows. `fp8` holds the reasons for which kernel runs when.
@@ -71,6 +71,52 @@ def _scale_cell(col, part_1, part_2, part_3, cell_1, cell_2, cell_3, GROUP_ROWS:
         cell = tl.where(col >= part_3, cell_3, tl.where(col >= part_2, cell_2, tl.where(col >= part_1, cell_1, 0)))
         cell += (col - begin) // GROUP_ROWS
     return cell
+
+
+@triton.jit
+def _widened(weight, DTYPE: tl.constexpr):
+    """e4m3 or int8 -> bf16 or fp16, exactly, in instructions that processors are quick at.
+
+    The direct one from fp16 to bf16 is a quarter as fast as by way of float32, and that from integers is, too. So an
+    int8 is put where an fp16 number between 1024 and 2048 has its last bits, which 1152 is subtracted from. bf16 has
+    one bit too few for it: all but the sign go to a number between 128 and 256, and the sign to what is subtracted.
+    """
+    if weight.dtype != tl.int8:
+        wide = weight.to(tl.float16).to(tl.float32).to(DTYPE)
+    elif tl.bfloat16 == DTYPE:
+        wide = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 low, sign, a, b, minus_1;
+            mov.b32 minus_1, 0xbf80bf80;
+            and.b32 low, $2, 0x7f7f7f7f;
+            and.b32 sign, $2, 0x80808080;
+            prmt.b32 a, low, 0x43434343, 0x4140;
+            prmt.b32 b, sign, 0x43434343, 0x4140;
+            fma.rn.bf16x2 $0, b, minus_1, a;
+            prmt.b32 a, low, 0x43434343, 0x4342;
+            prmt.b32 b, sign, 0x43434343, 0x4342;
+            fma.rn.bf16x2 $1, b, minus_1, a;
+            }
+            """,
+            "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        wide = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 bits, a, less;
+            mov.b32 less, 0x64806480;
+            xor.b32 bits, $2, 0x80808080;
+            prmt.b32 a, bits, 0x64646464, 0x4140;
+            sub.f16x2 $0, a, less;
+            prmt.b32 a, bits, 0x64646464, 0x4342;
+            sub.f16x2 $1, a, less;
+            }
+            """,
+            "=r,=r,r", [weight], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    return wide
 
 
 @triton.jit(
@@ -169,8 +215,7 @@ def _product_kernel(
             values = tl.load(x_at, mask=in_rows[None, :] & within[:, None], other=0.0)
             weight = tl.load(q_at, mask=in_cols[:, None] & within[None, :], other=0.0)
         if not FP8_X:
-            # by way of float32: the direct instruction from fp16 to bf16 is a quarter as fast as these two together
-            weight = weight.to(tl.float16).to(tl.float32).to(values.dtype)
+            weight = _widened(weight, values.dtype)
         if GROUP_COLS == 0:
             acc = tl.dot(weight, values, acc)
         elif FOLD:  # powers of two: exact in bf16
@@ -232,18 +277,22 @@ def _quantize_groups_kernel(x, q, scale, m, padded, k, BR: tl.constexpr):
 
 
 @triton.jit
-def _widen_kernel(q, scale, out, n, k, cells_k, BR: tl.constexpr):
-    """out = q * 2 ** (scale - 127), rounded once; 128 columns, that is 4 scales, a program."""
+def _widen_kernel(q, scale, out, n, k, cells_k, MX: tl.constexpr, BR: tl.constexpr):
+    """out = q * scale, rounded once; 128 columns a program: 4 scales of MX, 2 ** (scale - 127), or one."""
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     col = tl.program_id(1) * 128 + tl.arange(0, 128)
     group = tl.program_id(1) * 4 + tl.arange(0, 4)
     mask = (row < n)[:, None] & (col < k)[None, :]
     at = row.to(tl.int64)[:, None] * k + col[None, :]
-    in_grid = (row < n)[:, None] & (group < cells_k)[None, :]
-    factor = tl.load(scale + row[:, None] * cells_k + group[None, :], mask=in_grid, other=0)
-    factor = tl.where(factor == 0, 0x400000, factor.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-    wide = tl.reshape(tl.load(q + at, mask=mask, other=0.0).to(tl.float32), (BR, 4, 32)) * factor[:, :, None]
-    tl.store(out + at, tl.reshape(wide, (BR, 128)).to(out.dtype.element_ty), mask=mask)
+    wide = tl.load(q + at, mask=mask, other=0.0).to(tl.float32)
+    if MX:
+        in_grid = (row < n)[:, None] & (group < cells_k)[None, :]
+        factor = tl.load(scale + row[:, None] * cells_k + group[None, :], mask=in_grid, other=0)
+        factor = tl.where(factor == 0, 0x400000, factor.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        wide = tl.reshape(tl.reshape(wide, (BR, 4, 32)) * factor[:, :, None], (BR, 128))
+    else:
+        wide *= tl.load(scale + row, mask=row < n, other=0)[:, None]
+    tl.store(out + at, wide.to(out.dtype.element_ty), mask=mask)
 
 
 # -- launching --------------------------------------------------------------------------------------------------------
@@ -265,7 +314,7 @@ def product(
 
     Args:
         x: bf16 or fp16 [..., in], or float8_e4m3fn with ``x_scale``; contiguous.
-        q: float8_e4m3fn [out, in], or [experts, out, in].
+        q: float8_e4m3fn or int8 [out, in], or [experts, out, in].
         scale: as stored; the bytes of mxfp8's.
         x_scale: float32 [rows], or [ceil(in / 128), at least rows] under fp8_block.
         bias: [out], or [experts, out].
@@ -349,15 +398,19 @@ def quantize_groups(x: Tensor, multiple: int = 4) -> tuple[Tensor, Tensor]:
 
 
 def widen(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``q[out, in]`` times mxfp8's scales, of which the bytes [out, ceil(in / 32)] are given, rounded to ``dtype``."""
+    """``q[out, in]`` times its scales, rounded to ``dtype``.
+
+    Args:
+        scale: float32 [out, 1], or the bytes [out, ceil(in / 32)] of mxfp8's.
+    """
     n, k = q.shape
     out = torch.empty(n, k, dtype=dtype, device=q.device)
     launch(
         _widen_kernel,
         (-(-n // 32), -(-k // 128), 1),
-        (n, k, dtype),
+        (n, k, dtype, q.dtype),
         (q, scale, out),
-        (n, k, scale.shape[1], 32),
+        (n, k, scale.shape[1], scale.dtype == torch.uint8, 32),
         num_warps=4,
     )
     return out

@@ -1,4 +1,4 @@
-"""``x @ dequantize(q).T + bias``: by FP8 units (`fp8`), a kernel for int8 (`int8`), or `weight_only` elsewhere."""
+"""``x @ dequantize(q).T + bias``: on a GPU (`fp8`), by a CPU's kernel for int8 (`int8`), or `weight_only` elsewhere."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def linear(
 ) -> Tensor:
     """``x[..., in] @ dequantize(q[out, in]).T + bias``, in x's dtype.
 
-    On FP8 units, unless a gradient is asked or x is fp32 or fp64, `fp8.linear` says how and how exact; of int8,
+    On a GPU, unless a gradient is asked or x is fp32 or fp64, `fp8.linear` says how and how exact; of int8 on a CPU,
     `int8.linear` says; else `weight_only`.
 
     Raises:

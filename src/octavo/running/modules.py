@@ -143,13 +143,14 @@ class QuantizedExperts(_Stacks):
         return total.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _takes_fp8(self: Any, hidden: Tensor, weights: Tensor, up: str) -> bool:
-        """Return True if both stacks are quantized and there are FP8 units for them."""
+        """Return True if both stacks are quantized, and `fp8` computes with them."""
         names = (up, "down_proj")
         if not all(name in self.octavo_stacks for name in names):
             return False
         biases = [getattr(self, f"{name}_bias", None) for name in names]
         parts = [self.octavo_stacks[name][1] for name in names]
-        return fp8.takes(hidden, getattr(self, up), weights, *biases) and fp8.takes_experts(parts)
+        stacks = (getattr(self, name) for name in names)
+        return all(fp8.takes(hidden, stack, weights, *biases) for stack in stacks) and fp8.takes_experts(parts)
 
     def _forward_at_once(self: Any, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, up: str) -> Tensor:
         """All experts in the same few kernels; nothing waits for the routing to be known."""
