@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.declared import read_declared
+from ...checkpoint.quantized import KEYS
 from ...conversion.formats import whole_config
 from ...errors import RecipeError
 from ...planning.plan import plan_checkpoint
@@ -94,14 +96,16 @@ def about(
 def with_quantization(config: Any, model: str) -> Any:
     """What config.json holds, as that of an FP8 checkpoint where the model is octavo's.
 
+    Of one that is quantized already, nothing is left of what says so: SGLang is given what it stands for.
+
     Raises:
-        RecipeError: it is quantized already.
+        RecipeError: it is quantized in a way that octavo can't decode.
     """
     options = _current.get()
     if options is None:
         return config
-    _refuse_quantized(config, model)
     config = copy.deepcopy(config)  # SGLang keeps the other one, for other models
+    _refuse_unknown(_without_declarations(config), model)
     config.quantization_config = marked(whole_config(options.scheme, options.format), options)
     return config
 
@@ -117,19 +121,30 @@ def scheme_of(model_config: Any) -> str | None:
     return found.get(_MARK) if isinstance(found, Mapping) else None
 
 
-def _refuse_quantized(config: Any, model: str) -> None:
-    for part in (config, getattr(config, "text_config", None)):
-        for key in ("quantization_config", "compression_config"):
-            if found := getattr(part, key, None):
-                _refuse(
-                    model, (found if isinstance(found, Mapping) else vars(found)).get("quant_method", "by its config")
-                )
+def _without_declarations(config: Any) -> dict[str, Any]:
+    """Take what says that weights are quantized out of a config and the parts of it; -> what that was, as in a file."""
+    found: dict[str, Any] = {}
+    for key, value in list(vars(config).items()):
+        if key in KEYS:
+            delattr(config, key)
+            if value:
+                found[key] = value if isinstance(value, Mapping) else value.to_dict()
+        elif hasattr(value, "to_dict") and (declared := _without_declarations(value)):
+            found[key] = declared
+    return found
+
+
+def _refuse_unknown(declared: Mapping[str, Any], model: str) -> None:
+    """Raise for what octavo can't decode, as far as that is declared. What tensors show, the loader finds."""
+    found = read_declared(Path(model), declared, [])
+    if found.unknown is not None:
+        _refuse(model, found.unknown)
 
 
 def _refuse(model: str, how: object) -> NoReturn:
     raise RecipeError(
-        f"--load-format {LOAD_FORMAT} quantizes bf16 checkpoints, and {model} is quantized already ({how}): leave it "
-        "and --quantization out to serve the checkpoint so, or start from the bf16 checkpoint"
+        f"--load-format {LOAD_FORMAT} can't decode {model}, which is quantized already ({how}): leave it and "
+        "--quantization out to serve the checkpoint so, or start from the bf16 checkpoint"
     )
 
 
@@ -137,7 +152,7 @@ def _try_plan(model: str, options: Options) -> None:
     """Raise what reading headers and planning raise, if the model is here. Each rank's loader does it again, later."""
     if not Path(model).is_dir():
         return
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model).decoded()
     if (found := checkpoint.quantization) is not None:
         _refuse(model, found)
     known = matching(options.ignore, checkpoint.tensors)  # others may be about layers

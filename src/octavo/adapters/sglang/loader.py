@@ -1,4 +1,4 @@
-"""``--load-format octavo``: a model of SGLang, filled with FP8 from a bf16 checkpoint.
+"""``--load-format octavo``: a model of SGLang, filled with FP8 from a checkpoint in bf16, or from what one stands for.
 
 All but the model is `octavo.adapters.engine.loading`'s, for every engine.
 """
@@ -102,8 +102,8 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
     def _open(self, model_config: Any) -> Checkpoint:
         local = Path(model_config.model_path)
         if local.is_dir():
-            return Checkpoint.open(local)
-        return Checkpoint.open_chosen(versions.files_of(self, model_config))
+            return Checkpoint.open(local).decoded()
+        return Checkpoint.open_chosen(versions.files_of(self, model_config)).decoded()
 
     def _fill(self, model: Any, model_config: Any, layers: Layers) -> None:
         """Survey, then read and fill."""

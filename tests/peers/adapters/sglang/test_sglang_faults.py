@@ -6,12 +6,13 @@ noticed.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from helpers import spoiling
-from helpers.sglang_checkpoints import convert, make
+from helpers.sglang_checkpoints import make
 from helpers.sglang_loading import Answer, Job, load, load_ranks, octavo_job
 from helpers.spoiling import MLP, drop, replace, spoil
 
@@ -75,7 +76,9 @@ def test_both_ranks_stop_where_one_finds_what_is_wrong(tmp_path: Path) -> None:
     assert first.error or first.served
 
 
-def test_a_checkpoint_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_that_octavo_cant_decode_is_refused(tmp_path: Path) -> None:
     source = make("llama", tmp_path / "bf16")
-    (mine,) = load(octavo_job(convert(source, "fp8_channel")))
-    assert "is quantized already" in mine.error
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    (mine,) = load(octavo_job(source))
+    assert "is quantized already (gptq" in mine.error

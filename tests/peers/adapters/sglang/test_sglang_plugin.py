@@ -113,7 +113,6 @@ def test_what_contradicts_itself_or_cant_be_meant_is_refused(tmp_path: Path) -> 
             "--load-format dummy reads weights",
         ),
         (Job(source, draft), "a draft only beside a target"),
-        (octavo_job(convert(source, "fp8_channel")), "is quantized already (compressed-tensors, says its config.json)"),
         (octavo_job(tmp_path), "no .safetensors file here"),
     ]
     answers = load(*(job for job, _ in cases))

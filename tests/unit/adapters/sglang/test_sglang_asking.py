@@ -39,6 +39,9 @@ class Config:
     def __post_init__(self) -> None:
         self.__dict__.update(self.extra)
 
+    def to_dict(self) -> dict[str, Any]:
+        return vars(self)
+
 
 @dataclass
 class ModelConfig:
@@ -126,17 +129,30 @@ def test_a_draft_is_of_the_target_or_has_a_scheme_or_stays():
     assert asking.scheme_of(ModelConfig(asked(Config(), **own))) == "fp8_block"
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        Config(extra={"quantization_config": {"quant_method": "fp8"}}),
-        Config(extra={"compression_config": Config(extra={"quant_method": "fp8"})}),
-        Config(text_config=Config(extra={"quantization_config": {"quant_method": "fp8"}})),
-    ],
-)
-def test_what_is_quantized_already_is_refused_by_its_config(config):
-    with pytest.raises(RecipeError, match=r"target is quantized already \(fp8\): leave it and --quantization out"):
+def declaring(method: str) -> list[Config]:
+    """In the places where configs declare how weights are quantized."""
+    declared = {"quant_method": method}
+    return [
+        Config(extra={"quantization_config": declared}),
+        Config(extra={"compression_config": Config(extra=declared)}),
+        Config(text_config=Config(extra={"quantization_config": declared})),
+    ]
+
+
+@pytest.mark.parametrize("config", declaring("gptq"))
+def test_what_cant_be_decoded_is_refused_by_its_config(config):
+    with pytest.raises(RecipeError, match=r"can't decode target, which is quantized already \(gptq\): leave it and"):
         asked(config, load_format="octavo")
+
+
+@pytest.mark.parametrize("config", declaring("fp8"))
+def test_of_what_can_be_decoded_no_config_says_so_any_more(config):
+    before = copy.deepcopy(config)
+    found = asked(config, load_format="octavo")
+    assert config == before
+    assert asking.scheme_of(ModelConfig(found)) == "fp8_channel"
+    assert not hasattr(found, "compression_config")
+    assert not hasattr(found.text_config, "quantization_config")
 
 
 @pytest.mark.parametrize("role", ["target", "draft"])
@@ -148,8 +164,8 @@ def test_what_is_here_is_opened_and_planned_before_sglang_starts_anything(folder
         arguments.speculative_draft_model_path = str(folder)
         arguments.speculative_draft_model_quantization = "octavo_fp8_block"
     asking.settle(copy.copy(arguments))
-    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
-    with pytest.raises(RecipeError, match=rf"{folder} is quantized already \(fp8"):
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    with pytest.raises(RecipeError, match=rf"can't decode {folder}, which is quantized already \(gptq"):
         asking.settle(copy.copy(arguments))
     (folder / "a.safetensors").write_bytes(b"\x08")
     with pytest.raises(CheckpointError, match=r"a\.safetensors"):
