@@ -17,7 +17,13 @@ from helpers import random_weights, same_bytes
 from octavo.numerics import schemes
 
 MIB = 1 << 20
-CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 256, "torch_dtype": "bfloat16"}
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "torch_dtype": "bfloat16",
+}
 W8A8 = "compressed-tensors-w8a8"
 CASES = [
     *(("compressed-tensors", scheme) for scheme in schemes.SCHEMES),
