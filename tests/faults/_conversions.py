@@ -53,12 +53,13 @@ def states(folder: Path) -> dict[str, tuple[int, int, int]]:
 # -- processes that can be killed -------------------------------------------------------------------------------------
 
 # Importing torch takes longer than a conversion: one process imports, and forks for every conversion. It has only one
-# thread then, so that forking it is safe. A trap kills the child at the n-th call of a function whose arguments, as
-# text, hold a pattern.
+# thread then, so that forking it is safe. Nothing is proved there, which would import more before a byte is read. A
+# trap kills the child at the n-th call of a function whose arguments, as text, hold a pattern.
 _FORKER = """
 import json, os, pkgutil, re, signal, sys
 sys.path[:0] = json.loads(sys.argv[1])
-import octavo
+import octavo, octavo.conversion.convert
+octavo.convert, octavo.OctavoError  # which import
 
 def set_trap(trap):
     place, name, pattern, count = trap
@@ -80,7 +81,7 @@ for line in sys.stdin:
         try:
             if order["trap"]:
                 set_trap(order["trap"])
-            octavo.convert(*order["args"], **order["options"])
+            octavo.convert(*order["args"], prove=False, **order["options"])
             code = 0
         except octavo.OctavoError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
