@@ -17,6 +17,7 @@ from _cli import Run, only_json, refused
 import octavo
 from octavo import schemes
 from octavo.adapters.transformers.chat import answer, load_tokenizer
+from octavo.choices import DEFAULT_SCHEME
 from octavo.demo import demo, model
 
 ANSWERS = {
@@ -103,7 +104,7 @@ def test_answers_lead_by_far_in_every_scheme(scheme: str | None, smollm2: Path) 
     def smallest() -> dict[str, float]:
         return {q: margins(loaded, tokenizer, q, expected).min().item() for q, expected in ANSWERS.items()}
 
-    in_bf16 = smallest()
+    in_bf16 = smallest() if scheme == DEFAULT_SCHEME else {}  # which the demo does not compute in
     demo.compute_in_float32(loaded)
     in_float32 = smallest()
     assert min(*in_bf16.values(), *in_float32.values()) >= MARGIN, (in_bf16, in_float32)
