@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 import octavo
 from helpers.models import random_model
+from octavo.choices import DEFAULT_SCHEME
 from octavo.numerics import schemes
 from octavo.running.modules import quantized_weights
 
@@ -100,6 +101,15 @@ SCHEMES = tuple(schemes.SCHEMES)
 by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 by_quantized = pytest.mark.parametrize("architecture", QUANTIZED)
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+#: of linear layers, of stacks of experts, and of stacks that are transposed
+KINDS = ("llama", "qwen2_moe", "gpt_oss")
+
+
+def by_case(architectures: Sequence[str]) -> pytest.MarkDecorator:
+    """Every architecture in the default scheme, and every scheme in models of each of `KINDS`."""
+    schemes_of = {name: SCHEMES if name in KINDS else (DEFAULT_SCHEME,) for name in architectures}
+    cases = [(name, scheme) for name, those in schemes_of.items() for scheme in those]
+    return pytest.mark.parametrize(("architecture", "scheme"), cases)
 
 
 def make_checkpoint(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:

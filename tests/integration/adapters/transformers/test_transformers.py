@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 import torch
 from _models import (
+    ARCHITECTURES,
+    QUANTIZED,
     SCHEMES,
     Checkpoints,
     by_architecture,
+    by_case,
     by_quantized,
     by_scheme,
     is_transposed,
@@ -167,8 +170,7 @@ def test_every_decoder_linear_and_expert_stack_is_quantized(checkpoints: Checkpo
     assert bool(stacks) == (architecture not in ("opt", "llama", "phi3", "gemma2", "qwen3"))
 
 
-@by_quantized
-@by_scheme
+@by_case(QUANTIZED)
 def test_fp8_model_equals_the_same_model_with_dequantized_weights(
     checkpoints: Checkpoints, architecture: str, scheme: str
 ) -> None:
@@ -289,8 +291,7 @@ def test_models_that_are_loaded_at_once_leave_torch_as_it_was(checkpoints: Check
 # -- the route through from_pretrained --------------------------------------------------------------------------------
 
 
-@by_architecture
-@by_scheme
+@by_case(ARCHITECTURES)
 def test_from_pretrained_with_octavo_config_equals_load(
     checkpoints: Checkpoints, architecture: str, scheme: str
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from _models import Checkpoints, by_architecture, by_scheme, logits
+from _models import ARCHITECTURES, Checkpoints, by_architecture, by_case, by_scheme, logits
 from transformers import AutoModelForCausalLM
 
 import octavo
@@ -17,8 +17,7 @@ from octavo.running.modules import quantized_weights, scale_name
 # -- saving and loading again -----------------------------------------------------------------------------------------
 
 
-@by_architecture
-@by_scheme
+@by_case(ARCHITECTURES)
 def test_saved_model_loads_again_bit_equal(
     checkpoints: Checkpoints, architecture: str, scheme: str, tmp_path: Path
 ) -> None:
@@ -58,8 +57,7 @@ def test_unquantized_model_saves_what_it_was_loaded_from(checkpoints: Checkpoint
     assert all(same_bytes(before[name], after[name]) for name in before)
 
 
-@by_architecture
-@by_scheme
+@by_case(ARCHITECTURES)
 def test_saved_model_loads_again_through_octavo(
     checkpoints: Checkpoints, architecture: str, scheme: str, tmp_path: Path
 ) -> None:
