@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from octavo.numerics import schemes
+from octavo.numerics import nvfp4, schemes
 
 #: a weight in bf16 or fp16 [out, in] -> float32
 Way = Callable[[Tensor], Tensor]
@@ -22,25 +22,34 @@ def octavo(scheme: str) -> Way:
     return lambda weight: schemes.dequantize(*schemes.quantize(weight, scheme), scheme)
 
 
+def nvfp4_to_nearest(weight: Tensor) -> Tensor:
+    """Octavo's nvfp4 without its search for scales."""
+    stored = torch.empty(weight.shape[0], nvfp4.stored_columns(weight.shape[1]), dtype=torch.uint8)
+    scale = nvfp4.global_scale(weight.float().abs().amax((-2, -1), keepdim=True))
+    nvfp4.quantize_into(nvfp4.Packed.of(stored), weight, scale, search=False)
+    return nvfp4.widen(nvfp4.Packed.of(stored)).float() * scale
+
+
 def compressed_tensors(preset: str) -> Way:
     """By the range of each group, as llm-compressor's observers find it."""
     from compressed_tensors.quantization import preset_name_to_scheme
     from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
-    from compressed_tensors.quantization.utils import calculate_qparams
+    from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
     arguments = preset_name_to_scheme(preset, ["Linear"]).weights
 
     def way(weight: Tensor) -> Tensor:
-        if arguments.strategy == "group":
+        if arguments.strategy in ("group", "tensor_group"):
             groups = weight.unflatten(-1, (-1, arguments.group_size))
             low, high = groups.amin(-1), groups.amax(-1)
         elif arguments.strategy == "channel":
             low, high = weight.amin(-1, keepdim=True), weight.amax(-1, keepdim=True)
         else:
             low, high = (end.reshape(1) for end in (weight.amin(), weight.amax()))
-        scale, zero = calculate_qparams(low, high, arguments)
-        q = quantize(weight, scale, zero, arguments)
-        return dequantize(q, scale, zero, arguments, dtype=torch.float32)
+        whole = generate_gparam(low.min().view(1), high.max().view(1)) if arguments.strategy == "tensor_group" else None
+        scale, zero = calculate_qparams(low, high, arguments, global_scale=whole)
+        q = quantize(weight, scale, zero, arguments, global_scale=whole)
+        return dequantize(q, scale, zero, arguments, dtype=torch.float32, global_scale=whole)
 
     return way
 
@@ -141,10 +150,13 @@ WAYS: dict[str, Callable[[], Way]] = {
     "octavo fp8_tensor": lambda: octavo("fp8_tensor"),
     "octavo mxfp8": lambda: octavo("mxfp8"),
     "octavo int8_channel": lambda: octavo("int8_channel"),
+    "octavo nvfp4": lambda: octavo("nvfp4"),
+    "octavo nvfp4 (search=none)": lambda: nvfp4_to_nearest,
     "compressed-tensors FP8_DYNAMIC": lambda: compressed_tensors("FP8_DYNAMIC"),
     "compressed-tensors FP8": lambda: compressed_tensors("FP8"),
     "compressed-tensors MXFP8": lambda: compressed_tensors("MXFP8"),
     "compressed-tensors INT8": lambda: compressed_tensors("INT8"),
+    "compressed-tensors NVFP4A16": lambda: compressed_tensors("NVFP4A16"),
     "torchao Float8WeightOnlyConfig": lambda: torchao("Float8WeightOnlyConfig"),
     "torchao Int8WeightOnlyConfig": lambda: torchao("Int8WeightOnlyConfig"),
     "torchao mxfp8 (RCEIL)": torchao_mx,
