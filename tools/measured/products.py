@@ -9,12 +9,12 @@ from .results import SCHEMES, Result, Sources, load, page, pictures, rate, table
 
 
 def _times(result: Result, name: str, rows: dict[str, Any], key: str) -> str:
-    lines = []
+    lines, schemes = [], [name for name in next(iter(rows.values())) if name != "bf16"]
     for count, ways in rows.items():
         bf16 = ways["bf16"][key]
-        faster = [f"{bf16 / ways[scheme][key]:.2f}" for scheme in SCHEMES]
+        faster = [f"{bf16 / ways[scheme][key]:.2f}" for scheme in schemes]
         lines.append((count, f"{bf16:,.0f}", *faster))
-    head = ("rows", "bf16, µs", *(f"`{scheme}`" for scheme in SCHEMES))
+    head = ("rows", "bf16, µs", *(f"`{scheme}`" for scheme in schemes))
     return f"**{name}**\n\n{table(head, lines, numbers_from=0)}"
 
 

@@ -23,8 +23,16 @@ layers are 8-bit numbers as well, a scale a token. Peers quantize by their own f
 prepares it) reads the reference of the Python language; Whisper is forced to the same text while it hears noise.""",
     ]
     results = load("quality")
-    # which scheme is for whom follows from figures
-    parts.append(table(("you have", "take", "because"), _WHOM, numbers_from=3) if results else "Not run yet.")
+    if not results:
+        return page("Quality", *parts, "Not run yet.")
+    parts += [
+        "## Which scheme for whom",
+        table(("you have", "take", "because"), _WHOM, numbers_from=3),
+        _beside(results[0]),
+        """One token on a GPU: the product of one row with a matrix of 14336×4096, times as fast as bf16's, launched
+from Python and in a CUDA graph. One row on a CPU: with 4096×4096, on one thread. Both are of other runs, which
+[Running](products.md) names. [Formats](../reference/formats.md#who-reads-it) has the details of the last column.""",
+    ]
     for result in results:
         for name, found in result["models"].items():
             parts += [f"## {_TITLES.get(name, name)}, {found['tokens']:,} tokens", _table(found["ways"])]
@@ -32,12 +40,52 @@ prepares it) reads the reference of the Python language; Whisper is forced to th
     return page("Quality", *parts)
 
 
+# which scheme is for whom follows from figures
 _WHOM = (
     ("a CPU", "`int8_channel`", "closest to the original, and its products read half the bytes of bf16"),
     ("a GPU with FP8 units, or an engine's plugin", "`fp8_channel`", "products run on these units"),
     ("kernels that want blocks", "`fp8_block`", "it is as good as a scale a row"),
     ("a reader of OCP MX", "`mxfp8`", "it is as good, and a thirtieth larger"),
 )
+#: scheme -> bits a weight, and which stock readers take a conversion
+_SCHEMES = {
+    "fp8_channel": ("8", "transformers, vLLM, SGLang"),
+    "fp8_block": ("8", "transformers, vLLM, SGLang"),
+    "fp8_tensor": ("8", "transformers, vLLM, SGLang"),
+    "mxfp8": ("8.25", "transformers, dense models"),
+    "int8_channel": ("8", "transformers; vLLM with 8-bit activations"),
+    "nvfp4": ("4.5", ""),
+}
+
+
+def _beside(result: Result) -> str:
+    """Quality, speed, memory and readers of each scheme."""
+    models = result["models"]
+    head = ("scheme", "bits a weight", *(f"KL, {_TITLES.get(name, name)}" for name in models),
+            "one token on a GPU", "one row on a CPU", "read by")  # fmt: skip
+    lines = []
+    for scheme, (bits, readers) in _SCHEMES.items():
+        found = [model["ways"].get(f"octavo {scheme}", {}) for model in models.values()]
+        if any("kl" in each for each in found):
+            kl = (f"{each['kl']:.4f}" if "kl" in each else "" for each in found)
+            lines.append((f"`{scheme}`", bits, *kl, _on_gpu(scheme), _on_cpu(scheme), readers))
+    return table(head, lines)
+
+
+def _on_gpu(scheme: str) -> str:
+    for result in load("matmul_gpu"):
+        ways = result["results"]["Llama-3-8B up_proj"]["1"]
+        if scheme in ways:
+            return " / ".join(f"{ways['bf16'][key] / ways[scheme][key]:.2f}" for key in ("eager_us", "graph_us"))
+    return ""
+
+
+def _on_cpu(scheme: str) -> str:
+    for result in load("linear_cpu"):
+        ways = result["ms"]["1"]
+        if f"octavo {scheme}" in ways:
+            return f"{ways['bf16'] / ways[f'octavo {scheme}']:.2f}"
+    return ""
 
 
 def _table(ways: dict[str, Any]) -> str:
