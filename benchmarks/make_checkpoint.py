@@ -1,4 +1,4 @@
-"""Random bf16 checkpoints as the hub lays them out: config.json, shards, index. No tokenizer.
+"""Random checkpoints, nearly all of bf16, as the hub lays them out: config.json, shards, index. No tokenizer.
 
     python benchmarks/make_checkpoint.py llama3-8b DIR --layers 4
 
@@ -101,6 +101,23 @@ def gpt_oss_stack(layers: int, experts: int = 64) -> tuple[dict[str, Any], Shape
     return c, _decoder(c, mlp, bias="qkvo")
 
 
+def gpt_oss_mxfp4(layers: int, experts: int) -> tuple[dict[str, Any], Shapes]:
+    """The same as it is published: experts in MXFP4, 32 columns to an exponent, two numbers to a byte."""
+    config, shapes = gpt_oss_stack(layers, experts)
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+
+    def packed() -> Shapes:
+        for name, shape in shapes:
+            if not name.endswith(("gate_up_proj", "down_proj")):
+                yield name, shape
+                continue
+            of, inner, outer = shape
+            yield f"{name}_blocks", (of, outer, inner // 32, 16)
+            yield f"{name}_scales", (of, outer, inner // 32)
+
+    return config, packed()
+
+
 def qwen_moe(layers: int, experts: int, inner: int, *, v3: bool) -> tuple[dict[str, Any], Shapes]:
     kind = "Qwen3Moe" if v3 else "Qwen2Moe"
     c = _config(f"{kind}ForCausalLM", "qwen3_moe" if v3 else "qwen2_moe", vocab_size=151936, hidden_size=2048)
@@ -152,6 +169,8 @@ MODELS: dict[str, tuple[int, Callable[[int], tuple[dict[str, Any], Shapes]]]] = 
     # more than 2^31 elements and 2^32 bytes in one tensor: 5.37 and 5.31 GB
     "huge-stack": (1, lambda layers: granite_stack(layers, experts=80)),
     "huge-stack-transposed": (1, lambda layers: gpt_oss_stack(layers, experts=160)),
+    "llama3-8b-bare": (4, lambda layers: llama(layers, vocab=4096)),  # hardly any embeddings
+    "mxfp4-stack": (1, lambda layers: gpt_oss_mxfp4(layers, experts=160)),  # 1.41 GB of gate and up
     "qwen1.5-moe-a2.7b": (24, lambda layers: qwen_moe(layers, 60, 1408, v3=False)),
     "qwen3-30b-a3b": (48, lambda layers: qwen_moe(layers, 128, 768, v3=True)),
     "opt-125m": (12, opt),
@@ -168,8 +187,27 @@ def _random_block() -> np.ndarray:
     return np.concatenate([block, block])
 
 
+def _stored(name: str) -> tuple[str, int]:
+    """The dtype of a tensor, and bytes of an element."""
+    return ("U8", 1) if name.endswith(("_blocks", "_scales")) else ("BF16", 2)
+
+
+def _nbytes(name: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _stored(name)[1]
+
+
+def _bytes(name: str, count: int, offsets: np.random.Generator) -> Iterator[np.ndarray]:
+    """Numbers of four bits, all as likely; exponents that differ by six at most."""
+    low, high = (118, 125) if name.endswith("_scales") else (0, 256)
+    block = offsets.integers(low, high, size=min(count, _BLOCK_ELEMENTS), dtype=np.uint8)
+    for start in range(0, count, block.size):
+        yield block[: count - start]
+
+
 def _values(name: str, count: int, block: np.ndarray, offsets: np.random.Generator) -> Iterator[np.ndarray]:
-    if name.endswith("bias"):
+    if _stored(name)[0] == "U8":
+        yield from _bytes(name, count, offsets)
+    elif name.endswith("bias"):
         yield np.zeros(count, np.uint16)
     elif "norm" in name:
         yield np.full(count, 0x3F80, np.uint16)  # 1.0
@@ -183,7 +221,7 @@ def _values(name: str, count: int, block: np.ndarray, offsets: np.random.Generat
 def _cut(shapes: Shapes, shard_bytes: int) -> list[Shard]:
     """Tensors to shards, of about equal size; a tensor is never cut."""
     tensors = list(shapes)
-    total = sum(2 * math.prod(shape) for _, shape in tensors)
+    total = sum(_nbytes(*tensor) for tensor in tensors)
     share = total / math.ceil(total / shard_bytes)
     shards: list[Shard] = []
     done = 0
@@ -191,7 +229,7 @@ def _cut(shapes: Shapes, shard_bytes: int) -> list[Shard]:
         if done >= share * len(shards):
             shards.append([])
         shards[-1].append((name, shape))
-        done += 2 * math.prod(shape)
+        done += _nbytes(name, shape)
     return shards
 
 
@@ -200,8 +238,8 @@ def _write(path: Path, shard: Shard, block: np.ndarray | None, offsets: np.rando
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor, shape in shard:
-        begin, end = end, end + 2 * math.prod(shape)
-        header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+        begin, end = end, end + _nbytes(tensor, shape)
+        header[tensor] = {"dtype": _stored(tensor)[0], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -237,7 +275,7 @@ def make(
         "model": model,
         "layers": layers,
         "tensors": sum(map(len, shards)),
-        "bytes": sum(2 * math.prod(shape) for shard in shards for _, shape in shard),
+        "bytes": sum(_nbytes(*tensor) for shard in shards for tensor in shard),
         "shards": len(shards),
     }
     if (folder / "config.json").is_file():
@@ -274,7 +312,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder is None:
         for model, (layers, build) in MODELS.items():
-            sizes = [2 * math.prod(shape) for _, shape in build(layers)[1]]
+            sizes = [_nbytes(*tensor) for tensor in build(layers)[1]]
             print(f"{model:22} {layers:3} layers {len(sizes):6,} tensors {sum(sizes) / 1e9:6.2f} GB", file=sys.stderr)
         print(json.dumps(sorted(MODELS)))
         return
