@@ -24,7 +24,7 @@ from torch import Tensor
 from . import readers
 from .api_models import layerwise, update
 from .checkpoint.checkpoint import Checkpoint
-from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from .choices import AUTO, DEFAULT_FORMAT, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.convert import convert_checkpoint
 from .conversion.iterate import iterate
@@ -44,7 +44,7 @@ from .streaming.report import Report
 @collection_paused()  # importing transformers' model code makes half a million objects, too
 def load(
     path: str | os.PathLike[str],
-    scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
+    scheme: str | Recipe | Mapping[str, Any] | None = AUTO,
     device: str | torch.device = "cpu",
     *,
     ignore: Iterable[str] = (),
@@ -75,8 +75,9 @@ def load(
             ``save_pretrained`` wrote of a model that octavo had loaded.
         scheme: ``"fp8_channel"`` (a scale for each row), ``"fp8_block"`` (for 128 x 128 elements), ``"fp8_tensor"``
             (for each matrix), ``"mxfp8"`` (for 32 columns of a row) or ``"int8_channel"`` (for each row, and int8 in
-            place of FP8). Or a `Recipe`, or its dict form, that chooses by name. None loads without quantizing, and
-            what is quantized already as bf16.
+            place of FP8). ``"auto"`` is ``"fp8_channel"``, and where the source is quantized already, what keeps its
+            bytes. Or a `Recipe`, or its dict form, that chooses by name. None loads without quantizing, and what is
+            quantized already as bf16.
         device: The device that the model goes to: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``torch.device(...)``.
         ignore: Patterns of weights to leave as they are, added to those of a recipe: names, globs or ``re:regex``.
         dtype: The dtype of what is not quantized, or its name. By default the config's, as in ``from_pretrained``.
@@ -136,7 +137,7 @@ def load(
 @as_usual()
 def plan(
     path: str | os.PathLike[str],
-    scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
+    scheme: str | Recipe | Mapping[str, Any] | None = AUTO,
     device: str | torch.device = "cpu",
     *,
     ignore: Iterable[str] = (),
@@ -207,7 +208,7 @@ def plan(
 def convert(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
+    scheme: str | Recipe | Mapping[str, Any] | None = AUTO,
     *,
     format: str = DEFAULT_FORMAT,
     ignore: Iterable[str] = (),
@@ -321,7 +322,7 @@ def verify(
 @as_usual()
 def stream(
     path: str | os.PathLike[str],
-    scheme: str | Recipe | Mapping[str, Any] | None = DEFAULT_SCHEME,
+    scheme: str | Recipe | Mapping[str, Any] | None = AUTO,
     device: str | torch.device = "cpu",
     *,
     format: str = DEFAULT_FORMAT,

@@ -35,7 +35,11 @@ SCHEMES = {
     "mxfp8": SchemeTerms("one for 32 columns of a row, a power of two", 1, 32, power_of_two=True),
     "int8_channel": SchemeTerms("one for each row, of integers instead of FP8", 1, None, dtype="int8"),
 }
+#: of all that is not quantized already
 DEFAULT_SCHEME = "fp8_channel"
+#: what a source that is quantized already has, where it is one of these; else the default
+AUTO = "auto"
+PASSING = ("fp8_block", "fp8_channel", "fp8_tensor", "int8_channel")
 
 FORMATS = {
     "compressed-tensors": FormatTerms("vLLM, and transformers with compressed-tensors", "_scale", tuple(SCHEMES)),

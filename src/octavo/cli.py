@@ -18,7 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from ._version import __version__
-from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES, READERS
+from .choices import AUTO, DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES, READERS
 from .cli_options import (
     Device,
     DeviceMemory,
@@ -125,7 +125,7 @@ def _root(
 @others_quiet()
 def plan(
     model: Model,
-    scheme: Scheme = DEFAULT_SCHEME,
+    scheme: Scheme = AUTO,
     ignore: Ignore = None,
     device: Device = "cpu",
     device_memory: DeviceMemory = None,
@@ -177,7 +177,7 @@ def plan(
 def convert(
     src: Model,
     dst: Annotated[Path, typer.Argument(metavar="FOLDER", help="To be made; it appears when it is complete.")],
-    scheme: Scheme = DEFAULT_SCHEME,
+    scheme: Scheme = AUTO,
     format: Format = DEFAULT_FORMAT,
     ignore: Ignore = None,
     threads: Threads = None,
@@ -276,7 +276,7 @@ def verify(
 def generate(
     model: Model,
     prompt: Prompt,
-    scheme: Scheme = DEFAULT_SCHEME,
+    scheme: Scheme = AUTO,
     ignore: Ignore = None,
     device: Device = "cpu",
     max_new_tokens: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from .choices import FORMATS, SCHEMES
+from .choices import AUTO, DEFAULT_SCHEME, FORMATS, SCHEMES
 from .text import shown
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*$", re.IGNORECASE)
@@ -66,14 +66,15 @@ def device_memory_bytes(text: str, device: str) -> int:
 
 
 def _check_scheme(text: str) -> str:
-    if text not in (*SCHEMES, "none"):
-        raise typer.BadParameter(f"{shown(text)}; known: {', '.join(SCHEMES)}, none")
+    if text not in (*SCHEMES, AUTO, "none"):
+        raise typer.BadParameter(f"{shown(text)}; known: {', '.join(SCHEMES)}, {AUTO}, none")
     return text
 
 
 def _complete_scheme(incomplete: str) -> list[tuple[str, str]]:
     known = {name: terms.summary for name, terms in SCHEMES.items()} | {
-        "none": "all weights stay as they are, or become bf16 if they are quantized already"
+        AUTO: f"{DEFAULT_SCHEME}, and of what is quantized already the scheme that keeps it",
+        "none": "all weights stay as they are, or become bf16 if they are quantized already",
     }
     return [(name, summary) for name, summary in known.items() if name.startswith(incomplete)]
 
@@ -95,7 +96,7 @@ Scheme = Annotated[
     typer.Option(
         *("--scheme", "-s"),
         metavar="SCHEME",
-        help=f"What shares a scale: {_listed(SCHEMES)}; or none.",
+        help=f"What shares a scale: {_listed(SCHEMES)}; auto ({DEFAULT_SCHEME}, or what the source has); or none.",
         callback=_check_scheme,
         autocompletion=_complete_scheme,
     ),

@@ -7,6 +7,7 @@ from typing import Any
 
 import typer
 
+from .choices import AUTO, DEFAULT_SCHEME
 from .cli_options import accelerator, device_memory_bytes, parse_size
 from .cli_output import say, say_json, say_lines
 from .errors import RecipeError
@@ -83,7 +84,7 @@ def for_engine(
     tensor, pipeline, expert = ranks
     made = plan_for_vllm(
         model,
-        scheme,
+        DEFAULT_SCHEME if scheme == AUTO else scheme,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
         expert_parallel=expert,

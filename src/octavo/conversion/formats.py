@@ -38,6 +38,7 @@ from ..errors import CheckpointError, RecipeError
 from ..numerics import schemes
 from ..numerics.schemes import E8M0, Scheme
 from ..planning import kinds
+from ..planning.coded import settled
 from ..planning.kinds import EXPERTS, module_of
 from ..planning.placement import Placement
 from ..planning.plan import Plan, Veto, plan_checkpoint
@@ -326,8 +327,8 @@ def plan_for(
         RecipeError: the format can't express a scheme of the recipe, or no such format exists.
     """
     found = get(name)
-    for scheme in (recipe.scheme, *(scheme for _, scheme in recipe.targets)):
-        if scheme is not None and scheme not in found.schemes:
+    for scheme in settled(recipe, checkpoint.tensors.values())[0].schemes:
+        if scheme not in found.schemes:
             raise RecipeError(
                 f"the format {found.name!r} has no {scheme}, only {', '.join(found.schemes)}; choose another scheme, "
                 f"or the format {choices.DEFAULT_FORMAT!r}"

@@ -12,11 +12,13 @@ import torch
 from ..checkpoint import dtypes
 from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
+from ..choices import AUTO, DEFAULT_SCHEME, PASSING
 from ..elements.pieces import Piece
 from ..numerics import schemes
 from ..numerics.lossless import keeps
 from ..numerics.scale_grid import cuts_no_group
 from ..numerics.schemes import Scheme
+from .recipe import Recipe
 
 if TYPE_CHECKING:
     from .placement import Placement
@@ -122,7 +124,7 @@ def requantized(placements: Iterable[Placement]) -> Iterator[str]:
         if not placement.codings or placement.scheme is None or placement.passed:
             continue
         coding = placement.codings[0][1]
-        keeping = next((name for name, scheme in schemes.SCHEMES.items() if coding_is(coding, scheme)), None)
+        keeping = _keeping(coding)
         if keeping is not None and keeping != placement.scheme:
             counts[str(coding), placement.scheme, keeping] += 1
     for (said, scheme, keeping), count in counts.items():
@@ -130,6 +132,37 @@ def requantized(placements: Iterable[Placement]) -> Iterator[str]:
             f"{count:,} tensors are {said} already, and {scheme} rounds them a second time, where {keeping} would "
             "keep their bytes"
         )
+
+
+def settled(recipe: Recipe, infos: Iterable[TensorInfo]) -> tuple[Recipe, str | None]:
+    """The recipe with a scheme in the place of `AUTO`, and a remark where that is not the usual one.
+
+    It is the scheme that keeps the bytes of most weights that are quantized already; one for all, since those of layers
+    that readers fuse have to agree.
+    """
+    if recipe.scheme != AUTO:
+        return recipe, None
+    counts: Counter[str] = Counter()
+    said: dict[str, str] = {}
+    for info in infos:
+        if info.coding is not None:
+            keeping = _keeping(info.coding)
+            scheme = keeping if keeping in PASSING else DEFAULT_SCHEME
+            counts[scheme] += info.numel
+            said.setdefault(scheme, str(info.coding))
+    scheme = max(counts, key=lambda name: counts[name], default=DEFAULT_SCHEME)
+    remark = None
+    if scheme != DEFAULT_SCHEME:
+        remark = (
+            f"no scheme is named, and the source is {said[scheme]}: it stays so ({scheme}), since any other scheme "
+            f"would round a second time; {DEFAULT_SCHEME} has to be asked for"
+        )
+    return Recipe(scheme, recipe.targets, recipe.ignore), remark
+
+
+def _keeping(coding: Coding) -> str | None:
+    """The scheme that keeps the bytes of a source."""
+    return next((name for name, scheme in schemes.SCHEMES.items() if coding_is(coding, scheme)), None)
 
 
 def passes(

@@ -24,7 +24,7 @@ from ..text import human_bytes, pattern, printable, table_text
 from . import kinds
 from .budget import Budget, check_options
 from .chunks import cut_placements
-from .coded import lay_problems, requantized
+from .coded import lay_problems, requantized, settled
 from .placement import Placement, Target, placement_of
 from .recipe import Decision, Recipe, Weight
 from .stacks import Cut
@@ -256,6 +256,7 @@ def make_plan(
     check_options(staging_bytes)
     targets = list(targets)
     infos = checkpoint.tensors
+    recipe, settled_on = settled(recipe, infos.values())
     problems = []
     for target in targets:
         problem = None if covered else coverage_problem(target.shape, target.pieces)
@@ -295,7 +296,7 @@ def make_plan(
         {**checkpoint.left_out, **(unused or {})},
         staging_bytes,
         dict(other_bytes or {}),
-        checkpoint.notes,
+        (*checkpoint.notes, *filter(None, [settled_on])),
     )
 
 

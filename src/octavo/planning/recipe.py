@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..checkpoint import dtypes
-from ..choices import DEFAULT_SCHEME
+from ..choices import AUTO, DEFAULT_SCHEME
 from ..errors import RecipeError, raise_problems
 from ..numerics import schemes
 from ..text import shown
@@ -62,7 +62,8 @@ class Recipe:
 
     Args:
         scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"``,
-            ``"mxfp8"`` or ``"int8_channel"``. None quantizes targets only.
+            ``"mxfp8"`` or ``"int8_channel"``; or ``"auto"``, which is ``"fp8_channel"``, and where the source is
+            quantized already, what keeps its bytes. None quantizes targets only.
         targets: Patterns and their schemes, as a mapping or as pairs.
         ignore: Patterns of weights that stay as they are.
 
@@ -76,13 +77,13 @@ class Recipe:
         >>> print(octavo.plan("path/to/model", recipe))
     """
 
-    scheme: str | None = DEFAULT_SCHEME
+    scheme: str | None = AUTO
     targets: tuple[tuple[str, str], ...] = ()
     ignore: tuple[str, ...] = ()
 
     def __init__(
         self,
-        scheme: str | None = DEFAULT_SCHEME,
+        scheme: str | None = AUTO,
         targets: Mapping[str, str] | Iterable[tuple[str, str]] = (),
         ignore: Iterable[str] = (),
     ) -> None:
@@ -104,8 +105,13 @@ class Recipe:
 
     @property
     def schemes(self) -> tuple[str, ...]:
-        """All that it names."""
-        return (*([] if self.scheme is None else [self.scheme]), *(s for _, s in self.targets))
+        """All that it names; for `AUTO`, what that is unless the source tells otherwise."""
+        return (*([] if self.default is None else [self.default]), *(s for _, s in self.targets))
+
+    @property
+    def default(self) -> str | None:
+        """The scheme of what no target names; None: none."""
+        return DEFAULT_SCHEME if self.scheme == AUTO else self.scheme
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -190,9 +196,9 @@ class Recipe:
             matched[pattern] = True
         if targeting:
             return Decision(targeting[0][1], f"target {targeting[0][0]!r}")
-        if self.scheme is None:
+        if self.default is None:
             return Decision(None, "no target matches" if self.targets else "no scheme is asked for")
-        return Decision(self.scheme, weight.kind)
+        return Decision(self.default, weight.kind)
 
 
 def _dtype_reason(dtype: torch.dtype | None) -> str:

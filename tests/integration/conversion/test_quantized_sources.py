@@ -112,7 +112,7 @@ def test_packed_int8_passes_through_as_int8(hidden: int, tmp_path: Path) -> None
 
 def test_a_plan_tells_where_another_scheme_would_keep_bytes(tmp_path: Path) -> None:
     write(tmp_path / "source")
-    notes = octavo.plan(tmp_path / "source", model=False).notes
+    notes = octavo.plan(tmp_path / "source", "fp8_channel", model=False).notes
     said = "3 tensors are FP8 in blocks of 128x128 already, and fp8_channel rounds them a second time, where fp8_block "
     assert [note for note in notes if note.startswith(said)]
     assert not octavo.plan(tmp_path / "source", "fp8_block", model=False).notes
@@ -126,15 +126,15 @@ def interrupt(source: Path, dst: Path) -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        octavo.convert(source, dst, progress=stop)
+        octavo.convert(source, dst, "fp8_channel", progress=stop)
 
 
 def test_a_conversion_goes_on_where_it_was(tmp_path: Path) -> None:
     write(tmp_path / "source")
     interrupt(tmp_path / "source", tmp_path / "out")
     assert (tmp_path / "out.partial").exists()
-    octavo.convert(tmp_path / "source", tmp_path / "out")
-    octavo.convert(tmp_path / "source", tmp_path / "again", staging_bytes=1 << 20, threads=1)
+    octavo.convert(tmp_path / "source", tmp_path / "out", "fp8_channel")
+    octavo.convert(tmp_path / "source", tmp_path / "again", "fp8_channel", staging_bytes=1 << 20, threads=1)
     again = tensors_of(tmp_path / "again")
     assert all(same_bytes(tensor, again[name]) for name, tensor in tensors_of(tmp_path / "out").items())
 
@@ -147,7 +147,7 @@ def test_a_source_that_is_declared_otherwise_meanwhile_is_another(tmp_path: Path
     declared = {**FINE_GRAINED, "weight_block_size": [129, 128]}
     (tmp_path / "source/config.json").write_text(json.dumps({"quantization_config": declared}))
     with pytest.raises(OutputError, match="with another layout"):
-        octavo.convert(tmp_path / "source", tmp_path / "out")
+        octavo.convert(tmp_path / "source", tmp_path / "out", "fp8_channel")
 
 
 @pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", None])
@@ -294,3 +294,16 @@ def test_nothing_of_the_declaration_remains(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out/config.json").read_text()) == {"hidden_size": 260, "text_config": {}}
     assert not (tmp_path / "out/hf_quant_config.json").exists()
     assert any("hf_quant_config.json is not copied" in note for note in report.notes)
+
+
+def test_a_source_in_blocks_stays_so_where_no_scheme_is_named(tmp_path: Path) -> None:
+    stored = write(tmp_path / "source")
+    plan = octavo.plan(tmp_path / "source", model=False)
+    assert any("it stays so (fp8_block)" in note for note in plan.notes)
+    report = octavo.convert(tmp_path / "source", tmp_path / "out", prove=False)
+    assert "it stays so (fp8_block)" in str(report)
+    assert same_bytes(tensors_of(tmp_path / "out")[UP], stored[UP])
+    named = octavo.plan(tmp_path / "source", "fp8_channel", model=False)
+    assert {p.scheme for p in named.quantized} == {"fp8_channel"}
+    kept = octavo.plan(tmp_path / "source", octavo.Recipe(ignore=["*up_proj*"]), model=False)
+    assert [p.scheme for p in kept.quantized] == ["fp8_block"] * (len(plan.quantized) - 1)

@@ -269,7 +269,8 @@ def test_coerce_takes_every_form_of_a_scheme():
 
 
 def test_recipes_are_values():
-    assert Recipe() == Recipe("fp8_channel")
+    assert Recipe() == Recipe("auto") != Recipe("fp8_channel")
+    assert Recipe().schemes == ("fp8_channel",)
     assert hash(Recipe(ignore=["a"])) == hash(Recipe(ignore=("a",)))
     with pytest.raises(AttributeError):
         Recipe().scheme = "mxfp8"

@@ -81,7 +81,7 @@ def load_model(
     if prepared.saved or plan.quantized:
         from .quantizer import mark_quantized
 
-        mark_quantized(model, prepared.saved or recipe)
+        mark_quantized(model, prepared.saved or plan.recipe)
     return model
 
 

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...checkpoint.checkpoint import Checkpoint
-from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from ...choices import AUTO, DEFAULT_STAGING_BYTES
 from ...errors import CheckpointError, RecipeError, boundary
 from ...machine import usable_device
 from ...planning.plan import Plan
@@ -43,7 +43,7 @@ class OctavoConfig(QuantizationConfigMixin):
 
     Args:
         scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"``,
-            ``"mxfp8"`` or ``"int8_channel"``. None quantizes targets only.
+            ``"mxfp8"`` or ``"int8_channel"``; or ``"auto"``, as for `octavo.Recipe`. None quantizes targets only.
         targets: Patterns and their schemes, as in `octavo.Recipe`.
         ignore: Patterns of weights that stay as they are: names, globs or ``re:regex``.
         staging_bytes: A bound in bytes on memory beyond the model. 256 MiB by default, at least 1 MiB.
@@ -63,7 +63,7 @@ class OctavoConfig(QuantizationConfigMixin):
     def __init__(
         self,
         /,  # what a file holds may have a key of this name, too
-        scheme: str | None = DEFAULT_SCHEME,
+        scheme: str | None = AUTO,
         targets: Mapping[str, str] | None = None,
         ignore: tuple[str, ...] | list[str] = (),
         staging_bytes: int = DEFAULT_STAGING_BYTES,
@@ -246,6 +246,7 @@ class OctavoQuantizer(HfQuantizer):
             self.renamed = checkpoint.renamed
             staging_bytes = config.staging_bytes
             plan = plan_model(model, checkpoint, config.recipe, "cpu", staging_bytes, strict=False, heads=True)
+            config.scheme = plan.recipe.scheme
         with stages("swap"):
             swap_planned(model, plan)
         if is_automatic(device_map):
