@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from .checkpoint.checkpoint import Checkpoint
+from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from .conversion import formats
+from .conversion.iterate import iterate
 from .errors import LoaderError, public
 from .machine import require_values
 from .planning.recipe import Recipe
@@ -18,7 +23,7 @@ from .session import LayerwiseReport, Session, Transform, update_model
 @public(LoaderError)
 def update(
     model: nn.Module,
-    pairs: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor],
+    pairs: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | str | os.PathLike[str],
     *,
     transform: Transform | None = None,
     staging_bytes: int = DEFAULT_STAGING_BYTES,
@@ -33,7 +38,9 @@ def update(
         pairs: ``(name, tensor)`` in bf16, fp16 or fp32, on the CPU or the model's device; names are the checkpoint's or
             the model's own. What they don't name stays as it is. A state dict will do: a tied parameter is written once
             if its tensors are equal. An iterator may use a tensor's memory again when it is asked for the next; from a
-            dict or a list, copies from pinned memory need not be awaited one by one.
+            dict or a list, copies from pinned memory need not be awaited one by one. FP8 may come, too, with its scales
+            under the names ``X.weight_scale_inv`` or ``X.weight_scale``, before or after it; which passes through where
+            the model has the same. Or a checkpoint: a folder, a ``.safetensors`` file or a hub id, which is streamed.
         transform: A function of each name and tensor that returns the pair or pairs to take instead, None for none.
         staging_bytes: A bound in bytes on memory beside each tensor. 256 MiB by default, at least 1 MiB.
 
@@ -51,7 +58,17 @@ def update(
         >>> report = octavo.update(model, load_file("path/to/model/model.safetensors"))
     """
     require_values()
-    return update_model(model, pairs, transform, staging_bytes)
+    if not isinstance(pairs, (str, os.PathLike)):
+        return update_model(model, pairs, transform, staging_bytes)
+    with contextlib.closing(_stored(pairs, staging_bytes)) as stored:
+        return update_model(model, stored, transform, staging_bytes)
+
+
+def _stored(path: str | os.PathLike[str], staging_bytes: int) -> Generator[tuple[str, Tensor], None, None]:
+    """The tensors of a checkpoint as they are stored, scales and all."""
+    checkpoint = Checkpoint.open(path)
+    plan, layout = formats.plan_for(checkpoint, Recipe(None), DEFAULT_FORMAT, staging_bytes)
+    yield from iterate(checkpoint, plan, layout)
 
 
 @public(LoaderError)

@@ -19,6 +19,7 @@ from ..elements.operations import offset_of, storage_key, undisturbed
 from ..elements.pieces import Piece
 from ..errors import LoaderError, WeightError
 from ..planning.placement import cut_parts
+from .coded import Coded
 from .parameters import Item
 from .quantize.quantizer import Quantizer
 from .quantize.storage import QuantizedStorage, values_of
@@ -168,6 +169,20 @@ class Held:
             event = item.event("quantize", piece.box, write.origin.name)
             self.press(item, item.as_stored(piece), write.values, event)
             self._ledger.event(event)
+
+    def passes(self, item: Item, pieces: Sequence[Piece], coded: Coded) -> bool:
+        """Place numbers and scales as they are where the item holds just such; return False, and do nothing, if not."""
+        storage = self.storage(item)
+        found = None if item.transposed else [coded.passed(piece, storage) for piece in pieces]
+        if found is None or any(scale is None for scale in found):
+            return False
+        self.quantizer.press()  # what came before for the same boxes goes first
+        for piece, scale in zip(pieces, found, strict=True):
+            assert scale is not None
+            piece.region(storage.weight).copy_(coded.numbers(piece))
+            storage.scale_place(piece.box).copy_(scale)
+            item.note_pressed(piece.box)
+        return True
 
     def press(self, item: Item, piece: Piece, values: Tensor, what: Event) -> None:
         """Quantize ``values`` of a piece along the axes of the item's storage."""

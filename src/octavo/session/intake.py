@@ -23,6 +23,7 @@ from ..numerics import schemes
 from ..planning.placement import Placement
 from ..streaming.sinks import Storage
 from ..text import shown
+from .coded import Coded
 from .finish import Finisher
 from .held import Held, Write
 from .parameters import Item, Layer
@@ -110,16 +111,23 @@ class Intake:
 
     # -- boxes --------------------------------------------------------------------------------------------------------
 
-    def put(self, item: Item, pieces: Sequence[Piece], values: Tensor, origin: Origin) -> None:
+    def put(
+        self, item: Item, pieces: Sequence[Piece], values: Tensor, origin: Origin, coded: Coded | None = None
+    ) -> None:
         """Boxes of an item, and where ``values``, which nobody changes in place, holds theirs: offsets count from its
-        first element."""
+        first element.
+
+        Args:
+            coded: what the values were decoded from; where its numbers and scales can stay, they do.
+        """
         self.turn_to(item, origin)
         label, begin = origin.label, offset_of(values)
         pieces = [Piece(p.dst_off, p.size, label, begin + p.src_off, p.src_strides) for p in pieces]
         boxes = [piece.box for piece in pieces]
         self.claim(item, boxes, origin)
         if self.held.goes_straight(item, pieces, values):
-            self.held.press_at_once(Write(item, pieces, values, origin))
+            if coded is None or not self.held.passes(item, pieces, coded):
+                self.held.press_at_once(Write(item, pieces, values, origin))
         else:
             self.held.stage(Write(item, pieces, values, origin))
         self.wrote(item, boxes, origin, pieces)

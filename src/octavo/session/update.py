@@ -18,15 +18,18 @@ from torch import Tensor, nn
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.codings import Decoding
 from ..elements.operations import storage_key
 from ..elements.pieces import Piece
 from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
+from ..numerics.groups import Groups
 from ..planning.budget import check_options
 from ..planning.plan import Plan
 from ..planning.recipe import Decision
 from ..running import modules
 from .claims import claimed
+from .coded import TAKEN, Coded, joined
 from .finish import Finisher
 from .held import Held
 from .intake import Intake
@@ -50,6 +53,7 @@ class Routes:
     pieces: Mapping[str, tuple[tuple[str, Piece], ...]]  # checkpoint tensor -> (parameter as stored, piece)
     shapes: Mapping[str, tuple[int, ...]]
     unused: Mapping[str, str]  # checkpoint tensors that the load passed over -> why
+    decodings: Mapping[str, Decoding]  # of those that were quantized already
 
     @classmethod
     def of(cls, plan: Plan, checkpoint: Checkpoint) -> Routes:
@@ -58,7 +62,9 @@ class Routes:
             for piece in placement.pieces:
                 pieces.setdefault(piece.src_name, []).append((placement.name, piece))
         shapes = {name: checkpoint.tensors[name].shape for name in pieces}
-        return cls({name: tuple(found) for name, found in pieces.items()}, shapes, dict(plan.unused))
+        codings = {name: checkpoint.tensors[name].coding for name in pieces}
+        decodings = {name: coding.decoding for name, coding in codings.items() if coding is not None}
+        return cls({name: tuple(found) for name, found in pieces.items()}, shapes, dict(plan.unused), decodings)
 
 
 def update_model(
@@ -90,11 +96,12 @@ def _update(
     own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
     with claimed(inventory), updating(inventory, intake, report):
         source = Pairs(intake, pairs.items() if isinstance(pairs, Mapping) else pairs, transform)
-        for number, (name, tensor) in enumerate(source, 1):
+        named = {*items, *(routes.pieces if routes is not None else ())}
+        for number, came in enumerate(joined(source, named, _refuse_without_values, not source.at_rest), 1):
+            name, tensor = came.name, came.tensor if came.scale is None else came.tensor.contiguous()
             quantizer.values_stay = source.at_rest
             if routes is not None and name in routes.unused:
                 continue
-            _refuse_without_values(name, tensor)
             item = items.get(name)
             if item is not None and len(item.faces) > 1:
                 if item.name in written and item.real is not None:
@@ -105,9 +112,13 @@ def _update(
                 found, values = _along(routes, name, tensor), tensor.contiguous()
             else:
                 found, values = [_by_own_name(name, tensor, items)], tensor
+            coded = None
+            if came.scale is not None:
+                coded = Coded.of(came, _likely(name, routes, [items[parameter] for parameter, _ in found]))
+                values = coded.decode()
             for parameter, piece in found:
                 _refuse_dtype(items[parameter], name, values)
-                intake.put(items[parameter], [piece], values, Origin(number, name))
+                intake.put(items[parameter], [piece], values, Origin(number, name), coded)
             # a copy of it, which nobody else holds; or the model's own, which a later pair may write
             if values is not tensor or storage_key(values) in own:
                 quantizer.gather()
@@ -164,9 +175,7 @@ def _refuse_dtype(item: Item, name: str, tensor: Tensor) -> None:
     """Integers and FP8 numbers mean nothing without their scales; what the model itself holds as such may come."""
     wide = tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1
     if not wide and (item.scheme or tensor.dtype != item.dtype):
-        raise CoverageError(
-            f"{name} is {dtypes.short(tensor.dtype)}; an update takes bf16, fp16 or fp32, and quantizes it itself"
-        )
+        raise CoverageError(f"{name} is {dtypes.short(tensor.dtype)}; {TAKEN} {name}_scale_inv or {name}_scale")
 
 
 def _refuse_difference(written: str, values: Tensor, name: str, tensor: Tensor) -> None:
@@ -180,6 +189,13 @@ def _refuse_difference(written: str, values: Tensor, name: str, tensor: Tensor) 
             f"{name} differs from what {written} has got already, and both are one parameter, tied, in the model. Drop "
             "one of them."
         )
+
+
+def _likely(name: str, routes: Routes | None, items: Sequence[Item]) -> Iterator[Groups]:
+    """Groups in which a weight may share scales: those of the checkpoint, then those that the model has."""
+    if routes is not None and (before := routes.decodings.get(name)) is not None:
+        yield before.group_rows, before.group_cols
+    yield from (schemes.get(item.scheme).groups for item in items if item.scheme)
 
 
 def _along(routes: Routes, name: str, tensor: Tensor) -> Sequence[tuple[str, Piece]]:

@@ -1,0 +1,143 @@
+"""Weights of an update that come in FP8: numbers and scales, whichever is first, make one weight.
+
+A trainer that computes in FP8 has ``X.weight`` as FP8, and beside it ``X.weight_scale_inv`` or ``X.weight_scale``. What
+they stand for is `octavo.numerics.decoding`, as for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..checkpoint import dtypes
+from ..checkpoint.codings import Coding, Decoding
+from ..checkpoint.companions import of_weight
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.packing import EXPONENTS, FP8, SCALES, Groups, cells_of, fits, guesses
+from ..elements.operations import offset_of
+from ..elements.pieces import Piece
+from ..errors import CoverageError, raise_problems
+from ..numerics import schemes
+from ..numerics.decoding import bad_scale, decode, holds_nan, scale_cells
+from ..planning.coded import lay_of, passes
+from .quantize.storage import QuantizedStorage
+
+_SUFFIXES = ("_scale_inv", "_scale")
+#: the blocks of a matrix, where its sides don't tell
+_USUAL = (128, 128)
+TAKEN = "an update takes bf16, fp16 or fp32, and quantizes it itself; FP8 with scales that come as"
+
+
+class Came(NamedTuple):
+    """A tensor of an update, and where it is FP8, its scales and what they are called."""
+
+    name: str
+    tensor: Tensor
+    scale: Tensor | None = None
+    scale_name: str = ""
+
+
+def joined(
+    pairs: Iterable[tuple[str, Tensor]], own: Container[str], check: Callable[[str, Tensor], None], keep: bool
+) -> Iterator[Came]:
+    """All pairs, numbers in FP8 together with their scales.
+
+    Args:
+        own: names that are no scales, whatever they look like.
+        check: raises where a tensor can't be read.
+        keep: whether tensors have to be copied that wait for others.
+
+    Raises:
+        CoverageError: at the end, naming what came alone.
+    """
+    numbers: dict[str, Tensor] = {}
+    scales: dict[str, tuple[str, Tensor]] = {}
+    for name, tensor in pairs:
+        check(name, tensor)
+        weight = None if name in own else of_weight(name)
+        if weight is not None and name.removeprefix(weight) in _SUFFIXES:
+            if weight in scales:
+                raise CoverageError(f"{weight} has two scales: {scales[weight][0]} and {name}")
+            scales[weight] = name, tensor.clone() if keep and weight not in numbers else tensor
+            name = weight
+        elif dtypes.NAMES.get(tensor.dtype) in FP8 and tensor.ndim > 1:
+            numbers[name] = tensor.clone() if keep and name not in scales else tensor
+        else:
+            yield Came(name, tensor)
+            continue
+        if name in numbers and name in scales:
+            scale_name, scale = scales.pop(name)
+            yield Came(name, numbers.pop(name), scale, scale_name)
+    problems = [
+        f"{name} is {dtypes.short(tensor.dtype)}, and its scales did not come; {TAKEN} {name}_scale_inv or {name}_scale"
+        for name, tensor in numbers.items()
+    ]
+    problems += [
+        f"{name} came without {weight} in FP8, of which it is the scale" for weight, (name, _) in scales.items()
+    ]
+    raise_problems(CoverageError, "update", problems)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A weight in FP8, with its scales as a grid [..., row cells, column cells]."""
+
+    coding: Coding
+    codes: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, came: Came, likely: Iterable[Groups]) -> Coded:
+        """Numbers and scales that came, in the first of likely groups that fits them, or in what their shapes tell.
+
+        Raises:
+            CoverageError: they don't fit together, or the shapes tell no groups; or a scale is none.
+        """
+        assert came.scale is not None
+        shape, held = tuple(came.tensor.shape), dtypes.NAMES.get(came.scale.dtype, "")
+        cells = cells_of(shape, tuple(came.scale.shape))
+        if cells is None or held not in SCALES["float8"]:
+            found = f"{dtypes.short(came.scale.dtype)} {list(came.scale.shape)}"
+            raise CoverageError(f"{came.scale_name} is {found}, which are no scales of {came.name} {list(shape)}")
+        scale = came.scale.reshape(*shape[:-2], *cells)
+        if (bad := bad_scale(scale)) is not None:
+            raise CoverageError(f"{came.scale_name}: {bad}")
+        told = itertools.product(guesses(shape[-2], cells[0]), guesses(shape[-1], cells[1]))
+        groups = [group for group in (*likely, _USUAL) if fits(shape, cells, group)][:1] or list(told)
+        if len(groups) != 1:
+            raise CoverageError(
+                f"{came.scale_name} {list(came.scale.shape)}: which of {came.name} {list(shape)} share one?"
+            )
+        codes = TensorInfo(came.name, dtypes.NAMES[came.tensor.dtype], shape, 0, 0, 0)
+        info = TensorInfo(came.scale_name, held, tuple(scale.shape), 0, 0, 0)
+        coding = Coding(came.name, shape, Decoding("float8", *groups[0], powers=held in EXPONENTS), codes, info)
+        return cls(coding, came.tensor.contiguous(), scale.to(came.tensor.device))
+
+    def decode(self) -> Tensor:
+        """What they stand for, float32."""
+        return decode(self.coding.shape, self.codes, self.scale, self.coding.decoding)
+
+    def numbers(self, piece: Piece) -> Tensor:
+        """The numbers of a piece, whose offset counts from the first."""
+        return self.codes.as_strided(piece.size, piece.src_strides, offset_of(self.codes) + piece.src_off)
+
+    def passed(self, piece: Piece, storage: QuantizedStorage) -> Tensor | None:
+        """The scales of a piece where a storage holds just such numbers and scales; None where it does not."""
+        scheme, cols = storage.scheme, storage.weight.shape[-1]
+        parts = storage.parts or (storage.weight.shape[-2],)
+        if len(self.coding.shape) > 2 or not passes([piece], parts, cols, scheme, {piece.src_name: self.coding}):
+            return None
+        if not storage.holds_groups(piece.box) or holds_nan(self.codes):
+            return None
+        lay = lay_of(piece, self.coding.matrix)
+        assert lay is not None
+        row, col = (
+            at // (group or 1 << 62) for at, group in ((lay.row, scheme.group_rows), (lay.col, scheme.group_cols))
+        )
+        place = storage.scale_place(piece.box)
+        cells = self.scale[row : row + place.shape[-2], col : col + place.shape[-1]]
+        return schemes.to_stored(scale_cells(cells, self.coding.decoding), scheme).reshape(place.shape)

@@ -1,0 +1,103 @@
+"""`octavo.update` from a trainer that holds FP8: numbers and scales in any order have the bytes of a load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import octavo
+from helpers import write_checkpoint
+from helpers.coded import FINE_GRAINED, fine_grained
+from helpers.folders import tensors_of
+from helpers.models import differences
+from octavo.errors import UpdateError
+
+pytest.importorskip("transformers")
+
+from _models import make_checkpoint
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1}
+    return make_checkpoint("llama", tmp_path_factory.mktemp("plain") / "llama", **sizes)
+
+
+def in_blocks(plain: Path, folder: Path, factor: float = 1.0) -> dict[str, Tensor]:
+    """The checkpoint, multiplied and in FP8; returns what is stored."""
+    stored = fine_grained({name: (tensor * factor).to(tensor.dtype) for name, tensor in tensors_of(plain).items()})
+    config = json.loads((plain / "config.json").read_text())
+    write_checkpoint(folder, stored, config={**config, "quantization_config": FINE_GRAINED})
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("scheme", "order"), [("fp8_block", "sorted"), ("fp8_block", "scales first"), ("fp8_channel", "scales last")]
+)
+def test_pairs_have_the_bytes_of_a_load(scheme: str, order: str, plain: Path, tmp_path: Path) -> None:
+    in_blocks(plain, tmp_path / "old")
+    new = in_blocks(plain, tmp_path / "new", 1.7)
+    model = octavo.load(tmp_path / "old", scheme)
+    ends = {"sorted": "", "scales first": "_scale_inv", "scales last": "weight"}
+    pairs = sorted(new.items(), key=lambda pair: (bool(ends[order]) and not pair[0].endswith(ends[order]), pair[0]))
+    octavo.update(model, iter(pairs))
+    assert differences(model, octavo.load(tmp_path / "new", scheme)) == []
+
+
+def test_a_model_of_bf16_takes_pairs_whose_shapes_tell_the_blocks(plain: Path, tmp_path: Path) -> None:
+    new = in_blocks(plain, tmp_path / "new", 1.7)
+    model = octavo.load(plain, "fp8_block")
+    memory: dict[str, Tensor] = {}
+
+    def one_buffer_for_all() -> Any:
+        for name, tensor in new.items():
+            held = memory.setdefault(f"{tensor.dtype}{tensor.shape}", torch.empty_like(tensor))
+            held.view(torch.uint8).copy_(tensor.view(torch.uint8)) if tensor.dtype.itemsize == 1 else held.copy_(tensor)
+            yield name, held
+
+    octavo.update(model, one_buffer_for_all())
+    assert differences(model, octavo.load(tmp_path / "new", "fp8_block")) == []
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "fp8_channel"])
+def test_a_folder_is_read_as_the_checkpoint_that_it_is(scheme: str, plain: Path, tmp_path: Path) -> None:
+    in_blocks(plain, tmp_path / "new", 1.7)
+    model = octavo.load(plain, scheme)
+    octavo.update(model, tmp_path / "new")
+    assert differences(model, octavo.load(tmp_path / "new", scheme)) == []
+    octavo.update(model, str(plain))
+    assert differences(model, octavo.load(plain, scheme)) == []
+
+
+def test_its_own_numbers_are_an_update_that_changes_nothing(plain: Path) -> None:
+    model = octavo.load(plain, "fp8_channel")
+    octavo.update(model, {name: tensor.clone() for name, tensor in model.state_dict().items()})
+    assert differences(model, octavo.load(plain, "fp8_channel")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda new: new.pop(f"{UP}_scale_inv"), f"{UP} is .*, and its scales did not come"),
+        (lambda new: new.pop(UP), f"{UP}_scale_inv came without {UP} in FP8"),
+        (
+            lambda new: new.update({f"{UP}_scale_inv": torch.ones(7, 7)}),
+            r"_scale_inv \[7, 7\]: which of .* \[384, 256\] share one",
+        ),
+        (lambda new: new.update({f"{UP}_scale_inv": -new[f"{UP}_scale_inv"]}), "_scale_inv: a scale is -"),
+        (lambda new: new.update({f"{UP}_scale": torch.ones(3, 2)}), f"{UP}.* came without|has two scales"),
+    ],
+)
+def test_what_makes_no_weight_is_named(change: Any, told: str, plain: Path, tmp_path: Path) -> None:
+    new = in_blocks(plain, tmp_path / "new")
+    model = octavo.load(plain, "fp8_block")
+    change(new)
+    with pytest.raises(UpdateError, match=told):
+        octavo.update(model, new)
