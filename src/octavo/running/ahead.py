@@ -29,7 +29,7 @@ from . import fp8
 from .modules import QuantizedExperts, QuantizedLinear, scale_name
 
 #: numbers of rows, of tokens or of their experts: some prompts' first, then a token's
-_ROWS = (32, 256, 1, 2048, *(1 << i for i in range(14) if 1 << i not in (32, 256, 1, 2048)))
+_ROWS = (32, 256, 1, 2048, 33, 384, *(1 << i for i in range(14) if 1 << i not in (32, 256, 1, 2048)))
 #: half of a thread's time is Python's, which one thread at a time runs
 _MOST_THREADS = 3
 
@@ -40,13 +40,17 @@ class Job:
     def __init__(self, work: Callable[[], None]) -> None:
         self._work: Callable[[], None] | None = work
         self._lock = threading.Lock()
+        self.error: Exception | None = None
 
     def run(self) -> None:
         """Compile it, unless somebody else has or does."""
-        with self._lock, contextlib.suppress(Exception):
+        with self._lock:
             work, self._work = self._work, None
-            if work is not None:
-                work()
+            try:
+                if work is not None:
+                    work()
+            except Exception as error:  # the forward will meet it, and tell
+                self.error = error
 
     def claim(self) -> None:
         """Wait for whoever is compiling it; after that nobody will."""
@@ -111,7 +115,12 @@ class Experts:
     dtype: torch.dtype
 
     def rehearse(self, rows: int) -> None:
-        """As `QuantizedExperts` computes them, for so many pairs of token and expert; one a token stands for any."""
+        """As `QuantizedExperts` computes them, for so many pairs of token and expert: in all, then for each expert."""
+        self._rehearse(rows)
+        self._rehearse(rows * self.up.shape[0])
+
+    def _rehearse(self, rows: int) -> None:
+        """One expert a token stands for any number."""
         experts = self.up.shape[0]
         ids, order, ends, position = _meta((rows,), torch.int64), None, None, None
         pairs = ids.view(rows, 1)

@@ -7,12 +7,14 @@ Imported only where Triton is installed.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launching import launch
+from .launching import Launch
 
 
 @triton.jit(do_not_specialize=["top_k", "experts"])
@@ -68,16 +70,14 @@ def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tens
     # not halves of one: an operation's results may not share memory under torch.compile
     order, position = (torch.empty(rows, dtype=torch.int32, device=ids.device) for _ in range(2))
     ends = torch.empty(experts, dtype=torch.int32, device=ids.device)
-    blocks = -(-rows // 32) + -(-experts // 32)
-    launch(
-        _sort_kernel,
-        (blocks, 1, 1),
-        (ids.dtype,),
-        (ids, sorted_ids, order, position, ends),
-        (rows, experts, 32, 256),
-        num_warps=4,
-    )
+    _sort_launch(rows, experts, ids.dtype)(ids, sorted_ids, order, position, ends)
     return sorted_ids, order, ends, position
+
+
+@functools.lru_cache(maxsize=4096)
+def _sort_launch(rows: int, experts: int, dtype: torch.dtype) -> Launch:
+    blocks = -(-rows // 32) + -(-experts // 32)
+    return Launch(_sort_kernel, (blocks, 1, 1), (dtype,), (rows, experts, 32, 256), num_warps=4)
 
 
 def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Tensor | None = None) -> Tensor:
@@ -88,12 +88,12 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Ten
     tokens, top_k = ids.shape
     n = y.shape[1]
     out = torch.empty(tokens, n, dtype=y.dtype, device=y.device)
-    launch(
-        _combine_kernel,
-        (tokens, -(-n // 1024), 1),
-        (n, y.dtype, ids.dtype, weights.dtype, position is not None and position.dtype),
-        (y, ids, weights, position, out),
-        (n, top_k, experts, position is not None, 1024),
-        num_warps=4,
-    )
+    dtypes = (y.dtype, ids.dtype, weights.dtype, None if position is None else position.dtype)
+    _combine_launch(tokens, n, top_k, experts, dtypes)(y, ids, weights, position, out)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _combine_launch(tokens: int, n: int, top_k: int, experts: int, dtypes: tuple[torch.dtype | None, ...]) -> Launch:
+    grid = (tokens, -(-n // 1024), 1)
+    return Launch(_combine_kernel, grid, (n, dtypes), (n, top_k, experts, dtypes[3] is not None, 1024), num_warps=4)

@@ -2,8 +2,9 @@
 
     rows of x        fp8_channel, fp8_tensor         fp8_block                         mxfp8, int8_channel
     up to 16         weight-only, one kernel         the same                          the same
-    more             FP8 activations, one kernel     FP8 activations, F.scaled_mm      the same, to 64 or 128
-    129 and more     FP8 activations, F.scaled_mm    the same                          widened, then F.linear
+    up to 16         weight-only, one kernel         the same                          the same
+    more             FP8 activations, one kernel     FP8 activations, the library      the same, to 64 or 128
+    513 and more     FP8 activations, the library    the same                          widened, then F.linear
 
     experts:
     fewer than 2 rows an expert   weight-only, one kernel        the same              the same
@@ -21,9 +22,10 @@ below 2**-6 of its scale, by 2**-10 of it: ``|y - y_ref| <= (1/16 + 2**-13) * |x
 and what F.linear would lose. The 2**-13 is for sums that tensor cores keep in fewer bits than float32
 (``use_fast_accum``). For normally distributed activations, the relative error of y (Frobenius) is 0.026.
 
-What F.scaled_mm doesn't take (sides that are no multiple of 16; of blocks, other GPUs than Hopper and parts that end
-within one) goes through the kernels of `kernels`. Without Triton, torch's operations quantize, and what F.scaled_mm
-doesn't take is weight-only. mxfp8 on Blackwell would need its scales swizzled; it is weight-only, too.
+What the library, torch's own ``scaled_mm``, doesn't take (sides that are no multiple of 16; of blocks, other GPUs than
+Hopper and parts that end within one) goes through the kernels of `kernels`. Without Triton, torch's operations
+quantize, and what the library doesn't take is weight-only. mxfp8 on Blackwell would need its scales swizzled; it is
+weight-only, too.
 
 F.scaled_grouped_mm is not used: it takes scales a row in bf16, and was at best as fast as the kernel here
 (226 and 228 µs for the products of Qwen1.5-MoE at 1024 tokens, 913 and 656 at 8192).
@@ -38,11 +40,8 @@ run time.
 from __future__ import annotations
 
 import functools
-import importlib.util
-import os
-import shutil
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +49,9 @@ from torch import Tensor
 
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
-from . import gradients
+from . import gradients, library
+from .available import HAS_TRITON, kernels
+from .library import quantize_groups, quantize_rows
 from .opaque import opaque
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ _FEW = 16
 _WEIGHT_ONLY = {"mxfp8": 64, "int8_channel": 128}
 #: bytes of weights that are widened at a time
 _WIDENED = 64 << 20
-#: from so many rows on a product is `F.scaled_mm`'s
-_MANY = 129
+#: from so many rows on a product is the library's; before, that takes the host longer, and the GPU no less
+_MANY = 513
 #: the same under fp8_block
 _MANY_BLOCK = 17
 #: up to so many (token, expert) pairs are not sorted: each is a tile
@@ -80,15 +81,10 @@ _SORTED_AT_ONCE = 8192
 _BUSY = 2
 
 
-# Triton compiles a little C for each kernel, too
-_COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
-_HAS_TRITON = importlib.util.find_spec("triton") is not None and _COMPILER is not None
-
-
 def computes(dtype: torch.dtype, index: int) -> bool:
     """Return True if CUDA device ``index`` multiplies weights of such numbers here."""
     if dtype == torch.int8:
-        return _HAS_TRITON and torch.version.cuda is not None and _capability(index) >= (8, 0)
+        return HAS_TRITON and torch.version.cuda is not None and _capability(index) >= (8, 0)
     return dtype == schemes.FP8 and has_units(index)
 
 
@@ -110,19 +106,9 @@ def _capability_cached(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index if index >= 0 else None)
 
 
-@functools.cache
-def _kernels() -> Any:
-    """`octavo.running.kernels`, or None where there is no Triton, or no C compiler for it."""
-    if not _HAS_TRITON:
-        return None
-    from . import kernels
-
-    return kernels
-
-
 def has_kernels() -> bool:
     """Return True if there are the kernels that Triton compiles."""
-    return _kernels() is not None
+    return kernels() is not None
 
 
 def takes(x: Tensor, q: Tensor, *others: Tensor | None) -> bool:
@@ -142,7 +128,7 @@ def _layout(rows: int, cols: int, name: str, parts: tuple[int, ...]) -> _kernels
     others = grid.each_part[1:]
     starts, firsts = [*(part.start for part in others), rows, rows, rows], [*(p.first_cell for p in others), 0, 0, 0]
     cell_rows, cell_cols = grid.grid_shape
-    return _kernels().Layout(  # type: ignore[no-any-return]
+    return kernels().Layout(  # type: ignore[no-any-return]
         rows=rows,
         cols=cols,
         cells=(cell_rows, cell_cols),
@@ -156,9 +142,19 @@ def _layout(rows: int, cols: int, name: str, parts: tuple[int, ...]) -> _kernels
 
 
 @functools.lru_cache(maxsize=4096)
-def _tile(device: int, rows: int, scheme: str, wide: bool, experts: bool) -> _kernels_module.Tile:
-    """For ``rows`` rows (of an expert); ``wide``: weights are widened to half precision; -1: the current device."""
-    tile = _kernels().Tile
+def _tile(device: int, rows: int, cols: int, scheme: str, wide: bool, experts: bool) -> _kernels_module.Tile:
+    """Part of a product of ``rows`` rows (of an expert) with ``cols`` columns, on a device; -1: the current one.
+
+    Args:
+        wide: weights are widened to half precision.
+    """
+    tile = kernels().Tile
+    properties = torch.cuda.get_device_properties(device if device >= 0 else None)
+
+    def count(height: int, width: int) -> int:
+        return -(-rows // height) * -(-cols // width)
+
+    at_once = properties.multi_processor_count
     if wide:
         if rows <= 16 and not experts:
             found = tile(16, 32, 128, 4, 6) if scheme == "mxfp8" else tile(16, 32, 256, 4, 4)
@@ -168,15 +164,21 @@ def _tile(device: int, rows: int, scheme: str, wide: bool, experts: bool) -> _ke
             found = tile(32, 64, 128, 4, 5)
         else:
             found = tile(64, 64, 128, 4, 4)
-    elif rows <= 32:
-        found = tile(32, 64, 128, 4, 5) if experts or scheme == "fp8_block" else tile(32, 64, 256, 4, 4)
-    elif rows <= 128 and not experts:
-        found = tile(64, 64, 128, 4, 5)
-    elif rows <= 64 or scheme == "fp8_block":
-        found = tile(64, 128, 128, 4, 4)
-    else:
+    elif experts or scheme == "fp8_block":
+        if rows <= 32:
+            found = tile(32, 64, 128, 4, 5)
+        elif scheme == "fp8_block" or rows <= 64:
+            found = tile(64, 128, 128, 4, 4) if experts or rows > 128 else tile(64, 64, 128, 4, 5)
+        else:
+            found = tile(128, 128, 128, 4, 3)
+    elif rows <= 32 or count(32, 64) <= 2 * at_once:
+        found = tile(32, 64, 256, 4, 4)
+    elif rows > 128 and count(128, 128) >= at_once:
         found = tile(128, 128, 128, 4, 3)
-    properties = torch.cuda.get_device_properties(device if device >= 0 else None)
+    elif rows > 64 and count(128, 64) >= at_once:
+        found = tile(128, 64, 128, 4, 4)
+    else:
+        found = tile(64, 64, 128, 4, 5)
     shared: int = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     stage = (found.rows * (2 if wide else 1) + found.cols) * found.depth
     return found._replace(stages=max(1, min(found.stages, shared // stage - 1)))  # type: ignore[no-any-return]
@@ -197,134 +199,67 @@ def linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int
     """``x[..., in] @ dequantize(q[out, in]).T + bias``, in x's dtype."""
     n, k = q.shape
     rows = x.numel() // k
-    kernels = _kernels()
     if not rows or not n:
         return x.new_zeros(*x.shape[:-1], n)
-    x = x.contiguous()
+    bias_dtype = None if bias is None else bias.dtype
+    way = _way(n, k, rows, scheme, tuple(parts), x.dtype, bias_dtype, x.get_device())
+    return way(x.contiguous(), q, scale, bias)
+
+
+#: x, the weight, its scale, a bias -> the product
+_Way = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+@functools.lru_cache(maxsize=4096)
+def _way(
+    n: int,
+    k: int,
+    rows: int,
+    scheme: str,
+    parts: tuple[int, ...],
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+    device: int,
+) -> _Way:
+    """How a product is computed: all that can be decided without its tensors, since deciding costs the host, too."""
     by_block = scheme == "fp8_block"
-    if rows >= (_MANY_BLOCK if by_block else _MANY) and _library_takes(x, q, scheme, parts):
-        return _scaled_mm(x, q, scale, by_block, parts, bias)
-    if kernels is None or len(parts) > _MAX_PARTS:
-        return _weight_only(x, q, scale, scheme, parts, bias)
-    scale, device = _bytes(scale), x.get_device()
+    if rows >= (_MANY_BLOCK if by_block else _MANY) and library.takes(
+        (n, k), scheme, parts, dtype, _capability(device)
+    ):
+        return functools.partial(library.product, by_block=by_block, parts=parts)
+    if not has_kernels() or len(parts) > _MAX_PARTS:
+        return functools.partial(_weight_only, scheme=scheme, parts=parts)
     if rows > _WEIGHT_ONLY.get(scheme, rows):
-        return _widened_linear(x, q, scale, bias)
+        return _widened_linear
     wide = scheme in _WEIGHT_ONLY or rows <= _FEW
-    layout, tile = _layout(n, k, scheme, tuple(parts)), _tile(device, rows, scheme, wide, False)
-    out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
-    x_scale = None
-    if not wide:
-        x, x_scale = (kernels.quantize_groups if by_block else kernels.quantize_rows)(x)
-    return kernels.product(x, q, scale, layout, tile, out, x_scale=x_scale, bias=bias)  # type: ignore[no-any-return]
+    layout, tile = _layout(n, k, scheme, parts), _tile(device, rows, n, scheme, wide, False)
+    return kernels().Dense(layout, tile, rows, dtype, bias, activations=None if wide else scheme)  # type: ignore[no-any-return]
 
 
 def _widened_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """At most 128 MiB of the weight widened at a time."""
     n, k = q.shape
-    bias = None if bias is None else bias.to(x.dtype)
+    scale, bias = _bytes(scale), None if bias is None else bias.to(x.dtype)
     step = max(1, _WIDENED // k)
     if x.is_meta:
-        _kernels().widen(q, scale, x.dtype)
+        kernels().widen(q, scale, x.dtype)
         return x.new_empty(*x.shape[:-1], n)
     if step >= n:
-        return F.linear(x, _kernels().widen(q, scale, x.dtype), bias)
+        return F.linear(x, kernels().widen(q, scale, x.dtype), bias)
     out = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device=x.device)
     for start in range(0, n, step):
         rows = slice(start, start + step)
-        weight = _kernels().widen(q[rows], scale[rows], x.dtype)
+        weight = kernels().widen(q[rows], scale[rows], x.dtype)
         out[..., rows] = F.linear(x, weight, None if bias is None else bias[rows])
     return out
 
 
-def _library_takes(x: Tensor, q: Tensor, scheme: str, parts: Sequence[int]) -> bool:
-    if scheme in _WEIGHT_ONLY or any(side % 16 for side in q.shape):
-        return False
-    if scheme == "fp8_block":
-        # cuBLAS knows 1x128 by 128x128 on Hopper only, and one regular grid of blocks
-        return (
-            hasattr(F, "scaled_mm")
-            and _capability(x.get_device())[0] == 9
-            and not any(part % 128 for part in parts[:-1])
-        )
-    return hasattr(F, "scaled_mm") or x.dtype == torch.bfloat16
-
-
-def _scaled_mm(
-    x: Tensor, q: Tensor, scale: Tensor, by_block: bool, parts: Sequence[int], bias: Tensor | None
+def _weight_only(
+    x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, *, scheme: str, parts: tuple[int, ...]
 ) -> Tensor:
-    n, k = q.shape
-    rows = x.numel() // k
-    fused = bias if bias is not None and bias.dtype == x.dtype else None
-    if x.is_meta:  # nothing else is compiled, and torch would import half a second's worth of modules
-        (_quantize_groups if by_block else _quantize_rows)(x)
-        return x.new_empty(*x.shape[:-1], n)
-    if by_block:
-        quantized, x_scale = _quantize_groups(x)
-        # [ceil(in / 128), ceil(out / 128)] with columns of whole 16 bytes
-        scale = F.pad(scale, (0, -scale.shape[1] % 4)).t() if scale.shape[1] % 4 else scale.t()
-        recipes = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128
-        out = F.scaled_mm(
-            quantized, q.t(), x_scale.t(), recipes[0], scale, recipes[1], bias=fused, output_dtype=x.dtype
-        )[:rows]
-    else:
-        quantized, x_scale = _quantize_rows(x)
-        arguments = quantized, q.t(), x_scale.view(-1, 1), _a_row(scale, parts).view(1, -1)
-        out = _scaled_mm_by_row(*arguments, fused, x.dtype)
-    if bias is not None and fused is None:
-        out = out + bias
-    return out.view(*x.shape[:-1], n)
-
-
-def _scaled_mm_by_row(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    if not hasattr(F, "scaled_mm"):  # until torch 2.10 is the oldest
-        return torch._scaled_mm(a, b, a_scale, b_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
-    by_row = F.ScalingType.RowWise
-    return F.scaled_mm(a, b, a_scale, by_row, b_scale, by_row, bias=bias, output_dtype=dtype, use_fast_accum=True)
-
-
-def _a_row(scale: Tensor, parts: Sequence[int]) -> Tensor:
-    """Stored scales of fp8_channel or fp8_tensor -> one a row, float32 [..., out]."""
-    rows = sum(parts)
-    if scale.dim() >= 2 and scale.shape[-2] == rows:
-        return scale.squeeze(-1)
-    if scale.dim() < 2:
-        return scale.reshape(1).expand(rows).contiguous()
-    each = [scale[..., i, :].expand(*scale.shape[:-2], part) for i, part in enumerate(parts)]
-    return torch.cat(each, -1)
-
-
-def _quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., k] -> float8_e4m3fn [rows, k], float32 [rows]."""
-    kernels = _kernels()
-    if kernels is not None:
-        return kernels.quantize_rows(x)  # type: ignore[no-any-return]
-    values = x.reshape(-1, x.shape[-1]).float()
-    scale = values.abs().amax(-1) / schemes.FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
-    return (values / scale[:, None]).to(schemes.FP8), scale
-
-
-def _quantize_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., k] -> float8_e4m3fn [padded rows, k], float32 [ceil(k / 128), padded rows]; padded to a multiple of 4."""
-    kernels = _kernels()
-    if kernels is not None:
-        return kernels.quantize_groups(x)  # type: ignore[no-any-return]
-    flat = x.reshape(-1, x.shape[-1])
-    rows, k = flat.shape
-    values = F.pad(flat.float(), (0, -k % 128, 0, -rows % 4))
-    values = values.view(values.shape[0], -1, 128)
-    scale = values.abs().amax(-1) / schemes.FP8_MAX
-    scale = torch.where(scale > 0, scale, 1.0)
-    quantized = (values / scale[..., None]).flatten(-2)[:, :k].to(schemes.FP8)
-    return quantized, scale.t().contiguous()
-
-
-def _weight_only(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
     from .weight_only import weight_only
 
-    return weight_only(x, q, scale, scheme, tuple(parts), bias)
+    return weight_only(x, q, scale, scheme, parts, bias)
 
 
 # -- experts ----------------------------------------------------------------------------------------------------------
@@ -339,7 +274,7 @@ def _fake_routes(ids: Tensor, experts: int) -> tuple[Tensor, ...]:
 def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ids [rows] -> them sorted, their order, int32 [experts] where each expert's rows end, and the inverse order."""
     if len(ids) <= _SORTED_AT_ONCE:
-        return _kernels().sort_routes(ids.contiguous(), experts)  # type: ignore[no-any-return]
+        return kernels().sort_routes(ids.contiguous(), experts)  # type: ignore[no-any-return]
     ids, order = ids.sort()
     ends = torch.searchsorted(ids, torch.arange(experts, device=ids.device), right=True, out_int32=True)
     order = order.int()
@@ -350,7 +285,7 @@ def sort_routes(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 def takes_experts(parts: Iterable[Sequence[int]]) -> bool:
     """Return True if `expert_linear` takes stacks of such parts on this machine."""
-    return _HAS_TRITON and all(len(each) <= _MAX_PARTS for each in parts)
+    return HAS_TRITON and all(len(each) <= _MAX_PARTS for each in parts)
 
 
 @opaque(
@@ -379,7 +314,6 @@ def expert_linear(
         order, ends: as `sort_routes` gives them; ids are the sorted ones then, and so are the rows of the result.
         gather: row i takes ``x[order[i] // top_k]``; else x is sorted as the result.
     """
-    kernels = _kernels()
     experts, n, k = q.shape
     rows, dtype = len(ids), x.dtype
     x = x.contiguous()
@@ -389,17 +323,17 @@ def expert_linear(
     wide = scheme in _WEIGHT_ONLY or order is None or each < _BUSY
     x_scale = None
     if not wide:
-        x, x_scale = (kernels.quantize_groups if scheme == "fp8_block" else kernels.quantize_rows)(x)
-    return kernels.product(  # type: ignore[no-any-return]
+        x, x_scale = (quantize_groups if scheme == "fp8_block" else quantize_rows)(x)
+    return kernels().product(  # type: ignore[no-any-return]
         x,
         q,
         _bytes(scale),
         _layout(n, k, scheme, tuple(parts)),
-        _tile(x.get_device(), each, scheme, wide, True),
+        _tile(x.get_device(), each, n, scheme, wide, True),
         torch.empty(rows, n, dtype=dtype, device=x.device),
         x_scale=x_scale,
         bias=bias,
-        routes=kernels.Routes(top_k, ids, order, ends, gather),
+        routes=kernels().Routes(top_k, ids, order, ends, gather),
     )
 
 
@@ -414,7 +348,7 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor, experts: int, position: Ten
     """
     if not len(ids):
         return y.new_empty(0, y.shape[1])
-    return _kernels().combine(  # type: ignore[no-any-return]
+    return kernels().combine(  # type: ignore[no-any-return]
         y.contiguous(), ids.contiguous(), weights.contiguous(), experts, position
     )
 

@@ -1,16 +1,18 @@
-"""Triton kernels of the forward on a GPU: a product with FP8 or int8 weights, and FP8 activations.
+"""Triton kernels of the forward on a GPU: a product with FP8 or int8 weights.
 
 Imported only where Triton is installed. Every kernel takes every scheme and any side; matrices are contiguous along
 their rows. `fp8` holds the reasons for which kernel runs when.
 
 Compiled at first use, about a second for each kernel and tile, and kept on disk by Triton (``~/.triton/cache``).
-Those that experts need beside their product are in `expert_kernels`, and are handed on from here.
+What experts need beside their product is in `expert_kernels`, what makes activations FP8 in `activation_kernels`, what
+widens weights in `widening_kernels`; all are handed on from here.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call, no-any-return"
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,9 +21,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .activation_kernels import Groups, Rows, each_row, groups
+from .activation_kernels import quantize_groups as quantize_groups
+from .activation_kernels import quantize_rows as quantize_rows
 from .expert_kernels import combine as combine
 from .expert_kernels import sort_routes as sort_routes
-from .launching import launch, power_of_two
+from .launching import Launch, power_of_two
+from .widening_kernels import widen as widen
+from .widening_kernels import widened
 
 DENSE, PAIRS, SORTED = 0, 1, 2
 
@@ -71,52 +78,6 @@ def _scale_cell(col, part_1, part_2, part_3, cell_1, cell_2, cell_3, GROUP_ROWS:
         cell = tl.where(col >= part_3, cell_3, tl.where(col >= part_2, cell_2, tl.where(col >= part_1, cell_1, 0)))
         cell += (col - begin) // GROUP_ROWS
     return cell
-
-
-@triton.jit
-def _widened(weight, DTYPE: tl.constexpr):
-    """e4m3 or int8 -> bf16 or fp16, exactly, in instructions that processors are quick at.
-
-    The direct one from fp16 to bf16 is a quarter as fast as by way of float32, and that from integers is, too. So an
-    int8 is put where an fp16 number between 1024 and 2048 has its last bits, which 1152 is subtracted from. bf16 has
-    one bit too few for it: all but the sign go to a number between 128 and 256, and the sign to what is subtracted.
-    """
-    if weight.dtype != tl.int8:
-        wide = weight.to(tl.float16).to(tl.float32).to(DTYPE)
-    elif tl.bfloat16 == DTYPE:
-        wide = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 low, sign, a, b, minus_1;
-            mov.b32 minus_1, 0xbf80bf80;
-            and.b32 low, $2, 0x7f7f7f7f;
-            and.b32 sign, $2, 0x80808080;
-            prmt.b32 a, low, 0x43434343, 0x4140;
-            prmt.b32 b, sign, 0x43434343, 0x4140;
-            fma.rn.bf16x2 $0, b, minus_1, a;
-            prmt.b32 a, low, 0x43434343, 0x4342;
-            prmt.b32 b, sign, 0x43434343, 0x4342;
-            fma.rn.bf16x2 $1, b, minus_1, a;
-            }
-            """,
-            "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        wide = tl.inline_asm_elementwise(
-            """
-            {
-            .reg .b32 bits, a, less;
-            mov.b32 less, 0x64806480;
-            xor.b32 bits, $2, 0x80808080;
-            prmt.b32 a, bits, 0x64646464, 0x4140;
-            sub.f16x2 $0, a, less;
-            prmt.b32 a, bits, 0x64646464, 0x4342;
-            sub.f16x2 $1, a, less;
-            }
-            """,
-            "=r,=r,r", [weight], dtype=tl.float16, is_pure=True, pack=4,
-        )  # fmt: skip
-    return wide
 
 
 @triton.jit(
@@ -215,7 +176,7 @@ def _product_kernel(
             values = tl.load(x_at, mask=in_rows[None, :] & within[:, None], other=0.0)
             weight = tl.load(q_at, mask=in_cols[:, None] & within[None, :], other=0.0)
         if not FP8_X:
-            weight = _widened(weight, values.dtype)
+            weight = widened(weight, values.dtype)
         if GROUP_COLS == 0:
             acc = tl.dot(weight, values, acc)
         elif FOLD:  # powers of two: exact in bf16
@@ -250,51 +211,6 @@ def _product_kernel(
     tl.store(out_at, tl.trans(acc).to(out.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
 
 
-@triton.jit
-def _quantize_rows_kernel(x, q, scale, k, BLOCK: tl.constexpr):
-    """One scale a row: float32 amax / 448, or 1."""
-    row = tl.program_id(0).to(tl.int64)
-    col = tl.arange(0, BLOCK)
-    values = tl.load(x + row * k + col, mask=col < k, other=0.0).to(tl.float32)
-    amax = tl.max(tl.abs(values), 0)
-    factor = tl.where(amax > 0, amax / 448.0, 1.0)
-    tl.store(scale + row, factor)
-    tl.store(q + row * k + col, (values / factor).to(tl.float8e4nv), mask=col < k)
-
-
-@triton.jit(do_not_specialize=["m", "padded"])
-def _quantize_groups_kernel(x, q, scale, m, padded, k, BR: tl.constexpr):
-    """One scale for 128 columns of a row, stored [k / 128, padded]; rows from m to padded become zeros."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    col = tl.program_id(1) * 128 + tl.arange(0, 128)
-    at = row.to(tl.int64)[:, None] * k + col[None, :]
-    values = tl.load(x + at, mask=(row < m)[:, None] & (col < k)[None, :], other=0.0).to(tl.float32)
-    amax = tl.max(tl.abs(values), 1)
-    factor = tl.where(amax > 0, amax / 448.0, 1.0)
-    tl.store(scale + tl.program_id(1) * padded + row, factor, mask=row < padded)
-    quantized = (values / factor[:, None]).to(tl.float8e4nv)
-    tl.store(q + at, quantized, mask=(row < padded)[:, None] & (col < k)[None, :])
-
-
-@triton.jit
-def _widen_kernel(q, scale, out, n, k, cells_k, MX: tl.constexpr, BR: tl.constexpr):
-    """out = q * scale, rounded once; 128 columns a program: 4 scales of MX, 2 ** (scale - 127), or one."""
-    row = tl.program_id(0) * BR + tl.arange(0, BR)
-    col = tl.program_id(1) * 128 + tl.arange(0, 128)
-    group = tl.program_id(1) * 4 + tl.arange(0, 4)
-    mask = (row < n)[:, None] & (col < k)[None, :]
-    at = row.to(tl.int64)[:, None] * k + col[None, :]
-    wide = tl.load(q + at, mask=mask, other=0.0).to(tl.float32)
-    if MX:
-        in_grid = (row < n)[:, None] & (group < cells_k)[None, :]
-        factor = tl.load(scale + row[:, None] * cells_k + group[None, :], mask=in_grid, other=0)
-        factor = tl.where(factor == 0, 0x400000, factor.to(tl.int32) << 23).to(tl.float32, bitcast=True)
-        wide = tl.reshape(tl.reshape(wide, (BR, 4, 32)) * factor[:, :, None], (BR, 128))
-    else:
-        wide *= tl.load(scale + row, mask=row < n, other=0)[:, None]
-    tl.store(out + at, wide.to(out.dtype.element_ty), mask=mask)
-
-
 # -- launching --------------------------------------------------------------------------------------------------------
 
 
@@ -316,101 +232,98 @@ def product(
         x: bf16 or fp16 [..., in], or float8_e4m3fn with ``x_scale``; contiguous.
         q: float8_e4m3fn or int8 [out, in], or [experts, out, in].
         scale: as stored; the bytes of mxfp8's.
-        x_scale: float32 [rows], or [ceil(in / 128), at least rows] under fp8_block.
+        x_scale: float32 [rows, 1], or [ceil(in / 128), at least rows] under fp8_block.
         bias: [out], or [experts, out].
         out: [..., out]; rows are those of x or those of ``routes``.
     """
-    n, k = layout.rows, layout.cols
-    rows = out.numel() // n
-    tiles_n = -(-n // tile.cols)
-    tiles_m = -(-rows // tile.rows)
-    dtype = x.dtype
-    fold = layout.power_of_two and dtype == torch.bfloat16
-    depth = tile.depth if fold or not layout.group_cols else layout.group_cols
-    key: tuple[Any, ...]
-    if routes is None:
-        mode, gather, count, top_k, experts = DENSE, False, 0, 1, 1
-        ids = order = ends = None
-        key = (layout, tile, dtype, out.dtype, bias is not None and bias.dtype)
-    else:
+    ids = order = ends = routed = None
+    if routes is not None:
         top_k, ids, order, ends, gather = routes
-        experts = q.shape[0]
-        if order is None:
-            mode, gather, count, tiles_m = PAIRS, False, 0, rows
-        else:
+        indices = ids.dtype if order is None else order.dtype
+        routed = _Routed(top_k, q.shape[0], order is not None, gather and order is not None, indices)
+    rows, dtypes = out.numel() // layout.rows, (x.dtype, out.dtype, None if bias is None else bias.dtype)
+    launch = _product_launch(layout, tile, rows, 0 if x_scale is None else x_scale.shape[-1], dtypes, routed)
+    launch(x, x_scale, q, scale, bias, out, ids, order, ends)
+    return out
+
+
+class _Routed(NamedTuple):
+    """What of `Routes` is no tensor."""
+
+    top_k: int
+    experts: int
+    sorted: bool
+    gather: bool
+    indices: torch.dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def _product_launch(
+    layout: Layout, tile: Tile, rows: int, x_scale_stride: int, dtypes: tuple[Any, ...], routed: _Routed | None
+) -> Launch:
+    """A product of so many rows.
+
+    Args:
+        x_scale_stride: 0 without scales.
+        dtypes: of x, of the result, and of the bias.
+    """
+    n, k = layout.rows, layout.cols
+    tiles_n, tiles_m = -(-n // tile.cols), -(-rows // tile.rows)
+    fold = layout.power_of_two and dtypes[0] == torch.bfloat16
+    depth = tile.depth if fold or not layout.group_cols else layout.group_cols
+    mode, count, top_k, experts, gather = DENSE, 0, 1, 1, False
+    if routed is not None:
+        top_k, experts, gather = routed.top_k, routed.experts, routed.gather
+        if routed.sorted:
             mode, count = SORTED, power_of_two(experts)
             tiles_m += min(experts, rows)  # at most: an expert's last tile may be partly empty
-        indices = ids.dtype if order is None else order.dtype
-        key = (layout, tile, dtype, out.dtype, bias is not None and bias.dtype, mode, gather, count, indices)
-    launch(
+        else:
+            mode, tiles_m = PAIRS, rows
+    scaled = x_scale_stride > 0
+    return Launch(
         _product_kernel,
         (tiles_n * tiles_m, 1, 1),
-        key,
-        (x, x_scale, q, scale, bias, out, ids, order, ends),
-        (rows, n, k, 0 if x_scale is None else x_scale.shape[-1], *layout.cells, *layout.starts, *layout.firsts,
-         top_k, experts, mode, gather, x_scale is not None, layout.power_of_two, fold,
-         layout.group_rows, layout.group_cols, layout.parts, bias is not None, count, k % depth == 0,
+        (layout, tile, dtypes, scaled, mode, gather, count, routed and routed.indices),
+        (rows, n, k, x_scale_stride, *layout.cells, *layout.starts, *layout.firsts,
+         top_k, experts, mode, gather, scaled, layout.power_of_two, fold,
+         layout.group_rows, layout.group_cols, layout.parts, dtypes[2] is not None, count, k % depth == 0,
          tile.rows, tile.cols, depth),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
-    return out
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., k] -> float8_e4m3fn [rows, k] and float32 [rows], one scale a row."""
-    k = x.shape[-1]
-    rows = x.numel() // k
-    q = torch.empty(rows, k, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-    block = power_of_two(k)
-    launch(
-        _quantize_rows_kernel,
-        (rows, 1, 1),
-        (k, x.dtype),
-        (x, q, scale),
-        (k, block),
-        num_warps=min(max(block // 1024, 1), 16),
-    )
-    return q, scale
-
-
-def quantize_groups(x: Tensor, multiple: int = 4) -> tuple[Tensor, Tensor]:
-    """x [..., k] -> float8_e4m3fn [padded, k] and float32 [ceil(k / 128), padded], one scale for 128 columns of a row.
-
-    Rows are padded with zeros to a multiple: cuBLAS wants scales whose columns begin at 16 bytes.
-    """
-    k = x.shape[-1]
-    rows = x.numel() // k
-    padded = -(-rows // multiple) * multiple
-    groups = -(-k // 128)
-    q = torch.empty(padded, k, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(groups, padded, dtype=torch.float32, device=x.device)
-    launch(
-        _quantize_groups_kernel,
-        (-(-padded // 32), groups, 1),
-        (k, x.dtype),
-        (x, q, scale),
-        (rows, padded, k, 32),
-        num_warps=4,
-    )
-    return q, scale
-
-
-def widen(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``q[out, in]`` times its scales, rounded to ``dtype``.
+class Dense:
+    """A product with a weight of a linear layer for so many rows, all of it decided: see `product`.
 
     Args:
-        scale: float32 [out, 1], or the bytes [out, ceil(in / 32)] of mxfp8's.
+        activations: the scheme of the weight, if its product is of FP8 activations.
     """
-    n, k = q.shape
-    out = torch.empty(n, k, dtype=dtype, device=q.device)
-    launch(
-        _widen_kernel,
-        (-(-n // 32), -(-k // 128), 1),
-        (n, k, dtype, q.dtype),
-        (q, scale, out),
-        (n, k, scale.shape[1], scale.dtype == torch.uint8, 32),
-        num_warps=4,
-    )
-    return out
+
+    __slots__ = ("_launch", "_quantize", "_rows")
+
+    def __init__(
+        self,
+        layout: Layout,
+        tile: Tile,
+        rows: int,
+        dtype: torch.dtype,
+        bias: torch.dtype | None,
+        activations: str | None,
+    ) -> None:
+        self._rows, k, x_scale_stride, x_dtype = layout.rows, layout.cols, 0, dtype
+        self._quantize: Rows | Groups | None = None
+        if activations is not None:
+            self._quantize = groups(rows, k, dtype) if activations == "fp8_block" else each_row(rows, k, dtype)
+            x_scale_stride, x_dtype = self._quantize.stride, torch.float8_e4m3fn
+        self._launch = _product_launch(layout, tile, rows, x_scale_stride, (x_dtype, dtype, bias), None)
+
+    def __call__(self, x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        out = torch.empty(*x.shape[:-1], self._rows, dtype=x.dtype, device=x.device)
+        x_scale = None
+        if self._quantize is not None:
+            x, x_scale = self._quantize(x)
+        if scale.dtype == torch.float8_e8m0fnu:
+            scale = scale.view(torch.uint8)
+        self._launch(x, x_scale, q, scale, bias, out, None, None, None)
+        return out

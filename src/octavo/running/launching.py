@@ -1,13 +1,13 @@
 """Launching Triton's kernels: from the second time on without Triton's own binding of arguments.
 
-That binding takes longer than a small product. On tensors of meta a launch computes nothing: it notes that its kernel
-is wanted, for `ahead` to compile. Imported only where Triton is installed.
+That binding takes longer than a small product. Imported only where Triton is installed.
 """
 
 # mypy: disable-error-code="no-untyped-call"
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ahead
 
+#: (kernel, what decides which binary it is, device) -> the binary, as a launch takes it
 _compiled: dict[Any, Any] = {}
 
 
@@ -23,46 +24,74 @@ _compiled: dict[Any, Any] = {}
 _DIRECT = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 3)
 
 
-def launch(
-    kernel: Any,
-    grid: tuple[int, int, int],
-    key: tuple[Any, ...],
-    tensors: tuple[Tensor | None, ...],
-    others: tuple[Any, ...],
-    **options: int,
-) -> None:
-    """Launch a kernel on the device of the first tensor; from the second time on without Triton's binding.
+class Launch:
+    """A kernel with its grid and all arguments but the tensors: made once, called for each product.
 
-    On meta it is noted as wanted instead.
+    What it costs the host is much of what a small product takes, so nothing is computed twice. On tensors of meta it
+    only notes that its kernel is wanted.
 
     Args:
         key: with the device, all that decides which binary it is, where every tensor begins at 16 bytes.
     """
-    bits = 0
-    for tensor in tensors:
-        if tensor is not None:
-            bits |= tensor.data_ptr()
-    device = torch.cuda.current_device()
-    mine = tensors[0].get_device()  # type: ignore[union-attr]
-    if mine != device:
-        if mine < 0:
-            ahead.want(_signature(kernel, tensors, others, options), lambda: _compile(kernel, tensors, others, options))
-            return None
-        with torch.cuda.device(mine):
-            return launch(kernel, grid, key, tensors, others, **options)
-    full = (kernel, key, device)
-    found = None if bits & 15 else _compiled.get(full)
-    if found is None:
-        if ahead.wanted and not bits & 15:
-            ahead.settle(_signature(kernel, tensors, others, options))
-        binary = kernel[grid](*tensors, *others, **options)
-        if _DIRECT and not bits & 15:
-            _compiled[full] = binary.run, binary.function, binary.packed_metadata
-        return
-    run, function, metadata = found
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    # no launch metadata, no hooks before and after
-    run(*grid, stream, function, metadata, None, None, None, *tensors, *others)
+
+    __slots__ = ("_binaries", "_grid", "_kernel", "_key", "_options", "_others")
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int, int], key: tuple[Any, ...], others: tuple[Any, ...], **options: int
+    ) -> None:
+        self._kernel, self._grid, self._others, self._options = kernel, grid, others, options
+        self._key = (id(kernel), *key)  # a kernel's own hash is that of its source
+        self._binaries: dict[int, Any] = {}
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch it on the device of the first tensor."""
+        bits, addresses = 0, []
+        for tensor in tensors:
+            address = None if tensor is None else tensor.data_ptr()
+            addresses.append(address)
+            bits |= address or 0
+        device = torch.cuda.current_device()
+        mine: int = tensors[0].get_device()  # type: ignore[union-attr]
+        if mine != device:
+            return self._elsewhere(mine, tensors)
+        binary = None if bits & 15 else self._binaries.get(device)
+        if binary is None:
+            return self._compiling(device, tensors, aligned=not bits & 15)
+        run, function, metadata = binary
+        stream = triton.runtime.driver.active.get_current_stream(device)
+        # no launch metadata, no hooks before and after; addresses, since Triton asks the driver about tensors
+        run(*self._grid, stream, function, metadata, None, None, None, *addresses, *self._others)
+
+    def _elsewhere(self, device: int, tensors: tuple[Tensor | None, ...]) -> None:
+        if device < 0:
+            work = functools.partial(_compile, self._kernel, tensors, self._others, self._options)
+            return ahead.want(self._signature(tensors), work)
+        with torch.cuda.device(device):
+            self(*tensors)
+
+    def _compiling(self, device: int, tensors: tuple[Tensor | None, ...], aligned: bool) -> None:
+        """Launch by way of Triton, which compiles what is not compiled yet, unless another grid had it compiled."""
+        key = (*self._key, device)
+        if aligned and key in _compiled:
+            self._binaries[device] = _compiled[key]
+            return self(*tensors)
+        if aligned and ahead.wanted:
+            ahead.settle(self._signature(tensors))
+        binary = self._kernel[self._grid](*tensors, *self._others, **self._options)
+        if _DIRECT and aligned:
+            _compiled[key] = binary.run, binary.function, binary.packed_metadata
+
+    def _signature(self, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+        """What decides which binary Triton makes, where every tensor begins at 16 bytes."""
+        numbers = []
+        for param, value in zip(self._kernel.params[len(tensors) :], self._others, strict=True):
+            if param.is_constexpr:
+                numbers.append(value)
+            else:
+                looked_at = not param.do_not_specialize
+                numbers.append((value >= 1 << 31, looked_at and value == 1, looked_at and value % 16 == 0))
+        dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
+        return self._kernel, *dtypes, *numbers, *self._options.items()
 
 
 def _compile(kernel: Any, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...], options: dict[str, int]) -> None:
@@ -72,21 +101,6 @@ def _compile(kernel: Any, tensors: tuple[Tensor | None, ...], others: tuple[Any,
     """
     binary = kernel.warmup(*tensors, *others, grid=(1, 1, 1), **options)
     triton.runtime.driver.active.launcher_cls(binary.src, binary.metadata)
-
-
-def _signature(
-    kernel: Any, tensors: tuple[Tensor | None, ...], others: tuple[Any, ...], options: dict[str, int]
-) -> tuple[Any, ...]:
-    """What decides which binary Triton makes, where every tensor begins at 16 bytes."""
-    numbers = []
-    for param, value in zip(kernel.params[len(tensors) :], others, strict=True):
-        if param.is_constexpr:
-            numbers.append(value)
-        else:
-            looked_at = not param.do_not_specialize
-            numbers.append((value >= 1 << 31, looked_at and value == 1, looked_at and value % 16 == 0))
-    dtypes = [None if tensor is None else tensor.dtype for tensor in tensors]
-    return kernel, *dtypes, *numbers, *options.items()
 
 
 def power_of_two(at_least: int) -> int:

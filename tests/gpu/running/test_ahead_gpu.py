@@ -41,13 +41,15 @@ else:
 for thread in threading.enumerate():
     if thread.name == "octavo-compile":
         thread.join()
+from octavo.running.ahead import wanted
+errors = [repr(job.error) for job in wanted.values() if job.error is not None]
 before = compiled()
 with torch.no_grad():
     for tokens in (1, 2, 5, 17, 40, 100, 128):
         for batch in (1, 7):
             model(torch.ones(batch, tokens, dtype=torch.long, device="cuda"))
 torch.cuda.synchronize()
-print(json.dumps({"before": before, "later": [name for name in compiled() if name not in before]}))
+print(json.dumps({"errors": errors, "before": before, "later": [name for name in compiled() if name not in before]}))
 """
 
 
@@ -64,5 +66,6 @@ def test_a_forward_after_a_load_compiles_nothing(way, name, scheme, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
+    assert found["errors"] == []
     assert len(found["before"]) > 3
     assert found["later"] == []

@@ -15,7 +15,7 @@ BF16 = torch.bfloat16
 
 
 def test_each_product_of_a_model_is_told_once_and_what_stays_unquantized_is_none(monkeypatch):
-    monkeypatch.setattr(ahead.fp8, "_HAS_TRITON", True)
+    monkeypatch.setattr(ahead.fp8, "HAS_TRITON", True)
     found = ahead.products_of(small_model())
     assert [type(each).__name__ for each in found] == ["Linear", "Linear", "Experts"]
     assert [(each.product.shape, each.product.bias) for each in found[:2]] == [((96, 48), BF16), ((48, 96), None)]
@@ -25,7 +25,7 @@ def test_each_product_of_a_model_is_told_once_and_what_stays_unquantized_is_none
 
 
 def test_activations_that_units_do_not_take_ask_for_no_kernel(monkeypatch):
-    monkeypatch.setattr(ahead.fp8, "_HAS_TRITON", True)
+    monkeypatch.setattr(ahead.fp8, "HAS_TRITON", True)
     model = small_model(dtype=torch.float32)
     model[4].spare = nn.Parameter(torch.empty(1, dtype=torch.float16, device="meta"))
     assert [type(each).__name__ for each in ahead.products_of(model)] == ["Experts"]  # in float16, which its model says

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from helpers import random_weights
 from octavo.numerics import schemes
-from octavo.running import fp8
+from octavo.running import fp8, library
 from octavo.running import linear as matmul
 
 HALF = [torch.bfloat16, torch.float16]
@@ -37,16 +37,16 @@ def assert_rounded(back: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_activations_have_one_scale_a_row(dtype):
     x = activations(6, 300, dtype)
-    q, scale = fp8._quantize_rows(x.view(2, 3, 300))
-    assert (q.shape, q.dtype, scale.shape, scale.dtype) == ((6, 300), schemes.FP8, (6,), torch.float32)
+    q, scale = library.quantize_rows(x.view(2, 3, 300))
+    assert (q.shape, q.dtype, scale.shape, scale.dtype) == ((6, 300), schemes.FP8, (6, 1), torch.float32)
     assert scale[3] == 1
-    assert_rounded(q.float() * scale[:, None], x, scale[:, None])
+    assert_rounded(q.float() * scale, x, scale)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_activations_have_a_scale_for_128_columns_of_a_row_and_rows_in_fours(dtype):
     x = activations(6, 300, dtype)
-    q, scale = fp8._quantize_groups(x.view(2, 3, 300))
+    q, scale = library.quantize_groups(x.view(2, 3, 300))
     assert (q.shape, scale.shape, scale.stride()) == ((8, 300), (3, 8), (8, 1))
     assert not q[6:].float().any()
     each = scale.t().repeat_interleave(128, -1)[:6, :300]
@@ -59,9 +59,9 @@ def test_activations_have_a_scale_for_128_columns_of_a_row_and_rows_in_fours(dty
 )
 def test_each_row_of_a_weight_gets_its_scale(scheme, parts):
     _, scale = schemes.quantize(random_weights((48, 32), torch.float32, 0), scheme, parts)
-    expected = schemes.row_scales(scale, (48, 32), scheme, parts).squeeze(-1)
-    assert torch.equal(fp8._a_row(scale, parts), expected)
-    assert fp8._a_row(scale, parts).is_contiguous()
+    found = library.row_of_scales(scale, parts)
+    assert torch.equal(found, schemes.row_scales(scale, (48, 32), scheme, parts).view(1, 48))
+    assert found.is_contiguous()
 
 
 @pytest.mark.skipif(not hasattr(F, "scaled_mm"), reason="needs torch 2.10")
@@ -72,7 +72,7 @@ def test_a_product_of_quantized_rows_is_within_the_stated_bounds(scheme, parts, 
     weight = schemes.dequantize(q, scale, scheme, parts).double()
     x = activations(5, 128)
     bias = random_weights((64,), torch.bfloat16, 1) if with_bias else None
-    y = fp8._scaled_mm(x.view(1, 5, 128), q, scale, False, parts, bias)
+    y = library.product(x.view(1, 5, 128), q, scale, bias, by_block=False, parts=parts)
     assert (y.shape, y.dtype) == ((1, 5, 64), torch.bfloat16)
     exact, magnitude = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     if bias is not None:
@@ -91,8 +91,7 @@ def test_a_product_of_quantized_rows_is_within_the_stated_bounds(scheme, parts, 
     ],
 )
 def test_the_library_is_not_asked_for_what_it_does_not_take(shape, scheme, parts, expected):
-    q = torch.empty(shape, dtype=schemes.FP8)
-    assert fp8._library_takes(torch.empty(1, shape[1], dtype=torch.bfloat16), q, scheme, parts) == expected
+    assert library.takes(shape, scheme, parts, torch.bfloat16, (9, 0)) == expected
 
 
 def test_a_cpu_has_no_fp8_units():
