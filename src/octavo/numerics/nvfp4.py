@@ -72,7 +72,7 @@ _UNIT, _MOST = 1024, 4095
 _EVEN = 0xFFFF_0000_FFFF
 #: elements that are quantized at a time: on a CPU so that a core's cache holds what is made of them, and where no
 #: memory is given for that
-_AT_ONCE, _AT_ONCE_ON_DEVICE = 1 << 17, 1 << 22
+_AT_ONCE, _AT_ONCE_ON_DEVICE = 1 << 17, 1 << 21
 #: float32 that each takes
 _SCRATCH = 5
 
@@ -100,6 +100,11 @@ class Packed(NamedTuple):
         cut = groups * GROUP // 2
         return cls(stored[..., :cut], stored[..., cut:].view(E4M3))
 
+    @staticmethod
+    def boxes(size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Offset, size or shape of weights -> the same of codes, and of scales."""
+        return (*size[:-1], size[-1] // 2), (*size[:-1], size[-1] // GROUP)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """[..., out, in]."""
@@ -114,11 +119,6 @@ class Packed(NamedTuple):
         first, groups = off[-1] // GROUP, size[-1] // GROUP
         half = GROUP // 2
         return Packed(codes.narrow(-1, first * half, groups * half), scales.narrow(-1, first, groups))
-
-    def copy_(self, other: Packed, *, non_blocking: bool = False) -> None:
-        """Take the bytes of a box of the same shape."""
-        self.codes.copy_(other.codes, non_blocking=non_blocking)
-        self.scales.copy_(other.scales, non_blocking=non_blocking)
 
 
 def global_scale(amax: Tensor) -> Tensor:
@@ -230,6 +230,13 @@ def _best_scale(magnitude: Tensor, first: Tensor, scale: Tensor, memory: Tensor)
     least = torch.minimum(even.view(torch.int32), odd.view(torch.int32)).view(-1, 2)
     number = torch.minimum(least[:, 0], least[:, 1]).bitwise_and_(3)
     return code.add_(number).add_(number.bitwise_and_(2)).to(torch.uint8)  # 0, 1, 4 or 5 further on
+
+
+def warm_up(device: torch.device) -> None:
+    """Make the constants of a device, on the current stream of it."""
+    _number(6.0, device)
+    for table in (_errors, _pair_codes, _pairs):
+        table(device)
 
 
 @functools.cache

@@ -43,7 +43,10 @@ from .terms import NUMBERS as NUMBERS
 from .terms import SCHEMES as SCHEMES
 from .terms import Scheme as Scheme
 from .terms import Stored as Stored
+from .terms import copy_into as copy_into
 from .terms import get as get
+from .terms import on_cpu as on_cpu
+from .terms import region as region
 
 #: torch spreads a reduction of so many elements that are not neighbours in memory over several thread blocks
 _SPLIT = 1024
@@ -158,6 +161,7 @@ def warm_up(device: torch.device) -> None:
     known = torch.empty(0, device=device).device  # with the number that tensors' devices have
     for numbers in NUMBERS.values():
         _number(numbers.largest, known)
+    nvfp4.warm_up(known)
 
 
 @functools.cache
@@ -196,11 +200,17 @@ def quantize_into(
 
 
 def quantize_in_place(
-    out: Stored, wide: Tensor, scale: Tensor, scheme: Scheme, *, phase: tuple[int, int] = (0, 0)
+    out: Stored,
+    wide: Tensor,
+    scale: Tensor,
+    scheme: Scheme,
+    *,
+    phase: tuple[int, int] = (0, 0),
+    scratch: Tensor | None = None,
 ) -> None:
     """`quantize_into` of float32 in memory that may be overwritten."""
     if isinstance(out, nvfp4.Packed):
-        nvfp4.quantize_into(out, wide, scale)
+        nvfp4.quantize_into(out, wide, scale, scratch=scratch)
         return
     for rows, cols in all_spans(wide, scheme.groups, phase):
         grouped(wide, rows, cols).div_(cells_of_spans(scale, rows, cols))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import choices
+from ..elements.boxes import Box
 from ..errors import RecipeError
 from ..text import shown
 from . import nvfp4
@@ -35,6 +37,26 @@ HELD = {**NUMBERS, torch.uint8: Numbers("NVFP4", 6.0)}
 
 #: where the numbers of a box go
 Stored = Tensor | nvfp4.Packed
+
+
+def copy_into(out: Stored, values: Stored, *, non_blocking: bool = False) -> None:
+    """Copy the numbers of a box."""
+    for place, part in zip(_tensors(out), _tensors(values), strict=True):
+        place.copy_(part, non_blocking=non_blocking)
+
+
+def on_cpu(stored: Stored) -> bool:
+    """Return True if numbers lie where a CPU can write them."""
+    return all(tensor.device.type == "cpu" for tensor in _tensors(stored))
+
+
+def _tensors(stored: Stored) -> tuple[Tensor, ...]:
+    return stored if isinstance(stored, nvfp4.Packed) else (stored,)
+
+
+def region(stored: Stored, box: Box) -> Stored:
+    """The view of what is stored that shows a box of it."""
+    return stored.box(*box) if isinstance(stored, nvfp4.Packed) else box.region(stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +99,10 @@ class Scheme:
         """Boxes begin and end at multiples of so many columns."""
         return nvfp4.GROUP if self.packed else 1
 
+    def unfit(self, cols: int) -> str | None:
+        """Why a matrix with so many columns can't be quantized; None if it can."""
+        return f"{cols:,} columns, no multiple of {self.align}" if cols % self.align else None
+
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape in which weights of a shape [..., out, in] are stored."""
         return (*shape[:-1], nvfp4.stored_columns(shape[-1])) if self.packed else tuple(shape)
@@ -88,6 +114,11 @@ class Scheme:
     def numbers_in(self, stored: Tensor) -> Stored:
         """What is stored, as boxes can be taken of it."""
         return nvfp4.Packed.of(stored) if self.packed else stored
+
+    def scratch(self, memory: Tensor, shape: Sequence[int]) -> Stored:
+        """Where the numbers of a box of this shape go, in memory of bytes."""
+        stored = self.stored_shape(shape)
+        return self.numbers_in(memory[: math.prod(stored)].view(self.dtype).view(stored))
 
     def cells(self, rows: int, cols: int) -> tuple[int, int]:
         """The number of scale groups along rows and columns of a matrix."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..elements.pieces import Piece, whole
 from ..numerics import schemes
 from ..numerics.scale_grid import cells_of, cuts_no_group
-from ..numerics.schemes import Scheme
+from ..numerics.schemes import Scheme, Stored
 from .coded import stored_nbytes
 from .placement import Placement
 
@@ -59,6 +59,10 @@ class Tile(NamedTuple):
 
     def region(self, tensor: Tensor) -> Tensor:
         return self.box.region(tensor)
+
+    def numbers(self, stored: Stored) -> Stored:
+        """Where its numbers go."""
+        return schemes.region(stored, self.box.box)
 
 
 def default_slot_bytes(placements: Iterable[Placement], staging_bytes: int) -> int:
@@ -111,7 +115,7 @@ def cut_tiles(shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int], li
     groups = (scheme.group_rows or _ENDLESS, scheme.group_cols or _ENDLESS)
     boxes = list(_cut(box, limit, groups, (-phase[0], -phase[1])))
     if any(b.numel > limit for b in boxes):
-        boxes = list(_cut(box, limit, (1, 1), (0, 0)))
+        boxes = list(_cut(box, limit, (1, scheme.align), (0, 0)))
     return tuple(Tile(b, *cells_of(b.box, scheme, (-phase[0], -phase[1]))) for b in boxes)
 
 
@@ -159,16 +163,18 @@ def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work
                 continue
             for matrix in _matrices(piece):
                 unit += 1
-                yield from _two_readings([matrix], limit, part, unit)
+                yield from _two_readings([matrix], limit, scheme, part, unit)
         if spanning:
             unit += 1
-            yield from _two_readings(spanning, limit, part, unit)
+            yield from _two_readings(spanning, limit, scheme, part, unit)
         unit += 1
         start += rows
 
 
-def _two_readings(pieces: Sequence[Piece], limit: int, part: int, unit: int) -> Iterator[tuple[Work, Piece, int, int]]:
-    chunks = [chunk for piece in pieces for chunk in _cut(piece, limit, (1, 1), (0, 0))]
+def _two_readings(
+    pieces: Sequence[Piece], limit: int, scheme: Scheme, part: int, unit: int
+) -> Iterator[tuple[Work, Piece, int, int]]:
+    chunks = [chunk for piece in pieces for chunk in _cut(piece, limit, (1, scheme.align), (0, 0))]
     yield from ((Work.AMAX, chunk, part, unit) for chunk in chunks)
     yield from ((Work.REREAD, chunk, part, unit) for chunk in chunks)
 

@@ -228,7 +228,7 @@ def coding_is(coding: Coding, scheme: Scheme) -> bool:
     """
     decoding = coding.decoding
     groups = decoding.group_rows, decoding.group_cols
-    alone = coding.zero_point is None and coding.global_scale is None and not coding.transposed
+    alone = not scheme.packed and coding.zero_point is None and coding.global_scale is None and not coding.transposed
     alone &= scheme.dtype != torch.int8 or coding.scale.dtype_name == "BF16"
     by_power = coding.scale.dtype_name in ("F8_E8M0", "U8")
     stored = torch.int8 if decoding.kind == "int8_in_int32" else coding.codes.dtype if decoding.pack == 1 else None

@@ -109,8 +109,17 @@ class Placement:
         return self.shape if self.columns is None else (*self.shape[:-1], self.columns[1] - self.columns[0])
 
     @property
+    def memory_shape(self) -> tuple[int, ...]:
+        """The shape of the memory, of its dtype, that holds it."""
+        return schemes.get(self.scheme).stored_shape(self.stored_shape) if self.scheme else self.stored_shape
+
+    @property
     def nbytes(self) -> int:
-        return math.prod(self.stored_shape) * dtypes.moved_bits(self.dtype_name) // 8
+        return math.prod(self.memory_shape) * dtypes.moved_bits(self.dtype_name) // 8
+
+    def bytes_of(self, elements: int) -> int:
+        """Bytes that some of its elements take."""
+        return elements * self.nbytes // max(1, math.prod(self.stored_shape))
 
     @property
     def grid(self) -> ScaleGrid:

@@ -20,6 +20,8 @@ from ..elements.boxes import coverage_problem
 from ..elements.pieces import whole
 from ..errors import CoverageError, DeviceError, RecipeError, raise_problems
 from ..machine import on_cpu
+from ..numerics import schemes
+from ..numerics.schemes import Scheme
 from ..text import human_bytes, pattern, printable, table_text
 from . import kinds
 from .budget import Budget, check_options
@@ -277,9 +279,10 @@ def make_plan(
         weights.append(Weight(target.name, sources, dtype, kind, target.keep))
     decisions = recipe.decide(weights)
     targets = _cut(targets, decisions, cuts, veto)
-    for target in targets if veto else ():
+    for target in targets:
         scheme = decisions[target.name].scheme
-        why = veto(target.name, target.shape, target.kind, scheme) if veto and scheme else None
+        why = _unfit(target, schemes.get(scheme)) if scheme else None
+        why = why or (veto(target.name, target.shape, target.kind, scheme) if veto and scheme else None)
         if why:
             decisions[target.name] = Decision(None, why)
 
@@ -300,6 +303,14 @@ def make_plan(
     )
 
 
+def _unfit(target: Target, scheme: Scheme) -> str | None:
+    """Why a target can't be quantized by a scheme; None if it can."""
+    shape, pieces = target.apart or (target.shape, target.pieces)
+    axis = len(shape) - (2 if target.transposed else 1)
+    bounds = [shape[axis], *(at for piece in pieces for at in (piece.dst_off[axis], piece.dst_end[axis]))]
+    return next((f"{scheme.name}: {why}" for at in bounds if (why := scheme.unfit(at))), None)
+
+
 def _left_quantized(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
     """A remark on what is copied as it is, where it might be thought to become bf16."""
     if not recipe.schemes and (found := checkpoint.quantization) is not None:
@@ -310,8 +321,8 @@ def _cut(targets: list[Target], decisions: dict[str, Decision], cuts: Iterable[C
     """The targets with matrices in the place of stacks, and decisions about them."""
     made: dict[str, Sequence[Target]] = {}
     for cut in cuts:
-        schemes = {decisions[name].scheme for name in cut}
-        scheme = schemes.pop() if len(schemes) == 1 else None
+        found = {decisions[name].scheme for name in cut}
+        scheme = found.pop() if len(found) == 1 else None
         if scheme is None:
             continue
         matrices = [(name, matrix) for name, found in cut.items() for matrix in found]

@@ -22,7 +22,7 @@ from .widened import Codes, Values, Widened
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer with ``weight`` in float8_e4m3fn, or int8, and ``weight_scale`` beside it.
+    """A linear layer with ``weight`` as its scheme stores it, and ``weight_scale`` beside it.
 
     Made from a linear layer whose parameters may be on meta; storage is assigned later.
     """
@@ -37,7 +37,7 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = like.in_features, like.out_features
         self.scheme, self.parts = scheme, parts or (like.out_features,)
         self.activation_dtype = like.weight.dtype
-        self.weight = _frozen(torch.empty(like.weight.shape, dtype=schemes.get(scheme).dtype, device="meta"))
+        self.weight = _frozen(_meta_weight(like.weight.shape, scheme))
         self.weight_scale = _frozen(_meta_scale(like.weight.shape, scheme, self.parts))
         self.bias = like.bias
         self.training = like.training
@@ -220,7 +220,7 @@ def quantize_stack(experts: Any, name: str, scheme: str, shape: tuple[int, ...],
     if not isinstance(experts, _Stacks):
         experts.__class__ = _quantized_class(QuantizedExperts, type(experts))  # type: ignore[arg-type]
         experts.octavo_stacks = {}
-    setattr(experts, name, _frozen(torch.empty(shape, dtype=schemes.get(scheme).dtype, device="meta")))
+    setattr(experts, name, _frozen(_meta_weight(shape, scheme)))
     experts.register_parameter(f"{name}_scale", _frozen(_meta_scale(shape, scheme, parts)))
     experts.octavo_stacks[name] = (scheme, parts)
 
@@ -262,7 +262,7 @@ def _read(module: Any, name: str, scheme: str, parts: tuple[int, ...], form: For
 
 
 def _require_codes(module: Any, weight: Tensor) -> None:
-    if weight.dtype not in schemes.NUMBERS:
+    if weight.dtype not in schemes.HELD:
         raise TypeError(
             f"{type(module).__name__} holds {weight.dtype} where quantized numbers were: something cast them"
         )
@@ -276,7 +276,8 @@ def as_stored(
     flipped = form.flipped if form is not None else len(shape) == 3 and getattr(module, "is_transposed", False)
     found = list(zip(shape, strides, strict=True))
     if form is not None and form.shape is not None and len(shape) == 2:
-        stacks, rows, cols = module._parameters[name].shape
+        scheme = schemes.get(module.octavo_stacks[name][0])
+        stacks, rows, cols = scheme.weight_shape(module._parameters[name].shape)
         rows = cols if flipped else rows
         found = [(stacks, rows * strides[0]), (shape[0] // stacks, strides[0]), found[1]]
     if flipped:
@@ -287,7 +288,7 @@ def as_stored(
 def _refuse_casts(module: Any, fn: Any) -> None:
     """``model.to(dtype)`` would make unscaled weights of FP8, or round scales: raise instead. Moving is fine."""
     for parameter in module._parameters.values():
-        if parameter is not None and parameter.dtype in schemes.NUMBERS:
+        if parameter is not None and parameter.dtype in schemes.HELD:
             if fn(parameter.new_empty(0, dtype=schemes.FP8)).dtype != schemes.FP8:  # what floats become
                 raise TypeError(
                     "a model with quantized weights can't be cast; give octavo.load the dtype for the rest of it"
@@ -302,7 +303,7 @@ def _refuse_wide(
     dtypes = {prefix + name: module._parameters[name].dtype for name in names}
     wide = [name for name, dtype in dtypes.items() if name in state and state[name].dtype != dtype]
     for name in wide:
-        here = schemes.NUMBERS[dtypes[name]].name
+        here = schemes.HELD[dtypes[name]].name
         errors.append(f"{name}: {state[name].dtype} into {here} weights; octavo.update(model, state_dict) quantizes")
     return bool(wide)
 
@@ -321,6 +322,11 @@ def quantized_weights(model: nn.Module) -> Iterator[tuple[str, str, tuple[int, .
         elif isinstance(module, _Stacks):
             for name, (scheme, parts) in module.octavo_stacks.items():
                 yield f"{prefix}{name}", scheme, parts
+
+
+def _meta_weight(shape: tuple[int, ...], scheme: str) -> Tensor:
+    found = schemes.get(scheme)
+    return torch.empty(found.stored_shape(shape), dtype=found.dtype, device="meta")
 
 
 def _meta_scale(shape: tuple[int, ...], scheme: str, parts: tuple[int, ...]) -> Tensor:

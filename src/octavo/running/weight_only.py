@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..numerics import schemes
+from ..numerics import nvfp4, schemes
 
 _ROWS = 128
 
@@ -89,6 +89,8 @@ def weight_only(
     if x.dtype not in _COMPUTE:
         raise TypeError(f"activations are {x.dtype}; quantized weights are multiplied in bf16, fp16, fp32 or fp64")
     flat = x.reshape(-1, x.shape[-1])
+    if schemes.get(scheme).packed:
+        return _packed(flat, q, scale, scheme, parts, bias).view(*x.shape[:-1], q.shape[0])
     rows, cols = q.shape
     cells = schemes.row_scales(scale, (rows, cols), scheme, parts)  # float32 [out, column cells]
     each = schemes.get(scheme).group_cols
@@ -122,6 +124,27 @@ def weight_only(
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], rows)
+
+
+def _packed(
+    x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: tuple[int, ...] | None, bias: Tensor | None
+) -> Tensor:
+    """`weight_only` of numbers that are packed: x [rows, in]. Widened they are exact in any dtype that has their range.
+
+    The scale of a part of rows is a power of two.
+    """
+    rows = q.shape[0]
+    cells = schemes.row_scales(scale, schemes.get(scheme).weight_shape(q.shape), scheme, parts)
+    on_cpu = q.device.type == "cpu"
+    step = min(rows, _ROWS if on_cpu else _ROWS_ON_DEVICE)
+    out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        wide = nvfp4.widen(nvfp4.Packed.of(q[some])).mul_(cells[some])
+        out[:, some] = F.linear(x, wide.to(x.dtype))
+    if bias is not None:
+        out += bias
+    return out
 
 
 def _few_rows(x: Tensor, q: Tensor, cells: Tensor) -> Tensor:

@@ -27,12 +27,17 @@ from .linear import linear
 
 @dataclass(frozen=True)
 class Codes:
-    """FP8 numbers ``q[..., out, in]`` and their scales ``[..., row cells, column cells]``, or ``[]`` of a matrix."""
+    """Numbers ``q``, as a scheme stores them, and scales ``[..., row cells, column cells]``, or ``[]`` of a matrix."""
 
     q: Tensor
     scale: Tensor
     scheme: str
     parts: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., out, in]."""
+        return schemes.get(self.scheme).weight_shape(self.q.shape)
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -52,8 +57,8 @@ class Codes:
         """The numbers that these stand for."""
         if not self.lead:
             return schemes.dequantize(self.q, self.scale, self.scheme, self.parts, dtype)
-        made = torch.empty(self.q.shape, dtype=dtype, device=self.q.device)
-        for matrix, codes in zip(made.view(-1, *self.q.shape[-2:]), self.matrices(), strict=True):
+        made = torch.empty(self.shape, dtype=dtype, device=self.q.device)
+        for matrix, codes in zip(made.view(-1, *self.shape[-2:]), self.matrices(), strict=True):
             matrix.copy_(codes.values(dtype))
         return made
 
@@ -78,7 +83,7 @@ class Widened(Tensor):
     def __new__(
         cls, codes: Codes, dtype: torch.dtype, flipped: bool = False, shape: Sequence[int] | None = None
     ) -> Widened:
-        *lead, rows, cols = codes.q.shape
+        *lead, rows, cols = codes.shape
         stacked = (*lead, cols, rows) if flipped else (*lead, rows, cols)
         self: Widened = Tensor._make_wrapper_subclass(cls, tuple(shape or stacked), dtype=dtype, device=codes.q.device)
         self.codes, self.flipped, self.joined = codes, flipped, shape is not None

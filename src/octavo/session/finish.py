@@ -40,7 +40,7 @@ def install_quantized(item: Item) -> tuple[Tensor, Tensor]:
         module.scheme, module.parts = item.scheme, storage.parts  # type: ignore[assignment]
         module.activation_dtype = item.dtype  # type: ignore[assignment]
     elif hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
-        modules.quantize_stack(module, leaf, item.scheme, tuple(storage.weight.shape), storage.parts)
+        modules.quantize_stack(module, leaf, item.scheme, storage.shape, storage.parts)
     weight = nn.Parameter(storage.weight, requires_grad=False)
     weight.weight_loader = refuse  # type: ignore[attr-defined]  # a loader would cast new weights, without a scale
     module._parameters[leaf] = weight

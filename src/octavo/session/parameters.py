@@ -239,7 +239,7 @@ class Item(Layout):
         """FP8 storage, of which nothing is written yet."""
         assert self.scheme is not None
         scheme = schemes.get(self.scheme)
-        weight = torch.empty(self.stored_shape, dtype=scheme.dtype, device=self.device)
+        weight = torch.empty(scheme.stored_shape(self.stored_shape), dtype=scheme.dtype, device=self.device)
         self.quantized = QuantizedStorage(self.name, weight, scheme)
         return self.quantized
 
@@ -277,7 +277,8 @@ class Item(Layout):
     def lend(self, weight: Tensor, scale: Tensor) -> Tensor:
         """Its module gets a high-precision parameter on meta, which is returned, in place of the FP8 ``weight``."""
         assert self.quantized is not None
-        self.quantized.weight, self.quantized.scale, self.device = weight.data, scale.data, weight.device
+        self.quantized.hold(weight.data, scale.data)
+        self.device = weight.device
         lent = _remade(self.faces[0].tensor, self.on_meta())
         self.faces, self.twin, self.real = [self._put(self.faces[0], lent)], lent.detach(), None
         return lent
@@ -347,7 +348,9 @@ def decide(items: Sequence[Item], recipe: Recipe) -> None:
         item.transposed = kind == kinds.EXPERTS and bool(getattr(item.faces[0].module, "is_transposed", False))
     decisions = recipe.decide(weights)
     for item in items:
-        item.decision = decisions[item.name]
+        decision = decisions[item.name]
+        why = schemes.get(decision.scheme).unfit(item.stored_shape[-1]) if decision.scheme else None
+        item.decision = Decision(None, f"{decision.scheme}: {why}") if why else decision
 
 
 def kind_of(item: Item) -> str:

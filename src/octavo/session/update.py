@@ -20,7 +20,7 @@ from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.codings import Decoding
 from ..elements.operations import storage_key
-from ..elements.pieces import Piece
+from ..elements.pieces import Piece, contiguous_strides
 from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
 from ..numerics.groups import Groups
@@ -137,7 +137,10 @@ def _quantized(model: nn.Module) -> Inventory:
             scale = module.get_parameter(modules.scale_name(leaf))
             item.decision = Decision(scheme, "quantized by octavo")
             item.dtype = torch.float32  # which holds whatever comes
-            item.adopt(QuantizedStorage(item.name, tensor.data, schemes.get(scheme), parts, scale.data))
+            storage = QuantizedStorage(item.name, tensor.data, schemes.get(scheme), parts, scale.data)
+            item.adopt(storage)
+            if storage.scheme.packed:
+                item.shape, item.strides = storage.shape, contiguous_strides(storage.shape)
         else:
             item.required = not item.is_buffer
             item.keep(tensor)

@@ -95,7 +95,7 @@ class Writes(Intake):
 
     def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
         storage = item.quantized
-        if storage is None or final is not storage.weight:
+        if storage is None or final is not storage.weight or storage.scheme.packed:
             self.touch_final(item)
             return
         with self.quiet():

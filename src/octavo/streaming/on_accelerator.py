@@ -342,6 +342,6 @@ class DevicePress:
         if self._scratch is None:
             nbytes = self._lanes[0].staged.bytes.numel() // 2
             self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        out = self._scratch[: mine.piece.numel].view(scheme.dtype).view(mine.piece.size)
+        out = scheme.scratch(self._scratch, mine.piece.size)
         schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, scratch=wide)
         destination.put(mine.piece, out)

@@ -21,7 +21,7 @@ from ..numerics import schemes
 from ..numerics.decoding import holds_nan
 from ..numerics.groups import count_cells
 from ..numerics.lossless import lossless_scale
-from ..numerics.schemes import Scheme
+from ..numerics.schemes import Scheme, Stored
 from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Tile, Work, cut_apart, cut_boxes, cut_tiles
 from ..planning.partition import Partition
@@ -63,7 +63,7 @@ class Tiles:
 
     def quantize(
         self,
-        out: Tensor,
+        out: Stored,
         x: Tensor | Encoded,
         scale: Tensor,
         scheme: Scheme,
@@ -75,13 +75,13 @@ class Tiles:
             cells = scale[tile.cells]
             if isinstance(x, Encoded):
                 region = x.decode(tile.box, self.scratch, self.bits, checked=True)
-                schemes.quantize_in_place(tile.region(out), region, cells, scheme, phase=tile.phase)
+                schemes.quantize_in_place(tile.numbers(out), region, cells, scheme, phase=tile.phase, scratch=self.bits)
                 continue
             region = self._region(tile, x, dtype)
-            schemes.quantize_into(tile.region(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
+            schemes.quantize_into(tile.numbers(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
 
     def scale_and_quantize(
-        self, out: Tensor, x: Encoded, scale_of: Callable[[Tensor], Tensor], scheme: Scheme, phase: tuple[int, int]
+        self, out: Stored, x: Encoded, scale_of: Callable[[Tensor], Tensor], scheme: Scheme, phase: tuple[int, int]
     ) -> Tensor | None:
         """`amax` and `quantize` in one, so that each tile is decoded once; returns the amax.
 
@@ -94,7 +94,8 @@ class Tiles:
         for tile in tiles:
             region, cells = x.decode(tile.box, self.scratch, self.bits), grid[tile.cells]
             schemes.group_amax(region, scheme, phase=tile.phase, scratch=self.bits, out=cells)
-            schemes.quantize_in_place(tile.region(out), region, scale_of(cells), scheme, phase=tile.phase)
+            out_of, scale = tile.numbers(out), scale_of(cells)
+            schemes.quantize_in_place(out_of, region, scale, scheme, phase=tile.phase, scratch=self.bits)
         return grid
 
     @property
@@ -185,10 +186,10 @@ class Press:
             values = x if isinstance(x, Tensor) else x.decode(whole("", x.shape), torch.empty(x.numel))
             raise WeightError(nonfinite_text(self._checkpoint, chunk.piece, values, chunk.placement))
 
-    def _scratch(self, piece: Piece, scheme: Scheme) -> Tensor:
+    def _scratch(self, piece: Piece, scheme: Scheme) -> Stored:
         if self.out is None:
             self.out = torch.empty(self._out_bytes, dtype=torch.uint8)
-        return self.out[: piece.numel].view(scheme.dtype).view(piece.size)
+        return scheme.scratch(self.out, piece.size)
 
     # -- sources that are quantized already ---------------------------------------------------------------------------
 
@@ -241,10 +242,10 @@ def _scales(placement: Placement, x: Tensor | Encoded) -> Callable[[Tensor], Ten
     return functools.partial(schemes.scale_from_amax, scheme=schemes.get(placement.scheme or ""))
 
 
-def _view(destination: Destination, piece: Piece) -> Tensor | None:
+def _view(destination: Destination, piece: Piece) -> Stored | None:
     """The memory of a box if a CPU can quantize into it."""
     view = destination.view(piece)
-    return view if view is not None and view.device.type == "cpu" else None
+    return view if view is not None and schemes.on_cpu(view) else None
 
 
 def _part(mine: Partition, x: Tensor | Encoded) -> Tensor | Encoded:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import dtypes
 from ..elements.pieces import Piece
 from ..planning.chunks import Work
 from ..planning.placement import Placement
@@ -53,7 +52,7 @@ class Placed:
     def done(self, placement: Placement, work: Work, piece: Piece) -> int:
         """Count elements, and close the placement with the last. Returns the bytes that are in their place by it."""
         elements = placement.elements(piece)
-        placed = elements * dtypes.moved_bits(placement.dtype_name) // 8
+        placed = placement.bytes_of(elements)
         with self._lock:
             state = self._states[placement.name]
             if work is Work.AMAX or state is None:

@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,8 @@ from ..checkpoint.digests import ShardDigests
 from ..elements.pieces import Piece, contiguous_strides
 from ..errors import DeviceError
 from ..numerics import schemes
+from ..numerics.nvfp4 import Packed
+from ..numerics.schemes import Stored
 from ..planning.placement import Placement
 from .outfile import OutFile
 from .ring import Cancelled, Ring
@@ -35,10 +38,10 @@ class Destination(Protocol):
 
     scale: Tensor | None  # the scales as a grid, once written; None where they are not kept in memory
 
-    def view(self, piece: Piece) -> Tensor | None:
+    def view(self, piece: Piece) -> Stored | None:
         """The memory into which the box is to be quantized; None: use scratch, and call `put`."""
 
-    def put(self, piece: Piece, values: Tensor) -> None:
+    def put(self, piece: Piece, values: Stored) -> None:
         """Take the values of a box (copied before this returns, and perhaps changed); not where `view` gave memory."""
 
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
@@ -68,7 +71,7 @@ class Storage:
     @classmethod
     def allocate(cls, placement: Placement) -> Storage:
         """Uninitialised memory of the right shapes, dtypes and device."""
-        weight = torch.empty(placement.stored_shape, dtype=placement.dtype, device=placement.device)
+        weight = torch.empty(placement.memory_shape, dtype=placement.dtype, device=placement.device)
         if placement.scheme is None:
             return cls(weight)
         dtype = schemes.get(placement.scheme).scale_dtype
@@ -113,14 +116,15 @@ def _reserve(placements: Sequence[Placement], device: torch.device) -> None:
 
 class _Parameter:
     def __init__(self, placement: Placement, storage: Storage) -> None:
-        self._weight = storage.weight
+        scheme = placement.scheme
+        self._weight = storage.weight if scheme is None else schemes.get(scheme).numbers_in(storage.weight)
         self.scale = None if storage.scale is None else storage.scale.view(placement.scale_grid)
 
-    def view(self, piece: Piece) -> Tensor:
-        return piece.region(self._weight)
+    def view(self, piece: Piece) -> Stored:
+        return schemes.region(self._weight, piece.box)
 
-    def put(self, piece: Piece, values: Tensor) -> None:
-        piece.region(self._weight).copy_(values, non_blocking=True)
+    def put(self, piece: Piece, values: Stored) -> None:
+        schemes.copy_into(self.view(piece), values, non_blocking=True)
 
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
         assert self.scale is not None
@@ -220,9 +224,9 @@ class _Pending(_Parameter):
 class ShardSink:
     """Writes boxes to their places in one file whose layout is known.
 
-    ``extents`` maps a placement's name to where its weight begins, ``scale_extents`` to where its scale does;
-    ``cast_scale`` turns stored scales into those of the format, and ``to_bytes`` a scheme's numbers, in place;
-    ``digests`` are made of what is written.
+    ``extents`` maps a placement's name to where its weight begins, ``scale_extents`` to where its scale does, and
+    ``group_extents`` to where scales are that belong to its numbers; ``cast_scale`` turns stored scales into those of
+    the format, and ``to_bytes`` a scheme's numbers, in place; ``digests`` are made of what is written.
     """
 
     def __init__(
@@ -233,9 +237,11 @@ class ShardSink:
         cast_scale: Callable[[str | None, Tensor], Tensor],
         to_bytes: Callable[[str | None, Tensor], Tensor],
         digests: ShardDigests | None = None,
+        group_extents: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._file, self._digests, self._to_bytes = file, digests, to_bytes
         self._extents, self._scale_extents, self._cast_scale = extents, scale_extents, cast_scale
+        self._group_extents = group_extents
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
         return _FileRegion(self, placement)
@@ -268,12 +274,22 @@ class _FileRegion:
     def view(self, piece: Piece) -> None:
         return None
 
-    def put(self, piece: Piece, values: Tensor) -> None:
+    def put(self, piece: Piece, values: Stored) -> None:
         placement = self._placement
+        if isinstance(values, Packed):
+            self._put_packed(piece, values)
+            return
         bits = dtypes.moved_bits(placement.dtype_name)
         values = self._sink._to_bytes(placement.scheme, values.to(placement.dtype))
         box = tuple(slice(off, off + n) for off, n in zip(piece.dst_off, piece.size, strict=True))
         self._sink.write_box(self._sink._extents[placement.name], placement.stored_shape, box, values, bits)
+
+    def _put_packed(self, piece: Piece, values: Packed) -> None:
+        name, whole = self._placement.name, Packed.boxes(self._placement.stored_shape)
+        boxes = zip(Packed.boxes(piece.dst_off), Packed.boxes(piece.dst_end), strict=True)
+        bases = self._sink._extents[name], self._sink._group_extents[name]
+        for base, shape, (off, end), part in zip(bases, whole, boxes, values, strict=True):
+            self._sink.write_box(base, shape, tuple(map(slice, off, end)), part, 8)
 
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
         placement = self._placement

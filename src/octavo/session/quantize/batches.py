@@ -24,7 +24,7 @@ from ...checkpoint import dtypes
 from ...elements.operations import offset_of
 from ...elements.pieces import Piece, packed_strides
 from ...numerics import schemes
-from ...numerics.schemes import Scheme
+from ...numerics.schemes import Scheme, Stored
 from ...planning.blocks import Bundle, join
 from ...planning.chunks import Work
 from ...streaming.nonfinite import FiniteWatch
@@ -181,12 +181,12 @@ class Batches:
         for bundle in join(_bundle(job) for job in jobs if job.grid is None):
             storage = storages[bundle.placement.name]
             values = lane.staged.view(dtypes.MOVED[bundle.dtype_name], bundle.piece)
-            out = _region(storage.weight, bundle.piece.dst_off, bundle.piece.size)
+            out = _numbers(storage, bundle.piece)
             off, size = [cut.start for cut in bundle.cells], [cut.stop - cut.start for cut in bundle.cells]
             found.setdefault(storage.scheme, []).append(_Task(values, out, _region(storage.grid, off, size)))
         for job in jobs:
             if job.grid is not None:
-                task = _Task(lane.staged.view(job.dtype, job.piece), job.piece.region(job.storage.weight), job.grid)
+                task = _Task(lane.staged.view(job.dtype, job.piece), _numbers(job.storage, job.piece), job.grid)
                 found.setdefault(job.storage.scheme, []).append(task)
         return found
 
@@ -254,7 +254,7 @@ class _Task(NamedTuple):
     """Values in a batch, and where their FP8 numbers and scales go."""
 
     values: Tensor
-    out: Tensor
+    out: Stored
     scales: Tensor
 
 
@@ -272,6 +272,13 @@ def _quantize(tasks: Sequence[_Task], scheme: Scheme) -> Tensor:
 def _bundle(job: _Job) -> Bundle:
     cells = job.storage.cells(job.piece.box)
     return Bundle(job.storage.placement, Work.QUANTIZE, dtypes.NAMES[job.dtype], job.piece, cells, (0, 0), ())
+
+
+def _numbers(storage: QuantizedStorage, piece: Piece) -> Stored:
+    numbers = storage.numbers
+    if isinstance(numbers, Tensor):
+        return _region(numbers, piece.dst_off, piece.size)
+    return schemes.region(numbers, piece.box)
 
 
 def _region(whole: Tensor, off: Sequence[int], size: Sequence[int]) -> Tensor:

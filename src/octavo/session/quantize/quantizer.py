@@ -71,7 +71,7 @@ class Quantizer:
         if batches is None and not torch.isfinite(grid).all():
             raise WeightError(_nonfinite(what))
         scale = schemes.scale_from_amax(grid, scheme)
-        tiles.quantize(piece.region(storage.weight), values, scale, scheme, (0, 0), dtype)
+        tiles.quantize(schemes.region(storage.numbers, piece.box), values, scale, scheme, (0, 0), dtype)
         storage.scale_place(box).copy_(schemes.to_stored(scale, scheme))
         if batches is not None:
             batches.watch(grid, storage, piece, what)

@@ -14,13 +14,13 @@ from ...elements.boxes import Box
 from ...elements.operations import offset_of
 from ...elements.pieces import Piece
 from ...numerics.scale_grid import ScaleGrid, cuts_no_group
-from ...numerics.schemes import Scheme
+from ...numerics.schemes import Scheme, Stored
 from ...planning.placement import Placement
 
 
 @dataclass
 class QuantizedStorage:
-    """``weight`` e4m3fn [..., out, in], and its scales once it is complete."""
+    """``weight`` as a scheme stores it, [..., out, in] unless it packs, and its scales once it is complete."""
 
     name: str
     weight: Tensor
@@ -33,9 +33,24 @@ class QuantizedStorage:
         if self.scale is None and self.scheme.group_rows == 1:  # scales are the same whatever the parts
             self.scale = self._empty_scale(None)
 
+    def hold(self, weight: Tensor, scale: Tensor) -> None:
+        """Take other memory with the same values."""
+        self.weight, self.scale = weight, scale
+        self.__dict__.pop("numbers", None)
+
     def _empty_scale(self, parts: Sequence[int] | None) -> Tensor:
-        shape = self.scheme.scale_shape(self.weight.shape, parts)
+        shape = self.scheme.scale_shape(self.shape, parts)
         return torch.empty(shape, dtype=self.scheme.scale_dtype, device=self.weight.device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., out, in]."""
+        return self.scheme.weight_shape(self.weight.shape)
+
+    @functools.cached_property
+    def numbers(self) -> Stored:
+        """What is stored, as boxes can be taken of it."""
+        return self.scheme.numbers_in(self.weight)
 
     @property
     def nbytes(self) -> int:
@@ -58,17 +73,17 @@ class QuantizedStorage:
     def holds_groups(self, box: Box) -> bool:
         """Return True if a box holds whole scale groups. While parts are not known, it counts as a part of its own."""
         if self.parts is None:
-            return cuts_no_group(box, self.scheme, (box.off[-2], box.off[-2] + box.size[-2]), self.weight.shape[-1])
+            return cuts_no_group(box, self.scheme, (box.off[-2], box.off[-2] + box.size[-2]), self.shape[-1])
         return self._scale_grid.holds_groups(box)
 
     @property
     def _scale_grid(self) -> ScaleGrid:
-        return ScaleGrid.of(self.weight.shape, self.scheme, self.parts)
+        return ScaleGrid.of(self.shape, self.scheme, self.parts)
 
     @functools.cached_property
     def placement(self) -> Placement:
         """This storage in the words of plans."""
-        shape, name = tuple(self.weight.shape), self.scheme.name
+        shape, name = self.shape, self.scheme.name
         parts, device = self.parts or (shape[-2],), str(self.weight.device)
         return Placement(self.name, shape, dtypes.NAMES[self.weight.dtype], (), name, "", (), parts, device, 0)
 
