@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..numerics import schemes
+from ..numerics import nvfp4, schemes
 from ..planning.placement import Placement
 
 FP8_CONFIG = {
@@ -20,11 +20,28 @@ CT_FORMATS = {
     "fp8_tensor": "float-quantized",
     "mxfp8": "mxfp8-quantized",
     "int8_channel": "int-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
 }
 
 
 def arguments(scheme: str, placements: Iterable[Placement], packed: bool = False) -> dict[str, Any]:
     """The weights, input_activations and format of a compressed-tensors config group."""
+    if schemes.get(scheme).packed:
+        return {
+            "weights": {
+                "num_bits": 4,
+                "type": "float",
+                "symmetric": True,
+                "dynamic": False,
+                "strategy": "tensor_group",
+                "group_size": nvfp4.GROUP,
+                "scale_dtype": "torch.float8_e4m3fn",
+                "zp_dtype": "torch.float8_e4m3fn",
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": CT_FORMATS[scheme],
+        }
     kind = "float" if schemes.get(scheme).dtype.is_floating_point else "int"
     base = {"num_bits": 8, "type": kind, "symmetric": True}
     weights: dict[str, Any] = {**base, "dynamic": False}

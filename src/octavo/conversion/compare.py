@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece, whole
-from ..numerics import schemes
+from ..numerics import nvfp4, schemes
 from ..numerics.lossless import lossless_scale
+from ..numerics.nvfp4 import E4M3, Packed
 from ..numerics.schemes import Scheme
 from ..planning.budget import TILE_ELEMENTS, check_options, default_threads
 from ..planning.coded import keeps_all, passes, stored_piece
@@ -51,6 +52,9 @@ class Pair:
     is_packed: bool = False  # ``here`` is what is in a packed tensor
     scheme: Scheme | None = None  # None: kept, byte for byte
     scale: TensorInfo | None = None  # None although quantized: of dtypes that can't be compared
+    whole_scale: TensorInfo | None = (
+        None  # one by the scale of all, where `scale` are those of groups among the numbers
+    )
     differing_bytes: int = 0
     signal: float = 0.0  # |w|²
     noise: float = 0.0  # |w - q·scale|²
@@ -288,6 +292,9 @@ class Worker:
             return 0
         if block.unit is not None:
             amax = job.amax(block.unit)
+        if scheme.packed:
+            self._compare_packed(block, box, weight, schemes.scale_from_amax(amax, scheme))
+            return nbytes
         scale = lossless_scale(amax, unit) if pair.lossless else schemes.scale_from_amax(amax, scheme)
         found, wrong = self._found_scales(block, schemes.to_stored(scale, scheme), scheme)
         mine = self._numbers_of(pair, box)
@@ -300,6 +307,31 @@ class Worker:
         error.mul_(schemes.expand_scale(found, box.size, scheme)).sub_(wide.copy_(weight))
         job.add(pair, wrong, _energy(wide), _energy(error))
         return nbytes
+
+    def _compare_packed(self, block: Block, box: Piece, weight: Tensor, scale: Tensor) -> None:
+        """Numbers that are packed, the scales among them, and that of all."""
+        pair, job = block.pair, self._job
+        assert pair.scale is not None
+        assert pair.whole_scale is not None
+        codes, cells = (self._part(box, pair.shape, number) for number in range(2))
+        read = job.made.read_piece(pair.here, codes, self._mine[1])
+        cell_bytes = job.made.read_piece(pair.scale, cells, self._cells[1])
+        mine = Packed(self._mine[0][:read].view(codes.size), self._cells[0][:cell_bytes].view(cells.size).view(E4M3))
+        found = job.made.read_values(pair.whole_scale, whole("", pair.whole_scale.shape))
+        expected = Packed(*(torch.empty(part.size, dtype=torch.uint8) for part in (codes, cells)))
+        nvfp4.quantize_into(Packed(expected.codes, expected.scales.view(E4M3)), weight, scale, scratch=self._wide)
+        wrong = sum(differing(a.view(-1), b.view(torch.uint8).view(-1)) for a, b in zip(expected, mine, strict=True))
+        if block.scales:
+            wrong += differing(found.view(torch.uint8), (1 / scale).view(1).view(torch.uint8))
+        error, wide = (memory[: box.numel].view(box.size) for memory in (self._error, self._wide))
+        nvfp4.widen(mine, error).div_(found).sub_(wide.copy_(weight))
+        job.add(pair, wrong, _energy(wide), _energy(error))
+
+    def _part(self, box: Piece, shape: Sequence[int], number: int) -> Piece:
+        """A box of a matrix in the tensor of its codes (0), or of the scales of its groups (1)."""
+        (*_, width), off, size = (Packed.boxes(each)[number] for each in (shape, box.dst_off, box.size))
+        first = box.src_off // shape[-1]  # row
+        return Piece(off, size, "", first * width + off[-1], (width, 1))
 
     def _found_scales(self, block: Block, wanted: Tensor, scheme: Scheme) -> tuple[Tensor, int]:
         """The scales on disk of a block's groups, as float32, and how many of their bytes are not those wanted."""

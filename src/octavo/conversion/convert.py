@@ -307,7 +307,9 @@ class Job:
             file.write(memoryview(data), offset)
             if digests is not None:
                 digests.add(offset, offset, memoryview(data))
-        sink = ShardSink(file, shard.weights, shard.scales, self.layout.stored_scale, self.layout.to_bytes, digests)
+        sink = ShardSink(
+            file, shard.weights, shard.scales, self.layout.stored_scale, self.layout.to_bytes, digests, shard.groups
+        )
         stream = Stream(self.checkpoint, plan, sink, budget=budget, tally=tally, checks=self.checks)
         finisher.fill(stream, file).run(progress)
 

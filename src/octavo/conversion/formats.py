@@ -4,6 +4,7 @@
     compressed-tensors  fp8_channel, fp8_block, fp8_tensor    X.weight_scale, float32
     compressed-tensors  mxfp8                                 X.weight_scale, uint8 (the e8m0 bits)
     compressed-tensors  int8_channel                          X.weight_scale, bf16; the weight is X.weight_packed
+    compressed-tensors  nvfp4                                 X.weight_scale, e4m3; X.weight_global_scale, float32
     compressed-tensors-w8a8  int8_channel                     X.weight_scale, float32
     fp8                 fp8_block                             X.weight_scale_inv, float32
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -36,8 +37,8 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError, RecipeError
 from ..numerics import schemes
+from ..numerics.nvfp4 import E4M3, Packed
 from ..numerics.schemes import E8M0, Scheme
-from ..planning import kinds
 from ..planning.coded import settled
 from ..planning.kinds import EXPERTS, module_of
 from ..planning.placement import Placement
@@ -46,6 +47,7 @@ from ..planning.recipe import Recipe
 from ..planning.stacks import NAMINGS, Cut, Experts, find_experts
 from . import packing
 from .arguments import CT_FORMATS, FP8_CONFIG, arguments
+from .ignoring import ignore_patterns
 
 NAMES = tuple(choices.FORMATS)
 #: how a stack of gate and up is called -> the number of a naming; vLLM 0.32 was asked
@@ -85,13 +87,16 @@ class Format:
 
     def weight_name(self, placement: Placement) -> str:
         """The name under which a weight is written."""
-        return placement.name + packing.PACKED if self.packs(placement.scheme) else placement.name
+        packed = self.packs(placement.scheme) or has_groups(placement.scheme)
+        return placement.name + packing.PACKED if packed else placement.name
 
     def weight_type(self, placement: Placement) -> tuple[str, tuple[int, ...]]:
         """(safetensors dtype, shape) of a quantized weight on disk."""
         *lead, cols = placement.shape
         if self.packs(placement.scheme):
             return "I32", (*lead, cols // packing.EACH)
+        if has_groups(placement.scheme):
+            return placement.dtype_name, Packed.boxes(placement.shape)[0]
         return placement.dtype_name, placement.shape
 
     def to_bytes(self, scheme: str | None, values: Tensor) -> Tensor:
@@ -107,6 +112,25 @@ class Format:
         if not self.packs(placement.scheme):
             return {}
         return {placement.name + packing.SHAPE: packing.shape_tensor(placement.shape)}
+
+    def scales(self, placement: Placement) -> dict[str, tuple[str, str, tuple[int, ...]]]:
+        """Name of each tensor of scales -> what it is in a `ShardLayout`, its safetensors dtype, its shape."""
+        name = self.scale_name(placement.name)
+        if not has_groups(placement.scheme):
+            return {name: ("scale", *self.scale_type(placement))}
+        return {
+            name: ("group", "F8_E4M3", Packed.boxes(placement.shape)[1]),
+            placement.name + packing.GLOBAL: ("scale", *self.scale_type(placement)),
+        }
+
+    def handed_out(self, placement: Placement, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        """All tensors of a weight that has scales among its numbers."""
+        codes, scales = Packed.of(weight)
+        return {
+            self.weight_name(placement): codes.contiguous(),
+            self.scale_name(placement.name): scales.contiguous(),
+            placement.name + packing.GLOBAL: self.stored_scale(placement.scheme, scale),
+        }
 
     def scale_type(self, placement: Placement) -> tuple[str, tuple[int, ...]]:
         """(safetensors dtype, shape) of a placement's scale on disk."""
@@ -124,6 +148,8 @@ class Format:
             return scale.view(torch.uint8)
         if self.packs(scheme):
             scale = scale.to(torch.bfloat16)  # exact
+        if has_groups(scheme):
+            scale = 1 / scale  # exact
         return scale.reshape(1) if scale.ndim == 0 else scale
 
     def stored_dtype(self, scheme: Scheme) -> torch.dtype:
@@ -137,6 +163,10 @@ class Format:
         known = [schemes.get(name) for name in self.schemes]
         # of a dtype that none has, whatever the scale is for
         for scheme in [scheme for scheme in known if scheme.dtype == dtype] or known:
+            if scheme.packed:
+                if stored.dtype == E4M3 and tuple(stored.shape) == Packed.boxes(shape)[1]:
+                    return scheme
+                continue
             wanted = scheme.scale_shape(shape) or (1,)
             if tuple(stored.shape) == wanted and (stored.dtype == torch.uint8) == scheme.power_of_two:
                 return scheme
@@ -178,7 +208,9 @@ class Format:
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "kv_cache_scheme": None,
-            "ignore": _ignore([p for p in plan.kept if p.name.endswith(".weight")], plan.quantized, unquantized),
+            "ignore": ignore_patterns(
+                [p for p in plan.kept if p.name.endswith(".weight")], plan.quantized, unquantized
+            ),
             "config_groups": groups,
         }
 
@@ -203,62 +235,9 @@ class Format:
         return notes
 
 
-def _ignore(kept: Iterable[Placement], quantized: Iterable[Placement], others: Iterable[str]) -> list[str]:
-    """Patterns of modules for which readers must not look for a scale.
-
-    By its name in the checkpoint; matrices also below another prefix, since readers may build the module under one
-    (``vision_tower`` as ``model.vision_tower``); and tied heads, which are in no file.
-    """
-    taken = {module_of(p.name) for p in quantized}
-    kept = list(kept)
-    series, single = _series({module_of(p.name) for p in kept} - taken, taken)
-    names = sorted({*single, "lm_head"} - taken)
-    matrices = {module_of(p.name) for p in kept if len(p.shape) == 2 and kinds.default_keep(p.name) is None}
-    prefixed = [rf"re:.*\.{re.escape(name)}$" for name in sorted(matrices.intersection(single))]
-    # of thousands of names, the last two components, which is as many as a head's have
-    ends = {".".join(name.split(".")[-2:]) for name in taken}
-    heads = [rf"re:(.*\.)?{head}$" for head in kinds.TIED_HEADS]
-    free = [pattern for pattern in heads if not any(re.match(pattern[3:], end) for end in ends)]
-    return [*names, *prefixed, *series, *free, *sorted({*others} - {*names})]
-
-
-#: names that differ in numbers alone, from which on a pattern stands for them
-_SERIES = 16
-
-
-def _series(names: Collection[str], taken: Collection[str]) -> tuple[list[str], list[str]]:
-    """Patterns that match many of these names, no ``taken`` one, and nothing but numbers more; and the names left.
-
-    Readers compare every module with every entry: of ten thousand experts by name, they would take minutes.
-    """
-    found: list[str] = []
-    left, whole, below = sorted(names), set[str](), set[str]()
-    for fixed in range(3):  # layers, and experts in them
-        groups: dict[str, list[str]] = {}
-        for name in left:
-            groups.setdefault(_template(name, fixed), []).append(name)
-        if max(map(len, groups.values()), default=0) < _SERIES:
-            continue  # of thousands that are taken, no template is needed
-        used = {_template(name, fixed) for name in taken}
-        if not whole:
-            whole = used if not fixed else {_template(name) for name in taken}
-            below = {each[i + 2 :] for each in whole for i in range(len(each)) if each.startswith(r"\.", i)}
-        left = []
-        for template, members in groups.items():
-            if len(members) < _SERIES or template in used or _template(members[0]) in below:
-                left += members
-            else:
-                found.append(rf"re:(.*\.)?{template}$")
-    return found, left
-
-
-def _template(name: str, fixed: int = 0) -> str:
-    """A pattern for a name and all that differ from it in numbers alone, of which the first ``fixed`` are its own."""
-    parts = []
-    for part in name.split("."):
-        fixed -= part.isdigit()
-        parts.append(r"\d+" if part.isdigit() and fixed < 0 else re.escape(part))
-    return r"\.".join(parts)
+def has_groups(scheme: str | None) -> bool:
+    """Return True if a scheme's weights have scales among their numbers, and one over all."""
+    return scheme is not None and schemes.get(scheme).packed
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -349,6 +328,10 @@ def scheme_by_scale(shape: Sequence[int], scale: TensorInfo, dtype: torch.dtype 
     """The scheme of a weight of this shape, by its scale; of several that have such scales, that of the dtype."""
     known = [schemes.get(name) for name in choices.SCHEMES]
     for scheme in sorted(known, key=lambda scheme: scheme.dtype != dtype):
+        if scheme.packed:
+            if dtype == scheme.dtype and scale.dtype == E4M3 and scale.shape == Packed.boxes(shape)[1]:
+                return scheme
+            continue
         bits = scale.dtype_name in ("U8", "F8_E8M0")
         if (
             scale.shape in (scheme.scale_shape(shape), scheme.scale_shape(shape) or (1,))

@@ -49,6 +49,13 @@ def _handed_out(
         for placement, storage in placed:
             name, weight, scale = placement.name, storage.weight, storage.scale
             del storage  # what the consumer drops is gone
+            if scale is not None and formats.has_groups(placement.scheme):
+                yield from layout.handed_out(placement, weight, scale).items()
+                del weight, scale
+                handed += placement.stored_bytes
+                if progress:
+                    progress(handed, stream.plan.stored_bytes)
+                continue
             weight = layout.stored_weight(placement.scheme, weight)
             yield layout.weight_name(placement), weight
             del weight

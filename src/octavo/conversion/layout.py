@@ -26,6 +26,7 @@ class ShardLayout:
     nbytes: int
     weights: Mapping[str, int]  # placement -> absolute offset
     scales: Mapping[str, int]
+    groups: Mapping[str, int]  # scales that belong to the numbers of a weight
     constants: tuple[tuple[int, bytes], ...]  # absolute offset, and what is there whatever the weights are
     tensor_names: tuple[str, ...]
 
@@ -41,14 +42,14 @@ class ShardLayout:
             dtype_name, shape = layout.weight_type(p) if p.scheme else (p.dtype_name, checkpoint.tensors[p.name].shape)
             entries.append((dtypes.BITS[dtype_name], layout.weight_name(p), dtype_name, shape, "weight", p.name))
             if p.scheme:
-                dtype_name, shape = layout.scale_type(p)
-                entries.append((dtypes.BITS[dtype_name], layout.scale_name(p.name), dtype_name, shape, "scale", p.name))
+                for key, (what, dtype_name, shape) in layout.scales(p).items():
+                    entries.append((dtypes.BITS[dtype_name], key, dtype_name, shape, what, p.name))
             for key, tensor in layout.beside(p).items():
                 dtype_name, constants[key] = dtypes.NAMES[tensor.dtype], tensor.numpy().tobytes()
                 entries.append((dtypes.BITS[dtype_name], key, dtype_name, tuple(tensor.shape), "constant", key))
         entries.sort(key=lambda entry: -entry[0])  # stable: reading order within a width
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offsets: dict[str, dict[str, int]] = {"weight": {}, "scale": {}, "constant": {}}
+        offsets: dict[str, dict[str, int]] = {"weight": {}, "scale": {}, "group": {}, "constant": {}}
         end = 0
         for bits, tensor_name, dtype_name, shape, what, key in entries:
             begin, count = end, bits
@@ -66,6 +67,7 @@ class ShardLayout:
             base + end,
             {key: base + value for key, value in offsets["weight"].items()},
             {key: base + value for key, value in offsets["scale"].items()},
+            {key: base + value for key, value in offsets["group"].items()},
             tuple((base + value, constants[key]) for key, value in offsets["constant"].items()),
             tuple(key for key in header if key != "__metadata__"),
         )
@@ -74,9 +76,10 @@ class ShardLayout:
 def check_names(plan: Plan, layout: formats.Format, dst: Path) -> None:
     taken = {placement.name for placement in plan.placements}
     problems = [
-        f"{layout.scale_name(p.name)} is a tensor of the source, and would be the scale of {p.name}"
+        f"{name} is a tensor of the source, and would be the scale of {p.name}"
         for p in plan.quantized
-        if layout.scale_name(p.name) in taken
+        for name in layout.scales(p)
+        if name in taken
     ]
     problems += [
         f"{name} is a tensor of the source, and would be that of {p.name}"

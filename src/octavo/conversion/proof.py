@@ -8,11 +8,10 @@ to say. What it refuses with an error stays as planned, since another reader may
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
-
-import torch
 
 from .. import choices
 from ..checkpoint import dtypes
@@ -236,6 +235,8 @@ def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
         return next((plain + suffix for suffix in suffixes if plain + suffix in tensors), None)
 
     found = {name: scale_of(name) for name, info in tensors.items() if _holds_numbers(info)}
+    for of_groups in [scale for scale in found.values() if scale is not None]:
+        found.pop(of_groups, None)  # of FP8 themselves
     weights = [name for name, scale in found.items() if scale is not None or tensors[name].dtype == schemes.FP8]
     if not weights:
         raise CheckpointError(
@@ -250,7 +251,7 @@ def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
 
 def _holds_numbers(info: TensorInfo) -> bool:
     """Return True if a tensor may be a quantized weight."""
-    return info.dtype in schemes.NUMBERS or (info.name.endswith(packing.PACKED) and info.dtype == torch.int32)
+    return info.dtype in schemes.NUMBERS or (info.name.endswith(packing.PACKED) and info.dtype in packing.DTYPES)
 
 
 def as_written(checkpoint: Checkpoint, plan: Plan, layout: Format) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -266,9 +267,10 @@ def as_written(checkpoint: Checkpoint, plan: Plan, layout: Format) -> tuple[dict
             dtype_name = dtypes.NAMES[tensor.dtype]
             tensors[name] = TensorInfo(name, dtype_name, tuple(tensor.shape), source.shard, 0, tensor.nbytes)
         if p.scheme:
-            name = scales[weight] = layout.scale_name(p.name)
-            dtype_name, scale_shape = layout.scale_type(p)
-            tensors[name] = TensorInfo(name, dtype_name, scale_shape, source.shard, 0, layout.scale_bytes(p))
+            scales[weight] = layout.scale_name(p.name)
+            for name, (_, dtype_name, scale_shape) in layout.scales(p).items():
+                nbytes = math.prod(scale_shape) * dtypes.BITS[dtype_name] // 8
+                tensors[name] = TensorInfo(name, dtype_name, scale_shape, source.shard, 0, nbytes)
     return tensors, scales
 
 

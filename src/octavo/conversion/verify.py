@@ -126,7 +126,7 @@ def verify_checkpoint(
     pairs = _pairs(made, wanted, layout, problems)
     found = {pair.here.name for pair in pairs}
     expected = {*wanted, *(layout.scale_name(pair.here.name) for pair in pairs if pair.scheme)}
-    expected |= {pair.here.name + end for pair in pairs if pair.is_packed for end in (packing.PACKED, packing.SHAPE)}
+    expected |= {pair.here.name + end for pair in pairs if pair.is_packed for end in _beside(pair)}
     problems += [f"{name}: not in {against}" for name in made.tensors if name not in expected]
     problems += [f"{name}: in {against}, but not here" for name in wanted if name not in found]
     problems += _shapes(made, pairs)
@@ -252,11 +252,23 @@ def _pairs(
             except CheckpointError as error:
                 problems.append(f"{name}: {error}")
                 continue
-            if here.dtype == pair.scheme.dtype and scale.dtype == layout.stored_dtype(pair.scheme):
+            if pair.scheme.packed:
+                pair.whole_scale = made.tensors.get(name + packing.GLOBAL)
+                if pair.whole_scale is None or (pair.whole_scale.dtype_name, pair.whole_scale.shape) != ("F32", (1,)):
+                    problems.append(f"{name}{packing.GLOBAL}: missing, or not one float32, which readers want")
+                    pair.scheme = None
+                    continue
+                pair.scale = scale
+            elif here.dtype == pair.scheme.dtype and scale.dtype == layout.stored_dtype(pair.scheme):
                 pair.scale = scale
             else:
                 pair.differing_bytes = here.nbytes + scale.nbytes
     return pairs
+
+
+def _beside(pair: Pair) -> tuple[str, ...]:
+    """How the names of a packed weight and of what stands beside it end."""
+    return (packing.PACKED, packing.GLOBAL if pair.here.dtype == torch.uint8 else packing.SHAPE)
 
 
 def _shapes(made: Checkpoint, pairs: list[Pair]) -> list[str]:
@@ -265,7 +277,7 @@ def _shapes(made: Checkpoint, pairs: list[Pair]) -> list[str]:
     with contextlib.closing(Files.of(made)) as files:
         for pair in pairs:
             name = pair.here.name + packing.SHAPE
-            if not pair.is_packed:
+            if not pair.is_packed or packing.SHAPE not in _beside(pair):
                 continue
             info, wanted = made.tensors.get(name), packing.shape_tensor(pair.shape)
             if info is None or (info.dtype_name, info.shape) != ("I64", tuple(wanted.shape)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from octavo.conversion.formats import _series
+from octavo.conversion.ignoring import _series
 
 
 def experts(layers: range, count: int = 8, what: str = "up_proj") -> set[str]:

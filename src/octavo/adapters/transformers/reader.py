@@ -23,7 +23,7 @@ from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import scheme_by_scale
-from ...conversion.packing import PACKED
+from ...conversion.packing import DTYPES, PACKED
 from ...conversion.proof import Judgement
 from ...elements.pieces import Piece
 from ...elements.symbolic import Symbolic
@@ -188,7 +188,7 @@ class _Case:
         for name in self.expected.keys() - made:
             weight = _weight_of(name)
             weight = weight and next((n for n in (weight, weight + PACKED) if n in self.expected), None)
-            if weight is None or self.expected[weight].dtype not in (*schemes.NUMBERS, torch.int32):
+            if weight is None or self.expected[weight].dtype not in (*schemes.NUMBERS, *DTYPES):
                 if not tied.get(name, set()) & made:
                     missing.add(name)
             elif not any(piece.src_name in self.scales for piece in self._pieces(weight)):

@@ -11,6 +11,7 @@ from ...checkpoint.header import TensorInfo
 from ...conversion import packing
 from ...conversion.formats import scheme_by_scale
 from ...numerics import schemes
+from ...numerics.nvfp4 import Packed
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Sample:
 def make_sample(sources: Iterable[str], tensors: Mapping[str, TensorInfo], scales: Mapping[str, str]) -> Sample | None:
     """Random numbers for some tensors and their scales; None where a scale is of no scheme that is known."""
     made, generator = Sample(), torch.Generator().manual_seed(0)
-    beside = {*scales.values(), *(name.removesuffix(packing.PACKED) + packing.SHAPE for name in scales)}
+    ends = (packing.SHAPE, packing.GLOBAL)
+    beside = {*scales.values(), *(name.removesuffix(packing.PACKED) + end for name in scales for end in ends)}
     for source in (source for source in sources if source not in beside):
         packed = packing.unpacked(tensors[source], source.removesuffix(packing.PACKED)) if source in scales else None
         info = packed or tensors[source]
@@ -40,6 +42,12 @@ def make_sample(sources: Iterable[str], tensors: Mapping[str, TensorInfo], scale
             return None
         q, grid = schemes.quantize(plain, found)
         made.meant[info.name] = schemes.dequantize(q, grid, found)
+        if found.packed:
+            codes, groups = (part.contiguous() for part in Packed.of(q))
+            name = info.name + packing.GLOBAL
+            made.given |= {source: codes, scale.name: groups, name: (1 / grid).reshape(1)}
+            made.infos |= {scale.name: scale, name: tensors[name]}
+            continue
         made.given[source] = packing.flip(q).view(torch.int32) if packed else q
         stored = grid.view(torch.uint8) if found.power_of_two else grid.to(scale.dtype)
         made.given[scale.name] = stored.reshape(scale.shape)
