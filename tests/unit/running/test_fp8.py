@@ -18,7 +18,8 @@ HALF = [torch.bfloat16, torch.float16]
 @pytest.fixture(autouse=True)
 def no_triton(monkeypatch):
     """Triton may be installed, but has no CPU to run on."""
-    monkeypatch.setattr(fp8, "_kernels", lambda: None)
+    for module in (fp8, library):
+        monkeypatch.setattr(module, "kernels", lambda: None)
 
 
 def activations(rows: int, cols: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
