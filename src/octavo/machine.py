@@ -1,4 +1,4 @@
-"""This machine, asked: its devices, cores, clock and pages."""
+"""This machine, asked: its devices, cores, clock, pages and cache folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch._guards import detect_fake_mode
@@ -90,6 +91,19 @@ def resident_pages(address: int, nbytes: int) -> bytes:
     if mincore(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), pages):
         raise OSError(ctypes.get_errno(), "mincore")
     return bytes(pages)
+
+
+def cache_root() -> Path:
+    """Where octavo keeps what it can make again: `$OCTAVO_CACHE`, else `octavo` in the user's cache folder.
+
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    if own := os.environ.get("OCTAVO_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "octavo"
+    return Path.home() / ".cache" / "octavo"
 
 
 def now() -> float:

