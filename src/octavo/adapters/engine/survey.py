@@ -25,7 +25,7 @@ from torch import nn
 
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
-from ...elements.dry_run import Source, Trace, trace
+from ...elements.dry_run import Copy, Source, Trace, trace
 from ...errors import CoverageError, RecipeError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8, Scheme
@@ -53,6 +53,7 @@ class Survey:
     fillers: Fillers = field(default_factory=dict)
     keep: Mapping[str, str] = field(default_factory=dict)  # modules that must stay unquantized after all -> why
     refused: Mapping[str, str] = field(default_factory=dict)  # of those: tensors that the loader can't take in FP8
+    constants: tuple[Copy, ...] = ()  # what the loader has filled with constants while it ran dry: padding
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class Surveyor:
         layers = {layer_of(copy.target) for copy in seen.copies if copy.target in self._holders}
         unread = tuple(p.name for p in self.plan.placements if p.name not in hit)
         made = _amend(self.plan, hit, reasons)
-        return Survey(made, split(self.model, seen, made, self.layout), len(layers), unread, _fillers(seen))
+        places, constants = split(self.model, seen, made, self.layout), tuple(c for c in seen.copies if not c.sources)
+        return Survey(made, places, len(layers), unread, _fillers(seen), constants=constants)
 
     def takes(self) -> bool | None:
         """Return True if the loader, given the plan's tensors alone, takes all in FP8; None if it passes over them."""

@@ -1,0 +1,384 @@
+"""A survey as JSON, and back: for the same checkpoint, and a model that is made alike.
+
+Tensors of the checkpoint are written as their numbers; shapes, reasons and whatever else thousands of placements have
+in common are written once. What is read back is not trusted: each piece has to lie in its tensor and in its parameter,
+and each parameter in the model's memory, with the right shape and dtype. Whatever does not is a ValueError, or what
+Python and torch raise of such things.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import dtypes
+from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.header import TensorInfo
+from ...conversion.formats import Format
+from ...elements.pieces import Piece
+from ...elements.views import View
+from ...numerics import schemes
+from ...planning.placement import Placement
+from ...planning.plan import Plan
+from ...streaming.sinks import Storage
+from .placing import Places
+from .survey import Survey
+
+Json = Any
+Row = list[Any]
+
+
+class _Kind(NamedTuple):
+    """What many placements have in common; the fields are those of `Placement`."""
+
+    shape: tuple[int, ...]
+    dtype_name: str
+    source_dtype_names: tuple[str, ...]
+    scheme: str | None
+    reason: str
+    parts: tuple[int, ...]
+    source_bytes: int
+    ignored_as: tuple[str, ...]
+    columns: tuple[int, int] | None
+    lossless: bool
+
+    @classmethod
+    def of(cls, placement: Placement) -> _Kind:
+        return cls(*(getattr(placement, name) for name in cls._fields))
+
+    @classmethod
+    def read(cls, row: Sequence[Json]) -> _Kind:
+        shape, dtype_name, source_dtype_names, scheme, reason, parts, source_bytes, ignored_as, columns, lossless = row
+        kind = cls(
+            _naturals(shape),
+            _text(dtype_name),
+            _texts(source_dtype_names),
+            None if scheme is None else schemes.get(_text(scheme)).name,
+            _text(reason),
+            _naturals(parts),
+            _natural(source_bytes),
+            _texts(ignored_as),
+            None if columns is None else (_natural(columns[0]), _natural(columns[1])),
+            lossless is True,
+        )
+        kind._check()
+        return kind
+
+    def _check(self) -> None:
+        _require(self, {self.dtype_name, *self.source_dtype_names} <= dtypes.BITS.keys())
+        _require(self, self.columns is None or self.columns[0] < self.columns[1] <= self.shape[-1])
+        if self.scheme is None:
+            _require(self, not self.parts)
+        else:
+            dtype = schemes.get(self.scheme).dtype
+            _require(self, dtypes.TORCH[self.dtype_name] == dtype and sum(self.parts) == self.shape[-2])
+
+
+class _Cut(NamedTuple):
+    """A piece, wherever in its tensor it begins."""
+
+    dst_off: tuple[int, ...]
+    size: tuple[int, ...]
+    src_strides: tuple[int, ...]
+
+    @property
+    def reach(self) -> int:
+        """Elements of the tensor from its first to beyond its last."""
+        return _reach(self.size, self.src_strides)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        ends = [a + n for a, n in zip(self.dst_off, self.size, strict=True)]
+        return len(self.src_strides) == len(self.size) and all(a <= n for a, n in zip(ends, shape, strict=True))
+
+
+class _Numbers:
+    """Numbers of values, in the order in which they were first seen."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, int] = {}
+
+    def of(self, value: Any) -> int:
+        return self._found.setdefault(value, len(self._found))
+
+    def rows(self) -> list[Any]:
+        return [*self._found]
+
+
+@dataclass(frozen=True)
+class Record:
+    """How surveys of one checkpoint in one model are written and read.
+
+    Args:
+        plan: as that of all that is read, without placements.
+        layout: names of scales.
+        device: that all placements have.
+    """
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    plan: Plan
+    layout: Format
+    device: str
+
+    # -- writing ------------------------------------------------------------------------------------------------------
+
+    def write(self, found: Survey) -> Json:
+        """Raise a ValueError where there is something that this form has no place for."""
+        _require(found, found.places is not None and not found.keep and not found.refused)
+        assert found.places is not None
+        _require(found, dataclasses.replace(found.plan, placements=()) == self.plan)
+        places, kinds, cuts = found.places, _Numbers(), _Numbers()
+        known = {id(placement): number for number, placement in enumerate(found.plan.placements)}
+        rows = [self._row(placement, kinds, cuts) for placement in found.plan.placements]
+        direct = [
+            [
+                known[id(placement)] if id(placement) in known else self._row(placement, kinds, cuts),
+                *self._storage(places.storages[placement.name]),
+            ]
+            for placement in places.direct.placements
+        ]
+        return {
+            "placements": rows,
+            "direct": direct,
+            "rest": [known[id(placement)] for placement in places.rest.placements],
+            "kinds": kinds.rows(),
+            "cuts": cuts.rows(),
+            "layers": found.layers,
+            "unread": [self._number(name) for name in found.unread],
+            "fillers": self._fillers(found),
+            "constants": self._constants(found),
+        }
+
+    def _row(self, placement: Placement, kinds: _Numbers, cuts: _Numbers) -> Row:
+        _require(placement, placement.device == self.device)
+        pieces = [
+            number
+            for dst_off, size, src_name, src_off, src_strides in placement.pieces
+            for number in (cuts.of((dst_off, size, src_strides)), self._numbers[src_name], src_off)
+        ]
+        coded = [name for name, _ in placement.codings]
+        _require(placement, placement.codings == self._codings(coded))
+        return [
+            kinds.of(_Kind.of(placement)),
+            self._number(placement.name),
+            [self._numbers[name] for name in coded],
+            *pieces,
+        ]
+
+    def _storage(self, storage: Storage) -> list[Json]:
+        return [None if tensor is None else self._place(tensor) for tensor in (storage.weight, storage.scale)]
+
+    def _place(self, tensor: Tensor) -> list[Json]:
+        """The parameter in which a view lies, and where."""
+        view = View.of(tensor)
+        for name, home in self._homes.get(tensor.untyped_storage()._cdata, ()):
+            if _holds(home, view):
+                return [name, *view]
+        raise ValueError("a place that no parameter holds")
+
+    def _constants(self, found: Survey) -> list[Json]:
+        written = []
+        for constant in found.constants:
+            home = self._memory[constant.target].detach()
+            region = home.as_strided(constant.into.size, constant.into.strides, constant.into.offset)
+            value = region.flatten()[0].item()
+            exact = region.double() if region.is_floating_point() else region  # FP8 compares with nothing
+            _require(value, math.isfinite(value) and bool((exact == value).all()))
+            written.append([constant.target, *constant.into, value])
+        return written
+
+    def _fillers(self, found: Survey) -> Json:
+        sets = _Numbers()
+        layers = {
+            layer: [number for name, to in mine.items() for number in (self._number(name), sets.of(to))]
+            for layer, mine in found.fillers.items()
+        }
+        return {"layers": layers, "sets": [sorted(to) for to in sets.rows()]}
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def read(self, record: Json) -> Survey:
+        """The survey; constants are written to the model's memory.
+
+        Raises:
+            Exception: whatever comes of what is not as it was written.
+        """
+        kinds = [_Kind.read(row) for row in record["kinds"]]
+        cuts = [_Cut(*map(_naturals, row)) for row in record["cuts"]]
+        reading = _Reading(self, kinds, cuts, [cut.reach for cut in cuts])
+        placements = [reading.placement(row) for row in record["placements"]]
+        direct, storages = [], {}
+        for row, *places in record["direct"]:
+            placement = placements[row] if type(row) is int else reading.placement(row)
+            direct.append(placement)
+            storages[placement.name] = self._memory_of(placement, *places)
+        _require(storages, len(storages) == len(direct))
+        plan = dataclasses.replace(self.plan, placements=tuple(placements))
+        rest = dataclasses.replace(plan, placements=tuple(placements[number] for number in record["rest"]))
+        found = Survey(
+            plan,
+            Places(dataclasses.replace(plan, placements=tuple(direct)), storages, rest),
+            _natural(record["layers"]),
+            tuple(map(self._name, record["unread"])),
+            self._fillers_of(record["fillers"]),
+        )
+        for target, offset, size, strides, value in record["constants"]:
+            with torch.no_grad():
+                self._view([target, offset, size, strides]).fill_(value)
+        return found
+
+    def _memory_of(self, placement: Placement, weight: Json, scale: Json) -> Storage:
+        storage = Storage(self._view(weight), None if scale is None else self._view(scale))
+        there = storage.weight
+        _require(there, there.shape == placement.stored_shape and there.dtype == placement.dtype)
+        _require(there, str(there.device) == self.device)
+        beside = storage.scale
+        if placement.scheme is None or beside is None:
+            _require(scale, placement.scheme is None and beside is None)
+            return storage
+        _require(beside, beside.dtype == schemes.get(placement.scheme).scale_dtype and beside.device == there.device)
+        beside.view(placement.scale_grid)  # as the stream will
+        return storage
+
+    def _view(self, place: Sequence[Json]) -> Tensor:
+        name, offset, size, strides = place
+        view, home = View(_natural(offset), _naturals(size), _naturals(strides)), self._memory[name]
+        _require(place, len(view.size) == len(view.strides) and _holds(home, view))
+        return home.detach().as_strided(view.size, view.strides, view.offset)
+
+    def _fillers_of(self, record: Json) -> dict[str, dict[str, frozenset[str]]]:
+        sets, found = [frozenset(_texts(names)) for names in record["sets"]], {}
+        for layer, flat in record["layers"].items():
+            own = self._names_in(layer)
+            mine = {self._name(name): sets[to] for name, to in zip(flat[::2], flat[1::2], strict=True)}
+            _require(layer, all(to <= own for to in {*mine.values()}))
+            found[layer] = mine
+        return found
+
+    def _names_in(self, layer: str) -> set[str]:
+        module = self.model.get_submodule(layer)
+        return {*module._parameters, *module._buffers}
+
+    # -- names, and memory --------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        """The tensors of the checkpoint, and what their scales are called."""
+        tensors = [*self.checkpoint.tensors]
+        return [*tensors, *map(self.layout.scale_name, tensors)]
+
+    @functools.cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in reversed([*enumerate(self._names)])}
+
+    def _number(self, name: str) -> int | str:
+        """The number of a name, or the name if it has none: that of a matrix of a stack."""
+        return self._numbers.get(name, name)
+
+    def _name(self, number: int | str) -> str:
+        return number if isinstance(number, str) else self._names[number]
+
+    @functools.cached_property
+    def infos(self) -> list[tuple[TensorInfo, int]]:
+        """Tensors, and how many elements they have."""
+        return [(info, info.numel) for info in self.checkpoint.tensors.values()]
+
+    def _codings(self, names: Iterable[str]) -> tuple[Any, ...]:
+        return tuple((name, self.checkpoint.tensors[name].coding) for name in names)
+
+    @functools.cached_property
+    def _memory(self) -> Mapping[str, Tensor]:
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+
+    @functools.cached_property
+    def _homes(self) -> Mapping[int, list[tuple[str, Tensor]]]:
+        """The identity of memory -> what lies there."""
+        found: dict[int, list[tuple[str, Tensor]]] = {}
+        for name, tensor in self._memory.items():
+            found.setdefault(tensor.untyped_storage()._cdata, []).append((name, tensor))
+        return found
+
+
+@dataclass(frozen=True)
+class _Reading:
+    record: Record
+    kinds: Sequence[_Kind]
+    cuts: Sequence[_Cut]
+    reaches: Sequence[int]
+    _fitting: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # kinds, and cuts that lie in them
+
+    def placement(self, row: Row) -> Placement:
+        number, name, coded, *flat = row
+        kind, infos, pieces, filled = self.kinds[number], self.record.infos, [], 0
+        for which, source, offset in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
+            (info, numel), cut = infos[source], self.cuts[which]
+            if not 0 <= offset <= numel - self.reaches[which] or info.dtype_name not in kind.source_dtype_names:
+                raise ValueError("a piece outside of its tensor")
+            if (number, which) not in self._fitting:
+                _require(cut, cut.fits(kind.shape))
+                self._fitting.add((number, which))
+            pieces.append(Piece(cut.dst_off, cut.size, info.name, offset, cut.src_strides))
+            filled += math.prod(cut.size)
+        _require(filled, filled == math.prod(kind.shape))
+        sources = [infos[source][0] for source in coded]
+        _require(sources, all(info.coding for info in sources))
+        return Placement(
+            self.record._name(name),
+            *kind[:5],
+            tuple(pieces),
+            kind.parts,
+            self.record.device,
+            kind.source_bytes,
+            kind.ignored_as,
+            kind.columns,
+            tuple((info.name, info.coding) for info in sources if info.coding),
+            kind.lossless,
+        )
+
+
+# -- what is read -----------------------------------------------------------------------------------------------------
+
+
+def _require(value: object, holds: bool) -> None:
+    """Raise a ValueError about a value unless something holds."""
+    if not holds:
+        raise ValueError(f"not as it was written: {str(value)[:100]}")
+
+
+def _natural(value: Json) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{str(value)[:100]} is no natural number")
+    return value
+
+
+def _naturals(values: Json) -> tuple[int, ...]:
+    return tuple(map(_natural, values))
+
+
+def _text(value: Json) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{str(value)[:100]} is no text")
+    return value
+
+
+def _texts(values: Json) -> tuple[str, ...]:
+    return tuple(map(_text, values))
+
+
+def _reach(size: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements of memory from the first of a view to beyond its last."""
+    return 1 + sum((n - 1) * step for n, step in zip(size, strides, strict=True)) if math.prod(size) else 0
+
+
+def _holds(home: Tensor, view: View) -> bool:
+    """Return True if a view lies in the memory between a tensor's first element and its last."""
+    offset, size, strides = View.of(home)
+    end = offset + _reach(size, strides)
+    return offset <= view.offset and view.offset + _reach(view.size, view.strides) <= end
