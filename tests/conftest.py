@@ -42,3 +42,11 @@ def nothing_left_behind() -> Iterator[None]:
     yield
     assert threads_of_octavo() == []
     assert open_shards() == before
+
+
+@pytest.fixture(scope="session")
+def plans_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines remember their plans in a folder of these tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OCTAVO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

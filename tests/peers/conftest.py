@@ -42,6 +42,11 @@ def _vllm_is_old() -> bool:
     return False
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_plans(plans_of_tests: None) -> None:
+    """For all tests of engines."""
+
+
 @pytest.fixture(scope="session")
 def vllm_loads() -> None:
     """For tests that load models of vLLM: needs its Python modules."""

@@ -98,7 +98,7 @@ def _check(scheme: str, folder: Path, reference: State, served: Mapping[str, Any
         return {"loads": True}
 
     def load() -> dict[str, Any]:
-        options = {"load_format": "octavo", "model_loader_extra_config": {"scheme": scheme}}
+        options = {"load_format": "octavo", "model_loader_extra_config": {"scheme": scheme, "remember": False}}
         states["load"] = _load(src, **options, **served)
         return {"fp8": _compare(states["load"], reference)}
 

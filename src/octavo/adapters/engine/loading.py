@@ -6,7 +6,8 @@
     stream   through octavo's ring, quantized on the model's device, into the model's memory; what the engine's loader
              computes through the model's own ``load_weights``
 
-Where a survey shows that some layer has to stay unquantized, the model is made a second time.
+Where a survey shows that some layer has to stay unquantized, the model is made a second time. Plan and survey may be
+remembered from an earlier start: see `remembered`.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from ...conversion.iterate import iterate
 from ...errors import RecipeError
 from ...planning.plan import Plan, plan_checkpoint
 from ...planning.recipe import matching
-from ...planning.stacks import NAMINGS, find_series
+from ...planning.stacks import NAMINGS, Series, find_series
 from ...streaming.meter import Stages, measured
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
 from ...text import human_bytes, printable
+from . import facts
 from .experts import settle
 from .layers import LayerPatterns
 from .log import figures, outcome, warning
 from .options import Options
 from .placing import Places
+from .record import Record
+from .remembered import Entry, Watch, remembering
 from .survey import Survey, Surveyor
 
 #: whether to show progress; None: where there is a terminal
@@ -71,6 +75,7 @@ class Loading:
         device: that the model goes to.
         log: below the engine's own loggers, so that its settings hold.
         stages: measured before, of the same load.
+        depends: words for what of the engine a survey depends on; where there are none, nothing is remembered.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Loading:
         device: torch.device,
         log: logging.Logger,
         stages: Stages,
+        depends: Callable[[], str] | None = None,
     ) -> None:
         self.engine, self.checkpoint, self.layout = engine, checkpoint, layout
         # a pattern that matches no tensor may be about layers
@@ -89,8 +95,24 @@ class Loading:
         self.patterns = LayerPatterns(engine, (pattern for pattern in options.ignore if pattern not in found))
         self.options = dataclasses.replace(options, ignore=found)
         self._device, self._log, self.stages = device, log, stages
-        self._experts = find_series(checkpoint)
-        self.plan = self._plan()
+        about = [engine, repr(options), layout.name, facts.of_device(device)]
+        self._memory = remembering(checkpoint, about, depends, log) if depends and options.remember else None
+        self._recalled = self._memory.recall() if self._memory else None  # until the model is known to be that one
+        self._is_recalled = False
+        self._shown: Entry | None = None  # to be remembered
+        self._kept = dict(self._recalled.kept) if self._recalled else {}  # layers of the model that stay -> why
+
+    @functools.cached_property
+    def _experts(self) -> list[Series]:
+        experts = find_series(self.checkpoint)
+        for series, naming in zip(experts, self._recalled.namings if self._recalled else (), strict=False):
+            series.naming = naming
+        return experts
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """Of all tensors, as the recipe and the model have them."""
+        return self._plan()
 
     def _plan(self) -> Plan:
         """The plan of all tensors, with experts by the names that they are to have."""
@@ -101,7 +123,7 @@ class Loading:
     @property
     def config(self) -> Mapping[str, Any]:
         """The ``quantization_config`` of the checkpoint that the plan would make."""
-        return self._config_of(self.plan)
+        return self._config_of(self.plan) if self._recalled is None else self._recalled.config
 
     def _config_of(self, plan: Plan) -> Mapping[str, Any]:
         return self.layout.config(plan, ragged=True)
@@ -114,7 +136,7 @@ class Loading:
                 `MakeAnewError`.
             forget: undoes what else making one does.
         """
-        kept: dict[str, str] = {}
+        kept = self._kept
         while True:
             try:
                 return make(kept)
@@ -126,6 +148,11 @@ class Loading:
                         "the same; leave --load-format and --quantization out"
                     ) from None
                 kept.update(again.keep)
+            except Exception as error:
+                if self._recalled is None:
+                    raise
+                self._log.info("octavo: what was remembered does not fit, and the plan is made anew (%s)", error)
+                self._forget_all()
             forget()
             gc.collect()  # the model is held by its own cycles
 
@@ -146,6 +173,9 @@ class Loading:
             OctavoError: what can't be done.
         """
         kept, unfit = layers.unquantized(model)
+        if self._recalled is not None:
+            return self._recall(model, self._recalled, {*unfit.values()})
+        watch = Watch(model) if self._memory else None
         ask = functools.partial(
             Surveyor,
             model,
@@ -165,7 +195,49 @@ class Loading:
         if found.keep:
             names = layers.paths(model)
             raise MakeAnewError({names[module]: why for module, why in found.keep.items()})
+        if watch is not None:
+            self._shown = self._entry(model, watch, found)
         return found
+
+    # -- from one start to the next -----------------------------------------------------------------------------------
+
+    def _recall(self, model: nn.Module, entry: Entry, unfit: Collection[str]) -> Survey:
+        """The survey of an earlier start. Errors, of whatever kind, mean that it is not one of this model."""
+        assert self._memory is not None
+        found = self._memory.restore(entry, self._record(model))
+        self._check(model, found, unfit)
+        _ = self._experts  # with the names that they had
+        self._recalled, self._is_recalled = None, True
+        return found
+
+    def _entry(self, model: nn.Module, watch: Watch, found: Survey) -> Entry | None:
+        """What a later start needs; None where it could not do without dry runs."""
+        attributes, namings = watch.attributes(found), [series.naming for series in self._experts]
+        if attributes is None:
+            return None
+        try:
+            survey = self._record(model).write(found)
+        except ValueError:
+            return None
+        return Entry(self.config, dict(self._kept), namings, watch.digest, attributes, survey, {})
+
+    def _record(self, model: nn.Module) -> Record:
+        checkpoint, options = self.checkpoint, self.options
+        unused, notes = dict(checkpoint.left_out), checkpoint.notes
+        bare = Plan(str(checkpoint.path), options.recipe, (), unused, options.staging_bytes, {}, notes)
+        return Record(checkpoint, model, bare, self.layout, str(self._device))
+
+    def forget(self) -> None:
+        """Remember nothing of this load: there is more to do than a survey tells."""
+        self._shown = None
+
+    def _forget_all(self) -> None:
+        self._recalled = None
+        self._kept.clear()
+        self.__dict__.pop("_experts", None)
+        self.__dict__.pop("plan", None)
+
+    # -- the rest -----------------------------------------------------------------------------------------------------
 
     def check_patterns(self, model: nn.Module, layers: Layers) -> None:
         """Refuse patterns that match neither a tensor nor a layer of this model."""
@@ -190,6 +262,8 @@ class Loading:
 
     def tell(self, found: Survey) -> None:
         """Log what becomes of the weights."""
+        if self._is_recalled:
+            self._log.info("octavo: plan remembered from an earlier start (%.2f s)", self.stages.seconds["plan"])
         for line in outcome(found):
             self._log.info("octavo: %s", line)
         if said := warning(found):
@@ -205,6 +279,8 @@ class Loading:
         notes = [printable(f"note: {note}") for note in self.checkpoint.notes]
         for line in (figures(found.plan, self.stages, tally, meter), *self._computed(found.places), *notes):
             self._log.info("octavo: %s", line)
+        if self._memory is not None and self._shown is not None:
+            self._memory.keep(self._shown)
 
     def _stream(self, places: Places, load: Callable[..., Any], tally: Tally, progress: _Progress) -> None:
         total = places.direct.source_bytes + places.rest.source_bytes

@@ -32,6 +32,10 @@ def _are_patterns(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(pattern, str) for pattern in value)
 
 
+def _is_bool(value: Any) -> bool:
+    return type(value) is bool
+
+
 #: whether a value is of its kind, and what that is
 Kind = tuple[Callable[[Any], bool], str]
 _KINDS: dict[str, Kind] = {
@@ -39,7 +43,8 @@ _KINDS: dict[str, Kind] = {
     "ignore": (_are_patterns, "a list of patterns"),
     "staging_bytes": (_is_count, "a number of bytes"),
     "threads": (lambda value: value is None or _is_count(value), "a number, at least 1"),
-    "strict": (lambda value: type(value) is bool, "true or false"),
+    "strict": (_is_bool, "true or false"),
+    "remember": (_is_bool, "true or false"),
 }
 
 Mine = TypeVar("Mine", bound="Options")
@@ -55,6 +60,7 @@ class Options:
         staging_bytes: bound on memory beyond the model, on the host and on the device.
         threads: that read; default: one a core, at most 16.
         strict: refuse to start where the engine's loader can't take a tensor in FP8, which otherwise stays as it is.
+        remember: use the plan of an earlier start of the same, and keep this one for later ones.
     """
 
     engine: ClassVar[str]  # what it is called
@@ -64,6 +70,7 @@ class Options:
     staging_bytes: int = DEFAULT_STAGING_BYTES
     threads: int | None = None
     strict: bool = False
+    remember: bool = True
 
     @property
     def recipe(self) -> Recipe:

@@ -91,7 +91,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             checkpoint = self._open(model_config)
             if self.is_draft:
                 self.options = drafts.fitting(self.options, checkpoint)
-            self.loading = Loading("vLLM", checkpoint, self.options, LAYOUT, self.device, log, self.stages)
+            depends = functools.partial(versions.facts_of, vllm_config, model_config, prefix)
+            self.loading = Loading("vLLM", checkpoint, self.options, LAYOUT, self.device, log, self.stages, depends)
             self.quant_config.layers = self.loading.patterns
         self._read_ahead()
 

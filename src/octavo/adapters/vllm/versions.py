@@ -41,6 +41,21 @@ def replace_loader(load_format: str, change: Callable[[Any], Any]) -> None:
     known[load_format] = change(known.get(load_format))
 
 
+def facts_of(vllm_config: Any, model_config: Any, prefix: str) -> str:
+    """Words for all of vLLM that a survey depends on, but for its code."""
+    from vllm.distributed import parallel_state
+
+    from ..engine import facts
+
+    places = {
+        name: (group.rank_in_group, group.world_size)
+        for name, group in vars(parallel_state).items()
+        if isinstance(group, parallel_state.GroupCoordinator)
+    }
+    settings = facts.of_settings(vllm.__version__, vllm_config, model_config, prefix, places)
+    return f"{settings}\n{facts.of_environment(['VLLM_'])}"
+
+
 def files_of(loader: Any, source: Any) -> list[Path]:
     """The .safetensors files of a `DefaultModelLoader.Source`; fetched, if it is a hub id."""
     prepared = loader._prepare_weights(

@@ -1,0 +1,261 @@
+"""What the survey of a model depends on, in words that are the same in every process in which it is the same.
+
+    checkpoint    headers, json files, shapes that come from elsewhere
+    code          files of all modules that are imported, by path, size and times; Python's own and torch's by version
+    settings      an engine's config, as deep as it goes, and its environment variables
+    model         classes of modules, their plain attributes; shapes, places and dtypes of all tensors
+
+Objects are told apart by their class and what they hold; of what holds nothing that can be seen, the class counts.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import hashlib
+import os
+import re
+import sys
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+import octavo
+
+from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.files import open_regular, read_bounded
+from ...elements.operations import storage_key
+from ...machine import on_cpu
+
+#: file -> what the system keeps of it; None where there is none
+Files = dict[str, tuple[int, int, int] | None]
+
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_SHOWN = (torch.dtype, torch.device, torch.Size, PurePath, re.Pattern, slice, range, str, int, float)
+_FUNCTIONS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+_WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)
+#: known by their versions; octavo's files count whether they are imported or not, as threads of it import some
+_BY_VERSION = frozenset({"torch", "triton", "octavo", *sys.stdlib_module_names})
+#: where processes meet, and what they call each other: new at every start
+_OF_THE_START = re.compile(r"(^|_)(ports?|port_list|ips?|addr|addresse?s?|hosts?|ident|instance_id|engine_id)$", re.I)
+#: longer lists count by their lengths; larger tensors of integers by their shapes
+_MANY, _TABLE_BYTES = 4096, 1 << 16
+_DEPTH, _MOST_WORDS = 16, 1_000_000
+_MAX_JSON_BYTES = 1 << 28
+#: what every module has
+_OF_ANY_MODULE = frozenset(vars(nn.Module()))
+
+
+def digest(*facts: str) -> str:
+    """A name for some facts."""
+    return hashlib.sha256("\0".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+# -- objects ----------------------------------------------------------------------------------------------------------
+
+
+class _Description:
+    """Words for objects. Whether two are one, or only alike, does not matter, nor whether a list is a tuple.
+
+    Args:
+        depth: as how many objects within each other are looked into. Lists and the like don't count.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.words: list[str] = []
+        self._depth = depth
+        self._within: set[int] = set()  # what is being described: it may hold itself
+
+    def add(self, value: Any, depth: int = 0) -> None:
+        if isinstance(value, functools.partial):
+            value = [value.func, value.args, value.keywords]
+        if isinstance(value, _WORDS):
+            self.words.append(_word(value))
+        elif id(value) in self._within:
+            self.words.append("...")
+        else:
+            self._within.add(id(value))
+            self._add_parts(value, depth)
+            self._within.discard(id(value))
+        if len(self.words) > _MOST_WORDS:
+            raise ValueError("there is too much that it depends on")
+
+    def _add_parts(self, value: Any, depth: int) -> None:
+        if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+            self.words.append(f"{'{' if isinstance(value, Mapping) else '['}{len(value)}")
+            if len(value) > _MANY:
+                return
+            if isinstance(value, Mapping):
+                self._add_pairs(value.items(), depth)
+            elif isinstance(value, (list, tuple)):
+                for part in value:
+                    self.add(part, depth)
+            else:
+                self.words += sorted(map(_word, value))
+            return
+        self.words.append(_word(value))
+        if depth < self._depth and not isinstance(value, (nn.Module, types.ModuleType)):
+            self._add_pairs(getattr(value, "__dict__", {}).items(), depth + 1)
+            self.words.append(")")
+
+    def _add_pairs(self, pairs: Iterable[tuple[Any, Any]], depth: int) -> None:
+        for name, value in pairs:
+            if not (isinstance(name, str) and _OF_THE_START.search(name)):
+                self.words.append(_word(name))
+                self.add(value, depth)
+
+
+def _word(value: Any) -> str:
+    """All that there is to say of some values, and the class of others."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return repr(value)
+    if isinstance(value, Tensor):
+        return _of_tensor(value)
+    if isinstance(value, enum.Enum):
+        return f"{kind.__qualname__}.{value.name}"
+    if isinstance(value, _SHOWN):
+        return f"{kind.__qualname__} {value!r}"
+    named = value if isinstance(value, _FUNCTIONS) else kind
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _of_tensor(tensor: Tensor) -> str:
+    place = "here" if on_cpu(str(tensor.device)) else tensor.device.type  # which of several devices does not matter
+    told = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout} {place}"
+    if tensor.layout is not torch.strided or is_lazy(tensor):
+        return told
+    told = f"{told} {tensor.stride()} {tensor.storage_offset()}"
+    tells = tensor.dtype in (torch.int32, torch.int64, torch.bool) and not isinstance(tensor, nn.Parameter)
+    if tells and not tensor.is_meta and tensor.nbytes <= _TABLE_BYTES:
+        told += f" {tensor.tolist()}"
+    return told
+
+
+def of_settings(*settings: Any) -> str:
+    """Words for an engine's config and the like, as deep as they go."""
+    description = _Description(_DEPTH)
+    description.add(settings)
+    return "\n".join(description.words)
+
+
+def of_device(device: torch.device) -> str:
+    """Words for a device; which of several like it does not matter."""
+    return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
+def of_environment(prefixes: Collection[str]) -> str:
+    """Words for the environment variables that begin so."""
+    found = {name: value for name, value in os.environ.items() if name.startswith(tuple(prefixes))}
+    return "\n".join(f"{name}={found[name]}" for name in sorted(found) if not _OF_THE_START.search(name))
+
+
+# -- the checkpoint ---------------------------------------------------------------------------------------------------
+
+
+def of_checkpoint(checkpoint: Checkpoint) -> str:
+    """Words for the files that were opened.
+
+    Raises:
+        SourceChangedError: they are no longer those.
+    """
+    words = []
+    for shard in checkpoint.shards:
+        with open_regular(shard.path) as file:
+            shard.check_is(os.fstat(file.fileno()))
+            length = file.read(8)
+            header = hashlib.sha256(file.read(int.from_bytes(length, "little"))).hexdigest()
+        words.append(f"{shard.path.name} {shard.nbytes} {length.hex()} {header}")
+    words += [
+        f"{path.name} {hashlib.sha256(read_bounded(path, _MAX_JSON_BYTES)).hexdigest()}"
+        for path in sorted(checkpoint.folder.glob("*.json"))
+    ]
+    if checkpoint.source is not None:  # some shapes are said by weights
+        words += [f"{info.name} {info.shape}" for info in checkpoint.tensors.values()]
+    return "\n".join(words)
+
+
+# -- code -------------------------------------------------------------------------------------------------------------
+
+
+def of_versions() -> str:
+    """Words for what is known by its version."""
+    return f"{sys.version} torch {torch.__version__} {torch.version.git_version} octavo {octavo.__version__}"
+
+
+def imported() -> set[str]:
+    """The files of all modules that are imported, but for those that are known by their versions."""
+    found = set()
+    for name, module in [*sys.modules.items()]:
+        if name.partition(".")[0] not in _BY_VERSION:
+            # of some, asking for an attribute imports them
+            file = getattr(module, "__dict__", {}).get("__file__")
+            if isinstance(file, str):
+                found.add(file)
+    return found
+
+
+def octavos() -> set[str]:
+    """The files of octavo."""
+    return {str(path) for path in Path(octavo.__file__).parent.rglob("*.py")}
+
+
+def states(files: Iterable[str]) -> Files:
+    """What the system keeps of files. The time of change is its own: who restores the other can't restore it."""
+    return {file: _state(file) for file in sorted(files)}
+
+
+def _state(file: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+# -- a model ----------------------------------------------------------------------------------------------------------
+
+
+def of_model(model: nn.Module) -> dict[tuple[str, str], str]:
+    """Where something is in a model -> words for it: its tensors, what these and its modules hold beside them."""
+    description = _Description(0)
+    found = {}
+
+    def add(path: str, name: str, value: Any) -> None:
+        before = len(description.words)
+        description.add(value)
+        found[path, name] = "\n".join(description.words[before:])
+
+    for path, module in model.named_modules(remove_duplicate=False):
+        add(path, "", module)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            add(path, name, [tensor, tensor if tensor is None else vars(tensor)])
+        for name, value in vars(module).items():
+            if name not in _OF_ANY_MODULE:
+                add(path, name, value)
+    return found
+
+
+def held(model: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
+    """Where something is in a model -> what it is, in this process: another object, or another state of a tensor."""
+    return {(path, name): _identity(value) for path, name, value in _attributes(model)}
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    for path, module in model.named_modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items(), *module._modules.items()):
+            yield path, name, value
+        for name, value in vars(module).items():
+            if name not in _OF_ANY_MODULE and type(value) not in _PLAIN:
+                yield path, name, value
+
+
+def _identity(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, Tensor):
+        return (id(value),)
+    return id(value), storage_key(value) or 0, -1 if value.is_inference() else value._version

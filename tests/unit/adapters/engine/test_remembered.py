@@ -1,0 +1,360 @@
+"""Loads of toy models, one after another: what the first has shown, the second does without asking."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import random_weights, same_bytes, write_checkpoint
+from helpers.vllm_toys import Toy
+from octavo.adapters.engine import facts, options, remembered
+from octavo.adapters.engine.loading import Loading
+from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.conversion import formats
+from octavo.streaming.meter import Stages
+
+LOG = logging.getLogger("octavo.remembered")
+SHAPES = {"gate_proj.weight": (256, 256), "up_proj.weight": (256, 256), "down_proj.weight": (256, 256)}
+LAYERS = ("gate_up_proj", "down_proj")
+RECALLED = "plan remembered from an earlier start"
+
+
+class Options(options.Options):
+    engine = "toy"
+
+
+class Engine(Toy):
+    """Counts how often it is asked; has a table, and an attribute that loading sets."""
+
+    asked = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("experts", torch.arange(4))
+
+    def load_weights(self, weights: Any) -> None:
+        Engine.asked += 1
+        super().load_weights(weights)
+        self.has_loaded = True
+
+
+class Layers:
+    """As an engine's config: which layers were made unquantized."""
+
+    def __init__(self, kept: Mapping[str, str]) -> None:
+        self.kept = dict(kept)
+
+    def paths(self, model: nn.Module) -> dict[str, str]:
+        return {name: name for name in LAYERS}
+
+    def unquantized(self, model: nn.Module) -> tuple[dict[str, str], dict[str, str]]:
+        return self.kept, {}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Path:
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    caplog.set_level(logging.INFO)
+    Engine.asked = 0
+    return tmp_path / "cache" / "plans"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    tensors = {name: random_weights(shape, torch.bfloat16, seed) for seed, (name, shape) in enumerate(SHAPES.items())}
+    path = write_checkpoint(tmp_path / "bf16", {**tensors, "norm": random_weights((256,), torch.float32, 9)})
+    (path / "config.json").write_text('{"model_type": "toy"}')
+    return path
+
+
+def load(source: Path, depends: str = "", down: str = "right", kind: type[Engine] = Engine, **given: Any) -> Engine:
+    """What an engine does, in which a layer of ``down`` may have to stay."""
+    about = (Options(threads=1, **given), formats.get("compressed-tensors"), torch.device("cpu"), LOG, Stages())
+    loading = Loading("toy", Checkpoint.open(source), *about, lambda: depends)
+
+    def make(kept: Mapping[str, str]) -> Engine:
+        model = kind(loading.options.scheme, down=down, quantized=[name for name in LAYERS if name not in kept])
+        with loading.stages("plan"):
+            found = loading.survey(model, Layers(kept))
+        loading.tell(found)
+        loading.fill(found, model.load_weights, False)
+        return model
+
+    return loading.model(make, lambda: None)  # type: ignore[return-value]
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(map(same_bytes, a.state_dict().values(), b.state_dict().values()))
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+def test_a_second_start_asks_nothing_and_loads_the_same(
+    scheme: str, source: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, said = load(source, scheme=scheme), caplog.messages[:2]
+    assert (Engine.asked, RECALLED in caplog.text) == (1, False)
+    caplog.clear()
+    second = load(source, scheme=scheme)
+    assert (Engine.asked, caplog.messages[0].partition(" (")[0]) == (1, f"octavo: {RECALLED}")
+    assert caplog.messages[1:3] == said
+    assert equal(first, second)
+    assert second.has_loaded
+
+
+def test_a_layer_that_has_to_stay_stays_from_the_beginning(source: Path) -> None:
+    first, asked = load(source, down="hoarded"), Engine.asked
+    assert asked > 1
+    assert equal(first, load(source, down="hoarded"))
+    assert Engine.asked == asked
+    assert first.down_proj.weight.dtype == torch.bfloat16
+
+
+def test_nothing_is_kept_or_used_unless_it_is_wanted(source: Path, cache: Path) -> None:
+    load(source, remember=False)
+    assert not cache.exists()
+    load(source)
+    load(source, remember=False)
+    assert Engine.asked == 3
+
+
+def _touch_config(source: Path) -> None:
+    (source / "config.json").write_text('{"model_type": "top"}')
+
+
+def _rename(source: Path) -> None:
+    (file,) = source.glob("*.safetensors")
+    file.rename(file.with_name("other.safetensors"))
+
+
+def _change_header(source: Path) -> None:
+    (file,) = source.glob("*.safetensors")
+    file.write_bytes(file.read_bytes().replace(b'"BF16","shape":[256,256]', b'"F16", "shape":[256,256]', 1))
+
+
+@pytest.mark.parametrize("change", [_touch_config, _rename, _change_header])
+def test_another_checkpoint_is_planned(change: Any, source: Path) -> None:
+    load(source)
+    change(source)
+    load(source)
+    assert Engine.asked == 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"ignore": ["norm"]}, {"staging_bytes": 1 << 24}, {"scheme": "fp8_block"}, {"strict": True}, {"depends": "ranks"}],
+)
+def test_other_settings_are_planned(other: dict[str, Any], source: Path) -> None:
+    load(source)
+    load(source, **other)
+    assert Engine.asked == 2
+
+
+def _other_table(model: Engine) -> None:
+    model.experts[0] = 3
+
+
+def _other_attribute(model: Engine) -> None:
+    model.tp_size = 2  # type: ignore[assignment]
+
+
+def _other_parameter(model: Engine) -> None:
+    model.norm.output_dim = 1  # type: ignore[attr-defined]
+
+
+def _other_shape(model: Engine) -> None:
+    model.more = nn.Parameter(torch.empty(0))
+
+
+@pytest.mark.parametrize("change", [_other_table, _other_attribute, _other_parameter, _other_shape])
+def test_another_model_is_planned_and_remembered(change: Any, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Changed(Engine):
+        changes = False
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if Changed.changes:
+                change(self)
+
+    load(source, kind=Changed)
+    Changed.changes = True
+    load(source, kind=Changed)
+    assert (Engine.asked, "what was remembered does not fit" in caplog.text) == (2, True)
+    load(source, kind=Changed)
+    assert Engine.asked == 2
+
+
+def test_edited_code_is_planned(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module that is there from the beginning, and one that came while the first model was loaded."""
+    for name in ("early", "late"):
+        file = tmp_path / f"{name}.py"
+        file.write_text("x = 1")
+        module = types.ModuleType(name)
+        module.__file__ = str(file)
+        if name == "early":
+            monkeypatch.setitem(sys.modules, name, module)
+
+    class Importing(Engine):
+        def load_weights(self, weights: Any) -> None:
+            monkeypatch.setitem(sys.modules, "late", module)
+            super().load_weights(weights)
+
+    def start() -> int:
+        monkeypatch.delitem(sys.modules, "late", raising=False)
+        load(source, kind=Importing)
+        return Engine.asked
+
+    assert [start(), start()] == [1, 1]
+    for number, name in enumerate(("early", "late")):
+        (tmp_path / f"{name}.py").write_text("x = 2")
+        assert [start(), start()] == [2 + number] * 2
+
+
+def test_other_code_that_comes_while_the_model_is_made_is_planned(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(source)
+    module = types.ModuleType("unheard_of")
+    module.__file__ = __file__ + "c"
+
+    class Importing(Engine):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            monkeypatch.setitem(sys.modules, "unheard_of", module)
+
+    Importing.__qualname__, Importing.__module__ = Engine.__qualname__, Engine.__module__
+    load(source, kind=Importing)
+    assert Engine.asked == 2
+
+
+@pytest.mark.parametrize("name", ["list", "tensor", "moved"])
+def test_what_nobody_could_do_again_is_not_remembered(name: str, source: Path, cache: Path) -> None:
+    class Keeping(Engine):
+        def load_weights(self, weights: Any) -> None:
+            super().load_weights(weights)
+            if name == "list":
+                self.names = ["norm"]
+            elif name == "tensor":
+                self.table = torch.zeros(1)
+            else:
+                self.experts.add_(1)
+
+    load(source, kind=Keeping)
+    assert not cache.exists()
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def _empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def _checked(change: Any) -> Any:
+    """An entry with other content, and a checksum that is right."""
+
+    def rewrite(file: Path) -> None:
+        content = json.loads(file.read_bytes().partition(b"\n")[2])
+        remembered._write(file, change(content))
+
+    return rewrite
+
+
+def _folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def _by_others(file: Path) -> None:
+    file.chmod(0o666)
+
+
+ODD = {
+    "truncated": _truncate,
+    "empty": _empty,
+    "a folder": _folder,
+    "writable for others": _by_others,
+    "a list": _checked(lambda content: [content]),
+    "another key": _checked(lambda content: {**content, "more": 1}),
+    "a missing key": _checked(lambda content: {key: value for key, value in content.items() if key != "model"}),
+    "a config that is none": _checked(lambda content: {**content, "config": []}),
+    "a number for a list": _checked(lambda content: {**content, "attributes": 1}),
+    "an attribute that is no plain one": _checked(
+        lambda content: {**content, "attributes": [["", "load_weights", [1]]]}
+    ),
+    "an attribute of nothing": _checked(lambda content: {**content, "attributes": [["nothing", "x", 1]]}),
+    "another model": _checked(lambda content: {**content, "model": "0" * 64}),
+    "a survey of nothing": _checked(lambda content: {**content, "survey": {}}),
+    "layers that don't stay": _checked(lambda content: {**content, "kept": {"down_proj": "why not"}}),
+}
+
+
+@pytest.mark.parametrize("spoil", ODD.values(), ids=[*ODD])
+def test_an_odd_entry_is_as_none_and_made_anew(spoil: Any, source: Path, cache: Path) -> None:
+    first = load(source)
+    (entry,) = cache.iterdir()
+    spoil(entry)
+    assert equal(first, load(source))
+    assert Engine.asked == 2
+    if entry.is_file():
+        assert equal(first, load(source))
+        assert Engine.asked == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cant_be_written_costs_a_line(
+    source: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.parent.mkdir(mode=0o500)
+    load(source)
+    assert "the plan can't be remembered" in caplog.text
+
+
+def test_a_folder_that_is_none_costs_a_line(source: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache.parent.write_text("")
+    load(source)
+    assert "the plan can't be remembered" in caplog.text
+
+
+def test_entries_are_for_this_user_alone_and_few(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "_MAX_ENTRIES", 2)
+    cache.mkdir(parents=True)
+    (cache / "tmp_abandoned").write_text("")
+    os.utime(cache / "tmp_abandoned", (0, 0))
+    for number in range(3):
+        load(source, depends=str(number))
+        for age, entry in enumerate(sorted(cache.iterdir(), key=lambda item: -item.stat().st_mtime)):
+            os.utime(entry, ns=(0, 10**18 - age * 10**9))
+    assert len([*cache.iterdir()]) == 2
+    assert {entry.stat().st_mode & 0o777 for entry in cache.iterdir()} == {0o600}
+    load(source, depends="2")
+    assert Engine.asked == 3
+
+
+def test_where_a_start_meets_others_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"ranks": 2, "master_port": 1234, "options": ("a", "b"), "engine_id": "x"}
+    other = {"ranks": 2, "master_port": 4321, "options": ["a", "b"], "engine_id": "y"}
+    assert facts.of_settings(config) == facts.of_settings(other)
+    assert facts.of_settings(config) != facts.of_settings({**other, "ranks": 3})
+    monkeypatch.setenv("TOY_PORT", "1")
+    before = facts.of_environment(["TOY_"])
+    monkeypatch.setenv("TOY_PORT", "2")
+    assert facts.of_environment(["TOY_"]) == before
+    monkeypatch.setenv("TOY_KERNEL", "2")
+    assert facts.of_environment(["TOY_"]) != before
+
+
+def test_what_holds_itself_is_described() -> None:
+    config = types.SimpleNamespace(depth=1)
+    config.own = [config]
+    assert facts.of_settings(config) == facts.of_settings(config)
