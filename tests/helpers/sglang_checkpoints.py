@@ -34,7 +34,7 @@ def _deepseek(name: str, **sizes: Any) -> tuple[str, dict[str, Any]]:
 
 def _wide(name: str, **sizes: Any) -> tuple[str, dict[str, Any]]:
     """For two ranks: each has 128 rows and columns, or a multiple, of every matrix."""
-    kind, config = OF_VLLM[name]
+    kind, config = {**OF_VLLM, **CONFIGS}[name]
     return kind, {**config, "hidden_size": 256, "num_attention_heads": 8, "num_key_value_heads": 8, **sizes}
 
 
@@ -61,8 +61,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": _deepseek("deepseek_v2", q_lora_rank=None, topk_method="greedy", scoring_func="softmax"),
     "deepseek_v3": _deepseek("deepseek_v3"),
     "deepseek_v3 wide": _deepseek("deepseek_v3", moe_intermediate_size=256),
-    "mixtral wide": _wide("mixtral"),
+}
+CONFIGS |= {
+    "deepseek_v2 wide": ("DeepseekV2Config", {**CONFIGS["deepseek_v2"][1], "moe_intermediate_size": 256}),
+    "opt wide": ("OPTConfig", {**OF_VLLM["opt"][1], "hidden_size": 256, "word_embed_proj_dim": 256}),
+    "olmoe wide": _wide("olmoe", intermediate_size=256),
     "qwen3_moe wide": _wide("qwen3_moe", moe_intermediate_size=256),
+    **{f"{name} wide": _wide(name) for name in ("mixtral", "qwen2", "qwen3", "gemma2", "phi3")},
 }
 
 

@@ -24,7 +24,8 @@ pytestmark = [
 SCHEMES = ("fp8_channel", "fp8_block")
 DENSE = ("llama", "qwen2", "qwen3", "gemma2", "phi3", "opt")
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v2", "deepseek_v3")
-WIDE = ("llama wide", "mixtral wide", "qwen2_moe wide", "qwen3_moe wide", "granitemoe wide", "deepseek_v3 wide")
+DENSE_WIDE, EXPERTS_WIDE = (tuple(f"{name} wide" for name in names) for names in (DENSE, EXPERTS))
+WIDE = DENSE_WIDE + EXPERTS_WIDE
 Pairs = dict[tuple[str, str], list[tuple[Answer, Answer]]]
 
 
@@ -58,7 +59,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
 
 @pytest.fixture(scope="module")
 def expert_parallel(tmp_path_factory: pytest.TempPathFactory) -> Pairs:
-    return loaded(WIDE[1:], tmp_path_factory.mktemp("expert_parallel"), ranks=2, ep_size=2)
+    return loaded(EXPERTS_WIDE, tmp_path_factory.mktemp("expert_parallel"), ranks=2, ep_size=2)
 
 
 def check_equal(mine: Answer, stock: Answer) -> None:
@@ -94,7 +95,7 @@ def test_each_of_two_ranks_holds_what_stock_makes_of_the_conversion(name: str, s
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("name", WIDE[1:])
+@pytest.mark.parametrize("name", EXPERTS_WIDE)
 def test_each_rank_with_experts_of_its_own_holds_what_stock_makes(
     name: str, scheme: str, expert_parallel: Pairs
 ) -> None:
