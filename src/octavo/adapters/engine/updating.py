@@ -26,8 +26,9 @@ from ...elements.pieces import whole
 from ...errors import CheckpointError, CoverageError, raise_problems
 from ...numerics import schemes
 from ...numerics.schemes import FP8
-from ...planning.placement import Placement
+from ...planning.placement import Placement, Target, placement_of
 from ...planning.plan import Plan
+from ...planning.recipe import Decision
 from . import derived
 from .arrivals import Arrivals
 from .naming import Names
@@ -239,6 +240,8 @@ class CheckpointWeights:
                 problems.append(f"{info.name} has the shape {list(info.shape)}, not {list(shape)}")
             elif placement.scheme and not info.quantizable:
                 problems.append(f"{info.name} is {info.dtype_name}, not bf16, fp16 or fp32")
+            elif info.coding is not None and info.name != placement.name:
+                problems.append(f"{info.name} is a stack that is quantized already ({info.coding})")
         problems = list(dict.fromkeys(problems))  # of a stack, once
         raise_problems(CoverageError, checkpoint.path, problems, "Nothing was loaded: the model is as it was.")
         self._checkpoint, self._loaded, self._threads = checkpoint, loaded, options.threads
@@ -265,11 +268,25 @@ def _of_checkpoint(placement: Placement, infos: Mapping[str, TensorInfo], quanti
     pieces = placement.pieces if info is None else (whole(info.name, info.shape),)
     info = infos[pieces[0].src_name]
     if info.coding is not None:
-        raise CheckpointError(f"{info.name}: is quantized already ({info.coding}), and can't be loaded again")
+        return _of_codes(placement, info, quantized)
     nbytes = info.nbytes * pieces[0].numel // max(1, math.prod(info.shape))
     placement = dataclasses.replace(
-        placement, source_dtype_names=(info.dtype_name,), source_bytes=nbytes, pieces=pieces, codings=()
+        placement,
+        source_dtype_names=(info.dtype_name,),
+        source_bytes=nbytes,
+        pieces=pieces,
+        codings=(),
+        lossless=False,
     )
     if placement.scheme and quantized:
         return placement
     return dataclasses.replace(placement, dtype_name=info.dtype_name, scheme=None, parts=())
+
+
+def _of_codes(placement: Placement, info: TensorInfo, quantized: bool) -> Placement:
+    """The placement of a tensor that is quantized already: what is read is what it stands for, as in a first load."""
+    if not quantized and placement.scheme:
+        # what they stand for would be rounded to bf16 first, and not to what a load makes of them
+        raise CheckpointError(f"{info.name}: is quantized already ({info.coding}), and can't be loaded again")
+    target = Target(placement.name, info.shape, None, "", (whole(info.name, info.shape),), placement.device)
+    return placement_of(target, Decision(placement.scheme, placement.reason), {info.name: info})

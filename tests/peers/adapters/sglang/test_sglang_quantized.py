@@ -22,9 +22,9 @@ pytestmark = [
 ]
 
 
-def in_blocks(name: str, folder: Path) -> Path:
+def in_blocks(name: str, folder: Path, seed: int = 0) -> Path:
     """In FP8, as DeepSeek and Qwen publish it."""
-    plain = make(name, folder / name / "bf16")
+    plain = make(name, folder / name / "bf16", seed)
     config = json.loads((plain / "config.json").read_text())
     stored = fine_grained(tensors_of(plain))
     return write_checkpoint(folder / name / "fp8", stored, config={**config, "quantization_config": FINE_GRAINED})
@@ -62,3 +62,17 @@ def test_parameters_equal_those_of_the_converted_checkpoint(tmp_path: Path) -> N
         assert any("float8_e4m3fn" in digest for digest in stock.loaded.values())
         assert mine.loaded == stock.loaded
         assert mine.served == stock.served
+
+
+def test_new_weights_come_from_a_folder_in_fp8_or_in_bf16(tmp_path: Path) -> None:
+    old, new = in_blocks("llama", tmp_path / "old"), in_blocks("llama", tmp_path / "new", seed=1)
+    plain = new.parent / "bf16"
+    ways = [["update", "disk", str(folder), [[]]] for folder in (new, plain, old)]
+    mine, of_blocks, of_bf16 = load(octavo_job(old, steps=ways), octavo_job(new), octavo_job(plain), timeout=550)
+    for answer in (mine, of_blocks, of_bf16):
+        assert not answer.error, answer.error
+    for (answers, now, in_place), expected in zip(mine.results, (of_blocks, of_bf16, mine), strict=True):
+        assert answers == [[True, "Succeeded to update model weights."]]
+        assert now == expected.served
+        assert in_place
+    assert of_blocks.served != of_bf16.served
