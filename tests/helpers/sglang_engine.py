@@ -13,6 +13,7 @@ import subprocess
 import sys
 import traceback
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,7 @@ _OPTIONS = {
     "skip_server_warmup": True,
     "log_level": "warning",
 }
+_LORA = {"enable_lora": True, "lora_backend": "torch_native", "max_loras_per_batch": 2}
 
 
 @dataclass
@@ -49,11 +51,16 @@ class Answer:
     output: str = field(default="", repr=False)
 
 
-def run(job: Job, timeout: float = 300) -> Answer:
-    """Start an engine, ask it, and end it. A second one in the same process would wait for ever."""
+def run(job: Job, timeout: float = 300, lora: Path | None = None) -> Answer:
+    """Start an engine, ask it, and end it. A second one in the same process would wait for ever.
+
+    Args:
+        lora: an adapter for the first prompt.
+    """
+    options = {} if lora is None else {**_LORA, "lora_paths": [f"lora={lora}"]}
     finished = subprocess.run(
         [sys.executable, "-m", "helpers.sglang_engine"],
-        input=json.dumps({**asdict(job), "model": str(job.model.absolute())}),
+        input=json.dumps({**asdict(job), "model": str(job.model.absolute()), "options": {**options, **job.options}}),
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -83,8 +90,21 @@ def _compute_plainly() -> None:
     from helpers.sglang_loading import as_on_hopper
 
     as_on_hopper()
+    _pin_nothing()
     schemes.CompressedTensorsW8A8Fp8.apply_weights = _linear
     schemes.CompressedTensorsW8A8Fp8MoE.apply_weights = _experts
+
+
+def _pin_nothing() -> None:
+    """Memory is pinned for a device that is not here; SGLang's code for LoRA asks for it all the same."""
+    import torch
+
+    def unpinned(make: Any) -> Any:
+        return lambda *arguments, pin_memory=False, **options: make(*arguments, **options)
+
+    for name in ("tensor", "empty", "zeros"):
+        setattr(torch, name, unpinned(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign,assignment]
 
 
 def _linear(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
@@ -127,7 +147,10 @@ def _ask(job: dict[str, Any]) -> dict[str, Any]:
     engine = CpuEngine(model_path=job["model"], **{**_OPTIONS, **job["options"]})
     try:
         sampling = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
-        said = engine.generate(input_ids=PROMPTS, sampling_params=sampling, return_logprob=True, logprob_start_len=0)
+        lora = ["lora", None] if "lora_paths" in job["options"] else None
+        said = engine.generate(
+            input_ids=PROMPTS, sampling_params=sampling, return_logprob=True, logprob_start_len=0, lora_path=lora
+        )
     finally:
         engine.shutdown()
     logprobs = [[one["meta_info"][f"{part}_token_logprobs"] for part in ("input", "output")] for one in said]

@@ -6,7 +6,6 @@ All but the model is `octavo.adapters.engine.loading`'s, for every engine.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,9 +41,9 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
     def __init__(self, load_config: Any) -> None:
         plugin.check_hooks()
         self.extra = load_config.model_loader_extra_config
-        inner = copy.copy(load_config)
-        inner.load_format, inner.model_loader_extra_config = LoadFormat.AUTO, {}
-        super().__init__(inner)
+        # SGLang keeps this config, and by it reads adapters of LoRA, too
+        load_config.load_format, load_config.model_loader_extra_config = LoadFormat.AUTO, {}
+        super().__init__(load_config)
         self.options = Options.of(self.extra)
         self.stages = Stages()
 
