@@ -246,6 +246,7 @@ def _number(value: float, device: torch.device) -> Tensor:
 
 
 @functools.cache
+@torch.device("cpu")  # whatever the default is: transformers makes models on meta
 def _errors(device: torch.device) -> Tensor:
     """The squared errors of a weight under all scales that are tried, 16 bits each."""
     code = torch.arange(16, dtype=torch.int64).view(16, 1)  # 1 to 7, and 8 to 15 for all larger ones
@@ -262,6 +263,7 @@ def _errors(device: torch.device) -> Tensor:
 
 
 @functools.cache
+@torch.device("cpu")
 def _pair_codes(device: torch.device) -> Tensor:
     """64 + floor(q) + ceil(q) of two weights, q being four times one by its scale -> their two numbers in a byte."""
     twice = torch.arange(-64, 64)
@@ -287,6 +289,7 @@ def widen(stored: Packed, out: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
+@torch.device("cpu")
 def _pairs(device: torch.device) -> Tensor:
     """byte -> the bits of its two numbers as float32, the lower half first."""
     values = torch.tensor(VALUES)

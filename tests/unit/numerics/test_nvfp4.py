@@ -124,3 +124,13 @@ def test_a_scheme_like_any_other(parts: tuple[int, ...] | None) -> None:
         assert torch.equal(scale.view(2, -1)[:, number], mine.view(2))
         assert torch.equal(values[:, start : start + part], nvfp4.widen(found) * mine)
         start += part
+
+
+@pytest.mark.parametrize("table", [nvfp4._errors, nvfp4._pair_codes, nvfp4._pairs])
+def test_tables_have_memory_whatever_device_is_the_default(table) -> None:
+    device = torch.device("cpu")
+    table.cache_clear()
+    with torch.device("meta"):
+        made = table(device)
+    table.cache_clear()
+    assert torch.equal(made, table(device))
