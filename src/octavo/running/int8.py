@@ -36,7 +36,7 @@ def takes(x: Tensor, q: Tensor, bias: Tensor | None = None) -> bool:
 def linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x[..., in] @ dequantize(q[out, in]).T + bias`` in bf16, given a scale ``[out, 1]`` that bf16 can hold."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    out: Tensor = torch._weight_int8pack_mm(flat, q, scale.view(-1).to(torch.bfloat16))
+    out: Tensor = torch._weight_int8pack_mm(flat, q, scale.view(-1).bfloat16())
     if bias is not None:
         out += bias
     return out.view(*x.shape[:-1], q.shape[0])
