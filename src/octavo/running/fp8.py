@@ -2,8 +2,7 @@
 
     rows of x        fp8_channel, fp8_tensor         fp8_block                         mxfp8, int8_channel
     up to 16         weight-only, one kernel         the same                          the same
-    up to 16         weight-only, one kernel         the same                          the same
-    more             FP8 activations, one kernel     FP8 activations, the library      the same, to 64 or 128
+    more             FP8 activations, one kernel     FP8 activations, the library      the same, to 64 or 256
     513 and more     FP8 activations, the library    the same                          widened, then F.linear
 
     experts:
@@ -66,7 +65,7 @@ _MAX_PARTS = 4
 _FEW = 16
 #: schemes whose activations are never quantized, and up to how many rows a product is one kernel; for more, weights
 #: are widened
-_WEIGHT_ONLY = {"mxfp8": 64, "int8_channel": 128}
+_WEIGHT_ONLY = {"mxfp8": 64, "int8_channel": 256}
 #: bytes of weights that are widened at a time
 _WIDENED = 64 << 20
 #: from so many rows on a product is the library's; before, that takes the host longer, and the GPU no less
@@ -155,7 +154,9 @@ def _tile(device: int, rows: int, cols: int, scheme: str, wide: bool, experts: b
         return -(-rows // height) * -(-cols // width)
 
     at_once = properties.multi_processor_count
-    if wide:
+    if scheme == "int8_channel":
+        found = tile(*_int8_tile(rows, experts, lambda *sides: count(*sides) >= at_once * 0.8))
+    elif wide:
         if rows <= 16 and not experts:
             found = tile(16, 32, 128, 4, 6) if scheme == "mxfp8" else tile(16, 32, 256, 4, 4)
         elif rows <= 8:
@@ -182,6 +183,21 @@ def _tile(device: int, rows: int, cols: int, scheme: str, wide: bool, experts: b
     shared: int = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
     stage = (found.rows * (2 if wide else 1) + found.cols) * found.depth
     return found._replace(stages=max(1, min(found.stages, shared // stage - 1)))  # type: ignore[no-any-return]
+
+
+def _int8_tile(rows: int, experts: bool, is_busy: Callable[[int, int], bool]) -> tuple[int, int, int, int, int]:
+    """Rows, columns, depth, warps and stages; of the larger tiles one that keeps the processors of a GPU busy."""
+    if experts:
+        if rows <= 8:
+            return 16, 32, 128, 4, 4
+        return (32, 64, 128, 4, 3) if rows <= 32 else (128, 64, 64, 4, 3)
+    if rows <= 32:
+        return (16, 32, 256, 4, 4) if rows <= 16 else (32, 32, 256, 4, 4)
+    if rows > 128 and is_busy(256, 128):
+        return 256, 128, 64, 8, 4
+    if rows > 64 and is_busy(128, 128):
+        return 128, 128, 64, 8, 4
+    return (128, 64, 128, 4, 4) if rows > 64 and is_busy(128, 64) else (64, 64, 128, 4, 4)
 
 
 def _bytes(scale: Tensor) -> Tensor:
