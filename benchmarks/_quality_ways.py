@@ -169,6 +169,8 @@ WAYS: dict[str, Callable[[], Way]] = {
     "ModelOpt NVFP4_FOUR_OVER_SIX_CFG": lambda: modelopt_calibrated("NVFP4_FOUR_OVER_SIX_CFG"),
     "ModelOpt NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": lambda: modelopt_calibrated("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"),
 }
+#: a scale a row, of octavo and of peers
+REDRAWN = ("octavo fp8_channel", "compressed-tensors FP8_DYNAMIC", "ModelOpt FP8, a scale a row")
 #: octavo's schemes whose readers quantize activations, too
 ACTIVATIONS = ("octavo fp8_channel", "octavo int8_channel")
 

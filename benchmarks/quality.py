@@ -13,6 +13,11 @@ says "activations", the inputs of quantized layers are 8-bit as well.
     kl        KL(original || quantized) in nats a token
     kl_se     its standard error, taken over windows
     sqnr_db   weights: 10 log10(sum of squares / sum of squared errors), over all that are quantized
+
+Which of many equally good grids weights are rounded to is chance, and moves the divergence by a tenth. So some ways are
+*redrawn*: each matrix is multiplied by a random number between 1 and 2 first, and divided by it after.
+
+    redrawn   the mean of the divergences, their standard deviation, and over how many draws
 """
 
 from __future__ import annotations
@@ -28,7 +33,7 @@ from typing import Any
 import _quality_whisper
 import common
 import torch
-from _quality_ways import ACTIVATIONS, WAYS, QuantizedInputs, Way, linear_layers
+from _quality_ways import ACTIVATIONS, REDRAWN, WAYS, QuantizedInputs, Way, linear_layers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +43,10 @@ from octavo.numerics import schemes
 WINDOW = 512
 #: bytes of the original's answers that are kept while every way is tried
 AT_ONCE_BYTES = {"cpu": 1 << 30, "cuda": 16 << 30}
+
+
+#: windows of which some ways are redrawn
+REDRAWN_WINDOWS = 32
 
 
 class Case:
@@ -122,6 +131,33 @@ def measure(case: Case, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return results
 
 
+def redraw(case: Case, names: Iterable[str], draws: int) -> dict[str, dict[str, float]]:
+    """Divergences over some draws of some ways, in a part of the windows."""
+    numbers = range(min(len(case.windows), REDRAWN_WINDOWS))
+    tokens = sum(len(case.windows[number]) for number in numbers)
+    case.set(None)
+    reference = [torch.log_softmax(case.logits(number), -1) for number in numbers]
+    found = {}
+    for name in names:
+        each = []
+        for draw in range(draws):
+            generator = torch.Generator().manual_seed(draw)
+            way = WAYS[name]()
+
+            def scaled(weight: Tensor, way: Way = way, generator: torch.Generator = generator) -> Tensor:
+                factor = 1 + torch.rand((), generator=generator)
+                return way(weight.float() * factor).float() / factor
+
+            case.set(scaled)
+            answers = (torch.log_softmax(case.logits(number), -1) for number in numbers)
+            sums = [(w.exp() * (w - a)).sum().item() for w, a in zip(reference, answers, strict=True)]
+            each.append(sum(sums) / tokens)
+        kl = torch.tensor(each).double()
+        found[name] = {"kl": kl.mean().item(), "kl_sd": kl.std().item(), "draws": draws, "tokens": tokens}
+        common.say(f"  {name}, redrawn: {kl.mean():.5f} ± {kl.std():.5f}: {[round(one, 5) for one in each]}")
+    return found
+
+
 def _failure(name: str, error: Exception) -> dict[str, str]:
     found = f"{type(error).__name__}: {error}"[:300]
     common.say(f"  {name} did not run: {found}")
@@ -166,6 +202,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--tokens", type=int, default=32_768, help="of SmolLM2")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=list(AT_ONCE_BYTES))
+    parser.add_argument("--draws", type=int, default=8, help="of the ways that are redrawn")
     parser.add_argument("--no-save", action="store_true")
     options = parser.parse_args()
     torch.backends.cudnn.allow_tf32 = False  # products are float32 by default, convolutions are not
@@ -175,10 +212,14 @@ def main() -> None:
         case = MODELS[name](options.tokens, torch.device(options.device))
         tokens = sum(map(len, case.windows))
         common.say(f"{name}: {tokens:,} tokens in {len(case.windows)} windows")
+        ways = measure(case, options.ways)
+        redrawn = redraw(case, [way for way in REDRAWN if "kl" in ways.get(way, {})], options.draws)
+        for way, values in redrawn.items():
+            ways[way]["redrawn"] = values
         models[name] = {
             "tokens": tokens,
             "windows": len(case.windows),
-            "ways": measure(case, options.ways),
+            "ways": ways,
             "seconds": round(time.perf_counter() - began, 1),
         }
     versions = common.versions(("compressed-tensors", "torchao", "nvidia-modelopt", "transformers", "torch"))
