@@ -21,11 +21,7 @@ quantized) in nats a token, with its standard error over windows of text, and th
 is better. All is computed in float32, so that only weights differ; in the rows that say so, the inputs of quantized
 layers are 8-bit numbers as well, a scale a token. Peers quantize by their own functions. SmolLM2 (as `octavo demo`
 prepares it) reads the reference of the Python language; Whisper hears two minutes of speech, and is made to say what
-the original says.
-
-Which of many equally good grids weights are rounded to is chance, and moves the divergence by a tenth. So a scale a row
-is *redrawn*: each matrix is multiplied by a random number between 1 and 2 before, and divided by it after; the mean
-over some draws, and its standard error, compare the rules for scales.""",
+the original says.""",
     ]
     results = load("quality")
     if not results:
@@ -39,6 +35,8 @@ from Python and in a CUDA graph. One row on a CPU: with 4096×4096, on one threa
 [Running](products.md) names. [Formats](../reference/formats.md#who-reads-it) has the details of the last column.""",
     ]
     for result in results:
+        if any("redrawn" in way for found in result["models"].values() for way in found["ways"].values()):
+            parts.append(_REDRAWN)
         for name, found in result["models"].items():
             parts += [f"## {_TITLES.get(name, name)}, {found['tokens']:,} tokens", _table(found["ways"])]
         parts.append(_note(result))
@@ -46,11 +44,15 @@ from Python and in a CUDA graph. One row on a CPU: with 4096×4096, on one threa
 
 
 # which scheme is for whom follows from figures
+_REDRAWN = """Which of many equally good grids weights are rounded to is chance, and moves the divergence by a tenth.
+So a scale a row is *redrawn*: each matrix is multiplied by a random number between 1 and 2 before, and divided by it
+after; the mean over some draws, and its standard error, compare the rules for scales."""
 _WHOM = (
     ("a CPU", "`int8_channel`", "closest to the original, and its products read half the bytes of bf16"),
     ("a GPU with FP8 units, or an engine's plugin", "`fp8_channel`", "products run on these units"),
     ("kernels that want blocks", "`fp8_block`", "it is as good as a scale a row"),
     ("a reader of OCP MX", "`mxfp8`", "it is as good, and a thirtieth larger"),
+    ("memory for four bits alone", "`nvfp4`", "a large model, compared first: any four bits damage a small one badly"),
 )
 #: scheme -> bits a weight, and which stock readers take a conversion
 _SCHEMES = {
@@ -94,15 +96,17 @@ def _on_cpu(scheme: str) -> str:
 
 
 def _table(ways: dict[str, Any]) -> str:
-    head = ("weights", "KL, nats a token", "standard error", "SQNR, dB", "redrawn")
-    lines = []
+    head = ("weights", "KL, nats a token", "standard error", "SQNR, dB")
+    head = (*head, "redrawn") if any("redrawn" in found for found in ways.values()) else head
+    lines: list[tuple[str, ...]] = []
     for name, found in ways.items():
         if "error" in found:
-            lines.append((name, "did not run", "", "", ""))
+            lines.append((name, "did not run", *[""] * (len(head) - 2)))
             continue
         redrawn = found.get("redrawn")
         mean = f"{redrawn['kl']:.5f} ± {redrawn['kl_sd'] / redrawn['draws'] ** 0.5:.5f}" if redrawn else ""
-        lines.append((name, f"{found['kl']:.5f}", f"{found['kl_se']:.5f}", f"{found['sqnr_db']:.1f}", mean))
+        line = (name, f"{found['kl']:.5f}", f"{found['kl_se']:.5f}", f"{found['sqnr_db']:.1f}", mean)
+        lines.append(line[: len(head)])
     return table(head, lines)
 
 
