@@ -28,6 +28,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -172,6 +173,8 @@ def main() -> None:
         os.environ.setdefault(name, value)
     made = str(plugin_path(args.folder, _sglang.PLUGINS, *_sglang.ENTRIES))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
+    os.environ["OCTAVO_CACHE"] = str(args.folder / "plans")  # none of the user's
+    shutil.rmtree(os.environ["OCTAVO_CACHE"], ignore_errors=True)
     budget, used = Budget(args.budget_s, args.timeout_s), common.device_used() if args.device != "cpu" else None
     with common.merged("sglang_gpu", args, device=args.device) as merged:
         right = [run_model(model, args, merged, budget, used) for model in args.models]

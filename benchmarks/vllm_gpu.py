@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_gpu.py --folder /dev/shm/octavo-bench
     python benchmarks/vllm_gpu.py --folder /dev/shm/octavo-bench --ways octavo-fp8_channel --tensor-parallel 1 2 2e
+    python benchmarks/vllm_gpu.py --folder /dev/shm/octavo-bench --ways octavo-fp8_channel --tensor-parallel 1 2 --again
 
 Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine in a process of its own, or one for each GPU
 (2e: with experts apart, each whole on one of them):
@@ -21,6 +22,9 @@ Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine in a pro
 
 Answers are compared with those of other ways in the same folder: the logprobs of the prompts' own tokens, and greedy
 tokens. octavo's must be equal to the converted checkpoint's, parameters included.
+
+octavo remembers nothing of what came before, but with ``--again``: then each of its ways starts a second time, with the
+plan of the first ("again"; the answers that are compared are those of the second start).
 
 vLLM need not find octavo installed: the plugin is made known through PYTHONPATH. Unless it is set, the environment
 variable VLLM_USE_DEEP_GEMM is 0, since DeepGEMM compiles its kernels for minutes. ``--device cpu`` tries the benchmark
@@ -70,6 +74,8 @@ PROMISED_FASTER, PROMISED_FASTER_TOGETHER = 3.0, 2.5
 PROMISED_OVER_BYTES, PROMISED_RESERVED = GIB // 4, 1.02
 #: of the time that one GPU takes, with two
 PROMISED_SHARE = 0.65
+#: what a row is called that is of a second start
+AGAIN = " again"
 
 
 CHILD = """
@@ -161,6 +167,16 @@ def run_way(
     return run_fresh(CHILD, way, source, answers, json.dumps(options), timeout_s=max(1, timeout_s), log=log)
 
 
+def starts(args: argparse.Namespace) -> list[tuple[str, Ranks, bool]]:
+    """Ways, on how many GPUs, and whether it is for the second time."""
+    return [
+        (way, ranks, again)
+        for ranks in args.tensor_parallel
+        for way in args.ways
+        for again in ([False, True] if args.again and way in OCTAVO else [False])
+    ]
+
+
 def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budget) -> bool:
     """Every way to load a model; whether octavo's kept what they promise of their answers."""
     folder = common.model_folder(args.folder, model, args.layers)
@@ -174,8 +190,11 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
         "cache_bytes": int(args.cache_gib * GIB),
     }
     rows: dict[str, dict[str, Any]] = {}
-    for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
-        key, began, timeout_s = key_of(way, ranks), time.perf_counter(), budget.timeout_s()
+    for way, ranks, again in starts(args):
+        key = f"{key_of(way, ranks)}{AGAIN * again}"
+        began, timeout_s = time.perf_counter(), budget.timeout_s()
+        if not again:
+            shutil.rmtree(os.environ["OCTAVO_CACHE"], ignore_errors=True)
         answers = answers_path(way, ranks, folder)
         answers.parent.mkdir(exist_ok=True)
         answers.unlink(missing_ok=True)
@@ -238,6 +257,7 @@ def arguments() -> argparse.Namespace:
     common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
     add_arguments(parser, WAYS, DEFAULT_WAYS)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
+    parser.add_argument("--again", action="store_true", help="octavo's ways a second time, with what they remember")
     parser.add_argument("--cache-gib", type=float, default=4.0, help="KV cache (%(default)s)")
     parser.add_argument("--remove", action="store_true", help="remove each checkpoint after its use")
     common.add_result_arguments(parser, "vllm_gpu")
@@ -253,6 +273,7 @@ def main() -> None:
     if not plugin_is_known(_vllm.PLUGINS):
         made = str(plugin_path(args.folder, _vllm.PLUGINS, _vllm.PLUGIN))
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
+    os.environ["OCTAVO_CACHE"] = str(args.folder / "plans")  # none of the user's
     budget = Budget(args.budget_s, args.timeout_s)
     with common.merged("vllm_gpu", args, device=args.device) as merged:
         right = [run_model(model, args, merged, budget) for model in args.models]
