@@ -42,7 +42,9 @@ _WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)
 #: known by their versions; octavo's files count whether they are imported or not, as threads of it import some
 _BY_VERSION = frozenset({"torch", "triton", "octavo", *sys.stdlib_module_names})
 #: where processes meet, and what they call each other: new at every start
-_OF_THE_START = re.compile(r"(^|_)(ports?|port_list|ips?|addr|addresse?s?|hosts?|ident|instance_id|engine_id)$", re.I)
+_OF_THE_START = re.compile(
+    r"(^|_)(ports?|port_list|random_seed|ips?|addr|addresse?s?|hosts?|ident|instance_id|engine_id)$", re.I
+)
 #: longer lists count by their lengths; larger tensors of integers by their shapes
 _MANY, _TABLE_BYTES = 4096, 1 << 16
 _DEPTH, _MOST_WORDS = 16, 1_000_000
@@ -100,7 +102,7 @@ class _Description:
             return
         self.words.append(_word(value))
         if depth < self._depth and not isinstance(value, (nn.Module, types.ModuleType)):
-            self._add_pairs(getattr(value, "__dict__", {}).items(), depth + 1)
+            self._add_pairs(_fields(value), depth + 1)
             self.words.append(")")
 
     def _add_pairs(self, pairs: Iterable[tuple[Any, Any]], depth: int) -> None:
@@ -108,6 +110,16 @@ class _Description:
             if not (isinstance(name, str) and _OF_THE_START.search(name)):
                 self.words.append(_word(name))
                 self.add(value, depth)
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    """What an object holds, be it in a dictionary or in slots."""
+    yield from getattr(value, "__dict__", {}).items()
+    for kind in type(value).__mro__:
+        slots = kind.__dict__.get("__struct_fields__", kind.__dict__.get("__slots__", ()))
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                yield name, getattr(value, name)
 
 
 def _word(value: Any) -> str:

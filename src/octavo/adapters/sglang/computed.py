@@ -24,7 +24,7 @@ class Computed:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if hasattr(module, METHOD)]
-        self._calls: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self.calls: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -41,13 +41,13 @@ class Computed:
         def note(*args: Any, **kwargs: Any) -> None:
             given = dict(zip(_parameters(module), args, strict=False)) | kwargs
             given.pop(_GIVEN, None)
-            self._calls[id(module)] = (module, given)
+            self.calls[id(module)] = (module, given)
 
         return note
 
     def compute(self) -> None:
         """Make the calls, each once."""
-        for module, given in self._calls.values():
+        for module, given in self.calls.values():
             getattr(module, METHOD)(**given)
 
 

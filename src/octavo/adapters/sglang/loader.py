@@ -81,7 +81,9 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
         layout = formats.get(self.options.format)
         with self.stages("plan"):
             checkpoint = self._open(model_config)
-            self.loading = Loading("SGLang", checkpoint, self.options, layout, device, plugin.log, self.stages)
+            depends = functools.partial(versions.facts_of, model_config, self.load_config)
+            about = (self.options, layout, device, plugin.log, self.stages)
+            self.loading = Loading("SGLang", checkpoint, *about, depends)
         rank, ranks = place_among_ranks()
         self.warming.enter_context(ReadAhead(checkpoint.shards, rank / ranks))
 
@@ -109,6 +111,8 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
         computed = Computed(model)
         with self.stages("plan"), computed.noted():
             found = self._survey(model, model_config, layers)
+        if computed.calls:  # which a later start would have to make as well
+            self.loading.forget()
         self.loading.tell(found)
         self.warming.close()
         with computed.noted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import pkgutil
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -98,6 +99,25 @@ def files_of(loader: Any, model_config: Any) -> list[Path]:
     """The .safetensors files of a model; fetched, if it is a hub id."""
     _, files, _ = loader._prepare_weights(model_config.model_path, model_config.revision, fall_back_to_pt=False)
     return sorted(map(Path, files))
+
+
+def facts_of(model_config: Any, load_config: Any) -> str:
+    """Words for all of SGLang that a survey depends on, but for its code."""
+    from sglang.srt.distributed import parallel_state
+
+    from ..engine import facts
+
+    # since 0.5.2x the former only raises
+    module = "runtime_context" if importlib.util.find_spec("sglang.srt.runtime_context") else "server_args"
+    name = "get_server_args" if module == "runtime_context" else "get_global_server_args"
+    given = pkgutil.resolve_name(f"sglang.srt.{module}:{name}")()
+    places = {
+        name: (group.rank_in_group, group.world_size)
+        for name, group in vars(parallel_state).items()
+        if isinstance(group, parallel_state.GroupCoordinator)
+    }
+    settings = facts.of_settings(sglang.__version__, model_config, load_config, given, places)
+    return f"{settings}\n{facts.of_environment(['SGLANG_', 'SGL_'])}"
 
 
 def quantization_config(model_config: Any, load_config: Any) -> Any:
