@@ -41,9 +41,9 @@ _FUNCTIONS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionT
 _WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)
 #: known by their versions; octavo's files count whether they are imported or not, as threads of it import some
 _BY_VERSION = frozenset({"torch", "triton", "octavo", *sys.stdlib_module_names})
-#: where processes meet, and what they call each other: new at every start
+#: where processes meet, what they call each other, draw and hash: new at every start
 _OF_THE_START = re.compile(
-    r"(^|_)(ports?|port_list|random_seed|ips?|addr|addresse?s?|hosts?|ident|instance_id|engine_id)$", re.I
+    r"(^|_)(ports?|port_list|random_seed|object_hash|ips?|addr|addresse?s?|hosts?|ident|instance_id|engine_id)$", re.I
 )
 #: longer lists count by their lengths; larger tensors of integers by their shapes
 _MANY, _TABLE_BYTES = 4096, 1 << 16
@@ -115,11 +115,13 @@ class _Description:
 def _fields(value: Any) -> Iterator[tuple[str, Any]]:
     """What an object holds, be it in a dictionary or in slots."""
     yield from getattr(value, "__dict__", {}).items()
+    names = [*getattr(type(value), "__struct_fields__", ())]  # of msgspec
     for kind in type(value).__mro__:
-        slots = kind.__dict__.get("__struct_fields__", kind.__dict__.get("__slots__", ()))
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                yield name, getattr(value, name)
+        slots = kind.__dict__.get("__slots__", ())
+        names += (slots,) if isinstance(slots, str) else slots
+    for name in dict.fromkeys(names):
+        if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+            yield name, getattr(value, name)
 
 
 def _word(value: Any) -> str:

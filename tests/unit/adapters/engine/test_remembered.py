@@ -358,3 +358,13 @@ def test_what_holds_itself_is_described() -> None:
     config = types.SimpleNamespace(depth=1)
     config.own = [config]
     assert facts.of_settings(config) == facts.of_settings(config)
+
+
+def test_what_lies_in_slots_counts() -> None:
+    class Slotted:
+        __slots__ = ("rank",)
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+    assert facts.of_settings(Slotted(1)) != facts.of_settings(Slotted(2))
