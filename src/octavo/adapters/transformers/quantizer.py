@@ -311,7 +311,7 @@ def saved_config(checkpoint: Checkpoint, asked: Recipe) -> OctavoConfig | None:
         raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from error
     if asked not in (config.recipe, Recipe(), Recipe(None)):
         raise RecipeError(
-            f"{checkpoint.path}: saved as FP8 by another recipe ({config.recipe}); it can't be quantized again"
+            f"{checkpoint.path}: saved quantized by another recipe ({config.recipe}); it can't be quantized again"
         )
     return config
 
