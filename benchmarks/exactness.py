@@ -5,7 +5,8 @@
 Sources are made here, by the rules of their formats: MXFP4 in groups of 32, NVFP4 in groups of 16, FP8 in blocks of
 128x128 whose scales are powers of two. Of random matrices of gpt-oss's width: normally distributed, with rows and
 columns of very different sizes, and with heavy tails; and of some of a checkpoint's. A weight counts as kept if it is
-the same number of bf16 afterwards. ``usual`` are the scales that a scheme has for bf16 sources.
+the same number of bf16 afterwards. ``usual`` are the scales that a scheme has for bf16 sources. ``passing`` is what
+becomes of sources whose groups are those of the scheme.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from common import say
 from torch import Tensor
 
+import octavo
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.checkpoint.codings import Decoding
 from octavo.numerics import schemes
@@ -126,6 +128,31 @@ def measure(matrices: list[Tensor], make: Callable[[Tensor], Source], scheme_nam
     return found
 
 
+def measure_passing(matrices: list[Tensor], scheme_name: str) -> dict[str, Any]:
+    """The share of bytes, of numbers and of scales, that a conversion to the groups which a source has leaves alone.
+
+    Scales are amax / 448, as DeepSeek's; octavo's own would be others.
+    """
+    from safetensors.torch import load_file, save_file
+
+    scheme, stored = schemes.get(scheme_name), {}
+    for number, weight in enumerate(matrices):
+        name, scale = f"model.layers.{number}.mlp.up_proj.weight", schemes.group_amax(weight, scheme) / 448
+        stored[name] = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+        schemes.quantize_into(stored[name], weight, scale, scheme)
+        stored[f"{name}_scale"] = scale
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder) / "source.safetensors", Path(folder) / "out"
+        save_file(stored, source)
+        octavo.convert(source, out, scheme_name, progress=False, prove=False)
+        made = {name: tensor for path in out.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    equal = total = 0
+    for name, tensor in stored.items():
+        mine, theirs = (each.contiguous().view(torch.uint8).flatten() for each in (made[name], tensor))
+        equal, total = equal + int((mine == theirs).sum()), total + theirs.numel()
+    return {"equal_bytes_share": equal / total, "bytes": total}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, help="an unquantized checkpoint, whose matrices are taken, too")
@@ -141,7 +168,12 @@ def main() -> None:
                 values = measure(matrices, make, scheme)
                 found.setdefault(name, {}).setdefault(kind, {})[scheme] = values
                 say(f"{name}, {kind} -> {scheme}: " + "; ".join(f"{w}: {_told(v)}" for w, v in values.items()))
-    common.save("exactness", Path(tempfile.gettempdir()), {"data": found}, write=not arguments.no_save)
+    passing = {scheme: measure_passing([m for each in data.values() for m in each], scheme) for scheme in SCHEMES}
+    for scheme, values in passing.items():
+        say(f"FP8 in the groups of {scheme} -> {scheme}: {values['equal_bytes_share']:.2%} of the bytes are equal")
+    common.save(
+        "exactness", Path(tempfile.gettempdir()), {"data": found, "passing": passing}, write=not arguments.no_save
+    )
 
 
 def _told(values: dict[str, Any]) -> str:
