@@ -60,25 +60,33 @@ verified = octavo.verify(sys.argv[1], against=sys.argv[2])
 result(ok=verified.ok)
 """
 
-CONVERT_AS_USERS_DO = """
-import octavo
-report = octavo.convert(sys.argv[1], sys.argv[2], "fp8_channel", progress=False, prove=sys.argv[3] == "prove")
-result(staging_bytes=report.staging_bytes, seconds=report.seconds)
+# by the process itself: what it has from `os.wait4` may be the peak of this one, which made the checkpoint
+_PEAK = """
+import re
+def peak_bytes():
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 """
 
-LOAD_AS_USERS_DO = """
+CONVERT_AS_USERS_DO = f"""{_PEAK}
+import octavo
+report = octavo.convert(sys.argv[1], sys.argv[2], "fp8_channel", progress=False, prove=sys.argv[3] == "prove")
+result(staging_bytes=report.staging_bytes, seconds=report.seconds, peak_bytes=peak_bytes())
+"""
+
+LOAD_AS_USERS_DO = f"""{_PEAK}
 import octavo
 model = octavo.load(sys.argv[1], "fp8_channel", progress=False)
 report = model.load_report
-result(final_bytes=report.final_bytes, staging_bytes=report.staging_bytes, seconds=report.seconds)
+result(final_bytes=report.final_bytes, staging_bytes=report.staging_bytes, seconds=report.seconds,
+       peak_bytes=peak_bytes())
 """
 
-IMPORTS = """
+IMPORTS = f"""{_PEAK}
 import octavo, torch
 if sys.argv[2]:
     import transformers
 octavo.plan(sys.argv[1], "fp8_channel", model=sys.argv[2] == "model")
-result(done=True)
+result(peak_bytes=peak_bytes())
 """
 
 
@@ -159,8 +167,8 @@ def measure_memory(folder: Path, layers: int) -> dict[str, Any]:
 
 def tell(name: str, found: dict[str, Any]) -> None:
     for what, run in ((name, found), (f"{name}, imports alone", found["imports"])):
-        peaks = (run["process"][key] / 1e6 for key in ("peak_rss_bytes", "peak_anonymous_bytes_sampled"))
-        say("{}: {:,.0f} MB, of which {:,.0f} MB can't be dropped".format(what, *peaks))
+        anonymous = run["process"]["peak_anonymous_bytes_sampled"]
+        say(f"{what}: {run['peak_bytes'] / 1e6:,.0f} MB, of which {anonymous / 1e6:,.0f} MB can't be dropped")
 
 
 def main() -> None:
