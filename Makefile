@@ -51,7 +51,7 @@ demo: $(STAMP) ## load a small real model as FP8 and compare it with bf16
 	$(call timed,demo,$(VENV)/bin/octavo demo)
 
 test: $(READY) ## the tests that need neither a GPU nor other engines
-	$(call timed,test,$(PY) -m pytest -n 2 -m "not peers and not gpu" $(ARGS))
+	$(call timed,test,$(PY) -m pytest -n 2 -m "not peers and not gpu" --ignore=tests/peers --ignore=tests/gpu $(ARGS))
 
 check: lint types test ## what CI runs: linter, types, tests
 
