@@ -20,7 +20,8 @@ RANKS = [Rank(number, size) for size in (1, 2, 4, 8) for number in {0, size // 2
 def test_every_rank_has_the_bytes_of_its_partition(rank: Rank, moe: bool, direct: bool) -> None:
     pairs = checkpoint(WIDE, moe=moe)
     reference = loaded_plainly(Model(WIDE, rank, moe=moe), pairs.items())
-    for scheme in SCHEMES:
+    # a layer that is complete is quantized by the definition itself
+    for scheme in SCHEMES if direct else ("fp8_channel", "fp8_block"):
         model = Model(WIDE, rank, moe=moe)
         parts = dict(fused_parts(model))
         with Session(model, scheme, direct=direct) as session:
