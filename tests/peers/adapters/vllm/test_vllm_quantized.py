@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import octavo
 from helpers import write_checkpoint
 from helpers.coded import FINE_GRAINED, fine_grained
 from helpers.folders import tensors_of
@@ -90,3 +91,31 @@ def test_parameters_equal_those_of_the_converted_checkpoint(
         assert not answer.error, answer.error
     assert any("float8_e4m3fn" in digest for digest in stock.parameters[0].values())
     assert mine.parameters == stock.parameters
+
+
+def in_mxfp4(name: str, folder: Path) -> Path:
+    """Stacks of experts as gpt-oss has them."""
+    plain = make(name, folder / "bf16")
+    generator, stored = torch.Generator().manual_seed(0), {}
+    for tensor_name, tensor in tensors_of(plain).items():
+        if not tensor_name.endswith(("gate_up_proj", "down_proj")):
+            stored[tensor_name] = tensor
+            continue
+        experts, cols, rows = tensor.shape
+        shape = experts, rows, cols // 32
+        stored[f"{tensor_name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        stored[f"{tensor_name}_scales"] = torch.randint(115, 122, shape, generator=generator, dtype=torch.uint8)
+    declared = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    config = json.loads((plain / "config.json").read_text())
+    return write_checkpoint(folder / "mxfp4", stored, config={**config, "quantization_config": declared})
+
+
+def test_stacks_in_mxfp4_are_loaded_as_those_of_the_bf16_checkpoint_that_they_stand_for(tmp_path: Path) -> None:
+    """vLLM has no FP8 layer for them: they have biases."""
+    source = in_mxfp4("gpt_oss", tmp_path)
+    octavo.convert(source, tmp_path / "decoded", None, prove=False)
+    mine, plain = load(octavo_job(source), octavo_job(tmp_path / "decoded"), timeout=500)
+    for answer in (mine, plain):
+        assert not answer.error, answer.error
+    assert any("float8_e4m3fn" in digest for digest in mine.parameters[0].values())
+    assert mine.parameters == plain.parameters
