@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch._guards import detect_fake_mode
@@ -63,6 +65,23 @@ def as_usual() -> Iterator[None]:
     elsewhere = torch.get_default_device().type != "cpu"
     with torch.inference_mode(False), torch.device("cpu") if elsewhere else contextlib.nullcontext():
         yield
+
+
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+
+
+def in_memory(make: Maker) -> Maker:
+    """Have a function that makes tensors once for all make them on the CPU, and to be used by anyone.
+
+    Whoever happens to come first may have set a default device, as transformers does while it makes a model.
+    """
+
+    @functools.wraps(make)
+    def made(*args: Any) -> Any:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return make(*args)
+
+    return made  # type: ignore[return-value]
 
 
 def usable_cpus() -> int:

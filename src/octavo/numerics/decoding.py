@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.codings import Decoding
+from ..machine import in_memory
 from .groups import all_spans, cells_of_spans, count_cells, grouped
 from .schemes import E8M0, FP8
 
@@ -201,6 +202,7 @@ def _numbers(
 
 
 @functools.cache
+@in_memory
 def _pairs(number: str, device: torch.device) -> Tensor:
     """byte -> the bits of its two numbers as float32, the lower half first."""
     values = torch.tensor(_E2M1 if number == "e2m1" else [code - _OFFSETS[number] for code in range(16)])
@@ -218,7 +220,7 @@ def _widen(out: Tensor, numbers: Tensor, scratch: Tensor | None = None, checked:
     if numbers.device.type != "cpu" or shift is None or (shift == 7 and not checked and holds_nan(numbers)):
         out.copy_(numbers)
         return 1
-    held = torch.empty(numbers.numel()) if scratch is None else scratch
+    held = torch.empty(numbers.numel(), dtype=torch.float32) if scratch is None else scratch
     bits = held.view(torch.int16)[: numbers.numel()].view(numbers.shape).copy_(numbers.view(torch.int8))
     bits.mul_(1 << shift)  # which is faster than to shift
     if shift == 8:

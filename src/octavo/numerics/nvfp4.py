@@ -43,11 +43,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..machine import in_memory
 
 #: columns that share a scale
 GROUP = 16
@@ -245,19 +247,8 @@ def _number(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
-def _in_memory(make: Callable[[torch.device], Tensor]) -> Callable[[torch.device], Tensor]:
-    """A table is computed on a CPU, whatever the default device is: transformers makes models on meta."""
-
-    @functools.wraps(make)
-    def on_cpu(device: torch.device) -> Tensor:
-        with torch.device("cpu"):
-            return make(device)
-
-    return on_cpu
-
-
 @functools.cache
-@_in_memory
+@in_memory
 def _errors(device: torch.device) -> Tensor:
     """The squared errors of a weight under all scales that are tried, 16 bits each."""
     code = torch.arange(16, dtype=torch.int64).view(16, 1)  # 1 to 7, and 8 to 15 for all larger ones
@@ -274,7 +265,7 @@ def _errors(device: torch.device) -> Tensor:
 
 
 @functools.cache
-@_in_memory
+@in_memory
 def _pair_codes(device: torch.device) -> Tensor:
     """64 + floor(q) + ceil(q) of two weights, q being four times one by its scale -> their two numbers in a byte."""
     twice = torch.arange(-64, 64)
@@ -300,9 +291,9 @@ def widen(stored: Packed, out: Tensor | None = None) -> Tensor:
 
 
 @functools.cache
-@_in_memory
+@in_memory
 def _pairs(device: torch.device) -> Tensor:
     """byte -> the bits of its two numbers as float32, the lower half first."""
-    values = torch.tensor(VALUES)
+    values = torch.tensor(VALUES, dtype=torch.float32)
     both = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=-1)
     return both.view(torch.int64).flatten().to(device)

@@ -183,7 +183,9 @@ class Press:
     def _check(self, amax: Tensor, chunk: Chunk, x: Tensor | Encoded) -> None:
         """Raise if an amax is not finite, which is that of a weight."""
         if not bool(torch.isfinite(amax).all()):
-            values = x if isinstance(x, Tensor) else x.decode(whole("", x.shape), torch.empty(x.numel))
+            values = (
+                x if isinstance(x, Tensor) else x.decode(whole("", x.shape), torch.empty(x.numel, dtype=torch.float32))
+            )
             raise WeightError(nonfinite_text(self._checkpoint, chunk.piece, values, chunk.placement))
 
     def _scratch(self, piece: Piece, scheme: Scheme) -> Stored:

@@ -127,10 +127,14 @@ def test_a_scheme_like_any_other(parts: tuple[int, ...] | None) -> None:
 
 
 @pytest.mark.parametrize("table", [nvfp4._errors, nvfp4._pair_codes, nvfp4._pairs])
-def test_tables_have_memory_whatever_device_is_the_default(table) -> None:
+def test_tables_are_the_same_whatever_device_and_dtype_are_the_default(table) -> None:
     device = torch.device("cpu")
     table.cache_clear()
-    with torch.device("meta"):
-        made = table(device)
+    torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads
+    try:
+        with torch.device("meta"):  # as transformers does
+            made = table(device)
+    finally:
+        torch.set_default_dtype(torch.float32)
     table.cache_clear()
     assert torch.equal(made, table(device))
