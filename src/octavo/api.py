@@ -74,10 +74,10 @@ def load(
             bf16, fp16 or fp32; or in FP8, MXFP4, NVFP4 or integers with scales, which are decoded (on a CPU); or what
             ``save_pretrained`` wrote of a model that octavo had loaded.
         scheme: ``"fp8_channel"`` (a scale for each row), ``"fp8_block"`` (for 128 x 128 elements), ``"fp8_tensor"``
-            (for each matrix), ``"mxfp8"`` (for 32 columns of a row) or ``"int8_channel"`` (for each row, and int8 in
-            place of FP8). ``"auto"`` is ``"fp8_channel"``, and where the source is quantized already, what keeps its
-            bytes. Or a `Recipe`, or its dict form, that chooses by name. None loads without quantizing, and what is
-            quantized already as bf16.
+            (for each matrix), ``"mxfp8"`` (for 32 columns of a row), ``"int8_channel"`` (for each row, and int8 in
+            place of FP8) or ``"nvfp4"`` (for 16 columns of a row, and four bits). ``"auto"`` is ``"fp8_channel"``, and
+            where the source is quantized already, what keeps its bytes. Or a `Recipe`, or its dict form, that chooses
+            by name. None loads without quantizing, and what is quantized already as bf16.
         device: The device that the model goes to: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ``torch.device(...)``.
         ignore: Patterns of weights to leave as they are, added to those of a recipe: names, globs or ``re:regex``.
         dtype: The dtype of what is not quantized, or its name. By default the config's, as in ``from_pretrained``.

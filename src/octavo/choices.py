@@ -34,6 +34,7 @@ SCHEMES = {
     "fp8_tensor": SchemeTerms("one for each matrix", None, None),
     "mxfp8": SchemeTerms("one for 32 columns of a row, a power of two", 1, 32, power_of_two=True),
     "int8_channel": SchemeTerms("one for each row, of integers instead of FP8", 1, None, dtype="int8"),
+    "nvfp4": SchemeTerms("one for 16 columns of a row, of numbers of four bits", None, None, dtype="uint8"),
 }
 #: of all that is not quantized already
 DEFAULT_SCHEME = "fp8_channel"

@@ -19,10 +19,14 @@ SUFFIXES = {"compressed-tensors": "_scale", "compressed-tensors-w8a8": "_scale",
 
 
 def unpacked(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same with int8 weights in the place of packed ones."""
+    """The same with weights as octavo has them in the place of packed ones."""
     made = dict(tensors)
     for name in [name for name in tensors if name.endswith("_packed")]:
         plain = name.removesuffix("_packed")
+        if made[name].dtype == torch.uint8:
+            made[plain] = torch.cat([made.pop(name), made[f"{plain}_scale"].view(torch.uint8)], -1)
+            made[f"{plain}_scale"] = 1 / made.pop(f"{plain}_global_scale")
+            continue
         q = (made.pop(name).view(torch.uint8).int() - 128).to(torch.int8)
         assert made.pop(f"{plain}_shape").tolist() == list(q.shape)
         made[plain] = q

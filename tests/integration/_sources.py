@@ -15,6 +15,7 @@ from torch import Tensor
 
 from helpers import random_weights, same_bytes
 from octavo.numerics import schemes
+from octavo.numerics.nvfp4 import Packed
 
 MIB = 1 << 20
 CONFIG = {
@@ -64,7 +65,7 @@ def is_quantized(name: str, tensor: Tensor, format: str, scheme: str) -> bool:
     """What octavo's documentation says of these names, in a few lines of its own."""
     if not name.endswith("_proj.weight") or tensor.ndim != 2 or not tensor.dtype.is_floating_point:
         return False
-    if scheme == "mxfp8" and tensor.shape[1] % 32:
+    if tensor.shape[1] % {"mxfp8": 32, "nvfp4": 16}.get(scheme, 1):
         return False
     if (format, scheme) == ("compressed-tensors", "int8_channel") and tensor.shape[1] % 4:
         return False
@@ -79,6 +80,11 @@ def expected(tensors: dict[str, Tensor], format: str, scheme: str) -> dict[str, 
             result[name] = tensor
             continue
         q, scale = schemes.quantize(tensor, scheme)
+        if scheme == "nvfp4":
+            codes, groups = Packed.of(q)
+            result |= {f"{name}_packed": codes.contiguous(), f"{name}_scale": groups.contiguous()}
+            result[f"{name}_global_scale"] = (1 / scale).reshape(1)
+            continue
         stored = scale.view(torch.uint8) if scheme == "mxfp8" else scale
         result[name + ("_scale_inv" if format == "fp8" else "_scale")] = stored.reshape(
             (1,) if stored.ndim == 0 else stored.shape

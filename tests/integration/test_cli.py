@@ -107,7 +107,7 @@ def test_version_is_the_package_s(run: Run) -> None:
         ("octavo conv", ["convert"]),
         ("octavo plan --sch", ["--scheme"]),
         ("octavo plan x --scheme fp8_", ["fp8_channel", "fp8_block", "fp8_tensor"]),
-        ("octavo demo -s n", ["none"]),
+        ("octavo demo -s n", ["nvfp4", "none"]),
         ("octavo convert x y --format f", ["fp8"]),
     ],
 )

@@ -8,6 +8,7 @@
     fp8_tensor    the whole matrix           f32 []
     mxfp8         32 columns of one row      e8m0 [out, ceil(in/32)], a power of two
     int8_channel  one row                    f32 [out, 1]
+    nvfp4         see `nvfp4`                f32 []
 
 For the first three, ``scale = round_up_to_bf16(amax / 448)``: amax in float32, a true division, and the smallest
 number of bf16 that is no smaller. Stock readers cast ``weight_scale`` to bf16; since bf16 can hold it, that changes

@@ -137,8 +137,6 @@ class Scheme:
         return (*lead, cell_rows, cell_cols)
 
 
-#: not offered yet
-_HIDDEN = {"nvfp4": Scheme("nvfp4", None, None, power_of_two=False, dtype=torch.uint8)}
 SCHEMES = {
     name: Scheme(name, terms.group_rows, terms.group_cols, terms.power_of_two, getattr(torch, terms.dtype))
     for name, terms in choices.SCHEMES.items()
@@ -149,8 +147,6 @@ def get(name: str | Scheme) -> Scheme:
     """The scheme called ``name``; a `RecipeError` that lists them otherwise."""
     if isinstance(name, Scheme):
         return name
-    if isinstance(name, str) and name in _HIDDEN:
-        return _HIDDEN[name]
     if not isinstance(name, str) or name not in SCHEMES:
         hint = " (None is for no quantization)" if name in ("none", "bf16") else ""
         raise RecipeError(f"unknown scheme {shown(name)}; known: {', '.join(SCHEMES)}{hint}")

@@ -194,8 +194,10 @@ def test_compressed_tensors_compressor_unpacks_to_our_bits(
     for name, scale in scales_of(unpacked(made), "compressed-tensors").items():
         if scale_dtype is not None and scale.is_floating_point():
             scale = scale.to(scale_dtype)
-        names = {f"weight{end}": f"{name}{end}" for end in ("", "_packed", "_shape") if f"{name}{end}" in made}
+        ends = ("", "_packed", "_shape", "_global_scale")
+        names = {f"weight{end}": f"{name}{end}" for end in ends if f"{name}{end}" in made}
         state = {key: made[its_name] for key, its_name in names.items()}
+        scale = made[f"{name}_scale"] if scheme == "nvfp4" else scale
         found = compressor.decompress({**state, "weight_scale": scale}, group)["weight"]
         assert torch.equal(found.bfloat16(), wanted[name]), name
 

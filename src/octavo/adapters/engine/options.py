@@ -21,6 +21,7 @@ _REFUSED = {
     "fp8_tensor": "it quantizes the parts of a fused layer a second time, to their largest scale",
     "mxfp8": "few of its kernels take it",
     "int8_channel": "octavo makes it FP8 alone. What `octavo convert` writes in int8 is served as it is",
+    "nvfp4": "octavo makes it FP8 alone. `octavo convert` writes it for readers of compressed-tensors",
 }
 
 

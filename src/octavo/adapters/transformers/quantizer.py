@@ -43,7 +43,8 @@ class OctavoConfig(QuantizationConfigMixin):
 
     Args:
         scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"``,
-            ``"mxfp8"`` or ``"int8_channel"``; or ``"auto"``, as for `octavo.Recipe`. None quantizes targets only.
+            ``"mxfp8"``, ``"int8_channel"`` or ``"nvfp4"``; or ``"auto"``, as for `octavo.Recipe`. None quantizes
+            targets only.
         targets: Patterns and their schemes, as in `octavo.Recipe`.
         ignore: Patterns of weights that stay as they are: names, globs or ``re:regex``.
         staging_bytes: A bound in bytes on memory beyond the model. 256 MiB by default, at least 1 MiB.
