@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import converting, loading, models, products, quality, serving, shares, summary, updating, vllm_models
+from . import converting, loading, models, products, quality, serving, shares, starting, summary, updating, vllm_models
 
 
 def make() -> dict[str, str]:
@@ -10,6 +10,7 @@ def make() -> dict[str, str]:
     return {
         "measured/index.md": summary.make(),
         "measured/loading.md": loading.make(),
+        "measured/starting.md": starting.make(),
         "measured/converting.md": converting.make(),
         "measured/updating.md": updating.make(),
         "measured/products.md": products.make(),

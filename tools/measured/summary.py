@@ -174,6 +174,7 @@ stages, processor time, memory of the host.""",
         """| page | answers |
 |---|---|
 | [Loading](loading.md) | how long, and how much memory, until a checkpoint is a model, beside other loaders |
+| [First token](starting.md) | when a process that starts has its first token, and how fast it is from then on |
 | [Converting](converting.md) | the same for an FP8 checkpoint on disk, beside llm-compressor |
 | [Updating](updating.md) | how fast new weights take the place of old ones; what models that load themselves need |
 | [Running](products.md) | how fast the FP8 model computes, on a GPU and on a CPU |

@@ -1,0 +1,73 @@
+"""The page of a process from its start to its first token, and of how fast it is called from then on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .loading import model_name
+from .results import Result, Sources, gib, load, page, seconds, table
+
+_STEPS = ("torch", "loaded", "first token", "second token")
+
+
+def make() -> str:
+    """The page."""
+    parts = [
+        """```sh
+make bench B=first_token
+```
+
+Seconds since the process was started, files in the page cache: when torch is imported, when the model is loaded, when
+the first token of a prompt of 32 is there, and a second one for the same prompt, which has nothing to compile and
+nothing to choose. Each way is two processes; before the first of them the folder of compiled kernels is empty. The very
+first process on a machine also reads Python's packages from its disk. *Peak* is what torch had allocated at most."""
+    ]
+    for result in load("first_token"):
+        for model, ways in result["models"].items():
+            parts += [f"## {model_name(model)}", *_model(result, ways)]
+    return page("From the start to the first token", *parts)
+
+
+def _model(result: Result, ways: dict[str, Any]) -> list[str]:
+    sources, lines = Sources(result), []
+    measured = {way: row for way, row in ways.items() if way != "checkpoint"}
+    for way, row in measured.items():
+        for process in ("first", "second"):
+            if "at_s" in row.get(process, {}):
+                found = row[process]
+                at = [seconds(found["at_s"][step]) for step in _STEPS]
+                peak = gib(found["allocated_peak_bytes"]) if "allocated_peak_bytes" in found else ""
+                lines.append((_name(way), process, *at, peak, sources.letter(row)))
+    head = ("", "process", *_STEPS, "peak, GiB", "run")
+    parts = [table(head, lines, numbers_from=2)]
+    stages = {way: row["second"]["stages_s"] for way, row in measured.items() if "stages_s" in row.get("second", {})}
+    for way, found in stages.items():
+        each = ", ".join(f"{name} {seconds(took)}" for name, took in found.items() if took >= 0.005)
+        parts.append(f"Of the load in the second process ({_name(way)}), seconds: {each}.")
+    return [*parts, *_rates(measured), sources.note()]
+
+
+def _rates(measured: dict[str, Any]) -> list[str]:
+    """Tokens a second of calls from Python, beside bf16."""
+    rows = {way: row["second"] for way, row in measured.items() if "prefill" in row.get("second", {})}
+    plain = rows.get("bf16")
+    if plain is None or len(rows) == 1:
+        return []
+    lines = []
+    for what, task in (("prefill", "prompts of"), ("generate", "answers at a time:")):
+        for key, found in plain[what].items():
+            if "tokens_per_s" in found:
+                base = found["tokens_per_s"]
+                shares = (row[what][key]["tokens_per_s"] / base for way, row in rows.items() if way != "bf16")
+                lines.append(
+                    (f"{task} {key.replace('x', ' × ')}", f"{base:,.0f}", *(f"{share:.2f}" for share in shares))
+                )
+    head = ("", "bf16, tokens/s", *(f"{_name(way)}, times as fast" for way in rows if way != "bf16"))
+    return ["As users call the model, eagerly:", table(head, lines)]
+
+
+def _name(way: str) -> str:
+    """'octavo `fp8_channel`'."""
+    kind, _, scheme = way.partition("-")
+    named = {"octavo": f"octavo `{scheme}`", "config": f"`from_pretrained` with `OctavoConfig`, `{scheme}`"}
+    return named.get(kind, f"transformers, {way}" if way in ("bf16", "fp8") else way)
