@@ -175,7 +175,7 @@ class Loading:
         kept, unfit = layers.unquantized(model)
         if self._recalled is not None:
             return self._recall(model, self._recalled, {*unfit.values()})
-        watch = Watch(model) if self._memory else None
+        watch = self._watch(model)
         ask = functools.partial(
             Surveyor,
             model,
@@ -210,16 +210,26 @@ class Loading:
         self._recalled, self._is_recalled = None, True
         return found
 
-    def _entry(self, model: nn.Module, watch: Watch, found: Survey) -> Entry | None:
-        """What a later start needs; None where it could not do without dry runs."""
-        attributes, namings = watch.attributes(found), [series.naming for series in self._experts]
-        if attributes is None:
+    def _watch(self, model: nn.Module) -> Watch | None:
+        if self._memory is None:
             return None
         try:
-            survey = self._record(model).write(found)
-        except ValueError:
+            return Watch(model)
+        except Exception as error:  # of objects of others that are looked at
+            self._log.info("octavo: the plan can't be remembered: %s: %s", type(error).__name__, error)
             return None
-        return Entry(self.config, dict(self._kept), namings, watch.digest, attributes, survey, {})
+
+    def _entry(self, model: nn.Module, watch: Watch, found: Survey) -> Entry | None:
+        """What a later start needs; None where it could not do without dry runs."""
+        try:
+            attributes, namings = watch.attributes(found), [series.naming for series in self._experts]
+            if attributes is None:
+                return None
+            survey = self._record(model).write(found)
+            return Entry(self.config, dict(self._kept), namings, watch.digest, attributes, survey, {})
+        except Exception as error:  # the same
+            self._log.info("octavo: the plan can't be remembered: %s: %s", type(error).__name__, error)
+            return None
 
     def _record(self, model: nn.Module) -> Record:
         checkpoint, options = self.checkpoint, self.options

@@ -252,6 +252,15 @@ def test_what_nobody_could_do_again_is_not_remembered(name: str, source: Path, c
     assert not cache.exists()
 
 
+def test_a_model_that_cant_be_looked_at_is_loaded_all_the_same(source: Path, cache: Path, monkeypatch: Any) -> None:
+    def fail(model: nn.Module) -> None:
+        raise RuntimeError("some object of it has its own mind")
+
+    monkeypatch.setattr(facts, "of_model", fail)
+    assert load(source).has_loaded
+    assert not cache.exists()
+
+
 def _truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-10])
 
