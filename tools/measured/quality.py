@@ -61,7 +61,7 @@ _SCHEMES = {
     "fp8_tensor": ("8", "transformers, vLLM, SGLang"),
     "mxfp8": ("8.25", "transformers, dense models"),
     "int8_channel": ("8", "transformers; vLLM with 8-bit activations"),
-    "nvfp4": ("4.5", ""),
+    "nvfp4": ("4.5", "transformers, dense models"),
 }
 
 
