@@ -137,7 +137,7 @@ def redraw(case: Case, names: Iterable[str], draws: int) -> dict[str, dict[str, 
     tokens = sum(len(case.windows[number]) for number in numbers)
     case.set(None)
     reference = [torch.log_softmax(case.logits(number), -1) for number in numbers]
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name in names:
         each = []
         for draw in range(draws):
@@ -213,8 +213,8 @@ def main() -> None:
         tokens = sum(map(len, case.windows))
         common.say(f"{name}: {tokens:,} tokens in {len(case.windows)} windows")
         ways = measure(case, options.ways)
-        redrawn = redraw(case, [way for way in REDRAWN if "kl" in ways.get(way, {})], options.draws)
-        for way, values in redrawn.items():
+        names = [way for way in REDRAWN if "kl" in ways.get(way, {})] if options.draws else []
+        for way, values in redraw(case, names, options.draws).items():
             ways[way]["redrawn"] = values
         models[name] = {
             "tokens": tokens,
