@@ -139,6 +139,21 @@ def test_left_overs_of_another_source_are_not_published(
         assert same_files(dst, tmp_path / "clean")
 
 
+def test_conversion_to_several_tensors_a_weight_goes_on(conversions: Conversions, small: Path, tmp_path: Path) -> None:
+    """NVFP4 has numbers, scales and a global scale; of the shard that is not recorded, they are written again."""
+    dst = tmp_path / "out"
+    octavo.convert(small, tmp_path / "undisturbed", "nvfp4", prove=False)
+    conversions.start(small, dst, "nvfp4", trap=("os", "replace", "00002-of", 1), **SLOWLY)
+    assert conversions.wait() == -signal.SIGKILL
+    recorded = json.loads((tmp_path / "out.partial" / "manifest.json").read_text())["finished"]
+    before = states(tmp_path / "out.partial" / "checkpoint")
+    assert len(recorded) == 1
+    octavo.convert(small, dst, "nvfp4", prove=False)
+    assert {name: states(dst)[name] for name in recorded} == {name: before[name] for name in recorded}
+    assert same_files(dst, tmp_path / "undisturbed")
+    assert octavo.verify(dst, small).ok
+
+
 def test_fixture_is_large_enough_to_be_killed(large: Path) -> None:
     sizes = [file.stat().st_size for file in large.glob("*.safetensors")]
     assert len(sizes) == SHARDS
