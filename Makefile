@@ -85,8 +85,9 @@ peers-vllm: $(VLLM_VENV)/.installed $(VLLM_VISION)/.installed ## octavo in vLLM'
 peers-sglang: $(SGLANG_VENV)/.installed ## octavo in SGLang's real models, on a CPU
 	$(SGLANG_VENV)/bin/python -m pytest -m peers tests/peers/adapters/sglang $(ARGS)
 
-peers-modelopt: $(MODELOPT_VENV)/.installed ## what ModelOpt exports, decoded as it does it
-	$(MODELOPT_VENV)/bin/python -m pytest -m peers tests/peers/checkpoint/test_modelopt.py $(ARGS)
+peers-modelopt: $(MODELOPT_VENV)/.installed ## what ModelOpt exports, decoded as it does it, and NVFP4 as it makes it
+	$(MODELOPT_VENV)/bin/python -m pytest -m peers tests/peers/checkpoint/test_modelopt.py \
+		tests/peers/numerics/test_nvfp4_peers.py $(ARGS)
 
 gpu: $(READY) ## the tests that need a CUDA device
 	$(PY) -m pytest -m gpu $(ARGS)
