@@ -69,6 +69,11 @@ def test_blocks_stay_blocks_in_a_model(folders: tuple[Path, Path], tmp_path: Pat
     model.save_pretrained(tmp_path / "saved")
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert same(saved, model)
+    config = octavo.OctavoConfig()  # without a scheme
+    unnamed = transformers.AutoModelForCausalLM.from_pretrained(source, quantization_config=config)
+    assert same(unnamed, model)
+    assert unnamed.config.quantization_config.scheme == "fp8_block"
+    assert config.scheme == "auto"  # and may be given for another model
 
 
 @pytest.mark.parametrize("folders", EVEN, indirect=True)
