@@ -122,9 +122,13 @@ def _merge(
     """What a checkpoint declares, and what is asked for, in one config: octavo's where a user gives it."""
     declared = quantization_config
     method = declared.get("quant_method") if isinstance(declared, Mapping) else getattr(declared, "quant_method", None)
-    if isinstance(quantization_config_from_args, OctavoConfig) and method != METHOD:
-        quantization_config_from_args.decodes = True
-        return quantization_config_from_args
+    asked = quantization_config_from_args
+    if isinstance(asked, OctavoConfig):
+        if method != METHOD:
+            asked.decodes = True
+            return asked
+        saved = declared if isinstance(declared, OctavoConfig) else OctavoConfig(**declared)
+        _check_recipe(saved, asked.recipe, "the checkpoint")
     return _merge_of_transformers(cls, quantization_config, quantization_config_from_args)
 
 
@@ -310,11 +314,17 @@ def saved_config(checkpoint: Checkpoint, asked: Recipe) -> OctavoConfig | None:
         config = OctavoConfig(**checkpoint.config["quantization_config"])
     except RecipeError as error:
         raise CheckpointError(f"{checkpoint.folder}/config.json: quantization_config: {error}") from error
-    if asked not in (config.recipe, Recipe(), Recipe(None)):
-        raise RecipeError(
-            f"{checkpoint.path}: saved quantized by another recipe ({config.recipe}); it can't be quantized again"
-        )
+    _check_recipe(config, asked, str(checkpoint.path))
     return config
+
+
+def _check_recipe(saved: OctavoConfig, asked: Recipe, where: str) -> None:
+    """Raise if a model that was saved quantized is asked for by another recipe, and not by none."""
+    if asked not in (saved.recipe, Recipe(), Recipe(None)):
+        raise RecipeError(
+            f"{where}: saved quantized by another recipe ({saved.recipe}); it can't be quantized again. Name no scheme "
+            "to load it as it is."
+        )
 
 
 def mark_quantized(model: Any, recipe: Recipe) -> None:

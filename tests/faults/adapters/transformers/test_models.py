@@ -296,6 +296,24 @@ def test_saved_config_that_does_not_fit_its_model_is_named(weights: Any, llama: 
         fails(CheckpointError, says, lambda load=load: load(tmp_path / "saved"))
 
 
+def test_saved_model_is_not_loaded_by_another_recipe(llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    octavo.load(llama, "fp8_block").save_pretrained(tmp_path / "saved")
+    says = ("saved quantized by another recipe", "fp8_block", "Name no scheme")
+    for recipe in (octavo.Recipe("fp8_channel"), octavo.Recipe("fp8_block", ignore=["*.self_attn.*"])):
+        config = octavo.OctavoConfig(**recipe.to_dict())
+        fails(RecipeError, says, lambda recipe=recipe: octavo.load(tmp_path / "saved", recipe))
+        fails(
+            RecipeError,
+            says,
+            lambda config=config: AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=config),
+        )
+    for same in (octavo.OctavoConfig(), octavo.OctavoConfig("fp8_block")):
+        with pytest.warns(UserWarning, match="from the model will be used"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "saved", quantization_config=same)
+
+
 @pytest.mark.usefixtures("no_weight_is_read")
 def test_architecture_that_does_not_fit_the_config_is_named(llama: Path) -> None:
     edit_config(llama, architectures=["BertModel"])
