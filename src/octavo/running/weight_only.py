@@ -64,7 +64,7 @@ def widen(q: Tensor, dtype: torch.dtype, scratch: Tensor | None = None, scale: T
 def _placed(q: Tensor, half: torch.dtype, scratch: Tensor | None) -> tuple[Tensor, float]:
     """float8_e4m3fn -> bf16 or fp16 numbers, and the power of two that makes them those of q."""
     shift, mask, factor = _PLACES[half]
-    scratch = torch.empty(q.numel(), dtype=torch.int16) if scratch is None else scratch[: q.numel()]
+    scratch = torch.empty(q.numel(), dtype=torch.int16, device=q.device) if scratch is None else scratch[: q.numel()]
     bits = scratch.view(q.shape).copy_(q.view(torch.int8))
     bits.mul_(shift).bitwise_and_(mask)  # integers are multiplied faster than shifted
     return bits.view(half), factor
@@ -103,7 +103,7 @@ def weight_only(
         out = _few_rows(flat, q, cells)
         return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], rows)
     # one buffer for all steps, unless each step's weight is kept for the gradient of x
-    scratch = torch.empty(step * cols, dtype=torch.int16) if on_cpu and not differentiable else None
+    scratch = torch.empty(step * cols, dtype=torch.int16, device=q.device) if on_cpu and not differentiable else None
     # one pass instead of four, where a scale times 2**120 is still a number; bf16 can hold every scale
     in_one = here and not by_row and bool(cells.max() < 2.0**7)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
@@ -154,9 +154,9 @@ def _few_rows(x: Tensor, q: Tensor, cells: Tensor) -> Tensor:
     """
     rows, cols = q.shape
     step = max(1, min(rows, _ELEMENTS // max(1, cols)))
-    scratch = torch.empty(step * cols, dtype=torch.int16)
-    wide = torch.empty(step, cols, dtype=torch.float32)
-    out = torch.empty(len(x), rows, dtype=torch.float32)
+    scratch = torch.empty(step * cols, dtype=torch.int16, device=q.device)
+    wide = torch.empty(step, cols, dtype=torch.float32, device=q.device)
+    out = torch.empty(len(x), rows, dtype=torch.float32, device=q.device)
     x = x.float()
     factor = 1.0
     for start in range(0, rows, step):
