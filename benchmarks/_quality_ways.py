@@ -143,6 +143,55 @@ def modelopt_calibrated(config: str) -> Way:
     return way
 
 
+def modelopt_chosen(tried: Callable[[Tensor], Iterator[Tensor]], largest: float) -> Way:
+    """The same without a GPU: ModelOpt's tensor under several scales, and of each group the least squared error.
+
+    It has the errors of the calibrated quantizers, to all digits that are published.
+
+    Args:
+        tried: of scales by which the largest of a group becomes 6 -> all that are tried.
+        largest: on which e4m3 number the largest scale of a matrix is put.
+    """
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    def way(weight: Tensor) -> Tensor:
+        wide = weight.float()
+        whole = wide.abs().amax() / (6 * largest)
+        first = wide.unflatten(-1, (-1, 16)).abs().amax(-1) / (6 * whole)
+        best = least = None
+        for scale in tried(torch.where(first == 0, 1, first)):
+            quantized, _, _ = NVFP4QTensor.quantize(wide.clone(), 16, scale, whole)
+            made = quantized.dequantize(torch.float32, scale=scale, double_scale=whole, block_sizes={-1: 16})
+            groups = made.unflatten(-1, (-1, 16))
+            error = (made - wide).unflatten(-1, (-1, 16)).square().sum(-1)
+            if best is None or least is None:
+                best, least = groups, error
+            else:
+                best = torch.where((error < least)[..., None], groups, best)
+                least = torch.minimum(error, least)
+        assert best is not None
+        return best.flatten(-2)
+
+    return way
+
+
+def _as_e4m3(scale: Tensor) -> Tensor:
+    return scale.clamp(2.0**-9, 448).to(torch.float8_e4m3fn)
+
+
+def four_and_six(first: Tensor) -> Iterator[Tensor]:
+    """Scales by which the largest becomes 6, or 4."""
+    yield _as_e4m3(first)
+    yield _as_e4m3(first * 1.5)
+
+
+def around(first: Tensor) -> Iterator[Tensor]:
+    """Thirteen numbers of e4m3, beyond which none is the best."""
+    code = _as_e4m3(first).view(torch.uint8).int()
+    for step in range(-6, 7):
+        yield (code + step).clamp(1, 126).to(torch.uint8).view(torch.float8_e4m3fn)
+
+
 #: name -> what makes it
 WAYS: dict[str, Callable[[], Way]] = {
     "octavo fp8_channel": lambda: octavo("fp8_channel"),
@@ -166,6 +215,8 @@ WAYS: dict[str, Callable[[], Way]] = {
     "ModelOpt MXFP8": lambda: modelopt("MXFP8QTensor"),
     "ModelOpt INT8": lambda: modelopt("INT8QTensor", axis=0),
     "ModelOpt NVFP4": modelopt_nvfp4,
+    "ModelOpt NVFP4, four over six": lambda: modelopt_chosen(four_and_six, 256),
+    "ModelOpt NVFP4, the best of 13 scales": lambda: modelopt_chosen(around, 448),
     "ModelOpt NVFP4_FOUR_OVER_SIX_CFG": lambda: modelopt_calibrated("NVFP4_FOUR_OVER_SIX_CFG"),
     "ModelOpt NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG": lambda: modelopt_calibrated("NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG"),
 }
