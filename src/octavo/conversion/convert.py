@@ -44,6 +44,7 @@ from ..text import human_bytes
 from . import formats, source
 from .finisher import Finisher
 from .folder import permissions
+from .global_scales import notes_on_global_scales
 from .layout import ShardLayout, check_names, share_of
 from .partial import PartialFolder, check_free
 from .proof import Proof, Reader, prove
@@ -95,6 +96,7 @@ def convert_checkpoint(
             with stages("stream"):
                 meter.follow(tally)
                 job.write_shards(partial, budget, tally, meter.progress)
+                notes += notes_on_global_scales(partial.result, job.shards)
             with stages("finish"):
                 job.write_rest(partial)
                 job.publish(partial)

@@ -161,3 +161,17 @@ def test_scale_name_that_the_source_already_uses_is_refused(tmp_path: Path) -> N
     with pytest.raises(OctavoError, match="weight_scale"):
         octavo.convert(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_would_be_joined_under_other_global_scales_are_named(tmp_path: Path) -> None:
+    names = [f"model.layers.{number}.self_attn.{name}_proj.weight" for number in range(3) for name in "qk"]
+    tensors = {name: random_weights((32, 64), torch.bfloat16, seed).clamp_(-3, 3) for seed, name in enumerate(names)}
+    tensors[names[2]][3, 3] = 7.0  # above 6.75
+    for name in names[4:]:
+        tensors[name][3, 3] = 7.0
+    source = write_checkpoint(tmp_path / "source", tensors, 3)
+    report = octavo.convert(source, tmp_path / "out", "nvfp4", prove=False)
+    (note,) = (note for note in report.notes if "global scales differ" in note)
+    assert note.startswith("1 modules have layers")
+    assert "model.layers.1.self_attn has (k_proj 2^-8, q_proj 2^-4)" in note
+    assert "ignore=['model.layers.1.self_attn']" in note
