@@ -138,24 +138,30 @@ def settled(recipe: Recipe, infos: Iterable[TensorInfo]) -> tuple[Recipe, str | 
     """The recipe with a scheme in the place of `AUTO`, and a remark where that is not the usual one.
 
     It is the scheme that keeps the bytes of most weights that are quantized already; one for all, since those of layers
-    that readers fuse have to agree.
+    that readers fuse have to agree. Where only the scales of int8 are too exact to stay, it keeps most numbers.
     """
     if recipe.scheme != AUTO:
         return recipe, None
     counts: Counter[str] = Counter()
     said: dict[str, str] = {}
+    rounded: set[str] = set()  # of which not all bytes stay
     for info in infos:
         if info.coding is not None:
             keeping = _keeping(info.coding)
-            scheme = keeping if keeping in PASSING else DEFAULT_SCHEME
+            scheme = keeping if keeping in PASSING else _like(info.coding) or DEFAULT_SCHEME
             counts[scheme] += info.numel
             said.setdefault(scheme, str(info.coding))
+            if keeping is None:
+                rounded.add(scheme)
     scheme = max(counts, key=lambda name: counts[name], default=DEFAULT_SCHEME)
     remark = None
     if scheme != DEFAULT_SCHEME:
+        why = "any other scheme would round a second time"
+        if scheme in rounded:
+            why = "that is the nearest, though scales are rounded to bf16"
         remark = (
-            f"no scheme is named, and the source is {said[scheme]}: it stays so ({scheme}), since any other scheme "
-            f"would round a second time; {DEFAULT_SCHEME} has to be asked for"
+            f"no scheme is named, and the source is {said[scheme]}: it stays so ({scheme}), since {why}; "
+            f"{DEFAULT_SCHEME} has to be asked for"
         )
     return Recipe(scheme, recipe.targets, recipe.ignore), remark
 
@@ -163,6 +169,11 @@ def settled(recipe: Recipe, infos: Iterable[TensorInfo]) -> tuple[Recipe, str | 
 def _keeping(coding: Coding) -> str | None:
     """The scheme that keeps the bytes of a source."""
     return next((name for name, scheme in schemes.SCHEMES.items() if coding_is(coding, scheme)), None)
+
+
+def _like(coding: Coding) -> str | None:
+    """The scheme that would keep them, were scales no more exact than bf16."""
+    return next((name for name, scheme in schemes.SCHEMES.items() if _numbers_are(coding, scheme)), None)
 
 
 def passes(
@@ -226,10 +237,14 @@ def coding_is(coding: Coding, scheme: Scheme) -> bool:
 
     Not int8 with scales of more than bf16, in which they may have to be written.
     """
+    return _numbers_are(coding, scheme) and (scheme.dtype != torch.int8 or coding.scale.dtype_name == "BF16")
+
+
+def _numbers_are(coding: Coding, scheme: Scheme) -> bool:
+    """Return True if the numbers of a scheme, and its groups, are stored as this."""
     decoding = coding.decoding
     groups = decoding.group_rows, decoding.group_cols
     alone = not scheme.packed and coding.zero_point is None and coding.global_scale is None and not coding.transposed
-    alone &= scheme.dtype != torch.int8 or coding.scale.dtype_name == "BF16"
     by_power = coding.scale.dtype_name in ("F8_E8M0", "U8")
     stored = torch.int8 if decoding.kind == "int8_in_int32" else coding.codes.dtype if decoding.pack == 1 else None
     return stored == scheme.dtype and groups == scheme.groups and alone and (by_power or not scheme.power_of_two)
