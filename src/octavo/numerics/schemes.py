@@ -33,6 +33,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import RecipeError
 from . import nvfp4
 from .groups import all_spans, cells_of_spans, grouped, spans
 from .integers import divide_rows
@@ -262,8 +263,15 @@ def quantize(weight: Tensor, scheme: str | Scheme, parts: Sequence[int] | None =
 
     Returns:
         q: of the scheme's dtype and of `Scheme.stored_shape`; scale: as `Scheme.scale_shape` says.
+
+    Raises:
+        RecipeError: there are no rows or no columns, or so many that the scheme can't take them.
     """
-    scheme = get(scheme)
+    scheme, weight = get(scheme), weight.detach()
+    if weight.ndim < 2 or 0 in weight.shape[-2:]:
+        raise RecipeError(f"a tensor {list(weight.shape)} can't be quantized: it has no rows and columns")
+    if why := scheme.unfit(weight.shape[-1]):
+        raise RecipeError(f"a tensor {list(weight.shape)} can't be quantized: {scheme.name}: {why}")
     rows = weight.shape[-2]
     grids, out = [], torch.empty(scheme.stored_shape(weight.shape), dtype=scheme.dtype, device=weight.device)
     start = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -33,6 +34,27 @@ def test_quantizing_equals_the_naive_definition(scheme, dtype, kind):
         expected_q, expected_scale = reference.quantize(weight, scheme)
         assert same_bytes(q, expected_q), shape
         assert torch.equal(scale.float().reshape(expected_scale.shape), expected_scale), shape
+
+
+@pytest.mark.parametrize("scheme", schemes.SCHEMES)
+def test_a_parameter_is_quantized_as_its_values_are(scheme):
+    weight = torch.nn.Parameter(random_weights((8, 32), torch.float32, 0))
+    for found, wanted in zip(schemes.quantize(weight, scheme), schemes.quantize(weight.data, scheme), strict=True):
+        assert same_bytes(found, wanted)
+        assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape"),
+    [
+        ("nvfp4", (3, 15)),
+        ("nvfp4", (3, 17)),
+        *((name, s) for name in schemes.SCHEMES for s in ((16,), (0, 16), (3, 0))),
+    ],
+)
+def test_what_a_scheme_cant_take_is_said(scheme, shape):
+    with pytest.raises(RecipeError, match=re.escape(f"a tensor {list(shape)} can't be quantized")):
+        schemes.quantize(torch.ones(shape), scheme)
 
 
 def test_a_channel_worked_out_by_hand():
