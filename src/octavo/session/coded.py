@@ -65,6 +65,8 @@ def joined(
             scales[weight] = name, tensor.clone() if keep and weight not in numbers else tensor
             name = weight
         elif dtypes.NAMES.get(tensor.dtype) in FP8 and tensor.ndim > 1:
+            if name in numbers:
+                raise CoverageError(f"{name} came twice before its scales")
             numbers[name] = tensor.clone() if keep and name not in scales else tensor
         else:
             yield Came(name, tensor)

@@ -73,6 +73,11 @@ def update_model(
     """`octavo.update`, where arguments and errors are documented."""
     if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
         raise LoaderError("octavo.update is for a model with weights that octavo quantized: load it with octavo.load")
+    if not isinstance(pairs, Iterable) or isinstance(pairs, (bytes, bytearray, Tensor)):
+        raise LoaderError(
+            "octavo.update takes pairs of names and tensors, a mapping, or the path of a checkpoint, not "
+            f"{type(pairs).__name__}"
+        )
     if lent := next((name for name, parameter in model.named_parameters() if parameter.is_meta), None):
         raise LoaderError(
             f"{lent} has no memory of its own: accelerate keeps it on the CPU or on disk, and lends it. To be updated, "

@@ -15,7 +15,7 @@ from helpers import write_checkpoint
 from helpers.coded import FINE_GRAINED, fine_grained
 from helpers.folders import tensors_of
 from helpers.models import differences
-from octavo.errors import UpdateError
+from octavo.errors import LoaderError, UpdateError
 
 pytest.importorskip("transformers")
 
@@ -101,3 +101,15 @@ def test_what_makes_no_weight_is_named(change: Any, told: str, plain: Path, tmp_
     change(new)
     with pytest.raises(UpdateError, match=told):
         octavo.update(model, new)
+
+
+def test_numbers_that_come_twice_before_their_scales_are_named(plain: Path, tmp_path: Path) -> None:
+    new, model = in_blocks(plain, tmp_path / "new"), octavo.load(plain, "fp8_block")
+    with pytest.raises(UpdateError, match=f"{UP} came twice before its scales"):
+        octavo.update(model, [(UP, new[UP]), (UP, new[UP]), (f"{UP}_scale_inv", new[f"{UP}_scale_inv"])])
+
+
+@pytest.mark.parametrize("pairs", [None, 3, b"folder", torch.ones(2, 2)])
+def test_what_are_no_pairs_is_said(pairs: Any, plain: Path) -> None:
+    with pytest.raises(LoaderError, match=f"takes pairs of names and tensors.* not {type(pairs).__name__}"):
+        octavo.update(octavo.load(plain), pairs)
