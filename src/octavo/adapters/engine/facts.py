@@ -10,9 +10,12 @@ Objects are told apart by their class and what they hold; of what holds nothing 
 
 from __future__ import annotations
 
+import collections
+import datetime
 import enum
 import functools
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -37,6 +40,8 @@ Files = dict[str, tuple[int, int, int] | None]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _SHOWN = (torch.dtype, torch.device, torch.Size, PurePath, re.Pattern, slice, range, str, int, float)
+_SHOWN += (bytearray, datetime.date, datetime.time, datetime.timedelta)
+_LISTS = (list, tuple, collections.deque)
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)
 #: known by their versions; octavo's files count whether they are imported or not, as threads of it import some
@@ -45,7 +50,7 @@ _BY_VERSION = frozenset({"torch", "triton", "octavo", *sys.stdlib_module_names})
 _OF_THE_START = re.compile(
     r"(^|_)(ports?|port_list|random_seed|object_hash|ips?|addr|addresse?s?|hosts?|ident|instance_id|engine_id)$", re.I
 )
-#: longer lists count by their lengths; larger tensors of integers by their shapes
+#: what is in longer lists counts as far as a word tells; larger tables of integers by their shapes
 _MANY, _TABLE_BYTES = 4096, 1 << 16
 _DEPTH, _MOST_WORDS = 16, 1_000_000
 _MAX_JSON_BYTES = 1 << 28
@@ -88,22 +93,33 @@ class _Description:
             raise ValueError("there is too much that it depends on")
 
     def _add_parts(self, value: Any, depth: int) -> None:
-        if isinstance(value, (Mapping, list, tuple, set, frozenset)):
+        if isinstance(value, (Mapping, *_LISTS, set, frozenset)):
             self.words.append(f"{'{' if isinstance(value, Mapping) else '['}{len(value)}")
             if len(value) > _MANY:
-                return
-            if isinstance(value, Mapping):
+                parts = itertools.chain.from_iterable(value.items()) if isinstance(value, Mapping) else value
+                words = map(_word, parts)
+                self.words.append(digest(*(sorted(words) if isinstance(value, (set, frozenset)) else words)))
+            elif isinstance(value, Mapping):
                 self._add_pairs(value.items(), depth)
-            elif isinstance(value, (list, tuple)):
+            elif isinstance(value, _LISTS):
                 for part in value:
                     self.add(part, depth)
             else:
-                self.words += sorted(map(_word, value))
+                self._add_sorted(value, depth)
             return
         self.words.append(_word(value))
         if depth < self._depth and not isinstance(value, (nn.Module, types.ModuleType)):
             self._add_pairs(_fields(value), depth + 1)
             self.words.append(")")
+
+    def _add_sorted(self, parts: Iterable[Any], depth: int) -> None:
+        begin, found = len(self.words), []
+        for part in parts:
+            self.add(part, depth)
+            found.append(self.words[begin:])
+            del self.words[begin:]
+        for words in sorted(found):
+            self.words += words
 
     def _add_pairs(self, pairs: Iterable[tuple[Any, Any]], depth: int) -> None:
         for name, value in pairs:
@@ -166,7 +182,7 @@ def of_device(device: torch.device) -> str:
 def of_environment(prefixes: Collection[str]) -> str:
     """Words for the environment variables that begin so."""
     found = {name: value for name, value in os.environ.items() if name.startswith(tuple(prefixes))}
-    return "\n".join(f"{name}={found[name]}" for name in sorted(found) if not _OF_THE_START.search(name))
+    return "\n".join(f"{name}={found[name]!r}" for name in sorted(found) if not _OF_THE_START.search(name))
 
 
 # -- the checkpoint ---------------------------------------------------------------------------------------------------
@@ -227,6 +243,8 @@ def states(files: Iterable[str]) -> Files:
 def _state(file: str) -> tuple[int, int, int] | None:
     try:
         found = os.stat(file)
+    except NotADirectoryError:  # within an archive
+        return _state(os.path.dirname(file))
     except OSError:
         return None
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns

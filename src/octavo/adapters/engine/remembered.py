@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,6 +40,8 @@ _MAX_ENTRY_BYTES = 1 << 28
 #: after which what a process has begun to write is no longer waited for
 _ABANDONED_S = 3600
 _PLAIN = (type(None), bool, int, float, str)
+#: of an entry, and of one that is being written
+_NAME = re.compile(r"[0-9a-f]{64}(\.\w+)?$")
 #: raise it where the same words come to mean something else
 _FORM = 1
 
@@ -201,7 +204,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     text = json.dumps(content, separators=(",", ":")).encode()
-    descriptor, name = tempfile.mkstemp(dir=path.parent)  # which only this user may read
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")  # which only this user may read
     try:
         with open(descriptor, "wb") as file:
             file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
@@ -213,18 +216,19 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _prune(folder: Path) -> None:
-    """Remove what has not been used for longest, where there is too much."""
+    """Remove what has not been used for longest, where there is too much; nothing that has other names than entries."""
     entries, nbytes = [], 0
     for item in os.scandir(folder):
         with contextlib.suppress(FileNotFoundError):
-            entries.append((item.stat().st_mtime, item.stat().st_size, item))
-    complete = [found for found in entries if not found[-1].name.startswith("tmp")]
+            if _NAME.match(item.name) and item.is_file(follow_symlinks=False):
+                entries.append((item.stat().st_mtime, item.stat().st_size, item))
+    complete = [found for found in entries if "." not in found[-1].name]
     for number, (_, size, item) in enumerate(sorted(complete, key=lambda found: -found[0])):
         nbytes += size
         if number >= _MAX_ENTRIES or nbytes > _MAX_BYTES:
             _remove(item)
     for modified, _, item in entries:
-        if item.name.startswith("tmp") and time.time() - modified > _ABANDONED_S:
+        if "." in item.name and time.time() - modified > _ABANDONED_S:
             _remove(item)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import datetime
 import json
 import logging
 import os
@@ -338,14 +340,22 @@ def test_a_folder_that_is_none_costs_a_line(source: Path, cache: Path, caplog: p
 def test_entries_are_for_this_user_alone_and_few(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remembered, "_MAX_ENTRIES", 2)
     cache.mkdir(parents=True)
-    (cache / "tmp_abandoned").write_text("")
-    os.utime(cache / "tmp_abandoned", (0, 0))
+    abandoned, folder = cache / f"{'0' * 64}.abandoned", cache / "f"
+    abandoned.write_text("")
+    folder.mkdir()
+    for others in (cache / "mine", cache / "tmp_mine"):
+        others.write_text("")
+    for path in (abandoned, *cache.iterdir()):
+        os.utime(path, (0, 0))
     for number in range(3):
         load(source, depends=str(number))
-        for age, entry in enumerate(sorted(cache.iterdir(), key=lambda item: -item.stat().st_mtime)):
+        for age, entry in enumerate(sorted(cache.glob("?" * 64), key=lambda item: -item.stat().st_mtime)):
             os.utime(entry, ns=(0, 10**18 - age * 10**9))
-    assert len([*cache.iterdir()]) == 2
-    assert {entry.stat().st_mode & 0o777 for entry in cache.iterdir()} == {0o600}
+    assert {item.name for item in cache.iterdir() if len(item.name) < 64} == {"f", "mine", "tmp_mine"}  # as they were
+    assert not abandoned.exists()
+    entries = [*cache.glob("?" * 64)]
+    assert len(entries) == 2
+    assert {entry.stat().st_mode & 0o777 for entry in entries} == {0o600}
     load(source, depends="2")
     assert Engine.asked == 3
 
@@ -361,6 +371,38 @@ def test_where_a_start_meets_others_does_not_matter(monkeypatch: pytest.MonkeyPa
     assert facts.of_environment(["TOY_"]) == before
     monkeypatch.setenv("TOY_KERNEL", "2")
     assert facts.of_environment(["TOY_"]) != before
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([0] * 5000, [0] * 4999 + [1]),
+        ({n: n for n in range(5000)}, {n: n for n in range(4999)} | {4999: 0}),
+        ({("a", 1)}, {("a", 2)}),
+        (collections.deque("ab"), collections.deque("ac")),
+        (bytearray(b"a"), bytearray(b"b")),
+        (datetime.timedelta(1), datetime.timedelta(2)),
+    ],
+)
+def test_what_is_in_collections_counts(one: Any, other: Any) -> None:
+    assert facts.of_settings(one) != facts.of_settings(other)
+    assert facts.of_settings({"a", "b", ("c", 1)}) == facts.of_settings({("c", 1), "b", "a"})
+
+
+def test_a_value_of_two_lines_is_no_two_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_A", "1\nTOY_B=2")
+    one = facts.of_environment(["TOY_"])
+    monkeypatch.setenv("TOY_A", "1")
+    monkeypatch.setenv("TOY_B", "2")
+    assert facts.of_environment(["TOY_"]) != one
+
+
+def test_code_in_an_archive_has_the_state_of_the_archive(tmp_path: Path) -> None:
+    (tmp_path / "app.pyz").write_bytes(b"code")
+    within, itself = str(tmp_path / "app.pyz/toy/module.py"), str(tmp_path / "app.pyz")
+    found = facts.states([within, itself, str(tmp_path / "gone.py")])
+    assert found[within] == found[itself] is not None
+    assert found[str(tmp_path / "gone.py")] is None
 
 
 def test_what_holds_itself_is_described() -> None:
