@@ -39,8 +39,21 @@ from ...machine import on_cpu
 Files = dict[str, tuple[int, int, int] | None]
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
-_SHOWN = (torch.dtype, torch.device, torch.Size, PurePath, re.Pattern, slice, range, str, int, float)
-_SHOWN += (bytearray, datetime.date, datetime.time, datetime.timedelta)
+_TIMES = (datetime.date, datetime.time, datetime.timedelta)
+_SHOWN = (
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    PurePath,
+    re.Pattern,
+    slice,
+    range,
+    str,
+    int,
+    float,
+    bytearray,
+    *_TIMES,
+)
 _LISTS = (list, tuple, collections.deque)
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)

@@ -194,12 +194,17 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError("others may have written it")
         raw = file.read(_MAX_ENTRY_BYTES)
     checksum, _, text = raw.partition(b"\n")
-    if hashlib.sha256(text).hexdigest().encode() != checksum:
-        raise ValueError("it is damaged")
+    if _checksum(path, text) != checksum:
+        raise ValueError("it is damaged, or another one")
     with contextlib.suppress(OSError):
         os.utime(path)  # it is used
     found: dict[str, Any] = parse_json(text, unique=False)
     return found
+
+
+def _checksum(path: Path, text: bytes) -> bytes:
+    """That of an entry, and of what it is one of, which its name tells."""
+    return hashlib.sha256(path.name.encode() + b"\n" + text).hexdigest().encode()
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
@@ -207,7 +212,7 @@ def _write(path: Path, content: Mapping[str, Any]) -> None:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")  # which only this user may read
     try:
         with open(descriptor, "wb") as file:
-            file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+            file.write(_checksum(path, text) + b"\n" + text)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
