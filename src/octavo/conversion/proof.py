@@ -309,8 +309,9 @@ def _notes(plan: Plan, judgements: Sequence[Judgement], misread: Mapping[str, tu
             names = (*judgement.unexpected, *judgement.missing)
             notes.append(
                 f"{judgement.reader} reads what it takes as it is meant, but finds no place for "
-                f"{len(judgement.unexpected):,} tensors, and misses {len(judgement.missing):,} ({names[0]}): in the "
-                "source as well. octavo plan says what its model wants."
+                f"{len(judgement.unexpected):,} tensors, and misses {len(judgement.missing):,} ({names[0]}). Unless "
+                "that is so of the source, too (octavo plan says what its model wants), it can't load the result: "
+                "choose another scheme or format if it is to."
             )
         else:
             notes.append(f"proved: {judgement.reader} reads all that it takes as it is meant")
