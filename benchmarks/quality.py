@@ -14,8 +14,9 @@ says "activations", the inputs of quantized layers are 8-bit as well.
     kl_se     its standard error, taken over windows
     sqnr_db   weights: 10 log10(sum of squares / sum of squared errors), over all that are quantized
 
-Which of many equally good grids weights are rounded to is chance, and moves the divergence by a tenth. So some ways are
-*redrawn*: each matrix is multiplied by a random number between 1 and 2 first, and divided by it after.
+Which of many equally good grids weights are rounded to is chance, and moves the divergence by a twentieth. So some ways
+are *redrawn*: each matrix is multiplied by a random number between 1 and 2 first, and divided by it after. That says
+nothing of rules whose grids follow the factor, as those of float32 scales do.
 
     redrawn   the mean of the divergences, their standard deviation, and over how many draws
 """

@@ -22,7 +22,7 @@ is better. All is computed in float32, so that only weights differ; in the rows 
 layers are 8-bit numbers as well, a scale a token. Peers quantize by their own functions. SmolLM2 (as `octavo demo`
 prepares it) reads the reference of the Python language; Whisper hears two minutes of speech, and is made to say what
 the original says. Standard errors are of what is read alone: which of many equally good grids the weights happen to be
-rounded to moves the divergence by another tenth, either way.""",
+rounded to moves the divergence of FP8 by another twentieth, either way.""",
     ]
     results = load("quality")
     if not results:
@@ -45,9 +45,9 @@ from Python and in a CUDA graph. One row on a CPU: with 4096×4096, on one threa
 
 
 # which scheme is for whom follows from figures
-_REDRAWN = """Which of many equally good grids weights are rounded to is chance, and moves the divergence by a tenth.
-So a scale a row is *redrawn*: each matrix is multiplied by a random number between 1 and 2 before, and divided by it
-after; the mean over some draws, and its standard error, compare the rules for scales."""
+_REDRAWN = """Which of many equally good grids weights are rounded to is chance. So a scale a row is *redrawn*: each matrix
+is multiplied by a random number between 1 and 2 before, and divided by it after. Listed is the mean over some draws,
+and its standard error; float32 scales follow the factor, so that their grid stays the same."""
 _WHOM = (
     ("a CPU", "`int8_channel`", "closest to the original, and its products read half the bytes of bf16"),
     ("a GPU with FP8 units, or an engine's plugin", "`fp8_channel`", "products run on these units"),
