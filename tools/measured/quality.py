@@ -45,9 +45,9 @@ from Python and in a CUDA graph. One row on a CPU: with 4096×4096, on one threa
 
 
 # which scheme is for whom follows from figures
-_REDRAWN = """Which of many equally good grids weights are rounded to is chance. So a scale a row is *redrawn*: each matrix
-is multiplied by a random number between 1 and 2 before, and divided by it after. Listed is the mean over some draws,
-and its standard error; float32 scales follow the factor, so that their grid stays the same."""
+_REDRAWN = """Which of many equally good grids weights are rounded to is chance. So a scale a row is *redrawn*: each
+matrix is multiplied by a random number between 1 and 2 before, and divided by it after. Listed is the mean over some
+draws, and its standard error; float32 scales follow the factor, so that their grid stays the same."""
 _WHOM = (
     ("a CPU", "`int8_channel`", "closest to the original, and its products read half the bytes of bf16"),
     ("a GPU with FP8 units, or an engine's plugin", "`fp8_channel`", "products run on these units"),
