@@ -136,13 +136,14 @@ def free_port() -> int:
 
 def digests(model: Any) -> dict[str, str]:
     """SHA-256 of every parameter and buffer, with its dtype and shape."""
+    return {name: digest(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def digest(tensor: Any) -> str:
     import torch
 
-    found = {}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        found[name] = f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
-    return found
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(data).hexdigest()}"
 
 
 def addresses(model: Any) -> dict[str, int]:
