@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -134,11 +134,16 @@ def requantized(placements: Iterable[Placement]) -> Iterator[str]:
         )
 
 
-def settled(recipe: Recipe, infos: Iterable[TensorInfo]) -> tuple[Recipe, str | None]:
+def settled(
+    recipe: Recipe, infos: Iterable[TensorInfo], offered: Collection[str] = PASSING
+) -> tuple[Recipe, str | None]:
     """The recipe with a scheme in the place of `AUTO`, and a remark where that is not the usual one.
 
     It is the scheme that keeps the bytes of most weights that are quantized already; one for all, since those of layers
     that readers fuse have to agree. Where only the scales of int8 are too exact to stay, it keeps most numbers.
+
+    Args:
+        offered: schemes that may be chosen, beside the default.
     """
     if recipe.scheme != AUTO:
         return recipe, None
@@ -148,7 +153,8 @@ def settled(recipe: Recipe, infos: Iterable[TensorInfo]) -> tuple[Recipe, str | 
     for info in infos:
         if info.coding is not None:
             keeping = _keeping(info.coding)
-            scheme = keeping if keeping in PASSING else _like(info.coding) or DEFAULT_SCHEME
+            near = [name for name in (keeping, _like(info.coding)) if name is not None and name in offered]
+            scheme = near[0] if near else DEFAULT_SCHEME
             counts[scheme] += info.numel
             said.setdefault(scheme, str(info.coding))
             if keeping is None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.checkpoint import Checkpoint
+from ...choices import AUTO
 from ...conversion.formats import Format
 from ...conversion.iterate import iterate
 from ...errors import RecipeError
@@ -71,6 +72,7 @@ class Loading:
 
     Args:
         engine: what it is called.
+        options: with a scheme, see `Options.settled`.
         layout: of the FP8 checkpoint that the engine is told of.
         device: that the model goes to.
         log: below the engine's own loggers, so that its settings hold.
@@ -89,6 +91,7 @@ class Loading:
         stages: Stages,
         depends: Callable[[], str] | None = None,
     ) -> None:
+        assert options.scheme != AUTO
         self.engine, self.checkpoint, self.layout = engine, checkpoint, layout
         # a pattern that matches no tensor may be about layers
         found = matching(options.ignore, checkpoint.tensors)

@@ -8,12 +8,14 @@ vllm serve MODEL --quantization octavo_fp8_block
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-from ...choices import DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
+from ...checkpoint.checkpoint import Checkpoint
+from ...choices import AUTO, DEFAULT_STAGING_BYTES
 from ...errors import RecipeError
 from ...numerics import schemes
+from ...planning.coded import settled
 from ...planning.recipe import Recipe
 from .names import SCHEMES, scheme_of_quantization
 
@@ -56,7 +58,8 @@ class Options:
     """``--model-loader-extra-config``, checked; each engine has its own class.
 
     Args:
-        scheme: ``fp8_channel`` (default) or ``fp8_block``.
+        scheme: ``fp8_channel`` or ``fp8_block``; ``auto`` (default) is ``fp8_channel``, and where the source is
+            quantized already, the one that keeps its bytes.
         ignore: patterns of checkpoint tensors that stay as they are; see `octavo.Recipe`.
         staging_bytes: bound on memory beyond the model, on the host and on the device.
         threads: that read; default: one a core, at most 16.
@@ -66,7 +69,7 @@ class Options:
 
     engine: ClassVar[str]  # what it is called
 
-    scheme: str = DEFAULT_SCHEME
+    scheme: str = AUTO
     ignore: tuple[str, ...] = ()
     staging_bytes: int = DEFAULT_STAGING_BYTES
     threads: int | None = None
@@ -76,6 +79,12 @@ class Options:
     @property
     def recipe(self) -> Recipe:
         return Recipe(self.scheme, ignore=self.ignore)
+
+    def settled(self: Mine, checkpoint: Checkpoint) -> tuple[Mine, str | None]:
+        """The options with a scheme in the place of ``auto``, and a remark where that is not the usual one."""
+        recipe, remark = settled(self.recipe, checkpoint.tensors.values(), SCHEMES)
+        assert recipe.scheme is not None
+        return replace(self, scheme=recipe.scheme), remark
 
     @classmethod
     def names(cls) -> list[str]:
@@ -105,12 +114,15 @@ class Options:
             if name in given and not fits(given[name]):
                 raise RecipeError(f"--model-loader-extra-config: {name} must be {what}, not {given[name]!r}")
         named = scheme_of_quantization(quantization)
-        if named and given.setdefault("scheme", named) != named:
+        if named and given.get("scheme", AUTO) not in (named, AUTO):
             raise RecipeError(
                 f"--quantization {quantization} and the scheme {given['scheme']!r} of --model-loader-extra-config "
                 "contradict each other; give one of them"
             )
-        cls._check_scheme(given.get("scheme", DEFAULT_SCHEME))
+        if named:
+            given["scheme"] = named
+        if given.get("scheme", AUTO) != AUTO:
+            cls._check_scheme(given["scheme"])
         options = cls(**{**given, "ignore": tuple(given.get("ignore", ()))})
         _ = options.recipe  # finds malformed patterns
         return options

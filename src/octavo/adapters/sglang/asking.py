@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ...checkpoint.checkpoint import Checkpoint
-from ...checkpoint.declared import read_declared
+from ...checkpoint.declared import Declared, read_declared
 from ...checkpoint.quantized import KEYS
+from ...choices import AUTO, DEFAULT_SCHEME
 from ...conversion.formats import whole_config
 from ...errors import RecipeError
+from ...numerics import schemes
 from ...planning.plan import plan_checkpoint
 from ...planning.recipe import matching
-from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
+from ..engine.names import LOAD_FORMAT, PREFIX, SCHEMES, scheme_of_quantization
 from .options import Options, meant
 
 #: load formats that read safetensors, or that SGLang chooses by
@@ -105,9 +107,24 @@ def with_quantization(config: Any, model: str) -> Any:
     if options is None:
         return config
     config = copy.deepcopy(config)  # SGLang keeps the other one, for other models
-    _refuse_unknown(_without_declarations(config), model)
+    declared = _known(_without_declarations(config), model)
+    options = _settled(options, model, declared)
     config.quantization_config = marked(whole_config(options.scheme, options.format), options)
     return config
+
+
+def _settled(options: Options, model: str, declared: Declared) -> Options:
+    """The options with a scheme in the place of ``auto``: by headers, or by the config where these are not here yet.
+
+    The loader has them, and decides by them.
+    """
+    if options.scheme != AUTO:
+        return options
+    if Path(model).is_dir():
+        return options.settled(Checkpoint.open(model).decoded())[0]
+    ways = [way.groups for way in declared.ways if way.kind == "float8"]
+    kept = (scheme for groups in ways for scheme in SCHEMES if schemes.get(scheme).groups == groups)
+    return dataclasses.replace(options, scheme=next(kept, DEFAULT_SCHEME))
 
 
 def marked(config: Mapping[str, Any], options: Options) -> dict[str, Any]:
@@ -134,11 +151,12 @@ def _without_declarations(config: Any) -> dict[str, Any]:
     return found
 
 
-def _refuse_unknown(declared: Mapping[str, Any], model: str) -> None:
-    """Raise for what octavo can't decode, as far as that is declared. What tensors show, the loader finds."""
+def _known(declared: Mapping[str, Any], model: str) -> Declared:
+    """What is declared. Raise for what octavo can't decode; what tensors show, the loader finds."""
     found = read_declared(Path(model), declared, [])
     if found.unknown is not None:
         _refuse(model, found.unknown)
+    return found
 
 
 def _refuse(model: str, how: object) -> NoReturn:
@@ -155,5 +173,6 @@ def _try_plan(model: str, options: Options) -> None:
     checkpoint = Checkpoint.open(model).decoded()
     if (found := checkpoint.quantization) is not None:
         _refuse(model, found)
+    options = options.settled(checkpoint)[0]
     known = matching(options.ignore, checkpoint.tensors)  # others may be about layers
     plan_checkpoint(checkpoint, dataclasses.replace(options, ignore=known).recipe, options.staging_bytes)

@@ -22,6 +22,7 @@ from ...errors import RecipeError
 from ...streaming.meter import Stages, collection_paused
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
+from ...text import printable
 from ..engine.loading import Loading, MakeAnewError, place_among_ranks
 from ..engine.names import LOAD_FORMAT
 from ..engine.survey import SCALE_PASSED_OVER, Survey
@@ -60,16 +61,21 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
                 f"--load-format {LOAD_FORMAT}: SGLang's config of {model_config.model_path} is not octavo's, so "
                 "nothing would become FP8; make models by `ModelConfig.from_server_args`, as SGLang's servers do"
             )
-        self.options = self._options(model_config, scheme)
+        options = self._options(model_config, scheme)
         if said := versions.untried():
             plugin.log.warning("%s", said)
         target = torch.device(device_config.device)
         # with the number of the current one: each thread has its own
         device = torch.empty(0, device=target).device
         with collection_paused(), contextlib.ExitStack() as self.warming:
-            warm = WarmUp(device, self.options.staging_bytes, self.options.threads, [scheme])
+            with self.stages("plan"):
+                checkpoint = self._open(model_config)
+            self.options, remark = options.settled(checkpoint)
+            warm = WarmUp(device, self.options.staging_bytes, self.options.threads, [self.options.scheme])
             self.warming.enter_context(warm)
-            return self._load_model(model_config, target, device)
+            if remark:
+                plugin.log.info("octavo: %s", printable(remark))
+            return self._load_model(model_config, target, device, checkpoint)
 
     def _options(self, model_config: Any, scheme: str) -> Options:
         """Those of a target, or of a draft."""
@@ -77,10 +83,11 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
             return options
         return self.options
 
-    def _load_model(self, model_config: Any, target: torch.device, device: torch.device) -> nn.Module:
+    def _load_model(
+        self, model_config: Any, target: torch.device, device: torch.device, checkpoint: Checkpoint
+    ) -> nn.Module:
         layout = formats.get(self.options.format)
         with self.stages("plan"):
-            checkpoint = self._open(model_config)
             depends = functools.partial(versions.facts_of, model_config, self.load_config)
             about = (self.options, layout, device, plugin.log, self.stages)
             self.loading = Loading("SGLang", checkpoint, *about, depends)

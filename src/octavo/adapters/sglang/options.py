@@ -11,7 +11,7 @@ import dataclasses
 import json
 from typing import Any
 
-from ...choices import DEFAULT_FORMAT
+from ...choices import AUTO, DEFAULT_FORMAT
 from ...conversion import formats
 from ...errors import RecipeError
 from ..engine import options
@@ -38,7 +38,7 @@ class Options(options.Options):
             self._check_scheme(self.draft)
         layout = formats.get(self.format)
         for scheme in filter(None, (self.scheme, self.draft)):
-            if scheme not in layout.schemes:
+            if scheme not in (*layout.schemes, AUTO):
                 raise RecipeError(
                     f"--model-loader-extra-config: the format {self.format!r} has no {scheme}, only "
                     f"{', '.join(layout.schemes)}; choose another scheme, or the format {DEFAULT_FORMAT!r}"

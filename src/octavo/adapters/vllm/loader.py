@@ -33,6 +33,7 @@ from ...errors import RecipeError
 from ...streaming.meter import Stages, collection_paused
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
+from ...text import printable
 from ..engine.loading import Loading, place_among_ranks
 from ..engine.names import LOAD_FORMAT, PREFIX, scheme_of_quantization
 from ..engine.survey import Survey
@@ -79,16 +80,22 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
     def _load(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
         self.vllm_config = vllm_config
         parse = drafts.options_of if self.is_draft else Options.parse
-        self.options = parse(self.extra, model_config.quantization)
-        self.quant_config = self._quant_config(vllm_config, model_config)
-        self.device = self._device(vllm_config)
+        options = parse(self.extra, model_config.quantization)
         with collection_paused(), contextlib.ExitStack() as self.warming:
+            with self.stages("plan"):
+                checkpoint = self._open(model_config)
+            self.options, remark = options.settled(checkpoint)
+            self.quant_config = self._quant_config(vllm_config, model_config, checkpoint)
+            self.device = self._device(vllm_config)
             self._warm_up()
-            return self._load_model(vllm_config, model_config, prefix)
+            if remark:
+                log.info("octavo: %s", printable(remark))
+            return self._load_model(vllm_config, model_config, prefix, checkpoint)
 
-    def _load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str) -> nn.Module:
+    def _load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str, checkpoint: Checkpoint
+    ) -> nn.Module:
         with self.stages("plan"):
-            checkpoint = self._open(model_config)
             if self.is_draft:
                 self.options = drafts.fitting(self.options, checkpoint)
             depends = functools.partial(versions.facts_of, vllm_config, model_config, prefix)
@@ -114,7 +121,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         rank, ranks = place_among_ranks()
         self.warming.enter_context(ReadAhead(self.loading.checkpoint.shards, rank / ranks))
 
-    def _quant_config(self, vllm_config: VllmConfig, model_config: ModelConfig) -> OctavoConfig:
+    def _quant_config(self, vllm_config: VllmConfig, model_config: ModelConfig, checkpoint: Checkpoint) -> OctavoConfig:
         """The config that vLLM made from ``--quantization``, or one made now, as vLLM would."""
         if getattr(model_config, "quantization_config", None) is not None:
             raise RecipeError(
@@ -124,7 +131,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         found = vllm_config.quant_config
         if isinstance(found, OctavoConfig):
             return found
-        if found is not None and not self._decodes(model_config):
+        if found is not None and not self._decodes(model_config, checkpoint):
             how = "" if model_config.quantization is None else f" ({model_config.quantization})"
             raise RecipeError(
                 f"--load-format {LOAD_FORMAT} quantizes bf16 checkpoints, and {model_config.model} is served quantized "
@@ -141,10 +148,11 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             custom_ops.append("+quant_fp8")  # as vLLM does when it knows early
         return made
 
-    def _decodes(self, model_config: ModelConfig) -> bool:
+    @staticmethod
+    def _decodes(model_config: ModelConfig, checkpoint: Checkpoint) -> bool:
         """Return True if a checkpoint that is quantized already can be read as what it stands for; vLLM forgets then
         that it is."""
-        if scheme_of_quantization(model_config.quantization) or self._open(model_config).source is None:
+        if scheme_of_quantization(model_config.quantization) or checkpoint.source is None:
             return False
         for config in (model_config.hf_config, model_config.hf_text_config):
             for key in QUANTIZATION_KEYS:

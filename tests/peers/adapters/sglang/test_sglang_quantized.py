@@ -12,7 +12,7 @@ from helpers import write_checkpoint
 from helpers.coded import FINE_GRAINED, fine_grained
 from helpers.folders import tensors_of
 from helpers.sglang_checkpoints import convert, make
-from helpers.sglang_loading import Job, load, octavo_job
+from helpers.sglang_loading import Job, digest, load, octavo_job
 
 pytestmark = [
     pytest.mark.peers,
@@ -62,6 +62,17 @@ def test_parameters_equal_those_of_the_converted_checkpoint(tmp_path: Path) -> N
         assert any("float8_e4m3fn" in digest for digest in stock.loaded.values())
         assert mine.loaded == stock.loaded
         assert mine.served == stock.served
+
+
+def test_blocks_stay_and_bf16_becomes_channels_where_no_scheme_is_named(tmp_path: Path) -> None:
+    source, unnamed = in_blocks("llama", tmp_path), {"load_format": "octavo"}
+    pairs = [(source, "fp8_block"), (source.parent / "bf16", "fp8_channel")]
+    answers = load(*(job for path, scheme in pairs for job in (Job(path, unnamed), octavo_job(path, scheme))))
+    for mine, named in zip(answers[::2], answers[1::2], strict=True):
+        assert not mine.error, mine.error
+        assert (mine.loaded, mine.served) == (named.loaded, named.served)
+    layer = "model.layers.0.self_attn.o_proj.weight"
+    assert answers[0].loaded[layer] == digest(tensors_of(source)[layer])
 
 
 def test_new_weights_come_from_a_folder_in_fp8_or_in_bf16(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from helpers import write_checkpoint
 from helpers.coded import FINE_GRAINED, fine_grained
 from helpers.folders import tensors_of
 from helpers.vllm_checkpoints import convert, make
-from helpers.vllm_engine import Job, octavo_job
+from helpers.vllm_engine import Job, digest, octavo_job
 from helpers.vllm_loading import load
 
 pytestmark = [
@@ -91,6 +91,18 @@ def test_parameters_equal_those_of_the_converted_checkpoint(
         assert not answer.error, answer.error
     assert any("float8_e4m3fn" in digest for digest in stock.parameters[0].values())
     assert mine.parameters == stock.parameters
+
+
+def test_blocks_stay_and_bf16_becomes_channels_where_no_scheme_is_named(tmp_path: Path) -> None:
+    source, unnamed = in_blocks("llama", tmp_path), {"load_format": "octavo"}
+    pairs = [(source, "fp8_block"), (tmp_path / "bf16", "fp8_channel")]
+    answers = load(*(job for path, scheme in pairs for job in (Job(path, unnamed), octavo_job(path, scheme))))
+    for mine, named in zip(answers[::2], answers[1::2], strict=True):
+        assert not mine.error, mine.error
+        assert mine.parameters == named.parameters
+    layer = "model.layers.0.self_attn.o_proj.weight"
+    assert answers[0].parameters[0][layer] == digest(tensors_of(source)[layer])
+    assert answers[0].output.count("it stays so (fp8_block), since any other scheme would round a second time") == 1
 
 
 def in_mxfp4(name: str, folder: Path) -> Path:

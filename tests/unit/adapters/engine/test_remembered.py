@@ -81,8 +81,10 @@ def source(tmp_path: Path) -> Path:
 
 def load(source: Path, depends: str = "", down: str = "right", kind: type[Engine] = Engine, **given: Any) -> Engine:
     """What an engine does, in which a layer of ``down`` may have to stay."""
-    about = (Options(threads=1, **given), formats.get("compressed-tensors"), torch.device("cpu"), LOG, Stages())
-    loading = Loading("toy", Checkpoint.open(source), *about, lambda: depends)
+    checkpoint = Checkpoint.open(source)
+    options, _ = Options(threads=1, **given).settled(checkpoint)
+    about = (options, formats.get("compressed-tensors"), torch.device("cpu"), LOG, Stages())
+    loading = Loading("toy", checkpoint, *about, lambda: depends)
 
     def make(kept: Mapping[str, str]) -> Engine:
         model = kind(loading.options.scheme, down=down, quantized=[name for name in LAYERS if name not in kept])

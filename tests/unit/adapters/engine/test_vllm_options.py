@@ -6,18 +6,23 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from helpers import write_checkpoint
+from helpers.coded import coding_of, encoded, write_coded
 from octavo import Recipe
 from octavo.adapters.engine.names import scheme_of_quantization
 from octavo.adapters.vllm.options import Options
+from octavo.checkpoint.checkpoint import Checkpoint
+from octavo.checkpoint.codings import Decoding
 from octavo.errors import RecipeError
 
 
-def test_nothing_said_means_channel_scales_and_the_usual_budget():
+def test_nothing_said_leaves_the_scheme_to_the_source_and_means_the_usual_budget():
     options = Options.parse({})
-    assert options == Options.parse(None)
+    assert options == Options.parse(None) == Options.parse({"scheme": "auto"})
     assert (options.scheme, options.ignore, options.staging_bytes, options.strict) == (
-        "fp8_channel",
+        "auto",
         (),
         256 << 20,
         False,
@@ -33,9 +38,36 @@ def test_what_is_said_becomes_a_recipe():
 def test_the_quantization_names_the_scheme():
     assert Options.parse({}, "octavo_fp8_block").scheme == "fp8_block"
     assert Options.parse({"scheme": "fp8_block"}, "octavo_fp8_block").scheme == "fp8_block"
-    assert Options.parse({}, "fp8").scheme == "fp8_channel"
+    assert Options.parse({"scheme": "auto"}, "octavo_fp8_block").scheme == "fp8_block"
+    assert Options.parse({}, "fp8").scheme == "auto"
     assert scheme_of_quantization("octavo_fp8_channel") == "fp8_channel"
     assert scheme_of_quantization("compressed-tensors") is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "scheme"),
+    [
+        ((128, 128), "fp8_block"),
+        ((1, None), "fp8_channel"),
+        ((None, None), "fp8_channel"),  # has a scheme, which vLLM does not run
+        ((64, 64), "fp8_channel"),
+    ],
+)
+def test_a_source_that_is_quantized_already_keeps_its_scheme_if_vllm_runs_it(groups, scheme, tmp_path):
+    coding = coding_of("up.weight", (256, 256), Decoding("float8", *groups))
+    checkpoint, _ = write_coded(tmp_path, {"up.weight": (coding, encoded(coding, 0))})
+    options, remark = Options.parse({"threads": 2}).settled(checkpoint)
+    assert (options.scheme, options.threads) == (scheme, 2)
+    assert (remark is None) == (scheme == "fp8_channel")
+    if remark:
+        assert "it stays so (fp8_block)" in remark
+    named = Options.parse({"scheme": "fp8_block"})
+    assert named.settled(checkpoint) == (named, None)
+
+
+def test_a_source_in_bf16_becomes_channels(tmp_path):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, {"up.weight": torch.ones(4, 4).bfloat16()}))
+    assert Options.parse({}).settled(checkpoint) == (Options.parse({"scheme": "fp8_channel"}), None)
 
 
 def test_threads_may_be_left_to_octavo():

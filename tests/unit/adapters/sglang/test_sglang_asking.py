@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from helpers import write_checkpoint
+from helpers.coded import FINE_GRAINED, fine_grained
 from octavo.adapters.sglang import asking
 from octavo.errors import CheckpointError, RecipeError
 
@@ -68,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "scheme"),
     [
-        ({"load_format": "octavo"}, "fp8_channel"),
+        ({"load_format": "octavo"}, "auto"),
         ({"quantization": "octavo_fp8_block"}, "fp8_block"),
         ({"quantization": "octavo_fp8_block", "load_format": "safetensors"}, "fp8_block"),
         ({"quantization": "octavo_fp8_block", "load_format": "octavo"}, "fp8_block"),
@@ -172,6 +174,26 @@ def test_what_is_here_is_opened_and_planned_before_sglang_starts_anything(folder
         asking.settle(copy.copy(arguments))
 
 
+def in_blocks(folder: Path) -> Path:
+    stored = fine_grained({"model.layers.0.mlp.down_proj.weight": torch.randn(128, 128).bfloat16()})
+    return write_checkpoint(folder, stored, config={"quantization_config": FINE_GRAINED})
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("extra", [{}, {"scheme": "auto"}, {"format": "fp8"}])
+def test_a_source_in_blocks_stays_so_where_no_scheme_is_named(tmp_path: Path, extra: Any, here: bool) -> None:
+    config = Config(extra={"quantization_config": FINE_GRAINED})
+    folder = str(in_blocks(tmp_path)) if here else "target"
+    found = asked(config, folder, model_path=folder, load_format="octavo", model_loader_extra_config=extra)
+    assert asking.scheme_of(ModelConfig(found)) == "fp8_block"
+
+
+def test_the_format_of_blocks_alone_needs_a_source_in_blocks_or_a_scheme(folder: Path) -> None:
+    for path in (str(folder), "target"):
+        with pytest.raises(RecipeError, match="the format 'fp8' has no fp8_channel, only fp8_block"):
+            asked(Config(), path, model_path=path, load_format="octavo", model_loader_extra_config={"format": "fp8"})
+
+
 @pytest.mark.parametrize("extra", [{"scheme": "fp8_block"}, '{"scheme": "fp8_block"}'])
 def test_the_extra_config_is_taken_as_what_it_means_too(extra: Any) -> None:
     server_args = Arguments(load_format="octavo", model_loader_extra_config=extra)
@@ -183,4 +205,4 @@ def test_the_extra_config_is_taken_as_what_it_means_too(extra: Any) -> None:
 def test_an_extra_config_that_says_nothing_is_the_default(extra: Any) -> None:
     server_args = Arguments(load_format="octavo", model_loader_extra_config=extra)
     asking.settle(server_args)
-    assert json.loads(server_args.model_loader_extra_config) == {"scheme": "fp8_channel"}
+    assert json.loads(server_args.model_loader_extra_config) == {"scheme": "auto"}

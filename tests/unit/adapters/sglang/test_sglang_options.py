@@ -8,10 +8,10 @@ from octavo.adapters.sglang.options import Options
 from octavo.errors import RecipeError
 
 
-def test_nothing_said_means_channel_scales_in_compressed_tensors():
+def test_nothing_said_means_compressed_tensors_in_the_scheme_of_the_source():
     options = Options.of(None)
     assert options == Options.of("") == Options.of("{}") == Options.of({})
-    assert (options.scheme, options.format, options.draft) == ("fp8_channel", "compressed-tensors", None)
+    assert (options.scheme, options.format, options.draft) == ("auto", "compressed-tensors", None)
 
 
 def test_what_is_said_may_be_a_text_or_what_it_means():
@@ -36,11 +36,12 @@ def test_a_draft_stays_unless_it_has_a_scheme_of_its_own():
         ('{"shceme": "fp8_block"}', "unknown key 'shceme'"),
         ('{"format": "gguf"}', "unknown format 'gguf'"),
         ('{"format": 3}', "format must be a text"),
-        ('{"format": "fp8"}', "the format 'fp8' has no fp8_channel, only fp8_block"),
+        ('{"format": "fp8", "scheme": "fp8_channel"}', "the format 'fp8' has no fp8_channel, only fp8_block"),
         ('{"scheme": "mxfp8"}', "mxfp8 is not offered in SGLang: few of its kernels take it"),
         ('{"scheme": "int8_channel"}', "int8_channel is not offered in SGLang: octavo makes it FP8 alone"),
         ('{"draft": "mxfp8"}', "mxfp8 is not offered in SGLang"),
         ('{"draft": "fp9"}', "unknown scheme 'fp9'"),
+        ('{"draft": "auto"}', "unknown scheme 'auto'"),
         ('{"format": "fp8", "scheme": "fp8_block", "draft": "fp8_channel"}', "has no fp8_channel"),
     ],
 )
