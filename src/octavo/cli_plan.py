@@ -7,7 +7,6 @@ from typing import Any
 
 import typer
 
-from .choices import AUTO, DEFAULT_SCHEME
 from .cli_options import accelerator, device_memory_bytes, parse_size
 from .cli_output import say, say_json, say_lines
 from .errors import RecipeError
@@ -84,7 +83,7 @@ def for_engine(
     tensor, pipeline, expert = ranks
     made = plan_for_vllm(
         model,
-        DEFAULT_SCHEME if scheme == AUTO else scheme,
+        scheme,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
         expert_parallel=expert,

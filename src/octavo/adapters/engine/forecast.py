@@ -97,6 +97,7 @@ class Forecast:
     source: str
     scheme: str
     ranks: tuple[Rank, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def peak_bytes(self) -> int:
@@ -109,7 +110,8 @@ class Forecast:
         for rank in fields["ranks"]:
             weights = tuple(Weight(**weight) for weight in rank["weights"])
             ranks.append(Rank(**{**rank, "weights": weights, "unread": tuple(rank["unread"])}))
-        return cls(fields["engine"], fields["source"], fields["scheme"], tuple(ranks))
+        notes = tuple(fields.get("notes", ()))
+        return cls(fields["engine"], fields["source"], fields["scheme"], tuple(ranks), notes)
 
     def to_dict(self) -> dict[str, Any]:
         """A form that JSON can hold."""
@@ -134,9 +136,9 @@ class Forecast:
             for key, each in groups.items()
         ]
         title = f"{self.source}: {self.ranks[0].model} in {self.engine}"
-        return "\n".join(
-            [table_text(title, columns, rows), *(line for rank in self.ranks for line in self._sums(rank))]
-        )
+        notes = [printable(f"note: {note}") for note in self.notes]
+        sums = [line for rank in self.ranks for line in self._sums(rank)]
+        return "\n".join([table_text(title, columns, rows), *sums, *notes])
 
     def _sums(self, rank: Rank) -> list[str]:
         one = f"rank {rank.rank}: " if len(self.ranks) > 1 else ""

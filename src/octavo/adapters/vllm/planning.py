@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ... import errors
 from ...checkpoint.checkpoint import Checkpoint
+from ...choices import AUTO
 from ...errors import Lines, MissingExtraError, OctavoError, RecipeError
 from ..engine.forecast import Forecast
 from .options import Options
@@ -45,10 +47,14 @@ def plan_for_vllm(
     if find_spec("vllm") is None:
         raise MissingExtraError("vllm", "planning for vLLM")
     extra: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore), "staging_bytes": staging_bytes}
-    Options.parse(extra)
+    asked = Options.parse(extra)
     checkpoint = Checkpoint.open(path)
     if not checkpoint.config or Path(path).is_file():
         raise RecipeError(f"{checkpoint.path}: vLLM makes models of folders that have a config.json")
+    notes: tuple[str, ...] = ()
+    if asked.scheme == AUTO:
+        settled, remark = asked.settled(checkpoint.decoded())
+        extra["scheme"], notes = settled.scheme, (remark,) if remark else ()
     options = {
         "tensor_parallel_size": tensor_parallel,
         "pipeline_parallel_size": pipeline_parallel,
@@ -58,7 +64,7 @@ def plan_for_vllm(
     found = _ask({"model": str(Path(checkpoint.folder).absolute()), "extra": extra, "options": options})
     if "error" in found:
         raise getattr(errors, found["error"], OctavoError)(Lines(found["text"]))
-    return Forecast.from_dict(found)
+    return replace(Forecast.from_dict(found), notes=notes)
 
 
 def _ask(job: dict[str, Any]) -> dict[str, Any]:

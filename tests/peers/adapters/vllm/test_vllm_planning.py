@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from helpers import write_checkpoint
+from helpers.coded import FINE_GRAINED, fine_grained
 from helpers.vllm_checkpoints import make
 from helpers.vllm_engine import ENVIRONMENT
 from octavo.adapters.engine.forecast import Forecast
@@ -210,6 +212,16 @@ def test_an_error_of_that_process_is_raised_here(tmp_path: Path) -> None:
     _without_a_tensor(folder)
     with pytest.raises(CoverageError, match="gate_up_proj"):
         plan_for_vllm(folder, "fp8_channel", staging_bytes=DEFAULT_STAGING_BYTES)
+
+
+def test_a_source_in_blocks_stays_so_where_no_scheme_is_named(tmp_path: Path) -> None:
+    plain = make("llama", tmp_path / "bf16")
+    config = {**json.loads((plain / "config.json").read_text()), "quantization_config": FINE_GRAINED}
+    source = write_checkpoint(tmp_path / "fp8", fine_grained(load_file(plain / "model.safetensors")), config=config)
+    found = plan_for_vllm(source, "auto", staging_bytes=DEFAULT_STAGING_BYTES)
+    assert found.scheme == "fp8_block"
+    assert set(found.ranks[0].grouped(True)) == {"fp8_block"}
+    assert "note: no scheme is named, and the source is" in found.table()
 
 
 def test_a_scheme_that_vllm_does_not_have_is_refused(tmp_path: Path) -> None:

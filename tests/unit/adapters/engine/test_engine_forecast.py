@@ -14,7 +14,7 @@ RANKS = tuple(
     Rank(number, "Model", 1000, 430 + number, 2000 + number, (LINEAR, NORM, HEAD), unread, derived, 10 * number)
     for number, (unread, derived) in enumerate([((), {}), (("a", "b", "c"), {"layers.*.attn": 10})])
 )
-FORECAST = Forecast("an engine 1.0", "models/x", "fp8_channel", RANKS)
+FORECAST = Forecast("an engine 1.0", "models/x", "fp8_channel", RANKS, ("no scheme is named",))
 
 
 def test_a_forecast_survives_json() -> None:
@@ -36,4 +36,5 @@ def test_the_table_has_a_column_a_rank_and_its_sums() -> None:
     assert "rank 0: not read" not in text
     assert "rank 1: filled by no tensor (buffers, rows that pad): 10 B" in text
     assert "rank 0: filled by" not in text
+    assert text.endswith("note: no scheme is named")
     assert "rank 1: made of weights after loading, by layers.*.attn: 10 B" in text
