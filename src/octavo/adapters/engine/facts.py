@@ -165,7 +165,22 @@ def _word(value: Any) -> str:
     if isinstance(value, _SHOWN):
         return f"{kind.__qualname__} {value!r}"
     named = value if isinstance(value, _FUNCTIONS) else kind
-    return f"{named.__module__}.{named.__qualname__}"
+    code = getattr(named, "__code__", None)
+    return f"{named.__module__}.{named.__qualname__}{_of_code(code) if isinstance(code, types.CodeType) else ''}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_code(code: types.CodeType) -> str:
+    """Words for code that is in no file, as a notebook's; files are told apart by their states."""
+    if os.path.exists(code.co_filename):
+        return ""
+    words = [code.co_code.hex(), *code.co_names, *code.co_varnames, *code.co_freevars]
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            words.append(_of_code(constant))
+        else:
+            words.append(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant))
+    return f" {digest(*words)}"
 
 
 def _of_tensor(tensor: Tensor) -> str:
@@ -277,7 +292,7 @@ def of_model(model: nn.Module) -> dict[tuple[str, str], str]:
         found[path, name] = "\n".join(description.words[before:])
 
     for path, module in model.named_modules(remove_duplicate=False):
-        add(path, "", module)
+        add(path, "", [module, getattr(type(module), "load_weights", None)])
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             add(path, name, [tensor, tensor if tensor is None else vars(tensor)])
         for name, value in vars(module).items():

@@ -414,6 +414,17 @@ def test_code_in_an_archive_has_the_state_of_the_archive(tmp_path: Path) -> None
     assert found[str(tmp_path / "gone.py")] is None
 
 
+def test_a_loader_that_is_in_no_file_counts(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "def load_weights(self, weights):\n    self.has_loaded = {}\n    given(self, weights)"
+    for value, asked in ((1, 1), (1, 1), (2, 2)):
+        scope: dict[str, Any] = {"given": Engine.load_weights}
+        exec(text.format(value), scope)
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "load_weights", scope["load_weights"])
+            load(source)
+        assert Engine.asked == asked
+
+
 def test_what_holds_itself_is_described() -> None:
     config = types.SimpleNamespace(depth=1)
     config.own = [config]
