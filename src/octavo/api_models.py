@@ -14,6 +14,7 @@ from .checkpoint.checkpoint import Checkpoint
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.iterate import iterate
+from .conversion.packing import PACKED
 from .errors import LoaderError, public
 from .machine import require_values
 from .planning.recipe import Recipe
@@ -40,7 +41,8 @@ def update(
             if its tensors are equal. An iterator may use a tensor's memory again when it is asked for the next; from a
             dict or a list, copies from pinned memory need not be awaited one by one. FP8 may come, too, with its scales
             under the names ``X.weight_scale_inv`` or ``X.weight_scale``, before or after it; which passes through where
-            the model has the same. Or a checkpoint: a folder, a ``.safetensors`` file or a hub id, which is streamed.
+            the model has the same. Or a checkpoint in these, which is streamed: a folder, a ``.safetensors`` file or a
+            hub id.
         transform: A function of each name and tensor that returns the pair or pairs to take instead, None for none.
         staging_bytes: A bound in bytes on memory beside each tensor. 256 MiB by default, at least 1 MiB.
 
@@ -67,6 +69,13 @@ def update(
 def _stored(path: str | os.PathLike[str], staging_bytes: int) -> Generator[tuple[str, Tensor], None, None]:
     """The tensors of a checkpoint as they are stored, scales and all."""
     checkpoint = Checkpoint.open(path)
+    for name, info in checkpoint.tensors.items():
+        whole = info.dtype is not None and not info.dtype.is_floating_point
+        if whole and f"{name.removesuffix(PACKED)}_scale" in checkpoint.tensors:
+            raise LoaderError(
+                f"{checkpoint.path}: {name} is quantized as {info.dtype_name}, and octavo.update takes checkpoints in "
+                "bf16, fp16, fp32 and FP8. Load this one with octavo.load."
+            )
     plan, layout = formats.plan_for(checkpoint, Recipe(None), DEFAULT_FORMAT, staging_bytes)
     yield from iterate(checkpoint, plan, layout)
 

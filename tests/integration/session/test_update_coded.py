@@ -109,6 +109,17 @@ def test_numbers_that_come_twice_before_their_scales_are_named(plain: Path, tmp_
         octavo.update(model, [(UP, new[UP]), (UP, new[UP]), (f"{UP}_scale_inv", new[f"{UP}_scale_inv"])])
 
 
+@pytest.mark.parametrize("scheme", ["int8_channel", "nvfp4"])
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_folder_in_other_numbers_is_refused_before_it_is_read(
+    scheme: str, saved: bool, plain: Path, tmp_path: Path
+) -> None:
+    model = octavo.load(plain, scheme)
+    model.save_pretrained(tmp_path) if saved else octavo.convert(plain, tmp_path / "out", scheme, prove=False)
+    with pytest.raises(UpdateError, match=r"(?s)is quantized as .*octavo\.load.*0 layers have the new"):
+        octavo.update(model, tmp_path if saved else tmp_path / "out")
+
+
 @pytest.mark.parametrize("pairs", [None, 3, b"folder", torch.ones(2, 2)])
 def test_what_are_no_pairs_is_said(pairs: Any, plain: Path) -> None:
     with pytest.raises(LoaderError, match=f"takes pairs of names and tensors.* not {type(pairs).__name__}"):
