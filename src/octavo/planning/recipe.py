@@ -63,7 +63,7 @@ class Recipe:
     Args:
         scheme: The scheme of every weight that no target names: ``"fp8_channel"``, ``"fp8_block"``, ``"fp8_tensor"``,
             ``"mxfp8"``, ``"int8_channel"`` or ``"nvfp4"``; or ``"auto"``, which is ``"fp8_channel"``, and where the
-            source is quantized already, what keeps its bytes. None quantizes targets only.
+            source is quantized already in one of the first three or int8, what keeps that. None quantizes targets only.
         targets: Patterns and their schemes, as a mapping or as pairs.
         ignore: Patterns of weights that stay as they are.
 
