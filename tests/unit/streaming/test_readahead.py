@@ -38,7 +38,8 @@ def cold_shard(folder: Path, name: str, size: int) -> Shard:
 def read_all(reading: ReadAhead, expected: int) -> None:
     with reading:
         reading._ring.wait_for(lambda: not reading._ring.running)
-    assert reading.read_bytes == expected
+    # of the last part of a file, the kernel may have read on from the one before
+    assert expected - 4 * MIB <= reading.read_bytes <= expected
 
 
 def test_what_is_not_cached_is_read_in_the_order_of_the_files(tmp_path):

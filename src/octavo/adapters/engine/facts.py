@@ -65,6 +65,7 @@ _OF_THE_START = re.compile(
 )
 #: what is in longer lists counts as far as a word tells; larger tables of integers by their shapes
 _MANY, _TABLE_BYTES = 4096, 1 << 16
+_INTEGERS = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
 _DEPTH, _MOST_WORDS = 16, 1_000_000
 _MAX_JSON_BYTES = 1 << 28
 #: what every module has
@@ -164,6 +165,8 @@ def _word(value: Any) -> str:
         return f"{kind.__qualname__}.{value.name}"
     if isinstance(value, _SHOWN):
         return f"{kind.__qualname__} {value!r}"
+    if kind.__module__ == "numpy" and hasattr(value, "tobytes"):
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     named = value if isinstance(value, _FUNCTIONS) else kind
     code = getattr(named, "__code__", None)
     return f"{named.__module__}.{named.__qualname__}{_of_code(code) if isinstance(code, types.CodeType) else ''}"
@@ -189,7 +192,7 @@ def _of_tensor(tensor: Tensor) -> str:
     if tensor.layout is not torch.strided or is_lazy(tensor):
         return told
     told = f"{told} {tensor.stride()} {tensor.storage_offset()}"
-    tells = tensor.dtype in (torch.int32, torch.int64, torch.bool) and not isinstance(tensor, nn.Parameter)
+    tells = tensor.dtype in _INTEGERS and not isinstance(tensor, nn.Parameter)
     if tells and not tensor.is_meta and tensor.nbytes <= _TABLE_BYTES:
         told += f" {tensor.tolist()}"
     return told

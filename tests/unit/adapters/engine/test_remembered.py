@@ -439,3 +439,10 @@ def test_what_lies_in_slots_counts() -> None:
             self.rank = rank
 
     assert facts.of_settings(Slotted(1)) != facts.of_settings(Slotted(2))
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.clone, torch.Tensor.numpy])
+def test_small_tables_and_arrays_count(form: Any) -> None:
+    one, same, other = (form(torch.tensor([number], dtype=torch.uint8)) for number in (1, 1, 2))
+    assert facts.of_settings(one) == facts.of_settings(same)
+    assert facts.of_settings(one) != facts.of_settings(other)
