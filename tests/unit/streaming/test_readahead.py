@@ -39,7 +39,7 @@ def read_all(reading: ReadAhead, expected: int) -> None:
     with reading:
         reading._ring.wait_for(lambda: not reading._ring.running)
     # of the last part of a file, the kernel may have read on from the one before
-    assert expected - 4 * MIB <= reading.read_bytes <= expected
+    assert expected - MIB <= reading.read_bytes <= expected
 
 
 def test_what_is_not_cached_is_read_in_the_order_of_the_files(tmp_path):

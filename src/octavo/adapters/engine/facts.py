@@ -205,6 +205,15 @@ def of_settings(*settings: Any) -> str:
     return "\n".join(description.words)
 
 
+def places(parallel_state: types.ModuleType) -> dict[str, tuple[int, int]]:
+    """The groups of ranks that an engine's module holds -> the place of this one, of how many."""
+    return {
+        name: (group.rank_in_group, group.world_size)
+        for name, group in vars(parallel_state).items()
+        if isinstance(group, parallel_state.GroupCoordinator)
+    }
+
+
 def of_device(device: torch.device) -> str:
     """Words for a device; which of several like it does not matter."""
     return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type

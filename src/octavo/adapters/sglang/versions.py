@@ -111,11 +111,7 @@ def facts_of(model_config: Any, load_config: Any) -> str:
     module = "runtime_context" if importlib.util.find_spec("sglang.srt.runtime_context") else "server_args"
     name = "get_server_args" if module == "runtime_context" else "get_global_server_args"
     given = pkgutil.resolve_name(f"sglang.srt.{module}:{name}")()
-    places = {
-        name: (group.rank_in_group, group.world_size)
-        for name, group in vars(parallel_state).items()
-        if isinstance(group, parallel_state.GroupCoordinator)
-    }
+    places = facts.places(parallel_state)
     settings = facts.of_settings(sglang.__version__, model_config, load_config, given, places)
     return f"{settings}\n{facts.of_environment(['SGLANG_', 'SGL_'])}"
 

@@ -47,11 +47,7 @@ def facts_of(vllm_config: Any, model_config: Any, prefix: str) -> str:
 
     from ..engine import facts
 
-    places = {
-        name: (group.rank_in_group, group.world_size)
-        for name, group in vars(parallel_state).items()
-        if isinstance(group, parallel_state.GroupCoordinator)
-    }
+    places = facts.places(parallel_state)
     settings = facts.of_settings(vllm.__version__, vllm_config, model_config, prefix, places)
     return f"{settings}\n{facts.of_environment(['VLLM_'])}"
 
