@@ -13,8 +13,9 @@ make bench B=vllm_gpu
 
 Random weights in the shape of the model; each way is an engine in a process of its own, or one for each GPU. *Load* is
 vLLM's `load_model` in the worker: making the model, filling it, bringing weights into the form of the kernels. *GiB*
-is what a GPU has in the end, and *over* the peak of the load over that. Tokens a second are those of a prefill of 8,192
-tokens, and of decoding one sequence and 32, in CUDA graphs without torch.compile."""
+is what a GPU has in the end, and *over* the peak of the load over that. A *second start* finds the plan of the first
+remembered. Tokens a second are those of a prefill of 8,192 tokens, and of decoding one sequence and 32, in CUDA graphs
+without torch.compile."""
 
 _SGLANG = """```sh
 make bench B=sglang_gpu
@@ -41,13 +42,16 @@ def _way(key: str, engine: str) -> str:
         "octavo": "octavo `{}`",
         "converted": f"{engine}, on what `octavo convert` wrote in `{{}}`",
     }.get(way.split("-")[0], f"{engine}, bf16" if way == "bf16" else f"{engine}'s own `{way}`")
-    name = name.format(way.partition("-")[2])
-    return name if ranks == "1" else f"{name}, {ranks} ranks"
+    count, *more = ranks.split()
+    parts = [name.format(way.partition("-")[2])]
+    parts += [f"{count} ranks"] * (count != "1") + ["experts apart"] * ("ep" in more)
+    return ", ".join([*parts, *["second start"] * ("again" in more)])
 
 
 def engines(result: Result, model: str) -> dict[str, dict[str, Any]]:
-    """The engines that started, by their keys in the result."""
-    return {key: row for key, row in result["models"][model].items() if " tp" in key and "load_s" in row}
+    """The engines that started, by their keys in the result; those of as many ranks together."""
+    found = {key: row for key, row in result["models"][model].items() if " tp" in key and "load_s" in row}
+    return dict(sorted(found.items(), key=lambda item: item[0].partition(" tp")[2]))
 
 
 def _same(found: dict[str, Any]) -> str:
