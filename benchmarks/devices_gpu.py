@@ -117,9 +117,11 @@ def condense(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The run with the median time, all times, and the largest peaks."""
     typical = dict(sorted(runs, key=lambda run: run["load_s"])[(len(runs) - 1) // 2])
     typical["load_s"] = summary([round(run["load_s"], 4) for run in runs])
-    for device, figures in typical["devices"].items():
-        for key in figures:
-            figures[key] = max(run["devices"][device][key] for run in runs)
+    typical["devices"] = {
+        device: {key: max(run["devices"][device][key] for run in runs) for key in figures}
+        for device, figures in typical["devices"].items()
+    }
+    for figures in typical["devices"].values():
         figures["over_bytes"] = figures["allocated_peak_bytes"] - figures["model_bytes"]
     if wrong := [run["check"]["wrong"] for run in runs if "wrong" in run["check"]]:
         typical["check"] = {"wrong": wrong[0], "times": len(wrong)}
@@ -188,8 +190,11 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged) -> bool:
                 rows[way] = {"error": str(error)[-2000:]}
                 continue
             runs.setdefault(way, []).append(run)
-            say(f"{number + 1}/{args.repeats} {way:22} {run['load_s']:6.2f} s")
-    rows |= {way: condense(found) for way, found in runs.items()}
+            rows[way] = condense(runs[way])
+            # at once, should what follows not end
+            merged.add(rows[way], "models", folder.name, args.device_map, args.scheme, way)
+            stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in run.get("stages_s", {}).items())
+            say(f"{number + 1}/{args.repeats} {way:22} {run['load_s']:6.2f} s {stages}")
     for way, row in rows.items():
         if way in OCTAVO and "load_s" in row and args.device_map != "cpu":
             row["promises"] = promises(way, rows)
