@@ -22,7 +22,7 @@ amax is a 28th of the matrix's at worst.
 to ``amax / 6`` (amax: the group's, by the global scale; quotients rounded to float32), but 2**-9 at least, and 1 where
 the amax is 0. The others are the 1st, 4th and 5th number of e4m3 after it, 448 at most: the next one, and two around
 1.5 times the first, by which the largest weight becomes 4. None clips: by the first, the largest weight is 6.375 at
-most, nearer to 6 than those between 4 and 6 may be to either. Of equals, the first is taken.
+most, nearer to 6 than those between 4 and 6 may be to either (9 where the first is 2**-9). Of equals, the first is taken.
 
 **Errors** are compared in integers, so that they are the same in whatever order they are added. With r the product,
 rounded to float32, of ``|w|`` and 28 / (first scale * global scale), which is rounded to float32 before and after the
@@ -70,6 +70,8 @@ _ONE = 0x38  # as bits of e4m3
 _PARTS, _ROW = 28, 256
 #: the unit of squared errors, and the largest
 _UNIT, _MOST = 1024, 4095
+#: above twice four times what a weight is by its scale: 9 at most, where the first scale is the least of all
+_SIDE = 80
 #: of four numbers of 16 bits, the first and the third
 _EVEN = 0xFFFF_0000_FFFF
 #: elements that are quantized at a time: on a CPU so that a core's cache holds what is made of them, and where no
@@ -204,8 +206,8 @@ def _quantize(out: Packed, weight: Tensor, scale: Tensor, memory: Tensor, search
     out.scales.view(torch.uint8).copy_(bits.view(groups))
     quarters = wide.div_(bits.view(E4M3).float().mul_(scale).mul_(0.25))
     twice = torch.ceil(quarters, out=other).add_(quarters.floor_())
-    pairs = torch.add(twice[0::2], twice[1::2], alpha=128, out=quarters[: GROUP // 2]).add_(64 * 129)
-    at = index[: GROUP // 2].view(torch.int32).copy_(pairs).clamp_(0, (1 << 14) - 1)
+    pairs = torch.add(twice[0::2], twice[1::2], alpha=2 * _SIDE, out=quarters[: GROUP // 2]).add_(_SIDE * (2 * _SIDE + 1))
+    at = index[: GROUP // 2].view(torch.int32).copy_(pairs).clamp_(0, 4 * _SIDE * _SIDE - 1)
     codes = torch.index_select(_pair_codes(weight.device), 0, at.view(-1))
     out.codes.view(*groups, GROUP // 2).copy_(codes.view(GROUP // 2, *groups).movedim(0, -1))
 
@@ -267,8 +269,8 @@ def _errors(device: torch.device) -> Tensor:
 @functools.cache
 @in_memory
 def _pair_codes(device: torch.device) -> Tensor:
-    """64 + floor(q) + ceil(q) of two weights, q being four times one by its scale -> their two numbers in a byte."""
-    twice = torch.arange(-64, 64)
+    """floor(q) + ceil(q) of two weights, q being four times one by its scale -> their two numbers in a byte."""
+    twice = torch.arange(-_SIDE, _SIDE)
     bounds = torch.tensor([2, 6, 10, 14, 20, 28, 40])  # twice of four times what lies between two numbers
     up = torch.tensor([False, True, False, True, False, True, False])  # the even one of the two
     size = twice.abs().unsqueeze(1)

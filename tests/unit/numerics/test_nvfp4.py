@@ -50,6 +50,17 @@ def test_ties_go_to_even_codes() -> None:
     assert found.codes[0, 3].item() == 6 | 8 << 4  # -0.25 is a negative zero; the first of two is in the lower half
 
 
+def test_the_smallest_scale_has_6_for_what_is_larger() -> None:
+    weight = torch.zeros(1, 32)
+    weight[0, 0] = 1  # the matrix's amax, so that its scale is 2**-8
+    weight[0, 16:] = 2.0**-17 * torch.linspace(-8.9, 8.9, 16)
+    found, scale = quantized(weight, search=False)
+    codes, scales, _ = reference_nvfp4.quantize(weight, search=False)
+    assert found.scales.view(torch.uint8)[0, 1].item() == scales[0, 1].item() == 1
+    assert same_bytes(found.codes.contiguous(), codes)
+    assert nvfp4.widen(found)[0, -1].item() * scale.item() == 6 * 2.0**-17
+
+
 @pytest.mark.parametrize(
     ("amax", "power"), [(0.0, -8), (6.75, -8), (6.7501, -4), (108.0, -4), (108.1, 0), (0.0066, -8), (0.00659, -9)]
 )
