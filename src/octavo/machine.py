@@ -1,4 +1,4 @@
-"""This machine, asked: its devices, cores, clock, pages and cache folder."""
+"""This machine, asked: its devices, compilers, cores, clock, pages and cache folder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import contextlib
 import ctypes
 import errno
 import functools
+import importlib.util
 import mmap
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,10 @@ from torch._guards import detect_fake_mode
 
 from .errors import DeviceError
 from .text import shown
+
+# Triton compiles a little C for each kernel, too
+_COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang") or shutil.which("cc")
+HAS_TRITON = importlib.util.find_spec("triton") is not None and _COMPILER is not None
 
 
 def usable_device(device: str | torch.device, *, begin: bool = True) -> torch.device:
