@@ -38,6 +38,7 @@ class Bundle(NamedTuple):
 class Run(NamedTuple):
     """Bytes of a file that lie one after another."""
 
+    shard: int
     offset: int
     nbytes: int
     shared: bool = False  # other ranks read them, too: from the page cache, if this one reads them through it
@@ -46,7 +47,6 @@ class Run(NamedTuple):
 class Block(NamedTuple):
     """Bytes that are copied to a device at once: those of ``runs``, one after another."""
 
-    shard: int
     runs: tuple[Run, ...]
     nbytes: int
     bundles: tuple[Bundle, ...]
@@ -83,14 +83,14 @@ def _fill_slots(runs: Iterable[Run], slot_bytes: int) -> Iterator[tuple[Run, ...
     """The runs, a slot at a time. One that fills a slot has slots of its own, and so may go past the page cache."""
     filling: list[Run] = []
     room = slot_bytes
-    for offset, nbytes, shared in runs:
+    for shard, offset, nbytes, shared in runs:
         alone = nbytes >= slot_bytes
         if alone and filling:
             yield tuple(filling)
             filling, room = [], slot_bytes
         while nbytes:
             part = min(nbytes, room)
-            filling.append(Run(offset, part, shared))
+            filling.append(Run(shard, offset, part, shared))
             offset, nbytes, room = offset + part, nbytes - part, room - part
             if not room or (alone and not nbytes):
                 yield tuple(filling)
@@ -111,7 +111,7 @@ def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo
         # elements must be aligned within the block
         fits = filled + nbytes <= block_bytes and not filled % itemsize
         if bundles and not (is_run and fits and info.shard == shard and at >= end):
-            yield _block(shard, runs, bundles)
+            yield _block(runs, bundles)
             bundles, runs, filled = [], [], 0
         shard = info.shard
         if is_run:
@@ -119,18 +119,18 @@ def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo
             bundles.append(_bundle(chunk, info, within))
             shared = chunk.placement.columns is not None
             if runs and at == end and runs[-1].shared == shared:
-                runs[-1] = Run(runs[-1].offset, runs[-1].nbytes + nbytes, shared)
+                runs[-1] = runs[-1]._replace(nbytes=runs[-1].nbytes + nbytes)
             else:  # what lies between is not for here: other ranks' rows, say
-                runs.append(Run(at, nbytes, shared))
+                runs.append(Run(shard, at, nbytes, shared))
             filled, end = filled + nbytes, at + nbytes
             continue
         length, offsets = piece.runs()
-        scattered = [Run(info.offset + offset * itemsize, length * itemsize) for offset in offsets]
+        scattered = [Run(shard, info.offset + offset * itemsize, length * itemsize) for offset in offsets]
         # read one after another, they lie without holes
         packed = piece._replace(src_off=0, src_strides=packed_strides(piece.size, piece.src_strides))
-        yield _block(shard, scattered, [_bundle(chunk, info, packed)])
+        yield _block(scattered, [_bundle(chunk, info, packed)])
     if bundles:
-        yield _block(shard, runs, bundles)
+        yield _block(runs, bundles)
 
 
 def cut_in_turn(
@@ -161,9 +161,9 @@ def _bundle(chunk: Chunk, info: TensorInfo, piece: Piece) -> Bundle:
     return Bundle(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,))
 
 
-def _block(shard: int, runs: Sequence[Run], bundles: list[Bundle]) -> Block:
+def _block(runs: Sequence[Run], bundles: list[Bundle]) -> Block:
     in_order = any(bundle.work in (Work.AMAX, Work.REREAD) for bundle in bundles)
-    return Block(shard, tuple(runs), sum(run.nbytes for run in runs), tuple(join(bundles)), in_order)
+    return Block(tuple(runs), sum(run.nbytes for run in runs), tuple(join(bundles)), in_order)
 
 
 # -- joining ----------------------------------------------------------------------------------------------------------

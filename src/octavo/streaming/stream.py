@@ -230,12 +230,12 @@ class Stream:
             yield block
 
     def _read_part(self, read: Read, slot: Slot) -> int:
-        started, shard = now(), read.block.shard
+        started = now()
         if len(read.runs) == 1 and slot.aligned and not read.runs[0].shared:
-            slot.start = self.files.read_run(shard, slot.view, read.runs[0].offset, read.nbytes)
+            slot.start = self.files.read_run(read.runs[0].shard, slot.view, read.runs[0].offset, read.nbytes)
         else:
             slot.start = at = 0
-            for offset, nbytes, _ in read.runs:
+            for shard, offset, nbytes, _ in read.runs:
                 self.files.read_into(shard, slot.view[at : at + nbytes], offset)
                 at += nbytes
         self._count_read(started, read.nbytes)

@@ -60,9 +60,10 @@ def test_a_block_goes_forward_in_its_file_and_is_no_larger_than_allowed(checkpoi
 
 def reads_of(*lengths, slot_bytes=100):
     offsets = [1000 * number for number in range(len(lengths))]
-    block = Block(0, tuple(map(Run, offsets, lengths)), sum(lengths), (), False)
+    runs = tuple(Run(0, offset, length) for offset, length in zip(offsets, lengths, strict=True))
+    block = Block(runs, sum(lengths), (), False)
     reads = cut_reads([block], slot_bytes)
-    return [(read.start, tuple(run[:2] for run in read.runs), read.nbytes, read.last) for read in reads]
+    return [(read.start, tuple(run[1:3] for run in read.runs), read.nbytes, read.last) for read in reads]
 
 
 def test_short_runs_share_a_slot_and_a_long_one_has_its_own():
