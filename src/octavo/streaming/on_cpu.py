@@ -28,9 +28,9 @@ from ..planning.partition import Partition
 from ..planning.placement import Placement
 from .coded import Encoded
 from .nonfinite import nonfinite_text
-from .on_accelerator import wait_for
 from .placed import Placed
 from .sinks import Destination
+from .staged import wait_for
 
 
 class Tiles:

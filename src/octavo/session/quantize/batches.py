@@ -28,7 +28,8 @@ from ...numerics.schemes import Scheme, Stored
 from ...planning.blocks import Bundle, join
 from ...planning.chunks import Work
 from ...streaming.nonfinite import FiniteWatch
-from ...streaming.on_accelerator import Staged, backend_of, scales_of
+from ...streaming.on_accelerator import scales_of
+from ...streaming.staged import Staged, backend_of
 from .storage import QuantizedStorage
 
 #: values begin at multiples of it: any dtype can be viewed, and tensors of one shape lie evenly
