@@ -214,6 +214,9 @@ def quantize_in_place(
     if isinstance(out, nvfp4.Packed):
         nvfp4.quantize_into(out, wide, scale, scratch=scratch)
         return
+    if wide.device.type != "cpu" and scheme.dtype.is_floating_point:
+        divide_into(out, wide, scale, scheme, phase=phase)
+        return
     for rows, cols in all_spans(wide, scheme.groups, phase):
         grouped(wide, rows, cols).div_(cells_of_spans(scale, rows, cols))
     out.copy_(wide if scheme.dtype.is_floating_point else wide.round_())

@@ -16,11 +16,29 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..checkpoint import dtypes
+from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
-from ..elements.pieces import Piece, packed_strides
+from ..elements.pieces import Piece, packed_strides, whole
 from ..numerics import schemes
 from .chunks import Chunk, Work, cut_placement
+from .coded import Cells, Lay, cells_piece, codes_piece, lay_of
 from .placement import Placement
+
+
+class Coded(NamedTuple):
+    """Codes of a chunk, and what belongs to them; pieces count offsets and strides within the block."""
+
+    coding: Coding
+    lay: Lay
+    codes: Piece
+    scale: Cells
+    global_scale: Piece | None
+
+
+#: scales begin at a multiple of so many bytes of a block
+_ALIGNED = 8
+#: the shard of bytes that are there so that what follows is aligned
+NOTHING = -1
 
 
 class Bundle(NamedTuple):
@@ -33,12 +51,13 @@ class Bundle(NamedTuple):
     cells: tuple[slice, ...]
     phase: tuple[int, int]
     chunks: tuple[Chunk, ...]
+    coded: Coded | None = None  # of a source that is quantized already; ``piece`` then counts within that
 
 
 class Run(NamedTuple):
-    """Bytes of a file that lie one after another."""
+    """Bytes of a file that lie one after another, or so many bytes of a block that hold nothing."""
 
-    shard: int
+    shard: int  # `NOTHING`: of none
     offset: int
     nbytes: int
     shared: bool = False  # other ranks read them, too: from the page cache, if this one reads them through it
@@ -103,34 +122,39 @@ def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo
     """All of a plan's placements in the order of the files, no block larger than ``block_bytes``."""
     bundles: list[Bundle] = []
     runs: list[Run] = []
-    shard, filled, end = -1, 0, 0
+    shard, filled, beside, end = -1, 0, 0, 0
     for at, chunk in _in_file_order(placements, tensors, block_bytes):
-        piece, info = chunk.piece, tensors[chunk.piece.src_name]
+        info, piece, coded = _stored(chunk, tensors)
         itemsize, numel = dtypes.moved_bits(info.dtype_name) // 8, piece.numel
-        nbytes, is_run = numel * itemsize, piece.run_length == numel
+        nbytes, is_run, more = numel * itemsize, piece.run_length == numel, _nbytes_beside(coded)
         # elements must be aligned within the block
-        fits = filled + nbytes <= block_bytes and not filled % itemsize
+        fits = filled + nbytes + beside + more <= block_bytes and not filled % itemsize
         if bundles and not (is_run and fits and info.shard == shard and at >= end):
             yield _block(runs, bundles)
-            bundles, runs, filled = [], [], 0
+            bundles, runs, filled, beside = [], [], 0, 0
         shard = info.shard
         if is_run:
             within = Piece(piece.dst_off, piece.size, piece.src_name, filled // itemsize, piece.src_strides)
-            bundles.append(_bundle(chunk, info, within))
-            shared = chunk.placement.columns is not None
-            if runs and at == end and runs[-1].shared == shared:
-                runs[-1] = runs[-1]._replace(nbytes=runs[-1].nbytes + nbytes)
-            else:  # what lies between is not for here: other ranks' rows, say
-                runs.append(Run(shard, at, nbytes, shared))
-            filled, end = filled + nbytes, at + nbytes
+            bundles.append(_bundle(chunk, info, within, coded))
+            _append(runs, Run(shard, at, nbytes, shared=chunk.placement.columns is not None))
+            filled, beside, end = filled + nbytes, beside + more, at + nbytes
             continue
         length, offsets = piece.runs()
         scattered = [Run(shard, info.offset + offset * itemsize, length * itemsize) for offset in offsets]
         # read one after another, they lie without holes
         packed = piece._replace(src_off=0, src_strides=packed_strides(piece.size, piece.src_strides))
-        yield _block(scattered, [_bundle(chunk, info, packed)])
+        yield _block(scattered, [_bundle(chunk, info, packed, coded)])
     if bundles:
         yield _block(runs, bundles)
+
+
+def _append(runs: list[Run], run: Run) -> None:
+    """Add a run, or make the last one longer. What lies between is not for here: other ranks' rows, say."""
+    last = runs[-1] if runs else None
+    if last and last.shard == run.shard and last.shared == run.shared and last.offset + last.nbytes == run.offset:
+        runs[-1] = last._replace(nbytes=last.nbytes + run.nbytes)
+    else:
+        runs.append(run)
 
 
 def cut_in_turn(
@@ -157,13 +181,71 @@ def _with_share(
         before += block.nbytes
 
 
-def _bundle(chunk: Chunk, info: TensorInfo, piece: Piece) -> Bundle:
-    return Bundle(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,))
+def _bundle(chunk: Chunk, info: TensorInfo, piece: Piece, coded: Coded | None) -> Bundle:
+    if coded is not None:  # the piece is that of codes, of which one may hold several elements
+        coded, piece = coded._replace(codes=piece), chunk.piece
+    return Bundle(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,), coded)
 
 
-def _block(runs: Sequence[Run], bundles: list[Bundle]) -> Block:
+def _block(runs: list[Run], bundles: list[Bundle]) -> Block:
     in_order = any(bundle.work in (Work.AMAX, Work.REREAD) for bundle in bundles)
-    return Block(tuple(runs), sum(run.nbytes for run in runs), tuple(join(bundles)), in_order)
+    bundles = _with_scales(runs, bundles) if any(bundle.coded for bundle in bundles) else join(bundles)
+    return Block(tuple(runs), sum(run.nbytes for run in runs), tuple(bundles), in_order)
+
+
+# -- sources that are quantized already -------------------------------------------------------------------------------
+
+
+def _stored(chunk: Chunk, tensors: Mapping[str, TensorInfo]) -> tuple[TensorInfo, Piece, Coded | None]:
+    """What a chunk is read from, and which piece of that; what of scales, as pieces of the files."""
+    info, coding = tensors[chunk.piece.src_name], tensors[chunk.piece.src_name].coding
+    if coding is None or not chunk.piece.numel:
+        return info, chunk.piece, None
+    lay = lay_of(chunk.piece, coding.matrix)
+    cells = None if lay is None else cells_piece(chunk.piece, lay, coding)
+    assert lay is not None
+    assert cells is not None, "Placement.by_host"
+    codes, by = codes_piece(chunk.piece, lay, coding), coding.global_scale
+    return coding.codes, codes, Coded(coding, lay, codes, cells, None if by is None else whole(by.name, (by.numel,)))
+
+
+def _scales(coded: Coded) -> Iterator[tuple[TensorInfo, Piece]]:
+    yield coded.coding.scale, coded.scale.piece
+    if coded.coding.global_scale is not None and coded.global_scale is not None:
+        yield coded.coding.global_scale, coded.global_scale
+
+
+def _nbytes_beside(coded: Coded | None) -> int:
+    """Bytes that are beside codes in a block; the first of them are aligned."""
+    if coded is None:
+        return 0
+    return _ALIGNED + sum(piece.numel * dtypes.moved_bits(info.dtype_name) // 8 for info, piece in _scales(coded))
+
+
+def _with_scales(runs: list[Run], bundles: Iterable[Bundle]) -> list[Bundle]:
+    """Bundles whose pieces of scales count within the block, to which these are added behind the codes.
+
+    Those of large elements come first, so that all are aligned.
+    """
+    bundles, filled = list(bundles), sum(run.nbytes for run in runs)
+    found = [(number, *each) for number, b in enumerate(bundles) if b.coded for each in _scales(b.coded)]
+    if filled % _ALIGNED:
+        runs.append(Run(NOTHING, 0, -filled % _ALIGNED))
+        filled += runs[-1].nbytes
+    for number, info, piece in sorted(found, key=lambda each: -dtypes.moved_bits(each[1].dtype_name)):
+        itemsize, (length, offsets) = dtypes.moved_bits(info.dtype_name) // 8, piece.runs()
+        for offset in offsets:
+            _append(runs, Run(info.shard, info.offset + offset * itemsize, length * itemsize))
+        within = piece._replace(src_off=filled // itemsize, src_strides=packed_strides(piece.size, piece.src_strides))
+        coded = bundles[number].coded
+        assert coded is not None
+        if info is coded.coding.scale:
+            coded = coded._replace(scale=coded.scale._replace(piece=within))
+        else:
+            coded = coded._replace(global_scale=within)
+        bundles[number] = bundles[number]._replace(coded=coded)
+        filled += piece.numel * itemsize
+    return bundles
 
 
 # -- joining ----------------------------------------------------------------------------------------------------------
@@ -279,8 +361,8 @@ def _in_file_order(
             yield at, chunk
         units: dict[int, tuple[int, int]] = {}
         for chunk in cut_placement(placement, limit_bytes, unit):
-            info = tensors[chunk.piece.src_name]
-            at = info.offset + chunk.piece.src_off * dtypes.moved_bits(info.dtype_name) // 8
+            info, stored, _ = _stored(chunk, tensors)
+            at = info.offset + stored.src_off * dtypes.moved_bits(info.dtype_name) // 8
             place = (info.shard, at)
             if chunk.work in (Work.AMAX, Work.REREAD):
                 place = units.setdefault(chunk.unit, place)

@@ -30,6 +30,8 @@ _LANES = 2
 _BLOCK_SLOTS = 6
 #: slots whose size a lane takes: a block, and what quantizing needs beside it
 _LANE_SLOTS = 8
+#: where sources are quantized already: slots that make a block, and what of them is decoded at once, in float32
+_CODED_SLOTS, _DECODED_SLOTS = 3, 3
 #: the smallest slot, where many threads are asked for with a small budget
 _MIN_SLOT_BYTES = 1 << 12
 
@@ -106,7 +108,7 @@ class Budget:
         """
         try:
             devices = [torch.device(name) for name in dict.fromkeys(p.device for p in placements)]
-            if any(placement.codings for placement in placements):  # of these, the host makes all
+            if any(placement.by_host for placement in placements):
                 devices = [torch.device("cpu")]
         except RuntimeError as error:
             raise DeviceError(f"no such kind of device: {str(error).splitlines()[0]}") from error
@@ -115,7 +117,8 @@ class Budget:
         assert len({found.type == "cpu" for found in devices}) <= 1, "Plan.parts"
         if device.type != "cpu":
             room = staging_bytes * 2 // 3 if handing_out else staging_bytes
-            return cls.on_accelerator(device, room, threads, slot_bytes)
+            coded = any(placement.codings for placement in placements)
+            return cls.on_accelerator(device, room, threads, slot_bytes, coded=coded)
         wanted, size = threads or default_threads(), slot_bytes or default_slot_bytes(placements, staging_bytes)
         while True:
             budget = cls(wanted, wanted, size, min(size // 2, TILE_ELEMENTS), device)
@@ -130,15 +133,26 @@ class Budget:
 
     @classmethod
     def on_accelerator(
-        cls, device: torch.device, staging_bytes: int, threads: int | None = None, slot_bytes: int | None = None
+        cls,
+        device: torch.device,
+        staging_bytes: int,
+        threads: int | None = None,
+        slot_bytes: int | None = None,
+        *,
+        coded: bool = False,
     ) -> Budget:
-        """A slot a thread, and lanes that copy a few slots each before they quantize; smaller slots first."""
+        """A slot a thread, and lanes that copy a few slots each before they quantize; smaller slots first.
+
+        Args:
+            coded: some sources are quantized already, and a lane has memory in which to decode them.
+        """
         size = slot_bytes or _PINNED_SLOT_BYTES
         while size > _MIN_SLOT_BYTES and max(_LANES * _LANE_SLOTS, threads or 0) * size > staging_bytes:
             size = max(size // 2, _MIN_SLOT_BYTES)
         count = threads or max(1, min(default_threads(), staging_bytes // size))
         read_bytes = size - 2 * PAGE if size >= _ALIGNED_SLOT_BYTES else size
-        budget = cls(count, count, size, 0, device, _LANES, _BLOCK_SLOTS * read_bytes, _LANE_SLOTS * size)
+        in_block, scratch = (_CODED_SLOTS, _DECODED_SLOTS * size // 4) if coded else (_BLOCK_SLOTS, 0)
+        budget = cls(count, count, size, scratch, device, _LANES, in_block * read_bytes, _LANE_SLOTS * size)
         if budget.staging_bytes > staging_bytes:
             raise DeviceError(_too_small(count, budget.staging_bytes, staging_bytes))
         return budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,11 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..checkpoint import dtypes
-from ..checkpoint.codings import Coding
+from ..checkpoint.codings import Coding, Decoding
 from ..checkpoint.header import TensorInfo
 from ..choices import AUTO, DEFAULT_SCHEME, PASSING
 from ..elements.pieces import Piece
 from ..numerics import schemes
+from ..numerics.groups import count_cells
 from ..numerics.lossless import keeps
 from ..numerics.scale_grid import cuts_no_group
 from ..numerics.schemes import Scheme
@@ -87,6 +89,67 @@ def codes_piece(piece: Piece, lay: Lay, coding: Coding) -> Piece:
         strides.insert(lay.axis, 1)
         size[lay.axis] = stop - first
     return Piece(piece.dst_off, tuple(size), coding.codes.name, lay.row * width + first, tuple(strides))
+
+
+class Cells(NamedTuple):
+    """The scales of a piece as a box of the tensor that holds them."""
+
+    piece: Piece  # [..., row cells, column cells]; axes in front are those of the piece, less that of its columns
+    phase: int  # the row within its scale group at which the first cell begins
+
+
+def cells_piece(piece: Piece, lay: Lay, coding: Coding) -> Cells | None:
+    """The scales of a piece; None where they are no box: rows of several matrices one after another, say."""
+    sizes = lay.rows_axes(piece.size)
+    if not sizes or not math.prod(sizes):
+        return None
+    *steps, step = lay.steps
+    *lead, rows = sizes
+    *_, high, wide = coding.grid
+    height, group, group_cols = coding.matrix[-2], coding.decoding.group_rows, coding.decoding.group_cols
+    matrix, row = divmod(lay.row, height)
+    if group == 1:
+        first, phase, strides = lay.row, 0, [*(each * wide for each in steps), step * wide]
+    else:
+        within = row + rows <= height and (step == 1 or rows == 1)
+        if not within or any(each % height for each, n in zip(steps, lead, strict=True) if n > 1):
+            return None
+        cell, phase = divmod(row, group or height) if group else (0, 0)
+        first, rows = matrix * high + cell, count_cells(rows, group, phase)
+        strides = [*(each // height * high * wide for each in steps), wide]
+    cell, col = divmod(lay.col, group_cols) if group_cols else (0, 0)
+    size = (*lead, rows, count_cells(lay.cols, group_cols, col))
+    return Cells(Piece((0,) * len(size), size, coding.scale.name, first * wide + cell, (*strides, 1)), phase)
+
+
+def decoded_there(pieces: Iterable[Piece], codings: Mapping[str, Coding]) -> bool:
+    """Return True if an accelerator can decode all of these from what is stored, sent as it is.
+
+    Not zero points, which are packed along rows, nor matrices of a stack that have a global scale each.
+    """
+    for piece in pieces:
+        coding = codings.get(piece.src_name)
+        if coding is None or not piece.numel:
+            continue
+        if coding.zero_point is not None or (coding.global_scale is not None and coding.global_scale.numel != 1):
+            return False
+        # a model has thousands of pieces, of few kinds
+        if not _in_cells(
+            piece.size, piece.src_off, piece.src_strides, coding.shape, coding.decoding, coding.transposed
+        ):
+            return False
+    return True
+
+
+@functools.lru_cache(maxsize=4096)
+def _in_cells(
+    size: tuple[int, ...], off: int, strides: tuple[int, ...], shape: tuple[int, ...], decoding: Decoding, other: bool
+) -> bool:
+    """Return True if scales of a piece are a box, and those of all parts of it."""
+    none = TensorInfo("", "F32", (), 0, 0, 0)
+    coding, piece = Coding("", shape, decoding, none, none, transposed=other), Piece((), size, "", off, strides)
+    lay = lay_of(piece, coding.matrix)
+    return lay is not None and cells_piece(piece, lay, coding) is not None
 
 
 def stored_nbytes(piece: Piece, coding: Coding | None, itemsize: int) -> int:

@@ -16,7 +16,7 @@ from ..elements.pieces import Piece
 from ..machine import on_cpu
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
-from .coded import keeps_all, memory_of, passes, stored_nbytes, stored_piece
+from .coded import decoded_there, keeps_all, memory_of, passes, stored_nbytes, stored_piece
 from .partition import Partition, partition_of, stored_cells
 from .recipe import Decision
 
@@ -66,8 +66,8 @@ class Placement:
 
     @property
     def by_host(self) -> bool:
-        """Return True if the host makes its bytes: it stays there, or it is decoded before it goes elsewhere."""
-        return bool(self.codings) or on_cpu(self.device)
+        """Return True if the host makes its bytes: it stays there, or can't be decoded elsewhere."""
+        return on_cpu(self.device) or not decoded_there(self.pieces, dict(self.codings))
 
     @property
     def passed(self) -> bool:

@@ -26,7 +26,7 @@ from ..planning.coded import Lay, codes_piece, lay_of
 from .files import Files
 
 #: far from any that a weight has; under it, no number of any kind makes a weight that bf16 can't hold
-_TOO_LARGE = 2.0**100
+TOO_LARGE = 2.0**100
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,10 @@ class Encoded:
 
     def grid(self, scheme: Scheme, phase: tuple[int, int]) -> Tensor:
         """The scales as those of a scheme whose groups are the same: float32 [..., row cells, column cells]."""
-        rows, group = self.scale.shape[-2], scheme.group_rows or 1 << 62
-        firsts = torch.tensor([0, *range(group - phase[0], rows, group)])
-        return self.scale.index_select(-2, firsts)
+        group = scheme.group_rows or 1 << 62
+        if not phase[0]:
+            return self.scale[..., ::group, :]
+        return torch.cat((self.scale[..., :1, :], self.scale[..., group - phase[0] :: group, :]), -2)
 
 
 def read_encoded(files: Files, info: TensorInfo, piece: Piece, memory: Tensor) -> tuple[Encoded, int]:
@@ -148,7 +149,7 @@ def _read_scales(
         whole_scale = held if held.numel() == 1 else held.index_select(0, torch.arange(first, stop) // high)
     scale, zero = scale_cells(stored, decoding, whole_scale), None
     largest = float(scale.max())
-    if not largest < _TOO_LARGE:
+    if not largest < TOO_LARGE:
         blamed = coding.scale if coding.global_scale is None else coding.global_scale
         _check(files, coding, blamed, f"weights have a scale of {largest:g} by it", first)
     if coding.zero_point is not None:

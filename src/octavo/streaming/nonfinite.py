@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..elements.pieces import Piece, contiguous_strides
+from ..checkpoint.header import TensorInfo
+from ..elements.pieces import Piece, contiguous_strides, whole
 from ..planning.placement import Placement
+from .coded import read_encoded
 from .files import Files
 
 #: how many magnitudes are in one allocation
@@ -66,10 +68,23 @@ def nonfinite_text(checkpoint: Checkpoint, piece: Piece, values: Tensor, placeme
 
 
 def describe_nonfinite(checkpoint: Checkpoint, pieces: Iterable[tuple[Placement, Piece]]) -> str:
-    """`nonfinite_text` for pieces of which only the amax has been seen: reads them again."""
+    """`nonfinite_text` for pieces of which only the amax has been seen: reads them again.
+
+    Raises:
+        WeightError: it is a scale that is none.
+    """
     with contextlib.closing(Files.of(checkpoint)) as files:
         for placement, piece in pieces:
-            values = files.read_values(checkpoint.tensors[piece.src_name], piece)
+            info = checkpoint.tensors[piece.src_name]
+            values = files.read_values(info, piece) if info.coding is None else _decoded(files, info, piece, placement)
             if not bool(torch.isfinite(values).all()):
                 return nonfinite_text(checkpoint, piece, values, placement)
     raise AssertionError("an amax is not finite, but the weights are")
+
+
+def _decoded(files: Files, info: TensorInfo, piece: Piece, placement: Placement) -> Tensor:
+    """What codes stand for, in the dtype that they become."""
+    most = 8 * (piece.numel + 1)  # of one number in a word of eight at worst
+    found, _ = read_encoded(files, info, piece, torch.empty(most, dtype=torch.uint8, device="cpu"))
+    values = found.decode(whole("", found.shape), torch.empty(found.numel, dtype=torch.float32, device="cpu"))
+    return values if placement.scheme else values.to(placement.dtype)

@@ -28,6 +28,7 @@ from ..numerics.schemes import Scheme
 from ..planning.blocks import Block, Bundle, Read
 from ..planning.budget import Budget, check_options
 from ..planning.chunks import Work
+from .coded_there import PressThere
 from .nonfinite import FiniteWatch, describe_nonfinite
 from .placed import Placed
 from .ring import Slot
@@ -102,6 +103,12 @@ class Lane:
         """Block until the lane is idle."""
         if self._queue is not None:
             self._queue.synchronize()
+
+    def require(self, nbytes: int) -> None:
+        """Have room for a block: one of a few columns, which have a scale each, is larger than all others."""
+        if nbytes > self.staged.bytes.numel():
+            self.wait()
+            self.staged = Staged(nbytes, self.device)
 
     def copy(self, slot: Slot, start: int, nbytes: int) -> None:
         """Copy a slot's bytes to the device; the slot is busy until they have left it."""
@@ -209,8 +216,10 @@ class DevicePress:
 
     def __init__(self, checkpoint: Checkpoint, budget: Budget, placed: Placed) -> None:
         self._checkpoint, self._device, self._placed = checkpoint, budget.device, placed
+        self._budget = budget
         schemes.warm_up(budget.device)  # what all lanes share must be there before any of them
         self._lanes = [Lane(budget.block_bytes, budget.device) for _ in range(budget.lanes)]
+        self._decoding: dict[int, PressThere] = {}  # lane -> what decodes in it
         self._turn = 0
         self._wide_bytes = budget.slot_bytes // 2  # of the two slots that all lanes have beside their blocks
         # where the sink has no memory to quantize into (it takes the bytes at once)
@@ -226,6 +235,7 @@ class DevicePress:
             self._turn = 0 if block.in_order else (self._turn + 1) % len(self._lanes)
         lane = self._lanes[self._turn]
         with lane:
+            lane.require(block.nbytes)
             lane.copy(slot, read.start, read.nbytes)
             return self._press(block, lane) if read.last else 0
 
@@ -236,6 +246,9 @@ class DevicePress:
             self._placed.open(bundle.placement)
         for bundle in block.bundles:
             if not bundle.piece.numel:  # its placement may be complete already
+                continue
+            if bundle.coded is not None:
+                self._decoder(lane).place(bundle, bundle.coded, lane.staged)
                 continue
             values = lane.values(bundle)
             if bundle.work is Work.COPY:
@@ -251,6 +264,12 @@ class DevicePress:
         for scheme, items in whole.items():
             self._quantize_together(items, schemes.get(scheme), lane)
         return sum(self._placed.done(bundle.placement, bundle.work, bundle.piece) for bundle in block.bundles)
+
+    def _decoder(self, lane: Lane) -> PressThere:
+        """What decodes in the lane whose turn it is."""
+        if self._turn not in self._decoding:
+            self._decoding[self._turn] = PressThere(self._checkpoint, self._budget, self._placed, lane.watch)
+        return self._decoding[self._turn]
 
     def follow(self) -> None:
         """Let what comes next happen after what the caller's stream has been given (memory it has released)."""

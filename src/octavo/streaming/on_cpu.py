@@ -39,13 +39,14 @@ class Tiles:
     Args:
         elements: of the largest tile; two float32 of scratch each, on a CPU.
         device: where values are brought before anything is done to them.
+        coded: codes are decoded, for which another device needs one float32 each.
     """
 
-    def __init__(self, elements: int, device: torch.device) -> None:
+    def __init__(self, elements: int, device: torch.device, *, coded: bool = False) -> None:
         self.elements, self.device = elements, device
         on_cpu = device.type == "cpu"
         self.bits = torch.empty(elements, dtype=torch.float32, device="cpu") if on_cpu else None
-        self.wide = torch.empty(elements, dtype=torch.float32, device="cpu") if on_cpu else None
+        self.wide = torch.empty(elements, dtype=torch.float32, device=device) if on_cpu or coded else None
 
     def amax(
         self, x: Tensor | Encoded, scheme: Scheme, phase: tuple[int, int], dtype: torch.dtype | None = None
@@ -82,21 +83,22 @@ class Tiles:
 
     def scale_and_quantize(
         self, out: Stored, x: Encoded, scale_of: Callable[[Tensor], Tensor], scheme: Scheme, phase: tuple[int, int]
-    ) -> Tensor | None:
-        """`amax` and `quantize` in one, so that each tile is decoded once; returns the amax.
+    ) -> tuple[Tensor, Tensor] | None:
+        """`amax` and `quantize` in one, so that each tile is decoded once; returns the amax, and the scales.
 
         None, and nothing is done, where groups span tiles. ``scale_of`` makes scales of an amax.
         """
         tiles = cut_apart(x.shape, scheme, phase, self.elements)
         if tiles is None:
             return None
-        grid = self._grid(tuple(x.shape), scheme, phase)
+        amax = self._grid(tuple(x.shape), scheme, phase)
+        scales = torch.empty_like(amax)
         for tile in tiles:
-            region, cells = x.decode(tile.box, self.scratch, self.bits), grid[tile.cells]
+            region, cells = x.decode(tile.box, self.scratch, self.bits), amax[tile.cells]
             schemes.group_amax(region, scheme, phase=tile.phase, scratch=self.bits, out=cells)
-            out_of, scale = tile.numbers(out), scale_of(cells)
-            schemes.quantize_in_place(out_of, region, scale, scheme, phase=tile.phase, scratch=self.bits)
-        return grid
+            scale = scales[tile.cells].copy_(scale_of(cells))
+            schemes.quantize_in_place(tile.numbers(out), region, scale, scheme, phase=tile.phase, scratch=self.bits)
+        return amax, scales
 
     @property
     def scratch(self) -> Tensor:
@@ -110,9 +112,8 @@ class Tiles:
         return torch.zeros((*lead, *cells), dtype=torch.float32, device=self.device)
 
     def _amax(self, tile: Tile, x: Tensor | Encoded, scheme: Scheme, dtype: torch.dtype | None) -> Tensor:
-        if isinstance(x, Encoded) and x.compares(scheme):
-            assert self.bits is not None
-            return x.amax(tile.box, scheme, self.bits)
+        if isinstance(x, Encoded) and x.compares(scheme):  # nothing is decoded meanwhile
+            return x.amax(tile.box, scheme, self.scratch if self.bits is None else self.bits)
         region = self._region(tile, x, dtype)
         scratch = None if self.bits is None else self.bits.view(region.dtype)
         return schemes.group_amax(region, scheme, phase=tile.phase, scratch=scratch)
@@ -127,10 +128,12 @@ class Tiles:
 class Press:
     """Quantizes and places chunks, one at a time, for one thread."""
 
+    _compares = True  # codes of FP8 rather than weights, to find the largest of a row
+
     def __init__(self, checkpoint: Checkpoint, budget: Budget, placed: Placed) -> None:
         self._checkpoint, self._placed = checkpoint, placed
         self._out_bytes = budget.slot_bytes // 2
-        self.tiles = Tiles(budget.scratch_elements, budget.device)
+        self.tiles = Tiles(budget.scratch_elements, budget.device, coded=bool(budget.lanes))
         self.out: Tensor | None = None  # where the sink has no memory to quantize into
 
     @torch.no_grad()
@@ -169,12 +172,12 @@ class Press:
             amax = self.tiles.amax(x, scheme, chunk.phase)
             self._check(amax, chunk, x)
         if chunk.work is Work.AMAX:
-            self._placed.fold(placement, chunk.cells, amax, chunk.unit)
+            self._fold(chunk, amax)
             return
         assert mine is not None
         destination, scale = self._placed.destination(placement), _scales(placement, x)(mine.of_scales(amax))
         destination.put_scale(mine.cells, schemes.to_stored(scale, scheme))
-        view = _view(destination, mine.piece)
+        view = self._view(destination, mine.piece)
         out = self._scratch(mine.piece, scheme) if view is None else view
         self.tiles.quantize(out, _part(mine, x), scale, scheme, mine.phase)
         if view is None:
@@ -188,9 +191,28 @@ class Press:
             )
             raise WeightError(nonfinite_text(self._checkpoint, chunk.piece, values, chunk.placement))
 
+    def _check_half(self, values: Tensor, piece: Piece, placement: Placement) -> None:
+        """Raise if there is no number of fp16 for a weight: it holds no more than 65504."""
+        if bool(torch.isinf(values).any()):
+            raise WeightError(nonfinite_text(self._checkpoint, piece, values, placement))
+
+    def _check_codes(self, codes: Tensor, chunk: Chunk, x: Encoded) -> None:
+        """Raise if a code of FP8 is no number."""
+        if holds_nan(codes):
+            self._check(torch.tensor(math.nan), chunk, x)
+
+    def _fold(self, chunk: Chunk, amax: Tensor) -> None:
+        """Fold in the amax of a first reading."""
+        self._placed.fold(chunk.placement, chunk.cells, amax, chunk.unit)
+
+    def _view(self, destination: Destination, piece: Piece) -> Stored | None:
+        """The memory of a box if a CPU can quantize into it."""
+        view = destination.view(piece)
+        return view if view is not None and schemes.on_cpu(view) else None
+
     def _scratch(self, piece: Piece, scheme: Scheme) -> Stored:
         if self.out is None:
-            self.out = torch.empty(self._out_bytes, dtype=torch.uint8)
+            self.out = torch.empty(self._out_bytes, dtype=torch.uint8, device=self.tiles.device)
         return scheme.scratch(self.out, piece.size)
 
     # -- sources that are quantized already ---------------------------------------------------------------------------
@@ -198,19 +220,19 @@ class Press:
     def _at_once(self, chunk: Chunk, x: Encoded, scheme: Scheme) -> bool:
         """Scale, quantize and place a chunk, each tile decoded once; False, and nothing is done, where that can't be.
 
-        That is where tiles share scale groups; nor is it done where the amax is found without decoding.
+        That is where tiles share scale groups; nor is it done where the amax is sooner found without decoding.
         """
-        if chunk.placement.columns is not None or x.compares(scheme):
+        if chunk.placement.columns is not None or (self._compares and x.compares(scheme)):
             return False
         destination = self._placed.destination(chunk.placement)
-        view = _view(destination, chunk.piece)
+        view = self._view(destination, chunk.piece)
         out = self._scratch(chunk.piece, scheme) if view is None else view
-        scale_of = _scales(chunk.placement, x)
-        amax = self.tiles.scale_and_quantize(out, x, scale_of, scheme, chunk.phase)
-        if amax is None:
+        found = self.tiles.scale_and_quantize(out, x, _scales(chunk.placement, x), scheme, chunk.phase)
+        if found is None:
             return False
+        amax, scales = found
         self._check(amax, chunk, x)
-        destination.put_scale(chunk.cells, schemes.to_stored(scale_of(amax), scheme))
+        destination.put_scale(chunk.cells, schemes.to_stored(scales, scheme))
         if view is None:
             destination.put(chunk.piece, out)
         return True
@@ -223,16 +245,16 @@ class Press:
             for axis, (off, n) in enumerate(zip(box.dst_off, box.size, strict=True)):
                 piece = piece.narrow(axis, off, n)
             values = found.decode(box, self.tiles.scratch, self.tiles.bits).to(chunk.placement.dtype)
-            if values.dtype == torch.float16 and bool(torch.isinf(values).any()):  # which holds no more than 65504
-                raise WeightError(nonfinite_text(self._checkpoint, piece, values, chunk.placement))
+            if values.dtype == torch.float16:
+                self._check_half(values, piece, chunk.placement)
             destination.put(piece, values)
 
     def _pass(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:
         """Place codes and scales as they are."""
         scheme, destination = schemes.get(chunk.placement.scheme or ""), self._placed.destination(chunk.placement)
         scale, codes = x.grid(scheme, chunk.phase), x.unpack()
-        if codes.dtype.is_floating_point and holds_nan(codes):
-            self._check(torch.tensor(math.nan), chunk, x)
+        if codes.dtype.is_floating_point:
+            self._check_codes(codes, chunk, x)
         destination.put_scale(mine.cells, schemes.to_stored(mine.of_scales(scale), scheme))
         destination.put(mine.piece, mine.of(codes))
 
@@ -242,12 +264,6 @@ def _scales(placement: Placement, x: Tensor | Encoded) -> Callable[[Tensor], Ten
     if placement.lossless and isinstance(x, Encoded):
         return functools.partial(lossless_scale, unit=x.unit)
     return functools.partial(schemes.scale_from_amax, scheme=schemes.get(placement.scheme or ""))
-
-
-def _view(destination: Destination, piece: Piece) -> Stored | None:
-    """The memory of a box if a CPU can quantize into it."""
-    view = destination.view(piece)
-    return view if view is not None and schemes.on_cpu(view) else None
 
 
 def _part(mine: Partition, x: Tensor | Encoded) -> Tensor | Encoded:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError, DeviceError, OctavoError, boundary
 from ..machine import now
-from ..planning.blocks import Block, Read, cut_in_turn, cut_reads
+from ..planning.blocks import NOTHING, Block, Read, cut_in_turn, cut_reads
 from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Work, cut_placements
 from ..planning.placement import Placement
@@ -101,7 +101,6 @@ class Stream:
             raise DeviceError("direct_io=True is for loading to an accelerator; None or False reads as a CPU does")
         if direct_io and self.budget.read_bytes == self.budget.slot_bytes:
             raise DeviceError(f"direct_io=True needs more staging_bytes than {plan.staging_bytes:,}")
-        assert not self.budget.lanes or not any(placement.codings for placement in plan.placements), "Budget.fit"
         self.files = Files.of(checkpoint, direct_io if self.budget.lanes else False, checks)
         self.tally = tally or Tally()  # several streams of one job share theirs
         self._placed = Placed(sink, self.ring)
@@ -231,12 +230,13 @@ class Stream:
 
     def _read_part(self, read: Read, slot: Slot) -> int:
         started = now()
-        if len(read.runs) == 1 and slot.aligned and not read.runs[0].shared:
+        if len(read.runs) == 1 and slot.aligned and not read.runs[0].shared and read.runs[0].shard != NOTHING:
             slot.start = self.files.read_run(read.runs[0].shard, slot.view, read.runs[0].offset, read.nbytes)
         else:
             slot.start = at = 0
             for shard, offset, nbytes, _ in read.runs:
-                self.files.read_into(shard, slot.view[at : at + nbytes], offset)
+                if shard != NOTHING:
+                    self.files.read_into(shard, slot.view[at : at + nbytes], offset)
                 at += nbytes
         self._count_read(started, read.nbytes)
         return read.nbytes

@@ -1,4 +1,4 @@
-"""Checkpoints that are quantized already, on their way to a GPU: the host decodes them, and the bytes are the CPU's."""
+"""Checkpoints that are quantized already, decoded on a GPU: the bytes are the CPU's."""
 
 from __future__ import annotations
 

@@ -280,15 +280,13 @@ def test_a_scale_that_is_missing_is_named_before_a_weight_is_read(tmp_path: Path
             way(tmp_path / "source", tmp_path / "out")
 
 
-def test_what_goes_to_an_accelerator_is_decoded_by_the_host(tmp_path: Path) -> None:
+def test_what_goes_to_an_accelerator_is_decoded_there(tmp_path: Path) -> None:
     write(tmp_path / "source")
     plan = octavo.plan(tmp_path / "source", device="cuda", model=False)
-    on_device, on_host = plan.parts()
-    assert {placement.name for placement in on_host.quantized} == {p.name for p in plan.quantized}
-    assert not on_device.quantized
-    assert Budget.fit(on_host.placements, plan.staging_bytes).lanes == 0
+    (on_device,) = plan.parts()
+    assert on_device.quantized
+    assert all(placement.codings for placement in on_device.quantized)
     assert Budget.fit(on_device.placements, plan.staging_bytes).lanes
-    assert Budget.fit(plan.placements, plan.staging_bytes).lanes == 0
 
 
 def test_nothing_of_the_declaration_remains(tmp_path: Path) -> None:

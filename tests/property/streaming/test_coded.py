@@ -20,6 +20,7 @@ from octavo.numerics import schemes
 from octavo.numerics.lossless import lossless_scale, unit_of
 from octavo.planning import chunks, kinds
 from octavo.planning.budget import Budget
+from octavo.planning.coded import decoded_there
 from octavo.planning.placement import Target
 from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
@@ -106,7 +107,11 @@ def test_bytes_are_those_of_decoding_whole_tensors(
         placement = dataclasses.replace(plan.placements[0], columns=columns)
         plan = dataclasses.replace(plan, placements=(placement,))
         fit = Budget.fit(plan.placements, plan.staging_bytes, way.threads, way.slot_bytes)
-        budget = dataclasses.replace(fit, scratch_elements=min(fit.scratch_elements, way.tile_elements))
+        scratch = min(fit.scratch_elements, way.tile_elements)
+        lanes = way.lanes if decoded_there(placement.pieces, dict(placement.codings)) else 0
+        budget = dataclasses.replace(
+            fit, scratch_elements=scratch, lanes=lanes, block_bytes=way.block_slots * fit.slot_bytes
+        )
         with mock.patch.object(chunks, "_MIN_RUN_BYTES", way.min_run_bytes):
             storages, tally = run_plan(checkpoint, plan, budget=budget)
     storage, whole = storages["p"], fuse(weights).contiguous()

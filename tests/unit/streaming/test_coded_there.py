@@ -1,0 +1,154 @@
+"""Codes that are decoded on an accelerator, without one: what is sent, what it takes there, and what is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import pytest
+import torch
+
+from helpers import headers, in_blocks, run_plan, same_bytes
+from helpers.coded import BLOCKS, coding_of, encoded, write_coded
+from octavo.checkpoint.codings import Coding, Decoding
+from octavo.checkpoint.header import TensorInfo
+from octavo.elements.pieces import whole
+from octavo.errors import WeightError
+from octavo.numerics import schemes
+from octavo.planning import kinds
+from octavo.planning.blocks import NOTHING, cut_blocks, cut_reads
+from octavo.planning.budget import Budget
+from octavo.planning.placement import Target
+from octavo.planning.plan import Plan, make_plan
+from octavo.planning.recipe import Recipe
+from octavo.streaming.on_accelerator import DevicePress
+from octavo.streaming.placed import Placed
+from octavo.streaming.ring import Ring, Slot
+from octavo.streaming.sinks import ParameterSink, Storage
+
+from .test_device_memory import META, WATCHED_BYTES, Allocations
+
+FP8, MXFP4, NVFP4, INT4 = BLOCKS, Decoding("e2m1", 1, 32), Decoding("e2m1", 1, 16), Decoding("int4_in_int32", 1, 32)
+
+
+def target_of(coding, shape, dtype=None):
+    return Target(coding.name, tuple(shape), dtype, kinds.LINEAR, (whole(coding.name, shape),))
+
+
+def spoiled(parts, part, value):
+    """The same with one number that is none."""
+    tensor = parts[part].clone()
+    byte = tensor.view(torch.uint8) if isinstance(value, int) and tensor.element_size() == 1 else tensor
+    byte.view(-1)[5] = value
+    return {**parts, part: tensor}
+
+
+NONE = [
+    (FP8, 0, "scale", -1.0),
+    (FP8, 0, "scale", 0.0),
+    (FP8, 0, "scale", float("nan")),
+    (FP8, 0, "scale", float("inf")),
+    (FP8, 0, "scale", 2.0**101),
+    (FP8, 0, "codes", 0xFF),
+    (MXFP4, 0, "scale", 255),
+    (NVFP4, 1, "scale", -1.0),
+]
+
+
+@pytest.mark.parametrize(("decoding", "seed", "part", "value"), NONE)
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", "fp8_tensor"])
+def test_what_a_cpu_refuses_is_refused_in_the_same_words(decoding, seed, part, value, scheme, tmp_path):
+    coding = coding_of("w", (384, 256), decoding)
+    checkpoint, _ = write_coded(tmp_path, {"w": (coding, spoiled(encoded(coding, seed), part, value))})
+    plan = make_plan(checkpoint, [target_of(coding, (384, 256))], Recipe(scheme))
+    errors = []
+    for lanes in (0, 2):
+        with pytest.raises(WeightError) as error:
+            run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
+        errors.append(str(error.value).partition(" of its rows")[0])
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_a_weight_that_fp16_does_not_hold_is_refused(lanes, tmp_path):
+    coding = coding_of("w", (128, 128), FP8)
+    checkpoint, _ = write_coded(tmp_path, {"w": (coding, {**encoded(coding, 0), "scale": torch.full((1, 1), 1e3)})})
+    plan = make_plan(checkpoint, [target_of(coding, (128, 128), torch.float16)], Recipe(None))
+    with pytest.raises(WeightError, match=r"tensor 'w' holds -?inf"):
+        run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
+
+
+def test_what_is_sent_is_what_is_stored(tmp_path):
+    sources = {}
+    for number, decoding in enumerate((FP8, MXFP4, NVFP4)):
+        coding = coding_of(f"w{number}", (200, 384), decoding)
+        sources[coding.name] = (coding, encoded(coding, 1 if decoding is NVFP4 else 0))
+    checkpoint, weights = write_coded(tmp_path, sources, shards=2)
+    targets = [target_of(coding, (200, 384)) for coding, _ in sources.values()]
+    plan = make_plan(checkpoint, targets, Recipe("fp8_channel"))
+    blocks = list(cut_blocks(plan.placements, checkpoint.tensors, 1 << 20))
+    sent = sum(run.nbytes for block in blocks for run in block.runs if run.shard != NOTHING)
+    assert sent == sum(info.nbytes for info in checkpoint.stored.values())
+    assert {run.shard for block in blocks for run in block.runs} >= {0, 1}
+    storages, tally = run_plan(checkpoint, plan, budget=in_blocks(plan, block_bytes=1 << 20))
+    assert tally.placed_bytes == plan.final_bytes()
+    q, scale = schemes.quantize(weights["w0"], "fp8_channel")
+    assert same_bytes(storages["w0"].weight, q)
+    assert same_bytes(storages["w0"].scale, scale)
+
+
+def test_zero_points_are_left_to_the_host(tmp_path):
+    coding = coding_of("w", (64, 64), INT4)
+    for seed, by_host in ((3, False), (1, True)):  # without zero points, and with
+        checkpoint, _ = write_coded(tmp_path / str(seed), {"w": (coding, encoded(coding, seed))})
+        plan = make_plan(checkpoint, [dataclasses.replace(target_of(coding, (64, 64)), device="cuda")], Recipe())
+        assert plan.placements[0].by_host == by_host
+        assert bool(Budget.fit(plan.placements, plan.staging_bytes).lanes) != by_host
+
+
+def large(decoding: Decoding, scheme: str | None, count: int = 6) -> tuple[object, Plan]:
+    """Matrices as large as the experts of DeepSeek-V3, of which there are headers alone."""
+    shape = (7168, 2048)
+    coding = coding_of("", shape, decoding)
+    codes_dtype, scale_dtype = {"float8": ("F8_E4M3", "F32"), "e2m1": ("U8", "U8")}[decoding.kind]
+    width = 1 if decoding.kind == "float8" else 2
+    stored, infos = {}, {}
+    for number in range(count):
+        stored[f"{number}.codes"] = ((shape[0], shape[1] // width), codes_dtype)
+        stored[f"{number}.scale"] = (coding.grid, scale_dtype)
+    offset = 8
+    for name, (dims, dtype) in stored.items():
+        nbytes = dims[0] * dims[1] * (4 if dtype == "F32" else 1)
+        infos[name] = TensorInfo(name, dtype, dims, 0, offset, nbytes)
+        offset += nbytes
+    tensors = {
+        f"{number}.up_proj.weight": dataclasses.replace(
+            infos[f"{number}.codes"],
+            name=f"{number}.up_proj.weight",
+            dtype_name="BF16",
+            shape=shape,
+            coding=Coding("w", shape, decoding, infos[f"{number}.codes"], infos[f"{number}.scale"]),
+        )
+        for number in range(count)
+    }
+    checkpoint = dataclasses.replace(headers({}), tensors=tensors)
+    wanted = [Target(name, shape, None, kinds.LINEAR, (whole(name, shape),)) for name in tensors]
+    return checkpoint, make_plan(checkpoint, wanted, Recipe(scheme))
+
+
+@pytest.mark.parametrize("decoding", [FP8, MXFP4])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", "mxfp8", "fp8_tensor", None])
+def test_nothing_waits_for_a_device_and_all_is_within_the_budget(decoding, scheme, monkeypatch):
+    monkeypatch.setattr(torch, "meta", types.SimpleNamespace(), raising=False)  # a device without streams, or values
+    checkpoint, plan = large(decoding, scheme)
+    storages = {p.name: Storage.allocate(dataclasses.replace(p, device="meta")) for p in plan.placements}
+    budget = Budget.on_accelerator(META, 256 << 20, 16, coded=True)
+    slot = Slot(16, pinned=False)
+    slot.buffer = torch.empty(budget.slot_bytes, dtype=torch.uint8, device=META)
+    placed = 0
+    with Allocations() as allocations:
+        press = DevicePress(checkpoint, budget, Placed(ParameterSink(storages), Ring(1)))
+        for read in cut_reads(cut_blocks(plan.placements, checkpoint.tensors, budget.block_bytes), budget.read_bytes):
+            placed += press.take(read, slot)
+    assert placed == plan.final_bytes()
+    assert allocations.peak_bytes <= budget.lanes * (budget.lane_bytes + WATCHED_BYTES)
