@@ -69,6 +69,11 @@ DECODINGS = st.one_of(
 @example([70, 33], 160, 2, None, False, "fp8_channel", FP4, 0, Way(700, 2, 1 << 20, 50, 1), False, False)
 @example([70, 33], 160, 2, None, False, "fp8_tensor", FP4, 1, Way(700, 2, 1 << 20, 50, 1), False, False)
 @example([70], 131, 3, (0.3, 0.9), False, None, INT4, 1, Way(700, 2, 1 << 20, 50, 1), True, True)
+@example([130], 300, 2, (0.4, 0.6), False, "fp8_block", BLOCKS, 0, Way(700, 2, 1 << 20, 50, 1, 2, 5), False, False)
+@example([260], 257, 2, None, False, "fp8_tensor", BLOCKS, 0, Way(4096, 2, 1 << 20, 1000, 1, 2, 2), True, True)
+@example([70, 33], 160, 2, None, False, "fp8_channel", FP4, 0, Way(700, 2, 1 << 20, 50, 1, 1, 5), False, False)
+@example([64], 160, None, None, True, "fp8_channel", FP4, 1, Way(4096, 2, 1 << 20, 700, 1, 3, 1), True, False)
+@example([256], 384, 3, None, False, "fp8_channel", INT4, 3, Way(None, 2, 1 << 20, 5000, 1, 2, 1), False, False)
 def test_bytes_are_those_of_decoding_whole_tensors(
     rows, cols, stacked, cut, permuted, scheme, decoding, seed, way, transposed, stored_transposed
 ):
