@@ -82,11 +82,16 @@ def settle(signature: Any) -> None:
 class Product:
     """A product with a quantized weight: all that decides about its kernels but the number of rows."""
 
-    shape: tuple[int, ...]  # [out, in] or [experts, out, in]
+    shape: tuple[int, ...]  # [out, in] or [experts, out, in], as it is stored
     scheme: str
     parts: tuple[int, ...]
     bias: torch.dtype | None
     scale: tuple[tuple[int, ...], torch.dtype]
+
+    @property
+    def cols(self) -> int:
+        """Those of the weight, and of activations."""
+        return schemes.get(self.scheme).weight_shape(self.shape)[-1]
 
     def operands(self) -> tuple[Tensor, Tensor, str, tuple[int, ...], Tensor | None]:
         """Weight, scale, scheme, parts and bias."""
@@ -103,7 +108,7 @@ class Linear:
     dtype: torch.dtype
 
     def rehearse(self, rows: int) -> None:
-        fp8.linear(_meta((rows, self.product.shape[-1]), self.dtype), *self.product.operands())
+        fp8.linear(_meta((rows, self.product.cols), self.dtype), *self.product.operands())
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Experts:
         if not fp8.use_pairs(rows):
             ids, order, ends, position = fp8.sort_routes(ids, experts)
         for product, gather in ((self.up, True), (self.down, False)):
-            x = _meta((rows, product.shape[-1]), self.dtype)
+            x = _meta((rows, product.cols), self.dtype)
             y = fp8.expert_linear(x, *product.operands(), ids, order, ends, 1, gather)
         for dtype in (self.dtype, torch.float32):  # the router of the model has its own opinion
             fp8.combine(y, pairs, _meta((rows, 1), dtype), experts, position)
@@ -160,7 +165,7 @@ def _experts(module: Any, dtype: torch.dtype) -> Iterator[Experts]:
 def _product(module: Any, name: str, how: tuple[str, tuple[int, ...]], bias: Tensor | None) -> Product | None:
     """The product with a weight, if that is quantized."""
     weight, scale = module._parameters[name], module._parameters[scale_name(name)]
-    if weight.dtype not in schemes.NUMBERS:
+    if weight.dtype not in schemes.HELD:
         return None
     return Product(tuple(weight.shape), *how, None if bias is None else bias.dtype, (tuple(scale.shape), scale.dtype))
 

@@ -1,18 +1,19 @@
 """Products on a GPU with FP8 units (NVIDIA, compute capability 8.9 and later), for bf16 and fp16 activations.
 
-    rows of x        fp8_channel, fp8_tensor         fp8_block                         mxfp8, int8_channel
+    rows of x        fp8_channel, fp8_tensor         fp8_block                         mxfp8, int8_channel, nvfp4
     up to 16         weight-only, one kernel         the same                          the same
-    more             FP8 activations, one kernel     FP8 activations, the library      the same, to 64 or 256
+    more             FP8 activations, one kernel     FP8 activations, the library      the same, to 64 or 256 (int8)
     513 and more     FP8 activations, the library    the same                          widened, then F.linear
 
     experts:
     fewer than 2 rows an expert   weight-only, one kernel        the same              the same
     more                          FP8 activations, one kernel    the same              weight-only, one kernel
 
-int8 needs no FP8 units: it is computed so from compute capability 8.0 on.
+int8 and nvfp4 need no FP8 units: they are computed so from compute capability 8.0 on.
 
 *Weight-only*: weights are widened exactly, the product is computed in the dtype of the activations and scaled in
-float32; for mxfp8 in bf16, the power of two is folded into the weight, exactly. Where weights are *widened* first, they
+float32; for mxfp8 in bf16, the power of two is folded into the weight, exactly, and so is the scale of 16 columns for
+nvfp4. Where weights are *widened* first, they
 are scaled and rounded to that dtype, too.
 
 *FP8 activations* are quantized when they come, with a scale of amax / 448 for each row, or for 128 columns of a row
@@ -65,7 +66,7 @@ _MAX_PARTS = 4
 _FEW = 16
 #: schemes whose activations are never quantized, and up to how many rows a product is one kernel; for more, weights
 #: are widened
-_WEIGHT_ONLY = {"mxfp8": 64, "int8_channel": 256}
+_WEIGHT_ONLY = {"mxfp8": 64, "int8_channel": 256, "nvfp4": 64}
 #: bytes of weights that are widened at a time
 _WIDENED = 64 << 20
 #: from so many rows on a product is the library's; before, that takes the host longer, and the GPU no less
@@ -82,7 +83,7 @@ _BUSY = 2
 
 def computes(dtype: torch.dtype, index: int) -> bool:
     """Return True if CUDA device ``index`` multiplies weights of such numbers here."""
-    if dtype == torch.int8:
+    if dtype in (torch.int8, torch.uint8):
         return HAS_TRITON and torch.version.cuda is not None and _capability(index) >= (8, 0)
     return dtype == schemes.FP8 and has_units(index)
 
@@ -134,6 +135,8 @@ def _layout(rows: int, cols: int, name: str, parts: tuple[int, ...]) -> _kernels
         group_rows=scheme.group_rows or 1 << 30,
         group_cols=scheme.group_cols or 0,
         power_of_two=scheme.power_of_two,
+        pitch=scheme.stored_shape((rows, cols))[1],
+        packed=scheme.packed,
         parts=len(grid.parts),
         starts=(starts[0], starts[1], starts[2]),
         firsts=(firsts[0], firsts[1], firsts[2]),
@@ -213,7 +216,7 @@ def _bytes(scale: Tensor) -> Tensor:
 )
 def linear(x: Tensor, q: Tensor, scale: Tensor, scheme: str, parts: Sequence[int], bias: Tensor | None) -> Tensor:
     """``x[..., in] @ dequantize(q[out, in]).T + bias``, in x's dtype."""
-    n, k = q.shape
+    n, k = len(q), x.shape[-1]
     rows = x.numel() // k
     if not rows or not n:
         return x.new_zeros(*x.shape[:-1], n)
@@ -246,16 +249,17 @@ def _way(
     if not has_kernels() or len(parts) > _MAX_PARTS:
         return functools.partial(_weight_only, scheme=scheme, parts=parts)
     if rows > _WEIGHT_ONLY.get(scheme, rows):
-        return _widened_linear
+        return functools.partial(_widened_linear, parts=parts)
     wide = scheme in _WEIGHT_ONLY or rows <= _FEW
     layout, tile = _layout(n, k, scheme, parts), _tile(device, rows, n, scheme, wide, False)
     return kernels().Dense(layout, tile, rows, dtype, bias, activations=None if wide else scheme)  # type: ignore[no-any-return]
 
 
-def _widened_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _widened_linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None, *, parts: tuple[int, ...]) -> Tensor:
     """At most 128 MiB of the weight widened at a time."""
-    n, k = q.shape
-    scale, bias = _bytes(scale), None if bias is None else bias.to(x.dtype)
+    n, k = len(q), x.shape[-1]
+    scale = library.row_of_scales(scale, parts).view(n, 1) if q.dtype == torch.uint8 else _bytes(scale)
+    bias = None if bias is None else bias.to(x.dtype)
     step = max(1, _WIDENED // k)
     if x.is_meta:
         kernels().widen(q, scale, x.dtype)
@@ -325,12 +329,12 @@ def expert_linear(
     """Row i: ``x[i // top_k] @ dequantize(q[ids[i]]).T + bias[ids[i]]``; nothing where ids[i] >= experts.
 
     Args:
-        q: float8_e4m3fn or int8 [experts, out, in].
+        q: float8_e4m3fn, int8 or as NVFP4 is stored [experts, out, in].
         ids: [rows].
         order, ends: as `sort_routes` gives them; ids are the sorted ones then, and so are the rows of the result.
         gather: row i takes ``x[order[i] // top_k]``; else x is sorted as the result.
     """
-    experts, n, k = q.shape
+    experts, n, k = *q.shape[:2], x.shape[-1]
     rows, dtype = len(ids), x.dtype
     x = x.contiguous()
     if not rows:

@@ -1,4 +1,4 @@
-"""Triton kernels of the forward on a GPU: a product with FP8 or int8 weights.
+"""Triton kernels of the forward on a GPU: a product with FP8, int8 or NVFP4 weights.
 
 Imported only where Triton is installed. Every kernel takes every scheme and any side; matrices are contiguous along
 their rows. `fp8` holds the reasons for which kernel runs when.
@@ -13,6 +13,7 @@ widens weights in `widening_kernels`; all are handed on from here.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,8 +28,8 @@ from .activation_kernels import quantize_rows as quantize_rows
 from .expert_kernels import combine as combine
 from .expert_kernels import sort_routes as sort_routes
 from .launching import Launch, power_of_two
+from .widening_kernels import unpacked, widened
 from .widening_kernels import widen as widen
-from .widening_kernels import widened
 
 DENSE, PAIRS, SORTED = 0, 1, 2
 
@@ -56,6 +57,8 @@ class Layout:
     parts: int
     starts: tuple[int, int, int]  # rows at which parts 2, 3, 4 begin
     firsts: tuple[int, int, int]  # their first cells
+    pitch: int  # bytes of a row
+    packed: bool  # as NVFP4 is stored
 
 
 class Routes(NamedTuple):
@@ -96,11 +99,11 @@ def _scale_cell(col, part_1, part_2, part_3, cell_1, cell_2, cell_3, GROUP_ROWS:
 )
 def _product_kernel(
     x, x_scale, q, scale, bias, out, ids, order, ends,  # tensors; the last three of experts
-    m, n, k, x_scale_stride, cells_n, cells_k,
+    m, n, k, pitch, x_scale_stride, cells_n, cells_k,
     part_1, part_2, part_3, cell_1, cell_2, cell_3, top_k, experts,
     MODE: tl.constexpr, GATHER: tl.constexpr, FP8_X: tl.constexpr, MX: tl.constexpr,
     FOLD: tl.constexpr, GROUP_ROWS: tl.constexpr, GROUP_COLS: tl.constexpr, PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, EVEN: tl.constexpr, PACKED: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """out[m, n] = x[m, k] @ (q * scale)[n, k].T + bias.
@@ -149,7 +152,7 @@ def _product_kernel(
             x_rows = tl.load(order + rows, mask=rows < limit, other=0).to(tl.int32) // top_k
     if MODE != 0:
         expert = expert.to(tl.int64)
-        q += expert * n * k
+        q += expert * n * pitch
         scale += expert * cells_n * cells_k
         if HAS_BIAS:
             bias += expert * n
@@ -158,9 +161,19 @@ def _product_kernel(
     in_rows, in_cols = rows < limit, cols < n
     cell = _scale_cell(cols, part_1, part_2, part_3, cell_1, cell_2, cell_3, GROUP_ROWS, PARTS)
     scale_at = scale + cell * cells_k
-    depth = tl.arange(0, BK)
-    x_at = x + x_rows.to(tl.int64)[None, :] * k + depth[:, None]
-    q_at = q + cols.to(tl.int64)[:, None] * k + depth[None, :]
+    if PACKED:  # two columns beside each other are in one byte: even ones and odd ones are multiplied apart
+        depth = tl.arange(0, BK // 2)
+        x_at = x.to(tl.pointer_type(tl.int32))
+        x_at += tl.multiple_of(x_rows.to(tl.int64) * (k // 2), 8)[None, :] + depth[:, None]
+        q_at = q + tl.multiple_of(cols.to(tl.int64) * pitch, ALIGN)[:, None]
+        group = tl.arange(0, BK // 16)
+        group_at = q_at + (k // 2 + group)[None, :]
+        q_at += depth[None, :]
+        scales = tl.load(group_at, mask=in_cols[:, None] & (group < k // 16)[None, :], other=0)
+    else:
+        depth = tl.arange(0, BK)
+        x_at = x + x_rows.to(tl.int64)[None, :] * k + depth[:, None]
+        q_at = q + cols.to(tl.int64)[:, None] * pitch + depth[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     if GROUP_COLS != 0 and not FOLD:  # factors are loaded a step ahead of their use
         factor = tl.load(scale_at, mask=in_cols, other=0)
@@ -172,12 +185,24 @@ def _product_kernel(
             values = tl.load(x_at, mask=in_rows[None, :], other=0.0)
             weight = tl.load(q_at, mask=in_cols[:, None], other=0.0)
         else:
-            within = depth < k - start_k
+            within = depth < (k - start_k) // (2 if PACKED else 1)
             values = tl.load(x_at, mask=in_rows[None, :] & within[:, None], other=0.0)
             weight = tl.load(q_at, mask=in_cols[:, None] & within[None, :], other=0.0)
-        if not FP8_X:
+        if PACKED:
+            group_at += BK // 16  # scales, too, are loaded a step ahead
+            beyond = group < (k - start_k - BK) // 16
+            scales_following = tl.load(group_at, mask=in_cols[:, None] & beyond[None, :], other=0)
+            low, high = unpacked(weight, scales, out.dtype.element_ty)
+            even = values.to(tl.int16).to(out.dtype.element_ty, bitcast=True)
+            odd = (values >> 16).to(tl.int16).to(out.dtype.element_ty, bitcast=True)
+            acc = tl.dot(low, even, acc)
+            acc = tl.dot(high, odd, acc)
+            scales = scales_following
+        elif not FP8_X:
             weight = widened(weight, values.dtype)
-        if GROUP_COLS == 0:
+        if PACKED:
+            pass
+        elif GROUP_COLS == 0:
             acc = tl.dot(weight, values, acc)
         elif FOLD:  # powers of two: exact in bf16
             group = start_k // GROUP_COLS + tl.arange(0, BK // GROUP_COLS)
@@ -199,8 +224,10 @@ def _product_kernel(
                 x_factor = x_following
             acc += part * factor[:, None]
             factor = following
-        x_at += BK
-        q_at += BK
+        x_at += BK // 2 if PACKED else BK
+        q_at += BK // 2 if PACKED else BK
+    if PACKED:
+        acc *= 256.0
     if GROUP_COLS == 0:
         acc *= tl.load(scale_at, mask=in_cols, other=0)[:, None]
     if FP8_X and (GROUP_COLS == 0 or MX):
@@ -229,8 +256,8 @@ def product(
     """``x @ dequantize(q).T + bias`` into ``out``, of experts if ``routes`` are given.
 
     Args:
-        x: bf16 or fp16 [..., in], or float8_e4m3fn with ``x_scale``; contiguous.
-        q: float8_e4m3fn or int8 [out, in], or [experts, out, in].
+        x: bf16 or fp16 [..., in], or float8_e4m3fn with ``x_scale``; contiguous, and for NVFP4 at an even place.
+        q: float8_e4m3fn, int8 or as NVFP4 is stored [out, in], or [experts, out, in].
         scale: as stored; the bytes of mxfp8's.
         x_scale: float32 [rows, 1], or [ceil(in / 128), at least rows] under fp8_block.
         bias: [out], or [experts, out].
@@ -241,10 +268,16 @@ def product(
         top_k, ids, order, ends, gather = routes
         indices = ids.dtype if order is None else order.dtype
         routed = _Routed(top_k, q.shape[0], order is not None, gather and order is not None, indices)
+    x = at_even_place(x) if layout.packed else x
     rows, dtypes = out.numel() // layout.rows, (x.dtype, out.dtype, None if bias is None else bias.dtype)
     launch = _product_launch(layout, tile, rows, 0 if x_scale is None else x_scale.shape[-1], dtypes, routed)
     launch(x, x_scale, q, scale, bias, out, ids, order, ends)
     return out
+
+
+def at_even_place(x: Tensor) -> Tensor:
+    """Activations of half precision at a multiple of four bytes: two of them are loaded at once beside NVFP4."""
+    return x.clone() if x.data_ptr() % 4 else x
 
 
 class _Routed(NamedTuple):
@@ -284,10 +317,10 @@ def _product_launch(
         _product_kernel,
         (tiles_n * tiles_m, 1, 1),
         (layout, tile, dtypes, scaled, mode, gather, count, routed and routed.indices),
-        (rows, n, k, x_scale_stride, *layout.cells, *layout.starts, *layout.firsts,
+        (rows, n, k, layout.pitch, x_scale_stride, *layout.cells, *layout.starts, *layout.firsts,
          top_k, experts, mode, gather, scaled, layout.power_of_two, fold,
          layout.group_rows, layout.group_cols, layout.parts, dtypes[2] is not None, count, k % depth == 0,
-         tile.rows, tile.cols, depth),
+         layout.packed, math.gcd(layout.pitch, 16), tile.rows, tile.cols, depth),
         num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip
@@ -300,7 +333,7 @@ class Dense:
         activations: the scheme of the weight, if its product is of FP8 activations.
     """
 
-    __slots__ = ("_launch", "_quantize", "_rows")
+    __slots__ = ("_launch", "_packed", "_quantize", "_rows")
 
     def __init__(
         self,
@@ -312,6 +345,7 @@ class Dense:
         activations: str | None,
     ) -> None:
         self._rows, k, x_scale_stride, x_dtype = layout.rows, layout.cols, 0, dtype
+        self._packed = layout.packed
         self._quantize: Rows | Groups | None = None
         if activations is not None:
             self._quantize = groups(rows, k, dtype) if activations == "fp8_block" else each_row(rows, k, dtype)
@@ -323,6 +357,8 @@ class Dense:
         x_scale = None
         if self._quantize is not None:
             x, x_scale = self._quantize(x)
+        elif self._packed:
+            x = at_even_place(x)
         if scale.dtype == torch.float8_e8m0fnu:
             scale = scale.view(torch.uint8)
         self._launch(x, x_scale, q, scale, bias, out, None, None, None)

@@ -69,7 +69,9 @@ print(json.dumps({**found, "launched": sorted(set(launched))}))
 """
 
 
-@pytest.mark.parametrize(("scheme", "kernel"), [("fp8_channel", "_quantize_rows"), ("int8_channel", "_widen")])
+@pytest.mark.parametrize(
+    ("scheme", "kernel"), [("fp8_channel", "_quantize_rows"), ("int8_channel", "_widen"), ("nvfp4", "_unpack")]
+)
 def test_the_forward_asks_for_no_binary_that_was_not_compiled_ahead(scheme, kernel, tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", PRETEND + COMPILE, scheme]
