@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from octavo.numerics import schemes
 from octavo.numerics.schemes import FP8
 
 
@@ -13,12 +14,17 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 class Layer(nn.Module):
-    """A linear layer of vLLM: a weight [out, in] in FP8 with its scale, or in bf16."""
+    """A linear layer of vLLM: a weight [out, in] with its scale, or in bf16; ``parts`` are fused in it."""
 
-    def __init__(self, rows, cols, scheme):
+    def __init__(self, rows, cols, scheme, parts=1):
         super().__init__()
-        self.weight = empty(rows, cols, dtype=FP8 if scheme else torch.bfloat16)
-        if scheme == "fp8_channel":
+        if scheme == "nvfp4":
+            self.weight_packed = empty(rows, cols // 2, dtype=torch.uint8)
+            self.weight_scale = empty(rows, cols // 16, dtype=FP8)
+            self.weight_global_scale = empty(parts, dtype=torch.float32)
+            return
+        self.weight = empty(rows, cols, dtype=schemes.get(scheme).dtype if scheme else torch.bfloat16)
+        if scheme in ("fp8_channel", "int8_channel"):
             self.weight_scale = empty(rows, 1, dtype=torch.float32)
         elif scheme == "fp8_block":
             self.weight_scale = empty(-(-rows // 128), -(-cols // 128), dtype=torch.float32)
@@ -33,7 +39,7 @@ class Toy(nn.Module):
     def __init__(self, scheme="fp8_channel", ranks=1, down="right", quantized=("gate_up_proj", "down_proj")):
         super().__init__()
         self.rank, self.ranks, self.down = ranks - 1, ranks, down
-        self.gate_up_proj = Layer(512 // ranks, 256, scheme if "gate_up_proj" in quantized else None)
+        self.gate_up_proj = Layer(512 // ranks, 256, scheme if "gate_up_proj" in quantized else None, parts=2)
         self.down_proj = Layer(256, 256 // ranks, scheme if "down_proj" in quantized else None)
         self.norm = empty(256)
 
@@ -45,6 +51,9 @@ class Toy(nn.Module):
                 self.norm.data.copy_(weight)
             elif layer in ("gate_proj", "up_proj"):
                 target = parameters[f"gate_up_proj.{kind}"].data
+                if kind == "weight_global_scale":
+                    target[int(layer == "up_proj")].copy_(weight[0])
+                    continue
                 rows = target.shape[0] // 2
                 mine = weight.narrow(0, self.rank * rows, rows) if len(weight) > rows else weight
                 target.narrow(0, rows * (layer == "up_proj"), rows).copy_(mine)
@@ -71,7 +80,7 @@ class Toy(nn.Module):
             target.narrow(0, 0, 128).copy_(weight.narrow(0, 128, 128))
             target.narrow(0, 128, 128).copy_(weight.narrow(0, 0, 128))
             return
-        if weight.shape[1] > target.shape[1]:
+        if weight.ndim > 1 and weight.shape[1] > target.shape[1]:
             weight = weight.narrow(1, self.rank * target.shape[1], target.shape[1])
         target.copy_(weight)
 

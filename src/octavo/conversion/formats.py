@@ -123,8 +123,27 @@ class Format:
             placement.name + packing.GLOBAL: ("scale", *self.scale_type(placement)),
         }
 
+    def tensors(self, placement: Placement) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name of each tensor that a quantized weight becomes -> its safetensors dtype, its shape; the weight first."""
+        found = {self.weight_name(placement): self.weight_type(placement)}
+        found.update({name: (dtype_name, shape) for name, (_, dtype_name, shape) in self.scales(placement).items()})
+        beside = self.beside(placement).items()
+        return {**found, **{name: (dtypes.NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in beside}}
+
+    def suffixes(self, scheme: str) -> tuple[str, ...]:
+        """What comes after the name of a weight in those of the tensors that it becomes, but for the weight's own."""
+        if has_groups(scheme):
+            return self.scale_suffix, packing.PACKED, packing.GLOBAL
+        return (self.scale_suffix, packing.PACKED, packing.SHAPE) if self.packs(scheme) else (self.scale_suffix,)
+
     def handed_out(self, placement: Placement, weight: Tensor, scale: Tensor) -> dict[str, Tensor]:
-        """All tensors of a weight that has scales among its numbers."""
+        """All tensors that a weight becomes, made of its numbers in place."""
+        if not has_groups(placement.scheme):
+            return {
+                self.weight_name(placement): self.stored_weight(placement.scheme, weight),
+                self.scale_name(placement.name): self.stored_scale(placement.scheme, scale),
+                **self.beside(placement),
+            }
         codes, scales = Packed.of(weight)
         return {
             self.weight_name(placement): codes.contiguous(),

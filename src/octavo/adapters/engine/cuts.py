@@ -7,8 +7,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ...conversion.packing import PACKED
 from ...elements.dry_run import Copy
 from ...elements.views import View
+from ...numerics.groups import Groups
+from ...numerics.nvfp4 import Packed
 from ...numerics.schemes import Scheme
 
 
@@ -23,23 +26,36 @@ class _Cut(NamedTuple):
     cols: tuple[int, int, int]
 
 
-def unequal(
-    weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme, suffix: str
-) -> str | None:
+class Grid(NamedTuple):
+    """A weight as a loader is given it, and its scales."""
+
+    shape: tuple[int, ...]
+    groups: Groups  # how many of its rows and columns share a scale; None: all
+    scale_shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, scheme: Scheme, shape: tuple[int, ...]) -> Grid:
+        """The grid of a weight [..., out, in]; where several are in a byte, bytes are its columns."""
+        if scheme.packed:
+            codes, scales = Packed.boxes(shape)
+            return cls(codes, (1, codes[-1] // scales[-1]), scales)
+        return cls(shape, scheme.groups, scheme.scale_shape(shape) or (1, 1))
+
+
+def unequal(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix: str) -> str | None:
     """Say what the loader does so that scales don't lie beside their weights in the model; None if they do.
 
     Args:
-        suffix: of the parameter with the scales, after that of the weight.
+        suffix: of the parameter with the scales, after that of the weight where it is not packed.
     """
-    groups = (scheme.group_rows, scheme.group_cols)
     expected, actual = set(), set()
     for copy in weights:
-        cut = _cut(copy, shape, groups)
+        cut = _cut(copy, grid.shape, grid.groups)
         if cut is None:
             return "rearranges it in a way that scales can't follow"
-        expected.add(cut._replace(target=copy.target + suffix))
+        expected.add(cut._replace(target=unpacked(copy.target) + suffix))
     for copy in scales:
-        cut = _cut(copy, scheme.scale_shape(shape) or (1, 1), (1, 1))
+        cut = _cut(copy, grid.scale_shape, (1, 1))
         if cut is None:
             return "rearranges its scale"
         actual.add(cut)
@@ -48,23 +64,25 @@ def unequal(
     return "does not cut its scale as it cuts the weight"
 
 
-def paired(
-    weights: Sequence[Copy], scales: Sequence[Copy], shape: tuple[int, ...], scheme: Scheme, suffix: str
-) -> list[tuple[Copy, Copy]] | None:
+def paired(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix: str) -> list[tuple[Copy, Copy]] | None:
     """Each copy of a weight with that of its scales; None where a weight's are copied in several goes."""
-    groups = (scheme.group_rows, scheme.group_cols)
-    beside = {_cut(copy, scheme.scale_shape(shape) or (1, 1), (1, 1)): copy for copy in scales}
+    beside = {_cut(copy, grid.scale_shape, (1, 1)): copy for copy in scales}
     found = []
     for weight in weights:
-        cut = _cut(weight, shape, groups)
-        scale = None if cut is None else beside.get(cut._replace(target=weight.target + suffix))
+        cut = _cut(weight, grid.shape, grid.groups)
+        scale = None if cut is None else beside.get(cut._replace(target=unpacked(weight.target) + suffix))
         if scale is None:
             return None
         found.append((weight, scale))
     return found
 
 
-def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | None]) -> _Cut | None:
+def unpacked(name: str) -> str:
+    """The parameter of a weight by the name that it has where it is not packed."""
+    return name.removesuffix(PACKED)
+
+
+def _cut(copy: Copy, shape: tuple[int, ...], groups: Groups) -> _Cut | None:
     """None if rows or columns are permuted, or if a scale group is cut."""
     view, box = copy.view, copy.box
     if view is None or len(view.size) < 2 or len(box.size) < 2 or view.size[-2:] != box.size[-2:]:
@@ -75,7 +93,7 @@ def _cut(copy: Copy, shape: tuple[int, ...], groups: tuple[int | None, int | Non
 
 @functools.lru_cache(maxsize=4096)  # a model has thousands of copies, and few shapes of them
 def _spans(
-    view: View, to: tuple[int, ...], shape: tuple[int, ...], groups: tuple[int | None, int | None]
+    view: View, to: tuple[int, ...], shape: tuple[int, ...], groups: Groups
 ) -> tuple[tuple[tuple[int, int], ...], int, tuple[int, int, int], tuple[int, int, int]] | None:
     """The fields of a `_Cut` from ``stack`` on, of a view that begins at row and column ``to`` of the target."""
     (n, k), (height, width), strides = shape[-2:], view.size[-2:], view.strides

@@ -23,15 +23,10 @@ from ...elements.dry_run import Copy, Source, Trace
 from ...numerics.schemes import NUMBERS
 from .coverage import uncovered
 from .culprits import Loader, trace_to_culprit
-from .cuts import unequal
+from .cuts import Grid, unequal, unpacked
 from .survey import layer_of, pattern_of, text_of
 
 _SCALES = ("_scale", "_scale_inv")
-
-
-def _plain(name: str) -> str:
-    """The parameter of a weight by the name that it has where it is not packed."""
-    return name.removesuffix(PACKED)
 
 
 @dataclass
@@ -197,7 +192,7 @@ class Case:
             elif not given and self._parameters[holder].numel():
                 verdict.waiting[module] = "nothing goes there"
                 verdict.empty += (module,)
-        for name in sorted(self._holders | {_plain(holder) + end for holder in self._holders for end in _SCALES}):
+        for name in sorted(self._holders | {unpacked(holder) + end for holder in self._holders for end in _SCALES}):
             if name in self._parameters and layer_of(name) not in verdict.waiting:
                 self._cover(name, written.get(name, []), verdict)
         layers = {layer_of(holder) for holder in self._holders}
@@ -229,10 +224,9 @@ class Case:
         beside = [copy._replace(target=copy.target.removesuffix("_inv")) for copy in scales]
         if scheme is None or (scheme.group_rows is None and scheme.group_cols is None):
             # one number, which goes to a cell of its own where several matrices are fused
-            alike = {f"{_plain(copy.target)}_scale" for copy in weights} == {copy.target for copy in beside}
+            alike = {f"{unpacked(copy.target)}_scale" for copy in weights} == {copy.target for copy in beside}
             return None if alike else "its scale does not arrive beside it"
-        weights = [copy._replace(target=_plain(copy.target)) for copy in weights]
-        why = unequal(weights, beside, info.shape, scheme, _SCALES[0])
+        why = unequal(weights, beside, Grid.of(scheme, info.shape), _SCALES[0])
         return why and f"it {why}"
 
     def _unquantized(self, weights: list[Copy]) -> str | None:

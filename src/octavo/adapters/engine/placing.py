@@ -21,6 +21,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...checkpoint import dtypes
+from ...conversion import formats
 from ...conversion.formats import Format
 from ...elements.dry_run import Copy, Trace, is_run
 from ...elements.pieces import Piece, contiguous_strides
@@ -29,7 +30,7 @@ from ...numerics import schemes
 from ...planning.placement import Placement, cut_parts
 from ...planning.plan import Plan
 from ...streaming.sinks import Storage
-from .cuts import paired
+from .cuts import Grid, paired
 
 
 class Places(NamedTuple):
@@ -48,9 +49,12 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     homes: dict[str, list[_Part]] = {}  # parameter -> what is streamed into it
     devices = {target: str(tensor.device) for target, tensor in memory.items()}
     for placement in plan.placements:
-        weights, scales = found.get(placement.name, []), found.get(layout.scale_name(placement.name), [])
+        weights = found.get(layout.weight_name(placement), [])
+        scales = found.get(layout.scale_name(placement.name), [])
         parts = None
-        if placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in (*weights, *scales)):
+        if formats.has_groups(placement.scheme):
+            pass
+        elif placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in (*weights, *scales)):
             parts = (
                 _quantized(placement, weights, scales, suffix)
                 if placement.scheme
@@ -125,7 +129,7 @@ def _rows(view: View, length: int) -> tuple[View, Columns] | None:
 def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy], suffix: str) -> list[_Part] | None:
     """Matrices, or rows and columns of them, each with its scales; None where there is more to do than to move."""
     scheme = schemes.get(str(placement.scheme))
-    pairs = paired(weights, scales, placement.shape, scheme, suffix)
+    pairs = paired(weights, scales, Grid.of(scheme, placement.shape), suffix)
     if pairs is None:
         return None
     n, k = placement.shape[-2:]

@@ -20,26 +20,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
+from ...conversion.packing import PACKED
 from ...elements.dry_run import Copy, Source, Trace, trace
 from ...errors import CoverageError, RecipeError, raise_problems
-from ...numerics import schemes
-from ...numerics.schemes import FP8, Scheme
 from ...planning.plan import Plan
 from .coverage import coverage, uncovered
 from .culprits import Loader, trace_to_culprit
-from .cuts import unequal
+from .given import Given, given_for
 from .placing import Places, split
+from .twins import twins
 
 #: layer -> tensors, scales included, that fill it in this process -> its parameters that they go to
 Fillers = Mapping[str, Mapping[str, frozenset[str]]]
-
-#: how a reason ends why a tensor can't be FP8 of which a loader takes the weight alone
-SCALE_PASSED_OVER = "passes over its scale"
 
 
 @dataclass(frozen=True)
@@ -90,11 +86,12 @@ class Surveyor:
         seen = self._trace(wanted)
         reasons: dict[str, str] = {}
         if seen.failed or self._misfits(seen, wanted) or self._lacks_scale(seen, wanted):
-            plain, keep, lacking = self._plain()
-            more, reasons = self._compare(plain, wanted)
-            keep.update(more)
-            wanted -= reasons.keys()
-            seen, refused = self._try(wanted, lacking)
+            with twins(self.model, self._holders):
+                plain, keep, lacking = self._plain()
+                more, reasons = self._compare(plain, wanted)
+                keep.update(more)
+                wanted -= reasons.keys()
+                seen, refused = self._try(wanted, lacking)
             for name, why in refused.items():
                 for copy in plain.by_source().get(name, ()):
                     keep.setdefault(layer_of(copy.target), why)
@@ -130,21 +127,23 @@ class Surveyor:
 
     # -- names --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _scheme(self) -> Scheme:
-        assert self.plan.recipe.scheme is not None
-        return schemes.get(self.plan.recipe.scheme)
+    @functools.cached_property
+    def _given(self) -> Given:
+        return given_for(self.layout, self.plan.recipe.scheme)
 
     @functools.cached_property
     def _holders(self) -> set[str]:
-        """Parameters that hold FP8."""
-        return {name for name, parameter in self.model.named_parameters() if parameter.dtype == FP8}
+        """Parameters that hold quantized numbers."""
+        return self._given.holders(self.model)
 
-    def _origin(self, given: str) -> str:
+    def _holds(self, copy: Copy) -> bool:
+        """Return True if a copy of an unquantized tensor goes into a layer that holds quantized numbers."""
+        return copy.target in self._holders or copy.target + PACKED in self._holders
+
+    def _origin(self, name: str) -> str:
         """The weight that a tensor given to the loader is, or is the scale of."""
-        suffix = self.layout.scale_suffix
-        name = given.removesuffix(suffix)
-        return name if given.endswith(suffix) and name in self._names else given
+        weight = self._given.origin(name)
+        return weight if weight in self._names else name
 
     @functools.cached_property
     def _names(self) -> set[str]:
@@ -162,8 +161,7 @@ class Surveyor:
             if without and pattern_of(name) in without:
                 continue
             if name in quantized:
-                yield Source(name, shape, FP8)
-                yield Source(self.layout.scale_name(name), self._scheme.scale_shape(shape) or (1,), torch.float32)
+                yield from self._given.sources(placement)
             else:
                 yield Source(name, shape, dtypes.MOVED[placement.source_dtype_names[0]])
 
@@ -182,7 +180,7 @@ class Surveyor:
                 for name in self._names
                 if pattern_of(layer_of(name)) == pattern_of(layer_of(failed[0]))
                 for copy in found.get(name, ())
-                if copy.target in self._holders
+                if self._holds(copy)
             ]
             if not beside:
                 raise CoverageError(self._refusal(failed))
@@ -216,36 +214,36 @@ class Surveyor:
     # -- whether weights and scales fit -------------------------------------------------------------------------------
 
     def _lacks_scale(self, seen: Trace, wanted: Collection[str]) -> bool:
-        """Return True if an unquantized tensor goes into a parameter that holds FP8."""
+        """Return True if an unquantized tensor goes into a parameter that holds FP8, or is passed over for its name."""
         holders = self._holders
+        if self._given.scheme.packed and not holders <= {copy.target for copy in seen.copies}:
+            return True
         return any(c.target in holders and any(self._origin(n) not in wanted for n in c.sources) for c in seen.copies)
 
     def _misfits(self, seen: Trace, wanted: Iterable[str]) -> dict[str, str]:
         """Tensors in FP8 that don't arrive as they should -> why."""
         found, holders = seen.by_source(), self._holders
-        shapes = {placement.name: placement.shape for placement in self.plan.quantized}
+        placements = {placement.name: placement for placement in self.plan.quantized}
         problems = {}
         for name in wanted:
-            weights, scales = found.get(name, []), found.get(self.layout.scale_name(name), [])
-            if not weights and not scales:
+            weights = found.get(self._given.weight(placements[name]), [])
+            if not weights and not found.get(self.layout.scale_name(name)):
                 continue  # the loader passes over it: another rank's experts, layers that the engine leaves out
             if not weights or any(copy.target not in holders for copy in weights):
                 problems[name] = self._kept_by_engine
-            elif not scales:
-                problems[name] = f"{self.engine}'s loader {SCALE_PASSED_OVER}"
-            elif why := unequal(weights, scales, shapes[name], self._scheme, self.layout.scale_suffix):
-                problems[name] = f"{self.engine}'s loader {why}"
+            elif why := self._given.misfit(placements[name], found, self.engine):
+                problems[name] = why
         return problems
 
     def _compare(self, plain: Trace, wanted: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
         """The recipe beside the model's layers: modules to keep -> why, and tensors to keep -> why."""
-        found, holders = plain.by_source(), self._holders
+        found = plain.by_source()
         keep: dict[str, str] = {}
         stay: dict[str, str] = {}
         homes: dict[str, set[str]] = {}
         for placement in self.plan.placements:
             copies = found.get(placement.name, [])
-            inside = [layer_of(copy.target) for copy in copies if copy.target in holders]
+            inside = [layer_of(copy.target) for copy in copies if self._holds(copy)]
             for module in inside:
                 homes.setdefault(module, set()).add(placement.name)
             if placement.name not in wanted:

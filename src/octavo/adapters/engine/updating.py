@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ...checkpoint import dtypes
@@ -25,7 +26,6 @@ from ...conversion.iterate import iterate
 from ...elements.pieces import whole
 from ...errors import CheckpointError, CoverageError, raise_problems
 from ...numerics import schemes
-from ...numerics.schemes import FP8
 from ...planning.placement import Placement, Target, placement_of
 from ...planning.plan import Plan
 from ...planning.recipe import Decision
@@ -81,9 +81,14 @@ class Weights:
         return {placement.name: placement for placement in self.plan.placements}
 
     @functools.cached_property
-    def _scaled(self) -> dict[str, Placement]:
-        """Scale -> what it is of."""
-        return {self.layout.scale_name(name): p for name, p in self._placements.items() if p.scheme is not None}
+    def _parts(self) -> dict[str, tuple[Placement, torch.dtype, tuple[int, ...]]]:
+        """What quantized weights are given as, but for names of the checkpoint -> of which, its dtype, its shape."""
+        return {
+            name: (placement, dtypes.MOVED[dtype_name], shape)
+            for placement in self.plan.quantized
+            for name, (dtype_name, shape) in self.layout.tensors(placement).items()
+            if name != placement.name
+        }
 
     @functools.cached_property
     def _matrices(self) -> dict[str, list[Placement]]:
@@ -135,7 +140,7 @@ class Weights:
 
     def _read(self, weights: CheckpointWeights, soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
         for name, weight in weights.quantized():
-            if name in self._placements and weight.dtype != FP8:  # what becomes FP8 was looked at when it was read
+            if name in self._placements and not self._placements[name].scheme:  # else it was looked at when it was read
                 soundness.of_weight(name, weight)
             self.arrivals.add(name)
             yield name, weight
@@ -151,21 +156,18 @@ class Weights:
             if placement is not None:
                 _check_shape(name, weight, placement.shape)
                 _check_dtype(placement, weight)
-            if placement is not None and placement.scheme is not None and weight.dtype != FP8:
+            if placement is not None and placement.scheme is not None and weight.dtype != placement.dtype:
                 q, scale = schemes.quantize(weight, placement.scheme)
                 del weight
                 soundness.of_quantized(name, scale)
-                for part, tensor in (
-                    (name, q),
-                    (self.layout.scale_name(name), self.layout.stored_scale(placement.scheme, scale)),
-                ):
+                for part, tensor in self.layout.handed_out(placement, q, scale).items():
                     self.arrivals.add(part)
                     yield part, tensor
                 del q, scale, tensor
                 continue
-            scaled = self._scaled.get(name)
-            if scaled is not None:
-                _check_scale(name, weight, scaled)
+            beside = self._parts.get(name)
+            if beside is not None:
+                _check_part(name, weight, *beside)
                 soundness.of_scale(name, weight)
             else:
                 soundness.of_weight(name, weight)
@@ -190,19 +192,19 @@ def _check_shape(name: str, weight: Tensor, shape: tuple[int, ...]) -> None:
 def _check_dtype(placement: Placement, weight: Tensor) -> None:
     """Raise for what engines cast, number by number."""
     first = dtypes.MOVED[placement.source_dtype_names[0]]
-    floats = {*dtypes.QUANTIZABLE, *([FP8] if placement.scheme else ())}
+    floats = {*dtypes.QUANTIZABLE, *([placement.dtype] if placement.scheme else ())}
     if weight.dtype not in (floats if first in dtypes.QUANTIZABLE else {first}):
         raise CoverageError(f"{placement.name}: is {weight.dtype}, was loaded from {first}")
 
 
-def _check_scale(name: str, scale: Tensor, placement: Placement) -> None:
+def _check_part(name: str, given: Tensor, placement: Placement, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """Raise for what engines cast, or spread over more cells than it has."""
-    assert placement.scheme is not None
-    shape = schemes.get(placement.scheme).scale_shape(placement.shape) or (1,)
-    if scale.dtype not in dtypes.QUANTIZABLE or tuple(scale.shape) != shape:
+    allowed = dtypes.QUANTIZABLE if dtype == torch.float32 else (dtype,)
+    if given.dtype not in allowed or tuple(given.shape) != shape:
+        what = "the scale" if name == placement.name + "_scale" else name.rpartition(".")[2]
         raise CoverageError(
-            f"{name}: is {scale.dtype} {list(scale.shape)}, and the scale of {placement.name} in {placement.scheme} is "
-            f"torch.float32 {list(shape)}"
+            f"{name}: is {given.dtype} {list(given.shape)}, and {what} of {placement.name} in {placement.scheme} is "
+            f"{dtype} {list(shape)}"
         )
 
 

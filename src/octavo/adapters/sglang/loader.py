@@ -17,15 +17,15 @@ from sglang.srt.model_loader.loader import DefaultModelLoader, get_model_loader
 from torch import nn
 
 from ...checkpoint.checkpoint import Checkpoint
-from ...conversion import formats
 from ...errors import RecipeError
 from ...streaming.meter import Stages, collection_paused
 from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
 from ...text import printable
+from ..engine.given import SCALE_PASSED_OVER
 from ..engine.loading import Loading, MakeAnewError, place_among_ranks
 from ..engine.names import LOAD_FORMAT
-from ..engine.survey import SCALE_PASSED_OVER, Survey
+from ..engine.survey import Survey
 from ..engine.telling import Telling
 from . import asking, plugin, reloading, runner, versions
 from .computed import Computed
@@ -86,7 +86,7 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
     def _load_model(
         self, model_config: Any, target: torch.device, device: torch.device, checkpoint: Checkpoint
     ) -> nn.Module:
-        layout = formats.get(self.options.format)
+        layout = self.options.layout
         with self.stages("plan"):
             depends = functools.partial(versions.facts_of, model_config, self.load_config)
             about = (self.options, layout, device, plugin.log, self.stages)

@@ -17,6 +17,7 @@ from octavo.errors import CoverageError, RecipeError
 from octavo.planning.plan import plan_checkpoint
 
 LAYOUT = formats.get("compressed-tensors")
+OF_INT8 = formats.get("compressed-tensors-w8a8")
 
 
 SHAPES = {"gate_proj.weight": (256, 256), "up_proj.weight": (256, 256), "down_proj.weight": (256, 256), "norm": (256,)}
@@ -24,12 +25,13 @@ SHAPES = {"gate_proj.weight": (256, 256), "up_proj.weight": (256, 256), "down_pr
 
 def survey(model, scheme="fp8_channel", shapes=SHAPES, dtype="BF16", ignore=(), **options):
     plan = plan_checkpoint(headers(shapes, dtype), Recipe(scheme, ignore=ignore))
-    return Surveyor(model, model.load_weights, plan, LAYOUT, engine="vLLM", **options).run()
+    layout = OF_INT8 if scheme == "int8_channel" else LAYOUT
+    return Surveyor(model, model.load_weights, plan, layout, engine="vLLM", **options).run()
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
-def test_fused_and_sharded_layers_become_fp8(scheme, ranks):
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", "int8_channel", "nvfp4"])
+def test_fused_and_sharded_layers_are_quantized(scheme, ranks):
     found = survey(Toy(scheme, ranks), scheme)
     assert not found.keep
     assert found.layers == 2
@@ -52,24 +54,34 @@ def test_each_layer_is_filled_by_its_tensors_and_their_scales():
     }
 
 
+def test_a_layer_of_nvfp4_is_filled_by_packed_numbers_and_two_scales():
+    found = survey(Toy("nvfp4", quantized=("down_proj",)), "nvfp4").fillers["down_proj"]
+    kinds = ("weight_packed", "weight_scale", "weight_global_scale")
+    assert found == {f"down_proj.{kind}": frozenset({kind}) for kind in kinds}
+
+
 def test_what_nobody_takes_is_not_read():
     found = survey(Toy(), shapes={"extra.weight": (64, 64), **SHAPES})
     assert found.unread == ("extra.weight",)
     assert "extra.weight" not in [p.name for p in found.plan.placements]
 
 
-def test_what_vllm_keeps_is_not_quantized():
-    found = survey(Toy(quantized=("gate_up_proj",)))
+@pytest.mark.parametrize("scheme", ["fp8_channel", "nvfp4"])
+def test_what_vllm_keeps_is_not_quantized(scheme):
+    found = survey(Toy(scheme, quantized=("gate_up_proj",)), scheme)
     assert not found.keep
     assert {p.name: p.reason for p in found.plan.kept}["down_proj.weight"] == "vLLM keeps this layer unquantized"
     assert found.layers == 1
 
 
-def test_an_ignored_tensor_in_an_fp8_layer_has_the_layer_kept():
-    found = survey(Toy(), ignore=["down_proj"])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "int8_channel", "nvfp4"])
+def test_an_ignored_tensor_in_a_quantized_layer_has_the_layer_kept(scheme):
+    model = Toy(scheme)
+    found = survey(model, scheme, ignore=["down_proj"])
     assert found.keep == {"down_proj": "ignored by 'down_proj'"}
     assert not found.refused
-    again = survey(Toy(quantized=("gate_up_proj",)), ignore=["down_proj"], kept=found.keep)
+    assert {*dict(model.named_parameters())} == {*dict(Toy(scheme).named_parameters())}
+    again = survey(Toy(scheme, quantized=("gate_up_proj",)), scheme, ignore=["down_proj"], kept=found.keep)
     assert {p.name: p.reason for p in again.plan.kept}["down_proj.weight"] == "ignored by 'down_proj'"
 
 

@@ -1,0 +1,39 @@
+"""Where unquantized weights would go in layers that hold packed ones, whose parameters have other names.
+
+For a dry run, each packed parameter has a twin beside it: by the name and in the shape that the unquantized weight has,
+with the loader of its own. What goes into a twin is for that layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...conversion.packing import PACKED
+from .cuts import unpacked
+
+
+@contextlib.contextmanager
+def twins(model: nn.Module, holders: Collection[str]) -> Iterator[None]:
+    """Have twins of these parameters meanwhile; of those that are not packed there are none."""
+    made: list[tuple[nn.Module, str]] = []
+    try:
+        for holder in holders:
+            layer, _, name = holder.rpartition(".")
+            module = model.get_submodule(layer)
+            if not name.endswith(PACKED) or unpacked(name) in module._parameters:
+                continue
+            packed: Any = module._parameters[name]
+            twin: Any = torch.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=torch.bfloat16, device="meta")
+            twin = twin.as_subclass(type(packed))  # whose loader may ask for its class
+            twin.__dict__.update(packed.__dict__)
+            module._parameters[unpacked(name)] = twin
+            made.append((module, unpacked(name)))
+        yield
+    finally:
+        for module, name in made:
+            del module._parameters[name]
