@@ -2,7 +2,8 @@
 
     python -m helpers.vllm_loading < jobs > answers
 
-Jobs are those of `helpers.vllm_engine`, with an option ``rank`` (of ``tensor_parallel_size``), and steps ``["reload",
+Jobs are those of `helpers.vllm_engine`, with options ``rank`` (of ``tensor_parallel_size``) and ``kernels`` (whether
+there are to be any, from then on), and steps ``["reload",
 path]``, ``["update", path, [names, ...]]`` (the names of each call, and false to leave it without an end) and
 ``["draft"]``; an answer holds digests of parameters (and whether they are where they were at first, after each step),
 or an error.
@@ -25,7 +26,7 @@ from octavo.errors import OctavoError
 
 from .folders import tensors_of
 from .vllm_engine import ENVIRONMENT, Answer, Job, addresses, digests
-from .vllm_stand_ins import stand_in
+from .vllm_stand_ins import stand_in, without_kernels
 
 
 def load(*jobs: Job, timeout: float = 300) -> list[Answer]:
@@ -155,6 +156,8 @@ def _main() -> None:
         _pretend(options.pop("rank", 0), options.get("tensor_parallel_size", 1))
         if options.pop("packs", False):
             _pack_convolutions()
+        if not options.pop("kernels", True):
+            without_kernels()
         try:
             model, config = _model(job["model"], options)
             answer["parameters"] = [digests(model)]

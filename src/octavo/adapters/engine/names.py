@@ -6,7 +6,10 @@ from __future__ import annotations
 LOAD_FORMAT = "octavo"
 #: ``--quantization`` is this and the scheme's name
 PREFIX = "octavo_"
-SCHEMES = ("fp8_channel", "fp8_block")
+SCHEMES = ("fp8_channel", "fp8_block", "int8_channel", "nvfp4")
+#: scheme -> the format of the checkpoint that an engine is told of, where it is not the default: of int8, engines have
+#: kernels everywhere for activations in int8, too
+FORMATS = {"int8_channel": "compressed-tensors-w8a8"}
 
 
 def scheme_of_quantization(quantization: str | None) -> str | None:

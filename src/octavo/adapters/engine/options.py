@@ -12,18 +12,18 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 from ...checkpoint.checkpoint import Checkpoint
-from ...choices import AUTO, DEFAULT_STAGING_BYTES
+from ...choices import AUTO, DEFAULT_FORMAT, DEFAULT_STAGING_BYTES
+from ...conversion import formats
 from ...errors import RecipeError
 from ...numerics import schemes
 from ...planning.coded import settled
 from ...planning.recipe import Recipe
-from .names import SCHEMES, scheme_of_quantization
+from .names import FORMATS, SCHEMES, scheme_of_quantization
 
-_REFUSED = {
+#: scheme -> why no engine is given it
+REFUSED = {
     "fp8_tensor": "it quantizes the parts of a fused layer a second time, to their largest scale",
     "mxfp8": "few of its kernels take it",
-    "int8_channel": "octavo makes it FP8 alone. What `octavo convert` writes in int8 is served as it is",
-    "nvfp4": "octavo makes it FP8 alone. `octavo convert` writes it for readers of compressed-tensors",
 }
 
 
@@ -58,8 +58,8 @@ class Options:
     """``--model-loader-extra-config``, checked; each engine has its own class.
 
     Args:
-        scheme: ``fp8_channel`` or ``fp8_block``; ``auto`` (default) is ``fp8_channel``, and where the source is
-            quantized already, the one that keeps its bytes.
+        scheme: ``fp8_channel``, ``fp8_block``, ``int8_channel`` or ``nvfp4``; ``auto`` (default) is ``fp8_channel``,
+            and where the source is quantized already, the one that keeps its bytes.
         ignore: patterns of checkpoint tensors that stay as they are; see `octavo.Recipe`.
         staging_bytes: bound on memory beyond the model, on the host and on the device.
         threads: that read; default: one a core, at most 16.
@@ -68,6 +68,7 @@ class Options:
     """
 
     engine: ClassVar[str]  # what it is called
+    refused: ClassVar[Mapping[str, str]] = REFUSED  # schemes that it is not given -> why
 
     scheme: str = AUTO
     ignore: tuple[str, ...] = ()
@@ -80,11 +81,21 @@ class Options:
     def recipe(self) -> Recipe:
         return Recipe(self.scheme, ignore=self.ignore)
 
+    @property
+    def layout(self) -> formats.Format:
+        """The format of the checkpoint that the engine is told of."""
+        return formats.get(FORMATS.get(self.scheme, DEFAULT_FORMAT))
+
     def settled(self: Mine, checkpoint: Checkpoint) -> tuple[Mine, str | None]:
         """The options with a scheme in the place of ``auto``, and a remark where that is not the usual one."""
-        recipe, remark = settled(self.recipe, checkpoint.tensors.values(), SCHEMES)
+        recipe, remark = settled(self.recipe, checkpoint.tensors.values(), self.offered())
         assert recipe.scheme is not None
         return replace(self, scheme=recipe.scheme), remark
+
+    @classmethod
+    def offered(cls) -> tuple[str, ...]:
+        """The schemes that the engine runs."""
+        return tuple(scheme for scheme in SCHEMES if scheme not in cls.refused)
 
     @classmethod
     def names(cls) -> list[str]:
@@ -130,10 +141,10 @@ class Options:
     @classmethod
     def _check_scheme(cls, scheme: Any) -> None:
         """Raise a `RecipeError` that names an alternative unless the engine can run the scheme."""
-        if scheme in SCHEMES:
+        if scheme in cls.offered():
             return
-        if scheme in _REFUSED:
-            instead = f"Use {' or '.join(SCHEMES)}"
-            raise RecipeError(f"the scheme {scheme} is not offered in {cls.engine}: {_REFUSED[scheme]}. {instead}")
+        if scheme in cls.refused:
+            instead = f"Use {' or '.join(cls.offered())}"
+            raise RecipeError(f"the scheme {scheme} is not offered in {cls.engine}: {cls.refused[scheme]}. {instead}")
         schemes.get(scheme)
         raise AssertionError(f"{scheme} is neither offered nor refused")

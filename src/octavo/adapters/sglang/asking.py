@@ -22,6 +22,7 @@ from ...choices import AUTO, DEFAULT_SCHEME
 from ...conversion.formats import whole_config
 from ...errors import RecipeError
 from ...numerics import schemes
+from ...numerics.schemes import FP8
 from ...planning.plan import plan_checkpoint
 from ...planning.recipe import matching
 from ..engine.names import LOAD_FORMAT, PREFIX, SCHEMES, scheme_of_quantization
@@ -109,7 +110,7 @@ def with_quantization(config: Any, model: str) -> Any:
     config = copy.deepcopy(config)  # SGLang keeps the other one, for other models
     declared = _known(_without_declarations(config), model)
     options = _settled(options, model, declared)
-    config.quantization_config = marked(whole_config(options.scheme, options.format), options)
+    config.quantization_config = marked(whole_config(options.scheme, options.layout.name), options)
     return config
 
 
@@ -123,7 +124,8 @@ def _settled(options: Options, model: str, declared: Declared) -> Options:
     if Path(model).is_dir():
         return options.settled(Checkpoint.open(model).decoded())[0]
     ways = [way.groups for way in declared.ways if way.kind == "float8"]
-    kept = (scheme for groups in ways for scheme in SCHEMES if schemes.get(scheme).groups == groups)
+    known = [schemes.get(scheme) for scheme in SCHEMES]
+    kept = (scheme.name for groups in ways for scheme in known if (scheme.groups, scheme.dtype) == (groups, FP8))
     return dataclasses.replace(options, scheme=next(kept, DEFAULT_SCHEME))
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from ...choices import AUTO, DEFAULT_FORMAT
 from ...conversion import formats
 from ...errors import RecipeError
 from ..engine import options
-from ..engine.names import SCHEMES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Options(options.Options):
     """
 
     engine = "SGLang"
+    refused: ClassVar[Mapping[str, str]] = {
+        **options.REFUSED,
+        "nvfp4": "it was tried in vLLM alone. What `octavo convert` writes in nvfp4 is served as it is",
+    }
 
     format: str = DEFAULT_FORMAT
     draft: str | None = None
@@ -36,13 +40,18 @@ class Options(options.Options):
     def __post_init__(self) -> None:
         if self.draft is not None:
             self._check_scheme(self.draft)
-        layout = formats.get(self.format)
+        layout = formats.get(self.format)  # which may be unknown
         for scheme in filter(None, (self.scheme, self.draft)):
             if scheme not in (*layout.schemes, AUTO):
                 raise RecipeError(
                     f"--model-loader-extra-config: the format {self.format!r} has no {scheme}, only "
                     f"{', '.join(layout.schemes)}; choose another scheme, or the format {DEFAULT_FORMAT!r}"
                 )
+
+    @property
+    def layout(self) -> formats.Format:
+        """The format of the checkpoint that SGLang is told of."""
+        return super().layout if self.format == DEFAULT_FORMAT else formats.get(self.format)
 
     def for_draft(self) -> Options | None:
         """The options for a draft with a checkpoint of its own, to which patterns don't apply; None if it stays."""
@@ -51,7 +60,7 @@ class Options(options.Options):
     @classmethod
     def kinds(cls) -> dict[str, options.Kind]:
         text = (lambda value: isinstance(value, str), "a text")
-        scheme = (lambda value: value is None or isinstance(value, str), f"one of {', '.join(SCHEMES)}")
+        scheme = (lambda value: value is None or isinstance(value, str), f"one of {', '.join(cls.offered())}")
         return {**super().kinds(), "format": text, "draft": scheme}
 
     @classmethod

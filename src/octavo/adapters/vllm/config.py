@@ -18,18 +18,23 @@ from torch import nn
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
+from vllm.platforms import current_platform
 
+from ...choices import DEFAULT_FORMAT
 from ...conversion.formats import whole_config
 from ...errors import RecipeError
 from ...planning.kinds import default_keep
 from ..engine.layers import LayerPatterns
-from ..engine.names import LOAD_FORMAT, PREFIX
+from ..engine.names import FORMATS, LOAD_FORMAT, PREFIX
+from ..engine.survey import error_text
 from . import plugin
 from .fitting import FITTING, can_be_plain, check_kernel, is_linear
 
 # below vLLM's own loggers, so that its settings hold for ours
 log = init_logger("vllm.octavo")
 
+#: schemes that vLLM runs on each device, in one way or another
+_RUN_EVERYWHERE = ("fp8_channel", "fp8_block")
 #: load formats that octavo takes over, or that read no weights
 _READ_BY_OCTAVO = (LOAD_FORMAT, *plugin.READ_BY_VLLM, "dummy")
 
@@ -86,6 +91,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
             kept: layers that stay unquantized -> why.
         """
         self._take(config)
+        self._check_kernel()
         self.packed_modules_mapping: dict[str, list[str]] = {}
         self.kept = dict(kept)
         self.names.clear()
@@ -96,9 +102,24 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         self.target_scheme_map, self.ignore = parsed.target_scheme_map, parsed.ignore
         self.quant_format, self.config = parsed.quant_format, parsed.config
 
+    def _check_kernel(self) -> None:
+        """Raise where vLLM has no kernel of this scheme here at all: each layer would be one that does not fit."""
+        if self.scheme in _RUN_EVERYWHERE:
+            return
+        for scheme in self.target_scheme_map.values():
+            kernel = [scheme.get(key) for key in ("weights", "input_activations", "output_activations", "format")]
+            try:
+                self._check_scheme_supported(self._get_scheme_from_parts(*kernel).get_min_capability())
+            except Exception as error:  # of whatever kind vLLM's kernels have
+                raise RecipeError(
+                    f"vLLM has no kernel for {self.scheme} here, on {current_platform.device_name} "
+                    f"({error_text(error)}). Use {' or '.join(_RUN_EVERYWHERE)}; what `octavo convert` writes in "
+                    f"{self.scheme}, vLLM runs where it has that kernel"
+                ) from error
+
     def _pretend(self) -> None:
         """Be the config of a checkpoint of which nothing is known."""
-        self._take(whole_config(self.scheme))
+        self._take(whole_config(self.scheme, FORMATS.get(self.scheme, DEFAULT_FORMAT)))
         log.warning(
             "octavo: --load-format dummy reads no checkpoint: layers are made in %s but for heads, routers and what "
             "vLLM keeps or can't make so. With the checkpoint, more may stay.",
@@ -187,5 +208,20 @@ class OctavoFp8BlockConfig(OctavoConfig):
     scheme = "fp8_block"
 
 
+class OctavoInt8ChannelConfig(OctavoConfig):
+    """``--quantization octavo_int8_channel``."""
+
+    scheme = "int8_channel"
+
+
+class OctavoNvfp4Config(OctavoConfig):
+    """``--quantization octavo_nvfp4``."""
+
+    scheme = "nvfp4"
+
+
 #: scheme -> its config
-CONFIGS = {config.scheme: config for config in (OctavoFp8ChannelConfig, OctavoFp8BlockConfig)}
+CONFIGS = {
+    config.scheme: config
+    for config in (OctavoFp8ChannelConfig, OctavoFp8BlockConfig, OctavoInt8ChannelConfig, OctavoNvfp4Config)
+}

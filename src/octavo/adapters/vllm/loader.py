@@ -27,8 +27,6 @@ from vllm.platforms import current_platform
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.quantized import KEYS as QUANTIZATION_KEYS
-from ...choices import DEFAULT_FORMAT
-from ...conversion import formats
 from ...errors import RecipeError
 from ...streaming.meter import Stages, collection_paused
 from ...streaming.on_accelerator import WarmUp
@@ -47,7 +45,6 @@ from .telling import telling
 
 # below vLLM's own loggers, so that its settings hold for ours
 log = init_logger("vllm.octavo")
-LAYOUT = formats.get(DEFAULT_FORMAT)
 
 
 class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
@@ -99,7 +96,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             if self.is_draft:
                 self.options = drafts.fitting(self.options, checkpoint)
             depends = functools.partial(versions.facts_of, vllm_config, model_config, prefix)
-            self.loading = Loading("vLLM", checkpoint, self.options, LAYOUT, self.device, log, self.stages, depends)
+            about = (self.options, self.options.layout, self.device, log, self.stages)
+            self.loading = Loading("vLLM", checkpoint, *about, depends)
             self.quant_config.layers = self.loading.patterns
         self._read_ahead()
 
@@ -191,7 +189,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         self.loading.tell(found)
         self.warming.close()
         self.loading.fill(found, model.load_weights, self._progress())
-        reload.prepare(model, self.loading.checkpoint, found.plan, LAYOUT, found.fillers)
+        reload.prepare(model, self.loading.checkpoint, found.plan, self.options.layout, found.fillers)
 
     def survey(self, model: Any, model_config: ModelConfig) -> Survey:
         """What the model's loader does with the checkpoint. Refuse what can't be done; have the model made anew."""

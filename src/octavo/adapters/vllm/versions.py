@@ -20,6 +20,8 @@ OLDEST = (0, 24)
 _DEFERRED = "online_process_loader"
 #: the module that knows all loaders
 LOADERS = "vllm.model_executor.model_loader"
+#: parameters of experts, which only scale activations
+_OF_ACTIVATIONS = ("w13_input_global_scale", "w2_input_global_scale")
 #: a module that every model in FP8 needs, whose kernels are known when it has been imported
 CHECKPOINTS_IN_FP8 = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
 
@@ -142,12 +144,16 @@ def watch_reloads(check: Callable[[nn.Module], None]) -> None:
 
 
 def exempt(model: nn.Module) -> set[str]:
-    """Parameters for which no checkpoint needs to have a tensor: scales of the KV cache."""
+    """Parameters for which no checkpoint needs to have a tensor: scales of the KV cache, and of activations in NVFP4.
+
+    Experts have the latter, unused, also where weights alone are quantized.
+    """
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
     from ..engine.coverage import parameters_of
 
-    return parameters_of(BaseKVCacheMethod, model)
+    named = (name for name, _ in model.named_parameters())
+    return {*parameters_of(BaseKVCacheMethod, model), *(name for name in named if name.endswith(_OF_ACTIVATIONS))}
 
 
 def replaced(model: nn.Module, model_config: Any) -> set[str]:

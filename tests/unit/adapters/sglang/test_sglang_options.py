@@ -38,7 +38,7 @@ def test_a_draft_stays_unless_it_has_a_scheme_of_its_own():
         ('{"format": 3}', "format must be a text"),
         ('{"format": "fp8", "scheme": "fp8_channel"}', "the format 'fp8' has no fp8_channel, only fp8_block"),
         ('{"scheme": "mxfp8"}', "mxfp8 is not offered in SGLang: few of its kernels take it"),
-        ('{"scheme": "int8_channel"}', "int8_channel is not offered in SGLang: octavo makes it FP8 alone"),
+        ('{"scheme": "nvfp4"}', "nvfp4 is not offered in SGLang: it was tried in vLLM alone"),
         ('{"draft": "mxfp8"}', "mxfp8 is not offered in SGLang"),
         ('{"draft": "fp9"}', "unknown scheme 'fp9'"),
         ('{"draft": "auto"}', "unknown scheme 'auto'"),
