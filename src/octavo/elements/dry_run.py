@@ -21,24 +21,11 @@ from .boxes import Box
 from .inline import pools_inline
 from .operations import PlainDispatchMode, is_view, storage_key, tensors_in
 from .pieces import contiguous_strides
+from .unseen import views_unseen
 from .views import Image, Layout, NoBoxError, Seen, View, joined, layout_of
 
 _aten = torch.ops.aten
 _copy_ = _aten.copy_.default
-#: views of which a loader makes many
-_VIEWS = (
-    "as_strided",
-    "permute",
-    "select.int",
-    "slice.Tensor",
-    "split.Tensor",
-    "squeeze.dim",
-    "t",
-    "transpose.int",
-    "unbind.int",
-    "unsqueeze",
-    "view",
-)
 _NONE: frozenset[str] = frozenset()
 #: what copies a tensor to another device, dtype or layout
 _MOVES = frozenset({_aten._to_copy.default, _aten.clone.default})
@@ -117,7 +104,7 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
 
     # a subclass that dispatches by itself must see the views of its tensors
     plain = all(storage_key(tensor) is not None for tensor in before.values())
-    with torch.no_grad(), _views_unseen() if plain else contextlib.nullcontext(), pools_inline(), recorder:
+    with torch.no_grad(), views_unseen() if plain else contextlib.nullcontext(), pools_inline(), recorder:
         try:
             load(weights())
         except Exception as error:  # whatever a model's loader raises means that it does not take the tensor
@@ -132,19 +119,6 @@ def trace(model: nn.Module, load: Callable[[Iterator[tuple[str, Tensor]]], Any],
     recorder.adopt(made)
     recorder.find_computed()
     return recorder.trace
-
-
-@contextlib.contextmanager
-def _views_unseen() -> Iterator[None]:
-    """Have dispatch modes pass over views, which are four of five operations, and take longer there than all else.
-
-    The recorder lets them be: what a view shows is asked when it is copied. It is torch's table of kernels that is
-    changed, so for every thread; no other follows tensors while a model is loaded.
-    """
-    with torch.library._scoped_library("aten", "IMPL", "Python") as library:
-        for name in _VIEWS:
-            library.impl(name, torch.library.fallthrough_kernel)
-        yield
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
