@@ -9,7 +9,8 @@ names, fusing and sharding; none of it is repeated here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,7 +60,8 @@ class Trace:
     opaque: dict[str, str] = field(default_factory=dict)  # target -> a write into it that is no box
     failed: tuple[str, Exception] | None = None  # the tensor that was being loaded when the loader gave up
 
-    def by_source(self) -> dict[str, list[Copy]]:
+    @functools.cached_property
+    def by_source(self) -> Mapping[str, list[Copy]]:
         """Source -> its copies."""
         found: dict[str, list[Copy]] = {}
         for copy in self.copies:
@@ -67,7 +69,8 @@ class Trace:
                 found.setdefault(source, []).append(copy)
         return found
 
-    def by_target(self) -> dict[str, list[Copy]]:
+    @functools.cached_property
+    def by_target(self) -> Mapping[str, list[Copy]]:
         """Parameter or buffer -> the copies into it."""
         found: dict[str, list[Copy]] = {}
         for copy in self.copies:

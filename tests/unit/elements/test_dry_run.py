@@ -353,7 +353,7 @@ def test_a_parameter_that_the_loader_makes_is_the_models():
                     super().load_weights([(name, weight)])
 
     seen = traced(Late(), ("late", (3,)), ("q", (4, 6)))
-    late, padding = seen.by_target()["late"]
+    late, padding = seen.by_target["late"]
     assert (late.box, late.src_name) == (((1,), (3,)), "late")
     assert (padding.box, padding.sources) == (((0,), (1,)), frozenset())
     assert seen.computed == {"late"}  # it makes another one each time

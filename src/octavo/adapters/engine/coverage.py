@@ -22,7 +22,7 @@ def coverage(model: nn.Module, seen: Trace, plan: Plan, unneeded: Collection[str
     Args:
         unneeded: parameters to which nothing has to go.
     """
-    written = seen.by_target()
+    written = seen.by_target
     dtype_names = {placement.name: placement.source_dtype_names[0] for placement in plan.placements}
     # which an engine would take for weights, number by number: integers, and FP8 without a scale
     no_floats = {name for name, dtype in dtype_names.items() if dtypes.TORCH[dtype] not in dtypes.QUANTIZABLE}

@@ -99,7 +99,7 @@ class Case:
     def _elsewhere(self) -> dict[str, str]:
         """Quantized tensors that go into unquantized modules: seen where all come unquantized, if that passes."""
         plain = self._trace((), ())
-        found = plain.by_source() if plain.failed is None else {}
+        found = plain.by_source if plain.failed is None else {}
         odd = {name: self._unquantized(found.get(name, [])) for name in self.scales}
         return {name: f"it keeps this layer unquantized ({kind})" for name, kind in odd.items() if kind}
 
@@ -131,7 +131,7 @@ class Case:
 
     def _beside(self, seen: Trace, pattern: str) -> set[str]:
         """Modules in FP8 that are filled from the same modules of the checkpoint as tensors of a pattern."""
-        found, wanted = seen.by_source(), layer_of(pattern)
+        found, wanted = seen.by_source, layer_of(pattern)
         return {
             layer_of(copy.target)
             for name in self.tensors
@@ -158,7 +158,7 @@ class Case:
     # -- what arrived where -------------------------------------------------------------------------------------------
 
     def _look(self, seen: Trace, verdict: Verdict) -> None:
-        found, unread = seen.by_source(), []
+        found, unread = seen.by_source, []
         for name, scale in self.scales.items():
             weights, scales = found.get(name, []), found.get(scale, [])
             homes = {layer_of(copy.target) for copy in weights}
@@ -176,7 +176,7 @@ class Case:
                 verdict.misread[name] = why
         verdict.unread = tuple(unread)
         given = {layer_of(copy.target) for name in self.scales for copy in found.get(name, ())}
-        written = seen.by_target()
+        written = seen.by_target
         filled = {target[:end] for target in written for end, letter in enumerate(target) if letter == "."}
         for module, why in {**self.plain, **self.unbuilt}.items():
             if module not in given:  # it only has to be told that there is no scale

@@ -86,7 +86,7 @@ class Names:
         if names:
             seen = self._trace({name: self._shapes[name] for name in names})
             if seen.failed is None:
-                self._known.update(seen.by_source())
+                self._known.update(seen.by_source)
 
     def _ask(self, name: str, weight: Tensor) -> None:
         """About one, and, if it is a tensor of the checkpoint, about all whose names differ as its name does."""
@@ -133,7 +133,7 @@ class Names:
         return None
 
     def _note(self, seen: Trace, shapes: dict[str, tuple[int, ...]]) -> None:
-        found = seen.by_source()
+        found = seen.by_source
         for name, shape in shapes.items():
             if seen.failed is None:
                 self._targets[name, shape] = [copy.target for copy in found.get(name, ())]

@@ -43,7 +43,7 @@ class Places(NamedTuple):
 
 def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     """Which of the plan's tensors need no loader, by a dry run ``seen`` in which all went well."""
-    found, memory = seen.by_source(), dict(model.named_parameters()) | dict(model.named_buffers())
+    found, memory = seen.by_source, dict(model.named_parameters()) | dict(model.named_buffers())
     rest: list[Placement] = []
     suffix = layout.scale_suffix
     homes: dict[str, list[_Part]] = {}  # parameter -> what is streamed into it

@@ -93,7 +93,7 @@ class Surveyor:
                 wanted -= reasons.keys()
                 seen, refused = self._try(wanted, lacking)
             for name, why in refused.items():
-                for copy in plain.by_source().get(name, ()):
+                for copy in plain.by_source.get(name, ()):
                     keep.setdefault(layer_of(copy.target), why)
             if keep:
                 return Survey(self.plan, keep=keep, refused=refused)
@@ -102,7 +102,7 @@ class Surveyor:
             found = dataclasses.replace(self, plan=dataclasses.replace(self.plan, placements=rest)).run()
             return dataclasses.replace(found, unread=(*found.unread, *sorted(repeated)))
         self._check_coverage(seen)
-        hit = {self._origin(name) for name in seen.by_source().keys() | seen.used}
+        hit = {self._origin(name) for name in seen.by_source.keys() | seen.used}
         layers = {layer_of(copy.target) for copy in seen.copies if copy.target in self._holders}
         unread = tuple(p.name for p in self.plan.placements if p.name not in hit)
         made = _amend(self.plan, hit, reasons)
@@ -118,12 +118,12 @@ class Surveyor:
         if seen.failed or self._misfits(seen, wanted):
             return False
         memory = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
-        return not any(uncovered(memory[name], copies) for name, copies in seen.by_target().items())
+        return not any(uncovered(memory[name], copies) for name, copies in seen.by_target.items())
 
     def lands(self) -> set[str]:
         """The tensors of the plan, as they are, that the loader puts somewhere; all, where it fails."""
         seen = trace(self.model, self.load, self._virtual((), ()))
-        return {*(self._names if seen.failed else seen.by_source())}
+        return {*(self._names if seen.failed else seen.by_source)}
 
     # -- names --------------------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class Surveyor:
             if culprit in lacking:
                 raise CoverageError(self._refusal(seen.failed))
             lacking[culprit] = seen.failed
-        found, keep = seen.by_source(), {}
+        found, keep = seen.by_source, {}
         for failed in lacking.values():
             beside = [
                 layer_of(copy.target)
@@ -222,7 +222,7 @@ class Surveyor:
 
     def _misfits(self, seen: Trace, wanted: Iterable[str]) -> dict[str, str]:
         """Tensors in FP8 that don't arrive as they should -> why."""
-        found, holders = seen.by_source(), self._holders
+        found, holders = seen.by_source, self._holders
         placements = {placement.name: placement for placement in self.plan.quantized}
         problems = {}
         for name in wanted:
@@ -237,7 +237,7 @@ class Surveyor:
 
     def _compare(self, plain: Trace, wanted: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
         """The recipe beside the model's layers: modules to keep -> why, and tensors to keep -> why."""
-        found = plain.by_source()
+        found = plain.by_source
         keep: dict[str, str] = {}
         stay: dict[str, str] = {}
         homes: dict[str, set[str]] = {}
@@ -273,7 +273,7 @@ class Surveyor:
         A layer that drafts comes with copies of the model's embedding and head, by other names; stock loads one over
         the other, and takes the model's own in the end.
         """
-        written, repeated = seen.by_target(), set[str]()
+        written, repeated = seen.by_target, set[str]()
         for name in self.replaced():
             copies = [copy for copy in written.get(name, ()) if copy.sources]
             if len({copy.box for copy in copies}) == 1:
@@ -281,7 +281,7 @@ class Surveyor:
         return repeated
 
     def _check_coverage(self, seen: Trace) -> None:
-        unneeded = {*self.exempt, *(name for name in self.replaced() if name not in seen.by_target())}
+        unneeded = {*self.exempt, *(name for name in self.replaced() if name not in seen.by_target)}
         advice = "Nothing was loaded. The checkpoint is incomplete, or not one of this model."
         raise_problems(CoverageError, self.plan.source, coverage(self.model, seen, self.plan, unneeded), advice)
 

@@ -77,8 +77,8 @@ def test_what_a_tensor_holds(
     name: str, shape: tuple[int, ...], held: dict[str, Callable[[Tensor], Tensor]] | None
 ) -> None:
     model = Model()
-    known = trace(model, model.load, [Source(*each, torch.bfloat16) for each in SHAPES.items()]).by_source()
-    copies = trace(model, model.load, [Source(name, shape, torch.bfloat16)]).by_source().get(name, [])
+    known = trace(model, model.load, [Source(*each, torch.bfloat16) for each in SHAPES.items()]).by_source
+    copies = trace(model, model.load, [Source(name, shape, torch.bfloat16)]).by_source.get(name, [])
     tensor = torch.arange(torch.Size(shape).numel()).view(shape)
     parts = parts_of(copies, tuple(tensor.shape), known, SHAPES, lambda _: 4)
     if held is None:
