@@ -142,13 +142,6 @@ class _Target(NamedTuple):
         offset, size, strides = View.of(tensor)
         return cls(name, tensor.itemsize, offset, layout_of(size, strides))
 
-    def box_of(self, part: View) -> Box | None:
-        """The box that a view of the same memory is; None if it is none."""
-        try:
-            (box,) = self.layout.boxes(part.offset - self.offset, part.size, part.strides, at_most=1)
-        except NoBoxError:
-            return None
-        return box
 
 
 class _Recorder(PlainDispatchMode):
@@ -162,6 +155,7 @@ class _Recorder(PlainDispatchMode):
             self._targets.setdefault(_storage(tensor), []).append(_Target.of(name, tensor))
         self._roots: dict[int, frozenset[str]] = {}
         self._itemsizes: dict[int, int] = {}  # of roots; seen as another dtype, they are not counted in elements
+        self._boxes: dict[tuple[Layout, int, Sequence[int], Sequence[int]], Box | None] = {}
         self._derived: dict[int, frozenset[str]] = {}
         self._images: dict[int, Image] = {}  # of roots that are not sources themselves
         self._elsewhere: list[tuple[Tensor, frozenset[str], Seen]] = []  # writes into other memory
@@ -304,6 +298,8 @@ class _Recorder(PlainDispatchMode):
 
     def _copy(self, target: Tensor, value: Tensor) -> Tensor:
         origin, home = _storage(value), _storage(target)
+        if self._move(home, target, origin, value):
+            return target
         derived = self._derived.get(origin)
         sources = derived or self._roots.get(origin, _NONE)
         if origin in self._targets or origin in self._made:
@@ -323,6 +319,37 @@ class _Recorder(PlainDispatchMode):
             self._overwritten(target, sources)
         return target if sources else target.copy_(value)
 
+    def _move(self, home: int, target: Tensor, origin: int, value: Tensor) -> bool:
+        """Note a copy that is like nearly all of them, of elements of one source into a box of one parameter.
+
+        False for any other.
+        """
+        homes, names = self._targets.get(home, ()), self._roots.get(origin)
+        if names is None or len(homes) != 1 or value.shape != target.shape:
+            return False
+        if origin in self._derived or origin in self._images or origin in self._made:
+            return False
+        (found,) = homes
+        if value.itemsize != self._itemsizes[origin] or target.itemsize != found.itemsize:
+            return False
+        into = View.of(target)
+        box = self._box(found, into)
+        if box is None:
+            return False
+        self._written.add(home)
+        self.trace.copies.append(Copy(found.name, box, names, View.of(value), into))
+        return True
+
+    def _box(self, home: _Target, part: View) -> Box | None:
+        """The box that a view of a target's memory is; None if it is none, or empty. Layers are alike."""
+        key = home.layout, part.offset - home.offset, part.size, part.strides
+        if key not in self._boxes:
+            try:
+                self._boxes[key] = next(iter(home.layout.boxes(*key[1:], at_most=1)), None)
+            except NoBoxError:
+                self._boxes[key] = None
+        return self._boxes[key]
+
     def _mutate(self, func: Any, args: Sequence[Any], kwargs: Any, sources: frozenset[str]) -> Any:
         target = args[0]
         if not isinstance(target, Tensor):
@@ -341,7 +368,7 @@ class _Recorder(PlainDispatchMode):
         if 0 in into.size:
             return
         for home in homes if seen else ():
-            boxes = [home.box_of(part) if target.itemsize == home.itemsize else None for *_, part in seen]
+            boxes = [self._box(home, part) if target.itemsize == home.itemsize else None for *_, part in seen]
             if None not in boxes:
                 self.trace.copies += [
                     Copy(home.name, box, frozenset((name,)), view, part)
@@ -350,7 +377,7 @@ class _Recorder(PlainDispatchMode):
                 ]
                 return
         for home in homes:
-            box = home.box_of(into) if target.itemsize == home.itemsize else None
+            box = self._box(home, into) if target.itemsize == home.itemsize else None
             if box is not None:
                 self.trace.copies.append(Copy(home.name, box, sources, None, into))
                 return
