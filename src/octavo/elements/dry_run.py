@@ -143,7 +143,6 @@ class _Target(NamedTuple):
         return cls(name, tensor.itemsize, offset, layout_of(size, strides))
 
 
-
 class _Recorder(PlainDispatchMode):
     """Notes writes into ``targets``; follows sources through views and computations by the identity of storages."""
 

@@ -11,11 +11,18 @@ import functools
 from collections.abc import Callable, Sequence
 
 from ...planning.plan import Plan
-from ...planning.stacks import Series
+from ...planning.stacks import NAMINGS, Series
 from .survey import Surveyor
 
 #: layers that a loader refuses before it counts as refusing all that are alike; one may be an exception
 _ENOUGH = 2
+
+
+def matrices_of(series: Sequence[Series]) -> dict[str, str]:
+    """All names that matrices of experts in stacks may have -> what all experts of their layer are called."""
+    layers = [layer for experts in series for layer in experts.layers]
+    cuts = [(layer.base, layer.cut(naming)) for layer in layers for naming in NAMINGS]
+    return {matrix.name: base for base, cut in cuts for matrices in cut.values() for matrix in matrices}
 
 
 def settle(

@@ -27,6 +27,10 @@ class LayerPatterns:
         self._matched.update(found)
         return found[0] if found else None
 
+    @property
+    def unmatched(self) -> list[str]:
+        return [pattern for pattern in self.patterns if pattern not in self._matched]
+
     def check(
         self,
         model: nn.Module,
@@ -42,15 +46,14 @@ class LayerPatterns:
             tensors: of the checkpoint at ``source``.
             cut: gives the matrices that stacks of experts are cut into, by all names -> all experts of the layer.
         """
-        unmatched = [pattern for pattern in self.patterns if pattern not in self._matched]
-        layers, matrices = [*paths.values()], cut() if unmatched else {}
+        layers, matrices = [*paths.values()], cut()
         parameters = [
             f"{layer}.{name}"
             for path, layer in paths.items()
             for name, _ in model.get_submodule(path).named_parameters(recurse=False)
         ]
         problems = []
-        for pattern in unmatched:
+        for pattern in self.unmatched:
             if said := self._near_miss(pattern, parameters, matrices, layers):
                 problems.append(f"{pattern!r} matches {said}")
                 continue

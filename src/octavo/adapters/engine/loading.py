@@ -17,6 +17,7 @@ import functools
 import gc
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -29,13 +30,13 @@ from ...conversion.iterate import iterate
 from ...errors import RecipeError
 from ...planning.plan import Plan, plan_checkpoint
 from ...planning.recipe import matching
-from ...planning.stacks import NAMINGS, Series, find_series
+from ...planning.stacks import Series, find_series
 from ...streaming.meter import Stages, measured
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
 from ...text import human_bytes, printable
 from . import facts
-from .experts import settle
+from .experts import matrices_of, settle
 from .layers import LayerPatterns
 from .log import figures, outcome, warning
 from .options import Options
@@ -104,11 +105,12 @@ class Loading:
         self._is_recalled = False
         self._shown: Entry | None = None  # to be remembered
         self._kept = dict(self._recalled.kept) if self._recalled else {}  # layers of the model that stay -> why
+        self._namings = self._recalled.namings if self._recalled else ()
 
     @functools.cached_property
     def _experts(self) -> list[Series]:
         experts = find_series(self.checkpoint)
-        for series, naming in zip(experts, self._recalled.namings if self._recalled else (), strict=False):
+        for series, naming in zip(experts, self._namings, strict=False):
             series.naming = naming
         return experts
 
@@ -122,6 +124,11 @@ class Loading:
         cuts = [cut for experts in self._experts for cut in experts.cuts()]
         options = self.options
         return plan_checkpoint(self.checkpoint, options.recipe, options.staging_bytes, str(self._device), cuts=cuts)
+
+    @property
+    def plan_to_make_by(self) -> Plan | None:
+        """The plan; None where the layers that stay are all known from an earlier start."""
+        return self.plan if self._recalled is None else None
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -165,11 +172,13 @@ class Loading:
         layers: Layers,
         exempt: Collection[str] = (),
         replaced: Callable[[], Collection[str]] = tuple,
+        planned: Mapping[str, str] = MappingProxyType({}),
     ) -> Survey:
         """What the model's loader does with the checkpoint.
 
         Args:
             exempt: see `Surveyor`, as for ``replaced``.
+            planned: layers that were made unquantized because of the plan (by the engine's names) -> why.
 
         Raises:
             MakeAnewError: the model has to be made anew.
@@ -199,7 +208,7 @@ class Loading:
             names = layers.paths(model)
             raise MakeAnewError({names[module]: why for module, why in found.keep.items()})
         if watch is not None:
-            self._shown = self._entry(model, watch, found)
+            self._shown = self._entry(model, watch, found, planned)
         return found
 
     # -- from one start to the next -----------------------------------------------------------------------------------
@@ -209,7 +218,6 @@ class Loading:
         assert self._memory is not None
         found = self._memory.restore(entry, self._record(model))
         self._check(model, found, unfit)
-        _ = self._experts  # with the names that they had
         self._recalled, self._is_recalled = None, True
         return found
 
@@ -222,14 +230,14 @@ class Loading:
             self._log.info("octavo: the plan can't be remembered: %s: %s", type(error).__name__, error)
             return None
 
-    def _entry(self, model: nn.Module, watch: Watch, found: Survey) -> Entry | None:
+    def _entry(self, model: nn.Module, watch: Watch, found: Survey, planned: Mapping[str, str]) -> Entry | None:
         """What a later start needs; None where it could not do without dry runs."""
         try:
             attributes, namings = watch.attributes(found), [series.naming for series in self._experts]
             if attributes is None:
                 return None
-            survey = self._record(model).write(found)
-            return Entry(self.config, dict(self._kept), namings, watch.digest, attributes, survey, {})
+            survey, kept = self._record(model).write(found), {**planned, **self._kept}
+            return Entry(self.config, kept, namings, watch.digest, attributes, survey, {})
         except Exception as error:  # the same
             self._log.info("octavo: the plan can't be remembered: %s: %s", type(error).__name__, error)
             return None
@@ -245,7 +253,7 @@ class Loading:
         self._shown = None
 
     def _forget_all(self) -> None:
-        self._recalled = None
+        self._recalled, self._namings = None, ()
         self._kept.clear()
         self.__dict__.pop("_experts", None)
         self.__dict__.pop("plan", None)
@@ -254,14 +262,10 @@ class Loading:
 
     def check_patterns(self, model: nn.Module, layers: Layers) -> None:
         """Refuse patterns that match neither a tensor nor a layer of this model."""
+        if not self.patterns.unmatched:
+            return
         tensors, source = [*self.checkpoint.tensors], str(self.checkpoint.path)
-        self.patterns.check(model, layers.paths(model), tensors, self._matrices, source)
-
-    def _matrices(self) -> dict[str, str]:
-        """All names that matrices of experts in stacks may have -> what all experts of their layer are called."""
-        layers = [layer for experts in self._experts for layer in experts.layers]
-        cuts = [(layer.base, layer.cut(naming)) for layer in layers for naming in NAMINGS]
-        return {matrix.name: base for base, cut in cuts for matrices in cut.values() for matrix in matrices}
+        self.patterns.check(model, layers.paths(model), tensors, lambda: matrices_of(self._experts), source)
 
     def _check(self, model: nn.Module, found: Survey, unfit: Collection[str]) -> None:
         """Refuse what ``strict`` does not allow: also tensors that stay for the reasons ``unfit``."""

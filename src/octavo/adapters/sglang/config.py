@@ -33,18 +33,20 @@ class Layers:
     """Those of one model that is being made.
 
     Args:
+        scheme: of all others.
+        plan: by which more stay; None where all are in ``kept``.
         kept: layers that stay unquantized, by `name` -> why.
     """
 
-    def __init__(self, plan: Plan, patterns: LayerPatterns, kept: Mapping[str, str]) -> None:
-        self._plan, self._patterns = plan, patterns
+    def __init__(self, scheme: str, plan: Plan | None, patterns: LayerPatterns, kept: Mapping[str, str]) -> None:
+        self._scheme, self._plan, self._patterns = scheme, plan, patterns
         self._kept = dict(kept)
+        self.planned: dict[str, str] = {}  # those that stay because of the plan -> why
         self._made: Counter[str] = Counter()
         self._names: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self.refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # those that don't fit FP8 -> why
-        assert plan.recipe.scheme is not None
         # a scale a row of weights goes with one for all activations of a token
-        group = schemes.get(plan.recipe.scheme).group_cols or 1
+        group = schemes.get(scheme).group_cols or 1
         self.fitting = Fitting(_can_be_plain, _unquantized, functools.partial(_check_activations, group))
 
     def name(self, layer: nn.Module, prefix: str) -> str:
@@ -61,16 +63,21 @@ class Layers:
             self._kept.setdefault(name, f"ignored by {pattern!r}")
         if name in self._kept:
             return True
+        if self._plan is None:
+            return False
         base, dot, last = prefix.rpartition(".")
         parts = [f"{base}{dot}{part}" for part in packed.get(last, [last])]
         kept, quantized = self._modules
-        return all(part in kept for part in parts) and quantized.isdisjoint(parts)
+        if not all(part in kept for part in parts) or not quantized.isdisjoint(parts):
+            return False
+        self.planned[name] = "all of its tensors stay"
+        return True
 
     @functools.cached_property
     def _modules(self) -> tuple[set[str], set[str]]:
         """Modules of tensors that stay, and of those that become FP8; with all that experts are in."""
         found: tuple[set[str], set[str]] = (set(), set())
-        for placement in self._plan.placements:
+        for placement in self._plan.placements if self._plan else ():
             names = found[placement.scheme is not None]
             if placement.name.endswith(".weight"):
                 names.add(module_of(placement.name))
@@ -86,9 +93,8 @@ class Layers:
         """The places of layers that were made unquantized -> why: as was asked; since SGLang can't make them in FP8."""
         kept = {path: self._kept[name] for path, name in self.paths(model).items() if name in self._kept}
         found = {path: self.refused[module] for path, module in model.named_modules() if module in self.refused}
-        scheme = self._plan.recipe.scheme
         return kept, {
-            path: f"SGLang can't make this layer in {scheme}: {why.rstrip('.')}" for path, why in found.items()
+            path: f"SGLang can't make this layer in {self._scheme}: {why.rstrip('.')}" for path, why in found.items()
         }
 
 

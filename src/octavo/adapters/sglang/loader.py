@@ -96,7 +96,7 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
 
         def make(kept: Mapping[str, str]) -> nn.Module:
             model_config.hf_config.quantization_config = asking.marked(self.loading.config, self.options)
-            layers = Layers(self.loading.plan, self.loading.patterns, kept)
+            layers = Layers(self.options.scheme, self.loading.plan_to_make_by, self.loading.patterns, kept)
             config = deciding(versions.quantization_config(model_config, self.load_config), layers)
             with versions.default_dtype(model_config.dtype):
                 with target:
@@ -138,7 +138,7 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
             self.loading.check_patterns(model, layers)
         try:
             replaced = functools.partial(versions.replaced, model, model_config)
-            return self.loading.survey(model, layers, versions.exempt(model), replaced)
+            return self.loading.survey(model, layers, versions.exempt(model), replaced, layers.planned)
         except MakeAnewError as again:
             if self.options.format == "fp8" and any(SCALE_PASSED_OVER in why for why in again.keep.values()):
                 raise RecipeError(

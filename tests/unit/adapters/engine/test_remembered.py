@@ -79,8 +79,19 @@ def source(tmp_path: Path) -> Path:
     return path
 
 
-def load(source: Path, depends: str = "", down: str = "right", kind: type[Engine] = Engine, **given: Any) -> Engine:
-    """What an engine does, in which a layer of ``down`` may have to stay."""
+def load(
+    source: Path,
+    depends: str = "",
+    down: str = "right",
+    kind: type[Engine] = Engine,
+    by_plan: Mapping[str, str] | None = None,
+    made: list[Any] | None = None,
+    **given: Any,
+) -> Engine:
+    """What an engine does, in which a layer of ``down`` may have to stay, and others because of the plan.
+
+    By what models are made, is added to ``made``.
+    """
     checkpoint = Checkpoint.open(source)
     options, _ = Options(threads=1, **given).settled(checkpoint)
     about = (options, formats.get("compressed-tensors"), torch.device("cpu"), LOG, Stages())
@@ -88,8 +99,10 @@ def load(source: Path, depends: str = "", down: str = "right", kind: type[Engine
 
     def make(kept: Mapping[str, str]) -> Engine:
         model = kind(loading.options.scheme, down=down, quantized=[name for name in LAYERS if name not in kept])
+        if made is not None:
+            made.append((loading.plan_to_make_by, dict(kept)))
         with loading.stages("plan"):
-            found = loading.survey(model, Layers(kept))
+            found = loading.survey(model, Layers(kept), planned=by_plan or {})
         loading.tell(found)
         loading.fill(found, model.load_weights, False)
         return model
@@ -121,6 +134,15 @@ def test_a_layer_that_has_to_stay_stays_from_the_beginning(source: Path) -> None
     assert equal(first, load(source, down="hoarded"))
     assert Engine.asked == asked
     assert first.down_proj.weight.dtype == torch.bfloat16
+
+
+def test_what_stays_by_the_plan_is_known_without_it(source: Path) -> None:
+    made: list[Any] = []
+    for _ in range(2):
+        load(source, by_plan={"router": "all of its tensors stay"}, made=made)
+    (plan, _), second = made
+    assert plan.placements
+    assert second == (None, {"router": "all of its tensors stay"})
 
 
 def test_nothing_is_kept_or_used_unless_it_is_wanted(source: Path, cache: Path) -> None:
