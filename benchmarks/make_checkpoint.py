@@ -67,6 +67,7 @@ def _gated(at: str, hidden: int, inner: int) -> Shapes:
 def llama(layers: int, vocab: int = 128256, inner: int = 14336) -> tuple[dict[str, Any], Shapes]:
     c = _config("LlamaForCausalLM", "llama", vocab_size=vocab, hidden_size=4096, intermediate_size=inner)
     c.update(num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=5e5)
+    c.update(max_position_embeddings=8192)
     return c, _decoder(c, lambda at: _gated(f"{at}mlp", 4096, inner))
 
 
