@@ -38,6 +38,20 @@ class Ranks(NamedTuple):
         return cls(int(text.removesuffix("e")), text.endswith("e"))
 
 
+#: what a row is called that is of a second start
+AGAIN = " again"
+
+
+def starts(args: argparse.Namespace, octavo: Sequence[str]) -> list[tuple[str, Ranks, bool]]:
+    """Ways, on how many GPUs, and whether it is for the second time, which ``octavo``'s are asked for."""
+    return [
+        (way, ranks, again)
+        for ranks in args.tensor_parallel
+        for way in args.ways
+        for again in ([False, True] if args.again and way in octavo else [False])
+    ]
+
+
 class Budget:
     """Seconds that may pass; what would not end by then is not begun."""
 
@@ -83,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser, ways: Sequence[str], default:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 32], help="of the decode (%(default)s)")
     parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode (%(default)s)")
     parser.add_argument("--new", type=int, default=64, help="tokens to decode (%(default)s)")
+    parser.add_argument("--again", action="store_true", help="octavo's ways a second time, with what they remember")
     parser.add_argument("--load-only", action="store_true", help="time the load, not the answers")
     parser.add_argument("--cold", action="store_true", help="from the disk, not from the page cache")
     parser.add_argument("--sums", action="store_true", help="compare all parameters, too")
@@ -168,7 +183,10 @@ def compare(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def against(way: str, ranks: Ranks, ways: Iterable[str], folder: Path, engine: str = "vllm") -> dict[str, Any]:
     """Comparisons with the other ways that there are, on as many GPUs; with more than one, with the same way on one."""
-    mine = json.loads(answers_path(way, ranks, folder, engine).read_text())
+    path = answers_path(way, ranks, folder, engine)
+    if not path.is_file():  # a second start went wrong
+        return {}
+    mine = json.loads(path.read_text())
     others = [(other, ranks) for other in ways if other != way]
     found = {}
     for other, count in [*others, *([(way, Ranks(1))] if ranks.count > 1 else [])]:

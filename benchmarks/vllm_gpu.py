@@ -46,6 +46,7 @@ import _vllm
 import common
 import make_checkpoint
 from _engines import (
+    AGAIN,
     Budget,
     Ranks,
     add_arguments,
@@ -55,6 +56,7 @@ from _engines import (
     plugin_is_known,
     plugin_path,
     source_of,
+    starts,
     what_is_asked,
 )
 from common import ChildError, Merged, run_fresh, say
@@ -74,8 +76,6 @@ PROMISED_FASTER, PROMISED_FASTER_TOGETHER = 3.0, 2.5
 PROMISED_OVER_BYTES, PROMISED_RESERVED = GIB // 4, 1.02
 #: of the time that one GPU takes, with two
 PROMISED_SHARE = 0.65
-#: what a row is called that is of a second start
-AGAIN = " again"
 
 
 CHILD = """
@@ -167,16 +167,6 @@ def run_way(
     return run_fresh(CHILD, way, source, answers, json.dumps(options), timeout_s=max(1, timeout_s), log=log)
 
 
-def starts(args: argparse.Namespace) -> list[tuple[str, Ranks, bool]]:
-    """Ways, on how many GPUs, and whether it is for the second time."""
-    return [
-        (way, ranks, again)
-        for ranks in args.tensor_parallel
-        for way in args.ways
-        for again in ([False, True] if args.again and way in OCTAVO else [False])
-    ]
-
-
 def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budget) -> bool:
     """Every way to load a model; whether octavo's kept what they promise of their answers."""
     folder = common.model_folder(args.folder, model, args.layers)
@@ -190,7 +180,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
         "cache_bytes": int(args.cache_gib * GIB),
     }
     rows: dict[str, dict[str, Any]] = {}
-    for way, ranks, again in starts(args):
+    for way, ranks, again in starts(args, OCTAVO):
         key = f"{key_of(way, ranks)}{AGAIN * again}"
         began, timeout_s = time.perf_counter(), budget.timeout_s()
         if not again:
@@ -257,7 +247,6 @@ def arguments() -> argparse.Namespace:
     common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
     add_arguments(parser, WAYS, DEFAULT_WAYS)
     parser.add_argument("--eager", action="store_true", help="no CUDA graphs")
-    parser.add_argument("--again", action="store_true", help="octavo's ways a second time, with what they remember")
     parser.add_argument("--cache-gib", type=float, default=4.0, help="KV cache (%(default)s)")
     parser.add_argument("--remove", action="store_true", help="remove each checkpoint after its use")
     common.add_result_arguments(parser, "vllm_gpu")
