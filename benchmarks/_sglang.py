@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import time
@@ -34,6 +35,17 @@ def register() -> None:
     HookRegistry.register(runner, _measured, HookType.AROUND)
 
 
+class _Keep(logging.Handler):
+    """What octavo logs of a load."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
 def _measured(load_model: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     import torch
     from _sums import memory, sum_of, synchronize
@@ -41,10 +53,13 @@ def _measured(load_model: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
     synchronize()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    kept, log = _Keep(), logging.getLogger("sglang.srt.octavo")
+    log.addHandler(kept)
     began = time.perf_counter()
     result = load_model(runner, *args, **kwargs)
     synchronize()
-    facts: dict[str, Any] = {"load_s": time.perf_counter() - began, "after": memory()}
+    facts: dict[str, Any] = {"load_s": time.perf_counter() - began, "after": memory(), "log": kept.lines}
+    log.removeHandler(kept)
     if os.environ.get(_SUMS):
         facts["sums"] = {name: sum_of(tensor.detach()) for name, tensor in runner.model.named_parameters()}
     if folder := os.environ.get(_FACTS):

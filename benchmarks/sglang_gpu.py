@@ -2,6 +2,7 @@
 
     python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench
     python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench --ways octavo-fp8_channel --tensor-parallel 1 2 2e
+    python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench --again --graphs
 
 Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine with processes of its own, one for each GPU
 (2e: with experts apart, each whole on one of them):
@@ -20,6 +21,10 @@ Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine with pro
 
 Answers are compared with those of other ways in the same folder: the logprobs of the prompts' own tokens, and greedy
 tokens. octavo's must be equal to the converted checkpoint's, parameters included.
+
+octavo remembers nothing of what came before, but with ``--again``: then each of its ways starts a second time, with the
+plan of the first ("again"; the answers that are compared are those of the second start). The result is written after
+each start.
 """
 
 from __future__ import annotations
@@ -31,19 +36,32 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import _sglang
 import common
 import make_checkpoint
-from _engines import Budget, Ranks, add_arguments, against, answers_path, key_of, plugin_path, source_of, what_is_asked
+from _engines import (
+    AGAIN,
+    Budget,
+    Ranks,
+    add_arguments,
+    against,
+    answers_path,
+    key_of,
+    plugin_path,
+    source_of,
+    starts,
+    what_is_asked,
+)
 from common import ChildError, Merged, run_fresh, say
 
 MODELS = ("qwen1.5-moe-a2.7b",)
 SCHEMES = ("fp8_channel", "fp8_block")
 OCTAVO = tuple(f"octavo-{scheme}" for scheme in SCHEMES)
 CONVERTED = tuple(f"converted-{scheme}" for scheme in SCHEMES)
-WAYS = ("bf16", "fp8", *OCTAVO, *CONVERTED)
+WAYS = (*OCTAVO, *CONVERTED, "fp8", "bf16")  # what is asked for first, first: there may be no time for the rest
 GIB = 1 << 30
 
 #: than SGLang's own fp8; beyond what stays
@@ -70,13 +88,14 @@ def condense(found: dict[str, Any], source_bytes: int) -> dict[str, Any]:
         "over_bytes": max(memory["allocated_peak_bytes"] - memory["allocated_bytes"] for memory in after),
         "reserved_share": round(max(m["reserved_peak_bytes"] / max(1, m["allocated_peak_bytes"]) for m in after), 4),
         "card_peak_bytes": max(samples, default=0),
+        "log": ranks[0]["log"],
     }
     return {**row, **found}
 
 
 def promises(way: str, ranks: Ranks, rows: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """Which promises a load through octavo kept."""
-    row = rows[key_of(way, ranks)]
+    row = rows.get(key_of(way, ranks), {})
     if way not in OCTAVO or "load_s" not in row:
         return {}
     kept = {"over": row["over_bytes"] <= PROMISED_OVER_BYTES}
@@ -128,8 +147,10 @@ def run_model(
         "tokens": args.cache_tokens,
     }
     rows: dict[str, dict[str, Any]] = {}
-    for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
-        key, began, timeout_s = key_of(way, ranks), time.perf_counter(), budget.timeout_s()
+    for way, ranks, again in starts(args, OCTAVO):
+        key, began, timeout_s = f"{key_of(way, ranks)}{AGAIN * again}", time.perf_counter(), budget.timeout_s()
+        if not again:
+            shutil.rmtree(os.environ["OCTAVO_CACHE"], ignore_errors=True)
         answers = answers_path(way, ranks, folder, "sglang")
         answers.parent.mkdir(exist_ok=True)
         answers.unlink(missing_ok=True)
@@ -143,16 +164,28 @@ def run_model(
             how: dict[str, Any] = {"device_used": used, "samples": True, "log": args.log}
             found = run_fresh(CHILD, way, source, answers, asked, timeout_s=max(1, timeout_s), **how)
             rows[key] = condense(found, facts["bytes"]) | {"graphs": args.graphs, "cached": round(cached, 3)}
-            rows[key]["against"] = against(way, ranks, WAYS, folder, "sglang")
-            rows[key]["promises"] = promises(way, ranks, rows)
         except ChildError as error:
             rows[key] = {"error": str(error)[-3000:]}
             say(f"{key}: {rows[key]['error']}")
         budget.took(time.perf_counter() - began)
-        merged.add(rows[key], "models", model, key)
+        judge(rows, args, folder)
+        for done, row in rows.items():  # with what it is compared with now
+            if "skipped" not in row:
+                merged.add(row, "models", model, done)
         say(f"{key}: {time.perf_counter() - began:.0f} s\n{table({key: rows[key]})}")
+        for line in rows[key].get("log", []):
+            say(f"    {line}")
     say(table(rows))
     return not any("error" in row or row.get("promises", {}).get("equal") is False for row in rows.values())
+
+
+def judge(rows: dict[str, dict[str, Any]], args: argparse.Namespace, folder: Path) -> None:
+    """Compare the answers that there are by now, and look at promises."""
+    for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
+        row = rows.get(key_of(way, ranks), {})
+        if "load_s" in row:
+            row["against"] = against(way, ranks, WAYS, folder, "sglang")
+            row["promises"] = promises(way, ranks, rows)
 
 
 def arguments() -> argparse.Namespace:
@@ -174,7 +207,6 @@ def main() -> None:
     made = str(plugin_path(args.folder, _sglang.PLUGINS, *_sglang.ENTRIES))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
     os.environ["OCTAVO_CACHE"] = str(args.folder / "plans")  # none of the user's
-    shutil.rmtree(os.environ["OCTAVO_CACHE"], ignore_errors=True)
     budget, used = Budget(args.budget_s, args.timeout_s), common.device_used() if args.device != "cpu" else None
     with common.merged("sglang_gpu", args, device=args.device) as merged:
         right = [run_model(model, args, merged, budget, used) for model in args.models]

@@ -26,6 +26,7 @@ import _vllm
 import common
 import make_checkpoint as generator
 import plan_cpu
+import sglang_gpu
 import stream_gpu
 import vllm_gpu
 
@@ -209,6 +210,47 @@ def test_promises_about_several_ranks(load_s, reserved, read):
         "faster": load_s <= 1.3,
         "faster together": load_s <= 1.3,
     }
+
+
+def test_rows_of_sglang_are_written_as_they_come(tmp_path, monkeypatch):
+    """Each start; octavo's first, and compared with what comes later. A start that fails leaves the others as they are."""
+    made, asked = tmp_path / "result.json", []
+    memory = {"allocated_bytes": 1, "allocated_peak_bytes": 1, "reserved_peak_bytes": 1}
+
+    def started(_, way, source, answers, options, **how):
+        asked.append((way, sorted(json.loads(made.read_text())["models"]["llama3-8b"])))
+        if way == "fp8":
+            raise common.ChildError("no luck")
+        said = {"tokens": [[1, 2], [2, 1]], "logprobs": [[0.5, 0.25], [0.125, 1.0]], "sums": None}
+        answers.write_text(json.dumps(said))
+        ranks = [{"load_s": 1.0, "after": memory, "log": ["octavo: 1.0 s"]}]
+        return {"ranks": ranks, "ready_at_s": 0, "samples": [], "start_s": 2.0}
+
+    monkeypatch.setattr(sglang_gpu, "run_fresh", started)
+    monkeypatch.setattr(sglang_gpu, "source_of", lambda way, folder, *_: folder)
+    monkeypatch.setattr(sglang_gpu.make_checkpoint, "make", lambda *_: {"bytes": 1})
+    monkeypatch.setattr(sglang_gpu.common, "set_cache", lambda *_, **__: 1.0)
+    monkeypatch.setattr(sglang_gpu, "plugin_path", lambda *_: tmp_path)
+    for name in ("PYTHONPATH", "OCTAVO_CACHE", *sglang_gpu._sglang.ENVIRONMENT):
+        monkeypatch.setenv(name, "")
+    given = ["--folder", tmp_path, "--device", "cpu", "--models", "llama3-8b", "--again", "--output", made]
+    ways = ["octavo-fp8_channel", "converted-fp8_channel", "fp8"]
+    monkeypatch.setattr(sys, "argv", ["sglang_gpu.py", *map(str, given), "--ways", *ways])
+    with pytest.raises(SystemExit, match="1"):
+        sglang_gpu.main()
+    rows = ["octavo-fp8_channel tp1", "octavo-fp8_channel tp1 again", "converted-fp8_channel tp1"]
+    before = [["checkpoint", *sorted(rows[:count])] for count in range(4)]
+    assert asked == list(zip(["octavo-fp8_channel", *ways], before, strict=True))
+    found = json.loads(made.read_text())["models"]["llama3-8b"]
+    assert found[rows[0]]["promises"] == {"over": True, "equal": True}
+    assert found[rows[1]]["log"] == ["octavo: 1.0 s"]
+    assert found["fp8 tp1"]["error"] == "no luck"
+
+
+def test_what_engines_are_asked_by_default_fits_the_models():
+    for model in ("qwen1.5-moe-a2.7b", "llama3-8b"):
+        config, _ = generator.MODELS[model][1](1)
+        assert config.get("max_position_embeddings", 8192) >= 4096
 
 
 def test_a_stream_is_measured_with_and_without_its_parts(checkpoint):
