@@ -213,7 +213,7 @@ def test_promises_about_several_ranks(load_s, reserved, read):
 
 
 def test_rows_of_sglang_are_written_as_they_come(tmp_path, monkeypatch):
-    """Each start; octavo's first, and compared with what comes later. A start that fails leaves the others as they are."""
+    """Also where one fails; and octavo's, which come first, are compared with what comes later."""
     made, asked = tmp_path / "result.json", []
     memory = {"allocated_bytes": 1, "allocated_peak_bytes": 1, "reserved_peak_bytes": 1}
 
