@@ -56,15 +56,13 @@ def test_a_model_on_a_gpu_has_the_bytes_of_one_on_a_cpu_and_answers_alike(name, 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_weight_is_named_on_a_gpu(scheme, value, tmp_path):
-    checkpoint = make_checkpoint("llama", tmp_path / "llama")
+    checkpoint = make_checkpoint("qwen3", tmp_path / "qwen3")  # sides that all schemes take
     tensors = load_file(checkpoint / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     tensors[name][3, 5] = value
     save_file(tensors, checkpoint / "model.safetensors")
     with pytest.raises(WeightError, match=rf"'{name}' holds {value} \(at \[3, 5\]\)"):
         octavo.load(checkpoint, scheme, "cuda")
-    if scheme == "mxfp8":
-        return  # the iterator's format keeps what has 136 columns
     with pytest.raises(WeightError, match=rf"'{name}' holds {value} \(at \[3, 5\]\)"):
         list(octavo.stream(checkpoint, scheme, "cuda"))
 
