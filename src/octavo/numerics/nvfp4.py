@@ -45,6 +45,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -119,12 +120,14 @@ class Packed(NamedTuple):
     def box(self, off: Sequence[int], size: Sequence[int]) -> Packed:
         """A box of it, whose columns begin and end at multiples of 16."""
         assert off[-1] % GROUP == size[-1] % GROUP == 0
-        codes, scales = self
-        for axis, (start, n) in enumerate(zip(off[:-1], size[:-1], strict=True)):
-            codes, scales = codes.narrow(axis, start, n), scales.narrow(axis, start, n)
-        first, groups = off[-1] // GROUP, size[-1] // GROUP
-        half = GROUP // 2
-        return Packed(codes.narrow(-1, first * half, groups * half), scales.narrow(-1, first, groups))
+        boxes = zip(self, Packed.boxes(off), Packed.boxes(size), strict=True)
+        return Packed(*(_view(tensor, start, shape) for tensor, start, shape in boxes))
+
+
+def _view(tensor: Tensor, off: Sequence[int], size: Sequence[int]) -> Tensor:
+    """A box of a tensor, in one operation: on a GPU, launching is what takes time."""
+    strides = tensor.stride()
+    return tensor.as_strided(size, strides, tensor.storage_offset() + sum(map(operator.mul, off, strides)))
 
 
 def global_scale(amax: Tensor) -> Tensor:
@@ -151,14 +154,12 @@ def quantize_into(
         search: whether the scale of a group is the best of four, or the first.
         scratch: float32, any number of elements: as much is done at a time as fits.
     """
-    lead = weight.shape[:-2]
-    scale = scale.expand(*lead, 1, 1) if lead else scale.view(1, 1)
     kernel = _kernel(weight.device) if weight.is_cuda else None
     if kernel is not None:
-        with torch.cuda.device(weight.device):
-            scales = out.scales.view(torch.uint8)
-            kernel.quantize_into(out.codes, scales, weight, scale, _errors(weight.device), search=search)
+        kernel.quantize_into(*out, weight, scale, _errors(weight.device), search=search)
         return
+    lead = weight.shape[:-2]
+    scale = scale.expand(*lead, 1, 1) if lead else scale.view(1, 1)
     for off, size in _steps(tuple(weight.shape), _at_once(weight, scratch)):
         part, mine = weight, scale
         for axis, (start, n) in enumerate(zip(off, size, strict=True)):

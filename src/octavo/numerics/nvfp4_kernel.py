@@ -8,6 +8,7 @@ as such, since Triton's own are approximate, and no product is added to anything
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -107,31 +108,39 @@ def _from_e4m3(bits):
 def quantize_into(
     codes: Tensor, scales: Tensor, weight: Tensor, scale: Tensor, errors: Tensor, *, search: bool
 ) -> None:
-    """Write numbers and scales of a box of whole groups of columns.
+    """Write numbers and scales of a box of whole groups of columns, on the device where all tensors are.
+
+    No views are made where a kernel does it: what the launching thread does is what takes time.
 
     Args:
         codes: uint8 [..., out, in / 2], and
-        scales: uint8 [..., out, in / 16], both with columns beside each other.
+        scales: float8_e4m3fn [..., out, in / 16], both with columns beside each other.
         weight: bf16, fp16 or fp32 [..., out, in]; any strides.
-        scale: float32 [..., 1, 1].
+        scale: float32 [..., 1, 1], or of one element for all.
         errors: the table of `nvfp4`.
     """
     if weight.ndim > 3:
-        for each in zip(codes, scales, weight, scale, strict=True):
-            quantize_into(*each, errors, search=search)
+        for matrices in zip(codes, scales, weight, scale.expand(*weight.shape[:-2], 1, 1), strict=True):
+            quantize_into(*matrices, errors, search=search)
         return
-    if weight.ndim == 2:
-        codes, scales, weight, scale = codes[None], scales[None], weight[None], scale[None]
-    count, rows, cols = weight.shape
-    groups = cols // 16
-    if not count * rows * groups:
+    device = weight.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            quantize_into(codes, scales, weight, scale, errors, search=search)
         return
-    lead, row, col = weight.stride()
+    rows, groups = scales.shape[-2:]
+    count, lead, scale_lead, codes_lead, scales_lead = 1, 0, 0, 0, 0
+    if weight.ndim == 3:
+        count, lead, codes_lead, scales_lead = weight.shape[0], weight.stride(0), codes.stride(0), scales.stride(0)
+        scale_lead = 0 if scale.numel() == 1 else scale.stride(0)
+    row, col = weight.stride()[-2:]
     beside = _ANYHOW if row % 16 or lead % 16 else _COLUMNS
     lies = beside if col == 1 else _ROWS if row == 1 else _ANYHOW
-    each = triton.cdiv(rows, _BLOCK) * groups if lies == _ROWS else triton.cdiv(rows * groups, _BLOCK)
+    each = -(-rows // _BLOCK) * groups if lies == _ROWS else -(-rows * groups // _BLOCK)
+    if not count * each:
+        return
     _quantize_kernel[(count * each, 1, 1)](
-        weight, scale, errors, codes, scales,
-        rows, groups, lead, row, col, scale.stride(0), codes.stride(0), codes.stride(1), scales.stride(0),
-        scales.stride(1), lies, search, _BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
+        weight, scale, errors, codes, scales.view(torch.uint8),
+        rows, groups, lead, row, col, scale_lead, codes_lead, codes.stride(-2), scales_lead, scales.stride(-2),
+        lies, search, _BLOCK, num_warps=_WARPS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -16,12 +16,14 @@ import torch
 from helpers import nvfp4_weights
 from octavo.numerics import nvfp4, nvfp4_kernel
 
+torch.cuda.current_device = lambda: -1  # as if the CPU were it
+
 def interpreted(weight, search):
     stored = torch.empty((*weight.shape[:-1], nvfp4.stored_columns(weight.shape[-1])), dtype=torch.uint8)
     codes, scales = nvfp4.Packed.of(stored)
     scale = nvfp4.global_scale(weight.float().abs().amax((-2, -1), keepdim=True))
     table = nvfp4._errors(weight.device)
-    nvfp4_kernel.quantize_into(codes, scales.view(torch.uint8), weight, scale, table, search=search)
+    nvfp4_kernel.quantize_into(codes, scales, weight, scale, table, search=search)
     return stored
 
 for name in nvfp4_weights.NAMES:
