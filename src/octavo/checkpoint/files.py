@@ -9,7 +9,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Any, BinaryIO, NamedTuple, Union, get_args, get_origin
@@ -32,6 +32,8 @@ _PARSED_SAFELY = 10_000
 _NO_BRACKETS = bytes(byte for byte in range(256) if byte not in b"[]{}")
 #: one in JSON, or the rest of a text without its end: it always matches, and so in a time that grows with the length
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+#: where a number begins, and not within a file's name; found in a moment, since it begins with what it is about
+_MINUS_ZERO = re.compile(rb"-0(?<![^\s\[,:]-0)")
 #: maps digits to zero, so that a run of them is found in a moment
 _DIGITS, _MANY_DIGITS = bytes(0 if chr(byte).isdecimal() else 1 for byte in range(256)), bytes(MAX_DIGITS)
 
@@ -135,7 +137,7 @@ def parse_json(raw: bytes, *, unique: bool = True) -> Any:
         _check_nesting(raw)
     try:
         # rarely there, and a call for each number takes time
-        parse_int = _integer if b"-0" in raw or _MANY_DIGITS in raw.translate(_DIGITS) else None
+        parse_int = _integer if _MINUS_ZERO.search(raw) or _MANY_DIGITS in raw.translate(_DIGITS) else None
         pairs_hook = _unique_keys if unique else None
         return json.loads(raw.decode("utf-8"), object_pairs_hook=pairs_hook, parse_int=parse_int)
     except _DuplicateKeyError:
@@ -206,9 +208,15 @@ def conforms(value: Any, kind: Any) -> bool:
     if origin in (Union, UnionType):
         return any(conforms(value, one) for one in arguments)
     if origin is list:
-        return isinstance(value, list) and all(conforms(part, arguments[0]) for part in value)
+        return isinstance(value, list) and _all_conform(value, arguments[0])
     if origin is dict:
-        return isinstance(value, dict) and all(
-            conforms(key, arguments[0]) and conforms(part, arguments[1]) for key, part in value.items()
+        return (
+            isinstance(value, dict) and _all_conform(value, arguments[0]) and _all_conform(value.values(), arguments[1])
         )
     return kind is Any or type(value) is (type(None) if kind is None else kind)
+
+
+def _all_conform(values: Collection[Any], kind: Any) -> bool:
+    if type(kind) is type:  # an index holds thousands of strings
+        return {*map(type, values)} <= {kind}
+    return all(conforms(value, kind) for value in values)

@@ -34,6 +34,8 @@ MAX_TENSORS = 500_000
 MAX_NAME, MAX_AXES, MAX_TENSOR_BYTES, MAX_BYTES = 1024, 64, 1 << 42, 1 << 46
 #: what other readers, and torch, hold sides and counts in
 _MAX_COUNT = (1 << 63) - 1
+#: of an entry
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,16 +177,16 @@ def _is_unicode(text: str) -> bool:
 
 
 def _parse_entry(entry: Any) -> tuple[str, tuple[int, ...], int, int]:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         raise CheckpointError("an entry must have exactly dtype, shape and data_offsets")
     dtype_name, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype_name, str) or dtype_name not in dtypes.BITS:
         raise CheckpointError(f"unknown dtype {shown(dtype_name)}; known: {', '.join(dtypes.BITS)}")
     if isinstance(shape, list) and len(shape) > MAX_AXES:
         raise CheckpointError(f"its shape has {len(shape):,} axes, and may have at most {MAX_AXES}")
-    if not isinstance(shape, list) or not all(_is_natural(n) for n in shape):
+    if not isinstance(shape, list) or not all(map(_is_natural, shape)):
         raise CheckpointError(f"shape {shown(shape)} is not a list of non-negative integers of 63 bits")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_natural(n) for n in offsets):
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_natural, offsets)):
         raise CheckpointError(f"data_offsets {shown(offsets)} are not two non-negative integers of 63 bits")
     return dtype_name, tuple(shape), offsets[0], offsets[1]
 
