@@ -38,7 +38,7 @@ from ...machine import on_cpu
 #: file -> what the system keeps of it; None where there is none
 Files = dict[str, tuple[int, int, int] | None]
 
-_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 _TIMES = (datetime.date, datetime.time, datetime.timedelta)
 _SHOWN = (
     torch.dtype,
@@ -55,6 +55,7 @@ _SHOWN = (
     *_TIMES,
 )
 _LISTS = (list, tuple, collections.deque)
+_GROUPS = (*_LISTS, dict, set, frozenset, Mapping)  # asking for a Mapping takes longest
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 _WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)
 #: known by their versions; octavo's files count whether they are imported or not, as threads of it import some
@@ -93,6 +94,9 @@ class _Description:
         self._within: set[int] = set()  # what is being described: it may hold itself
 
     def add(self, value: Any, depth: int = 0) -> None:
+        if type(value) in _PLAIN:  # most are
+            self.words.append(repr(value))
+            return
         if isinstance(value, functools.partial):
             value = [value.func, value.args, value.keywords]
         if isinstance(value, _WORDS):
@@ -107,7 +111,7 @@ class _Description:
             raise ValueError("there is too much that it depends on")
 
     def _add_parts(self, value: Any, depth: int) -> None:
-        if isinstance(value, (Mapping, *_LISTS, set, frozenset)):
+        if isinstance(value, _GROUPS):
             self.words.append(f"{'{' if isinstance(value, Mapping) else '['}{len(value)}")
             if len(value) > _MANY:
                 parts = itertools.chain.from_iterable(value.items()) if isinstance(value, Mapping) else value
@@ -187,15 +191,21 @@ def _of_code(code: types.CodeType) -> str:
 
 
 def _of_tensor(tensor: Tensor) -> str:
-    place = "here" if on_cpu(str(tensor.device)) else tensor.device.type  # which of several devices does not matter
-    told = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout} {place}"
+    dtype = tensor.dtype
+    told = f"{dtype} {tuple(tensor.shape)} {tensor.layout} {_of_place(tensor.device)}"
     if tensor.layout is not torch.strided or is_lazy(tensor):
         return told
     told = f"{told} {tensor.stride()} {tensor.storage_offset()}"
-    tells = tensor.dtype in _INTEGERS and not isinstance(tensor, nn.Parameter)
+    tells = dtype in _INTEGERS and not isinstance(tensor, nn.Parameter)
     if tells and not tensor.is_meta and tensor.nbytes <= _TABLE_BYTES:
         told += f" {tensor.tolist()}"
     return told
+
+
+@functools.cache
+def _of_place(device: torch.device) -> str:
+    """A word for where a tensor is; which of several devices does not matter."""
+    return "here" if on_cpu(str(device)) else device.type
 
 
 def of_settings(*settings: Any) -> str:
@@ -296,20 +306,23 @@ def _state(file: str) -> tuple[int, int, int] | None:
 def of_model(model: nn.Module) -> dict[tuple[str, str], str]:
     """Where something is in a model -> words for it: its tensors, what these and its modules hold beside them."""
     description = _Description(0)
-    found = {}
+    found, classes = {}, dict[type, str]()
 
-    def add(path: str, name: str, value: Any) -> None:
+    def words(value: Any) -> str:
         before = len(description.words)
         description.add(value)
-        found[path, name] = "\n".join(description.words[before:])
+        return "\n".join(description.words[before:])
 
     for path, module in model.named_modules(remove_duplicate=False):
-        add(path, "", [module, getattr(type(module), "load_weights", None)])
+        kind = type(module)
+        if kind not in classes:
+            classes[kind] = words([kind, getattr(kind, "load_weights", None)])
+        found[path, ""] = classes[kind]
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            add(path, name, [tensor, tensor if tensor is None else vars(tensor)])
+            found[path, name] = repr(tensor) if tensor is None else f"{_of_tensor(tensor)} {words(vars(tensor))}"
         for name, value in vars(module).items():
             if name not in _OF_ANY_MODULE:
-                add(path, name, value)
+                found[path, name] = repr(value) if type(value) in _PLAIN else words(value)
     return found
 
 

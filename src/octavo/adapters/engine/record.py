@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.codings import Coding
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
 from ...elements.pieces import Piece
@@ -87,11 +88,6 @@ class _Cut(NamedTuple):
     dst_off: tuple[int, ...]
     size: tuple[int, ...]
     src_strides: tuple[int, ...]
-
-    @property
-    def reach(self) -> int:
-        """Elements of the tensor from its first to beyond its last."""
-        return _reach(self.size, self.src_strides)
 
     def fits(self, shape: Sequence[int]) -> bool:
         ends = [a + n for a, n in zip(self.dst_off, self.size, strict=True)]
@@ -212,7 +208,7 @@ class Record:
         """
         kinds = [_Kind.read(row) for row in record["kinds"]]
         cuts = [_Cut(*map(_naturals, row)) for row in record["cuts"]]
-        reading = _Reading(self, kinds, cuts, [cut.reach for cut in cuts])
+        reading = _Reading.of(self, kinds, cuts)
         placements = [reading.placement(row) for row in record["placements"]]
         direct, storages = [], {}
         for row, *places in record["direct"]:
@@ -255,9 +251,13 @@ class Record:
 
     def _fillers_of(self, record: Json) -> dict[str, dict[str, frozenset[str]]]:
         sets, found = [frozenset(_texts(names)) for names in record["sets"]], {}
+        names = self._names
         for layer, flat in record["layers"].items():
             own = self._names_in(layer)
-            mine = {self._name(name): sets[to] for name, to in zip(flat[::2], flat[1::2], strict=True)}
+            mine = {
+                name if isinstance(name, str) else names[name]: sets[to]
+                for name, to in zip(flat[::2], flat[1::2], strict=True)
+            }
             _require(layer, all(to <= own for to in {*mine.values()}))
             found[layer] = mine
         return found
@@ -308,39 +308,54 @@ class Record:
 
 @dataclass(frozen=True)
 class _Reading:
+    """Thousands of rows are read; what they have in common is checked and computed once."""
+
     record: Record
-    kinds: Sequence[_Kind]
-    cuts: Sequence[_Cut]
-    reaches: Sequence[int]
-    _fitting: set[tuple[int, int]] = dataclasses.field(default_factory=set)  # kinds, and cuts that lie in them
+    kinds: Sequence[tuple[_Kind, int]]  # with their elements
+    cuts: Sequence[tuple[_Cut, int, int]]  # with how far they reach in their tensor, and their elements
+    _fitting: set[tuple[tuple[int, ...], int]] = dataclasses.field(default_factory=set)  # shapes, and cuts within
+
+    @classmethod
+    def of(cls, record: Record, kinds: Iterable[_Kind], cuts: Iterable[_Cut]) -> _Reading:
+        sized = [(cut, _reach(cut.size, cut.src_strides), math.prod(cut.size)) for cut in cuts]
+        return cls(record, [(kind, math.prod(kind.shape)) for kind in kinds], sized)
 
     def placement(self, row: Row) -> Placement:
         number, name, coded, *flat = row
-        kind, infos, pieces, filled = self.kinds[number], self.record.infos, [], 0
+        (kind, numel), tensors, fitting = self.kinds[number], self.record.infos, self._fitting
+        shape, known, pieces = kind.shape, kind.source_dtype_names, []
         for which, source, offset in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
-            (info, numel), cut = infos[source], self.cuts[which]
-            if not 0 <= offset <= numel - self.reaches[which] or info.dtype_name not in kind.source_dtype_names:
+            (info, held), (cut, reach, filled) = tensors[source], self.cuts[which]
+            if not 0 <= offset <= held - reach or info.dtype_name not in known:
                 raise ValueError("a piece outside of its tensor")
-            if (number, which) not in self._fitting:
-                _require(cut, cut.fits(kind.shape))
-                self._fitting.add((number, which))
+            if (shape, which) not in fitting:
+                _require(cut, cut.fits(shape))
+                fitting.add((shape, which))
             pieces.append(Piece(cut.dst_off, cut.size, info.name, offset, cut.src_strides))
-            filled += math.prod(cut.size)
-        _require(filled, filled == math.prod(kind.shape))
-        sources = [infos[source][0] for source in coded]
-        _require(sources, all(info.coding for info in sources))
+            numel -= filled
+        if numel:
+            raise ValueError("pieces that don't fill their parameter")
         return Placement(
-            self.record._name(name),
-            *kind[:5],
+            name if isinstance(name, str) else self.record._names[name],
+            shape,
+            kind.dtype_name,
+            known,
+            kind.scheme,
+            kind.reason,
             tuple(pieces),
             kind.parts,
             self.record.device,
             kind.source_bytes,
             kind.ignored_as,
             kind.columns,
-            tuple((info.name, info.coding) for info in sources if info.coding),
+            self._codings(coded) if coded else (),
             kind.lossless,
         )
+
+    def _codings(self, coded: Row) -> tuple[tuple[str, Coding], ...]:
+        infos = [self.record.infos[source][0] for source in coded]
+        _require(infos, all(info.coding for info in infos))
+        return tuple((info.name, info.coding) for info in infos if info.coding)
 
 
 # -- what is read -----------------------------------------------------------------------------------------------------

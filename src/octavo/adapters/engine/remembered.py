@@ -107,7 +107,7 @@ class Watch:
 
 def digest_of(told: Mapping[tuple[str, str], str]) -> str:
     """A name for the facts of a model."""
-    return facts.digest(*(word for key, value in told.items() for word in (*key, value)))
+    return facts.digest(*(word for (path, name), value in told.items() for word in (path, name, value)))
 
 
 def remembering(
