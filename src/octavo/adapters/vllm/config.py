@@ -157,7 +157,7 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
             self._pretend()
         # by its name, if it has one: some heads of vLLM's have none
         if prefix in self.kept or (load_format == "dummy" and (not prefix or default_keep(prefix))):
-            with self._ignoring_everything():
+            with self._ignoring(["re:.*"]):
                 return super().get_quant_method(layer, prefix)
         ways = [functools.partial(self._method, layer, prefix)]
         if self.has_blocked_weights() and is_linear(layer):
@@ -175,7 +175,8 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
 
     def _method(self, layer: nn.Module, prefix: str) -> Any:
         try:
-            method = super().get_quant_method(layer, prefix)
+            with self._ignoring(_joined(tuple(self.ignore))):
+                method = super().get_quant_method(layer, prefix)
         except ValueError as error:
             if "different quantization schemes" not in str(error):
                 raise
@@ -188,12 +189,20 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         return method
 
     @contextlib.contextmanager
-    def _ignoring_everything(self) -> Iterator[None]:
-        ignore, self.ignore = self.ignore, ["re:.*"]
+    def _ignoring(self, patterns: list[str]) -> Iterator[None]:
+        ignore, self.ignore = self.ignore, patterns
         try:
             yield
         finally:
             self.ignore = ignore
+
+
+@functools.lru_cache(maxsize=16)
+def _joined(ignore: tuple[str, ...]) -> list[str]:
+    """The same to ignore with one pattern for all: vLLM looks each one up for each layer, several times."""
+    patterns = [name.removeprefix("re:") for name in ignore if name.startswith("re:")]
+    names = [name for name in ignore if not name.startswith("re:")]
+    return [*names, f"re:{'|'.join(f'(?:{pattern})' for pattern in patterns)}"] if patterns else names
 
 
 class OctavoFp8ChannelConfig(OctavoConfig):
