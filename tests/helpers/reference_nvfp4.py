@@ -76,6 +76,8 @@ def quantize(weight: Tensor, *, search: bool = True) -> tuple[Tensor, Tensor, fl
             bits = max(bits, 1)
             if search:
                 bits = best_scale(mine, scale, bits)
+            if scale == 2**120:
+                bits = min(bits, E4M3.index(Fraction(40)))
             scales[row, group] = bits
             for place, value in enumerate(mine):
                 quotient = divided(abs(float(value)), E4M3[bits] * scale)

@@ -25,6 +25,7 @@ to ``amax / 6`` (amax: the group's, by the global scale; quotients rounded to fl
 the amax is 0. The others are the 1st, 4th and 5th number of e4m3 after it, 448 at most: the next one, and two around
 1.5 times the first, by which the largest weight becomes 4. None clips: by the first, the largest weight is 6.375 at
 most, nearer to 6 than those between 4 and 6 may be to either (9 where that is 2**-9). Of equals, the first is taken.
+Where the global scale is its largest, 2**120, a scale above 40 becomes 40, lest a finite weight become an infinite one.
 
 **Errors** are compared in integers, so that they are the same in whatever order they are added. With r the product,
 rounded to float32, of ``|w|`` and 28 / (first scale * global scale), which is rounded to float32 before and after the
@@ -68,7 +69,7 @@ _ABOVE_1728 = (1 << 23) - (11 << 19) - 1
 _USUAL, _WITHIN, _STEP, _LEAST = 127 - 8, 9, 2, 127 - 115
 #: how many numbers of e4m3 further on the scales lie that are tried
 _TRIED = (0, 1, 4, 5)
-_ONE = 0x38  # as bits of e4m3
+_ONE, _FORTY = 0x38, 0x62  # as bits of e4m3
 #: of its first scale, a weight is known to 28ths while scales are compared; a row of the table has as many as there are
 _PARTS, _ROW = 28, 256
 #: the unit of squared errors, and the largest
@@ -222,6 +223,7 @@ def _quantize(out: Packed, weight: Tensor, scale: Tensor, memory: Tensor, search
     bits = _first_scale(magnitude.amax(0) / scale)
     if search:
         bits = _best_scale(magnitude, bits, scale, memory[2:])
+    bits = torch.minimum(bits, _largest_scale(scale))
     out.scales.view(torch.uint8).copy_(bits.view(groups))
     quarters = wide.div_(bits.view(E4M3).float().mul_(scale).mul_(0.25))
     twice = torch.ceil(quarters, out=other).add_(quarters.floor_())
@@ -237,6 +239,11 @@ def _first_scale(amax: Tensor) -> Tensor:
     """amax of groups by global scale -> the bits of their first scales."""
     bits = (amax / _number(6.0, amax.device)).to(E4M3).view(torch.uint8).clamp_(min=1)
     return bits.masked_fill_(amax == 0, _ONE)
+
+
+def _largest_scale(scale: Tensor) -> Tensor:
+    """Global scales -> the bits of the largest scales, whose 6 is still finite."""
+    return (scale < 2.0**120).to(torch.uint8).mul_(0x7F - _FORTY).add_(_FORTY)
 
 
 def _best_scale(magnitude: Tensor, first: Tensor, scale: Tensor, memory: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ def _quantize_kernel(
         best = tl.minimum(best, ((total >> 48) & 0xFFFF).to(tl.int32) * 4 + 3)
         number = best & 3
         bits += number + (number & 2)  # 0, 1, 4 or 5 further on
+    bits = tl.minimum(bits, tl.where(whole < 1329227995784915872903807060280344576.0, 0x7F, 0x62))  # 2**120: at most 40
     tl.store(scales + lead * scales_lead + row * scales_row + group, bits.to(tl.uint8), mask=mask)
 
     quarter = _from_e4m3(bits) * whole * 0.25

@@ -61,6 +61,19 @@ def test_the_smallest_scale_has_6_for_what_is_larger() -> None:
     assert nvfp4.widen(found)[0, -1].item() * scale.item() == 6 * 2.0**-17
 
 
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("largest", [torch.finfo(torch.float32).max, 3.3895e38, 2.8e38, 1.5e38, 1.4e38])
+def test_finite_weights_stay_finite(largest: float, search: bool) -> None:
+    weight = torch.linspace(-1, 1, 64).view(1, 64) * largest
+    found, scale = quantized(weight, search=search)
+    codes, scales, _ = reference_nvfp4.quantize(weight, search=search)
+    assert same_bytes(found.codes.contiguous(), codes)
+    assert same_bytes(found.scales.view(torch.uint8).contiguous(), scales)
+    back = nvfp4.widen(found).mul_(scale)
+    assert back.isfinite().all()
+    assert (back - weight).abs().max() <= largest / 4
+
+
 @pytest.mark.parametrize(
     ("amax", "power"), [(0.0, -8), (6.75, -8), (6.7501, -4), (108.0, -4), (108.1, 0), (0.0066, -8), (0.00659, -9)]
 )
