@@ -16,42 +16,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from ..checkpoint import dtypes
-from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece, packed_strides, whole
-from ..numerics import schemes
+from .bundles import Bundle, Coded, join
 from .chunks import Chunk, Work, cut_placement
-from .coded import Cells, Lay, cells_piece, codes_piece, lay_of
+from .coded import cells_piece, codes_piece, lay_of
 from .placement import Placement
-
-
-class Coded(NamedTuple):
-    """Codes of a chunk, and what belongs to them; pieces count offsets and strides within the block."""
-
-    coding: Coding
-    lay: Lay
-    codes: Piece
-    scale: Cells
-    global_scale: Piece | None
-
 
 #: scales begin at a multiple of so many bytes of a block
 _ALIGNED = 8
 #: the shard of bytes that are there so that what follows is aligned
 NOTHING = -1
-
-
-class Bundle(NamedTuple):
-    """Chunks of one parameter on which one operation does; ``piece`` counts offsets and strides within the block."""
-
-    placement: Placement
-    work: Work
-    dtype_name: str  # of the source
-    piece: Piece
-    cells: tuple[slice, ...]
-    phase: tuple[int, int]
-    chunks: tuple[Chunk, ...]
-    coded: Coded | None = None  # of a source that is quantized already; ``piece`` then counts within that
 
 
 class Run(NamedTuple):
@@ -246,96 +221,6 @@ def _with_scales(runs: list[Run], bundles: Iterable[Bundle]) -> list[Bundle]:
         bundles[number] = bundles[number]._replace(coded=coded)
         filled += piece.numel * itemsize
     return bundles
-
-
-# -- joining ----------------------------------------------------------------------------------------------------------
-
-
-def join(bundles: Iterable[Bundle]) -> list[Bundle]:
-    """Join bundles that are one box of their parameter and lie evenly in the block; rows first, then experts."""
-    groups: dict[tuple[str, Work, str], list[Bundle]] = {}
-    for bundle in bundles:
-        groups.setdefault((bundle.placement.name, bundle.work, bundle.dtype_name), []).append(bundle)
-    joined: list[Bundle] = []
-    for group in groups.values():
-        for axis in reversed(range(len(group[0].piece.size))):
-            if len(group) == 1:
-                break
-            if len({bundle.piece.dst_off[axis] for bundle in group}) > 1:  # else they are no neighbours along it
-                group = _join_along(axis, group)
-        joined += group
-    return joined
-
-
-def _join_along(axis: int, bundles: list[Bundle]) -> list[Bundle]:
-    joined, at = [], 0
-    while at < len(bundles):
-        end = _end_of_run(axis, bundles, at)
-        joined.append(bundles[at] if end == at + 1 else _joined(axis, bundles[at:end]))
-        at = end
-    return joined
-
-
-def _end_of_run(axis: int, bundles: Sequence[Bundle], at: int) -> int:
-    """Up to which bundle those from ``at`` on are neighbours along an axis, and one view shows all of them."""
-    first = last = bundles[at]
-    p = first.piece
-    if at + 1 == len(bundles) or first.work in (Work.AMAX, Work.REREAD):
-        return at + 1
-    length = p.size[axis]
-    stride = p.src_strides[axis] if length > 1 else bundles[at + 1].piece.src_off - p.src_off
-    if stride <= 0:
-        return at + 1
-    for index in range(at + 1, len(bundles)):
-        bundle = bundles[index]
-        q = bundle.piece
-        if q.dst_off[axis] != p.dst_off[axis] + length or q.src_off != p.src_off + stride * length:
-            return index
-        if (q.size[axis] != 1 and q.src_strides[axis] != stride) or not _alike(p, q, axis):
-            return index
-        if first.placement.scheme is not None and not _groups_continue(first, last, bundle, axis, length):
-            return index
-        last = bundle
-        length += q.size[axis]
-    return len(bundles)
-
-
-def _alike(p: Piece, q: Piece, axis: int) -> bool:
-    """Return True if two pieces are the same along all other axes."""
-    for other, (n, m) in enumerate(zip(p.size, q.size, strict=True)):
-        if other != axis and (
-            n != m or p.dst_off[other] != q.dst_off[other] or (n != 1 and p.src_strides[other] != q.src_strides[other])
-        ):
-            return False
-    return True
-
-
-def _groups_continue(first: Bundle, last: Bundle, bundle: Bundle, axis: int, length: int) -> bool:
-    """Return True if a run (so long) and a bundle, seen as one, have the scale groups of both, none shared or cut."""
-    matrix_axis = axis - (len(bundle.piece.size) - 2)
-    if matrix_axis < 0:
-        return first.phase == bundle.phase
-    scheme = schemes.get(bundle.placement.scheme or "")
-    group = (scheme.group_rows, scheme.group_cols)[matrix_axis]
-    if group is None or last.cells[axis].stop != bundle.cells[axis].start:
-        return False
-    aligned = not (first.phase[matrix_axis] + length) % group and not bundle.phase[matrix_axis]
-    return aligned and first.phase[1 - matrix_axis] == bundle.phase[1 - matrix_axis]
-
-
-def _joined(axis: int, bundles: Sequence[Bundle]) -> Bundle:
-    """The bundle of a run."""
-    first, last = bundles[0], bundles[-1]
-    p, q = first.piece, last.piece
-    stride = p.src_strides[axis] if p.size[axis] > 1 else bundles[1].piece.src_off - p.src_off
-    size = (*p.size[:axis], q.dst_off[axis] + q.size[axis] - p.dst_off[axis], *p.size[axis + 1 :])
-    strides = (*p.src_strides[:axis], stride, *p.src_strides[axis + 1 :])
-    cells = first.cells
-    if cells:
-        cells = (*cells[:axis], slice(cells[axis].start, last.cells[axis].stop), *cells[axis + 1 :])
-    piece = Piece(p.dst_off, size, p.src_name, p.src_off, strides)
-    chunks = tuple(itertools.chain.from_iterable(bundle.chunks for bundle in bundles))
-    return Bundle(first.placement, first.work, first.dtype_name, piece, cells, first.phase, chunks)
 
 
 # -- the order of the files -------------------------------------------------------------------------------------------

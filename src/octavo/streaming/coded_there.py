@@ -18,8 +18,8 @@ from ..elements.pieces import Piece
 from ..numerics.decoding import scale_cells
 from ..numerics.lossless import unit_of
 from ..numerics.schemes import E8M0, FP8, Stored
-from ..planning.blocks import Bundle, Coded
 from ..planning.budget import Budget
+from ..planning.bundles import Bundle, Coded
 from ..planning.chunks import Chunk
 from ..planning.placement import Placement
 from .coded import TOO_LARGE, Encoded

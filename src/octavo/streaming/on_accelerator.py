@@ -25,8 +25,9 @@ from ..errors import WeightError
 from ..machine import usable_device
 from ..numerics import schemes
 from ..numerics.schemes import Scheme
-from ..planning.blocks import Block, Bundle, Read
+from ..planning.blocks import Block, Read
 from ..planning.budget import Budget, check_options
+from ..planning.bundles import Bundle
 from ..planning.chunks import Work
 from .coded_there import PressThere
 from .nonfinite import FiniteWatch, describe_nonfinite

@@ -25,7 +25,7 @@ from ...elements.operations import offset_of
 from ...elements.pieces import Piece, packed_strides
 from ...numerics import schemes
 from ...numerics.schemes import Scheme, Stored
-from ...planning.blocks import Bundle, join
+from ...planning.bundles import Bundle, join
 from ...planning.chunks import Work
 from ...streaming.nonfinite import FiniteWatch
 from ...streaming.on_accelerator import scales_of
