@@ -105,7 +105,7 @@ def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo
         # elements must be aligned within the block
         fits = filled + nbytes + beside + more <= block_bytes and not filled % itemsize
         if bundles and not (is_run and fits and info.shard == shard and at >= end):
-            yield _block(runs, bundles)
+            yield _block(runs, bundles, block_bytes)
             bundles, runs, filled, beside = [], [], 0, 0
         shard = info.shard
         if is_run:
@@ -118,9 +118,9 @@ def cut_blocks(placements: Iterable[Placement], tensors: Mapping[str, TensorInfo
         scattered = [Run(shard, info.offset + offset * itemsize, length * itemsize) for offset in offsets]
         # read one after another, they lie without holes
         packed = piece._replace(src_off=0, src_strides=packed_strides(piece.size, piece.src_strides))
-        yield _block(scattered, [_bundle(chunk, info, packed, coded)])
+        yield _block(scattered, [_bundle(chunk, info, packed, coded)], block_bytes)
     if bundles:
-        yield _block(runs, bundles)
+        yield _block(runs, bundles, block_bytes)
 
 
 def _append(runs: list[Run], run: Run) -> None:
@@ -157,14 +157,16 @@ def _with_share(
 
 
 def _bundle(chunk: Chunk, info: TensorInfo, piece: Piece, coded: Coded | None) -> Bundle:
-    if coded is not None:  # the piece is that of codes, of which one may hold several elements
-        coded, piece = coded._replace(codes=piece), chunk.piece
+    if coded is not None:  # the piece is that of codes, of which one may hold several weights
+        piece = chunk.piece._replace(src_off=piece.src_off, src_strides=piece.src_strides)
     return Bundle(chunk.placement, chunk.work, info.dtype_name, piece, chunk.cells, chunk.phase, (chunk,), coded)
 
 
-def _block(runs: list[Run], bundles: list[Bundle]) -> Block:
+def _block(runs: list[Run], bundles: list[Bundle], block_bytes: int) -> Block:
     in_order = any(bundle.work in (Work.AMAX, Work.REREAD) for bundle in bundles)
-    bundles = _with_scales(runs, bundles) if any(bundle.coded for bundle in bundles) else join(bundles)
+    if any(bundle.coded for bundle in bundles):
+        bundles = _with_scales(runs, bundles)
+    bundles = join(bundles, block_bytes // 2)  # where what is made of codes has to be kept, it has half a block
     return Block(tuple(runs), sum(run.nbytes for run in runs), tuple(bundles), in_order)
 
 
@@ -181,7 +183,8 @@ def _stored(chunk: Chunk, tensors: Mapping[str, TensorInfo]) -> tuple[TensorInfo
     assert lay is not None
     assert cells is not None, "Placement.by_host"
     codes, by = codes_piece(chunk.piece, lay, coding), coding.global_scale
-    return coding.codes, codes, Coded(coding, lay, codes, cells, None if by is None else whole(by.name, (by.numel,)))
+    words = 1 if lay.axis is None else codes.size[lay.axis]
+    return coding.codes, codes, Coded(coding, lay, words, cells, None if by is None else whole(by.name, (by.numel,)))
 
 
 def _scales(coded: Coded) -> Iterator[tuple[TensorInfo, Piece]]:

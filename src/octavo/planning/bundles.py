@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..checkpoint.codings import Coding
-from ..elements.pieces import Piece
+from ..elements.pieces import Piece, put_at
 from ..numerics import schemes
 from .chunks import Chunk, Work
 from .coded import Cells, Lay
@@ -15,17 +15,36 @@ from .placement import Placement
 
 
 class Coded(NamedTuple):
-    """Codes of a chunk, and what belongs to them; pieces count offsets and strides within the block."""
+    """What a bundle of codes is made of; pieces count offsets and strides within the block."""
 
     coding: Coding
     lay: Lay
-    codes: Piece
+    words: int  # elements of the codes along the columns
     scale: Cells
     global_scale: Piece | None
 
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """What has to be the same in bundles that are joined."""
+        lay, coding = self.lay, self.coding
+        return coding.decoding, coding.scale.dtype_name, lay.axis, lay.col, lay.cols
+
+    def axis_of_scale(self, axis: int) -> int | None:
+        """The axis of its scales that is this one of the bundle; None for that of the columns."""
+        columns = self.lay.axis
+        return None if columns is None or axis == columns else axis - (columns < axis)
+
+    def codes(self, piece: Piece) -> Piece:
+        """The piece of a bundle as one of the elements of its codes."""
+        axis = self.lay.axis
+        return piece if axis is None else piece._replace(size=put_at(piece.size, axis, self.words))
+
 
 class Bundle(NamedTuple):
-    """Chunks of one parameter on which one operation does; ``piece`` counts offsets and strides within the block."""
+    """Chunks of one parameter on which one operation does; ``piece`` counts offsets and strides within the block.
+
+    Of codes, it counts them in their elements, and sizes in weights.
+    """
 
     placement: Placement
     work: Work
@@ -34,11 +53,15 @@ class Bundle(NamedTuple):
     cells: tuple[slice, ...]
     phase: tuple[int, int]
     chunks: tuple[Chunk, ...]
-    coded: Coded | None = None  # of a source that is quantized already; ``piece`` then counts within that
+    coded: Coded | None = None  # of a source that is quantized already
 
 
-def join(bundles: Iterable[Bundle]) -> list[Bundle]:
-    """Join bundles that are one box of their parameter and lie evenly in the block; rows first, then experts."""
+def join(bundles: Iterable[Bundle], most: int = 0) -> list[Bundle]:
+    """Join bundles that are one box of their parameter and lie evenly in the block; rows first, then experts.
+
+    Args:
+        most: weights of a bundle of codes.
+    """
     groups: dict[tuple[str, Work, str], list[Bundle]] = {}
     for bundle in bundles:
         groups.setdefault((bundle.placement.name, bundle.work, bundle.dtype_name), []).append(bundle)
@@ -48,28 +71,28 @@ def join(bundles: Iterable[Bundle]) -> list[Bundle]:
             if len(group) == 1:
                 break
             if len({bundle.piece.dst_off[axis] for bundle in group}) > 1:  # else they are no neighbours along it
-                group = _join_along(axis, group)
+                group = _join_along(axis, group, most)
         joined += group
     return joined
 
 
-def _join_along(axis: int, bundles: list[Bundle]) -> list[Bundle]:
+def _join_along(axis: int, bundles: list[Bundle], most: int) -> list[Bundle]:
     joined, at = [], 0
     while at < len(bundles):
-        end = _end_of_run(axis, bundles, at)
+        end = _end_of_run(axis, bundles, at, most)
         joined.append(bundles[at] if end == at + 1 else _joined(axis, bundles[at:end]))
         at = end
     return joined
 
 
-def _end_of_run(axis: int, bundles: Sequence[Bundle], at: int) -> int:
+def _end_of_run(axis: int, bundles: Sequence[Bundle], at: int, most: int) -> int:
     """Up to which bundle those from ``at`` on are neighbours along an axis, and one view shows all of them."""
     first = last = bundles[at]
     p = first.piece
     if at + 1 == len(bundles) or first.work in (Work.AMAX, Work.REREAD):
         return at + 1
     length = p.size[axis]
-    stride = p.src_strides[axis] if length > 1 else bundles[at + 1].piece.src_off - p.src_off
+    stride = _stride(p, bundles[at + 1].piece, axis)
     if stride <= 0:
         return at + 1
     for index in range(at + 1, len(bundles)):
@@ -81,6 +104,10 @@ def _end_of_run(axis: int, bundles: Sequence[Bundle], at: int) -> int:
             return index
         if first.placement.scheme is not None and not _groups_continue(first, last, bundle, axis, length):
             return index
+        if first.coded is not None:
+            fits = p.numel // p.size[axis] * (length + q.size[axis]) <= most
+            if not fits or not _scales_continue(axis, first.coded, bundles[at + 1].coded, bundle.coded, length):
+                return index
         last = bundle
         length += q.size[axis]
     return len(bundles)
@@ -109,11 +136,35 @@ def _groups_continue(first: Bundle, last: Bundle, bundle: Bundle, axis: int, len
     return aligned and first.phase[1 - matrix_axis] == bundle.phase[1 - matrix_axis]
 
 
+def _scales_continue(axis: int, first: Coded, second: Coded | None, coded: Coded | None, length: int) -> bool:
+    """Return True if one view shows the scales of a run of codes (so long) and of those that follow it."""
+    if coded is None or second is None or coded.alike != first.alike or (first.global_scale or coded.global_scale):
+        return False
+    at, p, q = first.axis_of_scale(axis), first.scale.piece, coded.scale.piece
+    if at is None:
+        return False
+    if at == len(p.size) - 2:
+        group = first.coding.decoding.group_rows
+        if group is None or (first.scale.phase + length) % group or coded.scale.phase:
+            return False
+        length = (first.scale.phase + length) // group
+    elif first.scale.phase != coded.scale.phase:
+        return False
+    stride = _stride(p, second.scale.piece, at)
+    regular = q.src_off == p.src_off + stride * length and (q.size[at] == 1 or q.src_strides[at] == stride)
+    return stride > 0 and regular and _alike(p, q, at)
+
+
+def _stride(p: Piece, following: Piece, axis: int) -> int:
+    """The stride of a piece along an axis along which another follows it."""
+    return p.src_strides[axis] if p.size[axis] > 1 else following.src_off - p.src_off
+
+
 def _joined(axis: int, bundles: Sequence[Bundle]) -> Bundle:
     """The bundle of a run."""
     first, last = bundles[0], bundles[-1]
     p, q = first.piece, last.piece
-    stride = p.src_strides[axis] if p.size[axis] > 1 else bundles[1].piece.src_off - p.src_off
+    stride = _stride(p, bundles[1].piece, axis)
     size = (*p.size[:axis], q.dst_off[axis] + q.size[axis] - p.dst_off[axis], *p.size[axis + 1 :])
     strides = (*p.src_strides[:axis], stride, *p.src_strides[axis + 1 :])
     cells = first.cells
@@ -121,4 +172,14 @@ def _joined(axis: int, bundles: Sequence[Bundle]) -> Bundle:
         cells = (*cells[:axis], slice(cells[axis].start, last.cells[axis].stop), *cells[axis + 1 :])
     piece = Piece(p.dst_off, size, p.src_name, p.src_off, strides)
     chunks = tuple(itertools.chain.from_iterable(bundle.chunks for bundle in bundles))
-    return Bundle(first.placement, first.work, first.dtype_name, piece, cells, first.phase, chunks)
+    coded = None if first.coded is None else _coded(axis, [bundle.coded for bundle in bundles if bundle.coded])
+    return Bundle(first.placement, first.work, first.dtype_name, piece, cells, first.phase, chunks, coded)
+
+
+def _coded(axis: int, run: Sequence[Coded]) -> Coded:
+    first, at = run[0], run[0].axis_of_scale(axis)
+    assert at is not None
+    p, cells = first.scale.piece, sum(coded.scale.piece.size[at] for coded in run)
+    strides = put_at(p.src_strides, at, _stride(p, run[1].scale.piece, at))
+    scale = first.scale._replace(piece=p._replace(size=put_at(p.size, at, cells), src_strides=strides))
+    return first._replace(scale=scale)

@@ -47,13 +47,13 @@ class PressThere(Press):
 
     def place(self, bundle: Bundle, coded: Coded, staged: Staged) -> None:
         """Do what the plan says with a bundle."""
-        (chunk,) = bundle.chunks
+        chunk = bundle.chunks[0]._replace(piece=bundle.piece, cells=bundle.cells)
         self._bundles = [bundle]
-        self._place(chunk, self._encoded(chunk, coded, staged))
+        self._place(chunk, self._encoded(bundle.piece, coded, staged))
 
-    def _encoded(self, chunk: Chunk, coded: Coded, staged: Staged) -> Encoded:
+    def _encoded(self, piece: Piece, coded: Coded, staged: Staged) -> Encoded:
         coding, lay, by = coded.coding, coded.lay, None
-        codes = staged.view(coding.codes.dtype, coded.codes)
+        codes = staged.view(coding.codes.dtype, coded.codes(piece))
         codes = codes.unsqueeze(-1) if lay.axis is None else codes.movedim(lay.axis, -1)
         stored = staged.view(coding.scale.dtype, coded.scale.piece)
         self._look_at(stored)
@@ -64,7 +64,7 @@ class PressThere(Press):
         if by is not None:
             self._watch.add((scale * _TO_INFINITY).flatten(), self._bundles)
         by_row = scale_of_rows(scale, coding.decoding, coded.scale.phase, codes.shape[-2])
-        return Encoded(coding, lay, codes, by_row, None, chunk.piece.size, unit_of(coding.decoding, by))
+        return Encoded(coding, lay, codes, by_row, None, piece.size, unit_of(coding.decoding, by))
 
     def _look_at(self, stored: Tensor) -> None:
         """Have it noticed if one of these is no scale, as `numerics.decoding.bad_scale` says, or is too large."""

@@ -12,7 +12,7 @@ from helpers import headers, in_blocks, run_plan, same_bytes
 from helpers.coded import BLOCKS, coding_of, encoded, write_coded
 from octavo.checkpoint.codings import Coding, Decoding
 from octavo.checkpoint.header import TensorInfo
-from octavo.elements.pieces import whole
+from octavo.elements.pieces import Piece, whole
 from octavo.errors import WeightError
 from octavo.numerics import schemes
 from octavo.planning import kinds
@@ -104,6 +104,41 @@ def test_zero_points_are_left_to_the_host(tmp_path):
         plan = make_plan(checkpoint, [dataclasses.replace(target_of(coding, (64, 64)), device="cuda")], Recipe())
         assert plan.placements[0].by_host == by_host
         assert bool(Budget.fit(plan.placements, plan.staging_bytes).lanes) != by_host
+
+
+def experts(decoding: Decoding, rows: int = 128, cols: int = 256, count: int = 4):
+    """Matrices of experts, and what becomes of them: gate and up in one stack, down in another."""
+    sources = {}
+    for expert in range(count):
+        for name, shape in (("down", (cols, rows)), ("gate", (rows, cols)), ("up", (rows, cols))):
+            coding = coding_of(f"{expert}.{name}", shape, decoding)
+            sources[coding.name] = (coding, encoded(coding, 6 * len(sources)))  # of which all have the same dtypes
+    both = [
+        Piece((expert, at * rows, 0), (1, rows, cols), f"{expert}.{name}", 0, (rows * cols, cols, 1))
+        for expert in range(count)
+        for at, name in enumerate(("gate", "up"))
+    ]
+    down = [Piece((n, 0, 0), (1, cols, rows), f"{n}.down", 0, (rows * cols, rows, 1)) for n in range(count)]
+    return sources, [
+        Target("gate_up", (count, 2 * rows, cols), None, kinds.EXPERTS, tuple(both)),
+        Target("down", (count, cols, rows), None, kinds.EXPERTS, tuple(down)),
+    ]
+
+
+@pytest.mark.parametrize("decoding", [FP8, MXFP4, INT4, Decoding("float8", 1, None), Decoding("float8", None, None)])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", None])
+def test_experts_are_decoded_together_and_their_bytes_are_those_of_the_host(decoding, scheme, tmp_path):
+    sources, wanted = experts(decoding)
+    checkpoint, _ = write_coded(tmp_path, sources)
+    plan = make_plan(checkpoint, wanted, Recipe(scheme))
+    (block,) = cut_blocks(plan.placements, checkpoint.tensors, 1 << 20)
+    apart = decoding.group_rows is None  # rows of gate and up then have no groups that could follow each other
+    assert [len(bundle.chunks) for bundle in block.bundles] == ([4] + [1] * 8 if apart else [4, 8])
+    mine, _ = run_plan(checkpoint, plan, budget=in_blocks(plan, block_bytes=1 << 20))
+    theirs, _ = run_plan(checkpoint, plan)
+    for name, storage in theirs.items():
+        assert same_bytes(mine[name].weight, storage.weight)
+        assert storage.scale is None or same_bytes(mine[name].scale, storage.scale)
 
 
 def large(decoding: Decoding, scheme: str | None, count: int = 6) -> tuple[object, Plan]:
