@@ -204,6 +204,11 @@ class _Session:
         """[tokens, how many of the prompt came from the cache of prefixes] of a longer prompt, asked twice."""
         return [self._plainly([PROMPTS[0] * 4])[0] for _ in range(2)]
 
+    def pooled(self) -> list[list[float]]:
+        """The vectors of an engine that pools."""
+        prompts: list[Any] = [{"prompt_token_ids": ids} for ids in PROMPTS]
+        return [list(output.outputs.embedding) for output in self.llm.embed(prompts, use_tqdm=False)]
+
     def adapted(self, path: str) -> list[Any]:
         """Tokens with a LoRA adapter."""
         from vllm.lora.request import LoRARequest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from helpers.models import add_tokenizer
 from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_engine import Answer, Job, octavo_job, run
 
@@ -56,3 +58,13 @@ def test_adapters_and_cached_prefixes(tmp_path: Path) -> None:
     assert first == [second[0], 0]
     assert second[1] == 32
     assert adapted != mine.tokens
+
+
+def test_an_engine_that_pools_gives_the_same_vectors(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "bf16")
+    add_tokenizer(source, 260)  # an engine that pools asks for it
+    jobs = jobs_of(source, [["pooled"]], runner="pooling", skip_tokenizer_init=False)
+    mine, _ = both([dataclasses.replace(job, loaded=True) for job in jobs])
+    ((first, second),) = mine.results
+    assert len(first) == len(second) == 128
+    assert first != second
