@@ -55,6 +55,17 @@ def test_what_does_not_fit_blocks_stays_and_the_rest_becomes_fp8(tmp_path: Path)
         assert why in answers[0].output
 
 
+def test_experts_of_which_a_rank_has_no_whole_blocks_stay_and_are_warned_of(tmp_path: Path) -> None:
+    """As those of Qwen1.5-MoE on two ranks, which have 704 of 1,408 rows. Of these, a rank has 64 of 128."""
+    source = make("qwen2_moe", tmp_path / "bf16")
+    (mine,) = load(octavo_job(source, "fp8_block", tensor_parallel_size=2, rank=1))
+    assert not mine.error, mine.error
+    assert in_fp8(mine.parameters[0])
+    assert not any("experts.w" in name for name in in_fp8(mine.parameters[0]))
+    said = r"WARNING.*octavo: .* stays unquantized \(.*can't make this layer in fp8_block: .* 64 is not divisible"
+    assert re.search(said, mine.output)
+
+
 def test_strict_refuses_by_name(tmp_path: Path) -> None:
     source = make("smollm2", tmp_path / "bf16")
     extra = {"scheme": "fp8_block", "strict": True}
