@@ -21,7 +21,7 @@ from ...errors import CheckpointError
 from ...planning.plan import Plan
 from ..engine import updating
 from ..engine.survey import Fillers
-from . import repacking, versions
+from . import joining, repacking, versions
 from .arrivals import Arrivals
 
 
@@ -46,6 +46,7 @@ def prepare(model: Any, checkpoint: Checkpoint, plan: Plan, layout: Format, fill
     arrivals = Arrivals(model, fillers)
     updating.prepare(Weights(checkpoint.tensors, plan, layout, model, model.load_weights, arrivals))
     repacking.follow(model)
+    joining.follow(model)
     versions.watch_reloads(_check_complete)
 
 

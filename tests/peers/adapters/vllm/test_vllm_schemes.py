@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 import octavo
-from helpers.folders import tensors_of
+from helpers.folders import edit_tensors, tensors_of
 from helpers.vllm_checkpoints import make
 from helpers.vllm_engine import Answer, Job, octavo_job, run
 from helpers.vllm_loading import load
+from octavo.adapters.engine.global_scales import agree
 
 pytestmark = [
     pytest.mark.peers,
@@ -81,6 +84,40 @@ def test_each_of_two_ranks_has_what_stock_has(scheme: str, tmp_path: Path) -> No
         assert not any(errors), f"{case}: {errors}"
         assert _quantized(stock), case
         assert mine.parameters == stock.parameters, case
+
+
+def test_joined_matrices_get_one_global_scale(tmp_path: Path) -> None:
+    """Stock takes one for all, whatever the others are; of a conversion in which they agree, it reads the same."""
+    source = make("qwen2_moe", tmp_path / "bf16")
+    large = ("layers.0.self_attn.q_proj.weight", "layers.1.mlp.experts.2.up_proj.weight")
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith(large):
+                tensors[name][3, 5] = 20.0
+
+    converted = convert(edit_tensors(source, spoil), "nvfp4")
+
+    def settle(tensors: dict[str, Tensor]) -> None:
+        for name, others in (("q_proj", ("q_proj", "k_proj", "v_proj")), ("up_proj", ("gate_proj", "up_proj"))):
+            for first in [first for first in tensors if first.endswith(f"{name}.weight_scale")]:
+                scales = [first.replace(name, other) for other in others]
+                divisors = [scale.replace("_scale", "_global_scale") for scale in scales]
+                both = torch.cat([tensors[each] for each in scales]), torch.cat([tensors[each] for each in divisors])
+                rows = [len(tensors[each]) for each in scales]
+                agree(*both, rows)
+                tensors.update(zip(scales, torch.split(both[0], rows), strict=True))
+                tensors.update(zip(divisors, both[1].split(1), strict=True))
+
+    plain = Job(converted, {"kernels": False})
+    (before,) = loaded(plain)
+    edit_tensors(converted, settle)
+    mine, stock = loaded(octavo_job(source, "nvfp4", kernels=False), plain)
+    for answer in (before, mine, stock):
+        assert not answer.error, answer.error
+    assert mine.parameters == stock.parameters != before.parameters
+    told = [line for line in mine.output.splitlines() if "with different global scales" in line]
+    assert len(told) == len(large)
 
 
 def _quantized(answer: Answer) -> bool:
