@@ -78,6 +78,18 @@ class Storage:
         return cls(weight, torch.empty(placement.scale_shape, dtype=dtype, device=placement.device))
 
 
+@dataclass(slots=True)
+class PackedStorage:
+    """A parameter's memory where numbers, their scales and what is over all lie apart, as engines have them."""
+
+    numbers: Packed
+    divisor: Tensor  # one by the scale over all
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (*self.numbers, self.divisor)
+
+
 @contextlib.contextmanager
 def enough_memory(device: torch.device, what: str) -> Iterator[None]:
     """Turn running out of a device's memory into a `DeviceError` that says for what."""
@@ -117,8 +129,10 @@ def _reserve(placements: Sequence[Placement], device: torch.device) -> None:
 class _Parameter:
     def __init__(self, placement: Placement, storage: Storage) -> None:
         scheme = placement.scheme
-        self._weight = storage.weight if scheme is None else schemes.get(scheme).numbers_in(storage.weight)
-        self.scale = None if storage.scale is None else storage.scale.view(placement.scale_grid)
+        self._weight: Stored = storage.weight if scheme is None else schemes.get(scheme).numbers_in(storage.weight)
+        self.scale: Tensor | None = None
+        if storage.scale is not None:
+            self.scale = storage.scale.view(placement.scale_grid)
 
     def view(self, piece: Piece) -> Stored:
         return schemes.region(self._weight, piece.box)
@@ -134,14 +148,25 @@ class _Parameter:
         pass
 
 
+class _Apart(_Parameter):
+    def __init__(self, placement: Placement, storage: PackedStorage) -> None:
+        self._weight, self.scale = storage.numbers, storage.divisor.view(placement.scale_grid)
+
+    def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
+        super().put_scale(cells, 1 / values)  # exact
+
+
 class ParameterSink:
     """Writes into memory that exists: ``storages`` maps parameter names to it."""
 
-    def __init__(self, storages: Mapping[str, Storage]) -> None:
+    def __init__(self, storages: Mapping[str, Storage | PackedStorage]) -> None:
         self._storages = storages
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
-        return _Parameter(placement, self._storages[placement.name])
+        storage = self._storages[placement.name]
+        if isinstance(storage, PackedStorage):
+            return _Apart(placement, storage)
+        return _Parameter(placement, storage)
 
 
 # -- an iterator ------------------------------------------------------------------------------------------------------

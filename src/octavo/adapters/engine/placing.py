@@ -21,24 +21,35 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ...checkpoint import dtypes
-from ...conversion import formats
+from ...conversion import formats, packing
 from ...conversion.formats import Format
 from ...elements.dry_run import Copy, Trace, is_run
 from ...elements.pieces import Piece, contiguous_strides
 from ...elements.views import View
 from ...numerics import schemes
+from ...numerics.nvfp4 import Packed
+from ...numerics.schemes import Scheme
 from ...planning.placement import Placement, cut_parts
 from ...planning.plan import Plan
-from ...streaming.sinks import Storage
-from .cuts import Grid, paired
+from ...streaming.sinks import PackedStorage, Storage
+from .cuts import Grid, paired, unpacked
 
 
 class Places(NamedTuple):
     """Two plans that together are the whole, and the memory of the first one's placements."""
 
     direct: Plan
-    storages: Mapping[str, Storage]
+    storages: Mapping[str, Storage | PackedStorage]
     rest: Plan
+
+
+class _Part(NamedTuple):
+    """Elements of a tensor, and where the loader puts them and their scales."""
+
+    placement: Placement
+    weight: Copy
+    scale: Copy | None = None
+    over: Copy | None = None  # of numbers that have scales among them, the one over all
 
 
 def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
@@ -51,31 +62,30 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     for placement in plan.placements:
         weights = found.get(layout.weight_name(placement), [])
         scales = found.get(layout.scale_name(placement.name), [])
-        parts = None
-        if formats.has_groups(placement.scheme):
-            pass
-        elif placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in (*weights, *scales)):
+        over = found.get(placement.name + packing.GLOBAL, []) if formats.has_groups(placement.scheme) else []
+        parts, copies = None, (*weights, *scales, *over)
+        if placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in copies):
             parts = (
-                _quantized(placement, weights, scales, suffix)
+                _quantized(placement, weights, scales, over, suffix)
                 if placement.scheme
                 else _moved(placement, weights, memory)
             )
-        if parts is None or any(devices[copy.target] != placement.device for copy in (*weights, *scales)):
+        if parts is None or any(devices[copy.target] != placement.device for copy in copies):
             rest.append(placement)
             continue
         for each in parts:
-            homes.setdefault(each[1].target, []).append(each)
+            homes.setdefault(each.weight.target, []).append(each)
     direct: list[Placement] = []
-    storages: dict[str, Storage] = {}
+    storages: dict[str, Storage | PackedStorage] = {}
     for target, parts in homes.items():  # in the order of their first bytes
         joined = _joined(target, parts, memory, suffix)
         if joined is not None:
             direct.append(joined[0])
             storages[joined[0].name] = joined[1]
             continue
-        for part, weight, scale in parts:
-            direct.append(part)
-            storages[part.name] = Storage(_region(memory, weight), None if scale is None else _region(memory, scale))
+        for part in parts:
+            direct.append(part.placement)
+            storages[part.placement.name] = _storage(part, memory)
     order: dict[str, int] = {}
     for number, placement in enumerate(plan.placements):
         order.setdefault(placement.pieces[0].src_name, number)
@@ -87,7 +97,6 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     )
 
 
-_Part = tuple[Placement, Copy, Copy | None]
 Columns = tuple[int, int] | None
 
 
@@ -107,7 +116,7 @@ def _moved(placement: Placement, copies: list[Copy], memory: Mapping[str, Tensor
         found = rows and _in_file(placement, *rows)
         if found is None:
             return None
-        parts.append((_part(placement, number, *found, dtype_name), copy._replace(into=into), None))
+        parts.append(_Part(_part(placement, number, *found, dtype_name), copy._replace(into=into)))
     return parts
 
 
@@ -126,7 +135,17 @@ def _rows(view: View, length: int) -> tuple[View, Columns] | None:
     return whole, None if columns == (0, length) else columns
 
 
-def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy], suffix: str) -> list[_Part] | None:
+def _storage(part: _Part, memory: Mapping[str, Tensor]) -> Storage | PackedStorage:
+    """The memory that the loader puts them into."""
+    scale = None if part.scale is None else _region(memory, part.scale)
+    if part.over is None or scale is None:
+        return Storage(_region(memory, part.weight), scale)
+    return PackedStorage(Packed(_region(memory, part.weight), scale), _region(memory, part.over))
+
+
+def _quantized(
+    placement: Placement, weights: list[Copy], scales: list[Copy], over: list[Copy], suffix: str
+) -> list[_Part] | None:
     """Matrices, or rows and columns of them, each with its scales; None where there is more to do than to move."""
     scheme = schemes.get(str(placement.scheme))
     pairs = paired(weights, scales, Grid.of(scheme, placement.shape), suffix)
@@ -137,13 +156,25 @@ def _quantized(placement: Placement, weights: list[Copy], scales: list[Copy], su
     for number, (weight, scale) in enumerate(pairs):
         view = weight.view
         assert view is not None  # it has a pair
+        beside = [copy for copy in over if copy.target == unpacked(weight.target) + packing.GLOBAL]
+        if scheme.packed:
+            if len(beside) != 1 or math.prod(beside[0].into.size) != 1 or len(view.size) != 2:
+                return None
+            view = _widened(view)
         # of an axis without a second element, the loader may have any stride
         rows = _rows(view._replace(strides=(*view.strides[:-2], k, 1)), k)
         found = rows and _in_file(placement, *rows)
         if found is None or (scheme.group_rows is None and view.size[-2] != n):
             return None
-        parts.append((_part(placement, number, *found, placement.dtype_name), weight, scale))
+        part = _part(placement, number, *found, placement.dtype_name)
+        parts.append(_Part(part, weight, scale, beside[0] if beside else None))
     return parts
+
+
+def _widened(view: View) -> View:
+    """What a view of bytes, in each of which are two numbers, is of these."""
+    size, strides = view.size, view.strides
+    return View(2 * view.offset, (*size[:-1], 2 * size[-1]), (*(2 * step for step in strides[:-1]), 1))
 
 
 def _in_file(placement: Placement, taken: View, columns: Columns) -> tuple[Piece, Columns] | None:
@@ -179,34 +210,30 @@ def _part(placement: Placement, number: int, piece: Piece, columns: Columns, dty
 
 def _joined(
     target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor], suffix: str
-) -> tuple[Placement, Storage] | None:
+) -> tuple[Placement, Storage | PackedStorage] | None:
     """All parts of a quantized parameter as one placement; None where they are not whole rows that tile it."""
-    whole, scales = memory[target].detach(), memory.get(target + suffix)
-    first = parts[0][0]
+    whole, scales = memory[target].detach(), memory.get(unpacked(target) + suffix)
+    first = parts[0].placement
     alike = {
-        (part.scheme, part.source_dtype_names, part.shape[-1:], part.columns, part.lossless, scale is None)
-        for part, _, scale in parts
+        (p.scheme, p.source_dtype_names, p.shape[-1:], p.columns, p.lossless, scale is None) for p, _, scale, _ in parts
     }
     if len(parts) == 1 or len(alike) > 1 or first.scheme is None or scales is None or whole.ndim < 2:
         return None
-    shape = tuple(whole.shape)
+    scheme, shape = schemes.get(first.scheme), tuple(whole.shape)
+    if scheme.packed:
+        shape = (*shape[:-1], 2 * shape[-1])
     if not (whole.is_contiguous() and scales.is_contiguous()) or first.stored_shape[-1] != shape[-1]:
         return None
-    if sum(math.prod(p.stored_shape) for p, *_ in parts) != math.prod(shape):
+    if sum(math.prod(part.placement.stored_shape) for part in parts) != math.prod(shape):
         return None
-    scheme, pieces = schemes.get(first.scheme), []
-    for part, weight, scale in parts:
-        lead = len(shape) - len(part.shape)
-        if scale is None or lead < 0 or weight.box.size != (*[1] * lead, *part.stored_shape):
+    pieces = []
+    for part in parts:
+        if not _lies_beside(part, len(shape), scheme):
             return None
-        group = scheme.group_rows or part.shape[-2]
-        beside = (*weight.box.off[:-2], weight.box.off[-2] // group, 0)
-        cells = scheme.cells(part.shape[-2], 1)[0]
-        if weight.box.off[-2] % group or scale.box.off != beside or scale.box.size[-2] != cells:
-            return None
-        piece, size = part.pieces[0], (*[1] * lead, *part.shape)
+        piece, lead = part.placement.pieces[0], len(shape) - len(part.placement.shape)
+        size, off = (*[1] * lead, *part.placement.shape), part.weight.box.off
         strides = (*contiguous_strides(size)[:lead], *piece.src_strides)
-        pieces.append(Piece(weight.box.off, size, piece.src_name, piece.src_off, strides))
+        pieces.append(Piece(off, size, piece.src_name, piece.src_off, strides))
     placement = dataclasses.replace(
         first,
         name=f"{target} ({len(pieces)} tensors)",  # no tensor is called so
@@ -214,12 +241,43 @@ def _joined(
         shape=(*shape[:-1], first.shape[-1]),
         pieces=tuple(pieces),
         parts=cut_parts(shape, pieces),
-        source_bytes=sum(part.source_bytes for part, *_ in parts),
-        codings=tuple(dict.fromkeys(coding for part, *_ in parts for coding in part.codings)),
+        source_bytes=sum(part.placement.source_bytes for part in parts),
+        codings=tuple(dict.fromkeys(coding for part in parts for coding in part.placement.codings)),
     )
+    if scheme.packed:
+        divisors = _divisors(target, placement, [part.over for part in parts], memory)
+        return None if divisors is None else (placement, PackedStorage(Packed(whole, scales.detach()), divisors))
     if placement.scale_grid != tuple(scales.shape):
         return None
     return placement, Storage(whole, scales.detach())
+
+
+def _lies_beside(part: _Part, axes: int, scheme: Scheme) -> bool:
+    """Return True if whole rows, and their scales, lie at the same place of parameters with so many axes."""
+    placement, weight, scale, _ = part
+    lead, rows = axes - len(placement.shape), placement.shape[-2]
+    stored = Packed.boxes(placement.stored_shape)[0] if scheme.packed else placement.stored_shape
+    if scale is None or lead < 0 or weight.box.size != (*[1] * lead, *stored):
+        return False
+    group = 1 if scheme.packed else scheme.group_rows or rows
+    at, cells = (*weight.box.off[:-2], weight.box.off[-2] // group, 0), math.ceil(rows / group)
+    return not weight.box.off[-2] % group and scale.box.off == at and scale.box.size[-2] == cells
+
+
+def _divisors(
+    target: str, placement: Placement, over: Sequence[Copy | None], memory: Mapping[str, Tensor]
+) -> Tensor | None:
+    """The parameter with one by the scale over each part; None where it does not have them in the order of the rows."""
+    found = memory[unpacked(target) + packing.GLOBAL].detach()
+    if not found.is_contiguous() or found.numel() != math.prod(placement.scale_grid):
+        return None
+    numbers = {part.start: number for number, part in enumerate(placement.grid.each_part)}
+    for piece, copy in zip(placement.pieces, over, strict=True):
+        *lead, row, _ = piece.dst_off
+        at = (*lead, numbers.get(row, -1))
+        if copy is None or copy.box.off not in (at, at[:-1] if len(numbers) == 1 else at):
+            return None
+    return found
 
 
 def _patterns(pieces: Sequence[Piece]) -> tuple[str, ...]:

@@ -26,9 +26,10 @@ from ...conversion.formats import Format
 from ...elements.pieces import Piece
 from ...elements.views import View
 from ...numerics import schemes
+from ...numerics.nvfp4 import E4M3, Packed
 from ...planning.placement import Placement
 from ...planning.plan import Plan
-from ...streaming.sinks import Storage
+from ...streaming.sinks import PackedStorage, Storage
 from .placing import Places
 from .survey import Survey
 
@@ -168,7 +169,9 @@ class Record:
             *pieces,
         ]
 
-    def _storage(self, storage: Storage) -> list[Json]:
+    def _storage(self, storage: Storage | PackedStorage) -> list[Json]:
+        if isinstance(storage, PackedStorage):
+            return [*map(self._place, storage.tensors)]
         return [None if tensor is None else self._place(tensor) for tensor in (storage.weight, storage.scale)]
 
     def _place(self, tensor: Tensor) -> list[Json]:
@@ -230,7 +233,10 @@ class Record:
                 self._view([target, offset, size, strides]).fill_(value)
         return found
 
-    def _memory_of(self, placement: Placement, weight: Json, scale: Json) -> Storage:
+    def _memory_of(self, placement: Placement, *places: Json) -> Storage | PackedStorage:
+        if len(places) == 3:
+            return self._packed_memory_of(placement, *map(self._view, places))
+        weight, scale = places
         storage = Storage(self._view(weight), None if scale is None else self._view(scale))
         there = storage.weight
         _require(there, there.shape == placement.stored_shape and there.dtype == placement.dtype)
@@ -242,6 +248,16 @@ class Record:
         _require(beside, beside.dtype == schemes.get(placement.scheme).scale_dtype and beside.device == there.device)
         beside.view(placement.scale_grid)  # as the stream will
         return storage
+
+    def _packed_memory_of(self, placement: Placement, codes: Tensor, scales: Tensor, divisor: Tensor) -> PackedStorage:
+        shapes = Packed.boxes(placement.stored_shape)
+        _require(placement, placement.scheme is not None and schemes.get(placement.scheme).packed)
+        _require(codes, codes.shape == shapes[0] and codes.dtype == placement.dtype)
+        _require(scales, scales.shape == shapes[1] and scales.dtype == E4M3)
+        _require(divisor, divisor.dtype == torch.float32)
+        _require(codes, {str(tensor.device) for tensor in (codes, scales, divisor)} == {self.device})
+        divisor.view(placement.scale_grid)  # as the stream will
+        return PackedStorage(Packed(codes, scales), divisor)
 
     def _view(self, place: Sequence[Json]) -> Tensor:
         name, offset, size, strides = place

@@ -23,6 +23,7 @@ from octavo.conversion import formats
 from octavo.errors import RecipeError
 from octavo.planning.plan import Plan, plan_checkpoint
 from octavo.planning.stacks import find_series
+from octavo.streaming.sinks import PackedStorage
 
 LAYOUT = formats.get("compressed-tensors")
 SHAPES = {"gate_proj.weight": (256, 256), "up_proj.weight": (256, 256), "down_proj.weight": (256, 256)}
@@ -67,15 +68,19 @@ def places_of(found: Survey) -> Any:
     memory = {
         name: [
             None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            for tensor in (storage.weight, storage.scale)
+            for tensor in _tensors(storage)
         ]
         for name, storage in found.places.storages.items()
     }
     return found.plan, found.places.direct, found.places.rest, memory, found.layers, found.unread, found.fillers
 
 
+def _tensors(storage: Any) -> tuple[Any, ...]:
+    return storage.tensors if isinstance(storage, PackedStorage) else (storage.weight, storage.scale)
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", "nvfp4"])
 def test_a_survey_survives_json(scheme: str, ranks: int, checkpoint: Checkpoint) -> None:
     model = Padded(scheme, ranks)
     found, record = survey(checkpoint, model, scheme), record_of(checkpoint, model, scheme)
