@@ -17,9 +17,11 @@ from common import Merged, run_fresh, say
 
 CONVERT = """
 import octavo
+from octavo.adapters.engine.names import FORMATS
 source, target, scheme = sys.argv[1:]
 began = time.perf_counter()
-octavo.convert(source, target, scheme, progress=False, prove=False)
+options = {"format": FORMATS[scheme]} if scheme in FORMATS else {}
+octavo.convert(source, target, scheme, progress=False, prove=False, **options)
 result(seconds=time.perf_counter() - began)
 """
 

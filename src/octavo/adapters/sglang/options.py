@@ -31,7 +31,7 @@ class Options(options.Options):
     engine = "SGLang"
     refused: ClassVar[Mapping[str, str]] = {
         **options.REFUSED,
-        "nvfp4": "it was tried in vLLM alone. What `octavo convert` writes in nvfp4 is served as it is",
+        "nvfp4": "it was tried in vLLM alone. SGLang reads what `octavo convert` writes in nvfp4 since 0.5.23",
     }
 
     format: str = DEFAULT_FORMAT

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import octavo
 from helpers.folders import tensors_of
 from helpers.sglang_checkpoints import convert, make
 from helpers.sglang_loading import Answer, Job, digest, load, load_ranks, octavo_job
@@ -68,6 +69,16 @@ def check_equal(mine: Answer, stock: Answer) -> None:
     assert any("float8_e4m3fn" in digest for digest in stock.loaded.values())
     assert mine.loaded == stock.loaded
     assert mine.served == stock.served
+
+
+def test_int8_is_what_stock_makes_of_the_conversion(tmp_path: Path) -> None:
+    source, converted = make("llama", tmp_path / "bf16"), tmp_path / "int8"
+    octavo.convert(source, converted, "int8_channel", format="compressed-tensors-w8a8", prove=False)
+    mine, stock = load(octavo_job(source, "int8_channel"), Job(converted))
+    for answer in (mine, stock):
+        assert not answer.error, answer.error
+    assert any("int8" in digest for digest in stock.loaded.values())
+    assert (mine.loaded, mine.served) == (stock.loaded, stock.served)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
