@@ -30,6 +30,7 @@ from ...numerics.nvfp4 import E4M3, Packed
 from ...planning.placement import Placement
 from ...planning.plan import Plan
 from ...streaming.sinks import PackedStorage, Storage
+from .checked import natural, naturals, require, text, texts
 from .placing import Places
 from .survey import Survey
 
@@ -59,28 +60,28 @@ class _Kind(NamedTuple):
     def read(cls, row: Sequence[Json]) -> _Kind:
         shape, dtype_name, source_dtype_names, scheme, reason, parts, source_bytes, ignored_as, columns, lossless = row
         kind = cls(
-            _naturals(shape),
-            _text(dtype_name),
-            _texts(source_dtype_names),
-            None if scheme is None else schemes.get(_text(scheme)).name,
-            _text(reason),
-            _naturals(parts),
-            _natural(source_bytes),
-            _texts(ignored_as),
-            None if columns is None else (_natural(columns[0]), _natural(columns[1])),
+            naturals(shape),
+            text(dtype_name),
+            texts(source_dtype_names),
+            None if scheme is None else schemes.get(text(scheme)).name,
+            text(reason),
+            naturals(parts),
+            natural(source_bytes),
+            texts(ignored_as),
+            None if columns is None else (natural(columns[0]), natural(columns[1])),
             lossless is True,
         )
         kind._check()
         return kind
 
     def _check(self) -> None:
-        _require(self, {self.dtype_name, *self.source_dtype_names} <= dtypes.BITS.keys())
-        _require(self, self.columns is None or self.columns[0] < self.columns[1] <= self.shape[-1])
+        require(self, {self.dtype_name, *self.source_dtype_names} <= dtypes.BITS.keys())
+        require(self, self.columns is None or self.columns[0] < self.columns[1] <= self.shape[-1])
         if self.scheme is None:
-            _require(self, not self.parts)
+            require(self, not self.parts)
         else:
             dtype = schemes.get(self.scheme).dtype
-            _require(self, dtypes.TORCH[self.dtype_name] == dtype and sum(self.parts) == self.shape[-2])
+            require(self, dtypes.TORCH[self.dtype_name] == dtype and sum(self.parts) == self.shape[-2])
 
 
 class _Cut(NamedTuple):
@@ -128,9 +129,9 @@ class Record:
 
     def write(self, found: Survey) -> Json:
         """Raise a ValueError where there is something that this form has no place for."""
-        _require(found, found.places is not None and not found.keep and not found.refused)
+        require(found, found.places is not None and not found.keep and not found.refused)
         assert found.places is not None
-        _require(found, dataclasses.replace(found.plan, placements=()) == self.plan)
+        require(found, dataclasses.replace(found.plan, placements=()) == self.plan)
         places, kinds, cuts = found.places, _Numbers(), _Numbers()
         known = {id(placement): number for number, placement in enumerate(found.plan.placements)}
         rows = [self._row(placement, kinds, cuts) for placement in found.plan.placements]
@@ -154,14 +155,14 @@ class Record:
         }
 
     def _row(self, placement: Placement, kinds: _Numbers, cuts: _Numbers) -> Row:
-        _require(placement, placement.device == self.device)
+        require(placement, placement.device == self.device)
         pieces = [
             number
             for dst_off, size, src_name, src_off, src_strides in placement.pieces
             for number in (cuts.of((dst_off, size, src_strides)), self._numbers[src_name], src_off)
         ]
         coded = [name for name, _ in placement.codings]
-        _require(placement, placement.codings == self._codings(coded))
+        require(placement, placement.codings == self._codings(coded))
         return [
             kinds.of(_Kind.of(placement)),
             self._number(placement.name),
@@ -189,7 +190,7 @@ class Record:
             region = home.as_strided(constant.into.size, constant.into.strides, constant.into.offset)
             value = region.flatten()[0].item()
             exact = region.double() if region.is_floating_point() else region  # FP8 compares with nothing
-            _require(value, math.isfinite(value) and bool((exact == value).all()))
+            require(value, math.isfinite(value) and bool((exact == value).all()))
             written.append([constant.target, *constant.into, value])
         return written
 
@@ -210,7 +211,7 @@ class Record:
             Exception: whatever comes of what is not as it was written.
         """
         kinds = [_Kind.read(row) for row in record["kinds"]]
-        cuts = [_Cut(*map(_naturals, row)) for row in record["cuts"]]
+        cuts = [_Cut(*map(naturals, row)) for row in record["cuts"]]
         reading = _Reading.of(self, kinds, cuts)
         placements = [reading.placement(row) for row in record["placements"]]
         direct, storages = [], {}
@@ -218,13 +219,13 @@ class Record:
             placement = placements[row] if type(row) is int else reading.placement(row)
             direct.append(placement)
             storages[placement.name] = self._memory_of(placement, *places)
-        _require(storages, len(storages) == len(direct))
+        require(storages, len(storages) == len(direct))
         plan = dataclasses.replace(self.plan, placements=tuple(placements))
         rest = dataclasses.replace(plan, placements=tuple(placements[number] for number in record["rest"]))
         found = Survey(
             plan,
             Places(dataclasses.replace(plan, placements=tuple(direct)), storages, rest),
-            _natural(record["layers"]),
+            natural(record["layers"]),
             tuple(map(self._name, record["unread"])),
             self._fillers_of(record["fillers"]),
         )
@@ -239,34 +240,34 @@ class Record:
         weight, scale = places
         storage = Storage(self._view(weight), None if scale is None else self._view(scale))
         there = storage.weight
-        _require(there, there.shape == placement.stored_shape and there.dtype == placement.dtype)
-        _require(there, str(there.device) == self.device)
+        require(there, there.shape == placement.stored_shape and there.dtype == placement.dtype)
+        require(there, str(there.device) == self.device)
         beside = storage.scale
         if placement.scheme is None or beside is None:
-            _require(scale, placement.scheme is None and beside is None)
+            require(scale, placement.scheme is None and beside is None)
             return storage
-        _require(beside, beside.dtype == schemes.get(placement.scheme).scale_dtype and beside.device == there.device)
+        require(beside, beside.dtype == schemes.get(placement.scheme).scale_dtype and beside.device == there.device)
         beside.view(placement.scale_grid)  # as the stream will
         return storage
 
     def _packed_memory_of(self, placement: Placement, codes: Tensor, scales: Tensor, divisor: Tensor) -> PackedStorage:
         shapes = Packed.boxes(placement.stored_shape)
-        _require(placement, placement.scheme is not None and schemes.get(placement.scheme).packed)
-        _require(codes, codes.shape == shapes[0] and codes.dtype == placement.dtype)
-        _require(scales, scales.shape == shapes[1] and scales.dtype == E4M3)
-        _require(divisor, divisor.dtype == torch.float32)
-        _require(codes, {str(tensor.device) for tensor in (codes, scales, divisor)} == {self.device})
+        require(placement, placement.scheme is not None and schemes.get(placement.scheme).packed)
+        require(codes, codes.shape == shapes[0] and codes.dtype == placement.dtype)
+        require(scales, scales.shape == shapes[1] and scales.dtype == E4M3)
+        require(divisor, divisor.dtype == torch.float32)
+        require(codes, {str(tensor.device) for tensor in (codes, scales, divisor)} == {self.device})
         divisor.view(placement.scale_grid)  # as the stream will
         return PackedStorage(Packed(codes, scales), divisor)
 
     def _view(self, place: Sequence[Json]) -> Tensor:
         name, offset, size, strides = place
-        view, home = View(_natural(offset), _naturals(size), _naturals(strides)), self._memory[name]
-        _require(place, len(view.size) == len(view.strides) and _holds(home, view))
+        view, home = View(natural(offset), naturals(size), naturals(strides)), self._memory[name]
+        require(place, len(view.size) == len(view.strides) and _holds(home, view))
         return home.detach().as_strided(view.size, view.strides, view.offset)
 
     def _fillers_of(self, record: Json) -> dict[str, dict[str, frozenset[str]]]:
-        sets, found = [frozenset(_texts(names)) for names in record["sets"]], {}
+        sets, found = [frozenset(texts(names)) for names in record["sets"]], {}
         names = self._names
         for layer, flat in record["layers"].items():
             own = self._names_in(layer)
@@ -274,7 +275,7 @@ class Record:
                 name if isinstance(name, str) else names[name]: sets[to]
                 for name, to in zip(flat[::2], flat[1::2], strict=True)
             }
-            _require(layer, all(to <= own for to in {*mine.values()}))
+            require(layer, all(to <= own for to in {*mine.values()}))
             found[layer] = mine
         return found
 
@@ -345,7 +346,7 @@ class _Reading:
             if not 0 <= offset <= held - reach or info.dtype_name not in known:
                 raise ValueError("a piece outside of its tensor")
             if (shape, which) not in fitting:
-                _require(cut, cut.fits(shape))
+                require(cut, cut.fits(shape))
                 fitting.add((shape, which))
             pieces.append(Piece(cut.dst_off, cut.size, info.name, offset, cut.src_strides))
             numel -= filled
@@ -370,37 +371,8 @@ class _Reading:
 
     def _codings(self, coded: Row) -> tuple[tuple[str, Coding], ...]:
         infos = [self.record.infos[source][0] for source in coded]
-        _require(infos, all(info.coding for info in infos))
+        require(infos, all(info.coding for info in infos))
         return tuple((info.name, info.coding) for info in infos if info.coding)
-
-
-# -- what is read -----------------------------------------------------------------------------------------------------
-
-
-def _require(value: object, holds: bool) -> None:
-    """Raise a ValueError about a value unless something holds."""
-    if not holds:
-        raise ValueError(f"not as it was written: {str(value)[:100]}")
-
-
-def _natural(value: Json) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError(f"{str(value)[:100]} is no natural number")
-    return value
-
-
-def _naturals(values: Json) -> tuple[int, ...]:
-    return tuple(map(_natural, values))
-
-
-def _text(value: Json) -> str:
-    if type(value) is not str:
-        raise ValueError(f"{str(value)[:100]} is no text")
-    return value
-
-
-def _texts(values: Json) -> tuple[str, ...]:
-    return tuple(map(_text, values))
 
 
 def _reach(size: Sequence[int], strides: Sequence[int]) -> int:
