@@ -1,7 +1,7 @@
 """Shapes that no header tells: of packed numbers that don't fill the last word of a row.
 
-compressed-tensors keeps the shape of such a weight in a tensor of its own. Where a scale belongs to so many columns,
-their number follows; where one belongs to a whole row, it is read: some bytes, and only there.
+compressed-tensors keeps the shape of such a weight in a tensor of its own: some bytes, which are read. They have to
+agree with the words that hold the numbers, and with the groups of columns that share a scale.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def with_shapes(found: Codings, shards: Sequence[Shard], problems: list[str]) ->
 
 
 def _open_by_shard(codings: Mapping[str, Coding]) -> dict[int, list[Coding]]:
-    """Shard -> the codings whose number of columns stands in it, in the order of the file."""
+    """Shard -> the codings whose shape stands in it, in the order of the file."""
     found: dict[int, list[tuple[int, Coding]]] = {}
     for coding in codings.values():
         info, decoding = coding.shape_info, coding.decoding
-        if info is not None and decoding.pack > 1 and decoding.group_cols is None:
+        if info is not None and decoding.pack > 1:
             found.setdefault(info.shard, []).append((info.offset, coding))
     return {shard: [coding for _, coding in sorted(many, key=lambda one: one[0])] for shard, many in found.items()}
 
@@ -50,8 +50,14 @@ def _settled(coding: Coding, descriptor: int, problems: list[str]) -> Coding:
     shape = tuple(_integers(raw, info.dtype_name))
     *lead, cols = shape or (0,)
     words = coding.codes.shape[-1]
+    group, cells = coding.decoding.group_cols, coding.grid[-1]
     if tuple(lead) == coding.shape[:-1] and count(cols, coding.decoding.pack) == words and cols > 0:
-        return replace(coding, shape=shape)
+        if count(cols, group) == cells:
+            return coding if shape == coding.shape else replace(coding, shape=shape)
+        problems.append(
+            f"{info.name} says {list(shape)}, and {coding.scale.name} holds {cells} groups of {group} columns"
+        )
+        return coding
     if not coding.codes.numel:
         return coding
     problems.append(

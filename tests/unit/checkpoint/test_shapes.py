@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,31 @@ def test_a_shape_that_the_numbers_can_not_have_is_an_error(shape: torch.Tensor, 
         CheckpointError, match=r"a\.up\.weight_shape says .*, and a\.up\.weight_packed holds \[24, 13\]"
     ):
         Checkpoint.open(tmp_path).decoded()
+
+
+GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+
+
+def test_a_shape_that_contradicts_the_groups_is_an_error(tmp_path: Path) -> None:
+    held = stored((24, 128), Decoding("int4_in_int32", 1, 32), torch.bfloat16, 0, zeros=False)
+    config = json.loads(json.dumps(CONFIG))
+    config["quantization_config"]["config_groups"]["g"]["weights"] = GROUPS
+    for shape in ([24, 128], [24, 126], [24, 96], [12, 128]):
+        tensors = {"a.weight_packed": held.codes, "a.weight_scale": held.scale, "a.weight_shape": torch.tensor(shape)}
+        checkpoint = Checkpoint.open(write_checkpoint(tmp_path / str(shape), tensors, 1, config))
+        if shape[1] > 120 and shape[0] == 24:  # the last word need not be full
+            assert list(checkpoint.decoded().tensors["a.weight"].shape) == shape
+            continue
+        with pytest.raises(CheckpointError, match=r"a\.weight_shape says .*, and a\.weight_packed holds \[24, 16\]"):
+            checkpoint.decoded()
+
+
+def test_a_shape_that_has_other_groups_than_scales_is_an_error(tmp_path: Path) -> None:
+    held = stored((24, 40), Decoding("int4_in_int32", 1, 4), torch.bfloat16, 0, zeros=False)
+    config = json.loads(json.dumps(CONFIG))
+    config["quantization_config"]["config_groups"]["g"]["weights"] = {**GROUPS, "group_size": 4}
+    tensors = {"a.weight_packed": held.codes, "a.weight_scale": held.scale, "a.weight_shape": torch.tensor([24, 36])}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors, 1, config))
+    said = r"a\.weight_shape says \[24, 36\], and a\.weight_scale holds 10 groups of 4 columns"
+    with pytest.raises(CheckpointError, match=said):
+        checkpoint.decoded()
