@@ -9,8 +9,8 @@ of processors is compared, which other processes disturb less. FP8 has twice the
 what a byte of the source takes, ``weight`` what a weight does.
 
 *Memory*: peaks of processes as a user starts them, imports and all, by the kernel's count (VmHWM) and, sampled, of what
-can't be dropped (anonymous). A checkpoint of 4.1 GB in FP8 blocks is converted; one of 2.1 GB whose experts are stacks
-of MXFP4, as those of gpt-oss, is loaded to become FP8.
+can't be dropped (anonymous); of a load also what the process had when it began to read. A checkpoint of 4.1 GB in FP8
+blocks is converted; one of 2.1 GB whose experts are stacks of MXFP4, as those of gpt-oss, is loaded to become FP8.
 """
 
 from __future__ import annotations
@@ -74,10 +74,17 @@ result(staging_bytes=report.staging_bytes, seconds=report.seconds, peak_bytes=pe
 """
 
 LOAD_AS_USERS_DO = f"""{_PEAK}
+import importlib
 import octavo
+held, streaming = [], importlib.import_module("octavo.streaming.stream").Stream
+run = streaming.run
+def noted(self, *args):
+    held.append(int(re.search(r"RssAnon:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
+    return run(self, *args)
+streaming.run = noted
 model = octavo.load(sys.argv[1], "fp8_channel", progress=False)
 report = model.load_report
-result(final_bytes=report.final_bytes, staging_bytes=report.staging_bytes, seconds=report.seconds,
+result(final_bytes=report.final_bytes, before_bytes=held[0], staging_bytes=report.staging_bytes, seconds=report.seconds,
        peak_bytes=peak_bytes())
 """
 
@@ -157,10 +164,9 @@ def measure_memory(folder: Path, layers: int) -> dict[str, Any]:
     loaded = run_fresh(LOAD_AS_USERS_DO, stack)
     found["load"] = {"checkpoint": facts, **loaded, "imports": run_fresh(IMPORTS, stack, "model")}
     shutil.rmtree(stack)
-    over = loaded["process"]["peak_anonymous_bytes_sampled"] - loaded["final_bytes"]
-    found["load"]["anonymous_over_final_and_imports_bytes"] = (
-        over - found["load"]["imports"]["process"]["peak_anonymous_bytes_sampled"]
-    )
+    peak = loaded["process"]["peak_anonymous_bytes_sampled"]
+    # what the process had when it began to read: imports, and the model without its weights
+    found["load"]["anonymous_over_final_and_before_bytes"] = peak - loaded["final_bytes"] - loaded["before_bytes"]
     tell("load", found["load"])
     return found
 
