@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ...conversion.packing import PACKED
+from ...elements.boxes import Box
 from ...elements.dry_run import Copy
 from ...elements.views import View
 from ...numerics.groups import Groups
@@ -34,6 +35,7 @@ class Grid(NamedTuple):
     scale_shape: tuple[int, ...]
 
     @classmethod
+    @functools.lru_cache(maxsize=4096)
     def of(cls, scheme: Scheme, shape: tuple[int, ...]) -> Grid:
         """The grid of a weight [..., out, in]; where several are in a byte, bytes are its columns."""
         if scheme.packed:
@@ -48,6 +50,8 @@ def unequal(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix:
     Args:
         suffix: of the parameter with the scales, after that of the weight where it is not packed.
     """
+    if _is_pair(weights, scales, grid, suffix):
+        return None
     expected, actual = set(), set()
     for copy in weights:
         cut = _cut(copy, grid.shape, grid.groups)
@@ -66,6 +70,8 @@ def unequal(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix:
 
 def paired(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix: str) -> list[tuple[Copy, Copy]] | None:
     """Each copy of a weight with that of its scales; None where a weight's are copied in several goes."""
+    if _is_pair(weights, scales, grid, suffix):
+        return [(weights[0], scales[0])]
     beside = {_cut(copy, grid.scale_shape, (1, 1)): copy for copy in scales}
     found = []
     for weight in weights:
@@ -75,6 +81,25 @@ def paired(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix: 
             return None
         found.append((weight, scale))
     return found
+
+
+def _is_pair(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix: str) -> bool:
+    """Return True for one copy of a weight with one of all its scales beside it, as nearly all are."""
+    if len(weights) != 1 or len(scales) != 1:
+        return False
+    (weight,), (scale,) = weights, scales
+    beside = unpacked(weight.target) + suffix == scale.target
+    return beside and _are_alike(weight.view, weight.box, scale.view, scale.box, grid)
+
+
+@functools.lru_cache(maxsize=4096)  # layers are alike
+def _are_alike(view: View | None, box: Box, scale_view: View | None, scale_box: Box, grid: Grid) -> bool:
+    """Return True if a weight, of which a view goes into a box, is cut as its scales are."""
+    weight, scale = (
+        Copy("", each, frozenset(), of, View(0, (), ())) for each, of in ((box, view), (scale_box, scale_view))
+    )
+    cut = _cut(weight, grid.shape, grid.groups)
+    return cut is not None and cut == _cut(scale, grid.scale_shape, (1, 1))
 
 
 def unpacked(name: str) -> str:

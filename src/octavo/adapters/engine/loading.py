@@ -12,6 +12,7 @@ remembered from an earlier start: see `remembered`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -105,6 +106,7 @@ class Loading:
         self._is_recalled = False
         self._shown: Entry | None = None  # to be remembered
         self._kept = dict(self._recalled.kept) if self._recalled else {}  # layers of the model that stay -> why
+        self._told: tuple[Plan, Mapping[str, Any]] | None = None
         self._namings = self._recalled.namings if self._recalled else ()
 
     @functools.cached_property
@@ -136,7 +138,9 @@ class Loading:
         return self._config_of(self.plan) if self._recalled is None else self._recalled.config
 
     def _config_of(self, plan: Plan) -> Mapping[str, Any]:
-        return self.layout.config(plan, ragged=True)
+        if self._told is None or self._told[0] is not plan:
+            self._told = plan, self.layout.config(plan, ragged=True)
+        return copy.deepcopy(self._told[1])  # engines change what they are given
 
     def model(self, make: Callable[[Mapping[str, str]], nn.Module], forget: Callable[[], None]) -> nn.Module:
         """A model, filled.

@@ -13,6 +13,7 @@ launches.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -124,6 +125,7 @@ def _permuted(view: View, axes: Sequence[int]) -> View:
     return View(view.offset, tuple(view.size[d] for d in axes), tuple(view.strides[d] for d in axes))
 
 
+@functools.lru_cache(maxsize=4096)  # a model has thousands of matrices, and few shapes of them
 def _rows(view: View, length: int) -> tuple[View, Columns] | None:
     """The whole rows, so long, that hold a view, and its columns of them; None where it has no rows."""
     first = view.offset % length
