@@ -194,15 +194,18 @@ def _publish(server_args: Any) -> None:
 
 
 @functools.cache
-def _join(expert_parallel: int) -> None:
-    """Be a rank among ranks. The groups stay what they are, so all jobs of a process are of one size."""
+def _join(expert_parallel: int, pipeline: int = 1) -> None:
+    """Be a rank among ranks, or a stage of a pipeline.
+
+    The groups stay what they are, so all jobs of a process are of one size.
+    """
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["RANKS"])
     rendezvous = f"file://{os.environ['RENDEZVOUS']}"
     init_distributed_environment(ranks, rank, rendezvous, rank, backend="gloo")
     widths = "tensor_model_parallel_size" in inspect.signature(initialize_model_parallel).parameters
-    initialize_model_parallel(*(ranks, expert_parallel) if widths else ())
+    initialize_model_parallel(*(ranks // pipeline, expert_parallel, pipeline) if widths else ())
 
 
 def _settle(server_args: Any, model_config: Any) -> None:
@@ -221,11 +224,12 @@ def load_session(model: str, options: dict[str, Any]) -> Session:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
-    defaults = {"device": "cpu", "dtype": "bfloat16", "disable_cuda_graph": True, "tp_size": int(os.environ["RANKS"])}
+    width = int(os.environ["RANKS"]) // options.get("pp_size", 1)
+    defaults = {"device": "cpu", "dtype": "bfloat16", "disable_cuda_graph": True, "tp_size": width}
     server_args = ServerArgs(model_path=model, **{**defaults, **options})
     _publish(server_args)
     model_config = ModelConfig.from_server_args(server_args)
-    _join(options.get("ep_size", 1))
+    _join(options.get("ep_size", 1), options.get("pp_size", 1))
     _settle(server_args, model_config)
     loader, loaded = _load(server_args, model_config)
     return Session(loaded, loader, model_config, server_args)
