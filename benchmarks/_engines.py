@@ -70,7 +70,7 @@ class Budget:
         self._longest_s = max(self._longest_s, seconds)
 
 
-def source_of(way: str, folder: Path, merged: Merged, model: str, timeout_s: float) -> Path:
+def source_of(way: str, folder: Path, merged: Merged, timeout_s: float) -> Path:
     """The checkpoint that a way reads; converted first, where it is to be."""
     kind, _, scheme = way.partition("-")
     if kind != "converted":
@@ -79,7 +79,7 @@ def source_of(way: str, folder: Path, merged: Merged, model: str, timeout_s: flo
     if not target.is_dir():
         found = run_fresh(CONVERT, folder, target, scheme, timeout_s=timeout_s)
         say(f"converted to {scheme}: {found['seconds']:.1f} s")
-        merged.add(found, "models", model, f"convert-{scheme}")
+        merged.add(found, "models", folder.name, f"convert-{scheme}")
     return target
 
 

@@ -86,11 +86,11 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged) -> None:
     folder = common.model_folder(args.folder, model, args.layers)
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
-    merged.add(facts, "models", model, "checkpoint")
+    merged.add(facts, "models", folder.name, "checkpoint")
     rows = {}
     for way in args.ways:
         rows[way] = measure(way, folder, args)
-        merged.add({**rows[way], "prompt": args.prompt, "new": args.new}, "models", model, way)
+        merged.add({**rows[way], "prompt": args.prompt, "new": args.new}, "models", folder.name, way)
         say(table({way: rows[way]}))
 
 

@@ -79,7 +79,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged) -> None:
     folder = common.model_folder(args.folder, model, args.layers)
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
-    merged.add(facts, "models", model, "checkpoint")
+    merged.add(facts, "models", folder.name, "checkpoint")
     reference = args.folder / f"{model}.logits.pt"
     reference.unlink(missing_ok=True)
     options = {
@@ -98,7 +98,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged) -> None:
             say(f"{way}: {rows[way].pop('process')['wall_s']:.0f} s")
         except ChildError as error:
             rows[way] = {"error": str(error)[-2000:]}
-        merged.add({**rows[way], "prompt": args.prompt, "new": args.new}, "models", model, way)
+        merged.add({**rows[way], "prompt": args.prompt, "new": args.new}, "models", folder.name, way)
     say(table(rows))
 
 

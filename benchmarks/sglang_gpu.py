@@ -139,7 +139,7 @@ def run_model(
     folder = common.model_folder(args.folder, model, args.layers)
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
-    merged.add(facts, "models", model, "checkpoint")
+    merged.add(facts, "models", folder.name, "checkpoint")
     options = {
         **what_is_asked(args),
         "graphs": args.graphs,
@@ -158,7 +158,7 @@ def run_model(
             rows[key] = {"skipped": "no time was left"}
             continue
         try:
-            source = source_of(way, folder, merged, model, timeout_s)
+            source = source_of(way, folder, merged, timeout_s)
             cached = common.set_cache(source, cold=args.cold)
             asked = json.dumps({**options, "ranks": ranks.count, "experts": ranks.experts})
             how: dict[str, Any] = {"device_used": used, "samples": True, "log": args.log}
@@ -171,7 +171,7 @@ def run_model(
         judge(rows, args, folder)
         for done, row in rows.items():  # with what it is compared with now
             if "skipped" not in row:
-                merged.add(row, "models", model, done)
+                merged.add(row, "models", folder.name, done)
         say(f"{key}: {time.perf_counter() - began:.0f} s\n{table({key: rows[key]})}")
         for line in rows[key].get("log", []):
             say(f"    {line}")

@@ -153,14 +153,14 @@ def main() -> None:
         say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB, {facts['tensors']:,} tensors")
         for kind in ("read", "ring"):
             found = best_of(args.repeats, kind, functools.partial(ceiling, folder, device, kind == "ring"))
-            merged.add(found, "models", model, kind)
+            merged.add(found, "models", folder.name, kind)
         for scheme in args.schemes:
             streams = Streams(folder, scheme, device, args.staging_bytes)
-            merged.add(best_of(args.repeats, f"{scheme} cut", streams.cut), "models", model, scheme, "cut")
+            merged.add(best_of(args.repeats, f"{scheme} cut", streams.cut), "models", folder.name, scheme, "cut")
             for way, threads, switch_ms in itertools.product(WAYS, args.threads, args.switch_ms):
                 label = f"{way}, {threads or 'default'} threads, {switch_ms:g} ms"
                 run = functools.partial(streams.run, way, threads, switch_ms)
-                merged.add(best_of(args.repeats, f"{scheme} {label}", run), "models", model, scheme, label)
+                merged.add(best_of(args.repeats, f"{scheme} {label}", run), "models", folder.name, scheme, label)
             del streams
     merged.close()
 

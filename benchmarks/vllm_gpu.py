@@ -172,7 +172,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
     folder = common.model_folder(args.folder, model, args.layers)
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
-    merged.add(facts, "models", model, "checkpoint")
+    merged.add(facts, "models", folder.name, "checkpoint")
     options = {
         **what_is_asked(args),
         "graphs": not args.eager and args.device != "cpu",
@@ -192,7 +192,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
             rows[key] = {"skipped": "no time was left"}
             continue
         try:
-            source = source_of(way, folder, merged, model, timeout_s)
+            source = source_of(way, folder, merged, timeout_s)
             # converting writes past the page cache
             cached = common.set_cache(source, cold=args.cold)
             try:
@@ -219,13 +219,13 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged, budget: Budg
             say(f"{key}: {rows[key]['error']}")
         judge(rows, args, folder)
         budget.took(time.perf_counter() - began)
-        merged.add(rows[key], "models", model, key)
+        merged.add(rows[key], "models", folder.name, key)
         say(f"{key}: {time.perf_counter() - began:.0f} s\n{table({key: rows[key]})}")
         for line in rows[key].get("log", []):
             say(f"    {line}")
     for key, row in rows.items():  # which may have been compared with ways that came later
         if "skipped" not in row:  # what an earlier run measured is better than nothing
-            merged.add(row, "models", model, key)
+            merged.add(row, "models", folder.name, key)
     say(table(rows))
     if args.remove:
         for made in args.folder.glob(f"{folder.name}*"):

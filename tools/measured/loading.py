@@ -41,8 +41,9 @@ _MODELS = {
 
 
 def model_name(key: str) -> str:
-    """The name under which people know a model of the benchmarks."""
-    return _MODELS.get(key, key)
+    """The name under which people know a model of the benchmarks; with its layers, where it has fewer than there."""
+    base, _, layers = key.rpartition("-")
+    return f"{_MODELS[base]}, {layers} layers" if base in _MODELS and layers.isdigit() else _MODELS.get(key, key)
 
 
 def without_imports(row: dict[str, Any]) -> dict[str, Any]:
