@@ -30,7 +30,6 @@ _MODELS = {
     "qwen1.5-moe-a2.7b": "Qwen1.5-MoE-A2.7B",
     "qwen3-30b-a3b": "Qwen3-30B-A3B",
     "llama3-8b": "Llama-3-8B",
-    "llama3-8b-12": "Llama-3-8B, cut to 12 layers",
     "huge-stack": "A layer with stacks of experts",
     "huge-stack-transposed": "A layer with stacks of experts, stored as [experts, in, out]",
     "opt-125m": "OPT-125m",
@@ -43,7 +42,7 @@ _MODELS = {
 def model_name(key: str) -> str:
     """The name under which people know a model of the benchmarks; with its layers, where it has fewer than there."""
     base, _, layers = key.rpartition("-")
-    return f"{_MODELS[base]}, {layers} layers" if base in _MODELS and layers.isdigit() else _MODELS.get(key, key)
+    return f"{_MODELS[base]}, cut to {layers} layers" if base in _MODELS and layers.isdigit() else _MODELS.get(key, key)
 
 
 def without_imports(row: dict[str, Any]) -> dict[str, Any]:
