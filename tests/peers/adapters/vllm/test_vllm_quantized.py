@@ -11,7 +11,7 @@ import torch
 
 import octavo
 from helpers import write_checkpoint
-from helpers.coded import FINE_GRAINED, fine_grained
+from helpers.coded_models import by_modelopt, in_blocks, in_int4
 from helpers.folders import tensors_of
 from helpers.vllm_checkpoints import convert, make
 from helpers.vllm_engine import Job, digest, octavo_job
@@ -25,53 +25,6 @@ pytestmark = [
 ]
 
 
-def in_blocks(name: str, folder: Path) -> Path:
-    plain = make(name, folder / "bf16")
-    config = json.loads((plain / "config.json").read_text())
-    stored = fine_grained(tensors_of(plain))
-    return write_checkpoint(folder / "fp8", stored, config={**config, "quantization_config": FINE_GRAINED})
-
-
-def in_int4(name: str, folder: Path) -> Path:
-    """Experts as Kimi-K2 has them: integers of four bits, in groups of 32 columns."""
-    plain = make(name, folder / "bf16")
-    generator, stored = torch.Generator().manual_seed(0), {}
-    for tensor_name, tensor in tensors_of(plain).items():
-        if ".experts." not in tensor_name:
-            stored[tensor_name] = tensor
-            continue
-        rows, cols = tensor.shape
-        words = torch.randint(-(1 << 31), 1 << 31, (rows, cols // 8), generator=generator)
-        scale = torch.rand(rows, cols // 32, generator=generator) * 0.01 + 0.001
-        stored[f"{tensor_name}_packed"], stored[f"{tensor_name}_scale"] = words.int(), scale.bfloat16()
-        stored[f"{tensor_name}_shape"] = torch.tensor([rows, cols])
-    weights = {"num_bits": 4, "group_size": 32, "strategy": "group", "symmetric": True, "type": "int"}
-    ignore = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*layers\.0\.mlp.*", "re:.*gate$"]
-    declared = {"quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ignore}
-    declared["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    config = json.loads((plain / "config.json").read_text())
-    return write_checkpoint(folder / "int4", stored, config={**config, "quantization_config": declared})
-
-
-def by_modelopt(name: str, folder: Path) -> Path:
-    """A scale for each matrix, and one for its activations; `test_modelopt` has what ModelOpt itself wrote."""
-    plain = make(name, folder / "bf16")
-    stored = {}
-    for tensor_name, tensor in tensors_of(plain).items():
-        if tensor.ndim != 2 or "embed" in tensor_name or "head" in tensor_name:
-            stored[tensor_name] = tensor
-            continue
-        scale = tensor.abs().amax().float() / 448
-        stored[tensor_name] = (tensor.float() / scale).to(torch.float8_e4m3fn)
-        stored[f"{tensor_name}_scale"] = scale
-        stored[f"{tensor_name.removesuffix('weight')}input_scale"] = torch.tensor(0.05)
-    source = write_checkpoint(folder / "fp8", stored, config=json.loads((plain / "config.json").read_text()))
-    quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
-    told = {"producer": {"name": "modelopt", "version": "0.44.0"}, "quantization": quantization}
-    (source / "hf_quant_config.json").write_text(json.dumps(told))
-    return source
-
-
 @pytest.mark.parametrize(
     ("name", "source_of", "scheme"),
     [
@@ -83,9 +36,9 @@ def by_modelopt(name: str, folder: Path) -> Path:
     ],
 )
 def test_parameters_equal_those_of_the_converted_checkpoint(
-    name: str, source_of: Callable[[str, Path], Path], scheme: str, tmp_path: Path
+    name: str, source_of: Callable[[Path, Path], Path], scheme: str, tmp_path: Path
 ) -> None:
-    source = source_of(name, tmp_path)
+    source = source_of(make(name, tmp_path / "bf16"), tmp_path / "coded")
     mine, stock = load(octavo_job(source, scheme), Job(convert(source, scheme)), timeout=500)
     for answer in (mine, stock):
         assert not answer.error, answer.error
@@ -94,7 +47,8 @@ def test_parameters_equal_those_of_the_converted_checkpoint(
 
 
 def test_blocks_stay_and_bf16_becomes_channels_where_no_scheme_is_named(tmp_path: Path) -> None:
-    source, unnamed = in_blocks("llama", tmp_path), {"load_format": "octavo"}
+    source = in_blocks(make("llama", tmp_path / "bf16"), tmp_path / "coded")
+    unnamed = {"load_format": "octavo"}
     pairs = [(source, "fp8_block"), (tmp_path / "bf16", "fp8_channel")]
     answers = load(*(job for path, scheme in pairs for job in (Job(path, unnamed), octavo_job(path, scheme))))
     for mine, named in zip(answers[::2], answers[1::2], strict=True):
