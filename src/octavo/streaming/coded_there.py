@@ -56,19 +56,22 @@ class PressThere(Press):
         codes = staged.view(coding.codes.dtype, coded.codes(piece))
         codes = codes.unsqueeze(-1) if lay.axis is None else codes.movedim(lay.axis, -1)
         stored = staged.view(coding.scale.dtype, coded.scale.piece)
-        self._look_at(stored)
+        self._look_at(stored, 1.0 if coding.global_scale is not None else _TO_INFINITY)
         if coding.global_scale is not None and coded.global_scale is not None:
             by = staged.view(coding.global_scale.dtype, coded.global_scale)
-            self._look_at(by)
+            self._look_at(by, 1.0)
         scale = scale_cells(stored, coding.decoding, by)
         if by is not None:
             self._watch.add((scale * _TO_INFINITY).flatten(), self._bundles)
         by_row = scale_of_rows(scale, coding.decoding, coded.scale.phase, codes.shape[-2])
         return Encoded(coding, lay, codes, by_row, None, piece.size, unit_of(coding.decoding, by))
 
-    def _look_at(self, stored: Tensor) -> None:
-        """Have it noticed if one of these is no scale, as `numerics.decoding.bad_scale` says, or is too large."""
-        wide = (stored.view(E8M0) if stored.dtype == torch.uint8 else stored).float() * _TO_INFINITY
+    def _look_at(self, stored: Tensor, factor: float) -> None:
+        """Have it noticed if one of these is no scale, as `numerics.decoding.bad_scale` says, or not finite times that.
+
+        Where there is a global scale, either may be of any size: the product is looked at.
+        """
+        wide = (stored.view(E8M0) if stored.dtype == torch.uint8 else stored).float() * factor
         # not a number of what is negative, and infinite of 0, where that is no scale
         self._watch.add((wide.sqrt_() if stored.dtype == FP8 else wide.log2_()).abs_().flatten(), self._bundles)
 
