@@ -73,13 +73,21 @@ def describe_nonfinite(checkpoint: Checkpoint, pieces: Iterable[tuple[Placement,
     Raises:
         WeightError: it is a scale that is none.
     """
+    looked_at: dict[str, None] = {}
     with contextlib.closing(Files.of(checkpoint)) as files:
         for placement, piece in pieces:
+            looked_at[piece.src_name] = None
             info = checkpoint.tensors[piece.src_name]
             values = files.read_values(info, piece) if info.coding is None else _decoded(files, info, piece, placement)
             if not bool(torch.isfinite(values).all()):
                 return nonfinite_text(checkpoint, piece, values, placement)
-    raise AssertionError("an amax is not finite, but the weights are")
+    first, *others = looked_at
+    more = f" and {len(others):,} more" if others else ""
+    return (
+        f"{checkpoint.path}: the device saw a number that is not finite in tensor {first!r}{more}, but read again, all "
+        "are. Either the file has changed meanwhile, or what the device computes is wrong. If that stays so, load "
+        "on the CPU."
+    )
 
 
 def _decoded(files: Files, info: TensorInfo, piece: Piece, placement: Placement) -> Tensor:

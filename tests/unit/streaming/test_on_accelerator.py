@@ -17,6 +17,7 @@ from octavo.planning import kinds
 from octavo.planning.placement import Target
 from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
+from octavo.streaming.nonfinite import describe_nonfinite
 from octavo.streaming.on_accelerator import WarmUp, rehearse
 from octavo.streaming.sinks import ParameterSink, Storage
 from octavo.streaming.stream import Stream
@@ -44,6 +45,17 @@ def test_a_device_that_is_not_there_fails_the_warm_up_when_it_is_left():
 def test_an_error_beside_a_failed_warm_up_is_the_one_that_is_raised():
     with pytest.raises(KeyError, match="of the body"), WarmUp(torch.device("cuda", 0), 64 << 20, 2, []):
         raise KeyError("of the body")
+
+
+def test_what_only_the_device_has_seen_is_said_with_the_names_of_tensors(tmp_path):
+    tensors = {name: random_weights((8, 8), torch.bfloat16, 0) for name in "ab"}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    symbols = [Symbolic.source(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
+    plan = make_plan(
+        checkpoint, [Target("p", (2, 8, 8), None, kinds.EXPERTS, tuple(torch.stack(symbols).pieces))], Recipe()
+    )
+    said = describe_nonfinite(checkpoint, [(plan.placements[0], piece) for piece in plan.placements[0].pieces])
+    assert "the device saw a number that is not finite in tensor 'a' and 1 more" in said
 
 
 class Counter(TorchDispatchMode):
