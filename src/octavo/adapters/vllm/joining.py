@@ -1,52 +1,88 @@
 """Layers in NVFP4 of which vLLM joins several, brought to one global scale whenever it processes them.
 
 Of joined linear layers it takes the largest of their divisors for all, and of gate and up of an expert that of gate;
-where they differ, it only warns.
+where they differ, it only warns. Layers of which none would hold are refused, before any of a model is processed; those
+that come in an update, before they are, and stay as they were.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...conversion.packing import GLOBAL
-from ..engine.global_scales import agree
+from ...conversion.packing import GLOBAL, PACKED
+from ...errors import WeightError, raise_problems
+from ..engine.global_scales import Joined
+from . import versions
 from .telling import log
 
 _SUFFIX = f"weight{GLOBAL}"
 
 
-def follow(model: nn.Module) -> None:
-    """Have layers agree before they are processed. To be called between loading and processing."""
+def follow(model: nn.Module, paths: Mapping[str, str]) -> None:
+    """Have layers agree before they are processed. To be called between loading and processing.
+
+    Args:
+        paths: the place of each layer in the model -> vLLM's name of it.
+
+    Raises:
+        WeightError: naming layers that can't.
+    """
+    problems: dict[str, str] = {}
     for path, layer in model.named_modules():
         names = [name for name in layer._parameters if name.endswith(_SUFFIX)]
         if names:
-            _watch(layer, path, names)
+            called = paths.get(path, path)
+            problems.update((called, why) for why in _misfits(layer, names))
+            _watch(layer, called, names)
+    told = [f"{layer} {why}" for layer, why in problems.items()]
+    raise_problems(WeightError, type(model).__name__, told, _way_out(*problems))
 
 
-def _watch(layer: Any, path: str, names: list[str]) -> None:
+def _watch(layer: Any, called: str, names: list[str]) -> None:
     method = layer.quant_method
     process = method.process_weights_after_loading
 
     def process_weights_after_loading(given: nn.Module) -> None:
         if given is layer:
-            for name in names:
-                _settle(layer, path, name)
+            _settle(layer, called, names)
         process(given)
 
     method.process_weights_after_loading = process_weights_after_loading
 
 
-def _settle(layer: Any, path: str, name: str) -> None:
-    divisors: Tensor = getattr(layer, name).data
-    scales: Tensor = getattr(layer, name.replace(GLOBAL, "_scale")).data
-    if divisors.ndim < scales.ndim - 1 or divisors.shape[-1] == 1:
-        return  # of each matrix
-    rows = getattr(layer, "logical_widths", None) or [scales.shape[-2] // divisors.shape[-1]] * divisors.shape[-1]
-    if agree(scales, divisors, rows):
-        log.warning(
-            "octavo: %s joins matrices with different global scales (the largest weight of one is beyond 6.75), and "
-            "vLLM takes one for all: scales of the smallest weights are rounded to that",
-            path,
-        )
+def _settle(layer: Any, called: str, names: list[str]) -> None:
+    why = next(_misfits(layer, names), None)
+    if why is not None:
+        versions.begin_anew(layer)
+        raise WeightError(f"{called}: with its new weights, it {why}. It is as it was. {_way_out(called)}")
+    for joined in _joined(layer, names):
+        if joined.agree():
+            log.info(
+                "octavo: %s joins matrices with different global scales (the largest weight of one is beyond 6.75, or "
+                "below 0.0066), and vLLM takes one for all: they were brought to that, and no weight changed",
+                called,
+            )
+
+
+def _way_out(*layers: str) -> str:
+    return f"Load the model with these as they are, ignore={list(layers)}, or in another scheme, like fp8_channel."
+
+
+def _misfits(layer: Any, names: list[str]) -> Iterator[str]:
+    for joined in _joined(layer, names):
+        why = joined.misfit()
+        if why is not None:
+            yield why
+
+
+def _joined(layer: Any, names: list[str]) -> Iterator[Joined]:
+    for name in names:
+        divisors: Tensor = getattr(layer, name).data
+        scales: Tensor = getattr(layer, name.replace(GLOBAL, "_scale")).data
+        if divisors.ndim < scales.ndim - 1 or divisors.shape[-1] == 1:
+            continue  # of each matrix
+        rows = getattr(layer, "logical_widths", None) or [scales.shape[-2] // divisors.shape[-1]] * divisors.shape[-1]
+        yield Joined(getattr(layer, name.replace(GLOBAL, PACKED)).data, scales, divisors, rows)

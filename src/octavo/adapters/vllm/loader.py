@@ -189,7 +189,8 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         self.loading.tell(found)
         self.warming.close()
         self.loading.fill(found, model.load_weights, self._progress())
-        reload.prepare(model, self.loading.checkpoint, found.plan, self.options.layout, found.fillers)
+        about = (found.plan, self.options.layout, found.fillers, self.quant_config.paths(model))
+        reload.prepare(model, self.loading.checkpoint, *about)
 
     def survey(self, model: Any, model_config: ModelConfig) -> Survey:
         """What the model's loader does with the checkpoint. Refuse what can't be done; have the model made anew."""

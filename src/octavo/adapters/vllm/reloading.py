@@ -9,7 +9,7 @@ worst without a word: that is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,12 +41,18 @@ class Weights(updating.Weights):
         return versions.loading_at_once(self.model)
 
 
-def prepare(model: Any, checkpoint: Checkpoint, plan: Plan, layout: Format, fillers: Fillers) -> None:
-    """Have later calls of ``model.load_weights`` quantize as the first one did, and updates checked."""
+def prepare(
+    model: Any, checkpoint: Checkpoint, plan: Plan, layout: Format, fillers: Fillers, paths: Mapping[str, str]
+) -> None:
+    """Have later calls of ``model.load_weights`` quantize as the first one did, and updates checked.
+
+    Args:
+        paths: the place of each layer in the model -> vLLM's name of it.
+    """
     arrivals = Arrivals(model, fillers)
     updating.prepare(Weights(checkpoint.tensors, plan, layout, model, model.load_weights, arrivals))
     repacking.follow(model)
-    joining.follow(model)
+    joining.follow(model, paths)
     versions.watch_reloads(_check_complete)
 
 

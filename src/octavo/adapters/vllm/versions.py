@@ -104,6 +104,16 @@ def forget_what_came(layer: nn.Module) -> None:
     info.load_numel = 0
 
 
+def begin_anew(layer: nn.Module) -> None:
+    """Have a layer that waited, and is about to be processed, wait again, as it did when the reload began."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    if waits(layer):
+        forget_what_came(layer)
+        layerwise.restore_layer_on_meta(layer, layerwise.get_layerwise_info(layer))
+        layerwise.initialize_online_processing(layer)
+
+
 @contextlib.contextmanager
 def loading_at_once(model: nn.Module) -> Iterator[None]:
     """While vLLM reloads a model: have loaders write, where otherwise it notes what comes until a layer is whole."""

@@ -5,6 +5,7 @@ Where there is no kernel for them, models are made as for one that takes paramet
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from helpers.folders import edit_tensors, tensors_of
 from helpers.vllm_checkpoints import make
 from helpers.vllm_engine import Answer, Job, octavo_job, run
 from helpers.vllm_loading import load
-from octavo.adapters.engine.global_scales import agree
+from octavo.adapters.engine.global_scales import Joined
 
 pytestmark = [
     pytest.mark.peers,
@@ -103,11 +104,12 @@ def test_joined_matrices_get_one_global_scale(tmp_path: Path) -> None:
             for first in [first for first in tensors if first.endswith(f"{name}.weight_scale")]:
                 scales = [first.replace(name, other) for other in others]
                 divisors = [scale.replace("_scale", "_global_scale") for scale in scales]
-                both = torch.cat([tensors[each] for each in scales]), torch.cat([tensors[each] for each in divisors])
+                codes = [scale.replace("_scale", "_packed") for scale in scales]
                 rows = [len(tensors[each]) for each in scales]
-                agree(*both, rows)
-                tensors.update(zip(scales, torch.split(both[0], rows), strict=True))
-                tensors.update(zip(divisors, both[1].split(1), strict=True))
+                joined = Joined(*(torch.cat([tensors[n] for n in each]) for each in (codes, scales, divisors)), rows)
+                joined.agree()
+                tensors.update(zip(scales, torch.split(joined.scales, rows), strict=True))
+                tensors.update(zip(divisors, joined.divisors.split(1), strict=True))
 
     plain = Job(converted, {"kernels": False})
     (before,) = loaded(plain)
@@ -120,6 +122,36 @@ def test_joined_matrices_get_one_global_scale(tmp_path: Path) -> None:
     assert "plan remembered from an earlier start" in mine.output
     told = [line for line in mine.output.splitlines() if "with different global scales" in line]
     assert len(told) == 3 * len(large)
+
+
+def test_joined_matrices_that_have_no_global_scale_in_common_are_refused_by_name(tmp_path: Path) -> None:
+    """When they are loaded, before any is processed; in an update their layer stays as it was, and waits."""
+    source = make("qwen2_moe", tmp_path / "bf16")
+    large = ("layers.0.self_attn.q_proj.weight", "layers.1.mlp.experts.2.up_proj.weight")
+    attention, experts = "model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.experts"
+
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith(large):
+                tensors[name][3, 5] = 20_000.0
+
+    shutil.copytree(source, spoiled := tmp_path / "spoiled")
+    edit_tensors(spoiled, spoil)
+    mine = [f"model.layers.0.self_attn.{part}_proj.{kind}" for part in "qkv" for kind in ("weight", "bias")]
+    update = ["update", str(spoiled), [mine]]
+    options: dict[str, Any] = {"quantization": "octavo_nvfp4", "kernels": False}
+    kept = {**options, "model_loader_extra_config": {"ignore": [attention, experts]}}
+    refused, allowed, updated = loaded(
+        Job(spoiled, options), Job(spoiled, kept), Job(source, options, [update, ["reload", str(source)]])
+    )
+    for part in ("2 problems", attention, experts, "e4m3 rounds some", f"ignore=['{attention}', '{experts}"):
+        assert part in refused.error
+    assert not allowed.error, allowed.error
+    assert not updated.error, updated.error
+    (after, _, errors), again = updated.results
+    assert len(errors) == 1
+    assert errors[0].startswith(f"{attention}: with its new weights, it joins matrices")
+    assert after == again[0] == updated.parameters[0]
 
 
 def _quantized(answer: Answer) -> bool:

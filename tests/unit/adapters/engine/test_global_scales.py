@@ -5,50 +5,82 @@ from __future__ import annotations
 import pytest
 import torch
 
-from octavo.adapters.engine.global_scales import agree
+from octavo.adapters.engine.global_scales import Joined
 from octavo.numerics import nvfp4, schemes
 
 
-def quantized(largest: list[float]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[int]]:
-    """Codes, scales and divisors of matrices with such largest weights, one below the other; how many rows each has."""
+def quantized(largest: list[float], ordinary: float | None = None) -> Joined:
+    """Matrices with such largest weights, one below the other.
+
+    Args:
+        ordinary: the deviation of all other weights; default: as high as leaves the largest one the largest.
+    """
     rows, found = [32, 16, 48][: len(largest)], []
     for seed, (height, most) in enumerate(zip(rows, largest, strict=True)):
         weight = torch.randn(height, 64, generator=torch.Generator().manual_seed(seed))
-        weight[0, 0] = weight.abs().max() * 1.01
-        stored, scale = schemes.quantize(weight * most / weight.abs().max(), "nvfp4")
+        weight *= most / weight.abs().max() * 0.99 if ordinary is None else ordinary
+        weight[0, 0] = most
+        stored, scale = schemes.quantize(weight, "nvfp4")
         found.append((*nvfp4.Packed.of(stored), (1 / scale).view(1)))
-    codes, scales, divisors = (torch.cat(each) for each in zip(*found, strict=True))
-    return codes, scales, divisors, rows
+    return Joined(*(torch.cat(each) for each in zip(*found, strict=True)), rows)
 
 
-def widened(codes, scales, divisors, rows):
-    return nvfp4.widen(nvfp4.Packed(codes, scales)) / divisors.repeat_interleave(torch.tensor(rows)).unsqueeze(1)
+def weights(joined: Joined) -> torch.Tensor:
+    """In float64, which holds them all."""
+    by = joined.divisors.repeat_interleave(torch.tensor(joined.rows)).unsqueeze(1)
+    return nvfp4.widen(nvfp4.Packed(joined.codes, joined.scales)).double() / by
 
 
-@pytest.mark.parametrize("largest", [[8.0, 1.0], [1.0, 40.0, 2.0]])
-def test_joined_matrices_get_one_global_scale_and_keep_their_weights(largest):
-    codes, scales, divisors, rows = quantized(largest)
-    before = widened(codes, scales, divisors, rows)
-    assert len(divisors.unique()) > 1
-    assert agree(scales, divisors, rows)
-    assert len(divisors.unique()) == 1
-    # by one divisor for all, as engines do
-    after = nvfp4.widen(nvfp4.Packed(codes, scales)) / divisors.max()
-    assert torch.allclose(after, before, rtol=2**-4, atol=2**-10 * 6 / float(divisors.max()))
+@pytest.mark.parametrize(
+    ("largest", "ordinary"),
+    [([8.0, 1.0], None), ([1.0, 40.0, 2.0], None), ([0.08, 20.0], 0.02), ([0.006, 1.0], None)],
+)
+def test_joined_matrices_get_one_global_scale_and_keep_their_weights(largest, ordinary):
+    joined = quantized(largest, ordinary)
+    before = weights(joined)
+    assert len(joined.divisors.unique()) > 1
+    assert joined.misfit() is None
+    assert joined.agree()
+    assert len(joined.divisors.unique()) == 1
+    assert torch.equal(weights(joined), before)
+
+
+@pytest.mark.parametrize(("largest", "ordinary"), [([0.08, 120.0], 0.02), ([0.08, 2000.0], 0.02), ([1e-6, 1.0], None)])
+def test_matrices_that_would_be_rounded_or_become_zero_are_refused(largest, ordinary):
+    joined = quantized(largest, ordinary)
+    assert "e4m3 rounds some or makes them 0" in str(joined.misfit())
+
+
+def test_a_global_scale_that_is_no_power_of_two_is_refused_where_it_rounds():
+    joined = quantized([1.0, 2.0])
+    joined.divisors[1] *= 0.9
+    assert joined.misfit() is not None
+
+
+def test_zeros_are_joined_with_anything():
+    joined = quantized([0.0, 2000.0], 0.0)
+    joined.scales[0, 0] = 448
+    before = weights(joined)
+    assert joined.misfit() is None
+    assert joined.agree()
+    assert torch.equal(weights(joined), before)
+    assert before.abs().max() > 1000
 
 
 def test_experts_agree_each_for_itself():
     first, second = quantized([8.0, 1.0]), quantized([1.0, 2.0])
-    scales, divisors = (torch.stack([first[part], second[part]]) for part in (1, 2))
-    untouched = scales[1].clone()
-    assert agree(scales, divisors, first[3])
-    assert divisors[0].tolist() == [16.0, 16.0]
-    assert divisors[1].tolist() == [256.0, 256.0]
-    assert torch.equal(scales[1].view(torch.uint8), untouched.view(torch.uint8))
+    stacked = (torch.stack([one, other]) for one, other in zip(first[:3], second[:3], strict=True))
+    joined = Joined(*stacked, first.rows)
+    untouched = joined.scales[1].clone()
+    assert joined.misfit() is None
+    assert joined.agree()
+    assert joined.divisors[0].tolist() == [16.0, 16.0]
+    assert joined.divisors[1].tolist() == [256.0, 256.0]
+    assert torch.equal(joined.scales[1].view(torch.uint8), untouched.view(torch.uint8))
 
 
 def test_matrices_that_agree_are_left_alone():
-    _, scales, divisors, rows = quantized([1.0, 3.0, 6.0])
-    before = scales.clone()
-    assert not agree(scales, divisors, rows)
-    assert torch.equal(scales.view(torch.uint8), before.view(torch.uint8))
+    joined = quantized([1.0, 3.0, 6.0])
+    before = joined.scales.clone()
+    assert not joined.agree()
+    assert torch.equal(joined.scales.view(torch.uint8), before.view(torch.uint8))
