@@ -1,9 +1,9 @@
 """A survey as JSON, and back: for the same checkpoint, and a model that is made alike.
 
 Tensors of the checkpoint are written as their numbers; shapes, reasons and whatever else thousands of placements have
-in common are written once. What is read back is not trusted: each piece has to lie in its tensor and in its parameter,
-and each parameter in the model's memory, with the right shape and dtype. Whatever does not is a ValueError, or what
-Python and torch raise of such things.
+in common are written once. What is read back is not trusted: each piece has to lie in its tensor, all pieces of a
+parameter to tile it, and each parameter has to lie in the model's memory, with the right shape and dtype. Whatever does
+not is a ValueError, or what Python and torch raise of such things.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.codings import Coding
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
+from ...elements.boxes import coverage_problem
 from ...elements.pieces import Piece
 from ...elements.views import View
 from ...numerics import schemes
@@ -91,9 +92,11 @@ class _Cut(NamedTuple):
     size: tuple[int, ...]
     src_strides: tuple[int, ...]
 
-    def fits(self, shape: Sequence[int]) -> bool:
-        ends = [a + n for a, n in zip(self.dst_off, self.size, strict=True)]
-        return len(self.src_strides) == len(self.size) and all(a <= n for a, n in zip(ends, shape, strict=True))
+    @classmethod
+    def read(cls, row: Sequence[Json]) -> _Cut:
+        cut = cls(*map(naturals, row))
+        require(row, len(cut.dst_off) == len(cut.size) == len(cut.src_strides))
+        return cut
 
 
 class _Numbers:
@@ -211,7 +214,7 @@ class Record:
             Exception: whatever comes of what is not as it was written.
         """
         kinds = [_Kind.read(row) for row in record["kinds"]]
-        cuts = [_Cut(*map(naturals, row)) for row in record["cuts"]]
+        cuts = [_Cut.read(row) for row in record["cuts"]]
         reading = _Reading.of(self, kinds, cuts)
         placements = [reading.placement(row) for row in record["placements"]]
         direct, storages = [], {}
@@ -328,30 +331,27 @@ class _Reading:
     """Thousands of rows are read; what they have in common is checked and computed once."""
 
     record: Record
-    kinds: Sequence[tuple[_Kind, int]]  # with their elements
-    cuts: Sequence[tuple[_Cut, int, int]]  # with how far they reach in their tensor, and their elements
-    _fitting: set[tuple[tuple[int, ...], int]] = dataclasses.field(default_factory=set)  # shapes, and cuts within
+    kinds: Sequence[_Kind]
+    cuts: Sequence[tuple[_Cut, int]]  # with how far they reach in their tensor
+    _tiled: set[tuple[tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=set)  # shapes, by cuts
 
     @classmethod
     def of(cls, record: Record, kinds: Iterable[_Kind], cuts: Iterable[_Cut]) -> _Reading:
-        sized = [(cut, _reach(cut.size, cut.src_strides), math.prod(cut.size)) for cut in cuts]
-        return cls(record, [(kind, math.prod(kind.shape)) for kind in kinds], sized)
+        return cls(record, [*kinds], [(cut, _reach(cut.size, cut.src_strides)) for cut in cuts])
 
     def placement(self, row: Row) -> Placement:
         number, name, coded, *flat = row
-        (kind, numel), tensors, fitting = self.kinds[number], self.record.infos, self._fitting
+        kind, tensors = self.kinds[number], self.record.infos
         shape, known, pieces = kind.shape, kind.source_dtype_names, []
         for which, source, offset in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
-            (info, held), (cut, reach, filled) = tensors[source], self.cuts[which]
+            (info, held), (cut, reach) = tensors[source], self.cuts[which]
             if not 0 <= offset <= held - reach or info.dtype_name not in known:
                 raise ValueError("a piece outside of its tensor")
-            if (shape, which) not in fitting:
-                require(cut, cut.fits(shape))
-                fitting.add((shape, which))
             pieces.append(Piece(cut.dst_off, cut.size, info.name, offset, cut.src_strides))
-            numel -= filled
-        if numel:
-            raise ValueError("pieces that don't fill their parameter")
+        if (tiling := (shape, tuple(flat[::3]))) not in self._tiled:
+            if problem := coverage_problem(shape, pieces):
+                raise ValueError(problem)
+            self._tiled.add(tiling)
         return Placement(
             name if isinstance(name, str) else self.record._names[name],
             shape,

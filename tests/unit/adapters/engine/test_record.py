@@ -181,6 +181,20 @@ HOSTILE: dict[str, Callable[[Any], None]] = {
 }
 
 
+def test_pieces_that_fill_one_half_twice_and_the_other_never_are_refused(checkpoint: Checkpoint) -> None:
+    model = Padded()
+    record = record_of(checkpoint, model, "fp8_channel")
+    written = json.loads(json.dumps(record.write(survey(checkpoint, model, "fp8_channel"))))
+    row, half = written["placements"][2], len(written["cuts"])
+    kind, name, coded, _, source, _ = row
+    written["cuts"] += [[[0, 0], [128, 256], [256, 1]], [[128, 0], [128, 256], [256, 1]]]
+    row[:] = [kind, name, coded, half, source, 0, half + 1, source, 128 * 256]
+    record.read(copy.deepcopy(written))
+    row[:] = [kind, name, coded, half, source, 0, half, source, 128 * 256]
+    with pytest.raises(ValueError, match="both fill"):
+        record.read(written)
+
+
 @pytest.mark.parametrize("change", HOSTILE.values(), ids=[*HOSTILE])
 def test_what_is_not_as_it_was_written_is_refused(change: Callable[[Any], None], checkpoint: Checkpoint) -> None:
     model = Padded()
