@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import types
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import DTYPES, random_weights, reference_nvfp4, same_bytes
+from octavo import numerics
 from octavo.numerics import nvfp4, schemes
 from octavo.numerics.nvfp4 import Packed
 
@@ -162,3 +166,30 @@ def test_tables_are_the_same_whatever_device_and_dtype_are_the_default(table) ->
         torch.set_default_dtype(torch.float32)
     table.cache_clear()
     assert torch.equal(made, table(device))
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_where_triton_does_not_compile_there_is_one_warning(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def quantize_into(codes: Tensor, scales: Tensor, weight: Tensor, *_: Any, search: bool) -> None:
+        tried.append((codes.shape, scales.shape, weight.shape))
+        if not compiles:
+            raise RuntimeError("fatal error: Python.h: No such file or directory\ncompilation terminated")
+
+    kernel = types.SimpleNamespace(quantize_into=quantize_into)
+    monkeypatch.setattr(numerics, "nvfp4_kernel", kernel, raising=False)
+    monkeypatch.setattr(nvfp4, "HAS_TRITON", True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    nvfp4._kernel.cache_clear()
+    try:
+        if compiles:
+            assert nvfp4._kernel(torch.device("cpu")) is kernel
+        else:
+            with pytest.warns(UserWarning, match=r"RuntimeError: fatal error: Python.h: No such .* same bytes"):
+                assert nvfp4._kernel(torch.device("cpu")) is None
+        assert nvfp4._kernel(torch.device("cpu")) is (kernel if compiles else None)  # and no second warning
+    finally:
+        nvfp4._kernel.cache_clear()
+    assert tried == [((1, 8), (1, 1), (1, 16))]
