@@ -80,8 +80,10 @@ class PressThere(Press):
     def _check(self, amax: Tensor, chunk: Chunk, x: Tensor | Encoded) -> None:
         self._watch.add(amax, self._bundles)
 
-    def _check_half(self, values: Tensor, piece: Piece, placement: Placement) -> None:
-        self._watch.add(torch.linalg.vector_norm(values, math.inf, dtype=torch.float32), self._bundles)
+    def _check_half(self, wide: Tensor, values: Tensor, piece: Piece, placement: Placement) -> None:
+        # what was not finite before is copied; the largest of the others becomes infinite if one does
+        largest = torch.linalg.vector_norm(wide.nan_to_num_(0.0, 0.0, 0.0), math.inf)
+        self._watch.add(largest.to(values.dtype).float(), self._bundles)
 
     def _check_codes(self, codes: Tensor, chunk: Chunk, x: Encoded) -> None:
         # without its sign, what is no number is the largest

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece, contiguous_strides, whole
@@ -52,23 +53,42 @@ class FiniteWatch(Generic[What]):
         return [self._watched[first + number] for number in torch.nonzero(~finite).flatten().tolist()]
 
 
-def nonfinite_text(checkpoint: Checkpoint, piece: Piece, values: Tensor, placement: Placement) -> str:
-    """The first non-finite number among the values of a piece, its place in the checkpoint, and what to do about it."""
-    position = torch.nonzero(~torch.isfinite(values))[0].tolist()
+def unfit(values: Tensor, placement: Placement) -> Tensor:
+    """Which of the values their placement can't have: what is not finite, where it is quantized.
+
+    Where it is not, that is copied as it is, and those are unfit that only become infinite in its dtype: fp16 holds no
+    more than 65504.
+    """
+    if placement.scheme is not None:
+        return ~torch.isfinite(values)
+    return torch.isfinite(values) & torch.isinf(values.to(placement.dtype))
+
+
+def unfit_text(checkpoint: Checkpoint, piece: Piece, values: Tensor, placement: Placement) -> str:
+    """The first `unfit` number among the values of a piece, its place in the checkpoint, and what to do about it."""
+    position = torch.nonzero(unfit(values, placement))[0].tolist()
     info = checkpoint.tensors[piece.src_name]
     flat = piece.src_off + sum(at * stride for at, stride in zip(position, piece.src_strides, strict=True))
     shape = info.shape if info.coding is None else info.coding.matrix
     where = [flat // stride % n for n, stride in zip(shape, contiguous_strides(shape), strict=True)]
     of = "" if placement.name == info.name else f", part of {placement.name}"
+    if placement.scheme is None:
+        wrong = (
+            f"{dtypes.short(placement.dtype)} holds no number that large. Choose another dtype, as dtype='bfloat16'."
+        )
+    else:
+        wrong = (
+            "a non-finite weight can't be quantized. Repair the checkpoint, or keep it with "
+            f"ignore={list(placement.ignored_as or (placement.name,))}."
+        )
     return (
         f"{checkpoint.shard_of(info.name).path.name}: tensor {info.name!r} holds {values[tuple(position)].item()} "
-        f"(at {where}){of}: a non-finite weight can't be quantized. Repair the checkpoint, or keep it with "
-        f"ignore={list(placement.ignored_as or (placement.name,))}."
+        f"(at {where}){of}: {wrong}"
     )
 
 
 def describe_nonfinite(checkpoint: Checkpoint, pieces: Iterable[tuple[Placement, Piece]]) -> str:
-    """`nonfinite_text` for pieces of which only the amax has been seen: reads them again.
+    """`unfit_text` for pieces of which only the amax has been seen: reads them again.
 
     Raises:
         WeightError: it is a scale that is none.
@@ -78,9 +98,9 @@ def describe_nonfinite(checkpoint: Checkpoint, pieces: Iterable[tuple[Placement,
         for placement, piece in pieces:
             looked_at[piece.src_name] = None
             info = checkpoint.tensors[piece.src_name]
-            values = files.read_values(info, piece) if info.coding is None else _decoded(files, info, piece, placement)
-            if not bool(torch.isfinite(values).all()):
-                return nonfinite_text(checkpoint, piece, values, placement)
+            values = files.read_values(info, piece) if info.coding is None else _decoded(files, info, piece)
+            if bool(unfit(values, placement).any()):
+                return unfit_text(checkpoint, piece, values, placement)
     first, *others = looked_at
     more = f" and {len(others):,} more" if others else ""
     return (
@@ -90,9 +110,8 @@ def describe_nonfinite(checkpoint: Checkpoint, pieces: Iterable[tuple[Placement,
     )
 
 
-def _decoded(files: Files, info: TensorInfo, piece: Piece, placement: Placement) -> Tensor:
-    """What codes stand for, in the dtype that they become."""
+def _decoded(files: Files, info: TensorInfo, piece: Piece) -> Tensor:
+    """What codes stand for, float32."""
     most = 8 * (piece.numel + 1)  # of one number in a word of eight at worst
     found, _ = read_encoded(files, info, piece, torch.empty(most, dtype=torch.uint8, device="cpu"))
-    values = found.decode(whole("", found.shape), torch.empty(found.numel, dtype=torch.float32, device="cpu"))
-    return values if placement.scheme else values.to(placement.dtype)
+    return found.decode(whole("", found.shape), torch.empty(found.numel, dtype=torch.float32, device="cpu"))

@@ -27,7 +27,7 @@ from ..planning.chunks import Chunk, Tile, Work, cut_apart, cut_boxes, cut_tiles
 from ..planning.partition import Partition
 from ..planning.placement import Placement
 from .coded import Encoded
-from .nonfinite import nonfinite_text
+from .nonfinite import unfit, unfit_text
 from .placed import Placed
 from .sinks import Destination
 from .staged import wait_for
@@ -189,12 +189,14 @@ class Press:
             values = (
                 x if isinstance(x, Tensor) else x.decode(whole("", x.shape), torch.empty(x.numel, dtype=torch.float32))
             )
-            raise WeightError(nonfinite_text(self._checkpoint, chunk.piece, values, chunk.placement))
+            raise WeightError(unfit_text(self._checkpoint, chunk.piece, values, chunk.placement))
 
-    def _check_half(self, values: Tensor, piece: Piece, placement: Placement) -> None:
-        """Raise if there is no number of fp16 for a weight: it holds no more than 65504."""
-        if bool(torch.isinf(values).any()):
-            raise WeightError(nonfinite_text(self._checkpoint, piece, values, placement))
+    def _check_half(self, wide: Tensor, values: Tensor, piece: Piece, placement: Placement) -> None:
+        """Raise if there is no number of fp16 for a weight; ``wide``, of which its values were made, is not needed any
+        more.
+        """
+        if bool(torch.isinf(values).any()) and bool(unfit(wide, placement).any()):
+            raise WeightError(unfit_text(self._checkpoint, piece, wide, placement))
 
     def _check_codes(self, codes: Tensor, chunk: Chunk, x: Encoded) -> None:
         """Raise if a code of FP8 is no number."""
@@ -244,9 +246,10 @@ class Press:
             piece = mine.piece
             for axis, (off, n) in enumerate(zip(box.dst_off, box.size, strict=True)):
                 piece = piece.narrow(axis, off, n)
-            values = found.decode(box, self.tiles.scratch, self.tiles.bits).to(chunk.placement.dtype)
+            wide = found.decode(box, self.tiles.scratch, self.tiles.bits)
+            values = wide.to(chunk.placement.dtype)
             if values.dtype == torch.float16:
-                self._check_half(values, piece, chunk.placement)
+                self._check_half(wide, values, piece, chunk.placement)
             destination.put(piece, values)
 
     def _pass(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:

@@ -89,7 +89,29 @@ def test_a_weight_that_fp16_does_not_hold_is_refused(lanes, tmp_path):
     coding = coding_of("w", (128, 128), FP8)
     checkpoint, _ = write_coded(tmp_path, {"w": (coding, {**encoded(coding, 0), "scale": torch.full((1, 1), 1e3)})})
     plan = make_plan(checkpoint, [target_of(coding, (128, 128), torch.float16)], Recipe(None))
-    with pytest.raises(WeightError, match=r"tensor 'w' holds -?inf"):
+    with pytest.raises(WeightError, match=r"tensor 'w' holds -?\d+\.\d .*: fp16 holds no number that large"):
+        run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_what_is_no_number_is_copied_as_it_is_where_nothing_is_quantized(lanes, dtype, tmp_path):
+    coding = coding_of("w", (128, 128), FP8)
+    checkpoint, _ = write_coded(tmp_path, {"w": (coding, spoiled(encoded(coding, 0), "codes", 0x7F))})
+    plan = make_plan(checkpoint, [target_of(coding, (128, 128), dtype)], Recipe(None))
+    storages, _ = run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
+    assert storages["w"].weight.isnan().nonzero().tolist() == [[0, 5]]
+
+
+@pytest.mark.parametrize("lanes", [0, 2])
+def test_beside_what_is_no_number_a_weight_that_fp16_does_not_hold_is_named(lanes, tmp_path):
+    coding = coding_of("w", (128, 128), FP8)
+    codes = torch.ones(128, 128)
+    codes[3, 9] = 384.0
+    parts = spoiled({"codes": codes.to(schemes.FP8), "scale": torch.full((1, 1), 200.0)}, "codes", 0x7F)
+    checkpoint, _ = write_coded(tmp_path, {"w": (coding, parts)})
+    plan = make_plan(checkpoint, [target_of(coding, (128, 128), torch.float16)], Recipe(None))
+    with pytest.raises(WeightError, match=r"holds 76800.0 \(at \[3, 9\]\): fp16"):
         run_plan(checkpoint, plan, budget=in_blocks(plan, lanes=lanes))
 
 
