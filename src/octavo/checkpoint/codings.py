@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .companions import CACHES, Companions, companions, of_weight
+from .companions import CACHES, Companions, companions, is_alone, of_weight
 from .declared import Declared, Way, read_declared
 from .header import TensorInfo
 from .packing import EXPONENTS, FLOATS, FP8, PACK, SCALES, Groups, Shape, cells_of, count, fits, guesses, words
@@ -123,7 +123,8 @@ def find_codings(
         return Codings()
     known = {*by_name, *finder.wrong, *finder.consumed}
     left = {name: info for name, info in tensors.items() if name not in known}
-    if is_shown(left):  # something else beside it
+    alone = finder.alone(left) if declared else frozenset()
+    if is_shown({name: info for name, info in left.items() if name not in alone}):  # something else beside it
         return Codings()
     if declared:
         finder.look_at(left)
@@ -202,11 +203,16 @@ class _Finder:
             of_caches = (name for name, info in caches if info.numel == 1 or self._declared.of_caches)
             self.consumed.update(dict.fromkeys(of_caches, "scale of a cache"))
 
+    def alone(self, left: Mapping[str, TensorInfo]) -> frozenset[str]:
+        """Of what is left over, the numbers that lack their scale and are otherwise what octavo decodes."""
+        numbers = [name.rpartition(".") for name, info in left.items() if _are_numbers(info)]
+        beside = self._names_by_module() if numbers else {}
+        return frozenset(module + dot + leaf for module, dot, leaf in numbers if is_alone(leaf, beside[module]))
+
     def look_at(self, left: Mapping[str, TensorInfo]) -> None:
         """Find what is left over of a checkpoint that is declared to be quantized, and should not be."""
         for name, info in left.items():
-            packed = info.dtype_name in ("U8", "I32") and name.endswith(("_packed", "_blocks"))
-            if (packed or info.dtype_name in FP8) and len(info.shape) > 1:
+            if _are_numbers(info):
                 self.problems.append(f"{name} is {info.dtype_name}, and has no scale beside it")
             elif (weight := of_weight(name)) and (name.rpartition(".")[2].startswith("weight_") or weight in left):
                 other = self._tensors.get(weight)
@@ -297,6 +303,12 @@ class _Finder:
             said = ", or ".join(dict.fromkeys(map(str, self._declared.ways)))
             raise _Problem(f"{parts.held}, and {self._declared.where} says {said}")
         return ways
+
+
+def _are_numbers(info: TensorInfo) -> bool:
+    """Return True for what can only be numbers that need a scale, by its dtype and its name."""
+    packed = info.dtype_name in ("U8", "I32") and info.name.endswith(("_packed", "_blocks"))
+    return (packed or info.dtype_name in FP8) and len(info.shape) > 1
 
 
 def _kinds(parts: _Parts, declared: bool) -> tuple[str, ...]:

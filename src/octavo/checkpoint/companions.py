@@ -51,15 +51,12 @@ class Companions(NamedTuple):
 @functools.lru_cache(maxsize=1024)
 def companions(numbers: str, names: frozenset[str]) -> Companions | None:
     """What stands beside numbers in a module with these names; None if there is no scale, or what can't be decoded."""
-    stem = numbers.removesuffix("_packed").removesuffix("_blocks")
-    undecoded = (*(stem + end for end in _UNDECODED), *_UNDECODED_MODULE)
-    scales = [stem + end for end in (("_scales",) if numbers.endswith("_blocks") else _SUFFIXES)]
+    stem, scales = _stem(numbers), _scales(numbers)
     activations = [f"{stem}_{end}" for end in _ACTIVATIONS]
     if stem == "weight":
-        scales += _BESIDE_WEIGHT if stem == numbers else ()
         activations += [*_ACTIVATIONS, *_MORE_ACTIVATIONS]
     found = tuple(name for name in scales if name in names)
-    if not found or any(name in names for name in undecoded):
+    if not found or _is_undecoded(stem, names):
         return None
     return Companions(
         stem,
@@ -69,6 +66,26 @@ def companions(numbers: str, names: frozenset[str]) -> Companions | None:
         stem + _SHAPE if stem + _SHAPE in names else None,
         tuple(name for name in activations if name in names),
     )
+
+
+def is_alone(numbers: str, names: frozenset[str]) -> bool:
+    """Return True if no scale of theirs is in the module, and nothing that makes them numbers that can't be decoded."""
+    return not any(name in names for name in _scales(numbers)) and not _is_undecoded(_stem(numbers), names)
+
+
+def _stem(numbers: str) -> str:
+    return numbers.removesuffix("_packed").removesuffix("_blocks")
+
+
+def _scales(numbers: str) -> list[str]:
+    """What the scale of these numbers may be called."""
+    stem = _stem(numbers)
+    found = [stem + end for end in (("_scales",) if numbers.endswith("_blocks") else _SUFFIXES)]
+    return [*found, *_BESIDE_WEIGHT] if stem == numbers == "weight" else found
+
+
+def _is_undecoded(stem: str, names: frozenset[str]) -> bool:
+    return any(name in names for name in (*(stem + end for end in _UNDECODED), *_UNDECODED_MODULE))
 
 
 def of_weight(name: str) -> str | None:

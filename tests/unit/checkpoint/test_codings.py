@@ -509,6 +509,20 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         BLOCKS,
         "y.weight_packed is I32, and has no scale beside it",
     ),
+    "NVFP4 of which one lacks its scale": (
+        {
+            **{f"{x}.weight_packed": ("U8", (8, 16)) for x in (X, "y")},
+            **{f"{x}.weight_global_scale": ("F32", (1,)) for x in (X, "y")},
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+        },
+        ct({**FP4, "strategy": "tensor_group", "group_size": 16}, format="nvfp4-pack-quantized"),
+        "y.weight_packed is U8, and has no scale beside it",
+    ),
+    "int4 whose scale is called that of its input": (
+        {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.input_scale": ("BF16", (8, 4))},
+        ct({**INT4, "strategy": "group", "group_size": 32}, format="pack-quantized"),
+        f"{X}.weight_packed is I32, and has no scale beside it",
+    ),
     "a scale of gpt-oss for other groups": (
         {"m.down_proj_blocks": ("U8", (3, 8, 2, 16)), "m.down_proj_scales": ("U8", (3, 8, 4))},
         {"quantization_config": {"quant_method": "mxfp4"}},
