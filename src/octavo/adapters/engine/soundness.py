@@ -15,6 +15,7 @@ from ...numerics.schemes import FP8
 _NAN = 0x7F
 _NOT_FINITE = "holds a number that is not finite"
 _NO_SCALE = "holds a number that is not finite, or is negative"
+_NO_DIVISOR = "holds a number that is not finite, or is not above 0"
 
 
 class Soundness:
@@ -37,6 +38,10 @@ class Soundness:
         if scale.dtype == FP8:
             scale = scale.float()
         self._asked.append((name, ((scale >= 0) & (scale < math.inf)).all(), _NO_SCALE))
+
+    def of_divisor(self, name: str, divisor: Tensor) -> None:
+        """One by a global scale: what a layer is divided by."""
+        self._asked.append((name, ((divisor > 0) & (divisor < math.inf)).all(), _NO_DIVISOR))
 
     def of_weight(self, name: str, weight: Tensor) -> None:
         """One that stays as it is: it may hold infinities."""

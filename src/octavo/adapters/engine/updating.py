@@ -23,6 +23,7 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
 from ...conversion.iterate import iterate
+from ...conversion.packing import GLOBAL
 from ...elements.pieces import whole
 from ...errors import CheckpointError, CoverageError, raise_problems
 from ...numerics import schemes
@@ -168,7 +169,11 @@ class Weights:
             beside = self._parts.get(name)
             if beside is not None:
                 _check_part(name, weight, *beside)
-                soundness.of_scale(name, weight)
+                if name.endswith(GLOBAL):
+                    soundness.of_divisor(name, weight)
+                    soundness.check()  # joined layers are brought to one as soon as they are whole
+                else:
+                    soundness.of_scale(name, weight)
             else:
                 soundness.of_weight(name, weight)
             if name in self.arrivals:

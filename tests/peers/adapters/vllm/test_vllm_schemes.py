@@ -154,6 +154,25 @@ def test_joined_matrices_that_have_no_global_scale_in_common_are_refused_by_name
     assert after == again[0] == updated.parameters[0]
 
 
+def test_a_global_scale_of_0_that_a_trainer_sends_is_refused(tmp_path: Path) -> None:
+    source = make("qwen2_moe", tmp_path / "bf16")
+    converted = convert(make("qwen2_moe", tmp_path / "other", seed=1), "nvfp4")
+    shutil.copytree(converted, zero := tmp_path / "zero")
+    name = "model.layers.0.self_attn.q_proj.weight_global_scale"
+    edit_tensors(zero, lambda tensors: tensors[name].zero_())
+    mine = [each for each in tensors_of(zero) if each.startswith("model.layers.0.self_attn.") and "o_proj" not in each]
+    steps = [["update", str(zero), [mine]], ["update", str(converted), [list(tensors_of(converted))]]]
+    updated, stock = loaded(
+        Job(source, {"quantization": "octavo_nvfp4", "kernels": False}, steps), Job(converted, {"kernels": False})
+    )
+    assert not updated.error, updated.error
+    refused, taken = updated.results
+    assert refused[0] == updated.parameters[0]
+    assert len(refused[2]) == 1
+    assert refused[2][0].startswith(f"{name}: holds a number that is not finite, or is not above 0")
+    assert taken == [stock.parameters[0], True, []]
+
+
 def _quantized(answer: Answer) -> bool:
     return any(digest.startswith(("torch.int8", "torch.uint8")) for digest in answer.parameters[0].values())
 

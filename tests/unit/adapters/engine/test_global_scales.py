@@ -57,6 +57,13 @@ def test_a_global_scale_that_is_no_power_of_two_is_refused_where_it_rounds():
     assert joined.misfit() is not None
 
 
+@pytest.mark.parametrize("divisor", [0.0, -256.0, float("nan"), float("inf")])
+def test_a_global_scale_that_is_none_is_refused(divisor):
+    joined = quantized([1.0, 2.0])
+    joined.divisors[1] = divisor
+    assert joined.misfit() == "has a global scale that is no positive number"
+
+
 def test_zeros_are_joined_with_anything():
     joined = quantized([0.0, 2000.0], 0.0)
     joined.scales[0, 0] = 448

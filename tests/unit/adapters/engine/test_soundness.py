@@ -50,6 +50,18 @@ def test_a_scale_is_a_finite_number_that_is_not_negative(value: float) -> None:
         soundness.check()
 
 
+@pytest.mark.parametrize("value", [0.0, -0.0, -1.0, math.nan, math.inf])
+def test_what_divides_is_a_finite_number_above_0(value: float) -> None:
+    soundness = asked()
+    soundness.of_divisor("a.weight_global_scale", torch.tensor([256.0]))
+    soundness.check()
+    soundness.of_divisor("a.weight_global_scale", torch.tensor([value]))
+    with pytest.raises(
+        WeightError, match=r"a\.weight_global_scale: holds a number that is not finite, or is not above 0"
+    ):
+        soundness.check()
+
+
 def test_a_quantized_weight_has_no_infinities() -> None:
     soundness = asked()
     soundness.of_quantized("a.weight", torch.tensor([[math.inf]]))
