@@ -16,6 +16,7 @@ from ...choices import AUTO, DEFAULT_FORMAT
 from ...conversion import formats
 from ...errors import RecipeError
 from ..engine import options
+from ..engine.names import REFUSED_IN_SGLANG
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +30,7 @@ class Options(options.Options):
     """
 
     engine = "SGLang"
-    refused: ClassVar[Mapping[str, str]] = {
-        **options.REFUSED,
-        "nvfp4": "it was tried in vLLM alone. SGLang reads what `octavo convert` writes in nvfp4 since 0.5.23",
-    }
+    refused: ClassVar[Mapping[str, str]] = {**options.REFUSED, **REFUSED_IN_SGLANG}
 
     format: str = DEFAULT_FORMAT
     draft: str | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ import octavo
 from helpers.sglang_hooks import WAYS, without_hooks
 from helpers.sglang_loading import Job, load, octavo_job
 from helpers.vllm_checkpoints import convert, make
+from octavo.adapters.engine.names import PREFIX
+from octavo.adapters.sglang.options import Options
 
 pytestmark = [
     pytest.mark.peers,
@@ -17,6 +22,18 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.usefixtures("sglang_loads"),
 ]
+
+
+def test_the_command_line_takes_what_is_offered_and_nothing_that_is_refused() -> None:
+    code = """
+        from sglang.srt import server_args
+        from octavo.adapters.sglang.plugin import register
+        register()
+        print(*(name for name in server_args.QUANTIZATION_CHOICES if name.startswith("octavo_")))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert told.split() == [PREFIX + scheme for scheme in Options.offered()]
 
 
 @pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
