@@ -15,6 +15,9 @@ above, 1.5, 3 and 6 times any t are exact, and 0.5, 1, 2 and 4 times those t who
 These are 65 % of normally distributed weights, with an error of 37 dB over all, where the scale of other sources gives
 31.5; with ``unit = g``, 77 % are exact, and the error is 33 dB. This scale is no number of bf16. A reader that rounds
 it changes the weights of a group alike, by at most 2**-9.
+
+Below 2**-126, float32 has fewer bits, and a scale could come out too small for the largest weight. So it is 2**-126 at
+least, under which FP8 has all multiples of 2**-135 next to 0; bf16 ends at 2**-133.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from torch import Tensor
 from ..checkpoint.codings import Decoding
 from .groups import Groups, all_spans, cells_of_spans, grouped
 from .schemes import FP8, Scheme, get, scale_from_amax
+
+#: the smallest number of float32 that has all bits
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 def keeps(decoding: Decoding, scheme: Scheme) -> bool:
@@ -53,7 +59,7 @@ def lossless_scale(amax: Tensor, unit: Tensor | None = None) -> Tensor:
         return scale_from_amax(amax, get("mxfp8"))
     # what may round the quotient up or down is not to double a scale: FP8 ends half a step above 448
     multiple = (amax / unit).bfloat16().float()
-    scale = scale_from_amax(multiple, get("mxfp8")) * unit
+    scale = (scale_from_amax(multiple, get("mxfp8")) * unit).clamp_(min=_LEAST)
     return torch.where(amax == 0, torch.ones_like(scale), scale)
 
 

@@ -97,6 +97,18 @@ def test_of_nvfp4_less_is_lost_than_under_other_scales() -> None:
     assert mine > schemes.error_db(weight, schemes.dequantize(others, plain, scheme)) + 3
 
 
+@pytest.mark.parametrize("by", [1e-45, 1e-42, 3e-39, 1e-36])
+def test_a_global_scale_next_to_nothing_makes_no_scale_too_small(by: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (64, 128), dtype=torch.uint8, generator=generator)
+    scales = (torch.exp(torch.randn(64, 16, generator=generator)) / 100).to(torch.float8_e4m3fn)
+    weight = decode((64, 256), codes, scales, NVFP4, global_scale=torch.full((1, 1), by))
+    q, scale = quantized(weight, schemes.get("fp8_channel"), unit_of(NVFP4, torch.full((1, 1), by)))
+    found = schemes.dequantize(q, scale, "fp8_channel").double()
+    step = scale.double() * 2.0**-9
+    assert ((found - weight).abs() <= torch.maximum(weight.double().abs() / 15.99, step / 2) + 2.0**-149).all()
+
+
 def test_fp8_in_blocks_with_powers_of_two_is_kept_in_rows() -> None:
     decoding = Decoding("float8", 4, 4, powers=True)
     torch.manual_seed(0)
