@@ -7,6 +7,7 @@ it when it is copied.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,18 +30,40 @@ _VIEWS = (
 )
 
 
-@contextlib.contextmanager
-def views_unseen() -> Iterator[None]:
+class _Changed:
+    """What is changed of torch, for every thread: once, however many ask for it, until the last of them is done."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._stack = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                with contextlib.ExitStack() as stack:
+                    library = stack.enter_context(torch.library._scoped_library("aten", "IMPL", "Python"))
+                    for name in _VIEWS:
+                        library.impl(name, torch.library.fallthrough_kernel)
+                    stack.enter_context(_data_unseen())
+                    self._stack = stack.pop_all()
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                self._stack.close()
+
+
+_CHANGED = _Changed()
+
+
+def views_unseen() -> contextlib.AbstractContextManager[None]:
     """Have dispatch modes pass over views.
 
     It is torch's table of kernels that is changed, so for every thread; no other follows tensors while a model is
-    loaded.
+    loaded. Several threads may ask for it at once.
     """
-    with torch.library._scoped_library("aten", "IMPL", "Python") as library:
-        for name in _VIEWS:
-            library.impl(name, torch.library.fallthrough_kernel)
-        with _data_unseen():
-            yield
+    return _CHANGED
 
 
 @contextlib.contextmanager
