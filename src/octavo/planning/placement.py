@@ -67,7 +67,9 @@ class Placement:
     @property
     def by_host(self) -> bool:
         """Return True if the host makes its bytes: it stays there, or can't be decoded elsewhere."""
-        return on_cpu(self.device) or not decoded_there(self.pieces, dict(self.codings))
+        if on_cpu(self.device):
+            return True
+        return bool(self.codings) and not decoded_there(self.pieces, dict(self.codings))
 
     @property
     def passed(self) -> bool:

@@ -92,7 +92,7 @@ class Encoded:
         return self.codes[rows][..., words], self.scale[rows][..., cells], zero, phase, col % pack, cols
 
     def unpack(self) -> Tensor:
-        """The codes as schemes have them, one an element; the memory of packed ones is used for that."""
+        """The codes as schemes have them, one an element; packed ones are changed where they lie, if they follow each other."""
         pack = self.coding.decoding.pack
         if pack == 1:
             return self.codes
