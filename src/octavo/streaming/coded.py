@@ -92,7 +92,7 @@ class Encoded:
         return self.codes[rows][..., words], self.scale[rows][..., cells], zero, phase, col % pack, cols
 
     def unpack(self) -> Tensor:
-        """The codes as schemes have them, one an element; packed ones are changed where they lie, if they follow each other."""
+        """The codes as schemes have them, one an element; made of packed ones where these lie, if in a row."""
         pack = self.coding.decoding.pack
         if pack == 1:
             return self.codes
