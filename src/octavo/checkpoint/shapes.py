@@ -28,8 +28,8 @@ def with_shapes(found: Codings, shards: Sequence[Shard], problems: list[str]) ->
     for number, codings in _open_by_shard(found.by_name).items():
         with open_regular(shards[number].path) as file:
             shards[number].check_is(os.fstat(file.fileno()))
-            for coding in codings:
-                by_name[coding.name] = _settled(coding, file.fileno(), problems)
+            for coding, raw in _read(codings, file.fileno()):
+                by_name[coding.name] = _settled(coding, raw, problems)
     return replace(found, by_name=by_name)
 
 
@@ -43,10 +43,35 @@ def _open_by_shard(codings: Mapping[str, Coding]) -> dict[int, list[Coding]]:
     return {shard: [coding for _, coding in sorted(many, key=lambda one: one[0])] for shard, many in found.items()}
 
 
-def _settled(coding: Coding, descriptor: int, problems: list[str]) -> Coding:
+def _read(codings: Sequence[Coding], descriptor: int) -> Iterator[tuple[Coding, bytes]]:
+    """Codings with the bytes of their shapes, or none where these are too many; in the order of the file.
+
+    There may be tens of thousands. Writers put tensors of one dtype one after another, and such are read at once.
+    """
+    run: list[tuple[Coding, int]] = []
+    start = end = 0
+    for coding in codings:
+        info = coding.shape_info
+        assert info is not None
+        nbytes = info.nbytes if info.nbytes <= 8 * len(coding.shape) else 0
+        if info.offset != end:
+            yield from _cut(run, os.pread(descriptor, end - start, start))
+            run, start = [], info.offset
+        run.append((coding, nbytes))
+        end = info.offset + nbytes
+    yield from _cut(run, os.pread(descriptor, end - start, start))
+
+
+def _cut(run: Sequence[tuple[Coding, int]], raw: bytes) -> Iterator[tuple[Coding, bytes]]:
+    at = 0
+    for coding, nbytes in run:
+        yield coding, raw[at : at + nbytes]
+        at += nbytes
+
+
+def _settled(coding: Coding, raw: bytes, problems: list[str]) -> Coding:
     info = coding.shape_info
     assert info is not None
-    raw = os.pread(descriptor, info.nbytes, info.offset) if info.nbytes <= 8 * len(coding.shape) else b""
     shape = tuple(_integers(raw, info.dtype_name))
     *lead, cols = shape or (0,)
     words = coding.codes.shape[-1]

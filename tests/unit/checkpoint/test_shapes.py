@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,21 @@ def test_the_number_of_columns_is_that_which_is_stored(dtype: torch.dtype, shard
     q, scale = schemes.quantize(weight, "fp8_channel")
     assert same_bytes(found["a.up.weight"], q)
     assert same_bytes(found["a.up.weight_scale"], scale)
+
+
+def test_shapes_that_lie_together_are_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted, tensors = {}, {}
+    for number, columns in enumerate((101, 98, 104, 97)):
+        held = stored((24, columns), Decoding("int4_in_int32", 1, None), torch.bfloat16, number, zeros=False)
+        parts = {"packed": held.codes, "scale": held.scale, "shape": torch.tensor([24, columns])}
+        tensors.update({f"{number}.up.weight_{part}": tensor for part, tensor in parts.items()})
+        wanted[f"{number}.up.weight"] = (24, columns)
+    checkpoint, reads = Checkpoint.open(write_checkpoint(tmp_path, tensors, 1, CONFIG)), []
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda *args: reads.append(args) or read(*args))
+    decoded = checkpoint.decoded()
+    assert {name: info.shape for name, info in decoded.tensors.items()} == wanted
+    assert sum(nbytes > 0 for _, nbytes, _ in reads) == 1
 
 
 WRONG = [
