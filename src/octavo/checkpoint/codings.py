@@ -205,14 +205,21 @@ class _Finder:
 
     def alone(self, left: Mapping[str, TensorInfo]) -> frozenset[str]:
         """Of what is left over, the numbers that lack their scale and are otherwise what octavo decodes."""
-        numbers = [name.rpartition(".") for name, info in left.items() if _are_numbers(info)]
+        numbers = [name.rpartition(".") for name, info in left.items() if self._are_numbers(info)]
         beside = self._names_by_module() if numbers else {}
         return frozenset(module + dot + leaf for module, dot, leaf in numbers if is_alone(leaf, beside[module]))
+
+    def _are_numbers(self, info: TensorInfo) -> bool:
+        """Return True for what can only be numbers that need a scale, by its dtype, its name, and what is declared."""
+        packed = info.dtype_name in ("U8", "I32") and info.name.endswith(("_packed", "_blocks"))
+        whole = info.dtype_name == "I8" and info.name.endswith("weight")
+        integers = whole and any(way.kind == "int8" for way in self._declared.ways)
+        return (packed or integers or info.dtype_name in FP8) and len(info.shape) > 1
 
     def look_at(self, left: Mapping[str, TensorInfo]) -> None:
         """Find what is left over of a checkpoint that is declared to be quantized, and should not be."""
         for name, info in left.items():
-            if _are_numbers(info):
+            if self._are_numbers(info):
                 self.problems.append(f"{name} is {info.dtype_name}, and has no scale beside it")
             elif (weight := of_weight(name)) and (name.rpartition(".")[2].startswith("weight_") or weight in left):
                 other = self._tensors.get(weight)
@@ -303,12 +310,6 @@ class _Finder:
             said = ", or ".join(dict.fromkeys(map(str, self._declared.ways)))
             raise _Problem(f"{parts.held}, and {self._declared.where} says {said}")
         return ways
-
-
-def _are_numbers(info: TensorInfo) -> bool:
-    """Return True for what can only be numbers that need a scale, by its dtype and its name."""
-    packed = info.dtype_name in ("U8", "I32") and info.name.endswith(("_packed", "_blocks"))
-    return (packed or info.dtype_name in FP8) and len(info.shape) > 1
 
 
 def _kinds(parts: _Parts, declared: bool) -> tuple[str, ...]:

@@ -518,6 +518,11 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         ct({**FP4, "strategy": "tensor_group", "group_size": 16}, format="nvfp4-pack-quantized"),
         "y.weight_packed is U8, and has no scale beside it",
     ),
+    "int8 of which one lacks its scale": (
+        {f"{X}.weight": ("I8", (8, 16)), f"{X}.weight_scale": ("F32", (8, 1)), "y.weight": ("I8", (8, 16))},
+        ct({"num_bits": 8, "type": "int", "strategy": "channel"}, format="int-quantized"),
+        "y.weight is I8, and has no scale beside it",
+    ),
     "int4 whose scale is called that of its input": (
         {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.input_scale": ("BF16", (8, 4))},
         ct({**INT4, "strategy": "group", "group_size": 32}, format="pack-quantized"),
