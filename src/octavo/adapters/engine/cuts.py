@@ -12,7 +12,7 @@ from ...elements.boxes import Box
 from ...elements.dry_run import Copy
 from ...elements.views import View
 from ...numerics.groups import Groups
-from ...numerics.nvfp4 import Packed
+from ...numerics.nvfp4 import GROUP, Packed
 from ...numerics.schemes import Scheme
 
 
@@ -40,7 +40,7 @@ class Grid(NamedTuple):
         """The grid of a weight [..., out, in]; where several are in a byte, bytes are its columns."""
         if scheme.packed:
             codes, scales = Packed.boxes(shape)
-            return cls(codes, (1, codes[-1] // scales[-1]), scales)
+            return cls(codes, (1, Packed.boxes((GROUP,))[0][-1]), scales)
         return cls(shape, scheme.groups, scheme.scale_shape(shape) or (1, 1))
 
 

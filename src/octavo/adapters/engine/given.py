@@ -45,7 +45,10 @@ class Given:
         return {}
 
     def _parts(self, placement: Placement) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-        """What comes after the weight's name in that of each tensor; its dtype and its shape."""
+        """What comes after the weight's name in that of each tensor; its dtype and its shape.
+
+        In one scheme and one format, the shape of a whole weight decides, as placements have it in a survey.
+        """
         found = self._known.get(placement.shape)
         if found is None:  # a model has thousands of weights, and few shapes of them
             found = self._known[placement.shape] = [

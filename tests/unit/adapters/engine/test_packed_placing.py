@@ -11,10 +11,12 @@ from torch import nn
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.vllm_toys import Toy, empty
 from octavo import Recipe
+from octavo.adapters.engine.cuts import Grid
 from octavo.adapters.engine.survey import Surveyor
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
 from octavo.conversion.iterate import iterate
+from octavo.numerics import schemes
 from octavo.numerics.schemes import FP8
 from octavo.planning.budget import Budget
 from octavo.planning.plan import plan_checkpoint
@@ -49,6 +51,11 @@ class Experts(nn.Module):
             else:
                 rows = target.shape[0] // 2
                 target.narrow(0, rows * (layer == "up_proj"), rows).copy_(weight.narrow(0, self.rank * rows, rows))
+
+
+@pytest.mark.parametrize(("cols", "codes", "scales"), [(0, 0, 0), (8, 4, 0), (24, 12, 1), (32, 16, 2)])
+def test_a_group_is_eight_bytes_however_many_columns_there_are(cols, codes, scales):
+    assert Grid.of(schemes.get("nvfp4"), (3, cols)) == ((3, codes), (1, 8), (3, scales))
 
 
 def shape_of(name):
