@@ -27,7 +27,7 @@ from ...planning.kinds import default_keep
 from ..engine.layers import LayerPatterns
 from ..engine.names import FORMATS, LOAD_FORMAT, PREFIX
 from ..engine.survey import error_text
-from . import plugin
+from . import plugin, versions
 from .fitting import FITTING, can_be_plain, check_kernel, is_linear
 
 # below vLLM's own loggers, so that its settings hold for ours
@@ -35,6 +35,8 @@ log = init_logger("vllm.octavo")
 
 #: schemes that vLLM runs on each device, in one way or another
 _RUN_EVERYWHERE = ("fp8_channel", "fp8_block")
+#: what vLLM raises where it finds no kernel: it says so, or a build lacks a package or an operator
+_NO_KERNEL = (RuntimeError, ValueError, AssertionError, ImportError, AttributeError)
 #: load formats that octavo takes over, or that read no weights
 _READ_BY_OCTAVO = (LOAD_FORMAT, *plugin.READ_BY_VLLM, "dummy")
 
@@ -109,8 +111,8 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         for scheme in self.target_scheme_map.values():
             kernel = [scheme.get(key) for key in ("weights", "input_activations", "output_activations", "format")]
             try:
-                self._check_scheme_supported(self._get_scheme_from_parts(*kernel).get_min_capability())
-            except Exception as error:  # of whatever kind vLLM's kernels have
+                versions.check_kernel(self, *kernel)
+            except _NO_KERNEL as error:
                 raise RecipeError(
                     f"vLLM has no kernel for {self.scheme} here, on {current_platform.device_name} "
                     f"({error_text(error)}). Use {' or '.join(_RUN_EVERYWHERE)}; what `octavo convert` writes in "

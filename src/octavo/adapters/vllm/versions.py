@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import logging
 import re
 import threading
@@ -112,6 +113,25 @@ def begin_anew(layer: nn.Module) -> None:
         forget_what_came(layer)
         layerwise.restore_layer_on_meta(layer, layerwise.get_layerwise_info(layer))
         layerwise.initialize_online_processing(layer)
+
+
+def check_kernel(config: Any, *parts: Any) -> None:
+    """Raise what vLLM raises where it has no kernel here for what a config of compressed-tensors says of a layer.
+
+    Nothing, where a version can't be asked so.
+
+    Args:
+        parts: quantization of weights, of inputs and of outputs, and the format.
+    """
+    scheme_of = getattr(config, "_get_scheme_from_parts", None)
+    check = getattr(config, "_check_scheme_supported", None)
+    if scheme_of is None or check is None:
+        return
+    try:
+        inspect.signature(scheme_of).bind(*parts)
+    except TypeError:
+        return
+    check(scheme_of(*parts).get_min_capability())
 
 
 @contextlib.contextmanager

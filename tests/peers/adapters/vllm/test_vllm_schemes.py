@@ -186,6 +186,34 @@ def test_where_vllm_has_no_kernel_it_is_refused_by_name(tmp_path: Path) -> None:
         assert "Use fp8_channel or fp8_block" in answer.error
 
 
+def test_a_version_that_cant_be_asked_is_not_said_to_have_no_kernel() -> None:
+    from octavo.adapters.vllm import versions
+
+    class Renamed:
+        """Without what is asked."""
+
+    class Changed:
+        """It wants to know more."""
+
+        def _get_scheme_from_parts(self, weights: None, *, layer: str) -> None:
+            raise AssertionError
+
+        def _check_scheme_supported(self, capability: int) -> None:
+            raise AssertionError
+
+    class Lacking:
+        def _get_scheme_from_parts(self, *parts: None) -> None:
+            raise RuntimeError("no kernel")
+
+        def _check_scheme_supported(self, capability: int) -> None:
+            raise AssertionError
+
+    versions.check_kernel(Renamed(), None, None, None, None)
+    versions.check_kernel(Changed(), None, None, None, None)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        versions.check_kernel(Lacking(), None, None, None, None)
+
+
 @pytest.mark.usefixtures("vllm_engine")
 def test_int8_is_served_with_the_tokens_of_the_converted_checkpoint(tmp_path: Path) -> None:
     source = make("smollm2", tmp_path / "bf16")
