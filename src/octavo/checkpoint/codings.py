@@ -212,15 +212,20 @@ class _Finder:
     def _are_numbers(self, info: TensorInfo) -> bool:
         """Return True for what can only be numbers that need a scale, by its dtype, its name, and what is declared."""
         packed = info.dtype_name in ("U8", "I32") and info.name.endswith(("_packed", "_blocks"))
-        whole = info.dtype_name == "I8" and info.name.endswith("weight")
-        integers = whole and any(way.kind == "int8" for way in self._declared.ways)
-        return (packed or integers or info.dtype_name in FP8) and len(info.shape) > 1
+        kind = {"I8": "int8", "U8": "e2m1"}.get(info.dtype_name) if info.name.endswith("weight") else None
+        said = any(way.kind == kind for way in self._declared.ways)
+        return (packed or said or info.dtype_name in FP8) and len(info.shape) > 1
 
     def look_at(self, left: Mapping[str, TensorInfo]) -> None:
         """Find what is left over of a checkpoint that is declared to be quantized, and should not be."""
         for name, info in left.items():
             if self._are_numbers(info):
                 self.problems.append(f"{name} is {info.dtype_name}, and has no scale beside it")
+            elif (
+                name.endswith("_scales") and self._tensors.get(blocks := f"{name.removesuffix('scales')}blocks") is None
+            ):
+                if any(way.kind == "e2m1" for way in self._declared.ways):
+                    self.problems.append(f"{name} is the scale of {blocks}, which is not there")
             elif (weight := of_weight(name)) and (name.rpartition(".")[2].startswith("weight_") or weight in left):
                 other = self._tensors.get(weight)
                 held = f"{other.dtype_name}, which has none" if other is not None else "not there"

@@ -523,6 +523,23 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         ct({"num_bits": 8, "type": "int", "strategy": "channel"}, format="int-quantized"),
         "y.weight is I8, and has no scale beside it",
     ),
+    "scales of gpt-oss without blocks": (
+        {
+            **{f"m.{x}_proj_scales": ("U8", (3, 8, 2)) for x in ("up", "down")},
+            "m.up_proj_blocks": ("U8", (3, 8, 2, 16)),
+        },
+        {"quantization_config": {"quant_method": "mxfp4"}},
+        "m.down_proj_scales is the scale of m.down_proj_blocks, which is not there",
+    ),
+    "NVFP4 of ModelOpt of which one lacks its scale": (
+        {
+            **{f"{x}.weight": ("U8", (8, 16)) for x in (X, "y")},
+            **{f"{x}.weight_scale_2": ("F32", ()) for x in (X, "y")},
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+        },
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+        "y.weight is U8, and has no scale beside it",
+    ),
     "int4 whose scale is called that of its input": (
         {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.input_scale": ("BF16", (8, 4))},
         ct({**INT4, "strategy": "group", "group_size": 32}, format="pack-quantized"),
