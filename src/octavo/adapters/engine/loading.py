@@ -38,6 +38,7 @@ from ...streaming.stream import Stream, Tally
 from ...text import human_bytes, printable
 from . import facts
 from .experts import matrices_of, settle
+from .filling import check_all_filled, targets_of
 from .layers import LayerPatterns
 from .log import figures, outcome, warning
 from .options import Options
@@ -190,7 +191,7 @@ class Loading:
         """
         kept, unfit = layers.unquantized(model)
         if self._recalled is not None:
-            return self._recall(model, self._recalled, {*unfit.values()})
+            return self._recall(model, self._recalled, {*unfit.values()}, lambda: {*exempt, *replaced()})
         watch = self._watch(model)
         ask = functools.partial(
             Surveyor,
@@ -217,10 +218,14 @@ class Loading:
 
     # -- from one start to the next -----------------------------------------------------------------------------------
 
-    def _recall(self, model: nn.Module, entry: Entry, unfit: Collection[str]) -> Survey:
+    def _recall(
+        self, model: nn.Module, entry: Entry, unfit: Collection[str], unneeded: Callable[[], Collection[str]]
+    ) -> Survey:
         """The survey of an earlier start. Errors, of whatever kind, mean that it is not one of this model."""
         assert self._memory is not None
         found = self._memory.restore(entry, self._record(model))
+        filled = targets_of(found.fillers) | {target for target, *_ in entry.survey["constants"]}
+        check_all_filled(model, filled, unneeded())
         self._check(model, found, unfit)
         self._recalled, self._is_recalled = None, True
         return found

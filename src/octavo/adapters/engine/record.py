@@ -32,6 +32,7 @@ from ...planning.placement import Placement
 from ...planning.plan import Plan
 from ...streaming.sinks import PackedStorage, Storage
 from .checked import natural, naturals, require, text, texts
+from .filling import check_filling, left_to_loader, targets_of
 from .placing import Places
 from .survey import Survey
 
@@ -145,7 +146,7 @@ class Record:
             ]
             for placement in places.direct.placements
         ]
-        return {
+        written = {
             "placements": rows,
             "direct": direct,
             "rest": [known[id(placement)] for placement in places.rest.placements],
@@ -156,6 +157,8 @@ class Record:
             "fillers": self._fillers(found),
             "constants": self._constants(found),
         }
+        self._check_filling(found, direct, written["constants"])
+        return written
 
     def _row(self, placement: Placement, kinds: _Numbers, cuts: _Numbers) -> Row:
         require(placement, placement.device == self.device)
@@ -232,10 +235,19 @@ class Record:
             tuple(map(self._name, record["unread"])),
             self._fillers_of(record["fillers"]),
         )
-        for target, offset, size, strides, value in record["constants"]:
-            with torch.no_grad():
-                self._view([target, offset, size, strides]).fill_(value)
+        constants = [(self._view(place), value) for *place, value in record["constants"]]
+        self._check_filling(found, record["direct"], record["constants"])
+        with torch.no_grad():
+            for region, value in constants:
+                region.fill_(value)
         return found
+
+    def _check_filling(self, found: Survey, direct: Iterable[Row], constants: Iterable[Row]) -> None:
+        """Raise a ValueError unless places, and what the loader computes, fill what tensors go to."""
+        placed = [(place[0], View(*place[1:])) for _, *places in direct for place in places if place is not None]
+        padding = [(target, View(*place)) for target, *place, _ in constants]
+        others = {name for name, _ in self.model.named_buffers()} | left_to_loader(found, self.layout)
+        check_filling(self._memory, placed, padding, targets_of(found.fillers), others)
 
     def _memory_of(self, placement: Placement, *places: Json) -> Storage | PackedStorage:
         if len(places) == 3:

@@ -311,6 +311,14 @@ def _of_another(file: Path) -> None:
     other.replace(file)
 
 
+def _without_norm(content: Any) -> Any:
+    """Where nothing is said of a parameter."""
+    survey = content["survey"]
+    survey["direct"] = [row for row in survey["direct"] if row[1][0] != "norm"]
+    del survey["fillers"]["layers"][""]
+    return content
+
+
 def _folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
@@ -336,6 +344,7 @@ ODD = {
     ),
     "an attribute of nothing": _checked(lambda content: {**content, "attributes": [["nothing", "x", 1]]}),
     "another model": _checked(lambda content: {**content, "model": "0" * 64}),
+    "a parameter that nothing fills": _checked(_without_norm),
     "a survey of nothing": _checked(lambda content: {**content, "survey": {}}),
     "layers that don't stay": _checked(lambda content: {**content, "kept": {"down_proj": "why not"}}),
 }
