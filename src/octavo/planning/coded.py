@@ -227,7 +227,7 @@ def settled(
     if scheme != DEFAULT_SCHEME:
         why = "any other scheme would round a second time"
         if scheme in rounded:
-            why = "that is the nearest, though scales are rounded to bf16"
+            why = "that is the nearest, though it is quantized anew, by scales that bf16 holds"
         remark = (
             f"no scheme is named, and the source is {said[scheme]}: it stays so ({scheme}), since {why}; "
             f"{DEFAULT_SCHEME} has to be asked for"
