@@ -211,7 +211,7 @@ def test_int8_passes_through_with_scales_of_bf16_alone(dtype: torch.dtype, tmp_p
     write_checkpoint(tmp_path / "source", stored, config={"quantization_config": declared})
     plan = octavo.plan(tmp_path / "source", model=False)  # where no scheme is named
     assert [p.scheme for p in plan.quantized] == ["int8_channel"]
-    assert ("rounded to bf16" in str(plan)) == (dtype == torch.float32)
+    assert ("quantized anew" in str(plan)) == (dtype == torch.float32)
     report = octavo.convert(tmp_path / "source", tmp_path / "out", "int8_channel")
     assert bool(report.passed_through) == (dtype == torch.bfloat16)
     assert octavo.verify(tmp_path / "out", against=tmp_path / "source").ok
