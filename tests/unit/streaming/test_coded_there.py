@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
 
 import pytest
 import torch
@@ -17,17 +16,13 @@ from octavo.elements.pieces import Piece, whole
 from octavo.errors import WeightError
 from octavo.numerics import schemes
 from octavo.planning import kinds
-from octavo.planning.blocks import NOTHING, cut_blocks, cut_reads
+from octavo.planning.blocks import NOTHING, cut_blocks
 from octavo.planning.budget import Budget
 from octavo.planning.placement import Target
 from octavo.planning.plan import Plan, make_plan
 from octavo.planning.recipe import Recipe
-from octavo.streaming.on_accelerator import DevicePress
-from octavo.streaming.placed import Placed
-from octavo.streaming.ring import Ring, Slot
-from octavo.streaming.sinks import ParameterSink, Storage
 
-from .test_device_memory import META, WATCHED_BYTES, Allocations
+from .test_device_memory import META, WATCHED_BYTES, peak_of
 
 FP8, MXFP4, NVFP4, INT4 = BLOCKS, Decoding("e2m1", 1, 32), Decoding("e2m1", 1, 16), Decoding("int4_in_int32", 1, 32)
 
@@ -211,16 +206,6 @@ def large(decoding: Decoding, scheme: str | None, count: int = 6) -> tuple[objec
 @pytest.mark.parametrize("decoding", [FP8, MXFP4])
 @pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", "mxfp8", "fp8_tensor", None])
 def test_nothing_waits_for_a_device_and_all_is_within_the_budget(decoding, scheme, monkeypatch):
-    monkeypatch.setattr(torch, "meta", types.SimpleNamespace(), raising=False)  # a device without streams, or values
     checkpoint, plan = large(decoding, scheme)
-    storages = {p.name: Storage.allocate(dataclasses.replace(p, device="meta")) for p in plan.placements}
     budget = Budget.on_accelerator(META, 256 << 20, 16, coded=True)
-    slot = Slot(16, pinned=False)
-    slot.buffer = torch.empty(budget.slot_bytes, dtype=torch.uint8, device=META)
-    placed = 0
-    with Allocations() as allocations:
-        press = DevicePress(checkpoint, budget, Placed(ParameterSink(storages), Ring(1)))
-        for read in cut_reads(cut_blocks(plan.placements, checkpoint.tensors, budget.block_bytes), budget.read_bytes):
-            placed += press.take(read, slot)
-    assert placed == plan.final_bytes()
-    assert allocations.peak_bytes <= budget.lanes * (budget.lane_bytes + WATCHED_BYTES)
+    assert peak_of(checkpoint, plan, budget, monkeypatch) <= budget.lanes * (budget.lane_bytes + WATCHED_BYTES)
