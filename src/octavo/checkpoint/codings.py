@@ -228,6 +228,8 @@ class _Finder:
                     self.problems.append(f"{name} is the scale of {blocks}, which is not there")
             elif (weight := of_weight(name)) and (name.rpartition(".")[2].startswith("weight_") or weight in left):
                 other = self._tensors.get(weight)
+                if other is None and f"{weight}_packed" in left:
+                    continue  # whose numbers are named
                 held = f"{other.dtype_name}, which has none" if other is not None else "not there"
                 self.problems.append(f"{name} is the scale of {weight}, which is {held}")
             elif name in self._declared.weights and len(info.shape) > 1:

@@ -94,4 +94,4 @@ def of_weight(name: str) -> str | None:
     ends = _ENDS if leaf.startswith("weight_") else ("_proj_scale_inv", "_proj_scale")
     if not leaf.endswith(ends):
         return None
-    return next(name[: -len(end)] for end in _ENDS if name.endswith(end))
+    return name[: -max(len(end) for end in _ENDS if name.endswith(end))]

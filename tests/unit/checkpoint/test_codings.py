@@ -570,6 +570,11 @@ def test_a_contradiction_is_a_problem_by_name(case: str) -> None:
     assert any(text in problem for problem in problems), problems
 
 
+def test_numbers_without_a_scale_are_all_that_is_named() -> None:
+    tensors, config, text = WRONG["NVFP4 of which one lacks its scale"]
+    assert found_with_problems(tensors, config)[1] == [text]
+
+
 NOT_DECODED: dict[str, tuple[Tensors, dict[str, Any]]] = {
     "unquantized": ({}, {}),
     "FP8 that stands for itself": (WEIGHT, {}),
