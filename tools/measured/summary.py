@@ -96,7 +96,8 @@ def _two_gpus() -> str:
     return (
         f"On two GPUs ({result.gpu}) vLLM loads by octavo in {seconds(first[1])} s, {first[1] / first[0]:.2f} of the "
         f"time on one, and in {seconds(second[1])} s at a second start, {second[1] / second[0]:.2f} of it: making the "
-        "model, its plan and what each tensor costs beside its bytes do not get less. vLLM's own `fp8_per_tensor` "
+        "model and its plan do not get less, and a rank reads two thirds of the bytes, more slowly. vLLM's own "
+        "`fp8_per_tensor` "
         f"takes {seconds(own[1])} s, {own[1] / own[0]:.2f} of it. See [Serving with vLLM](serving.md)."
     )
 
@@ -190,7 +191,7 @@ stages, processor time, memory of the host.""",
         "## Where octavo loses\n\n" + "\n".join(f"- {loss}" for loss in losses()),
         """## What was not measured
 
-More than two GPUs at once, and experts apart on several; speeds in SGLang; accelerators that are not NVIDIA's;
+More than two GPUs at once; speeds in SGLang; accelerators that are not NVIDIA's;
 checkpoints with trained weights (random ones of the same shapes stand in for them); disks faster than that of the cold
 loads. The [log of experiments](../log.md) has what was tried by hand, with the failures.""",
         "## Machines\n\n"
