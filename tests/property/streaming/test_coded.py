@@ -31,6 +31,7 @@ pytestmark = pytest.mark.timeout(120)
 
 FP4 = Decoding("e2m1", 1, 32)
 INT4 = Decoding("int4_in_int32", 1, 32)
+INT8 = Decoding("int8_in_int32", 1, None)
 DECODINGS = st.one_of(
     st.builds(
         Decoding,
@@ -74,6 +75,7 @@ DECODINGS = st.one_of(
 @example([70, 33], 160, 2, None, False, "fp8_channel", FP4, 0, Way(700, 2, 1 << 20, 50, 1, 1, 5), False, False)
 @example([64], 160, None, None, True, "fp8_channel", FP4, 1, Way(4096, 2, 1 << 20, 700, 1, 3, 1), True, False)
 @example([256], 384, 3, None, False, "fp8_channel", INT4, 3, Way(None, 2, 1 << 20, 5000, 1, 2, 1), False, False)
+@example([5, 2], 7, 2, None, False, "int8_channel", INT8, 0, Way(None, None, 1 << 20, 50, 1), False, False)
 def test_bytes_are_those_of_decoding_whole_tensors(
     rows, cols, stacked, cut, permuted, scheme, decoding, seed, way, transposed, stored_transposed
 ):
@@ -128,7 +130,7 @@ def test_bytes_are_those_of_decoding_whole_tensors(
     group = schemes.get(scheme).group_cols
     cells = slice(None) if columns is None or group is None else slice(columns[0] // group, -(-columns[1] // group))
     if placement.passed:
-        codes = fuse({name: parts["codes"].view(torch.uint8) for name, (_, parts) in sources.items()})
+        codes = fuse({name: numbers_of(*source) for name, source in sources.items()})
         assert same_bytes(storage.weight.view(torch.uint8), codes[..., within])
         assert (
             same_bytes(schemes.dequantize(*everything(storage, placement), scheme, placement.parts), whole) or columns
@@ -144,6 +146,12 @@ def test_bytes_are_those_of_decoding_whole_tensors(
         q, scale = schemes.quantize(whole, scheme, placement.parts)
     assert same_bytes(storage.weight, q[..., within])
     assert same_bytes(storage.scale, scale if group is None else scale[..., cells])
+
+
+def numbers_of(coding, parts):
+    """The bytes of FP8 or int8: those stored, or four of them in a word, which are 128 more."""
+    stored = parts["codes"].view(torch.uint8)
+    return stored[..., : coding.matrix[-1]] ^ 128 if coding.decoding.kind == "int8_in_int32" else stored
 
 
 def unit_of_source(coding, parts):
