@@ -28,6 +28,7 @@ pytest.register_assert_rewrite(
 hypothesis.settings.register_profile(
     "octavo",
     deadline=None,  # other processes share the cores
+    derandomize=bool(os.environ.get("CI")),  # what is in no commit can't fail one: others are tried while developing
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("octavo")
