@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece, whole
 from ..numerics import nvfp4, schemes
@@ -63,6 +64,12 @@ class Pair:
     def passed(self) -> bool:
         """Return True if codes and scales are those of the source, as plans have it."""
         return self._is(passes)
+
+    @property
+    def passing(self) -> tuple[Coding, ...]:
+        """Codings of what passes through."""
+        coding = self.there.coding
+        return (coding,) if coding is not None and self.passed else ()
 
     @functools.cached_property
     def lossless(self) -> bool:

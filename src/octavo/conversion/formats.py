@@ -3,7 +3,8 @@
     format              scheme                                scale beside X.weight
     compressed-tensors  fp8_channel, fp8_block, fp8_tensor    X.weight_scale, float32
     compressed-tensors  mxfp8                                 X.weight_scale, uint8 (the e8m0 bits)
-    compressed-tensors  int8_channel                          X.weight_scale, bf16; the weight is X.weight_packed
+    compressed-tensors  int8_channel                          X.weight_scale, bf16 (float32 if it passes through as
+                                                              that); the weight is X.weight_packed
     compressed-tensors  nvfp4                                 X.weight_scale, e4m3; X.weight_global_scale, float32
     compressed-tensors-w8a8  int8_channel                     X.weight_scale, float32
     fp8                 fp8_block                             X.weight_scale_inv, float32
@@ -34,6 +35,7 @@ from torch import Tensor
 from .. import choices
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.codings import Coding
 from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError, RecipeError
 from ..numerics import schemes
@@ -141,40 +143,47 @@ class Format:
         if not has_groups(placement.scheme):
             return {
                 self.weight_name(placement): self.stored_weight(placement.scheme, weight),
-                self.scale_name(placement.name): self.stored_scale(placement.scheme, scale),
+                self.scale_name(placement.name): self.stored_scale(placement, scale),
                 **self.beside(placement),
             }
         codes, scales = Packed.of(weight)
         return {
             self.weight_name(placement): codes.contiguous(),
             self.scale_name(placement.name): scales.contiguous(),
-            placement.name + packing.GLOBAL: self.stored_scale(placement.scheme, scale),
+            placement.name + packing.GLOBAL: self.stored_scale(placement, scale),
         }
 
     def scale_type(self, placement: Placement) -> tuple[str, tuple[int, ...]]:
         """(safetensors dtype, shape) of a placement's scale on disk."""
         assert placement.scheme is not None
         shape = placement.scale_shape or (1,)
-        return dtypes.NAMES[self.stored_dtype(schemes.get(placement.scheme))], shape
+        return dtypes.NAMES[self._scale_dtype(placement)], shape
 
     def scale_bytes(self, placement: Placement) -> int:
         dtype_name, shape = self.scale_type(placement)
         return math.prod(shape) * dtypes.BITS[dtype_name] // 8
 
-    def stored_scale(self, scheme: str | None, scale: Tensor) -> Tensor:
+    def stored_scale(self, placement: Placement, scale: Tensor) -> Tensor:
         """octavo's scale -> this format's, as written to disk or handed out."""
         if scale.dtype == E8M0:
             return scale.view(torch.uint8)
-        if self.packs(scheme):
-            scale = scale.to(torch.bfloat16)  # exact
-        if has_groups(scheme):
+        if self.packs(placement.scheme):
+            scale = scale.to(self._scale_dtype(placement))  # exact
+        if has_groups(placement.scheme):
             scale = 1 / scale  # exact
         return scale.reshape(1) if scale.ndim == 0 else scale
 
-    def stored_dtype(self, scheme: Scheme) -> torch.dtype:
+    def _scale_dtype(self, placement: Placement) -> torch.dtype:
         """The dtype of `stored_scale`."""
-        if self.packs(scheme.name):  # readers compute with it in its dtype
-            return torch.bfloat16
+        assert placement.scheme is not None
+        passed = [coding for _, coding in placement.codings] if placement.passed else []
+        return self.stored_dtype(schemes.get(placement.scheme), passed)
+
+    def stored_dtype(self, scheme: Scheme, passed: Iterable[Coding] = ()) -> torch.dtype:
+        """The dtype of scales that octavo computes, or of those of sources that pass through."""
+        if self.packs(scheme.name):  # readers make it that of their activations, mostly bf16
+            exact = all(coding.scale.dtype == torch.bfloat16 for coding in passed)
+            return torch.bfloat16 if exact else torch.float32
         return torch.uint8 if scheme.power_of_two else scheme.scale_dtype
 
     def scheme_of(self, shape: tuple[int, ...], dtype: torch.dtype | None, stored: Tensor) -> Scheme:

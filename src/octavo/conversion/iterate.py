@@ -60,7 +60,7 @@ def _handed_out(
             yield layout.weight_name(placement), weight
             del weight
             if scale is not None:
-                yield layout.scale_name(name), layout.stored_scale(placement.scheme, scale)
+                yield layout.scale_name(name), layout.stored_scale(placement, scale)
             del scale
             yield from layout.beside(placement).items()
             handed += placement.stored_bytes

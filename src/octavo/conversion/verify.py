@@ -259,7 +259,7 @@ def _pairs(
                     pair.scheme = None
                     continue
                 pair.scale = scale
-            elif here.dtype == pair.scheme.dtype and scale.dtype == layout.stored_dtype(pair.scheme):
+            elif here.dtype == pair.scheme.dtype and scale.dtype == layout.stored_dtype(pair.scheme, pair.passing):
                 pair.scale = scale
             else:
                 pair.differing_bytes = here.nbytes + scale.nbytes

@@ -203,7 +203,7 @@ def settled(
     """The recipe with a scheme in the place of `AUTO`, and a remark where that is not the usual one.
 
     It is the scheme that keeps the bytes of most weights that are quantized already; one for all, since those of layers
-    that readers fuse have to agree. Where only the scales of int8 are too exact to stay, it keeps most numbers.
+    that readers fuse have to agree.
 
     Args:
         offered: schemes that may be chosen, beside the default.
@@ -212,25 +212,18 @@ def settled(
         return recipe, None
     counts: Counter[str] = Counter()
     said: dict[str, str] = {}
-    rounded: set[str] = set()  # of which not all bytes stay
     for info in infos:
         if info.coding is not None:
             keeping = _keeping(info.coding)
-            near = [name for name in (keeping, _like(info.coding)) if name is not None and name in offered]
-            scheme = near[0] if near else DEFAULT_SCHEME
+            scheme = keeping if keeping is not None and keeping in offered else DEFAULT_SCHEME
             counts[scheme] += info.numel
             said.setdefault(scheme, str(info.coding))
-            if keeping is None:
-                rounded.add(scheme)
     scheme = max(counts, key=lambda name: counts[name], default=DEFAULT_SCHEME)
     remark = None
     if scheme != DEFAULT_SCHEME:
-        why = "any other scheme would round a second time"
-        if scheme in rounded:
-            why = "that is the nearest, though it is quantized anew, by scales that bf16 holds"
         remark = (
-            f"no scheme is named, and the source is {said[scheme]}: it stays so ({scheme}), since {why}; "
-            f"{DEFAULT_SCHEME} has to be asked for"
+            f"no scheme is named, and the source is {said[scheme]}: it stays so ({scheme}), since any other scheme "
+            f"would round a second time; {DEFAULT_SCHEME} has to be asked for"
         )
     return Recipe(scheme, recipe.targets, recipe.ignore), remark
 
@@ -238,11 +231,6 @@ def settled(
 def _keeping(coding: Coding) -> str | None:
     """The scheme that keeps the bytes of a source."""
     return next((name for name, scheme in schemes.SCHEMES.items() if coding_is(coding, scheme)), None)
-
-
-def _like(coding: Coding) -> str | None:
-    """The scheme that would keep them, were scales no more exact than bf16."""
-    return next((name for name, scheme in schemes.SCHEMES.items() if _numbers_are(coding, scheme)), None)
 
 
 def passes(
@@ -302,15 +290,7 @@ def _starts(parts: Sequence[int]) -> Iterable[tuple[int, int]]:
 
 
 def coding_is(coding: Coding, scheme: Scheme) -> bool:
-    """Return True if what a scheme makes is stored as this.
-
-    Not int8 with scales of more than bf16, in which they may have to be written.
-    """
-    return _numbers_are(coding, scheme) and (scheme.dtype != torch.int8 or coding.scale.dtype_name == "BF16")
-
-
-def _numbers_are(coding: Coding, scheme: Scheme) -> bool:
-    """Return True if the numbers of a scheme, and its groups, are stored as this."""
+    """Return True if what a scheme makes is stored as this: its numbers, and its groups."""
     decoding = coding.decoding
     groups = decoding.group_rows, decoding.group_cols
     alone = not scheme.packed and coding.zero_point is None and coding.global_scale is None and not coding.transposed

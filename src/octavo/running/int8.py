@@ -34,7 +34,11 @@ def takes(x: Tensor, q: Tensor, bias: Tensor | None = None) -> bool:
 
 
 def linear(x: Tensor, q: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x[..., in] @ dequantize(q[out, in]).T + bias`` in bf16, given a scale ``[out, 1]`` that bf16 can hold."""
+    """``x[..., in] @ dequantize(q[out, in]).T + bias`` in bf16, given a scale ``[out, 1]``.
+
+    The kernel wants it in bf16, which holds those that octavo computes. One that passed through is rounded to it, by as
+    much at most as the result is.
+    """
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out: Tensor = torch._weight_int8pack_mm(flat, q, scale.view(-1).bfloat16())
     if bias is not None:

@@ -105,6 +105,7 @@ def weight_only(
     # one buffer for all steps, unless each step's weight is kept for the gradient of x
     scratch = torch.empty(step * cols, dtype=torch.int16, device=q.device) if on_cpu and not differentiable else None
     # one pass instead of four, where a scale times 2**120 is still a number; bf16 can hold every scale
+    # that octavo computes, and rounds one that passed through by as much as it does the weights
     in_one = here and not by_row and bool(cells.max() < 2.0**7)
     out = torch.empty(flat.shape[0], rows, dtype=x.dtype, device=x.device)
     for start in range(0, rows, step):

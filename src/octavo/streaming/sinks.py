@@ -259,7 +259,7 @@ class ShardSink:
         file: OutFile,
         extents: Mapping[str, int],
         scale_extents: Mapping[str, int],
-        cast_scale: Callable[[str | None, Tensor], Tensor],
+        cast_scale: Callable[[Placement, Tensor], Tensor],
         to_bytes: Callable[[str | None, Tensor], Tensor],
         digests: ShardDigests | None = None,
         group_extents: Mapping[str, int] = MappingProxyType({}),
@@ -318,7 +318,7 @@ class _FileRegion:
 
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
         placement = self._placement
-        cast = self._sink._cast_scale(placement.scheme, values)
+        cast = self._sink._cast_scale(placement, values)
         base = self._sink._scale_extents[placement.name]
         self._sink.write_box(base, placement.scale_grid, cells, cast, cast.dtype.itemsize * 8)
 

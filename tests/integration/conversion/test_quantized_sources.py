@@ -198,9 +198,10 @@ def test_a_scale_that_makes_weights_without_bounds_is_named(tmp_path: Path) -> N
         octavo.convert(tmp_path / "source", tmp_path / "out", None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_passes_through_with_scales_of_bf16_alone(dtype: torch.dtype, tmp_path: Path) -> None:
-    """In which they are written."""
+@pytest.mark.parametrize("format", ["compressed-tensors", "compressed-tensors-w8a8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int8_passes_through_whatever_its_scales_are(dtype: torch.dtype, format: str, tmp_path: Path) -> None:
+    """They are written in a dtype that holds them."""
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-128, 128, (32, 64), generator=generator, dtype=torch.int8)
     scale = (torch.rand(32, 1, generator=generator) + 0.1).to(dtype)
@@ -211,15 +212,25 @@ def test_int8_passes_through_with_scales_of_bf16_alone(dtype: torch.dtype, tmp_p
     write_checkpoint(tmp_path / "source", stored, config={"quantization_config": declared})
     plan = octavo.plan(tmp_path / "source", model=False)  # where no scheme is named
     assert [p.scheme for p in plan.quantized] == ["int8_channel"]
-    assert ("quantized anew" in str(plan)) == (dtype == torch.float32)
-    report = octavo.convert(tmp_path / "source", tmp_path / "out", "int8_channel")
-    assert bool(report.passed_through) == (dtype == torch.bfloat16)
+    assert "it stays so (int8_channel), since any other scheme would round a second time" in str(plan)
+    assert "linear, passed through" in str(plan)
+    report = octavo.convert(tmp_path / "source", tmp_path / "out", format=format)
+    assert report.passed_through == report.quantized
+    assert report.quantized["int8_channel"][0] == 1
+    made, packed = tensors_of(tmp_path / "out"), format == "compressed-tensors"
+    assert same_bytes(made[f"{UP}_scale"], scale if packed and dtype == torch.bfloat16 else scale.float())
+    if not packed:
+        assert same_bytes(made[UP], codes)
+    streamed = dict(octavo.stream(tmp_path / "source", format=format))
+    assert streamed.keys() == made.keys()
+    assert all(same_bytes(tensor, made[name]) for name, tensor in streamed.items())
     assert octavo.verify(tmp_path / "out", against=tmp_path / "source").ok
     octavo.convert(tmp_path / "out", tmp_path / "bf16", None)
-    wanted = codes.float() * scale.float()
-    if dtype == torch.float32:
-        wanted = schemes.dequantize(*schemes.quantize(wanted, "int8_channel"), "int8_channel")
-    assert same_bytes(tensors_of(tmp_path / "bf16")[UP], wanted.bfloat16())
+    assert same_bytes(tensors_of(tmp_path / "bf16")[UP], (codes.float() * scale.float()).bfloat16())
+    spoiled = dict(made)
+    spoiled[f"{UP}_scale"] = made[f"{UP}_scale"] * 1.125
+    write_checkpoint(tmp_path / "spoiled", spoiled, config=json.loads((tmp_path / "out/config.json").read_text()))
+    assert not octavo.verify(tmp_path / "spoiled", against=tmp_path / "source").ok
 
 
 def test_what_is_left_out_is_told(tmp_path: Path) -> None:
