@@ -231,7 +231,8 @@ class Session:
             for name, why in recording.online.items():
                 self.report.notes.append(f"{name}: loaded online: {why}")
             if recording.online_sources:
-                recording.load(self.pairs(recording.online_pairs()))
+                with contextlib.closing(recording.online_pairs()) as pairs:  # also where the loader fails
+                    recording.load(self.pairs(pairs))
             self._saw_pairs = True
 
     def _transforming(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
