@@ -107,6 +107,7 @@ class ModuleHooks:
             self._writes.reopen(layer)
             return None
         # the loader's own memory: it holds its values, or gets them
+        self._writes.refuse_codes(item, (tensor,))
         item.keep(tensor)
         item.expect(self._writes.unfilled.gaps(tensor))
         item.required = bool(item.gaps) and not self._inventory.is_optional(item)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.header import TensorInfo
+from ..checkpoint.packing import FP8
 from ..elements.boxes import Gaps
 from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
 from ..elements.pieces import Piece, whole
@@ -59,7 +61,7 @@ class Recording:
     online: Mapping[str, str]  # parameter -> why the loader itself has to load it
     online_sources: tuple[str, ...]
 
-    def online_pairs(self) -> Iterator[tuple[str, Tensor]]:
+    def online_pairs(self) -> Generator[tuple[str, Tensor], None, None]:
         """The tensors that the loader itself has to load, in file order."""
         with contextlib.closing(Files.of(self.checkpoint)) as files:
             for name in self.online_sources:
@@ -71,9 +73,9 @@ class Recording:
 class Recorder(PlainDispatchMode):
     """Follows symbols through a loader; nothing is read, and nothing is written to parameters."""
 
-    def __init__(self, inventory: Inventory) -> None:
+    def __init__(self, inventory: Inventory, infos: Mapping[str, TensorInfo]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._inventory = inventory
+        self._inventory, self._infos = inventory, infos
         self.records: dict[str, _Record] = {}
         self.changed: dict[str, str] = {}  # source -> what changed its values, or memory that they went to
         self.mixed: dict[str, set[str]] = {}  # source -> those whose values may have come into its own
@@ -148,6 +150,10 @@ class Recorder(PlainDispatchMode):
             record.pieces.append(piece)
         if values.dtype != item.dtype:
             record.breaks = f"cast from {dtypes.short(values.dtype)} to {dtypes.short(item.dtype)}"
+        elif dtypes.NAMES.get(item.dtype) not in FP8:
+            coded = [p.src_name for p in values.pieces if self._infos[p.src_name].dtype_name in FP8]
+            if coded:
+                record.breaks = f"{coded[0]} is FP8, and means nothing without its scale"
 
     def _compute(self, func: Any, leaves: list[Any], spec: Any) -> Any:
         """An operation on values that nobody has: carried out on shapes alone."""
@@ -245,7 +251,7 @@ def record(
     for item in inventory.items:
         inventory.track(item, item.faces[0].tensor)
     symbols = ((name, Symbolic.source(name, info.shape, info.dtype)) for name, info in checkpoint.tensors.items())
-    recorder = Recorder(inventory)
+    recorder = Recorder(inventory, checkpoint.tensors)
     try:
         with torch.no_grad(), recorder:
             load(pairs(symbols))

@@ -21,6 +21,7 @@ from .intake import Intake
 from .inventory import Inventory
 from .parameters import Item
 from .report import Ledger
+from .watch.codes import Codes, is_number
 from .watch.generated import Generated
 from .watch.modes import Mark
 from .watch.origins import Origin, Origins
@@ -35,6 +36,7 @@ class Writes(Intake):
     ) -> None:
         super().__init__(held, finish, ledger, duplicates=duplicates, updating=updating)
         self.inventory, self.origins, self.unfilled, self.generated = inventory, Origins(), Unfilled(), Generated()
+        self.codes = Codes()
         self.paused = False
         self.failure: BaseException | None = None  # the first; a loader that goes on after it does not load the model
 
@@ -44,6 +46,7 @@ class Writes(Intake):
         super().take(name, tensor)
         self.unfilled.forget(tensor)
         self.generated.forget(tensor)
+        self.codes.take(name, tensor)
         self.origins.take(name, tensor)
 
     def turn(self) -> None:
@@ -72,10 +75,8 @@ class Writes(Intake):
         if values.is_meta:
             raise LoaderError(f"{item.name}: a loader copies a tensor that is on meta, and has no values")
         if item.scheme and holds_weights(view) and values.ndim and not holds_weights(values):
-            raise LoaderError(
-                f"{item.name}: a loader copies {dtypes.short(values.dtype)} to it, whose numbers mean nothing without "
-                "their scales. Give the session bf16, fp16 or fp32; a transform may dequantize."
-            )
+            _refuse_codes(item, values.dtype)
+        self.refuse_codes(item, (values,))
         if self.generated.holds(values) and not self._updating:
             real = self.generate(item, view)
             with self.quiet():
@@ -92,6 +93,14 @@ class Writes(Intake):
                 taken = taken.expand(place.shape)
                 pieces = _trace(item, place, taken.stride(), offset_of(taken), origin.label)
                 self._write(Write(item, pieces, taken, origin, place))
+
+    def refuse_codes(self, item: Item, inputs: Iterable[Tensor]) -> None:
+        """Raise where all that an item's values are made of still lacks its scales."""
+        if item.dtype.is_floating_point and item.dtype.itemsize > 1:
+            found = {self.codes.dtype_of(tensor) for tensor in inputs if is_number(tensor)}
+            if found and None not in found:
+                with self.quiet():
+                    _refuse_codes(item, found.pop())
 
     def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
         storage = item.quantized
@@ -145,6 +154,7 @@ class Writes(Intake):
     def scatter(
         self, item: Item, view: Tensor, values: Tensor | None, run: Callable[[Tensor], Any], mark: Mark
     ) -> None:
+        self.refuse_codes(item, () if values is None else (values,))
         with self.quiet():
             mask = torch.zeros(view.shape, dtype=torch.int32, device="cpu")
             labels, origins = self._labels(values)
@@ -173,6 +183,7 @@ class Writes(Intake):
         return labels, origins
 
     def overwrite(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
+        self.refuse_codes(item, inputs)
         with self.quiet():
             origin = self.origins.of_any(inputs)
             self.turn_to(item, origin)
@@ -184,6 +195,8 @@ class Writes(Intake):
 
     def change(self, item: Item, view: Tensor, inputs: Sequence[Tensor]) -> Tensor:
         real = self.access(item, view)
+        if item.generated:  # anything else may be the scale
+            self.refuse_codes(item, inputs)
         if (item.scheme or item.generated) and inputs:  # what begins as zeros, and gets values by being added to
             with self.quiet():
                 origin = self.origins.of_any(inputs)
@@ -232,6 +245,7 @@ class Writes(Intake):
         with self.quiet():
             self.origins.computed(done)
             self.generated.computed(done)
+            self.codes.computed(done)
             self.unfilled.computed(done)
 
     def escaped(self, tensor: Tensor) -> None:
@@ -242,6 +256,14 @@ class Writes(Intake):
         item = self.inventory.find(tensor)
         if item is not None and not item.virtual:
             item.expect([])  # whoever writes there does not tell
+
+
+def _refuse_codes(item: Item, dtype: torch.dtype | None) -> None:
+    raise LoaderError(
+        f"{item.name}: a loader copies {dtypes.short(dtype or item.dtype)} to it, whose numbers mean nothing without "
+        "their scales. Give the session bf16, fp16 or fp32: octavo.stream(path, None) hands out what a quantized "
+        "checkpoint stands for; a transform may dequantize."
+    )
 
 
 def _trace(item: Item, view: Tensor, values: tuple[int, ...], begin: int = 0, label: str = "") -> list[Piece]:
