@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import CheckpointError, MissingExtraError, passes, raise_problems, reading
 from ..text import shown, told
-from .codings import find_codings
+from .codings import Codings, find_codings
 from .files import conforms, is_there, local_path, read_object
 from .folders import Found, compare_index, find_files
 from .header import MAX_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
@@ -151,19 +151,11 @@ class Checkpoint:
         Raises:
             CheckpointError: what is declared and what the headers say contradict each other.
         """
-        problems: list[str] = []
-        found = find_codings(self.folder, self.config, self.tensors, problems)
-        with reading(self.path):
-            found = with_shapes(found, self.shards, problems)
-        names = {coding.codes.name: name for name, coding in found.by_name.items()}
-        problems += (
-            f"{name} is there twice: as it is, and as {codes} with its scales"
-            for codes, name in names.items()
-            if codes != name and name in self.tensors
-        )
+        found, problems = self._codings
         raise_problems(CheckpointError, self.path, problems, "It can't be told what its weights are.")
         if not found.by_name:
             return self
+        names = {coding.codes.name: name for name, coding in found.by_name.items()}
         tensors: dict[str, TensorInfo] = {}
         dtype_name = _DTYPES.get(str(self.config.get("dtype") or self.config.get("torch_dtype")), "BF16")
         for info in self.tensors.values():
@@ -182,6 +174,25 @@ class Checkpoint:
         renamed = {old: new for old, new in renamed.items() if old != new}
         config = undeclared(self.config)
         return replace(self, tensors=tensors, config=config, renamed=renamed, left_out=left_out, source=self)
+
+    @property
+    def contradictions(self) -> tuple[str, ...]:
+        """What config and headers contradict each other about, of weights that are quantized already."""
+        return () if self.source else tuple(self._codings[1])
+
+    @functools.cached_property
+    def _codings(self) -> tuple[Codings, list[str]]:
+        """What is quantized already, and what keeps it from being told."""
+        problems: list[str] = []
+        found = find_codings(self.folder, self.config, self.tensors, problems)
+        with reading(self.path):
+            found = with_shapes(found, self.shards, problems)
+        problems += (
+            f"{coding.name} is there twice: as it is, and as {coding.codes.name} with its scales"
+            for coding in found.by_name.values()
+            if coding.codes.name != coding.name and coding.name in self.tensors
+        )
+        return found, problems
 
     def by_shard(self) -> list[list[TensorInfo]]:
         """The tensors of each shard, as they are stored."""

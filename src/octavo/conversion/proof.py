@@ -48,11 +48,13 @@ class Judgement:
     unexpected: tuple[str, ...] = ()  # tensors for which the reader has no place, and which it misses not
     unproved: str = ""  # why the reader could not be asked
     caveats: tuple[str, ...] = ()  # options with which it reads something wrong
+    contradictions: tuple[str, ...] = ()  # between config and headers, so that what is meant can't be told
 
     @property
     def ok(self) -> bool:
         """Whether all is read as it is meant."""
-        return not (self.misread or self.waiting or self.refused or self.missing or self.unexpected or self.unproved)
+        wrong = self.misread or self.waiting or self.refused or self.missing or self.unexpected or self.contradictions
+        return not (wrong or self.unproved)
 
     def renamed(self, names: Mapping[str, str]) -> Judgement:
         """The same of tensors by their names in a plan, which are not those on disk where weights are packed."""
@@ -64,6 +66,7 @@ class Judgement:
 
     def lines(self) -> Iterator[str]:
         """What is wrong, a line each, and the verdict."""
+        yield from (f"contradiction: {problem}" for problem in self.contradictions)
         for what, found in (("misread", self.misread), ("refused", self.refused)):
             yield from (f"{what}: {name}: {why}" for name, why in sorted(found.items()))
         yield from (
@@ -246,6 +249,8 @@ def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
     scales = {name: scale for name in weights if (scale := found[name]) is not None}
     judgement = _ask(reader, checkpoint, tensors, scales, checkpoint.config)
     alone = {name: "it has no scale beside it" for name in weights if name not in scales}
+    others = tuple(said for said in checkpoint.contradictions if judgement.unproved or said.split()[0] not in alone)
+    judgement = replace(judgement, contradictions=others)
     return judgement if judgement.unproved else replace(judgement, misread={**judgement.misread, **alone})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ..checkpoint.header import TensorInfo
 from ..elements.pieces import Piece, whole
 from ..errors import CheckpointError, raise_problems
 from ..planning.budget import check_options, default_threads
+from ..planning.kinds import module_of
 from ..planning.placement import Target
 from ..planning.stacks import NAMINGS, Cut, find_experts
 from ..streaming.files import Files
@@ -135,6 +136,7 @@ def verify_checkpoint(
         problems.append(
             f"config.json: no quantization_config, without which {quantized} quantized tensors are read wrong"
         )
+    problems += _contradictions(made, pairs)
     raise_problems(CheckpointError, dst, problems, f"Was it made from {against}?")
     _compare(pairs, made, source, staging_bytes, threads, progress)
     return VerifyReport(tuple(_result(pair) for pair in pairs))
@@ -192,6 +194,12 @@ def _strays(made: Checkpoint) -> list[str]:
     # a shard without tensors is in no index, and does no harm
     strays = [file for file in files if file.name not in known and Checkpoint.open_files([file]).tensors]
     return [f"{file.name}: belongs to no shard of this checkpoint" for file in strays]
+
+
+def _contradictions(made: Checkpoint, pairs: Iterable[Pair]) -> list[str]:
+    """Where config.json says otherwise of quantized weights than their headers, all whose bytes may be right."""
+    quantized = {module_of(pair.here.name) for pair in pairs if pair.scheme}
+    return [said for said in made.contradictions if said.split()[0].rpartition(".")[0] in quantized]
 
 
 def _wanted(made: Checkpoint, source: Checkpoint) -> dict[str, tuple[TensorInfo, Piece | None]]:

@@ -167,6 +167,69 @@ def test_what_is_misread_is_named(
     assert any(line.startswith(said) for line in report.lines()), list(report.lines())
 
 
+PACKED = "model.layers.0.mlp.up_proj.weight"
+
+
+def in_int4(weight: torch.Tensor, groups: int) -> dict[str, torch.Tensor]:
+    """Any numbers, as compressed-tensors packs them."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    numbers = torch.randint(-8, 8, weight.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    scale = torch.full((len(weight), groups), 0.01, dtype=torch.bfloat16)
+    return {"_packed": pack_to_int32(numbers, 4), "_scale": scale, "_shape": torch.tensor(weight.shape)}
+
+
+def write_packed(folder: Path, stored_bits: int, declared_bits: int, group: int | None) -> None:
+    """All linear layers packed, and what is declared of them."""
+    llama().save_pretrained(folder.with_name("source"))
+    octavo.convert(folder.with_name("source"), folder, "int8_channel", progress=False)
+    arguments = {"num_bits": declared_bits, "type": "int", "strategy": "channel", "symmetric": True}
+    arguments |= {"strategy": "group", "group_size": group} if group else {}
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        plain = load_file(folder.with_name("source") / "model.safetensors")
+        for name in [name.removesuffix("_packed") for name in tensors if name.endswith("_packed")]:
+            groups = plain[name].shape[1] // group if group else 1
+            if stored_bits == 4:
+                tensors.update({name + end: part for end, part in in_int4(plain[name], groups).items()})
+            tensors[f"{name}_scale"] = tensors[f"{name}_scale"][:, :1].repeat(1, groups)
+
+    edit_tensors(folder, change)
+    edit_config(
+        folder,
+        lambda config: config["quantization_config"].update(
+            config_groups={"group_0": {"targets": ["Linear"], "weights": arguments}}
+        ),
+    )
+
+
+@pytest.mark.parametrize("group", [None, 32])
+@pytest.mark.parametrize("stored_bits", [4, 8])
+@pytest.mark.parametrize("declared_bits", [4, 8])
+def test_bits_that_the_config_contradicts_are_named(
+    stored_bits: int, declared_bits: int, group: int | None, tmp_path: Path
+) -> None:
+    write_packed(tmp_path / "out", stored_bits, declared_bits, group)
+    report = octavo.verify(tmp_path / "out", reader="transformers")
+    assert report.ok == (stored_bits == declared_bits)
+    said = f"contradiction: {PACKED}_shape says [128, 64], and {PACKED}_packed holds "
+    if group:
+        kind = "int4" if declared_bits == 4 else "packed int8"
+        words = 64 * stored_bits // 32
+        said = f"contradiction: {PACKED}_scale is [128, 2] beside {PACKED}_packed, I32 [128, {words}], and its "
+        said += f"config.json says {kind} in groups of 32"
+    assert any(line.startswith(said) for line in report.lines()) == (not report.ok)
+
+
+def test_bits_that_the_config_contradicts_are_named_beside_the_source(tmp_path: Path) -> None:
+    """All whose bytes are right."""
+    write_packed(tmp_path / "out", 8, 8, None)
+    assert octavo.verify(tmp_path / "out", against=tmp_path / "source").ok
+    write_packed(tmp_path / "other", 8, 4, None)
+    with pytest.raises(CheckpointError, match=rf"{PACKED}_shape says \[128, 64\], and {PACKED}_packed holds "):
+        octavo.verify(tmp_path / "other", against=tmp_path / "source")
+
+
 def test_who_can_not_be_asked_is_named(converted: Path) -> None:
     with pytest.raises(RecipeError, match="unknown reader 'nobody'; known: transformers"):
         octavo.verify(converted, reader="nobody")
