@@ -7,6 +7,7 @@
 #   SYSTEM=1             no .venv: run with PYTHON as it is (a GPU image that brings its own torch)
 #   FUZZ_SECONDS=3600    for each target of fuzz; FUZZ_JOBS=7 processes at once; FUZZ_TARGETS="headers names"
 #   JOBS=16              how much campaigns run at a time
+#   EXAMPLES=20          so many times the usual examples for properties
 #   VLLM=0.24.0          another version of vLLM for peers-vllm, which has an environment of its own
 #   SGLANG=0.5.23        another version of SGLang for peers-sglang, which has one, too
 #   MODELOPT=0.47.0      and another one of ModelOpt for peers-modelopt
@@ -21,6 +22,7 @@ VLLM ?= 0.32.0
 SGLANG ?= 0.5.15
 MODELOPT ?= 0.47.0
 JOBS ?= $(shell nproc)
+EXAMPLES ?= 20
 VLLM_VENV := .venv-vllm-$(VLLM)
 VLLM_VISION := $(VLLM_VENV)/vision
 SGLANG_VENV := .venv-sglang-$(SGLANG)
@@ -41,7 +43,7 @@ STARTED := $(shell date +%s)
 timed = @ready=$$(date +%s); $(2); code=$$?; now=$$(date +%s); \
 	echo "make $(1): $$((now - ready)) s ($$((now - $(STARTED))) s with installation)"; exit $$code
 
-.PHONY: help demo test check faults sweep sweep-vllm lint types format peers peers-vllm peers-sglang peers-modelopt gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
+.PHONY: help demo test check properties faults sweep sweep-vllm lint types format peers peers-vllm peers-sglang peers-modelopt gpu fuzz fuzz-inputs bench wheel workflow docs docs-serve pages clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -54,6 +56,10 @@ test: $(READY) ## the tests that need neither a GPU nor other engines
 	$(call timed,test,$(PY) -m pytest -n 2 -m "not peers and not gpu" --ignore=tests/peers --ignore=tests/gpu $(ARGS))
 
 check: lint types test ## what CI runs: linter, types, tests
+
+properties: $(READY) ## every property on 20 times as many random examples, or EXAMPLES=100 times
+	OCTAVO_EXAMPLES=$(EXAMPLES) $(PY) -m pytest -n $(JOBS) -m "hypothesis and not peers and not gpu" --timeout 3600 \
+		--ignore=tests/peers --ignore=tests/gpu $(ARGS)
 
 faults: $(READY) ## every fault at every call, and hundreds of kills and interrupts: minutes on 16 cores (JOBS=16)
 	$(PY) tests/faults/injector/_injections.py -j $(JOBS) && $(PY) tests/faults/interrupts/_interrupts.py -j $(JOBS) $(ARGS)

@@ -25,10 +25,14 @@ pytest.register_assert_rewrite(
     "helpers", "_cases", "_cli", "_conversions", "_inputs", "_layerwise", "_models", "_sources"
 )
 
+#: so many times the usual number of examples, for `make properties`
+_TIMES = int(os.environ.get("OCTAVO_EXAMPLES", 1))
 hypothesis.settings.register_profile(
     "octavo",
     deadline=None,  # other processes share the cores
-    derandomize=bool(os.environ.get("CI")),  # what is in no commit can't fail one: others are tried while developing
+    max_examples=100 * _TIMES,
+    # what is in no commit can't fail one: others are tried while developing, and where many are asked for
+    derandomize=bool(os.environ.get("CI")) and _TIMES == 1,
     suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 )
 hypothesis.settings.load_profile("octavo")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import DTYPES, random_weights
+from helpers.properties import examples
 from octavo.conversion import packing
 from octavo.numerics import schemes
 
@@ -19,7 +20,7 @@ pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.peers
 
 
-@settings(max_examples=50, deadline=None)
+@examples(50)
 @given(
     rows=st.integers(1, 40),
     words=st.integers(1, 70),

@@ -6,13 +6,14 @@ import json
 import tempfile
 from pathlib import Path
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import octavo
 from helpers import DTYPES, SCHEMES, random_weights, same_bytes, write_checkpoint
 from helpers.folders import tensors_of
+from helpers.properties import examples
 
 BASE = "model.layers.0.mlp.experts"
 
@@ -39,7 +40,7 @@ def stacks(draw: st.DrawFn) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return {**stacked, **other}, {**apart, **other}
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(stacks(), st.sampled_from(SCHEMES), st.integers(1, 2), st.sampled_from([1 << 20, 8 << 20]), st.integers(1, 3))
 def test_a_stack_that_is_cut_is_what_its_matrices_are_alone(
     both: tuple[dict[str, Tensor], dict[str, Tensor]], scheme: str, shards: int, staging_bytes: int, threads: int

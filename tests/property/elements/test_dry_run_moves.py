@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -49,7 +49,6 @@ class Changing(nn.Module):
             self.place.copy_(changed(tensor, self.steps))
 
 
-@settings(max_examples=100)
 @given(
     shape=st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3),
     steps=st.lists(

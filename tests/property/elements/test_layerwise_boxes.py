@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.properties import examples
 from helpers.views import view_of
 from octavo.elements.boxes import Box, Gaps
 from octavo.elements.views import trace_view
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(st.data())
 def test_boxes_of_a_view_take_exactly_what_a_copy_to_it_writes(data):
     shape = data.draw(st.lists(st.integers(1, 6), max_size=4))

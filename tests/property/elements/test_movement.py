@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import assemble
+from helpers.properties import examples
 from octavo.elements.boxes import coverage_problem
 from octavo.elements.symbolic import Symbolic
 
@@ -53,7 +54,7 @@ def move(draw, first: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     }[name]
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(st.data())
 def test_any_program_of_movements_is_followed(data):
     shape = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4))

@@ -6,11 +6,12 @@ import itertools
 from typing import Any
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from helpers import SCHEMES, random_weights, same_bytes
+from helpers.properties import examples
 from octavo.numerics import schemes
 from octavo.session import Session
 
@@ -49,7 +50,7 @@ def write(draw: Any, target: Tensor, values: Tensor) -> None:
         target[:] = values
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(st.data())
 def test_any_way_to_write_a_model_gives_the_bytes_of_the_whole(data: st.DataObject) -> None:
     draw = data.draw
@@ -81,7 +82,7 @@ def test_any_way_to_write_a_model_gives_the_bytes_of_the_whole(data: st.DataObje
         assert same_bytes(layer.weight_scale.data, scale)
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(st.data())
 def test_one_box_less_or_one_box_twice_is_never_a_success(data: st.DataObject) -> None:
     draw = data.draw

@@ -9,11 +9,12 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers import SCHEMES, run_plan, same_bytes
 from helpers.coded import BLOCKS, coding_of, encoded, write_coded
+from helpers.properties import examples
 from octavo.checkpoint.codings import Decoding
 from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
@@ -49,7 +50,7 @@ DECODINGS = st.one_of(
 )
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     rows=st.lists(SIDES, min_size=1, max_size=2),
     cols=SIDES,

@@ -9,10 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers import DTYPES, SCHEMES, random_weights, run_plan, same_bytes, write_checkpoint
+from helpers.properties import examples
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
@@ -47,7 +48,7 @@ def streamed(sources, target, scheme, way, columns):
     return placement, storages["p"]
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     rows=st.lists(SIDES, min_size=1, max_size=2),
     cols=SIDES,

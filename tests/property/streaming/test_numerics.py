@@ -15,10 +15,11 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import example, given, note, settings
+from hypothesis import example, given, note
 from hypothesis import strategies as st
 
 from helpers import DTYPES, SCHEMES, headers, random_weights, reference, run_plan, same_bytes, write_checkpoint
+from helpers.properties import examples
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.elements.boxes import coverage_problem
 from octavo.elements.symbolic import Symbolic
@@ -107,7 +108,7 @@ def check_bound(weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, sche
     assert bool(((weight.double() - q.double() * factors).abs() <= bound).all())
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(
     shape=st.tuples(SIDES, SIDES),
     scheme=st.sampled_from(SCHEMES),
@@ -127,7 +128,7 @@ def test_any_way_of_streaming_a_matrix_gives_the_bytes_of_the_whole(shape, schem
     check(weight, q, scale, scheme, placement.parts)
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     shape=st.tuples(st.integers(1, 4), SIDES, SIDES),
     transposed=st.booleans(),
@@ -156,7 +157,7 @@ def test_any_way_of_streaming_a_stack_gives_the_bytes_of_its_experts_alone(
         assert torch.equal(scale[expert].float().flatten(), alone_scale.float().flatten())
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(
     rows=st.lists(SIDES, min_size=2, max_size=3),
     cols=SIDES,
@@ -198,7 +199,7 @@ def test_fused_parameters_are_quantized_source_by_source(rows, cols, experts, sc
         start += n
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     heads=st.integers(1, 4),
     half=st.integers(1, 40),
@@ -230,7 +231,7 @@ def test_rows_that_move_are_quantized_where_they_arrive(heads, half, cols, move,
     check(moved(weight).contiguous(), q, scale, scheme, placement.parts)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     scheme=st.sampled_from(SCHEMES),
     exponents=st.lists(st.integers(-133, 127), min_size=1, max_size=40),
@@ -250,7 +251,6 @@ def test_the_error_is_bounded_for_every_finite_bf16(scheme, exponents, cols, see
     check(weight, q, scale, scheme, (len(exponents),))
 
 
-@settings(max_examples=100)
 @given(st.data())
 def test_a_plan_covers_every_element_once(data):
     """Random cuts and moves of random tensors; random slots. At most a hundred of them, so that none takes minutes."""
@@ -289,7 +289,7 @@ def test_a_plan_covers_every_element_once(data):
     assert torch.equal(measured, twice)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     tensors=st.dictionaries(
         st.from_regex(r"[a-z]{1,8}(\.[0-9a-z]{1,5}){0,3}", fullmatch=True),

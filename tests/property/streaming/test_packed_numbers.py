@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import DTYPES, headers, random_weights, same_bytes
+from helpers.properties import examples
 from octavo.elements.symbolic import Symbolic
 from octavo.numerics import schemes
 from octavo.planning import kinds
@@ -39,7 +40,7 @@ def moved(tensor: Tensor, move: str) -> Tensor:
     return tensor
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(
     lead=st.sampled_from([(), (1,), (3,)]),
     rows=SIDES,
@@ -65,7 +66,7 @@ def test_any_way_of_streaming_gives_the_bytes_of_the_whole(
     assert same_bytes(q, wanted)
 
 
-@settings(max_examples=6, deadline=None)
+@examples(6)
 @given(rows=st.lists(SIDES, min_size=2, max_size=3), cols=SIDES, seed=st.integers(0, 1 << 30), way=WAYS)
 def test_parts_have_the_bytes_of_tensors_alone(rows: list[int], cols: int, seed: int, way: Way) -> None:
     sources = {

@@ -6,9 +6,10 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.properties import examples
 from helpers.views import view_of
 from octavo.elements.boxes import Box
 from octavo.elements.pieces import Piece
@@ -23,7 +24,7 @@ def place(view: torch.Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
     return int(view.storage_offset()), tuple(view.shape), view.stride()
 
 
-@settings(max_examples=500)
+@examples(500)
 @given(st.data())
 def test_the_quick_way_finds_what_the_general_way_finds(data):
     shape = data.draw(st.lists(st.integers(1, 6), max_size=4))

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from helpers import DTYPES, random_weights, reference_nvfp4, same_bytes
+from helpers.properties import examples
 from octavo import numerics
 from octavo.numerics import nvfp4, schemes
 from octavo.numerics.nvfp4 import Packed
@@ -85,7 +86,7 @@ def test_global_scales_are_few(amax: float, power: int) -> None:
     assert nvfp4.global_scale(torch.tensor([amax])).item() == 2.0**power
 
 
-@settings(max_examples=200, deadline=None)
+@examples(200)
 @given(st.floats(0, float(torch.finfo(torch.float32).max), width=32))
 def test_scales_of_any_amax_are_those_that_e4m3_holds(amax: float) -> None:
     scale = nvfp4.global_scale(torch.tensor(amax))
@@ -113,7 +114,7 @@ def test_what_is_quantized_is_exact_in_bf16_and_stays_what_it_is() -> None:
     assert torch.equal(nvfp4.widen(again) * scale, wide)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     lead=st.sampled_from([(), (1,), (3,)]),
     rows=st.integers(1, 6),

@@ -7,10 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import open_shards
+from helpers.properties import examples
 from octavo.checkpoint.files import Identity
 from octavo.checkpoint.header import Shard, TensorInfo
 from octavo.errors import CheckpointError, SourceChangedError
@@ -142,7 +143,7 @@ def large(tmp_path_factory) -> Shard:
     return made
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(offset=st.integers(0, SIZE), length=st.integers(0, SIZE), direct_io=st.sampled_from([True, False, None]))
 def test_a_run_is_read_whatever_its_alignment(large, offset, length, direct_io):
     length = min(length, SIZE - offset)
