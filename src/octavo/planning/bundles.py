@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from ..checkpoint.codings import Coding
 from ..elements.pieces import Piece, put_at
-from ..numerics import schemes
 from .chunks import Chunk, Work
 from .coded import Cells, Lay
 from .placement import Placement
@@ -128,8 +127,7 @@ def _groups_continue(first: Bundle, last: Bundle, bundle: Bundle, axis: int, len
     matrix_axis = axis - (len(bundle.piece.size) - 2)
     if matrix_axis < 0:
         return first.phase == bundle.phase
-    scheme = schemes.get(bundle.placement.scheme or "")
-    group = (scheme.group_rows, scheme.group_cols)[matrix_axis]
+    group = bundle.placement.grid.scheme.groups[matrix_axis]
     if group is None or last.cells[axis].stop != bundle.cells[axis].start:
         return False
     aligned = not (first.phase[matrix_axis] + length) % group and not bundle.phase[matrix_axis]

@@ -76,7 +76,7 @@ class Placement:
         """Return True if codes and scales of all its sources stay what they are."""
         if self.scheme is None or not self.codings:
             return False
-        return passes(self.pieces, self.parts, self.shape[-1], schemes.get(self.scheme), dict(self.codings))
+        return passes(self.pieces, self.parts, self.shape[-1], self.grid.scheme, dict(self.codings))
 
     @property
     def stored_bytes(self) -> int:
@@ -113,7 +113,7 @@ class Placement:
     @property
     def memory_shape(self) -> tuple[int, ...]:
         """The shape of the memory, of its dtype, that holds it."""
-        return schemes.get(self.scheme).stored_shape(self.stored_shape) if self.scheme else self.stored_shape
+        return self.grid.scheme.stored_shape(self.stored_shape) if self.scheme else self.stored_shape
 
     @property
     def nbytes(self) -> int:
@@ -149,7 +149,7 @@ class Placement:
     def scale_bytes(self) -> int:
         if self.scheme is None:
             return 0
-        return math.prod(self.scale_shape) * schemes.get(self.scheme).scale_dtype.itemsize
+        return math.prod(self.scale_shape) * self.grid.scheme.scale_dtype.itemsize
 
     @property
     def final_bytes(self) -> int:
@@ -161,7 +161,7 @@ class Placement:
         """What of a box has a place here, given the cells of its scales; None where nothing has."""
         if self.columns is None:
             return Partition(piece, cells, phase)
-        group = None if self.scheme is None else schemes.get(self.scheme).group_cols
+        group = None if self.scheme is None else self.grid.scheme.group_cols
         return partition_of(piece, cells, phase, self.columns, group)
 
     def elements(self, piece: Piece) -> int:
@@ -207,7 +207,7 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
         return placement
     if placement.passed:
         return replace(placement, reason=f"{placement.reason}, passed through")
-    lossless = keeps_all(pieces, placement.parts, shape[-1], schemes.get(placement.scheme), dict(codings))
+    lossless = keeps_all(pieces, placement.parts, shape[-1], placement.grid.scheme, dict(codings))
     if not lossless:
         return placement
     return replace(placement, lossless=True, reason=f"{placement.reason}, exact wherever FP8 has the number")

@@ -2,8 +2,7 @@
 
 A plan is data: immutable, printable, JSON-able, made from headers and shapes alone, before any weight byte is read. It
 checks that the pieces tile every parameter. `octavo.planning.chunks` cuts it into the units of reading;
-`octavo.streaming.stream` executes
-those and decides nothing.
+`octavo.streaming.stream` executes those and decides nothing.
 """
 
 from __future__ import annotations

@@ -2,10 +2,9 @@
 
 All launching is done by one thread, since a dozen that launch mostly wait for each other (measured: 28.6 GB took 5.5 s
 with sixteen, 3.7 s with four). What it costs is the number of launches: `octavo.planning.blocks` keeps it small, and
-scales are
-computed for a whole block. Blocks go round a few streams (*lanes*), so that one is copied while another is quantized.
-The thread does not wait for the device: whether all weights were finite is looked at once, at the end (and by an
-iterator before it hands anything out).
+scales are computed for a whole block. Blocks go round a few streams (*lanes*), so that one is copied while another is
+quantized. The thread does not wait for the device: whether all weights were finite is looked at once, at the end (and
+by an iterator before it hands anything out).
 """
 
 from __future__ import annotations
@@ -242,7 +241,7 @@ class DevicePress:
 
     @torch.no_grad()
     def _press(self, block: Block, lane: Lane) -> int:
-        whole: dict[str, list[tuple[Bundle, Tensor]]] = {}
+        whole: dict[Scheme, list[tuple[Bundle, Tensor]]] = {}
         for bundle in block.bundles:  # in the order of the plan, though not done in that order
             self._placed.open(bundle.placement)
         for bundle in block.bundles:
@@ -257,13 +256,13 @@ class DevicePress:
                 assert mine is not None
                 self._placed.destination(bundle.placement).put(mine.piece, mine.of(values))
             elif bundle.work is Work.QUANTIZE:
-                whole.setdefault(bundle.placement.scheme or "", []).append((bundle, values))
+                whole.setdefault(bundle.placement.grid.scheme, []).append((bundle, values))
             elif bundle.work is Work.AMAX:
                 self._fold(bundle, values, lane)
             else:
                 self._quantize(bundle, values, lane)
         for scheme, items in whole.items():
-            self._quantize_together(items, schemes.get(scheme), lane)
+            self._quantize_together(items, scheme, lane)
         return sum(self._placed.done(bundle.placement, bundle.work, bundle.piece) for bundle in block.bundles)
 
     def _decoder(self, lane: Lane) -> PressThere:
@@ -307,13 +306,13 @@ class DevicePress:
 
     def _fold(self, bundle: Bundle, values: Tensor, lane: Lane) -> None:
         """The first reading of a bundle whose scale groups span several."""
-        amax = schemes.group_amax(values, schemes.get(bundle.placement.scheme or ""), phase=bundle.phase)
+        amax = schemes.group_amax(values, bundle.placement.grid.scheme, phase=bundle.phase)
         lane.watch.add(amax, [bundle])
         self._placed.fold(bundle.placement, bundle.cells, amax)
 
     def _quantize(self, bundle: Bundle, values: Tensor, lane: Lane) -> None:
         """The second reading: it is in the same lane as the first, so all of that has gone before."""
-        scheme = schemes.get(bundle.placement.scheme or "")
+        scheme = bundle.placement.grid.scheme
         scale = schemes.scale_from_amax(self._placed.amax(bundle.placement, bundle.cells), scheme)
         self._place(bundle, values, scale, schemes.to_stored(scale, scheme), scheme, lane)
 

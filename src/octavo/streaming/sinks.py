@@ -74,7 +74,7 @@ class Storage:
         weight = torch.empty(placement.memory_shape, dtype=placement.dtype, device=placement.device)
         if placement.scheme is None:
             return cls(weight)
-        dtype = schemes.get(placement.scheme).scale_dtype
+        dtype = placement.grid.scheme.scale_dtype
         return cls(weight, torch.empty(placement.scale_shape, dtype=dtype, device=placement.device))
 
 
@@ -128,8 +128,9 @@ def _reserve(placements: Sequence[Placement], device: torch.device) -> None:
 
 class _Parameter:
     def __init__(self, placement: Placement, storage: Storage) -> None:
-        scheme = placement.scheme
-        self._weight: Stored = storage.weight if scheme is None else schemes.get(scheme).numbers_in(storage.weight)
+        self._weight: Stored = storage.weight
+        if placement.scheme is not None:
+            self._weight = placement.grid.scheme.numbers_in(storage.weight)
         self.scale: Tensor | None = None
         if storage.scale is not None:
             self.scale = storage.scale.view(placement.scale_grid)
@@ -306,8 +307,8 @@ class _FileRegion:
             return
         bits = dtypes.moved_bits(placement.dtype_name)
         values = self._sink._to_bytes(placement.scheme, values.to(placement.dtype))
-        box = tuple(slice(off, off + n) for off, n in zip(piece.dst_off, piece.size, strict=True))
-        self._sink.write_box(self._sink._extents[placement.name], placement.stored_shape, box, values, bits)
+        extent = self._sink._extents[placement.name]
+        self._sink.write_box(extent, placement.stored_shape, piece.box.slices, values, bits)
 
     def _put_packed(self, piece: Piece, values: Packed) -> None:
         name, whole = self._placement.name, Packed.boxes(self._placement.stored_shape)
