@@ -19,13 +19,12 @@ the box begins.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from ..checkpoint.codings import Decoding
-from ..machine import in_memory
+from . import nvfp4
+from .constants import pairs
 from .groups import all_spans, cells_of_spans, count_cells, grouped
 from .schemes import E8M0, FP8
 
@@ -37,7 +36,8 @@ _SHIFTS = {torch.float8_e4m3fn: 7, torch.float8_e5m2: 8}
 ORDERED = tuple(_SHIFTS)
 #: a scale below this may be multiplied by a power of two that numbers lack
 _FAR_FROM_OVERFLOW = 2.0**100
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+#: the numbers of four bits, by their codes
+_NIBBLES = {"e2m1": nvfp4.VALUES, "int4_in_int32": tuple(float(code - _OFFSETS["int4_in_int32"]) for code in range(16))}
 
 
 def scale_cells(scale: Tensor, decoding: Decoding, global_scale: Tensor | None = None) -> Tensor:
@@ -193,21 +193,11 @@ def _numbers(
     if decoding.kind == "int8_in_int32":
         wide.copy_(whole.view(wide.shape)).sub_(_OFFSETS[decoding.kind])
     else:
-        # two float32 at a time: to look up eight bytes takes as long as four
-        pairs = _pairs(decoding.kind, out.device)
-        torch.index_select(pairs, 0, whole.int(), out=wide.view(-1).view(torch.int64))
+        table = pairs(_NIBBLES[decoding.kind], out.device)
+        torch.index_select(table, 0, whole.int(), out=wide.view(-1).view(torch.int64))
     if not fits:
         out.copy_(wide[..., head : head + out.shape[-1]])
     return 1
-
-
-@functools.cache
-@in_memory
-def _pairs(number: str, device: torch.device) -> Tensor:
-    """byte -> the bits of its two numbers as float32, the lower half first."""
-    values = torch.tensor(_E2M1 if number == "e2m1" else [code - _OFFSETS[number] for code in range(16)])
-    both = torch.stack([values.float().repeat(16), values.float().repeat_interleave(16)], dim=-1)
-    return both.contiguous().view(torch.int64).flatten().to(device)
 
 
 def _widen(out: Tensor, numbers: Tensor, scratch: Tensor | None = None, checked: bool = False) -> float:

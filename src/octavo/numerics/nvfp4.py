@@ -55,6 +55,7 @@ import torch
 from torch import Tensor
 
 from ..machine import HAS_TRITON, in_memory
+from .constants import constant, pairs
 
 #: columns that share a scale
 GROUP = 16
@@ -252,7 +253,7 @@ def _quantize(out: Packed, weight: Tensor, scale: Tensor, memory: Tensor, search
 
 def _first_scale(amax: Tensor) -> Tensor:
     """amax of groups by global scale -> the bits of their first scales."""
-    bits = (amax / _number(6.0, amax.device)).to(E4M3).view(torch.uint8).clamp_(min=1)
+    bits = (amax / constant(6.0, amax.device)).to(E4M3).view(torch.uint8).clamp_(min=1)
     return bits.masked_fill_(amax == 0, _ONE)
 
 
@@ -281,15 +282,10 @@ def _best_scale(magnitude: Tensor, first: Tensor, scale: Tensor, memory: Tensor)
 
 def warm_up(device: torch.device) -> None:
     """Make the constants of a device, on the current stream of it."""
-    _number(6.0, device)
-    for table in (_errors, _pair_codes, _pairs):
+    constant(6.0, device)
+    pairs(VALUES, device)
+    for table in (_errors, _pair_codes):
         table(device)
-
-
-@functools.cache
-def _number(value: float, device: torch.device) -> Tensor:
-    """A number as a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal."""
-    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 @functools.cache
@@ -330,15 +326,5 @@ def widen(stored: Packed, out: Tensor | None = None) -> Tensor:
     shape = (*scales.shape, GROUP)
     wide = torch.empty(shape, dtype=torch.float32, device=codes.device) if out is None else out.view(shape)
     flat = codes.reshape(-1).int()
-    # two float32 at a time
-    torch.index_select(_pairs(codes.device), 0, flat, out=wide.view(-1).view(torch.int64))
+    torch.index_select(pairs(VALUES, codes.device), 0, flat, out=wide.view(-1).view(torch.int64))
     return wide.mul_(scales.float().unsqueeze(-1)).view(stored.shape)
-
-
-@functools.cache
-@in_memory
-def _pairs(device: torch.device) -> Tensor:
-    """byte -> the bits of its two numbers as float32, the lower half first."""
-    values = torch.tensor(VALUES, dtype=torch.float32)
-    both = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=-1)
-    return both.view(torch.int64).flatten().to(device)

@@ -26,7 +26,6 @@ same bytes: ``phase`` says where in its group the piece begins.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from ..errors import RecipeError
 from . import nvfp4
+from .constants import constant
 from .groups import all_spans, cells_of_spans, grouped, spans
 from .integers import divide_rows
 from .terms import E8M0 as E8M0
@@ -151,7 +151,7 @@ def scale_from_amax(amax: Tensor, scheme: Scheme) -> Tensor:
         # with a number, `where` would copy it to the device and wait
         exponent = exponent.masked_fill_(amax == 0, 127).masked_fill_(~torch.isfinite(amax), 255)
         return exponent.to(torch.uint8).view(E8M0).float()
-    scale = amax / _number(scheme.numbers.largest, amax.device)
+    scale = amax / constant(scheme.numbers.largest, amax.device)
     positive = scale > 0
     scale.view(torch.int32).add_(0xFFFF).bitwise_and_(-0x10000)
     # 1 where the scale is 0; not a number where it is none (whose bits may overflow when rounded)
@@ -162,14 +162,8 @@ def warm_up(device: torch.device) -> None:
     """Make the constants of a device, on the current stream of it."""
     known = torch.empty(0, device=device).device  # with the number that tensors' devices have
     for numbers in NUMBERS.values():
-        _number(numbers.largest, known)
+        constant(numbers.largest, known)
     nvfp4.warm_up(known)
-
-
-@functools.cache
-def _number(value: float, device: torch.device) -> Tensor:
-    """A number as a tensor, since torch on a GPU divides by a number by multiplying with its rounded reciprocal."""
-    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def quantize_into(

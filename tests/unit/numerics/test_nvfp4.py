@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import DTYPES, random_weights, reference_nvfp4, same_bytes
 from helpers.properties import examples
 from octavo import numerics
-from octavo.numerics import nvfp4, schemes
+from octavo.numerics import constants, nvfp4, schemes
 from octavo.numerics.nvfp4 import Packed
 
 
@@ -155,18 +155,20 @@ def test_a_scheme_like_any_other(parts: tuple[int, ...] | None) -> None:
         start += part
 
 
-@pytest.mark.parametrize("table", [nvfp4._errors, nvfp4._pair_codes, nvfp4._pairs])
-def test_tables_are_the_same_whatever_device_and_dtype_are_the_default(table) -> None:
+@pytest.mark.parametrize(
+    ("table", "of"), [(nvfp4._errors, ()), (nvfp4._pair_codes, ()), (constants.pairs, (nvfp4.VALUES,))]
+)
+def test_tables_are_the_same_whatever_device_and_dtype_are_the_default(table, of) -> None:
     device = torch.device("cpu")
     table.cache_clear()
     torch.set_default_dtype(torch.bfloat16)  # as vLLM does while it loads
     try:
         with torch.device("meta"):  # as transformers does
-            made = table(device)
+            made = table(*of, device)
     finally:
         torch.set_default_dtype(torch.float32)
     table.cache_clear()
-    assert torch.equal(made, table(device))
+    assert torch.equal(made, table(*of, device))
 
 
 @pytest.mark.parametrize("compiles", [True, False])
