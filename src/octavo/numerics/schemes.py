@@ -47,7 +47,7 @@ from .terms import Scheme as Scheme
 from .terms import Stored as Stored
 from .terms import copy_into as copy_into
 from .terms import get as get
-from .terms import on_cpu as on_cpu
+from .terms import in_host_memory as in_host_memory
 from .terms import region as region
 
 #: torch spreads a reduction of so many elements that are not neighbours in memory over several thread blocks

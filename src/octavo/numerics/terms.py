@@ -45,7 +45,7 @@ def copy_into(out: Stored, values: Stored, *, non_blocking: bool = False) -> Non
         place.copy_(part, non_blocking=non_blocking)
 
 
-def on_cpu(stored: Stored) -> bool:
+def in_host_memory(stored: Stored) -> bool:
     """Return True if numbers lie where a CPU can write them."""
     return all(tensor.device.type == "cpu" for tensor in _tensors(stored))
 

@@ -18,21 +18,14 @@ from torch import Tensor
 
 from ..numerics import nvfp4, schemes
 
-_ROWS = 128
-
-
-_ROWS_ON_DEVICE = 4096
-
-
+#: rows of a weight that are widened at a time: on a CPU so few that its cache holds them
+_ROWS, _ROWS_ON_DEVICE = 128, 4096
 #: up to so many rows of bf16 activations are multiplied in float32 on a CPU, and so many elements of a weight at a time
 _FEW = 8
 _ELEMENTS = 1 << 19
-
-
+#: dtypes of activations
 _COMPUTE = frozenset({torch.bfloat16, torch.float16, torch.float32, torch.float64})
-
-
-# dtype -> (left shift as a factor, mask over the shifted sign-extended byte, what the bias lacks): see `widen`
+#: dtype -> (left shift as a factor, mask over the shifted sign-extended byte, what the bias lacks): see `widen`
 _PLACES = {
     torch.bfloat16: (1 << 4, -30736, 2.0**120),  # 0x87F0: sign, 4 exponent and 3 mantissa bits; bias 127 - 7
     torch.float16: (1 << 7, -16512, 2.0**8),  # 0xBF80; bias 15 - 7

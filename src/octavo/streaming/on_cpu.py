@@ -210,7 +210,7 @@ class Press:
     def _view(self, destination: Destination, piece: Piece) -> Stored | None:
         """The memory of a box if a CPU can quantize into it."""
         view = destination.view(piece)
-        return view if view is not None and schemes.on_cpu(view) else None
+        return view if view is not None and schemes.in_host_memory(view) else None
 
     def _scratch(self, piece: Piece, scheme: Scheme) -> Stored:
         if self.out is None:
