@@ -28,6 +28,7 @@ def update(
     *,
     transform: Transform | None = None,
     staging_bytes: int = DEFAULT_STAGING_BYTES,
+    more: bool = False,
 ) -> LayerwiseReport:
     """Give a loaded model new weights in place: those of a trainer, all or some, in any order.
 
@@ -45,9 +46,11 @@ def update(
             hub id.
         transform: A function of each name and tensor that returns the pair or pairs to take instead, None for none.
         staging_bytes: A bound in bytes on memory beside each tensor. 256 MiB by default, at least 1 MiB.
+        more: Whether another call follows that is part of the same update, as where a trainer sends buckets. What has
+            come without its other half then waits for it, in at most ``staging_bytes`` (or a single tensor).
 
     Returns:
-        Which layers were updated, and how long it took.
+        Which layers were updated, and how long it took; in ``waiting``, what waits for the next call.
 
     Raises:
         UpdateError: It failed midway: an unknown name, a wrong shape, integers, a weight that is not finite. It tells
@@ -61,9 +64,9 @@ def update(
     """
     require_values()
     if not isinstance(pairs, (str, os.PathLike)):
-        return update_model(model, pairs, transform, staging_bytes)
+        return update_model(model, pairs, transform, staging_bytes, more)
     with contextlib.closing(_stored(pairs, staging_bytes)) as stored:
-        return update_model(model, stored, transform, staging_bytes)
+        return update_model(model, stored, transform, staging_bytes, more)
 
 
 def _stored(path: str | os.PathLike[str], staging_bytes: int) -> Generator[tuple[str, Tensor], None, None]:

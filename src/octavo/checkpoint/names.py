@@ -56,6 +56,19 @@ def unwrapped(
     return found, notes
 
 
+def plain_names(name: str) -> list[str]:
+    """What a tensor may be called in its model that came by this name: as it is, and without names of wrappers."""
+    found = [name, plain := _WRAPPED.sub("", name), plain.removeprefix(_DDP)]
+    if plain.startswith(_PEFT):
+        found.append(plain.removeprefix(_PEFT).replace(".base_layer.", "."))
+    return list(dict.fromkeys(found))
+
+
+def is_adapters(name: str) -> bool:
+    """Return True for a parameter of an adapter."""
+    return _ADAPTER.search(name) is not None
+
+
 def _without(
     wrapper: re.Pattern[str], tensors: Mapping[str, TensorInfo], problems: list[str]
 ) -> Mapping[str, TensorInfo]:

@@ -24,6 +24,7 @@ from ..errors import CoverageError, raise_problems
 from ..numerics import schemes
 from ..numerics.decoding import bad_scale, decode, holds_nan, scale_cells
 from ..planning.coded import lay_of, passes
+from ..text import human_bytes
 from .quantize.storage import QuantizedStorage
 
 _SUFFIXES = ("_scale_inv", "_scale")
@@ -41,47 +42,95 @@ class Came(NamedTuple):
     scale_name: str = ""
 
 
-def joined(
-    pairs: Iterable[tuple[str, Tensor]], own: Container[str], check: Callable[[str, Tensor], None], keep: bool
-) -> Iterator[Came]:
-    """All pairs, numbers in FP8 together with their scales.
+class Waiting:
+    """Numbers whose scales have not come yet, and scales without their numbers.
 
     Args:
-        own: names that are no scales, whatever they look like.
-        check: raises where a tensor can't be read.
-        keep: whether tensors have to be copied that wait for others.
-
-    Raises:
-        CoverageError: at the end, naming what came alone.
+        limit_bytes: of copies of them; a single tensor may be larger.
     """
-    numbers: dict[str, Tensor] = {}
-    scales: dict[str, tuple[str, Tensor]] = {}
-    for name, tensor in pairs:
-        check(name, tensor)
-        weight = None if name in own else of_weight(name)
-        if weight is not None and name.removeprefix(weight) in _SUFFIXES:
-            if weight in scales:
-                raise CoverageError(f"{weight} has two scales: {scales[weight][0]} and {name}")
-            scales[weight] = name, tensor.clone() if keep and weight not in numbers else tensor
-            name = weight
-        elif dtypes.NAMES.get(tensor.dtype) in FP8 and tensor.ndim > 1:
-            if name in numbers:
-                raise CoverageError(f"{name} came twice before its scales")
-            numbers[name] = tensor.clone() if keep and name not in scales else tensor
-        else:
-            yield Came(name, tensor)
-            continue
-        if name in numbers and name in scales:
-            scale_name, scale = scales.pop(name)
-            yield Came(name, numbers.pop(name), scale, scale_name)
-    problems = [
-        f"{name} is {dtypes.short(tensor.dtype)}, and its scales did not come; {TAKEN} {name}_scale_inv or {name}_scale"
-        for name, tensor in numbers.items()
-    ]
-    problems += [
-        f"{name} came without {weight} in FP8, of which it is the scale" for weight, (name, _) in scales.items()
-    ]
-    raise_problems(CoverageError, "update", problems)
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._numbers: dict[str, Tensor] = {}
+        self._scales: dict[str, tuple[str, Tensor]] = {}
+        self._copied: dict[str, int] = {}  # of whom no longer its owner's tensor is held -> bytes
+
+    @property
+    def names(self) -> list[str]:
+        return [*self._numbers, *(name for name, _ in self._scales.values())]
+
+    def joined(
+        self,
+        pairs: Iterable[tuple[str, Tensor]],
+        own: Container[str],
+        check: Callable[[str, Tensor], None],
+        keep: Callable[[], bool],
+    ) -> Iterator[Came]:
+        """All pairs, numbers in FP8 together with their scales; what comes alone waits.
+
+        Args:
+            own: names that are no scales, whatever they look like.
+            check: raises where a tensor can't be read.
+            keep: tells whether tensors have to be copied that wait for others.
+
+        Raises:
+            CoverageError: two tensors are the same part of a weight, or too many wait.
+        """
+        numbers, scales = self._numbers, self._scales
+        for name, tensor in pairs:
+            check(name, tensor)
+            weight = None if name in own else of_weight(name)
+            if weight is not None and name.removeprefix(weight) in _SUFFIXES:
+                if weight in scales:
+                    raise CoverageError(f"{weight} has two scales: {scales[weight][0]} and {name}")
+                scales[weight] = name, self._held(name, tensor, keep() and weight not in numbers)
+                name = weight
+            elif dtypes.NAMES.get(tensor.dtype) in FP8 and tensor.ndim > 1:
+                if name in numbers:
+                    raise CoverageError(f"{name} came twice before its scales")
+                numbers[name] = self._held(name, tensor, keep() and name not in scales)
+            else:
+                yield Came(name, tensor)
+                continue
+            if name in numbers and name in scales:
+                scale_name, scale = scales.pop(name)
+                for each in (name, scale_name):
+                    self._copied.pop(each, None)
+                yield Came(name, numbers.pop(name), scale, scale_name)
+
+    def keep(self) -> None:
+        """Hold nothing any more that is its owner's."""
+        for name, tensor in self._numbers.items():
+            self._numbers[name] = self._held(name, tensor, name not in self._copied)
+        for weight, (name, tensor) in self._scales.items():
+            self._scales[weight] = name, self._held(name, tensor, name not in self._copied)
+
+    def check(self) -> None:
+        """Raise for what came alone."""
+        problems = [
+            f"{name} is {dtypes.short(tensor.dtype)}, and its scales did not come; {TAKEN} {name}_scale_inv or "
+            f"{name}_scale"
+            for name, tensor in self._numbers.items()
+        ]
+        problems += [
+            f"{name} came without {weight} in FP8, of which it is the scale"
+            for weight, (name, _) in self._scales.items()
+        ]
+        raise_problems(CoverageError, "update", problems)
+
+    def _held(self, name: str, tensor: Tensor, copy: bool) -> Tensor:
+        if not copy:
+            return tensor
+        before = sum(self._copied.values())
+        if before and before + tensor.nbytes > self.limit_bytes:
+            raise CoverageError(
+                f"{len(self._copied) + 1:,} tensors wait for their scales, or are scales that wait for their FP8 "
+                f"numbers, {human_bytes(before + tensor.nbytes)}, more than staging_bytes "
+                f"({human_bytes(self.limit_bytes)}): {next(iter(self._copied))}, ..., {name}. Let scales follow their "
+                "numbers, or raise staging_bytes"
+            )
+        self._copied[name] = tensor.nbytes
+        return tensor.clone()
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,10 @@ class Intake:
         with contextlib.suppress(RuntimeError):  # the error that we have comes first
             self.quantizer.press()
 
+    def rest(self) -> None:
+        """Nothing comes for a while: give back all memory but that of boxes that wait for others."""
+        self.quantizer.close()
+
     def close(self) -> None:
         """Drop what was not carried out, and give back all memory."""
         self.closed = True

@@ -19,17 +19,22 @@ from .report import LayerwiseReport, Ledger
 
 
 @contextlib.contextmanager
-def use(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> Iterator[None]:
-    """A load or an update: whatever comes of it, its time is reported, and its memory goes."""
+def use(inventory: Inventory, intake: Intake, report: LayerwiseReport, *, more: bool = False) -> Iterator[None]:
+    """A load or an update: whatever comes of it, its time is reported, and its memory goes.
+
+    Args:
+        more: if it succeeds, it is not over: what waits stays.
+    """
     began, ledger = now(), intake.ledger
     try:
         with torch.no_grad():
             yield
     except BaseException:
         intake.give_up()
+        more = False
         raise
     finally:
-        intake.close()
+        intake.rest() if more else intake.close()
         inventory.untrack()
         report.total_s += now() - began
         report.peak_bytes, report.taken_bytes = ledger.peak_bytes, ledger.taken_bytes

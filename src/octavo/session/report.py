@@ -48,6 +48,7 @@ class LayerwiseReport:
     kept: dict[str, str] = field(default_factory=dict)  # parameter -> why it is not quantized
     notes: list[str] = field(default_factory=list)
     updated: list[str] = field(default_factory=list)  # layers that the last update changed
+    waiting: list[str] = field(default_factory=list)  # what came and waits for the next call of an update
     taken_bytes: int = 0  # of the tensors that loaders were given
     peak_bytes: int = 0  # of final and high-precision storage that the session held at one time
     total_s: float = 0.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.codings import Decoding
+from ..checkpoint.companions import of_weight
+from ..checkpoint.names import is_adapters, plain_names
 from ..elements.operations import storage_key
 from ..elements.pieces import Piece, contiguous_strides
 from ..errors import CoverageError, LoaderError
@@ -28,8 +30,9 @@ from ..planning.budget import check_options
 from ..planning.plan import Plan
 from ..planning.recipe import Decision
 from ..running import modules
+from ..text import human_bytes
 from .claims import claimed
-from .coded import TAKEN, Coded, joined
+from .coded import TAKEN, Came, Coded, Waiting
 from .finish import Finisher
 from .held import Held
 from .intake import Intake
@@ -44,6 +47,8 @@ from .watch.origins import Origin
 
 #: of tied parameters, a part at a time
 _COMPARED_BYTES = 16 << 20
+#: the attribute of a model in which an `Update` waits for its next call
+_BEGUN = "_octavo_update"
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,11 @@ class Routes:
 
 
 def update_model(
-    model: Any, pairs: Iterable[Pair] | Mapping[str, Tensor], transform: Transform | None, staging_bytes: int
+    model: Any,
+    pairs: Iterable[Pair] | Mapping[str, Tensor],
+    transform: Transform | None,
+    staging_bytes: int,
+    more: bool = False,
 ) -> LayerwiseReport:
     """`octavo.update`, where arguments and errors are documented."""
     if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
@@ -83,51 +92,135 @@ def update_model(
             f"{lent} has no memory of its own: accelerate keeps it on the CPU or on disk, and lends it. To be updated, "
             "a model needs a device_map without these"
         )
-    with _young_garbage_only():
-        return _update(model, pairs, transform, staging_bytes)
-
-
-def _update(
-    model: nn.Module, pairs: Iterable[Pair] | Mapping[str, Tensor], transform: Transform | None, staging_bytes: int
-) -> LayerwiseReport:
     check_options(staging_bytes)
-    routes: Routes | None = getattr(model, "load_routes", None)
-    inventory, report, ledger, quantizer = _quantized(model), LayerwiseReport(), Ledger(), Quantizer(staging_bytes)
-    held = Held(quantizer, ledger, cast=False)
-    finish = Finisher(inventory, held, ledger, report)
-    intake = Intake(held, finish, ledger, updating=True)
-    items = inventory.by_name()
-    written: set[str] = set()  # tied parameters, by the item's name
-    own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
-    with claimed(inventory), updating(inventory, intake, report):
-        source = Pairs(intake, pairs.items() if isinstance(pairs, Mapping) else pairs, transform)
-        named = {*items, *(routes.pieces if routes is not None else ())}
-        for number, came in enumerate(joined(source, named, _refuse_without_values, not source.at_rest), 1):
-            name, tensor = came.name, came.tensor if came.scale is None else came.tensor.contiguous()
-            quantizer.values_stay = source.at_rest
-            if routes is not None and name in routes.unused:
-                continue
-            item = items.get(name)
-            if item is not None and len(item.faces) > 1:
-                if item.name in written and item.real is not None:
-                    _refuse_difference(item.name, item.real, name, tensor)
-                    continue
-                written.add(item.name)
-            if routes is not None and name in routes.pieces:
-                found, values = _along(routes, name, tensor), tensor.contiguous()
+    with _young_garbage_only():
+        # what it knows stays with the model until the update is over, and is no part of a copy of it
+        begun: Update | None = model.__dict__.pop(_BEGUN, None)
+        update = begun or Update(model)
+        report = update.take(pairs, transform, staging_bytes, more)
+        if more:
+            model.__dict__[_BEGUN] = update
+        return report
+
+
+class Update:
+    """An update of a model, which may take several calls: what has come, and what waits for its other half."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._routes: Routes | None = getattr(model, "load_routes", None)
+        self._inventory, self._report, self._ledger = _quantized(model), LayerwiseReport(), Ledger()
+        self._quantizer, self._waiting = Quantizer(0), Waiting(0)
+        self._held = Held(self._quantizer, self._ledger, cast=False)
+        finish = Finisher(self._inventory, self._held, self._ledger, self._report)
+        self._intake = Intake(self._held, finish, self._ledger, updating=True)
+        self._items = self._inventory.by_name()
+        self._names = Names(model, self._items, self._routes)
+        self._written: set[str] = set()  # tied parameters, by the item's name
+        self._came = 0
+        self._places = _places(model)
+
+    def __reduce__(self) -> Any:
+        """A copy of the model, or a file of it, has no update that waits."""
+        return type(None), ()
+
+    def take(
+        self, pairs: Iterable[Pair] | Mapping[str, Tensor], transform: Transform | None, staging_bytes: int, more: bool
+    ) -> LayerwiseReport:
+        """One call; the last, unless there is ``more``."""
+        model, intake, quantizer, waiting = self._inventory.model, self._intake, self._quantizer, self._waiting
+        if self._places != _places(model):
+            raise LoaderError(
+                "the model was changed between two calls of one update (it was moved, cast or loaded). Run the whole "
+                "update again"
+            )
+        quantizer.staging_bytes = waiting.limit_bytes = staging_bytes
+        own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+        with claimed(self._inventory), updating(self._inventory, intake, self._report, more=more):
+            source = Pairs(intake, pairs.items() if isinstance(pairs, Mapping) else pairs, transform)
+            named = ((self._names.of(name), tensor) for name, tensor in source)
+            for came in waiting.joined(named, self._names, _refuse_without_values, lambda: not source.at_rest):
+                quantizer.values_stay = source.at_rest
+                self._put(came, own)
+            if more:
+                waiting.keep()
+                _refuse_much(self._held.staged.values(), staging_bytes)
             else:
-                found, values = [_by_own_name(name, tensor, items)], tensor
-            coded = None
-            if came.scale is not None:
-                coded = Coded.of(came, _likely(name, routes, [items[parameter] for parameter, _ in found]))
-                values = coded.decode()
-            for parameter, piece in found:
-                _refuse_dtype(items[parameter], name, values)
-                intake.put(items[parameter], [piece], values, Origin(number, name), coded)
-            # a copy of it, which nobody else holds; or the model's own, which a later pair may write
-            if values is not tensor or storage_key(values) in own:
-                quantizer.gather()
-    return report
+                waiting.check()
+        self._report.waiting = [*waiting.names, *(item.name for item in self._held.staged.values())]
+        return self._report
+
+    def _put(self, came: Came, own: Container[int | None]) -> None:
+        routes, items = self._routes, self._items
+        name, tensor = came.name, came.tensor if came.scale is None else came.tensor.contiguous()
+        self._came += 1
+        if routes is not None and name in routes.unused:
+            return
+        item = items.get(name)
+        if item is not None and len(item.faces) > 1:
+            if item.name in self._written and item.real is not None:
+                _refuse_difference(item.name, item.real, name, tensor)
+                return
+            self._written.add(item.name)
+        if routes is not None and name in routes.pieces:
+            found, values = _along(routes, name, tensor), tensor.contiguous()
+        else:
+            found, values = [_by_own_name(name, tensor, items)], tensor
+        coded = None
+        if came.scale is not None:
+            coded = Coded.of(came, _likely(name, routes, [items[parameter] for parameter, _ in found]))
+            values = coded.decode()
+        for parameter, piece in found:
+            _refuse_dtype(items[parameter], name, values)
+            self._intake.put(items[parameter], [piece], values, Origin(self._came, name), coded)
+        # a copy of it, which nobody else holds; or the model's own, which a later pair may write
+        if values is not tensor or storage_key(values) in own:
+            self._quantizer.gather()
+
+
+class Names(Container[str]):
+    """Names of tensors that an update may bring: the checkpoint's, and the model's own. It contains those it uses."""
+
+    def __init__(self, model: nn.Module, items: Mapping[str, Item], routes: Routes | None) -> None:
+        self._used = {*items, *(() if routes is None else routes.pieces)}
+        self._known = self._used if routes is None else self._used.union(routes.unused)
+        self._prefix = f"{prefix}." if (prefix := getattr(model, "base_model_prefix", "")) else ""
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._used
+
+    def of(self, name: str) -> str:
+        """A tensor's name here, whatever has wrapped the trainer's model; as it is where none of it is known.
+
+        As in ``from_pretrained``, a model's name for its base model may stand before a name, or be left out.
+        """
+        if name in self._known:
+            return name
+        for plain in plain_names(name):
+            for found in (plain, plain.removeprefix(self._prefix), self._prefix + plain):
+                if found in self._known or of_weight(found) in self._known:
+                    return found
+        if is_adapters(name):
+            raise CoverageError(
+                f"{name} is an adapter's. Merge the adapter into its model before the update (peft: merge_adapter), "
+                "and drop its tensors in a transform"
+            )
+        return name
+
+
+def _places(model: nn.Module) -> dict[str, tuple[int, int]]:
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {name: (id(tensor), tensor.data_ptr()) for name, tensor in tensors}
+
+
+def _refuse_much(staged: Collection[Item], limit_bytes: int) -> None:
+    """Raise where parts of scale groups wait in more high-precision memory than one parameter takes, and the limit."""
+    held = sum(item.nbytes for item in staged)
+    if len(staged) > 1 and held > limit_bytes:
+        names = ", ".join(item.name for item in list(staged)[:3])
+        raise CoverageError(
+            f"parts of scale groups of {len(staged):,} parameters wait for the others, {human_bytes(held)}, more than "
+            f"staging_bytes ({human_bytes(limit_bytes)}): {names}. Let what makes a parameter come together"
+        )
 
 
 def _quantized(model: nn.Module) -> Inventory:

@@ -54,20 +54,27 @@ def lent(inventory: Inventory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def updating(inventory: Inventory, intake: Intake, report: LayerwiseReport) -> Iterator[None]:
+def updating(inventory: Inventory, intake: Intake, report: LayerwiseReport, *, more: bool = False) -> Iterator[None]:
     """An update: what comes within goes into the storage that exists.
+
+    Args:
+        more: it is not over when this is left, unless it failed.
 
     Raises:
         UpdateError: whatever failed, and which layers are new, old or torn.
     """
-    with use(inventory, intake, report):
+    with use(inventory, intake, report, more=more):
         try:
             yield
             intake.turn()
-            problems = [
-                f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
-                for item in intake.held.staged.values()
-            ]
+            problems = (
+                []
+                if more
+                else [
+                    f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
+                    for item in intake.held.staged.values()
+                ]
+            )
             raise_problems(CoverageError, type(inventory.model).__name__, problems)
             intake.quantizer.check()
         except Exception as error:
