@@ -32,7 +32,7 @@ from .conversion.proof import judge_written
 from .conversion.verify import VerifyReport, verify_checkpoint, verify_digests
 from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
 from .machine import as_usual, usable_device
-from .planning.plan import Plan
+from .planning.plan import Plan, check_no_codes
 from .planning.recipe import Recipe
 from .streaming.checks import Checks
 from .streaming.meter import collection_paused
@@ -340,7 +340,7 @@ def stream(
 
     Args:
         path: A folder, a ``.safetensors`` file, or a hub id, as for `load`.
-        scheme: A scheme, a `Recipe` or its dict form, as for `load`; None hands out the tensors as they are.
+        scheme: A scheme, a `Recipe` or its dict form, as for `load`; None hands out the weights unquantized.
         device: Where to quantize, and where the tensors are handed out.
         format: How scales are named and laid out: ``"compressed-tensors"`` (``X.weight_scale``) or ``"fp8"``
             (``X.weight_scale_inv``, ``fp8_block`` only).
@@ -353,7 +353,8 @@ def stream(
         progress: A function of the bytes done and the bytes in all, both of the source.
 
     Raises:
-        OctavoError: At the call, whatever headers can tell, as for `convert`. On the way, what only reading shows: a
+        OctavoError: At the call, whatever headers can tell, as for `convert`; and that the checkpoint holds codes that
+            octavo can't decode, of which `convert` writes a copy. On the way, what only reading shows: a
             `WeightError` where a weight is not finite, a `SourceChangedError` where a file changed.
 
     Examples:
@@ -363,6 +364,7 @@ def stream(
     recipe, where = Recipe.coerce(scheme, ignore), str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision).decoded()
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
+    check_no_codes(checkpoint)
     checks = Checks(checkpoint) if verify else None
     told = progress and of_user(progress)
     return iterate(checkpoint, made, layout, threads=threads, progress=told, checks=checks)

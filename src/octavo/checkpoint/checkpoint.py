@@ -25,7 +25,7 @@ from .folders import Found, compare_index, find_files
 from .header import MAX_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
 from .names import check_no_adapter, unwrapped
 from .quantized import Quantization, find_quantization, undeclared
-from .shapes import with_shapes
+from .shapes import shape_in, with_shapes
 
 #: what a config may call its dtype -> the dtype of weights that are decoded, where it is not bf16
 _DTYPES = {"float16": "F16", "float32": "F32"}
@@ -184,8 +184,9 @@ class Checkpoint:
     def _codings(self) -> tuple[Codings, list[str]]:
         """What is quantized already, and what keeps it from being told."""
         problems: list[str] = []
-        found = find_codings(self.folder, self.config, self.tensors, problems)
         with reading(self.path):
+            shape_of = functools.partial(shape_in, shards=self.shards)
+            found = find_codings(self.folder, self.config, self.tensors, problems, shape_of)
             found = with_shapes(found, self.shards, problems)
         problems += (
             f"{coding.name} is there twice: as it is, and as {coding.codes.name} with its scales"

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 from .companions import CACHES, Companions, companions, is_alone, of_weight
 from .declared import Declared, Way, read_declared
 from .header import TensorInfo
-from .packing import EXPONENTS, FLOATS, FP8, PACK, SCALES, Groups, Shape, cells_of, count, fits, guesses, words
+from .packing import EXPONENTS, FP8, PACK, SCALES, Shape, cells_of, count, fits, words
+from .parts import Parts, Problem, ShapeOf, by_shape, check_global_scale, choose, guess, kinds_of
 from .quantized import is_shown
 
 #: dtypes of numbers that may stand for weights
@@ -108,16 +109,21 @@ class Codings:
 
 
 def find_codings(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], problems: list[str]
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    problems: list[str],
+    shape_of: ShapeOf = lambda _: (),
 ) -> Codings:
     """All that is quantized in a checkpoint; nothing where any of it can't be decoded.
 
-    Problems are appended: contradictions between what is declared and what headers show.
+    Problems are appended: contradictions between what is declared and what headers show. ``shape_of`` is asked where
+    neither tells how many bits packed numbers have.
     """
     declared = read_declared(folder, config, problems)
     if declared.unknown is not None:
         return Codings()
-    finder = _Finder(tensors, declared)
+    finder = _Finder(tensors, declared, shape_of)
     by_name = {coding.name: coding for coding in finder.codings()}
     if not by_name and not finder.problems and not declared:
         return Codings()
@@ -132,34 +138,6 @@ def find_codings(
     return Codings(by_name, finder.consumed) if by_name else Codings()
 
 
-class _Parts(NamedTuple):
-    """Stored numbers of a weight, and what stands beside them."""
-
-    name: str  # of the weight that they make
-    codes: TensorInfo
-    scale: TensorInfo
-    zero_point: TensorInfo | None
-    global_scale: TensorInfo | None
-    shape_info: TensorInfo | None
-
-    @property
-    def blocks(self) -> bool:
-        """Return True if the numbers of a scale group are an axis of their own, as gpt-oss has them."""
-        return self.codes.name.endswith("_blocks")
-
-    def matrix(self, kind: str) -> Shape:
-        """[..., out, in], if they are of this kind."""
-        shape = self.codes.shape
-        if self.blocks:
-            return (*shape[:-2], shape[-2] * shape[-1] * PACK[kind])
-        return (*shape[:-1], shape[-1] * PACK[kind])
-
-    @property
-    def held(self) -> str:
-        codes, scale = self.codes, self.scale
-        return f"{scale.name} is {list(scale.shape)} beside {codes.name}, {codes.dtype_name} {list(codes.shape)}"
-
-
 class _Form(NamedTuple):
     """What the codings of weights that are alike have in common."""
 
@@ -168,15 +146,11 @@ class _Form(NamedTuple):
     transposed: bool
 
 
-class _Problem(Exception):
-    """What headers say can't be."""
-
-
 class _Finder:
     """Goes through the tensors of a checkpoint once."""
 
-    def __init__(self, tensors: Mapping[str, TensorInfo], declared: Declared) -> None:
-        self._tensors, self._declared = tensors, declared
+    def __init__(self, tensors: Mapping[str, TensorInfo], declared: Declared, shape_of: ShapeOf) -> None:
+        self._tensors, self._declared, self._shape_of = tensors, declared, shape_of
         self._forms: dict[Any, _Form] = {}
         self.consumed: dict[str, str] = {}
         self.wrong: set[str] = set()  # codes of which there is a problem
@@ -191,7 +165,7 @@ class _Finder:
             if found is not None:
                 try:
                     coding = self._of(info, module + dot, found)
-                except _Problem as problem:
+                except Problem as problem:
                     self.problems.append(str(problem))
                     self.wrong.add(info.name)
                 else:
@@ -247,18 +221,18 @@ class _Finder:
         scale, *others = (self._tensors[prefix + name] for name in beside.scales)
         by = [self._tensors[prefix + name] for name, _ in beside.global_scales]
         zero, shape = (self._tensors[prefix + n] if n else None for n in (beside.zero_point, beside.shape))
-        parts = _Parts(prefix + beside.weight, codes, scale, zero, by[0] if by else None, shape)
+        parts = Parts(prefix + beside.weight, codes, scale, zero, by[0] if by else None, shape)
         seen = [(info.dtype_name, info.shape) for info in (codes, scale, *by, zero) if info is not None]
         key = (beside, *seen)
         form = self._forms.get(key)
         if form is None:
-            kinds = _kinds(parts, bool(self._declared))
+            kinds = kinds_of(parts, bool(self._declared))
             if not kinds:
                 return None
             self._take(parts, prefix, beside)
             if others:
                 names = " and ".join(info.name for info in (scale, *others))
-                raise _Problem(f"{codes.name} has {len(beside.scales)} scales: {names}")
+                raise Problem(f"{codes.name} has {len(beside.scales)} scales: {names}")
             form, always = self._form(parts, kinds, beside)
             if always:
                 self._forms[key] = form
@@ -266,7 +240,7 @@ class _Finder:
             self._take(parts, prefix, beside)
         return Coding(parts.name, form.shape, form.decoding, *parts[1:], transposed=form.transposed)
 
-    def _take(self, parts: _Parts, prefix: str, beside: Companions) -> None:
+    def _take(self, parts: Parts, prefix: str, beside: Companions) -> None:
         """Note what a weight is made of, and what stands beside it for its activations."""
         name = parts.name
         if parts.codes.name != name:
@@ -283,17 +257,17 @@ class _Finder:
         for each in beside.activations:
             self.consumed[prefix + each] = f"scale of activations of {name}"
 
-    def _form(self, parts: _Parts, kinds: Sequence[str], beside: Companions) -> tuple[_Form, bool]:
+    def _form(self, parts: Parts, kinds: Sequence[str], beside: Companions) -> tuple[_Form, bool]:
         """The form of a coding, and whether all that have these shapes have it, whatever their names."""
         codes, scale = parts.codes, parts.scale
         if scale.dtype_name not in SCALES[kinds[0]]:
             allowed = ", ".join(SCALES[kinds[0]])
-            raise _Problem(f"{scale.name} is {scale.dtype_name}, and scales of {codes.dtype_name} are {allowed}")
+            raise Problem(f"{scale.name} is {scale.dtype_name}, and scales of {codes.dtype_name} are {allowed}")
         if parts.blocks and len(codes.shape) != 4:
-            raise _Problem(f"{codes.name} is {list(codes.shape)}, and should be [experts, rows, groups, bytes]")
+            raise Problem(f"{codes.name} is {list(codes.shape)}, and should be [experts, rows, groups, bytes]")
         ways = self._ways(parts, kinds)
-        way = _choose(parts, ways)
-        _check_global_scale(parts, way.kind, [name for name, _ in beside.global_scales])
+        way = choose(parts, ways, self._shape_of)
+        check_global_scale(parts, way, beside.global_scales, self._declared.where)
         divided = any(divides for _, divides in beside.global_scales)
         powers = way.powers or scale.dtype_name in EXPONENTS
         decoding = Decoding(way.kind, *way.groups, divided, powers)
@@ -301,77 +275,28 @@ class _Finder:
         _check_zero_point(Coding(parts.name, shape, decoding, *parts[1:]), way.symmetric)
         if parts.blocks:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        return _Form(shape, decoding, parts.blocks), len(ways) == 1
+        alike = len(ways) == 1 and (
+            bool(self._declared) or len(kinds) == 1
+        )  # else a shape was asked, which they are not
+        return _Form(shape, decoding, parts.blocks), alike
 
-    def _ways(self, parts: _Parts, kinds: Sequence[str]) -> list[Way]:
+    def _ways(self, parts: Parts, kinds: Sequence[str]) -> list[Way]:
         """The ways in which headers allow that these numbers are quantized."""
         found = {kind: cells_of(parts.matrix(kind), parts.scale.shape) for kind in kinds}
         grids = {kind: cells for kind, cells in found.items() if cells is not None}
         if not grids:
-            raise _Problem(f"{parts.held}: no grid of scales for it")
+            raise Problem(f"{parts.held}: no grid of scales for it")
         if not self._declared:
-            return [Way(kind, _guess(parts, parts.matrix(kind), cells), None) for kind, cells in grids.items()]
+            told = list(grids) if len(grids) == 1 else by_shape(parts, [*grids], self._shape_of)
+            if not told:
+                raise Problem(f"{parts.held}: no config says how many bits these have, nor does a shape beside them")
+            return [Way(kind, guess(parts, parts.matrix(kind), grids[kind]), None) for kind in told]
         ways = [way for way in self._declared.ways if way.kind in grids]
         ways = [way for way in ways if fits(parts.matrix(way.kind), grids[way.kind], way.groups)]
         if not ways:
             said = ", or ".join(dict.fromkeys(map(str, self._declared.ways)))
-            raise _Problem(f"{parts.held}, and {self._declared.where} says {said}")
+            raise Problem(f"{parts.held}, and {self._declared.where} says {said}")
         return ways
-
-
-def _kinds(parts: _Parts, declared: bool) -> tuple[str, ...]:
-    """The kinds of numbers that a stored tensor may hold, by its dtype and that of its scales."""
-    codes, scale = parts.codes, parts.scale
-    if codes.dtype_name in FP8:
-        return ("float8",)
-    if codes.dtype_name == "I32":  # how many bits they have, no header says
-        return ("int4_in_int32", "int8_in_int32") if codes.name.endswith("_packed") and declared else ()
-    if codes.dtype_name == "I8" and scale.dtype_name not in ("F8_E8M0", "U8"):
-        return ("int8",)
-    return ("e2m1",) if scale.dtype_name in SCALES["e2m1"] else ()
-
-
-def _guess(parts: _Parts, matrix: Shape, cells: tuple[int, int]) -> Groups:
-    """The only sizes of groups that make a grid as large as this."""
-    rows, cols = (guesses(length, n) for length, n in zip(matrix[-2:], cells, strict=True))
-    if len(rows) != 1 or len(cols) != 1:
-        raise _Problem(f"{parts.held}: which of them share a scale can't be told, and no config says it")
-    return rows[0], cols[0]
-
-
-def _choose(parts: _Parts, ways: Sequence[Way]) -> Way:
-    """The way that is declared for a weight, among those which its headers allow."""
-
-    def meaning(way: Way) -> tuple[str, Groups]:
-        rows, cols = (
-            None if group is None or group >= length else group
-            for group, length in zip(way.groups, parts.matrix(way.kind)[-2:], strict=True)
-        )
-        return way.kind, (rows, cols)
-
-    # as compressed-tensors does: by name, by pattern, by class
-    ways = [way for way in ways if parts.name in way.weights] or ways
-    if len({meaning(way) for way in ways}) > 1:
-        matching = [way for way in ways if way.matches(parts.name)]
-        ways = matching or [way for way in ways if way.of_classes] or ways
-    if len({meaning(way) for way in ways}) > 1:
-        said = ", or ".join(dict.fromkeys(map(str, ways)))
-        raise _Problem(f"{parts.held}: may be {said}, and what the config says of targets does not tell")
-    return ways[0]
-
-
-def _check_global_scale(parts: _Parts, kind: str, names: Sequence[str]) -> None:
-    """Raise unless there is a scale of scales where those are of e4m3, and none where they are not."""
-    wanted = kind == "e2m1" and parts.scale.dtype_name == "F8_E4M3"
-    if len(names) != wanted:
-        raise _Problem(
-            f"{parts.codes.name} should have {'one' if wanted else 'no'} scale of its {parts.scale.dtype_name} scales, "
-            f"and has {' and '.join(names) or 'none'}"
-        )
-    info, lead = parts.global_scale, list(parts.codes.shape[:-2])
-    if info is None or (info.dtype_name in FLOATS and list(info.shape) in (lead, [*lead, 1], [*lead, 1, 1])):
-        return
-    raise _Problem(f"{info.name} is {info.dtype_name} {list(info.shape)}, and should be one F32 for each matrix")
 
 
 def _check_zero_point(coding: Coding, symmetric: bool | None) -> None:
@@ -379,11 +304,11 @@ def _check_zero_point(coding: Coding, symmetric: bool | None) -> None:
     zero, name = coding.zero_point, coding.codes.name
     if zero is None:
         if symmetric is False:
-            raise _Problem(f"{name} has no zero points beside it, and its config says that it is not symmetric")
+            raise Problem(f"{name} has no zero points beside it, and its config says that it is not symmetric")
         return
     packed = coding.decoding.kind in ("int4_in_int32", "int8_in_int32")
     if symmetric or not (packed or coding.decoding.kind == "int8"):
-        raise _Problem(f"{zero.name}: zero points beside {name}, which has none by its kind or its config")
+        raise Problem(f"{zero.name}: zero points beside {name}, which has none by its kind or its config")
     dtype, shape = ("I32", coding.zero_grid) if packed else ("I8", coding.scale.shape)
     if zero.dtype_name != dtype or zero.shape != shape:
-        raise _Problem(f"{zero.name} is {zero.dtype_name} {list(zero.shape)}, and should be {dtype} {list(shape)}")
+        raise Problem(f"{zero.name} is {zero.dtype_name} {list(zero.shape)}, and should be {dtype} {list(shape)}")

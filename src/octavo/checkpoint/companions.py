@@ -26,9 +26,9 @@ _ACTIVATIONS = (
     "act_scale",
 )
 _MORE_ACTIVATIONS = ("qscale_act", "scale_input", "scale_activation", "input_scale_ub")
-#: columns are in another order, or scaled before they meet the weight
+#: columns are in another order, or scaled before they meet the weight; or something is added to it
 _UNDECODED = ("_g_idx", "_pre_quant_scale")
-_UNDECODED_MODULE = ("pre_quant_scale",)
+_UNDECODED_MODULE = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b")
 #: what may be a scale, and has to have its weight
 _ENDS = (*_SUFFIXES, *_GLOBAL, _ZERO_POINT)
 #: scales of caches and of attention, in any module

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,7 @@ class Way:
     patterns: tuple[str, ...] = ()  # regular expressions of names of modules
     of_classes: bool = False  # of modules, as Linear, whatever their names
     powers: bool = False  # of two are the scales, whatever their dtype
+    divided: bool | None = None  # are scales by the scale of scales, if they have one; None: it is not said
 
     def matches(self, weight: str) -> bool:
         """Return True if the name of a weight's module matches a pattern. Those that could take long are not asked."""
@@ -203,6 +204,7 @@ def _group(weights: Mapping[str, Any], targets: Any, packed: bool) -> Way:
         frozenset(f"{name}.weight" for name in names if not name.startswith("re:")),
         tuple(name[3:] for name in names if name.startswith("re:") and len(name) < _MAX_PATTERN),
         of_classes=any("." not in name and not name.startswith("re:") for name in names),
+        divided=True,
     )
 
 
@@ -231,7 +233,8 @@ def _modelopt(value: Mapping[str, Any]) -> Iterator[Way]:
     layers = value.get("quantized_layers")
     if not isinstance(layers, dict):
         mixed = str(value.get("quant_algo")).upper() == "MIXED_PRECISION" and value.get("config_groups")
-        yield from _compressed_tensors(value) if mixed else [_algorithm(value, frozenset())]
+        ways = _compressed_tensors(value) if mixed else iter([_algorithm(value, frozenset())])
+        yield from (replace(way, divided=False) for way in ways)
         return
     alike: dict[tuple[str, str], tuple[Mapping[str, Any], list[str]]] = {}
     for name, layer in layers.items():
@@ -250,7 +253,7 @@ def _algorithm(value: Mapping[str, Any], weights: frozenset[str]) -> Way:
     kind, groups = _ALGORITHMS[name]
     if groups[0] == 1 and groups[1] and value.get("group_size") is not None:
         groups = 1, _positive(value["group_size"], "group_size")
-    return Way(kind, groups, weights=weights)
+    return Way(kind, groups, weights=weights, divided=False)
 
 
 _METHODS: dict[str, Callable[[Mapping[str, Any]], Iterator[Way]]] = {

@@ -13,8 +13,11 @@ from dataclasses import replace
 
 from .codings import Coding, Codings
 from .files import open_regular
-from .header import Shard
+from .header import Shard, TensorInfo
 from .packing import count
+
+#: of a shape: no weight has more axes
+_MAX_BYTES = 64
 
 
 def with_shapes(found: Codings, shards: Sequence[Shard], problems: list[str]) -> Codings:
@@ -31,6 +34,15 @@ def with_shapes(found: Codings, shards: Sequence[Shard], problems: list[str]) ->
             for coding, raw in _read(codings, file.fileno()):
                 by_name[coding.name] = _settled(coding, raw, problems)
     return replace(found, by_name=by_name)
+
+
+def shape_in(info: TensorInfo, shards: Sequence[Shard]) -> tuple[int, ...]:
+    """The shape that a tensor holds; none where it holds something else. Errors: see `with_shapes`."""
+    if info.nbytes > _MAX_BYTES:
+        return ()
+    with open_regular(shards[info.shard].path) as file:
+        shards[info.shard].check_is(os.fstat(file.fileno()))
+        return tuple(_integers(os.pread(file.fileno(), info.nbytes, info.offset), info.dtype_name))
 
 
 def _open_by_shard(codings: Mapping[str, Coding]) -> dict[int, list[Coding]]:

@@ -231,6 +231,16 @@ def check_unquantized(checkpoint: Checkpoint, recipe: Recipe) -> None:
         )
 
 
+def check_no_codes(checkpoint: Checkpoint) -> None:
+    """Raise if tensors that are handed out as they are would be codes, which nothing beside them says."""
+    found = checkpoint.quantization
+    if found is not None and not found.doubted:
+        raise RecipeError(
+            f"{checkpoint.path}: already quantized ({found}), in a way that octavo can't decode: codes would be handed "
+            f"out as if they were weights. {found.advice}"
+        )
+
+
 def make_plan(
     checkpoint: Checkpoint,
     targets: Iterable[Target],

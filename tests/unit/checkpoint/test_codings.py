@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -30,12 +31,16 @@ def find(tensors: Tensors, config: Mapping[str, Any] | None = None, folder: Path
 
 
 def found_with_problems(
-    tensors: Tensors, config: Mapping[str, Any] | None = None, folder: Path = Path("/nowhere")
+    tensors: Tensors,
+    config: Mapping[str, Any] | None = None,
+    folder: Path = Path("/nowhere"),
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
 ) -> tuple[Codings, list[str]]:
+    """Args: shapes: what tensors hold that are shapes of others."""
     named = {**PLAIN, **tensors}
     infos = headers({n: shape for n, (_, shape) in named.items()}, {n: d for n, (d, _) in named.items()}).tensors
     problems: list[str] = []
-    return find_codings(folder, config or {}, infos, problems), problems
+    return find_codings(folder, config or {}, infos, problems, lambda info: shapes.get(info.name, ())), problems
 
 
 def fp8(**more: Any) -> dict[str, Any]:
@@ -504,6 +509,49 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         MIXED,
         "y.weight_packed, I32 [8, 16]: may be int4 with a scale for each row, or packed int8 with a scale for each row",
     ),
+    "a scale of scales that multiplies by its name, and divides by what is declared": (
+        {
+            f"{X}.weight_packed": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_scale_2": ("F32", ()),
+        },
+        ct({**FP4, "strategy": "tensor_group", "group_size": 16}, format="nvfp4-pack-quantized"),
+        f"{X}.weight_scale_2 by its name multiplies, as ModelOpt has it, and by its config.json it divides, as "
+        "compressed-tensors has it",
+    ),
+    "a scale of scales that divides by its name, and multiplies by what is declared": (
+        {
+            f"{X}.weight": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_global_scale": ("F32", (1,)),
+        },
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+        f"{X}.weight_global_scale by its name divides, as compressed-tensors has it, and by its config.json it "
+        "multiplies, as ModelOpt has it",
+    ),
+    "the same of a mixture": (
+        {
+            f"{X}.weight": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_global_scale": ("F32", (1,)),
+        },
+        {
+            "quantization_config": {
+                **{"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
+                "config_groups": {"group_0": {"targets": [X], "weights": {**FP4, "group_size": 16}}},
+            }
+        },
+        f"{X}.weight_global_scale by its name divides",
+    ),
+    "names of two libraries, and no config": (
+        {
+            f"{X}.weight_packed": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_scale_2": ("F32", ()),
+        },
+        {},
+        f"{X}.weight_scale_2 by its name multiplies, as ModelOpt has it, and by {X}.weight_packed beside it it divides",
+    ),
     "packed numbers without a scale": (
         {"y.weight_packed": ("I32", (8, 16)), **WEIGHT, **SCALE},
         BLOCKS,
@@ -563,6 +611,62 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
 }
 
 
+SHAPED: Tensors = {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.weight_shape": ("I64", (2,))}
+OF_ROWS = {**SHAPED, f"{X}.weight_scale": ("BF16", (8, 1))}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "cols", "decoding"),
+    [
+        (OF_ROWS, {}, 128, Decoding("int4_in_int32", 1, None)),
+        (OF_ROWS, {}, 121, Decoding("int4_in_int32", 1, None)),
+        (OF_ROWS, {}, 64, Decoding("int8_in_int32", 1, None)),
+        (OF_ROWS, {}, 61, Decoding("int8_in_int32", 1, None)),
+        ({**SHAPED, f"{X}.weight_scale": ("BF16", (8, 4))}, {}, 128, Decoding("int4_in_int32", 1, 32)),
+        ({**SHAPED, f"{X}.weight_scale": ("F32", (8, 2))}, {}, 64, Decoding("int8_in_int32", 1, 32)),
+        (
+            {
+                **{name.replace(X, "y"): info for name, info in SHAPED.items()},
+                **{"y.weight_scale": ("BF16", (8, 4)), "y.weight_zero_point": ("I32", (1, 4))},
+            },
+            {},
+            128,
+            Decoding("int4_in_int32", 1, 32),
+        ),
+        ({name.replace(X, "y"): info for name, info in OF_ROWS.items()}, MIXED, 64, Decoding("int8_in_int32", 1, None)),
+    ],
+)
+def test_a_shape_tells_how_many_bits_packed_numbers_have(
+    tensors: Tensors, config: dict[str, Any], cols: int, decoding: Decoding
+) -> None:
+    module = min(tensors).rpartition(".")[0]
+    found, problems = found_with_problems(tensors, config, shapes={f"{module}.weight_shape": (8, cols)})
+    assert problems == []
+    assert found.by_name[f"{module}.weight"].decoding == decoding
+
+
+def test_matrices_of_as_many_words_may_be_of_other_bits() -> None:
+    tensors = {name.replace(X, x): info for name, info in OF_ROWS.items() for x in (X, "y")}
+    found, _ = found_with_problems(tensors, shapes={f"{X}.weight_shape": (8, 128), "y.weight_shape": (8, 64)})
+    assert {name: coding.decoding.pack for name, coding in found.by_name.items()} == {f"{X}.weight": 8, "y.weight": 4}
+
+
+@pytest.mark.parametrize("shape", [(8, 100), (8, 0), (), (16,)])
+def test_a_shape_that_is_that_of_no_numbers_is_named(shape: tuple[int, ...]) -> None:
+    _, (problem,) = found_with_problems(OF_ROWS, shapes={f"{X}.weight_shape": shape})
+    assert problem == (
+        f"{X}.weight_scale is [8, 1] beside {X}.weight_packed, I32 [8, 16]: no config says how many bits these have, "
+        "nor does a shape beside them"
+    )
+
+
+def test_few_numbers_a_row_may_have_other_bits() -> None:
+    """Eight of five to eight bits take two words."""
+    tensors = {**OF_ROWS, f"{X}.weight_packed": ("I32", (8, 2))}
+    _, (problem,) = found_with_problems(tensors, shapes={f"{X}.weight_shape": (8, 8)})
+    assert "no config says how many bits" in problem
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_a_contradiction_is_a_problem_by_name(case: str) -> None:
     tensors, config, text = WRONG[case]
@@ -598,6 +702,16 @@ NOT_DECODED: dict[str, tuple[Tensors, dict[str, Any]]] = {
     "int3": (
         {f"{X}.weight_packed": ("I32", (8, 12)), f"{X}.weight_scale": ("BF16", (8, 4))},
         ct({"num_bits": 3, "type": "int", "strategy": "group", "group_size": 32}, format="pack-quantized"),
+    ),
+    "a part that is not quantized is added": (
+        {
+            f"{X}.weight": ("U8", (8, 16)),
+            f"{X}.weight_scale": ("F8_E4M3", (8, 2)),
+            f"{X}.weight_scale_2": ("F32", ()),
+            f"{X}.svdquant_lora_a": ("BF16", (4, 32)),
+            f"{X}.svdquant_lora_b": ("BF16", (8, 4)),
+        },
+        {},
     ),
     "scaled before": (
         {
