@@ -151,16 +151,11 @@ class Update:
 
     def _put(self, came: Came, own: Container[int | None]) -> None:
         routes, items = self._routes, self._items
-        name, tensor = came.name, came.tensor if came.scale is None else came.tensor.contiguous()
+        name, tensor = came.name, came.tensor.resolve_neg()  # which may say that its numbers are to be negated
+        tensor = tensor if came.scale is None else tensor.contiguous()
         self._came += 1
         if routes is not None and name in routes.unused:
             return
-        item = items.get(name)
-        if item is not None and len(item.faces) > 1:
-            if item.name in self._written and item.real is not None:
-                _refuse_difference(item.name, item.real, name, tensor)
-                return
-            self._written.add(item.name)
         if routes is not None and name in routes.pieces:
             found, values = _along(routes, name, tensor), tensor.contiguous()
         else:
@@ -169,6 +164,12 @@ class Update:
         if came.scale is not None:
             coded = Coded.of(came, _likely(name, routes, [items[parameter] for parameter, _ in found]))
             values = coded.decode()
+        item = items.get(name)
+        if item is not None and len(item.faces) > 1:
+            if item.name in self._written and item.real is not None:
+                _refuse_difference(item.name, item.real, name, values)
+                return
+            self._written.add(item.name)
         for parameter, piece in found:
             _refuse_dtype(items[parameter], name, values)
             self._intake.put(items[parameter], [piece], values, Origin(self._came, name), coded)

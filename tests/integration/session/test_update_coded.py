@@ -124,3 +124,27 @@ def test_a_folder_in_other_numbers_is_refused_before_it_is_read(
 def test_what_are_no_pairs_is_said(pairs: Any, plain: Path) -> None:
     with pytest.raises(LoaderError, match=f"takes pairs of names and tensors.* not {type(pairs).__name__}"):
         octavo.update(octavo.load(plain), pairs)
+
+
+def test_a_tied_parameter_may_come_in_fp8_under_each_of_its_names(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "tie_word_embeddings": True}
+    folder = make_checkpoint("llama", tmp_path / "tied", **sizes)
+    numbers = (torch.randn(260, 128) * 100).to(octavo.schemes.FP8)
+    scale = torch.tensor([[0.5], [0.25], [2.0]])
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    new = {name + end: t for name in names for end, t in (("", numbers), ("_scale_inv", scale))}
+    model = octavo.load(folder)
+    octavo.update(model, new)
+    wide = (numbers.float() * scale.repeat_interleave(128, 0)[:260]).bfloat16()
+    assert torch.equal(model.lm_head.weight, wide)
+    with pytest.raises(UpdateError, match=r"lm_head.weight differs from what model.embed_tokens.weight has got"):
+        octavo.update(model, {**new, "lm_head.weight_scale_inv": scale * 2})
+
+
+@pytest.mark.parametrize("scheme", ["fp8_block", "int8_channel"])
+def test_numbers_that_are_to_be_negated_are(scheme: str, plain: Path) -> None:
+    new = {name: tensor * 2 for name, tensor in tensors_of(plain).items()}
+    model, expected = octavo.load(plain, scheme), octavo.load(plain, scheme)
+    octavo.update(expected, new)
+    octavo.update(model, {name: torch._neg_view(-tensor) for name, tensor in new.items()})
+    assert differences(model, expected) == []
