@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -27,8 +26,6 @@ from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
 
 from .test_numerics import SIDES, WAYS, Way
-
-pytestmark = pytest.mark.timeout(120)
 
 FP4 = Decoding("e2m1", 1, 32)
 INT4 = Decoding("int4_in_int32", 1, 32)

@@ -7,7 +7,6 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -24,8 +23,6 @@ from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
 
 from .test_numerics import KINDS, SIDES, WAYS, Way
-
-pytestmark = pytest.mark.timeout(120)
 
 
 def streamed(sources, target, scheme, way, columns):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import pytest
 import torch
 from hypothesis import example, given, note
 from hypothesis import strategies as st
@@ -30,8 +29,6 @@ from octavo.planning.chunks import Work, cut_placements
 from octavo.planning.placement import Target
 from octavo.planning.plan import make_plan, plan_checkpoint
 from octavo.planning.recipe import Recipe
-
-pytestmark = pytest.mark.timeout(120)
 
 #: sides on either side of the edges of groups (32, 128), and in between
 SIDES = st.one_of(st.integers(1, 12), st.sampled_from([31, 32, 33, 64, 100, 127, 128, 129, 160, 255, 256, 257, 300]))

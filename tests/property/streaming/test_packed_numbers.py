@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -21,8 +20,6 @@ from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
 
 from .test_numerics import WAYS, Way, streamed
-
-pytestmark = pytest.mark.timeout(120)
 
 SHAPES = {"a": (64, 40), "b": (40, 64)}
 SIDES = st.sampled_from([16, 32, 48, 128, 160, 272])
