@@ -131,7 +131,8 @@ class Checkpoint:
     @functools.cached_property
     def quantization(self) -> Quantization | None:
         """By what this checkpoint is quantized already, whatever tells it; None if it is not."""
-        return None if self.source else find_quantization(self.folder, self.config, self.tensors)
+        found = None if self.source else find_quantization(self.folder, self.config, self.tensors)
+        return found and replace(found, undecoded=self._codings[0].refused)
 
     @property
     def stored(self) -> Mapping[str, TensorInfo]:

@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .companions import CACHES, Companions, companions, is_alone, of_weight
+from .companions import CACHES, Companions, companions, is_alone, of_weight, undecoded
 from .declared import Declared, Way, read_declared
 from .header import TensorInfo
 from .packing import EXPONENTS, FP8, PACK, SCALES, Shape, cells_of, count, fits, words
 from .parts import Parts, Problem, ShapeOf, by_shape, check_global_scale, choose, guess, kinds_of
-from .quantized import is_shown
+from .quantized import shown
 
 #: dtypes of numbers that may stand for weights
 _NUMBERS = frozenset((*FP8, "I8", "U8", "I32"))
@@ -106,6 +106,7 @@ class Codings:
 
     by_name: Mapping[str, Coding] = field(default_factory=dict)
     consumed: Mapping[str, str] = field(default_factory=dict)  # stored tensor -> what it is: "scale of X.weight"
+    refused: str | None = field(default=None, compare=False)  # what can't be decoded, for which nothing is
 
 
 def find_codings(
@@ -122,16 +123,17 @@ def find_codings(
     """
     declared = read_declared(folder, config, problems)
     if declared.unknown is not None:
-        return Codings()
+        return Codings(refused=declared.unknown)
     finder = _Finder(tensors, declared, shape_of)
     by_name = {coding.name: coding for coding in finder.codings()}
     if not by_name and not finder.problems and not declared:
-        return Codings()
+        return Codings(refused=finder.undecoded)
     known = {*by_name, *finder.wrong, *finder.consumed}
     left = {name: info for name, info in tensors.items() if name not in known}
     alone = finder.alone(left) if declared else frozenset()
-    if is_shown({name: info for name, info in left.items() if name not in alone}):  # something else beside it
-        return Codings()
+    others = shown({name: info for name, info in left.items() if name not in alone})
+    if others is not None:
+        return Codings(refused=finder.undecoded or others)
     if declared:
         finder.look_at(left)
     problems += finder.problems
@@ -155,6 +157,7 @@ class _Finder:
         self.consumed: dict[str, str] = {}
         self.wrong: set[str] = set()  # codes of which there is a problem
         self.problems: list[str] = []
+        self.undecoded: str | None = None  # the first tensor that keeps numbers beside it from being decoded
 
     def codings(self) -> Iterator[Coding]:
         numbers = [info for info in self._tensors.values() if info.dtype_name in _NUMBERS and len(info.shape) > 1]
@@ -162,6 +165,8 @@ class _Finder:
         for info in numbers:
             module, dot, leaf = info.name.rpartition(".")
             found = companions(leaf, beside[module]) if of_weight(info.name) is None else None
+            if found is None and self.undecoded is None and (name := undecoded(leaf, beside[module])) is not None:
+                self.undecoded = module + dot + name
             if found is not None:
                 try:
                     coding = self._of(info, module + dot, found)

@@ -56,7 +56,7 @@ def companions(numbers: str, names: frozenset[str]) -> Companions | None:
     if stem == "weight":
         activations += [*_ACTIVATIONS, *_MORE_ACTIVATIONS]
     found = tuple(name for name in scales if name in names)
-    if not found or _is_undecoded(stem, names):
+    if not found or undecoded(numbers, names):
         return None
     return Companions(
         stem,
@@ -70,7 +70,7 @@ def companions(numbers: str, names: frozenset[str]) -> Companions | None:
 
 def is_alone(numbers: str, names: frozenset[str]) -> bool:
     """Return True if no scale of theirs is in the module, and nothing that makes them numbers that can't be decoded."""
-    return not any(name in names for name in _scales(numbers)) and not _is_undecoded(_stem(numbers), names)
+    return not any(name in names for name in _scales(numbers)) and not undecoded(numbers, names)
 
 
 def _stem(numbers: str) -> str:
@@ -84,8 +84,10 @@ def _scales(numbers: str) -> list[str]:
     return [*found, *_BESIDE_WEIGHT] if stem == numbers == "weight" else found
 
 
-def _is_undecoded(stem: str, names: frozenset[str]) -> bool:
-    return any(name in names for name in (*(stem + end for end in _UNDECODED), *_UNDECODED_MODULE))
+def undecoded(numbers: str, names: frozenset[str]) -> str | None:
+    """What stands beside numbers, and makes of them what can't be decoded."""
+    stem = _stem(numbers)
+    return next((name for name in (*(stem + end for end in _UNDECODED), *_UNDECODED_MODULE) if name in names), None)
 
 
 def of_weight(name: str) -> str | None:

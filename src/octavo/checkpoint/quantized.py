@@ -43,9 +43,18 @@ class Quantization:
     method: str
     source: str  # "says its config.json"
     doubted: bool = False  # no tensor bears it out
+    undecoded: str | None = None  # what keeps it from being decoded
 
     def __str__(self) -> str:
         return f"{self.method}, {self.source}"
+
+    @property
+    def why(self) -> str:
+        """``, in a way that octavo can't decode (X.pre_quant_scale)``; nothing where no tensor is quantized."""
+        if self.doubted:
+            return ""
+        more = "" if self.undecoded in (None, self.method) else f" ({self.undecoded})"
+        return f", in a way that octavo can't decode{more}"
 
     @property
     def advice(self) -> str:
@@ -88,9 +97,10 @@ def declarations(folder: Path, config: Mapping[str, Any]) -> Iterator[tuple[str,
         yield f"its {_MODELOPT}", modelopt["quantization"]
 
 
-def is_shown(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return True if tensors alone tell that there are weights which can only be read with a scale."""
-    return any(True for _ in _shown(_narrow(tensors), tensors))
+def shown(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What tells by tensors alone that there are weights which can only be read with a scale."""
+    found = next(_shown(_narrow(tensors), tensors), None)
+    return None if found is None else f"{found[0].name} ({found[0].dtype_name}) beside {found[1]}"
 
 
 def _narrow(tensors: Mapping[str, TensorInfo]) -> list[TensorInfo]:

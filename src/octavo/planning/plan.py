@@ -227,7 +227,8 @@ def check_unquantized(checkpoint: Checkpoint, recipe: Recipe) -> None:
     """Raise if weights are to be quantized that are quantized already."""
     if recipe.schemes and (found := checkpoint.quantization) is not None:
         raise RecipeError(
-            f"{checkpoint.path}: already quantized ({found}); quantizing twice loses accuracy. {found.advice}"
+            f"{checkpoint.path}: already quantized ({found}){found.why}; quantizing twice loses accuracy. "
+            f"{found.advice}"
         )
 
 
@@ -236,8 +237,8 @@ def check_no_codes(checkpoint: Checkpoint) -> None:
     found = checkpoint.quantization
     if found is not None and not found.doubted:
         raise RecipeError(
-            f"{checkpoint.path}: already quantized ({found}), in a way that octavo can't decode: codes would be handed "
-            f"out as if they were weights. {found.advice}"
+            f"{checkpoint.path}: already quantized ({found}){found.why}: codes would be handed out as if they were "
+            f"weights. {found.advice}"
         )
 
 
@@ -323,7 +324,7 @@ def _unfit(target: Target, scheme: Scheme) -> str | None:
 def _left_quantized(checkpoint: Checkpoint, recipe: Recipe) -> Iterator[str]:
     """A remark on what is copied as it is, where it might be thought to become bf16."""
     if not recipe.schemes and (found := checkpoint.quantization) is not None:
-        yield f"already quantized ({found}), in a way that octavo can't decode: all tensors stay as they are"
+        yield f"already quantized ({found}){found.why}: all tensors stay as they are"
 
 
 def _cut(targets: list[Target], decisions: dict[str, Decision], cuts: Iterable[Cut], veto: Veto | None) -> list[Target]:

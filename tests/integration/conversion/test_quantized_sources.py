@@ -297,18 +297,22 @@ CODES: dict[str, tuple[dict[str, Tensor], dict[str, object], str]] = {
     "GPTQ": (
         {"a.qweight": torch.zeros(4, 8, dtype=torch.int32), "a.scales": torch.ones(1, 8)},
         {"quant_method": "gptq", "bits": 4},
-        "already quantized (gptq, says its config.json)",
+        "already quantized (gptq, says its config.json), in a way that octavo can't decode",
     ),
-    "packed, of bits that nothing tells": (PACKED_ROWS, {}, "a.weight_packed (I32) beside a.weight_scale"),
+    "packed, of bits that nothing tells": (
+        PACKED_ROWS,
+        {},
+        "a.weight_packed (I32) beside a.weight_scale), in a way",
+    ),
     "scaled by its inputs": (
         {**NVFP4_PARTS, "a.pre_quant_scale": torch.ones(32)},
         {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"},
-        "already quantized (modelopt, says its config.json)",
+        "already quantized (modelopt, says its config.json), in a way that octavo can't decode (a.pre_quant_scale)",
     ),
     "int4 of ModelOpt": (
         {"a.weight": torch.zeros(4, 32, dtype=torch.uint8), "a.weight_scale": torch.ones(8, 1)},
         {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"},
-        "already quantized (modelopt, says its config.json)",
+        "already quantized (modelopt, says its config.json), in a way that octavo can't decode (modelopt 'W4A16_AWQ')",
     ),
     "a mixture of which not all is known": (
         NVFP4_PARTS,
@@ -316,7 +320,7 @@ CODES: dict[str, tuple[dict[str, Tensor], dict[str, object], str]] = {
             **{"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"},
             "quantized_layers": {"a": {"quant_algo": "NVFP4", "group_size": 16}, "b": {"quant_algo": "W4A16_AWQ"}},
         },
-        "already quantized (modelopt, says its config.json)",
+        "already quantized (modelopt, says its config.json), in a way that octavo can't decode (modelopt 'W4A16_AWQ')",
     ),
 }
 
@@ -332,7 +336,7 @@ def test_codes_that_octavo_can_not_decode_are_handed_to_nobody(case: str, tmp_pa
         assert says in str(error.value)
     report = octavo.convert(tmp_path / "source", tmp_path / "out", None)  # which copies, and says so
     for notes in (report.notes, octavo.plan(tmp_path / "source", None, model=False).notes):
-        assert any("in a way that octavo can't decode: all tensors stay as they are" in note for note in notes)
+        assert any("in a way that octavo can't decode" in n and "all tensors stay as they are" in n for n in notes)
     with pytest.raises(RecipeError, match="already quantized"):
         octavo.load(tmp_path / "source", None)
 

@@ -159,7 +159,7 @@ def _check_method(checkpoint: Checkpoint) -> None:
     found = checkpoint.quantization
     if found is not None and found.method != METHOD:
         raise RecipeError(
-            f"{checkpoint.path}: already quantized ({found}). octavo.load "
+            f"{checkpoint.path}: already quantized ({found}){found.why}. octavo.load "
             "takes bf16 checkpoints, and what save_pretrained made of a model that octavo loaded. Load this one with "
             f"from_pretrained, or serve it. {found.advice}"
         )
