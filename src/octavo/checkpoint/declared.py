@@ -188,14 +188,18 @@ def _compressed_tensors(value: Mapping[str, Any]) -> Iterator[Way]:
 
 def _group(weights: Mapping[str, Any], targets: Any, packed: bool) -> Way:
     bits, type_ = weights.get("num_bits", 8), weights.get("type", "int")
-    kinds = {(8, "float"): "float8", (4, "float"): "e2m1", (8, "int"): "int8_in_int32" if packed else "int8"}
-    if packed:
-        kinds[4, "int"] = "int4_in_int32"
     if type(bits) is not int or not isinstance(type_, str):
         raise ValueError(f"num_bits is {shown(bits)}, and type {shown(type_)}")
-    kind = kinds.get((bits, type_))
+    kinds = {(8, "float"): "float8", (4, "float"): "e2m1"}
+    if packed:
+        kinds |= {(4, "int"): "int4_in_int32", (8, "int"): "int8_in_int32"}
+    else:  # where integers of fewer bits take a byte each, too
+        kinds |= {(each, "int"): "int8" for each in range(1, 9)}
+    kind = kinds.get((bits, type_.lower()))
     if kind is None:
         raise _Unknown(f"compressed-tensors with {shown(type_)} of {shown(bits)} bits")
+    if (order := weights.get("actorder")) and (order is True or str(order).lower() in ("group", "dynamic")):
+        raise _Unknown(f"compressed-tensors with columns in another order (actorder is {shown(order)})")
     names = [name for name in targets if isinstance(name, str)] if isinstance(targets, list) else []
     return Way(
         kind,
@@ -210,6 +214,7 @@ def _group(weights: Mapping[str, Any], targets: Any, packed: bool) -> Way:
 
 def _strategy(weights: Mapping[str, Any]) -> Groups:
     strategy, size = weights.get("strategy"), weights.get("group_size")
+    strategy = strategy.lower() if isinstance(strategy, str) else strategy
     if strategy is None:  # as the library does without it
         strategy = "tensor" if size is None else "channel" if size == -1 else "group"
     if strategy == "tensor":

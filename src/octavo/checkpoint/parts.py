@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .declared import Way
 from .header import TensorInfo
-from .packing import FLOATS, FP8, PACK, SCALES, Groups, Shape, count, guesses
+from .packing import EXPONENTS, FLOATS, FP8, PACK, SCALES, Groups, Shape, count, guesses
 
 #: what reads the shape that a tensor of a few integers holds
 ShapeOf = Callable[[TensorInfo], Shape]
@@ -77,18 +77,22 @@ def guess(parts: Parts, matrix: Shape, cells: tuple[int, int]) -> Groups:
     rows, cols = (guesses(length, n) for length, n in zip(matrix[-2:], cells, strict=True))
     if len(rows) != 1 or len(cols) != 1:
         raise Problem(f"{parts.held}: which of them share a scale can't be told, and no config says it")
+    group = min(matrix[-1], cols[0] or matrix[-1])
+    if parts.scale.dtype_name in EXPONENTS and parts.codes.dtype_name in ("I8", "U8") and group != min(matrix[-1], 32):
+        # MXFP4 has 32; bytes that are integers, or of another format, would be taken for it
+        raise Problem(f"{parts.held}: as FP4 they would be in groups of {group}, and no config says so")
     return rows[0], cols[0]
 
 
 def choose(parts: Parts, ways: Sequence[Way], shape_of: ShapeOf) -> Way:
     """The way that is declared for a weight, among those which its headers allow; or the shape tells that it has."""
 
-    def meaning(way: Way) -> tuple[str, Groups]:
+    def meaning(way: Way, zeros: bool = True) -> tuple[str, Groups, bool | None]:
         rows, cols = (
             None if group is None or group >= length else group
             for group, length in zip(way.groups, parts.matrix(way.kind)[-2:], strict=True)
         )
-        return way.kind, (rows, cols)
+        return way.kind, (rows, cols), way.symmetric if zeros else None
 
     # as compressed-tensors does: by name, by pattern, by class
     ways = [way for way in ways if parts.name in way.weights] or ways
@@ -98,7 +102,9 @@ def choose(parts: Parts, ways: Sequence[Way], shape_of: ShapeOf) -> Way:
     if len({way.kind for way in ways}) > 1:
         told = by_shape(parts, [way.kind for way in ways], shape_of)
         ways = [way for way in ways if way.kind in told] or ways
-    if len({meaning(way) for way in ways}) > 1:
+    if len({meaning(way) for way in ways}) > 1:  # one of them has zero points, and another none
+        ways = [way for way in ways if way.symmetric in (None, parts.zero_point is None)] or ways
+    if len({meaning(way, zeros=False) for way in ways}) > 1:
         said = ", or ".join(dict.fromkeys(map(str, ways)))
         raise Problem(f"{parts.held}: may be {said}, and what the config says of targets does not tell")
     return ways[0]

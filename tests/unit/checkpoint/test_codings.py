@@ -148,6 +148,16 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
         ct({"num_bits": 8, "type": "int", "strategy": "channel"}, format="int-quantized"),
         Decoding("int8", 1, None),
     ),
+    "compressed-tensors, four bits that take a byte each": (
+        {f"{X}.weight": ("I8", (8, 16)), f"{X}.weight_scale": ("F32", (8, 1))},
+        ct({**INT4, "strategy": "channel"}, format="int-quantized"),
+        Decoding("int8", 1, None),
+    ),
+    "compressed-tensors, in capitals": (
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("F32", (8, 1))},
+        ct({"num_bits": 8, "type": "FLOAT", "strategy": "CHANNEL"}),
+        Decoding("float8", 1, None),
+    ),
     "compressed-tensors, int8 with zero points": (
         {
             f"{X}.weight": ("I8", (8, 16)),
@@ -543,6 +553,17 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         },
         f"{X}.weight_global_scale by its name divides",
     ),
+    "integers with powers of two, and no config": (
+        {f"{X}.weight": ("I8", (8, 128)), f"{X}.weight_scale": ("U8", (8, 4))},
+        {},
+        f"{X}.weight_scale is [8, 4] beside {X}.weight, I8 [8, 128]: as FP4 they would be in groups of 64, and no "
+        "config says so",
+    ),
+    "bytes with a power of two a row, and no config": (
+        {f"{X}.weight": ("U8", (8, 64)), f"{X}.weight_scale": ("F8_E8M0", (8, 1))},
+        {},
+        "as FP4 they would be in groups of 128",
+    ),
     "names of two libraries, and no config": (
         {
             f"{X}.weight_packed": ("U8", (8, 16)),
@@ -609,6 +630,43 @@ WRONG: dict[str, tuple[Tensors, dict[str, Any], str]] = {
         f"{X}.weight_zero_point is I8 [8, 2], and should be I8 [8, 1]",
     ),
 }
+
+
+@pytest.mark.parametrize("group", ["a", "b"])
+@pytest.mark.parametrize("targets", [["re:.*up_proj"], [X], ["Linear"]])
+def test_groups_may_differ_in_zero_points_alone(targets: list[str], group: str) -> None:
+    """Those that are there tell where targets don't."""
+    weights = {**INT4, "strategy": "group", "group_size": 32}
+    groups = {
+        "a": {"targets": targets if group == "a" else ["re:.*down_proj"], "weights": weights},
+        "b": {"targets": targets if group == "b" else ["re:.*down_proj"], "weights": {**weights, "symmetric": False}},
+    }
+    tensors: Tensors = {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 4))}
+    zeros = {f"{X}.weight_zero_point": ("I32", (1, 4))}
+    config = ct(format="pack-quantized", config_groups=groups)
+    found = find({**tensors, **zeros} if group == "b" else tensors, config).by_name[f"{X}.weight"]
+    assert (found.zero_point is not None) == (group == "b")
+    _, problems = found_with_problems(tensors if group == "b" else {**tensors, **zeros}, config)
+    assert any("zero points beside" in problem or "no zero points" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("case", "refused"),
+    [
+        ("columns in another order", f"{X}.weight_g_idx"),
+        (
+            "columns that were in another order",
+            "compressed-tensors with columns in another order (actorder is 'group')",
+        ),
+        ("int3", "compressed-tensors with 'int' of 3 bits"),
+        ("scaled before", f"{X}.pre_quant_scale"),
+        ("a part that is not quantized is added", f"{X}.svdquant_lora_a"),
+        ("GPTQ beside FP8", "y.qweight (I32) beside y.scales"),
+        ("scaled by its inputs", "modelopt 'W4A8_AWQ'"),
+    ],
+)
+def test_what_can_not_be_decoded_is_named(case: str, refused: str) -> None:
+    assert find(*NOT_DECODED[case]).refused == refused
 
 
 SHAPED: Tensors = {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.weight_shape": ("I64", (2,))}
@@ -698,6 +756,10 @@ NOT_DECODED: dict[str, tuple[Tensors, dict[str, Any]]] = {
             f"{X}.weight_g_idx": ("I32", (128,)),
         },
         ct({**INT4, "strategy": "group", "group_size": 32}, format="pack-quantized"),
+    ),
+    "columns that were in another order": (
+        {f"{X}.weight_packed": ("I32", (8, 16)), f"{X}.weight_scale": ("BF16", (8, 4))},
+        ct({**INT4, "strategy": "group", "group_size": 32, "actorder": "group"}, format="pack-quantized"),
     ),
     "int3": (
         {f"{X}.weight_packed": ("I32", (8, 12)), f"{X}.weight_scale": ("BF16", (8, 4))},
