@@ -20,6 +20,9 @@ def stand_in() -> None:
 class _NoKernel:
     """In the place of a kernel that takes parameters as they are."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        """Whatever it is told of the layer."""
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """Lay nothing out."""
 
@@ -36,11 +39,17 @@ def without_kernels() -> None:
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
         compressed_tensors_moe_w8a8_int8 as int8_experts,
     )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16 as packed_experts,
+    )
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
         compressed_tensors_w4a4_nvfp4 as nvfp4_linear,
     )
     from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
         compressed_tensors_w8a8_int8 as int8_linear,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import (
+        compressed_tensors_wNa16 as packed_linear,
     )
 
     nvfp4_linear.init_nvfp4_linear_kernel = lambda use_a16: _NoKernel()
@@ -54,6 +63,10 @@ def without_kernels() -> None:
     nvfp4_experts.make_nvfp4_moe_kernel = lambda **_: _NoKernel()
     int8_experts.select_int8_moe_backend = lambda **_: (None, object)
     int8_experts.CompressedTensorsW8A8Int8MoEMethod.process_weights_after_loading = lambda self, layer: None
+    packed_linear.choose_mp_linear_kernel = lambda _: _NoKernel
+    packed_experts.select_wna16_moe_backend = lambda **_: (packed_experts.WNA16MoEBackend.MARLIN, object)
+    packed_experts.check_moe_marlin_supports_config = lambda *_, **__: True
+    packed_experts.CompressedTensorsWNA16MoEMethod.process_weights_after_loading = lambda self, layer: None
 
 
 def _as_they_are(**given: Any) -> tuple[Any, ...]:

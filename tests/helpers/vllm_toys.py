@@ -14,7 +14,10 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 class Layer(nn.Module):
-    """A linear layer of vLLM: a weight [out, in] with its scale, or in bf16; ``parts`` are fused in it."""
+    """A linear layer of vLLM: a weight [out, in] with its scale, or in bf16; ``parts`` are fused in it.
+
+    ``int8_packed`` is int8_channel with four numbers in one.
+    """
 
     def __init__(self, rows, cols, scheme, parts=1):
         super().__init__()
@@ -22,6 +25,11 @@ class Layer(nn.Module):
             self.weight_packed = empty(rows, cols // 2, dtype=torch.uint8)
             self.weight_scale = empty(rows, cols // 16, dtype=FP8)
             self.weight_global_scale = empty(parts, dtype=torch.float32)
+            return
+        if scheme == "int8_packed":
+            self.weight_packed = empty(rows, cols // 4, dtype=torch.int32)
+            self.weight_scale = empty(rows, 1)
+            self.weight_shape = empty(2, dtype=torch.int64)
             return
         self.weight = empty(rows, cols, dtype=schemes.get(scheme).dtype if scheme else torch.bfloat16)
         if scheme in ("fp8_channel", "int8_channel"):
@@ -51,6 +59,9 @@ class Toy(nn.Module):
                 self.norm.data.copy_(weight)
             elif layer in ("gate_proj", "up_proj"):
                 target = parameters[f"gate_up_proj.{kind}"].data
+                if kind == "weight_shape":
+                    target.copy_(weight)
+                    continue
                 if kind == "weight_global_scale":
                     target[int(layer == "up_proj")].copy_(weight[0])
                     continue

@@ -70,14 +70,20 @@ class Format:
         """Why stock readers of this format could not take a weight quantized so; None if they can."""
         if kind == EXPERTS:
             return STACK
+        if why := self.unpackable(name, shape, kind, scheme):
+            return why
         rows, cols = shape[-2:]
-        if self.packs(scheme) and cols % packing.EACH:
-            return f"{cols} columns: readers of packed int8 want a multiple of {packing.EACH}"
         if scheme == "mxfp8" and cols % 32:
             return f"{cols} columns: readers of mxfp8 want a multiple of 32"
         if self.name == "fp8" and any(side > 128 and side % 128 for side in (rows, cols)):
             return f"{rows}x{cols}: readers of the fp8 format want sides of at most 128, or multiples of 128"
         return None
+
+    def unpackable(self, name: str, shape: tuple[int, ...], kind: str, scheme: str) -> str | None:
+        """Why several numbers of a weight could not be one in this format; None if they can, or need not be."""
+        if not self.packs(scheme) or not shape[-1] % packing.EACH:
+            return None
+        return f"{shape[-1]} columns: readers of packed int8 want a multiple of {packing.EACH}"
 
     def scale_name(self, name: str) -> str:
         """The name of a weight's scale."""
@@ -86,6 +92,12 @@ class Format:
     def packs(self, scheme: str | None) -> bool:
         """Return True if weights of a scheme are written as `packing` says."""
         return self.name == choices.DEFAULT_FORMAT and scheme is not None and schemes.get(scheme).dtype == torch.int8
+
+    def numbers_each(self, scheme: str | None) -> int:
+        """How many numbers of a weight are one of the tensor that it is written as."""
+        if self.packs(scheme):
+            return packing.EACH
+        return 2 if has_groups(scheme) else 1
 
     def weight_name(self, placement: Placement) -> str:
         """The name under which a weight is written."""

@@ -326,6 +326,7 @@ class DevicePress:
         wide = None if scheme.dtype.is_floating_point else lane.wide(self._wide_bytes)
         if out is not None:
             schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, scratch=wide)
+            destination.written(mine.piece)
             return
         if self._scratch is None:
             nbytes = self._lanes[0].staged.bytes.numel() // 2

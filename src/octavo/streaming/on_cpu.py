@@ -182,6 +182,8 @@ class Press:
         self.tiles.quantize(out, _part(mine, x), scale, scheme, mine.phase)
         if view is None:
             destination.put(mine.piece, out)
+        else:
+            destination.written(mine.piece)
 
     def _check(self, amax: Tensor, chunk: Chunk, x: Tensor | Encoded) -> None:
         """Raise if an amax is not finite, which is that of a weight."""
@@ -237,6 +239,8 @@ class Press:
         destination.put_scale(chunk.cells, schemes.to_stored(scales, scheme))
         if view is None:
             destination.put(chunk.piece, out)
+        else:
+            destination.written(chunk.piece)
         return True
 
     def _decode(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:

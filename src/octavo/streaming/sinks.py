@@ -41,6 +41,9 @@ class Destination(Protocol):
     def view(self, piece: Piece) -> Stored | None:
         """The memory into which the box is to be quantized; None: use scratch, and call `put`."""
 
+    def written(self, piece: Piece) -> None:
+        """The box has been quantized into the memory that `view` gave."""
+
     def put(self, piece: Piece, values: Stored) -> None:
         """Take the values of a box (copied before this returns, and perhaps changed); not where `view` gave memory."""
 
@@ -68,6 +71,10 @@ class Storage:
     weight: Tensor
     scale: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.scale
+
     @classmethod
     def allocate(cls, placement: Placement) -> Storage:
         """Uninitialised memory of the right shapes, dtypes and device."""
@@ -88,6 +95,23 @@ class PackedStorage:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (*self.numbers, self.divisor)
+
+
+@dataclass(slots=True)
+class WordStorage:
+    """A parameter's memory where several numbers are one integer, in which their bytes are what ``to_bytes`` makes."""
+
+    words: Tensor
+    scale: Tensor
+    to_bytes: Callable[[Tensor], Tensor]  # in place
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.words, self.scale
+
+
+#: of a parameter
+Memory = Storage | PackedStorage | WordStorage
 
 
 @contextlib.contextmanager
@@ -138,6 +162,9 @@ class _Parameter:
     def view(self, piece: Piece) -> Stored:
         return schemes.region(self._weight, piece.box)
 
+    def written(self, piece: Piece) -> None:
+        pass
+
     def put(self, piece: Piece, values: Stored) -> None:
         schemes.copy_into(self.view(piece), values, non_blocking=True)
 
@@ -157,16 +184,33 @@ class _Apart(_Parameter):
         super().put_scale(cells, 1 / values)  # exact
 
 
+class _Words(_Parameter):
+    def __init__(self, placement: Placement, storage: WordStorage) -> None:
+        super().__init__(placement, Storage(storage.words.view(placement.dtype), storage.scale))
+        self._to_bytes = storage.to_bytes
+
+    def written(self, piece: Piece) -> None:
+        numbers = self.view(piece)
+        assert isinstance(numbers, Tensor)
+        self._to_bytes(numbers)
+
+    def put(self, piece: Piece, values: Stored) -> None:
+        assert isinstance(values, Tensor)
+        super().put(piece, self._to_bytes(values))
+
+
 class ParameterSink:
     """Writes into memory that exists: ``storages`` maps parameter names to it."""
 
-    def __init__(self, storages: Mapping[str, Storage | PackedStorage]) -> None:
+    def __init__(self, storages: Mapping[str, Memory]) -> None:
         self._storages = storages
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
         storage = self._storages[placement.name]
         if isinstance(storage, PackedStorage):
             return _Apart(placement, storage)
+        if isinstance(storage, WordStorage):
+            return _Words(placement, storage)
         return _Parameter(placement, storage)
 
 
@@ -299,6 +343,9 @@ class _FileRegion:
 
     def view(self, piece: Piece) -> None:
         return None
+
+    def written(self, piece: Piece) -> None:
+        pass
 
     def put(self, piece: Piece, values: Stored) -> None:
         placement = self._placement

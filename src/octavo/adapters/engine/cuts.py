@@ -36,12 +36,17 @@ class Grid(NamedTuple):
 
     @classmethod
     @functools.lru_cache(maxsize=4096)
-    def of(cls, scheme: Scheme, shape: tuple[int, ...]) -> Grid:
-        """The grid of a weight [..., out, in]; where several are in a byte, bytes are its columns."""
+    def of(cls, scheme: Scheme, shape: tuple[int, ...], each: int = 1) -> Grid:
+        """The grid of a weight [..., out, in]; where several of its numbers are in one, these are its columns.
+
+        Args:
+            each: how many of its columns that is, where they share scales with all of their row.
+        """
         if scheme.packed:
             codes, scales = Packed.boxes(shape)
             return cls(codes, (1, Packed.boxes((GROUP,))[0][-1]), scales)
-        return cls(shape, scheme.groups, scheme.scale_shape(shape) or (1, 1))
+        assert each == 1 or scheme.group_cols is None
+        return cls((*shape[:-1], shape[-1] // each), scheme.groups, scheme.scale_shape(shape) or (1, 1))
 
 
 def unequal(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix: str) -> str | None:

@@ -54,10 +54,10 @@ def check_filling(
         others: of that, what may be filled otherwise: by the model's loader, or in part (buffers).
     """
     views, padding = _by_name(memory, placed), _by_name(memory, constants)
-    if missing := {*expected} - views.keys() - {*others}:
+    if missing := {*expected} - views.keys() - padding.keys() - {*others}:
         raise ValueError(f"nothing goes into {min(missing)}")
-    for name, mine in views.items():
-        home = memory[name]
+    for name in views.keys() | padding.keys():
+        home, mine = memory[name], views.get(name, ())
         problem = _problem(tuple(home.shape), home.stride(), mine, padding.get(name, ()))
         if problem is not None and (name not in others or problem.startswith(_TWICE)):
             raise ValueError(f"{name}: {problem}")

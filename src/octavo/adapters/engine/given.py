@@ -6,16 +6,16 @@ The names, dtypes and shapes are those of a format. A weight and its scale alway
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...checkpoint import dtypes
 from ...choices import DEFAULT_SCHEME
 from ...conversion.formats import Format
-from ...conversion.packing import PACKED
+from ...conversion.packing import PACKED, SHAPE
 from ...elements.dry_run import Copy, Source
 from ...numerics import schemes
 from ...numerics.schemes import Scheme
@@ -57,6 +57,20 @@ class Given:
             ]
         return found
 
+    @property
+    def packed(self) -> bool:
+        """Whether layers hold several numbers in one, by a name of their own."""
+        return self.each > 1
+
+    @property
+    def each(self) -> int:
+        """How many numbers these are."""
+        return self.layout.numbers_each(self.scheme.name)
+
+    def facts(self, placements: Iterable[Placement]) -> dict[str, Tensor]:
+        """What comes with quantized weights and is known without reading them: name -> value."""
+        return {name: value for p in placements if p.scheme for name, value in self.layout.beside(p).items()}
+
     def weight(self, placement: Placement) -> str:
         """The name of the weight itself."""
         return self.layout.weight_name(placement)
@@ -73,10 +87,11 @@ class Given:
 
     def holders(self, model: nn.Module) -> set[str]:
         """Parameters that hold numbers of the scheme; scales of their own may have the same dtype."""
+        dtype = torch.int32 if self.layout.packs(self.scheme.name) else self.scheme.dtype
         return {
             name
             for name, parameter in model.named_parameters()
-            if parameter.dtype == self.scheme.dtype and (name.endswith(PACKED) or not self.scheme.packed)
+            if parameter.dtype == dtype and (name.endswith(PACKED) or not self.packed)
         }
 
     def misfit(self, placement: Placement, found: Copies, engine: str) -> str | None:
@@ -87,10 +102,12 @@ class Given:
             if name == self.weight(placement):
                 continue
             copies = found.get(name, ())
+            if not copies and suffix == SHAPE:
+                continue  # another one is loaded over it
             if not copies:
                 return f"{engine}'s loader {SCALE_PASSED_OVER}"
             if name == self.layout.scale_name(placement.name):
-                grid = Grid.of(self.scheme, placement.shape)
+                grid = Grid.of(self.scheme, placement.shape, self.each)
                 if why := unequal(weights, copies, grid, suffix):
                     return f"{engine}'s loader {why}"
             elif {copy.target for copy in copies} != {unpacked(copy.target) + suffix for copy in weights}:

@@ -125,8 +125,10 @@ class Loading:
     def _plan(self) -> Plan:
         """The plan of all tensors, with experts by the names that they are to have."""
         cuts = [cut for experts in self._experts for cut in experts.cuts()]
-        options = self.options
-        return plan_checkpoint(self.checkpoint, options.recipe, options.staging_bytes, str(self._device), cuts=cuts)
+        options, veto = self.options, self.layout.unpackable
+        return plan_checkpoint(
+            self.checkpoint, options.recipe, options.staging_bytes, str(self._device), veto=veto, cuts=cuts
+        )
 
     @property
     def plan_to_make_by(self) -> Plan | None:

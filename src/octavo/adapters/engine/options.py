@@ -43,6 +43,7 @@ def _is_bool(value: Any) -> bool:
 Kind = tuple[Callable[[Any], bool], str]
 _KINDS: dict[str, Kind] = {
     "scheme": (lambda value: isinstance(value, str), "the name of a scheme"),
+    "format": (lambda value: value is None or isinstance(value, str), "the name of a format"),
     "ignore": (_are_patterns, "a list of patterns"),
     "staging_bytes": (_is_count, "a number of bytes"),
     "threads": (lambda value: value is None or _is_count(value), "a number, at least 1"),
@@ -60,6 +61,8 @@ class Options:
     Args:
         scheme: ``fp8_channel``, ``fp8_block``, ``int8_channel`` or ``nvfp4``; ``auto`` (default) is ``fp8_channel``,
             and where the source is quantized already, the one that keeps its bytes.
+        format: of the checkpoint that the engine is told of, as in `octavo convert`; default: the one that it has more
+            kernels for.
         ignore: patterns of checkpoint tensors that stay as they are; see `octavo.Recipe`.
         staging_bytes: bound on memory beyond the model, on the host and on the device.
         threads: that read; default: one a core, at most 16.
@@ -69,8 +72,10 @@ class Options:
 
     engine: ClassVar[str]  # what it is called
     refused: ClassVar[Mapping[str, str]] = REFUSED  # schemes that it is not given -> why
+    told: ClassVar[Mapping[str, tuple[str, ...]]] = {}  # scheme -> formats, where there are several or another
 
     scheme: str = AUTO
+    format: str | None = None
     ignore: tuple[str, ...] = ()
     staging_bytes: int = DEFAULT_STAGING_BYTES
     threads: int | None = None
@@ -84,13 +89,39 @@ class Options:
     @property
     def layout(self) -> formats.Format:
         """The format of the checkpoint that the engine is told of."""
-        return formats.get(FORMATS.get(self.scheme, DEFAULT_FORMAT))
+        return formats.get(self.format or self.formats_of(self.scheme)[0])
+
+    def check_format(self, scheme: str) -> None:
+        """Raise a `RecipeError` unless the engine can be told of a scheme in the format; of ``auto``, in any way."""
+        if self.format is None:
+            return
+        layout = formats.get(self.format)  # which may be unknown
+        if scheme not in (*layout.schemes, AUTO):
+            raise RecipeError(
+                f"--model-loader-extra-config: the format {self.format!r} has no {scheme}, only "
+                f"{', '.join(layout.schemes)}; choose another scheme, or the format {DEFAULT_FORMAT!r}"
+            )
+        if scheme != AUTO and self.format not in self.formats_of(scheme):
+            raise RecipeError(
+                f"--model-loader-extra-config: the format {self.format!r} of {scheme} is not offered in "
+                f"{self.engine}; use {' or '.join(map(repr, self.formats_of(scheme)))}"
+            )
+
+    @classmethod
+    def formats_of(cls, scheme: str) -> tuple[str, ...]:
+        """The formats in which the engine can be told of a scheme; the default first."""
+        return cls.told.get(scheme, (FORMATS.get(scheme, DEFAULT_FORMAT),))
 
     def settled(self: Mine, checkpoint: Checkpoint) -> tuple[Mine, str | None]:
         """The options with a scheme in the place of ``auto``, and a remark where that is not the usual one."""
         recipe, remark = settled(self.recipe, checkpoint.tensors.values(), self.offered())
         assert recipe.scheme is not None
-        return replace(self, scheme=recipe.scheme), remark
+        return self.with_scheme(recipe.scheme), remark
+
+    def with_scheme(self: Mine, scheme: str) -> Mine:
+        """The options with a scheme in the place of ``auto``, which has to fit the format."""
+        self.check_format(scheme)
+        return replace(self, scheme=scheme)
 
     @classmethod
     def offered(cls) -> tuple[str, ...]:
@@ -136,6 +167,7 @@ class Options:
             cls._check_scheme(given["scheme"])
         options = cls(**{**given, "ignore": tuple(given.get("ignore", ()))})
         _ = options.recipe  # finds malformed patterns
+        options.check_format(options.scheme)
         return options
 
     @classmethod

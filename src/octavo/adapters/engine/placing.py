@@ -16,7 +16,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -26,13 +26,13 @@ from ...conversion import formats, packing
 from ...conversion.formats import Format
 from ...elements.dry_run import Copy, Trace, is_run
 from ...elements.pieces import Piece, contiguous_strides
-from ...elements.views import View
+from ...elements.views import View, layout_of
 from ...numerics import schemes
 from ...numerics.nvfp4 import Packed
 from ...numerics.schemes import Scheme
 from ...planning.placement import Placement, cut_parts
 from ...planning.plan import Plan
-from ...streaming.sinks import PackedStorage, Storage
+from ...streaming.sinks import Memory, PackedStorage, Storage, WordStorage
 from .cuts import Grid, paired, unpacked
 
 
@@ -40,7 +40,7 @@ class Places(NamedTuple):
     """Two plans that together are the whole, and the memory of the first one's placements."""
 
     direct: Plan
-    storages: Mapping[str, Storage | PackedStorage]
+    storages: Mapping[str, Memory]
     rest: Plan
 
 
@@ -57,7 +57,6 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
     """Which of the plan's tensors need no loader, by a dry run ``seen`` in which all went well."""
     found, memory = seen.by_source, dict(model.named_parameters()) | dict(model.named_buffers())
     rest: list[Placement] = []
-    suffix = layout.scale_suffix
     homes: dict[str, list[_Part]] = {}  # parameter -> what is streamed into it
     devices = {target: str(tensor.device) for target, tensor in memory.items()}
     for placement in plan.placements:
@@ -67,7 +66,7 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
         parts, copies = None, (*weights, *scales, *over)
         if placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in copies):
             parts = (
-                _quantized(placement, weights, scales, over, suffix)
+                _quantized(placement, weights, scales, over, layout)
                 if placement.scheme
                 else _moved(placement, weights, memory)
             )
@@ -77,16 +76,16 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
         for each in parts:
             homes.setdefault(each.weight.target, []).append(each)
     direct: list[Placement] = []
-    storages: dict[str, Storage | PackedStorage] = {}
+    storages: dict[str, Memory] = {}
     for target, parts in homes.items():  # in the order of their first bytes
-        joined = _joined(target, parts, memory, suffix)
+        joined = _joined(target, parts, memory, layout)
         if joined is not None:
             direct.append(joined[0])
             storages[joined[0].name] = joined[1]
             continue
         for part in parts:
             direct.append(part.placement)
-            storages[part.placement.name] = _storage(part, memory)
+            storages[part.placement.name] = _storage(part, memory, layout)
     order: dict[str, int] = {}
     for number, placement in enumerate(plan.placements):
         order.setdefault(placement.pieces[0].src_name, number)
@@ -137,20 +136,27 @@ def _rows(view: View, length: int) -> tuple[View, Columns] | None:
     return whole, None if columns == (0, length) else columns
 
 
-def _storage(part: _Part, memory: Mapping[str, Tensor]) -> Storage | PackedStorage:
+def _storage(part: _Part, memory: Mapping[str, Tensor], layout: Format) -> Memory:
     """The memory that the loader puts them into."""
-    scale = None if part.scale is None else _region(memory, part.scale)
-    if part.over is None or scale is None:
-        return Storage(_region(memory, part.weight), scale)
-    return PackedStorage(Packed(_region(memory, part.weight), scale), _region(memory, part.over))
+    weight, scale = _region(memory, part.weight), None if part.scale is None else _region(memory, part.scale)
+    if scale is not None and part.over is not None:
+        return PackedStorage(Packed(weight, scale), _region(memory, part.over))
+    return memory_like(weight, scale, part.placement.scheme, layout)
+
+
+def memory_like(weight: Tensor, scale: Tensor | None, scheme: str | None, layout: Format) -> Storage | WordStorage:
+    """Parameters with a weight and its scales, as a stream writes into them."""
+    if scale is None or not layout.packs(scheme):
+        return Storage(weight, scale)
+    return WordStorage(weight, scale, functools.partial(layout.to_bytes, scheme))
 
 
 def _quantized(
-    placement: Placement, weights: list[Copy], scales: list[Copy], over: list[Copy], suffix: str
+    placement: Placement, weights: list[Copy], scales: list[Copy], over: list[Copy], layout: Format
 ) -> list[_Part] | None:
     """Matrices, or rows and columns of them, each with its scales; None where there is more to do than to move."""
-    scheme = schemes.get(str(placement.scheme))
-    pairs = paired(weights, scales, Grid.of(scheme, placement.shape), suffix)
+    scheme, each = schemes.get(str(placement.scheme)), layout.numbers_each(placement.scheme)
+    pairs = paired(weights, scales, Grid.of(scheme, placement.shape, each), layout.scale_suffix)
     if pairs is None:
         return None
     n, k = placement.shape[-2:]
@@ -159,10 +165,10 @@ def _quantized(
         view = weight.view
         assert view is not None  # it has a pair
         beside = [copy for copy in over if copy.target == unpacked(weight.target) + packing.GLOBAL]
-        if scheme.packed:
-            if len(beside) != 1 or math.prod(beside[0].into.size) != 1 or len(view.size) != 2:
-                return None
-            view = _widened(view)
+        if scheme.packed and (len(beside) != 1 or math.prod(beside[0].into.size) != 1 or len(view.size) != 2):
+            return None
+        if each > 1:
+            view = _widened(view, each)
         # of an axis without a second element, the loader may have any stride
         rows = _rows(view._replace(strides=(*view.strides[:-2], k, 1)), k)
         found = rows and _in_file(placement, *rows)
@@ -173,10 +179,10 @@ def _quantized(
     return parts
 
 
-def _widened(view: View) -> View:
-    """What a view of bytes, in each of which are two numbers, is of these."""
+def _widened(view: View, each: int) -> View:
+    """What a view of elements, each of which is so many numbers, is of these."""
     size, strides = view.size, view.strides
-    return View(2 * view.offset, (*size[:-1], 2 * size[-1]), (*(2 * step for step in strides[:-1]), 1))
+    return View(each * view.offset, (*size[:-1], each * size[-1]), (*(each * step for step in strides[:-1]), 1))
 
 
 def _in_file(placement: Placement, taken: View, columns: Columns) -> tuple[Piece, Columns] | None:
@@ -211,26 +217,25 @@ def _part(placement: Placement, number: int, piece: Piece, columns: Columns, dty
 
 
 def _joined(
-    target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor], suffix: str
-) -> tuple[Placement, Storage | PackedStorage] | None:
+    target: str, parts: Sequence[_Part], memory: Mapping[str, Tensor], layout: Format
+) -> tuple[Placement, Memory] | None:
     """All parts of a quantized parameter as one placement; None where they are not whole rows that tile it."""
-    whole, scales = memory[target].detach(), memory.get(unpacked(target) + suffix)
+    whole, scales = memory[target].detach(), memory.get(unpacked(target) + layout.scale_suffix)
     first = parts[0].placement
     alike = {
         (p.scheme, p.source_dtype_names, p.shape[-1:], p.columns, p.lossless, scale is None) for p, _, scale, _ in parts
     }
     if len(parts) == 1 or len(alike) > 1 or first.scheme is None or scales is None or whole.ndim < 2:
         return None
-    scheme, shape = schemes.get(first.scheme), tuple(whole.shape)
-    if scheme.packed:
-        shape = (*shape[:-1], 2 * shape[-1])
+    scheme, each = schemes.get(first.scheme), layout.numbers_each(first.scheme)
+    shape = (*whole.shape[:-1], each * whole.shape[-1])
     if not (whole.is_contiguous() and scales.is_contiguous()) or first.stored_shape[-1] != shape[-1]:
         return None
     if sum(math.prod(part.placement.stored_shape) for part in parts) != math.prod(shape):
         return None
     pieces = []
     for part in parts:
-        if not _lies_beside(part, len(shape), scheme):
+        if not _lies_beside(part, len(shape), scheme, each):
             return None
         piece, lead = part.placement.pieces[0], len(shape) - len(part.placement.shape)
         size, off = (*[1] * lead, *part.placement.shape), part.weight.box.off
@@ -251,14 +256,14 @@ def _joined(
         return None if divisors is None else (placement, PackedStorage(Packed(whole, scales.detach()), divisors))
     if placement.scale_grid != tuple(scales.shape):
         return None
-    return placement, Storage(whole, scales.detach())
+    return placement, memory_like(whole, scales.detach(), placement.scheme, layout)
 
 
-def _lies_beside(part: _Part, axes: int, scheme: Scheme) -> bool:
+def _lies_beside(part: _Part, axes: int, scheme: Scheme, each: int) -> bool:
     """Return True if whole rows, and their scales, lie at the same place of parameters with so many axes."""
     placement, weight, scale, _ = part
     lead, rows = axes - len(placement.shape), placement.shape[-2]
-    stored = Packed.boxes(placement.stored_shape)[0] if scheme.packed else placement.stored_shape
+    stored = (*placement.stored_shape[:-1], placement.stored_shape[-1] // each)
     if scale is None or lead < 0 or weight.box.size != (*[1] * lead, *stored):
         return False
     group = 1 if scheme.packed else scheme.group_rows or rows
@@ -285,6 +290,33 @@ def _divisors(
 def _patterns(pieces: Sequence[Piece]) -> tuple[str, ...]:
     """Patterns for the names of all sources; experts, which all go together, by a star."""
     return tuple(dict.fromkeys(re.sub(r"\.experts\.\d+\.", ".experts.*.", piece.src_name) for piece in pieces))
+
+
+def write_facts(model: nn.Module, seen: Trace, facts: Mapping[str, Tensor]) -> list[Copy]:
+    """Write what is known of weights without reading them where the loader puts it; the constants that this is."""
+    memory = dict(model.named_parameters()) | dict(model.named_buffers())
+    found: dict[str, list[tuple[Copy, tuple[int, ...]]]] = {}
+    for name, value in facts.items():
+        for copy in seen.by_source.get(name, ()):
+            region = _region(memory, copy)
+            region.copy_(value.view(region.shape))
+            found.setdefault(copy.target, []).append((copy, tuple(value.flatten().tolist())))
+    return [constant for target, mine in found.items() for constant in _constants(target, memory[target], mine)]
+
+
+def _constants(target: str, tensor: Tensor, mine: list[tuple[Copy, tuple[int, ...]]]) -> Iterator[Copy]:
+    """Facts as constants: one for each column where all rows are alike, as experts are."""
+    whole = View.of(tensor)
+    filled = sum(math.prod(copy.into.size) for copy, _ in mine)
+    if len({value for _, value in mine}) == 1 and filled == tensor.numel() and tensor.shape[-1:] == (len(mine[0][1]),):
+        views = [whole]
+    else:
+        views = [copy.into for copy, _ in mine]
+    for offset, size, strides in views:
+        for column in range(size[-1]):
+            part = View(offset + column * strides[-1], (*size[:-1], 1), strides)
+            box = next(iter(layout_of(whole.size, whole.strides).boxes(part.offset - whole.offset, *part[1:])))
+            yield Copy(target, box, frozenset(), None, part)
 
 
 def _region(memory: Mapping[str, Tensor], copy: Copy) -> Tensor:

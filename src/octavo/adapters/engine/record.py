@@ -27,12 +27,12 @@ from ...elements.boxes import coverage_problem
 from ...elements.pieces import Piece
 from ...elements.views import View
 from ...numerics import schemes
-from ...numerics.nvfp4 import E4M3, Packed
 from ...planning.placement import Placement
 from ...planning.plan import Plan
-from ...streaming.sinks import PackedStorage, Storage
+from ...streaming.sinks import Memory
 from .checked import natural, naturals, require, text, texts
 from .filling import check_filling, left_to_loader, targets_of
+from .homes import memory_of
 from .placing import Places
 from .survey import Survey
 
@@ -176,10 +176,8 @@ class Record:
             *pieces,
         ]
 
-    def _storage(self, storage: Storage | PackedStorage) -> list[Json]:
-        if isinstance(storage, PackedStorage):
-            return [*map(self._place, storage.tensors)]
-        return [None if tensor is None else self._place(tensor) for tensor in (storage.weight, storage.scale)]
+    def _storage(self, storage: Memory) -> list[Json]:
+        return [None if tensor is None else self._place(tensor) for tensor in storage.tensors]
 
     def _place(self, tensor: Tensor) -> list[Json]:
         """The parameter in which a view lies, and where."""
@@ -224,7 +222,8 @@ class Record:
         for row, *places in record["direct"]:
             placement = placements[row] if type(row) is int else reading.placement(row)
             direct.append(placement)
-            storages[placement.name] = self._memory_of(placement, *places)
+            views = [None if place is None else self._view(place) for place in places]
+            storages[placement.name] = memory_of(placement, views, self.layout, self.device)
         require(storages, len(storages) == len(direct))
         plan = dataclasses.replace(self.plan, placements=tuple(placements))
         rest = dataclasses.replace(plan, placements=tuple(placements[number] for number in record["rest"]))
@@ -248,32 +247,6 @@ class Record:
         padding = [(target, View(*place)) for target, *place, _ in constants]
         others = {name for name, _ in self.model.named_buffers()} | left_to_loader(found, self.layout)
         check_filling(self._memory, placed, padding, targets_of(found.fillers), others)
-
-    def _memory_of(self, placement: Placement, *places: Json) -> Storage | PackedStorage:
-        if len(places) == 3:
-            return self._packed_memory_of(placement, *map(self._view, places))
-        weight, scale = places
-        storage = Storage(self._view(weight), None if scale is None else self._view(scale))
-        there = storage.weight
-        require(there, there.shape == placement.stored_shape and there.dtype == placement.dtype)
-        require(there, str(there.device) == self.device)
-        beside = storage.scale
-        if placement.scheme is None or beside is None:
-            require(scale, placement.scheme is None and beside is None)
-            return storage
-        require(beside, beside.dtype == schemes.get(placement.scheme).scale_dtype and beside.device == there.device)
-        beside.view(placement.scale_grid)  # as the stream will
-        return storage
-
-    def _packed_memory_of(self, placement: Placement, codes: Tensor, scales: Tensor, divisor: Tensor) -> PackedStorage:
-        shapes = Packed.boxes(placement.stored_shape)
-        require(placement, placement.scheme is not None and schemes.get(placement.scheme).packed)
-        require(codes, codes.shape == shapes[0] and codes.dtype == placement.dtype)
-        require(scales, scales.shape == shapes[1] and scales.dtype == E4M3)
-        require(divisor, divisor.dtype == torch.float32)
-        require(codes, {str(tensor.device) for tensor in (codes, scales, divisor)} == {self.device})
-        divisor.view(placement.scale_grid)  # as the stream will
-        return PackedStorage(Packed(codes, scales), divisor)
 
     def _view(self, place: Sequence[Json]) -> Tensor:
         name, offset, size, strides = place

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...checkpoint import dtypes
 from ...conversion.formats import Format
@@ -31,7 +31,7 @@ from ...planning.plan import Plan
 from .coverage import coverage, uncovered
 from .culprits import Loader, trace_to_culprit
 from .given import Given, given_for
-from .placing import Places, split
+from .placing import Places, split, write_facts
 from .twins import twins
 
 #: layer -> tensors, scales included, that fill it in this process -> its parameters that they go to
@@ -49,7 +49,7 @@ class Survey:
     fillers: Fillers = field(default_factory=dict)
     keep: Mapping[str, str] = field(default_factory=dict)  # modules that must stay unquantized after all -> why
     refused: Mapping[str, str] = field(default_factory=dict)  # of those: tensors that the loader can't take in FP8
-    constants: tuple[Copy, ...] = ()  # what the loader has filled with constants while it ran dry: padding
+    constants: tuple[Copy, ...] = ()  # what is filled with constants already: padding, and facts of weights
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Surveyor:
         seen = self._trace(wanted)
         reasons: dict[str, str] = {}
         if seen.failed or self._misfits(seen, wanted) or self._lacks_scale(seen, wanted):
-            with twins(self.model, self._holders):
+            with twins(self.model, self._holders, self._given.each):
                 plain, keep, lacking = self._plain()
                 more, reasons = self._compare(plain, wanted)
                 keep.update(more)
@@ -106,13 +106,16 @@ class Surveyor:
         layers = {layer_of(copy.target) for copy in seen.copies if copy.target in self._holders}
         unread = tuple(p.name for p in self.plan.placements if p.name not in hit)
         made = _amend(self.plan, hit, reasons)
-        places, constants = split(self.model, seen, made, self.layout), tuple(c for c in seen.copies if not c.sources)
-        return Survey(made, places, len(layers), unread, _fillers(seen), constants=constants)
+        places, constants = split(self.model, seen, made, self.layout), [c for c in seen.copies if not c.sources]
+        by_loader = {placement.name for placement in places.rest.placements}
+        streamed = (placement for placement in made.quantized if placement.name not in by_loader)
+        constants += write_facts(self.model, seen, self._given.facts(streamed))
+        return Survey(made, places, len(layers), unread, _fillers(seen), constants=tuple(constants))
 
     def takes(self) -> bool | None:
         """Return True if the loader, given the plan's tensors alone, takes all in FP8; None if it passes over them."""
         wanted = frozenset(placement.name for placement in self.plan.quantized)
-        seen = trace(self.model, self.load, self._virtual(wanted, ()))
+        seen = self._without_repeated_facts(trace(self.model, self.load, self._virtual(wanted, ())))
         if seen.failed is None and not seen.copies:
             return None
         if seen.failed or self._misfits(seen, wanted):
@@ -152,7 +155,27 @@ class Surveyor:
     # -- dry runs -----------------------------------------------------------------------------------------------------
 
     def _trace(self, quantized: Collection[str], without: Collection[str] = ()) -> Trace:
-        return trace_to_culprit(self.model, self.load, self._virtual(quantized, without))
+        return self._without_repeated_facts(trace_to_culprit(self.model, self.load, self._virtual(quantized, without)))
+
+    def _without_repeated_facts(self, seen: Trace) -> Trace:
+        """Without what is written over: of matrices that an engine joins, each comes with its shape, for one place."""
+        if self._facts:
+            last = {
+                (copy.target, copy.box): number
+                for number, copy in enumerate(seen.copies)
+                if not copy.sources.isdisjoint(self._facts)
+            }
+            seen.copies = [
+                copy
+                for number, copy in enumerate(seen.copies)
+                if copy.sources.isdisjoint(self._facts) or last[copy.target, copy.box] == number
+            ]
+        return seen
+
+    @functools.cached_property
+    def _facts(self) -> Mapping[str, Tensor]:
+        """What is known of quantized weights without reading them: name -> value."""
+        return self._given.facts(self.plan.quantized)
 
     def _virtual(self, quantized: Collection[str], without: Collection[str]) -> Iterator[Source]:
         """The tensors that the loader is given when these become FP8; ``without`` those of some patterns."""
@@ -216,7 +239,7 @@ class Surveyor:
     def _lacks_scale(self, seen: Trace, wanted: Collection[str]) -> bool:
         """Return True if an unquantized tensor goes into a parameter that holds FP8, or is passed over for its name."""
         holders = self._holders
-        if self._given.scheme.packed and not holders <= {copy.target for copy in seen.copies}:
+        if self._given.packed and not holders <= {copy.target for copy in seen.copies}:
             return True
         return any(c.target in holders and any(self._origin(n) not in wanted for n in c.sources) for c in seen.copies)
 

@@ -18,8 +18,12 @@ from .cuts import unpacked
 
 
 @contextlib.contextmanager
-def twins(model: nn.Module, holders: Collection[str]) -> Iterator[None]:
-    """Have twins of these parameters meanwhile; of those that are not packed there are none."""
+def twins(model: nn.Module, holders: Collection[str], each: int) -> Iterator[None]:
+    """Have twins of these parameters meanwhile; of those that are not packed there are none.
+
+    Args:
+        each: how many numbers are one of a packed parameter.
+    """
     made: list[tuple[nn.Module, str]] = []
     try:
         for holder in holders:
@@ -28,7 +32,7 @@ def twins(model: nn.Module, holders: Collection[str]) -> Iterator[None]:
             if not name.endswith(PACKED) or unpacked(name) in module._parameters:
                 continue
             packed: Any = module._parameters[name]
-            twin: Any = torch.empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=torch.bfloat16, device="meta")
+            twin: Any = torch.empty((*packed.shape[:-1], each * packed.shape[-1]), dtype=torch.bfloat16, device="meta")
             twin = twin.as_subclass(type(packed))  # whose loader may ask for its class
             twin.__dict__.update(packed.__dict__)
             module._parameters[unpacked(name)] = twin

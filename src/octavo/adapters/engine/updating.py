@@ -143,8 +143,16 @@ class Weights:
         for name, weight in weights.quantized():
             if name in self._placements and not self._placements[name].scheme:  # else it was looked at when it was read
                 soundness.of_weight(name, weight)
+            if name in self._repeated:
+                continue
             self.arrivals.add(name)
             yield name, weight
+
+    @functools.cached_property
+    def _repeated(self) -> set[str]:
+        """Facts of weights for which others stand: of matrices that an engine joins, one comes for all."""
+        facts = (name for placement in self.plan.quantized for name in self.layout.beside(placement))
+        return {name for name in facts if name not in self.arrivals}
 
     def _quantized(self, weights: Iterable[tuple[str, Tensor]], soundness: Soundness) -> Iterator[tuple[str, Tensor]]:
         """Each tensor as it was first loaded: in FP8 and followed by its scale, or as it is.
@@ -162,20 +170,24 @@ class Weights:
                 del weight
                 soundness.of_quantized(name, scale)
                 for part, tensor in self.layout.handed_out(placement, q, scale).items():
-                    self.arrivals.add(part)
-                    yield part, tensor
+                    if part not in self._repeated:
+                        self.arrivals.add(part)
+                        yield part, tensor
                 del q, scale, tensor
                 continue
             beside = self._parts.get(name)
             if beside is not None:
                 _check_part(name, weight, *beside)
+                _check_fact(name, weight, self.layout.beside(beside[0]).get(name))
                 if name.endswith(GLOBAL):
                     soundness.of_divisor(name, weight)
                     soundness.check()  # joined layers are brought to one as soon as they are whole
-                else:
+                elif name == self.layout.scale_name(beside[0].name):
                     soundness.of_scale(name, weight)
             else:
                 soundness.of_weight(name, weight)
+            if name in self._repeated:
+                continue
             if name in self.arrivals:
                 self.arrivals.add(name)
                 yield name, weight
@@ -211,6 +223,12 @@ def _check_part(name: str, given: Tensor, placement: Placement, dtype: torch.dty
             f"{name}: is {given.dtype} {list(given.shape)}, and {what} of {placement.name} in {placement.scheme} is "
             f"{dtype} {list(shape)}"
         )
+
+
+def _check_fact(name: str, given: Tensor, known: Tensor | None) -> None:
+    """Raise for what is known of a weight, and is said to be otherwise."""
+    if known is not None and given.tolist() != known.tolist():
+        raise CoverageError(f"{name}: says {given.tolist()}, and the model was loaded with {known.tolist()}")
 
 
 def prepare(weights: Weights) -> None:

@@ -126,7 +126,7 @@ def _settled(options: Options, model: str, declared: Declared) -> Options:
     ways = [way.groups for way in declared.ways if way.kind == "float8"]
     known = [schemes.get(scheme) for scheme in SCHEMES]
     kept = (scheme.name for groups in ways for scheme in known if (scheme.groups, scheme.dtype) == (groups, FP8))
-    return dataclasses.replace(options, scheme=next(kept, DEFAULT_SCHEME))
+    return options.with_scheme(next(kept, DEFAULT_SCHEME))
 
 
 def marked(config: Mapping[str, Any], options: Options) -> dict[str, Any]:

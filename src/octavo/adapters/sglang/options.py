@@ -12,8 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ...choices import AUTO, DEFAULT_FORMAT
-from ...conversion import formats
+from ...choices import DEFAULT_FORMAT
 from ...errors import RecipeError
 from ..engine import options
 from ..engine.names import REFUSED_IN_SGLANG
@@ -23,33 +22,22 @@ from ..engine.names import REFUSED_IN_SGLANG
 class Options(options.Options):
     """``--model-loader-extra-config`` of SGLang.
 
+    Its ``format`` of `fp8_block` may also be ``fp8``, for kernels that SGLang has for that alone.
+
     Args:
-        format: of the FP8 checkpoint that SGLang is told of: ``compressed-tensors`` (default), or ``fp8`` for kernels
-            that SGLang has for that alone.
         draft: the scheme of a draft with a checkpoint of its own, which stays as it is otherwise.
     """
 
     engine = "SGLang"
     refused: ClassVar[Mapping[str, str]] = {**options.REFUSED, **REFUSED_IN_SGLANG}
+    told: ClassVar[Mapping[str, tuple[str, ...]]] = {"fp8_block": (DEFAULT_FORMAT, "fp8")}
 
-    format: str = DEFAULT_FORMAT
     draft: str | None = None
 
     def __post_init__(self) -> None:
         if self.draft is not None:
             self._check_scheme(self.draft)
-        layout = formats.get(self.format)  # which may be unknown
-        for scheme in filter(None, (self.scheme, self.draft)):
-            if scheme not in (*layout.schemes, AUTO):
-                raise RecipeError(
-                    f"--model-loader-extra-config: the format {self.format!r} has no {scheme}, only "
-                    f"{', '.join(layout.schemes)}; choose another scheme, or the format {DEFAULT_FORMAT!r}"
-                )
-
-    @property
-    def layout(self) -> formats.Format:
-        """The format of the checkpoint that SGLang is told of."""
-        return super().layout if self.format == DEFAULT_FORMAT else formats.get(self.format)
+            self.check_format(self.draft)
 
     def for_draft(self) -> Options | None:
         """The options for a draft with a checkpoint of its own, to which patterns don't apply; None if it stays."""
@@ -57,9 +45,8 @@ class Options(options.Options):
 
     @classmethod
     def kinds(cls) -> dict[str, options.Kind]:
-        text = (lambda value: isinstance(value, str), "a text")
         scheme = (lambda value: value is None or isinstance(value, str), f"one of {', '.join(cls.offered())}")
-        return {**super().kinds(), "format": text, "draft": scheme}
+        return {**super().kinds(), "draft": scheme}
 
     @classmethod
     def of(cls, extra: Any, quantization: str | None = None) -> Options:

@@ -71,6 +71,9 @@ def stock(load_config: Any) -> DefaultModelLoader:
 def options_of(extra: Any, quantization: str) -> Options:
     """The target's options, for a draft with a scheme of its own."""
     given = {name: value for name, value in extra.items() if name != "scheme"} if isinstance(extra, dict) else extra
+    scheme = scheme_of_quantization(quantization) or ""
+    if isinstance(given, dict) and given.get("format") not in Options.formats_of(scheme):
+        given.pop("format", None)  # it is about the target's scheme
     return Options.parse(given, quantization)
 
 

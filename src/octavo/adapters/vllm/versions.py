@@ -21,6 +21,8 @@ OLDEST = (0, 24)
 _DEFERRED = "online_process_loader"
 #: the module that knows all loaders
 LOADERS = "vllm.model_executor.model_loader"
+#: of a layer that kernels are tried on
+_SIDE = 1024
 #: parameters of experts, which only scale activations
 _OF_ACTIVATIONS = ("w13_input_global_scale", "w2_input_global_scale")
 #: a module that every model in FP8 needs, whose kernels are known when it has been imported
@@ -118,7 +120,8 @@ def begin_anew(layer: nn.Module) -> None:
 def check_kernel(config: Any, *parts: Any) -> None:
     """Raise what vLLM raises where it has no kernel here for what a config of compressed-tensors says of a layer.
 
-    Nothing, where a version can't be asked so.
+    It is asked by having it make the weights of a layer whose sides fit all kernels. Nothing, where a version can't be
+    asked so.
 
     Args:
         parts: quantization of weights, of inputs and of outputs, and the format.
@@ -131,7 +134,26 @@ def check_kernel(config: Any, *parts: Any) -> None:
         inspect.signature(scheme_of).bind(*parts)
     except TypeError:
         return
-    check(scheme_of(*parts).get_min_capability())
+    scheme = scheme_of(*parts)
+    check(scheme.get_min_capability())
+    create = getattr(scheme, "create_weights", None)
+    about = {
+        "layer": nn.Module(),
+        "output_size": _SIDE,
+        "input_size": _SIDE,
+        "output_partition_sizes": [_SIDE],
+        "input_size_per_partition": _SIDE,
+        "params_dtype": torch.bfloat16,
+        "weight_loader": lambda *_: None,
+    }
+    if create is None:
+        return
+    try:
+        inspect.signature(create).bind(**about)
+    except TypeError:
+        return
+    with torch.device("meta"):
+        create(**about)
 
 
 @contextlib.contextmanager

@@ -27,14 +27,19 @@ pytestmark = [
     pytest.mark.usefixtures("vllm_loads"),
 ]
 
-SCHEMES = {"int8_channel": "compressed-tensors-w8a8", "nvfp4": "compressed-tensors"}
+#: scheme, and the format of the checkpoint that vLLM is told of
+CASES = [
+    ("int8_channel", "compressed-tensors-w8a8"),
+    ("int8_channel", "compressed-tensors"),
+    ("nvfp4", "compressed-tensors"),
+]
 NAMES = ("phi3", "granitemoe")
 WIDE = ("llama wide", "qwen2_moe wide")
 
 
-def convert(source: Path, scheme: str) -> Path:
+def convert(source: Path, scheme: str, format: str = "compressed-tensors") -> Path:
     target = source.with_name(f"{source.name}-{scheme}")
-    octavo.convert(source, target, scheme, format=SCHEMES[scheme], prove=False, reader="vllm")
+    octavo.convert(source, target, scheme, format=format, prove=False, reader="vllm")
     return target
 
 
@@ -48,17 +53,23 @@ def loaded(*jobs: Job) -> list[Answer]:
     return answers
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_parameters_equal_those_of_the_converted_checkpoint(scheme: str, tmp_path: Path) -> None:
-    """Also after new weights have come, in a reload and as a trainer sends them."""
+@pytest.mark.parametrize(("scheme", "format"), CASES)
+def test_parameters_equal_those_of_the_converted_checkpoint(scheme: str, format: str, tmp_path: Path) -> None:
+    """Also after new weights have come: in a reload, and from a trainer, in bf16 or as conversions have them."""
     jobs: list[Job] = []
+    asked = {"quantization": f"octavo_{scheme}", "model_loader_extra_config": {"format": format}, "kernels": False}
     for name in NAMES:
         old, new = make(name, tmp_path / name), make(name, tmp_path / f"{name}-new", seed=1)
-        steps = [["reload", str(new)], ["update", str(old), [list(tensors_of(old))]]]
+        coded = convert(new, scheme, format)
+        steps = [
+            ["reload", str(new)],
+            ["update", str(old), [list(tensors_of(old))]],
+            ["update", str(coded), [list(tensors_of(coded))]],
+        ]
         jobs += [
-            Job(old, {"quantization": f"octavo_{scheme}", "kernels": False}, steps),
-            octavo_job(new, scheme, kernels=False),
-            Job(convert(old, scheme), {"kernels": False}),
+            Job(old, asked, steps),
+            octavo_job(new, kernels=False, model_loader_extra_config={"scheme": scheme, "format": format}),
+            Job(convert(old, scheme, format), {"kernels": False}),
         ]
     answers = loaded(*jobs)
     for name, mine, new, stock in zip(NAMES, *(answers[first::3] for first in range(3)), strict=True):
@@ -66,19 +77,21 @@ def test_parameters_equal_those_of_the_converted_checkpoint(scheme: str, tmp_pat
             assert not answer.error, f"{name}: {answer.error}"
         assert _quantized(stock), name
         assert mine.parameters == stock.parameters, name
-        assert mine.results == [[new.parameters[0], True], [mine.parameters[0], True, []]], name
+        expected = [[new.parameters[0], True], [mine.parameters[0], True, []], [new.parameters[0], True, []]]
+        assert mine.results == expected, name
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-def test_each_of_two_ranks_has_what_stock_has(scheme: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scheme", "format"), CASES)
+def test_each_of_two_ranks_has_what_stock_has(scheme: str, format: str, tmp_path: Path) -> None:
     cases, jobs = [], []
+    extra = {"model_loader_extra_config": {"scheme": scheme, "format": format}}
     for name in WIDE:
         source = make(name, tmp_path / name.replace(" ", "-"))
-        converted = convert(source, scheme)
+        converted = convert(source, scheme, format)
         for rank in range(2):
             options: dict[str, Any] = {"rank": rank, "tensor_parallel_size": 2, "kernels": False}
             cases.append(f"{name}, rank {rank}")
-            jobs += [octavo_job(source, scheme, **options), Job(converted, options)]
+            jobs += [octavo_job(source, **extra, **options), Job(converted, options)]
     answers = loaded(*jobs)
     for case, mine, stock in zip(cases, answers[::2], answers[1::2], strict=True):
         errors = (mine.error, stock.error)
@@ -174,7 +187,7 @@ def test_a_global_scale_of_0_that_a_trainer_sends_is_refused(tmp_path: Path) -> 
 
 
 def _quantized(answer: Answer) -> bool:
-    return any(digest.startswith(("torch.int8", "torch.uint8")) for digest in answer.parameters[0].values())
+    return any(digest.startswith(("torch.int", "torch.uint8")) for digest in answer.parameters[0].values())
 
 
 def test_where_vllm_has_no_kernel_it_is_refused_by_name(tmp_path: Path) -> None:
@@ -184,6 +197,31 @@ def test_where_vllm_has_no_kernel_it_is_refused_by_name(tmp_path: Path) -> None:
             assert not answer.error, answer.error
             pytest.skip("it has one")
         assert "Use fp8_channel or fp8_block" in answer.error
+
+
+def test_experts_of_int8_weights_alone_stay_where_vllm_has_no_kernel_for_them(tmp_path: Path) -> None:
+    source = make("qwen2_moe", tmp_path / "bf16")
+    extra = {"scheme": "int8_channel", "format": "compressed-tensors"}
+    options = {"load_format": "octavo", "model_loader_extra_config": extra}
+    strict = {**options, "model_loader_extra_config": {**extra, "strict": True}}
+    alone, refused = load(Job(source, options), Job(source, strict))
+    assert not alone.error, alone.error
+    words = [name for name, digest in alone.parameters[0].items() if digest.startswith("torch.int8")]
+    assert len(words) == 8  # q, k and v; o; gate and up; down
+    assert "vLLM can't make this layer in int8_channel" in alone.output
+    assert "vLLM can't make this layer in int8_channel" in refused.error
+
+
+def test_a_shape_that_a_trainer_sends_has_to_be_that_of_the_weight(tmp_path: Path) -> None:
+    source = make("llama", tmp_path / "bf16")
+    converted, name = convert(source, "int8_channel"), "model.layers.0.self_attn.q_proj.weight_shape"
+    edit_tensors(converted, lambda tensors: tensors[name].add_(4))
+    update = ["update", str(converted), [list(tensors_of(converted))]]
+    extra = {"model_loader_extra_config": {"scheme": "int8_channel", "format": "compressed-tensors"}}
+    (answer,) = loaded(Job(source, {"load_format": "octavo", **extra}, [update]))
+    assert not answer.error, answer.error
+    (_, _, errors) = answer.results[0]
+    assert errors[0].startswith(f"{name}: says [132, 132], and the model was loaded with [128, 128]")
 
 
 def test_a_version_that_cant_be_asked_is_not_said_to_have_no_kernel() -> None:
@@ -215,9 +253,11 @@ def test_a_version_that_cant_be_asked_is_not_said_to_have_no_kernel() -> None:
 
 
 @pytest.mark.usefixtures("vllm_engine")
-def test_int8_is_served_with_the_tokens_of_the_converted_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["compressed-tensors-w8a8", "compressed-tensors"])
+def test_int8_is_served_with_the_tokens_of_the_converted_checkpoint(format: str, tmp_path: Path) -> None:
     source = make("smollm2", tmp_path / "bf16")
-    mine, stock = run(octavo_job(source, "int8_channel"), Job(convert(source, "int8_channel")))
+    extra = {"model_loader_extra_config": {"scheme": "int8_channel", "format": format}}
+    mine, stock = run(octavo_job(source, **extra), Job(convert(source, "int8_channel", format)))
     for answer in (mine, stock):
         assert not answer.error, answer.error
     assert mine.tokens == stock.tokens

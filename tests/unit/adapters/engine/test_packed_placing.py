@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import pytest
 import torch
 from torch import nn
 
+import octavo
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.vllm_toys import Toy, empty
 from octavo import Recipe
 from octavo.adapters.engine.cuts import Grid
+from octavo.adapters.engine.loading import Loading
 from octavo.adapters.engine.survey import Surveyor
+from octavo.adapters.vllm.options import Options
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
 from octavo.conversion.iterate import iterate
@@ -20,6 +24,7 @@ from octavo.numerics import schemes
 from octavo.numerics.schemes import FP8
 from octavo.planning.budget import Budget
 from octavo.planning.plan import plan_checkpoint
+from octavo.streaming.meter import Stages
 from octavo.streaming.sinks import ParameterSink
 from octavo.streaming.stream import Stream
 
@@ -30,9 +35,17 @@ DENSE = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 class Experts(nn.Module):
     """Those of the last of ``ranks``: rows of gate and up, and columns of down."""
 
-    def __init__(self, ranks=1, experts=3, rows=64, cols=256):
+    def __init__(self, ranks=1, experts=3, rows=64, cols=256, scheme="nvfp4"):
         super().__init__()
         self.rank, mine = ranks - 1, rows // ranks
+        if scheme == "int8_channel":
+            self.w13_weight_packed = empty(experts, 2 * mine, cols // 4, dtype=torch.int32)
+            self.w13_weight_scale = empty(experts, 2 * mine, 1)
+            self.w13_weight_shape = empty(experts, 2)
+            self.w2_weight_packed = empty(experts, cols, mine // 4, dtype=torch.int32)
+            self.w2_weight_scale = empty(experts, cols, 1)
+            self.w2_weight_shape = empty(experts, 2)
+            return
         self.w13_weight_packed = empty(experts, 2 * mine, cols // 2, dtype=torch.uint8)
         self.w13_weight_scale = empty(experts, 2 * mine, cols // 16, dtype=FP8)
         self.w13_weight_global_scale = empty(experts, 2, dtype=torch.float32)
@@ -44,10 +57,13 @@ class Experts(nn.Module):
         for name, weight in weights:
             expert, layer, kind = name.split(".")
             target = getattr(self, f"{'w2' if layer == 'down_proj' else 'w13'}_{kind}").data[int(expert)]
-            if kind == "weight_global_scale":
+            if kind == "weight_shape":
+                target.copy_(weight)
+            elif kind == "weight_global_scale":
                 (target if layer == "down_proj" else target[int(layer == "up_proj")]).copy_(weight[0])
             elif layer == "down_proj":
-                target.copy_(weight.narrow(1, self.rank * target.shape[1], target.shape[1]))
+                part = weight.narrow(1, self.rank * target.shape[1], target.shape[1]) if weight.shape[1] > 1 else weight
+                target.copy_(part)
             else:
                 rows = target.shape[0] // 2
                 target.narrow(0, rows * (layer == "up_proj"), rows).copy_(weight.narrow(0, self.rank * rows, rows))
@@ -71,9 +87,9 @@ def experts(tmp_path):
     return Checkpoint.open(write_checkpoint(tmp_path, tensors, shards=2))
 
 
-def streamed(model, reference, checkpoint, lanes=0):
+def streamed(model, reference, checkpoint, lanes=0, scheme="nvfp4"):
     """The places of a model that is streamed into, while a reference is given all by its loader."""
-    plan = plan_checkpoint(checkpoint, Recipe("nvfp4"), 8 << 20)
+    plan = plan_checkpoint(checkpoint, Recipe(scheme), 8 << 20)
     reference.load_weights(iterate(checkpoint, plan, LAYOUT))
     for parameter in model.parameters():
         parameter.data.view(torch.uint8).fill_(0x5A)
@@ -105,11 +121,65 @@ def test_columns_of_a_rank_are_streamed_and_rows_go_through_the_loader(lanes, ex
     assert len(places.rest.placements) == 6  # the scale over a matrix is that of all its rows
 
 
+@pytest.mark.parametrize("lanes", [0, 2])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_linear_layers_are_streamed(ranks, tmp_path):
+def test_four_numbers_in_one_are_streamed_whichever_rows_and_columns_a_rank_has(ranks, lanes, experts):
+    made = {"ranks": ranks, "scheme": "int8_channel"}
+    places = streamed(Experts(**made), Experts(**made), experts, lanes, "int8_channel")
+    assert not places.rest.placements
+    assert [p.name for p in places.direct.placements] == [
+        "w13_weight_packed (6 tensors)",
+        "w2_weight_packed (3 tensors)",
+    ]
+
+
+@pytest.mark.parametrize(("scheme", "held"), [("nvfp4", "nvfp4"), ("int8_channel", "int8_packed")])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_linear_layers_are_streamed(ranks, scheme, held, tmp_path):
     tensors = {name: random_weights((256, 256), torch.bfloat16, seed) for seed, name in enumerate(DENSE)}
     tensors["norm"] = random_weights((256,), torch.float32, 9)
     tensors["up_proj.weight"][200, 3] = 60.0
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
-    places = streamed(Toy("nvfp4", ranks), Toy("nvfp4", ranks), checkpoint)
-    assert len(places.rest.placements) == (0 if ranks == 1 else 2)
+    places = streamed(Toy(held, ranks), Toy(held, ranks), checkpoint, scheme=scheme)
+    assert len(places.rest.placements) == (2 if scheme == "nvfp4" and ranks == 2 else 0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_int8_that_is_in_a_file_already_is_put_into_words_as_it_is(ranks, tmp_path):
+    tensors = {name: random_weights((256, 256), torch.bfloat16, seed) for seed, name in enumerate(DENSE)}
+    tensors["norm"] = random_weights((256,), torch.float32, 9)
+    source = write_checkpoint(tmp_path / "bf16", tensors, config={"model_type": "toy"})
+    octavo.convert(source, tmp_path / "int8", "int8_channel")
+    checkpoint = Checkpoint.open(tmp_path / "int8").decoded()
+    mine, again = Toy("int8_packed", ranks), Toy("int8_packed", ranks)
+    places = streamed(mine, Toy("int8_packed", ranks), checkpoint, scheme="int8_channel")
+    assert not places.rest.placements
+    streamed(again, Toy("int8_packed", ranks), Checkpoint.open(source), scheme="int8_channel")
+    assert all(map(same_bytes, mine.parameters(), again.parameters()))
+
+
+def test_the_shape_of_joined_matrices_is_that_of_the_last(tmp_path):
+    tensors = {name: random_weights((256, 256), torch.bfloat16, seed) for seed, name in enumerate(DENSE)}
+    tensors["norm"] = random_weights((256,), torch.float32, 9)
+    plan = plan_checkpoint(Checkpoint.open(write_checkpoint(tmp_path, tensors)), Recipe("int8_channel"), 8 << 20)
+    model = Toy("int8_packed")
+    found = Surveyor(model, model.load_weights, plan, LAYOUT).run()
+    shapes = [name for name in found.fillers["gate_up_proj"] if name.endswith("_shape")]
+    assert shapes == ["up_proj.weight_shape"]
+    assert sorted(constant.target for constant in found.constants) == [
+        *["down_proj.weight_shape"] * 2,
+        *["gate_up_proj.weight_shape"] * 2,
+    ]
+    assert model.gate_up_proj.weight_shape.tolist() == [256, 256]
+
+
+def test_rows_that_are_no_whole_words_stay_with_the_reason(tmp_path):
+    tensors = {
+        "a.weight": random_weights((8, 6), torch.bfloat16, 0),
+        "b.weight": random_weights((8, 8), torch.bfloat16, 1),
+    }
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    options = Options.parse({"scheme": "int8_channel", "format": "compressed-tensors", "remember": False})
+    loading = Loading("vLLM", checkpoint, options, options.layout, torch.device("cpu"), logging.getLogger(), Stages())
+    assert [p.name for p in loading.plan.quantized] == ["b.weight"]
+    assert [p.reason for p in loading.plan.kept] == ["6 columns: readers of packed int8 want a multiple of 4"]

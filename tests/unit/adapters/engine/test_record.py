@@ -23,7 +23,6 @@ from octavo.conversion import formats
 from octavo.errors import RecipeError
 from octavo.planning.plan import Plan, plan_checkpoint
 from octavo.planning.stacks import find_series
-from octavo.streaming.sinks import PackedStorage
 
 LAYOUT = formats.get("compressed-tensors")
 SHAPES = {"gate_proj.weight": (256, 256), "up_proj.weight": (256, 256), "down_proj.weight": (256, 256)}
@@ -68,21 +67,17 @@ def places_of(found: Survey) -> Any:
     memory = {
         name: [
             None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            for tensor in _tensors(storage)
+            for tensor in storage.tensors
         ]
         for name, storage in found.places.storages.items()
     }
     return found.plan, found.places.direct, found.places.rest, memory, found.layers, found.unread, found.fillers
 
 
-def _tensors(storage: Any) -> tuple[Any, ...]:
-    return storage.tensors if isinstance(storage, PackedStorage) else (storage.weight, storage.scale)
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", "nvfp4"])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", "int8_channel", "nvfp4"])
 def test_a_survey_survives_json(scheme: str, ranks: int, checkpoint: Checkpoint) -> None:
-    model = Padded(scheme, ranks)
+    model = Padded("int8_packed" if scheme == "int8_channel" else scheme, ranks)
     found, record = survey(checkpoint, model, scheme), record_of(checkpoint, model, scheme)
     read = record.read(json.loads(json.dumps(record.write(found))))
     assert places_of(read) == places_of(found)
@@ -94,6 +89,17 @@ def test_constants_are_written_again(checkpoint: Checkpoint) -> None:
     written = record_of(checkpoint, model, "fp8_channel").write(survey(checkpoint, model, "fp8_channel"))
     record_of(checkpoint, again, "fp8_channel").read(written)
     assert again.wide.tolist() == [7.0] * 256 + [0.0] * 64
+
+
+def test_what_is_known_of_packed_weights_is_written_again(checkpoint: Checkpoint) -> None:
+    model, again = Padded("int8_packed"), Padded("int8_packed")
+    again.gate_up_proj.weight_shape.fill_(7)
+    written = record_of(checkpoint, model, "int8_channel").write(survey(checkpoint, model, "int8_channel"))
+    record_of(checkpoint, again, "int8_channel").read(json.loads(json.dumps(written)))
+    assert again.gate_up_proj.weight_shape.tolist() == [256, 256]
+    del written["constants"][-1]
+    with pytest.raises(ValueError, match="nothing fills"):
+        record_of(checkpoint, again, "int8_channel").read(written)
 
 
 def test_constants_of_which_more_than_one_is_needed_are_not_written(checkpoint: Checkpoint) -> None:

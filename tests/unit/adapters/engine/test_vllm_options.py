@@ -77,7 +77,11 @@ def test_threads_may_be_left_to_octavo():
 @pytest.mark.parametrize(
     ("extra", "quantization", "text"),
     [
-        ({"sheme": "fp8_block"}, None, "unknown key 'sheme'; known: scheme, ignore, staging_bytes, threads, strict"),
+        (
+            {"sheme": "fp8_block"},
+            None,
+            "unknown key 'sheme'; known: scheme, format, ignore, staging_bytes, threads, strict",
+        ),
         ([], None, r"must be a JSON object, not \[\]"),
         ({"scheme": "fp8_block"}, "octavo_fp8_channel", "contradict each other"),
         ({"scheme": "fp8_tensor"}, None, "Use fp8_channel or fp8_block or int8_channel or nvfp4"),
@@ -114,3 +118,38 @@ print(sorted(name for name in sys.modules if name.startswith("vllm.")))
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("extra", "layout"),
+    [
+        ({"scheme": "fp8_channel"}, "compressed-tensors"),
+        ({"scheme": "int8_channel"}, "compressed-tensors-w8a8"),
+        ({"scheme": "int8_channel", "format": "compressed-tensors-w8a8"}, "compressed-tensors-w8a8"),
+        ({"scheme": "int8_channel", "format": "compressed-tensors"}, "compressed-tensors"),
+        ({"scheme": "nvfp4", "format": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_vllm_is_told_of_a_format(extra, layout):
+    assert Options.parse(extra).layout.name == layout
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        ({"format": "gguf"}, "unknown format 'gguf'"),
+        ({"format": 3}, "format must be the name of a format, not 3"),
+        ({"scheme": "fp8_channel", "format": "compressed-tensors-w8a8"}, "has no fp8_channel, only int8_channel"),
+        ({"scheme": "fp8_block", "format": "fp8"}, "the format 'fp8' of fp8_block is not offered in vLLM"),
+    ],
+)
+def test_another_format_is_refused(extra, problem):
+    with pytest.raises(RecipeError, match=problem):
+        Options.parse(extra)
+
+
+def test_a_format_has_to_fit_the_scheme_that_the_source_has(tmp_path):
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, {"up.weight": torch.ones(4, 4).bfloat16()}))
+    options = Options.parse({"format": "compressed-tensors-w8a8"})
+    with pytest.raises(RecipeError, match="has no fp8_channel, only int8_channel"):
+        options.settled(checkpoint)

@@ -11,7 +11,7 @@ from octavo.errors import RecipeError
 def test_nothing_said_means_compressed_tensors_in_the_scheme_of_the_source():
     options = Options.of(None)
     assert options == Options.of("") == Options.of("{}") == Options.of({})
-    assert (options.scheme, options.format, options.draft) == ("auto", "compressed-tensors", None)
+    assert (options.scheme, options.format, options.draft) == ("auto", None, None)
 
 
 def test_what_is_said_may_be_a_text_or_what_it_means():
@@ -35,7 +35,7 @@ def test_a_draft_stays_unless_it_has_a_scheme_of_its_own():
         ("[1]", "must be a JSON object"),
         ('{"shceme": "fp8_block"}', "unknown key 'shceme'"),
         ('{"format": "gguf"}', "unknown format 'gguf'"),
-        ('{"format": 3}', "format must be a text"),
+        ('{"format": 3}', "format must be the name of a format"),
         ('{"format": "fp8", "scheme": "fp8_channel"}', "the format 'fp8' has no fp8_channel, only fp8_block"),
         ('{"scheme": "mxfp8"}', "mxfp8 is not offered in SGLang: few of its kernels take it"),
         ('{"scheme": "nvfp4"}', "nvfp4 is not offered in SGLang: it was tried in vLLM alone"),
