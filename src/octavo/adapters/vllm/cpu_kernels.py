@@ -1,8 +1,10 @@
 """Kernels for processors without units for FP8: linear layers and experts.
 
 They are octavo's own weight-only products (`octavo.running.weight_only`): weights are widened to the dtype of the
-activations some rows at a time, and activations are not quantized.
+activations some rows at a time, and activations are not quantized. Those of int8 are torch's where that is faster
+(`octavo.running.int8`).
 
+- int8 weights alone, for which vLLM has none.
 - A scale a row: ahead of what vLLM makes of torch's ``_scaled_mm``, which takes a thousand times as long for a token.
 - Blocks, and experts of either kind, for which vLLM's own need AMX: after those.
 
@@ -24,7 +26,10 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.oracle import fp8 as oracle
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
 from vllm.platforms import PlatformEnum, current_platform
+from vllm.scalar_type import scalar_types
 
+from ...conversion import packing
+from ...running.linear import linear as product
 from ...running.opaque import opaque
 from ...running.weight_only import weight_only
 
@@ -39,7 +44,29 @@ def _fake(x: Tensor, q: Tensor, scale: Tensor, scheme: str, bias: Tensor | None)
 @opaque("(Tensor x, Tensor q, Tensor scale, str scheme, Tensor? bias) -> Tensor", _fake, "cpu")
 def product_on_cpu(x: Tensor, q: Tensor, scale: Tensor, scheme: str, bias: Tensor | None) -> Tensor:
     """``x[tokens, in] @ dequantize(q[out, in]).T + bias``."""
-    return weight_only(x, q, scale, scheme, None, bias)
+    return product(x, q, scale, scheme, None, bias)
+
+
+class OctavoPackedLinear(linear.MPLinearKernel):  # type: ignore[misc]
+    """x[tokens, in] times weight[out, in], int8 with a scale a row, four of which are one int32 of a checkpoint."""
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return -1
+
+    @classmethod
+    def can_implement(cls, c: Any) -> tuple[bool, str | None]:
+        fits = (c.weight_type, c.group_size, c.zero_points) == (scalar_types.uint8b128, -1, False)
+        if not current_platform.is_cpu():
+            return False, "is for CPUs"
+        return (True, None) if fits else (False, "is for int8 with a scale a row, and without zero points")
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        self._transform_param(layer, self.w_q_name, lambda words: packing.flip(words.data.view(torch.int8)))
+
+    def apply_weights(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight, scale, _ = self._get_weight_params(layer)
+        return product_on_cpu(x, weight, scale.float(), "int8_channel", bias)
 
 
 class OctavoChannelLinear(linear.FP8ScaledMMLinearKernel):  # type: ignore[misc]
@@ -165,9 +192,12 @@ def _scheme(shape: Any) -> str | None:
 def register() -> None:
     """Offer the kernels, on a CPU only. May be called repeatedly."""
     # `register_linear_kernel` appends, and has no list for block scales
-    rows, blocks = (
-        kinds[PlatformEnum.CPU] for kinds in (linear._POSSIBLE_FP8_KERNELS, linear._POSSIBLE_FP8_BLOCK_KERNELS)
+    rows, blocks, packed = (
+        kinds[PlatformEnum.CPU]
+        for kinds in (linear._POSSIBLE_FP8_KERNELS, linear._POSSIBLE_FP8_BLOCK_KERNELS, linear._POSSIBLE_KERNELS)
     )
+    if OctavoPackedLinear not in packed:
+        packed.append(OctavoPackedLinear)
     if OctavoChannelLinear not in rows:
         slow = [number for number, kernel in enumerate(rows) if issubclass(kernel, TorchFP8ScaledMMLinearKernel)]
         rows.insert(min(slow, default=len(rows)), OctavoChannelLinear)
