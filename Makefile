@@ -37,6 +37,9 @@ READY := $(STAMP)
 PY := $(VENV)/bin/python
 endif
 
+# where this is set, each of the tests' processes would compile octavo, and each run rewrite all asserts
+unexport PYTHONDONTWRITEBYTECODE
+
 FUZZ = PYTHONPATH=src:tests $(if $(SYSTEM),$(PYTHON),$(PY)) -m fuzz
 STARTED := $(shell date +%s)
 # $(call timed,name,command): run it, quote the wall time with and without what came before, keep the exit code.

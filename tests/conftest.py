@@ -1,4 +1,4 @@
-"""What all tests share: `helpers` on the path, hypothesis settings, and a check that nothing is left behind."""
+"""What all tests share: `helpers` on the path, hypothesis settings, the command line, and that nothing is left."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from helpers.command import Run
 
 os.environ["COLUMNS"] = "140"  # tables are as wide as the terminal
 # a shell that starts the tests in the background has them ignore Ctrl-C, and with them all that they interrupt
@@ -21,9 +25,7 @@ torch.set_num_threads(1)
 
 sys.path.insert(0, str(Path(__file__).parent))
 # an assert in a shared helper tells what it compared, as one in a test does
-pytest.register_assert_rewrite(
-    "helpers", "_cases", "_cli", "_conversions", "_inputs", "_layerwise", "_models", "_sources"
-)
+pytest.register_assert_rewrite("helpers", "_cases", "_conversions", "_inputs", "_layerwise", "_models", "_sources")
 
 #: so many times the usual number of examples, for `make properties`
 _TIMES = int(os.environ.get("OCTAVO_EXAMPLES", 1))
@@ -55,3 +57,25 @@ def plans_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OCTAVO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command as its entry point does, in this process; whatever it prints is caught at the descriptors."""
+    from helpers.command import Ended
+    from octavo import cli
+
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["octavo", *map(str, args)])
+        capfd.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capfd.readouterr()
+        return Ended(code, out, err)
+
+    return call

@@ -1,21 +1,18 @@
-"""Fixtures of the integration tests: sources of conversions, models of transformers, and the command line."""
+"""Fixtures of the integration tests: sources of conversions, and models of transformers."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from _cli import Ended, Run
 from _sources import CONFIG, source_tensors
 
 import octavo
 from helpers import write_checkpoint
 from helpers.models import add_tokenizer
-from octavo import cli
 
 if TYPE_CHECKING:
     from _models import Checkpoints
@@ -41,28 +38,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     from _models import Checkpoints
 
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
-
-
-# -- the command line -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command as its entry point does, in this process; whatever it prints is caught at the descriptors."""
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*args: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["octavo", *map(str, args)])
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capfd.readouterr()
-        return Ended(code, out, err)
-
-    return call
 
 
 @pytest.fixture(scope="session")

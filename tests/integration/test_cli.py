@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _cli import Run, refused
 
 import octavo
+from helpers.command import Run, only_json, refused
 from octavo import cli
 from octavo.conversion import formats
 from octavo.numerics import schemes
@@ -260,7 +260,7 @@ def test_process_prints_json_to_stdout_and_nothing_to_stderr(llama: Path, tmp_pa
 
 def test_process_exits_2_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"12345")
-    done = _process("plan", tmp_path)
+    done = _process("plan", tmp_path, "--checkpoint")
     assert (done.returncode, done.stdout) == (2, "")
     assert "5 bytes long" in done.stderr
     assert "Traceback" not in done.stderr
@@ -275,22 +275,23 @@ def _all_of(terminal: int) -> str:
     return found.decode(errors="replace")
 
 
-def test_progress_bar_appears_on_a_terminal_only(llama: Path, tmp_path: Path) -> None:
-    """Stderr is a terminal of its own here; stdout stays a pipe that holds nothing but JSON."""
+def test_progress_bar_appears_on_a_terminal_only(
+    llama: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stderr is a terminal of its own here; stdout holds nothing but JSON."""
     import pty
 
     leader, follower = pty.openpty()
-    command = [*OCTAVO, "convert", llama, tmp_path / "out", "--json"]
-    environment = _environment(TERM="xterm")
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, env=environment) as process:
-        os.close(follower)
-        with ThreadPoolExecutor(1) as pool:  # what nobody reads would hold the process up
-            everything = pool.submit(_all_of, leader)
-            stdout, _ = process.communicate()
-            shown = everything.result()
-        os.close(leader)
-    assert process.returncode == 0
-    assert json.loads(stdout)["final_bytes"]
+    monkeypatch.setenv("TERM", "xterm")
+    with ThreadPoolExecutor(1) as pool:  # what nobody reads would hold the command up
+        everything = pool.submit(_all_of, leader)
+        with open(follower, "w") as terminal, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", terminal)
+            ended = run("convert", llama, tmp_path / "out", "--json")
+        shown = everything.result()
+    os.close(leader)
+    assert ended.code == 0
+    assert only_json(ended)["final_bytes"]
     assert "asking readers" in shown
     assert "Converting" in shown
 

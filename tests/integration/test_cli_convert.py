@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from _cli import Run, only_json, refused
 from safetensors.torch import load_file
 
 import octavo
 from helpers import write_checkpoint
+from helpers.command import Run, only_json, refused
 
 
 def test_convert_writes_and_reports(llama: Path, tmp_path: Path, run: Run) -> None:

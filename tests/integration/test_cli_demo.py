@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from _cli import Run, only_json, refused
 
 import octavo
+from helpers.command import Run, only_json, refused
 from octavo import schemes
 from octavo.adapters.transformers.chat import answer, load_tokenizer
 from octavo.choices import DEFAULT_SCHEME

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from _cli import Run, only_json, refused
 from _models import make_checkpoint
 from safetensors.torch import load_file
 
 from helpers import write_checkpoint
+from helpers.command import Run, only_json, refused
 
 
 def test_generate_prints_the_answer_alone(llama: Path, run: Run) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _cli import Run
 
+from helpers.command import Run
 from octavo import cli
 from octavo.cli_output import Spoken
 

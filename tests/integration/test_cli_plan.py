@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from _cli import Run, only_json, refused
 
 import octavo
+from helpers.command import Run, only_json, refused
 from octavo.numerics import schemes
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from _cli import Run
 
+from helpers.command import Run
 from octavo.quiet import others_quiet
 
 

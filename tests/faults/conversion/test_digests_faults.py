@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from _conversions import CONFIG, cli, same_files, states, stop_after, tensors_of_size
+from _conversions import CONFIG, same_files, states, stop_after, tensors_of_size
 from _inputs import fails
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 import octavo
 from helpers import random_weights, write_checkpoint
+from helpers.command import Run
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.checkpoint.digests import NAME
 from octavo.errors import CheckpointError, OutputError
@@ -264,13 +265,12 @@ def test_a_converted_checkpoint_is_handed_out_verified(odd: Path, tmp_path: Path
     )
 
 
-def test_the_command_says_what_it_compared(tmp_path: Path) -> None:
+def test_the_command_says_what_it_compared(tmp_path: Path, run: Run) -> None:
     tensors = {WEIGHT: random_weights((32, 32), torch.bfloat16, 0)}
     out = tmp_path / "out"
     convert(write_checkpoint(tmp_path / "source", tensors, 1, CONFIG), out)
     flip(out / "model.safetensors", -1)
-    different = cli("verify", out)
-    stdout, stderr = different.communicate()
-    assert (different.returncode, stderr) == (1, "")
-    assert f"{WEIGHT}  not the bytes that were written" in stdout
-    assert "DIFFERENT: 1 of 2 tensors (by their digests; no source was read)" in stdout
+    different = run("verify", out)
+    assert (different.code, different.err) == (1, "")
+    assert f"{WEIGHT}  not the bytes that were written" in different.out
+    assert "DIFFERENT: 1 of 2 tensors (by their digests; no source was read)" in different.out

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from _conversions import CONFIG, cli, tensors_of_size
+from _conversions import CONFIG, tensors_of_size
 from _inputs import edit_config, fails
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import octavo
 from helpers import random_weights, threads_of_octavo, write_checkpoint
+from helpers.command import Run, refused
 from helpers.folders import edit_tensors
 from octavo.errors import CheckpointError, SourceChangedError
 
@@ -273,23 +274,20 @@ def test_verify_finds_weights_quantized_from_other_values(small: Path, tmp_path:
     assert len(report.different) == 9
 
 
-def test_verify_command_exits_1_for_a_flipped_bit_and_2_for_a_missing_tensor(small: Path, tmp_path: Path) -> None:
+def test_verify_command_exits_1_for_a_flipped_bit_and_2_for_a_missing_tensor(
+    small: Path, tmp_path: Path, run: Run
+) -> None:
     dst = tmp_path / "out"
     octavo.convert(small, dst)
     _flip(dst, _WEIGHT, 3)
-    flipped = cli("verify", dst, "--against", small)
-    stdout, stderr = flipped.communicate()
-    assert f"{_WEIGHT}  fp8_channel  1 bytes differ" in stdout
-    assert "DIFFERENT: 1 tensors" in stdout
-    assert (flipped.returncode, stderr) == (1, "")
+    flipped = run("verify", dst, "--against", small)
+    assert f"{_WEIGHT}  fp8_channel  1 bytes differ" in flipped.out
+    assert "DIFFERENT: 1 tensors" in flipped.out
+    assert (flipped.code, flipped.err) == (1, "")
     _flip(dst, _WEIGHT, 3)
     file = dst / "model-00002-of-00003.safetensors"
     tensors = load_file(file)
     tensors.pop(_WEIGHT)
     save_file(tensors, file)
     (dst / "model.safetensors.index.json").unlink()
-    missing = cli("verify", dst, "--against", small)
-    stdout, stderr = missing.communicate()
-    assert (missing.returncode, stdout) == (2, "")
-    assert f"{_WEIGHT}: in {small}, but not here" in stderr
-    assert "Traceback" not in stderr
+    refused(run("verify", dst, "--against", small), f"{_WEIGHT}: in {small}, but not here")

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import transformers.dynamic_module_utils as dynamic
-from _cli import Run, refused
 
 import octavo
+from helpers.command import Run, refused
 from octavo.adapters.transformers.chat import load_tokenizer
 from octavo.errors import CheckpointError
 
