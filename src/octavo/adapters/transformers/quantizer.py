@@ -33,6 +33,7 @@ from ...streaming.meter import Stages
 from ...text import shown, told
 from .devices import Sizes, is_automatic, placed, spread
 from .model_plan import plan_model
+from .saved import check_files, names_in
 from .skeleton import compute_buffers
 from .swap import METHOD, fill, swap, swap_planned
 
@@ -103,7 +104,8 @@ class OctavoConfig(QuantizationConfigMixin):
         try:
             if self.weights is None:
                 raise KeyError("weights")
-            swap(model, [(name, scheme, tuple(parts)) for name, (scheme, parts) in self.weights.items()])
+            names = names_in(model, self.weights)
+            swap(model, [(names[n], scheme, tuple(parts)) for n, (scheme, parts) in self.weights.items() if n in names])
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{model.config.name_or_path}/config.json: quantization_config does not fit the model: {told(error)}"
@@ -239,6 +241,8 @@ class OctavoQuantizer(HfQuantizer):
         """Stream a bf16 checkpoint into the model, or prepare it for one that is FP8."""
         if self.pre_quantized:
             self.config.swap(model)
+            if checkpoint_files:
+                check_files(model, Checkpoint.open_chosen([Path(file) for file in checkpoint_files]))
             return
         config = self.config
         if getattr(model.config, "distributed_config", None) is not None:
