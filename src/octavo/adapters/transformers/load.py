@@ -114,6 +114,7 @@ def prepare(
         require()
         from .model_plan import plan_model
         from .quantizer import saved_config
+        from .saved import check_files
         from .skeleton import skeleton
         from .swap import swap_planned
 
@@ -124,6 +125,7 @@ def prepare(
     with stages("plan"):
         if saved:
             saved.swap(model)
+            check_files(model, checkpoint)
         # what was saved in FP8 is loaded as it is
         plan = plan_model(model, checkpoint, Recipe(None) if saved else recipe, device, staging_bytes, strict=strict)
     with stages("swap"):

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
-from ...checkpoint.packing import FP8
+from ...checkpoint.packing import FLOATS, FP8
 from ...errors import CoverageError, raise_problems
 from ...running import modules
 
@@ -42,7 +43,7 @@ def check_files(model: Any, checkpoint: Checkpoint) -> None:
         CoverageError: naming all of them.
     """
     problems = list(_problems(model, checkpoint))
-    advice = "transformers would not say so: it fills what is missing anew. Save the model, or fetch its files, again."
+    advice = "Save the model again, or fetch its files again."
     raise_problems(CoverageError, f"{checkpoint.path} into {type(model).__name__}", problems, advice)
 
 
@@ -61,8 +62,13 @@ def _problems(model: Any, checkpoint: Checkpoint) -> Iterator[str]:
             what = f"{name} {list(place.shape)}, {dtypes.short(place.dtype)} of {scheme}"
             if found is None:
                 yield f"missing: {what}"
-            elif (found.shape, dtypes.MOVED[found.dtype_name]) != (tuple(place.shape), place.dtype):
+            elif found.shape != tuple(place.shape) or not _holds(found.dtype_name, place.dtype):
                 yield f"misshapen: {what}, is {list(found.shape)}, {found.dtype_name} in the files"
+
+
+def _holds(stored: str, dtype: torch.dtype) -> bool:
+    """Return True for the dtype itself; scales in float32 may have been stored as less."""
+    return dtypes.MOVED[stored] == dtype or (stored in FLOATS and dtype == torch.float32)
 
 
 def _near(name: str, prefix: str) -> tuple[str, str, str]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import octavo
-from helpers.models import differences
+from helpers.models import differences, state_of
 from octavo.errors import CheckpointError, CoverageError
 
 pytest.importorskip("transformers")
@@ -80,6 +80,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
         lambda t: t.update({f"{UP}_scale": torch.ones(1, 1)}),
         rf"misshapen: {UP}_scale \[192, 1\], fp32 of fp8_channel, is \[1, 1\], F32",
     ),
+    "e5m2": (
+        lambda t: t.update({UP: t[UP].float().to(torch.float8_e5m2)}),
+        rf"misshapen: {UP} \[192, 128\], e4m3fn .*, F8_E5M2 in the files",
+    ),
     "bf16": (
         lambda t: t.update({UP: t[UP].bfloat16()}),
         rf"misshapen: {UP} \[192, 128\], e4m3fn .*, BF16 in the files",
@@ -94,6 +98,16 @@ def test_what_is_in_another_form_is_named(kind: str, ignore: bool, plain: Path, 
     edit(tmp_path, WRONG[kind][0])
     with pytest.raises(CoverageError, match=WRONG[kind][1]):
         AutoModelForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
+    with pytest.raises(CoverageError, match=WRONG[kind][1]):
+        octavo.load(tmp_path)
+
+
+def test_scales_that_were_saved_in_less_are_taken(plain: Path, tmp_path: Path) -> None:
+    saved(plain, "fp8_channel", tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({f"{UP}_scale": tensors[f"{UP}_scale"].bfloat16()}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert state_of(model)[f"{UP}_scale"].dtype == torch.float32
+    assert differences(model, octavo.load(tmp_path)) == []
 
 
 def test_numbers_of_which_the_config_lists_no_scheme_are_no_weights(plain: Path, tmp_path: Path) -> None:
