@@ -168,6 +168,14 @@ FOUND: dict[str, tuple[Tensors, dict[str, Any], Decoding]] = {
         ct({**FLOAT, "strategy": "group", "group_size": 32}, format="mxfp8-quantized"),
         Decoding("float8", 1, 32, powers=True),
     ),
+    **{
+        f"ModelOpt, {name}": (
+            {f"{X}.weight": ("I8", (8, 16)), f"{X}.weight_scale": ("F32", (8,)), f"{X}.input_scale": ("F32", ())},
+            {"quantization_config": {"quant_method": "modelopt", "quant_algo": name}},
+            Decoding("int8", 1, None),
+        )
+        for name in ("W8A16", "W8A8_SQ_PER_CHANNEL")
+    },
     "ModelOpt, a scale": (
         {f"{X}.weight": ("F8_E4M3", (8, 16)), f"{X}.weight_scale": ("F32", ()), f"{X}.input_scale": ("F32", ())},
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},

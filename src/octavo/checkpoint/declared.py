@@ -47,6 +47,8 @@ _ALGORITHMS: dict[str, tuple[str, Groups]] = {
     "FP8_PB_WO": ("float8", (128, 128)),
     "FP8_PB_REAL": ("float8", (128, 128)),
     "MXFP8": ("float8", (1, 32)),
+    "W8A16": ("int8", (1, None)),
+    "W8A8_SQ_PER_CHANNEL": ("int8", (1, None)),
 }
 
 

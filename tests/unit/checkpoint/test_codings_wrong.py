@@ -278,6 +278,14 @@ NOT_DECODED: dict[str, tuple[Tensors, dict[str, Any]]] = {
         },
         {},
     ),
+    "int8 scaled before": (
+        {
+            f"{X}.weight": ("I8", (8, 16)),
+            f"{X}.weight_scale": ("F32", (8,)),
+            f"{X}.pre_quant_scale": ("BF16", (16,)),
+        },
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"}},
+    ),
     "scaled before": (
         {
             f"{X}.weight": ("U8", (8, 16)),
