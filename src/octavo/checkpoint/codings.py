@@ -97,7 +97,7 @@ class Coding:
         return tuple(info for info in parts if info is not None)
 
     def __str__(self) -> str:
-        return str(self.decoding)
+        return f"{self.decoding}{'' if self.zero_point is None else ' and zero points'}"
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .placement import Placement
 
 
+#: of all schemes the nearest to int8 in other groups
+_INTEGERS = "int8_channel"
+
+
 class Lay(NamedTuple):
     """Where a piece lies in its source, seen as a matrix: the rows of all matrices of a stack below each other."""
 
@@ -181,7 +185,7 @@ def lay_problems(name: str, pieces: Iterable[Piece], infos: Mapping[str, TensorI
 
 
 def requantized(placements: Iterable[Placement]) -> Iterator[str]:
-    """Remarks on weights that a scheme rounds a second time where another would keep their bytes."""
+    """Remarks on weights that a scheme rounds a second time, and on another that would keep their bytes."""
     counts: Counter[tuple[str, str, str]] = Counter()
     for placement in placements:
         if not placement.codings or placement.scheme is None or placement.passed:
@@ -189,12 +193,13 @@ def requantized(placements: Iterable[Placement]) -> Iterator[str]:
         coding = placement.codings[0][1]
         keeping = _keeping(coding)
         if keeping is not None and keeping != placement.scheme:
-            counts[str(coding), placement.scheme, keeping] += 1
-    for (said, scheme, keeping), count in counts.items():
-        yield (
-            f"{count:,} tensors are {said} already, and {scheme} rounds them a second time, where {keeping} would "
-            "keep their bytes"
-        )
+            counts[str(coding), placement.scheme, f", where {keeping} would keep their bytes"] += 1
+        elif keeping is None and not placement.lossless:
+            nearer = _INTEGERS if coding.decoding.kind in ("int8", "int8_in_int32") else placement.scheme
+            more = "" if nearer == placement.scheme else f"; {nearer} is nearer to them"
+            counts[str(coding), placement.scheme, f", as any would{more}"] += 1
+    for (said, scheme, more), count in counts.items():
+        yield f"{count:,} tensors are {said} already, and {scheme} rounds them a second time{more}"
 
 
 def settled(

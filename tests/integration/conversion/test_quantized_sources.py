@@ -118,6 +118,33 @@ def test_a_plan_tells_where_another_scheme_would_keep_bytes(tmp_path: Path) -> N
     assert not octavo.plan(tmp_path / "source", "fp8_block", model=False).notes
 
 
+@pytest.mark.parametrize(
+    ("parts", "declared", "said"),
+    [
+        ({"weight_scale": torch.ones(1)}, {"strategy": "tensor"}, "int8 with a scale for each matrix"),
+        (
+            {"weight_scale": torch.ones(32, 1), "weight_zero_point": torch.ones(32, 1, dtype=torch.int8)},
+            {"strategy": "channel", "symmetric": False},
+            "int8 with a scale for each row and zero points",
+        ),
+    ],
+)
+def test_a_plan_tells_what_is_rounded_a_second_time_whatever_the_scheme(
+    parts: dict[str, Tensor], declared: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    module = UP.removesuffix("weight")
+    stored = {UP: torch.full((32, 64), 7, dtype=torch.int8), **{module + name: part for name, part in parts.items()}}
+    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", **declared}}
+    config = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"a": group}}
+    write_checkpoint(tmp_path / "source", stored, config={"quantization_config": config})
+    for scheme, end in (("auto", "; int8_channel is nearer to them"), ("int8_channel", "")):
+        plan = octavo.plan(tmp_path / "source", scheme, model=False)
+        (placement,) = plan.quantized
+        note = f"1 tensors are {said} already, and {placement.scheme} rounds them a second time, as any would{end}"
+        assert list(plan.notes) == [note]
+    assert not octavo.plan(tmp_path / "source", None, model=False).notes
+
+
 def interrupt(source: Path, dst: Path) -> None:
     """Convert, and stop when all has been read."""
 
