@@ -47,6 +47,10 @@ def test_generate_without_a_tokenizer_says_so(tmp_path: Path, run: Run) -> None:
     refused(run("generate", folder, "-p", "x"), str(folder), "no usable tokenizer")
 
 
+def test_generate_by_a_prompt_of_no_token_says_so(llama: Path, run: Run) -> None:
+    refused(run("generate", llama, "--prompt", "", "--raw"), str(llama), "it makes nothing of the prompt")
+
+
 def test_generate_from_a_checkpoint_that_does_not_fit_its_config_exits_2(llama: Path, tmp_path: Path, run: Run) -> None:
     tensors = load_file(llama / "model.safetensors")
     del tensors["model.norm.weight"]

@@ -80,12 +80,13 @@ def answer(
 def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:
     """The tokens of a prompt, as what a user says where the tokenizer has a template for that."""
     if raw or not tokenizer.chat_template:
-        return tokenizer(prompt, return_tensors="pt")
-    said = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)
+        inputs, maker = tokenizer(prompt, return_tensors="pt"), "it"
+    else:
+        said = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        inputs, maker = tokenizer(text, return_tensors="pt", add_special_tokens=False), "its chat template"
     if not inputs["input_ids"].numel():
-        raise ValueError("its chat template makes nothing of the prompt")
+        raise ValueError(f"{maker} makes nothing of the prompt")
     return inputs
 
 
