@@ -203,6 +203,7 @@ def convert(
     One shard out for each shard in, never more in memory than --staging. Interrupted, the same command goes on.
     """
     from . import api
+    from .conversion.convert import partial_of
 
     report = None
     try:
@@ -224,6 +225,8 @@ def convert(
         say_written(report, dst, json_)
     except KeyboardInterrupt as interrupt:
         if report is None and not interrupt.args:
+            if (partial := partial_of(dst)).exists():
+                tell("", "", f"{partial} keeps what is finished: the same command goes on")
             raise
         tell("", "", f"{dst} is complete: the interrupt came after that")
     if report is not None and not report.quantized and _chosen(scheme):

@@ -118,7 +118,7 @@ def _tell_if_complete(interrupt: KeyboardInterrupt, partial: PartialFolder, dst:
 
 def _check_apart(read: Iterable[Path], dst: Path) -> None:
     """Raise if the source lies where octavo writes, by whatever names and links either is reached."""
-    partial = _partial_of(dst)
+    partial = partial_of(dst)
     real = [path.resolve() for path in read]
     places = {place for path in real for place in (path, *path.parents) if place.is_dir()}
     if os.path.isdir(partial) and any(os.path.samefile(place, partial) for place in places):
@@ -196,7 +196,7 @@ class Job:
         """The partial folder, made or taken up again, and locked against other processes."""
         folder = self.checkpoint.path
         mode = permissions(folder) | stat.S_IRWXU if folder.is_dir() else 0o777
-        with PartialFolder.locked(_partial_of(self.dst), mode) as partial:
+        with PartialFolder.locked(partial_of(self.dst), mode) as partial:
             check_free(self.dst)  # a run that held the lock may have made it meanwhile
             anew = self._check_resumable(partial) if partial.finished else set()
             try:
@@ -364,5 +364,6 @@ class Job:
         return json.dumps(index, indent=2) + "\n"
 
 
-def _partial_of(dst: Path) -> Path:
+def partial_of(dst: Path) -> Path:
+    """The folder that a conversion to ``dst`` writes into until it is complete."""
     return dst.with_name(dst.name + ".partial")
