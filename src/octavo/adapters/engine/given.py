@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,17 +42,19 @@ class Given:
             yield Source(placement.name + suffix, shape, dtype)
 
     @functools.cached_property
-    def _known(self) -> dict[tuple[int, ...], list[tuple[str, torch.dtype, tuple[int, ...]]]]:
+    def _known(self) -> dict[tuple[Any, ...], list[tuple[str, torch.dtype, tuple[int, ...]]]]:
         return {}
 
     def _parts(self, placement: Placement) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """What comes after the weight's name in that of each tensor; its dtype and its shape.
 
-        In one scheme and one format, the shape of a whole weight decides, as placements have it in a survey.
+        In one scheme and one format, the shape of a whole weight decides, as placements have it in a survey, and what
+        scales are that may pass through.
         """
-        found = self._known.get(placement.shape)
+        key = placement.shape, *{coding.scale.dtype_name for _, coding in placement.codings}
+        found = self._known.get(key)
         if found is None:  # a model has thousands of weights, and few shapes of them
-            found = self._known[placement.shape] = [
+            found = self._known[key] = [
                 (name.removeprefix(placement.name), dtypes.MOVED[dtype_name], shape)
                 for name, (dtype_name, shape) in self.layout.tensors(placement).items()
             ]

@@ -46,6 +46,34 @@ def test_parameters_equal_those_of_the_converted_checkpoint(
     assert mine.parameters == stock.parameters
 
 
+def in_int8(plain: Path, folder: Path) -> Path:
+    """W8A8 with scales that bf16 can't hold, as others write it."""
+    octavo.convert(plain, folder, "int8_channel", format="compressed-tensors-w8a8", prove=False)
+    stored = tensors_of(folder)
+    stored = {name: tensor * 1.001 if name.endswith("_scale") else tensor for name, tensor in stored.items()}
+    config = json.loads((folder / "config.json").read_text())
+    return write_checkpoint(folder.with_name("others"), stored, config=config)
+
+
+def test_int8_stays_what_it_is(tmp_path: Path) -> None:
+    """Scales in float32 do, and in packed int8 are rounded as vLLM rounds them."""
+    source = in_int8(make("llama", tmp_path / "bf16"), tmp_path / "coded")
+    jobs, formats = list[Job](), ("compressed-tensors-w8a8", "compressed-tensors")
+    for format in formats:
+        octavo.convert(source, tmp_path / format, "int8_channel", format=format, prove=False, reader="vllm")
+        extra = {"scheme": "int8_channel", "format": format}
+        jobs += [octavo_job(source, model_loader_extra_config=extra, kernels=False)]
+        jobs += [Job(tmp_path / format, {"kernels": False})]
+    answers = load(*jobs, timeout=500)
+    for mine, stock in zip(answers[::2], answers[1::2], strict=True):
+        assert not mine.error, mine.error
+        assert not stock.error, stock.error
+        assert mine.parameters == stock.parameters
+    layer = "model.layers.0.self_attn.o_proj.weight"
+    assert answers[0].parameters[0][layer] == digest(tensors_of(source)[layer])
+    assert answers[0].parameters[0][f"{layer}_scale"] == digest(tensors_of(source)[f"{layer}_scale"])
+
+
 def test_blocks_stay_and_bf16_becomes_channels_where_no_scheme_is_named(tmp_path: Path) -> None:
     source = in_blocks(make("llama", tmp_path / "bf16"), tmp_path / "coded")
     unnamed = {"load_format": "octavo"}
