@@ -158,6 +158,11 @@ class Update:
             return
         if routes is not None and name in routes.pieces:
             found, values = _along(routes, name, tensor), tensor.contiguous()
+        elif name not in items:
+            near = self._names.near(name)
+            raise CoverageError(
+                f"{name}: neither the checkpoint nor the model has such a tensor{near}. Rename or drop it."
+            )
         else:
             found, values = [_by_own_name(name, tensor, items)], tensor
         coded = None
@@ -206,6 +211,13 @@ class Names(Container[str]):
                 "and drop its tensors in a transform"
             )
         return name
+
+    def near(self, name: str) -> str:
+        """What to say of names in the module of an unknown one, or in the nearest one around it."""
+        while name := name.rpartition(".")[0]:
+            if found := sorted(known for known in self._used if known.startswith(f"{name}.")):
+                return f"; it has {', '.join(found[:2])}{', ...' if len(found) > 2 else ''}"
+        return ""
 
 
 def _places(model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -309,8 +321,6 @@ def _along(routes: Routes, name: str, tensor: Tensor) -> Sequence[tuple[str, Pie
 
 def _by_own_name(name: str, tensor: Tensor, items: Mapping[str, Item]) -> tuple[str, Piece]:
     """All of the model's own parameter ``name``."""
-    if name not in items:
-        raise CoverageError(f"{name}: neither the checkpoint nor the model has such a tensor. Rename or drop it.")
     item = items[name]
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())
     if item.scheme:

@@ -170,3 +170,13 @@ def test_an_adapter_has_to_be_merged(plain: Path) -> None:
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight"
     with pytest.raises(UpdateError, match=rf"{name} is an adapter's\. Merge the adapter"):
         octavo.update(octavo.load(plain), {name: torch.ones(4, 256)})
+
+
+def test_names_of_experts_that_were_saved_as_a_stack_are_told_the_stack(tmp_path: Path) -> None:
+    folder = make_checkpoint("qwen3_moe", tmp_path / "plain", num_hidden_layers=1)
+    octavo.load(folder).save_pretrained(tmp_path / "saved")
+    model, new = octavo.load(tmp_path / "saved"), new_of(folder)
+    stack = "model.layers.0.mlp.experts"
+    text = rf"{stack}\.0\.down_proj\.weight: .*; it has {stack}\.down_proj, {stack}\.gate_up_proj\. Rename"
+    with pytest.raises(UpdateError, match=text):
+        octavo.update(model, {name: tensor for name, tensor in new.items() if "experts" in name})
