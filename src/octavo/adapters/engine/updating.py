@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.header import TensorInfo
+from ...checkpoint.names import plain_names
 from ...conversion.formats import Format
 from ...conversion.iterate import iterate
 from ...conversion.packing import GLOBAL
@@ -63,7 +64,7 @@ class Weights:
             self.arrivals.drop()  # whatever has come before, all of it comes now
             pairs = self._read(weights, soundness)
         else:
-            pairs = self._quantized(weights, soundness)
+            pairs = self._quantized(self._named(weights), soundness)
         try:
             result = self.original(pairs, *args, **kwargs)
             soundness.check()
@@ -76,6 +77,12 @@ class Weights:
     def loading_at_once(self) -> AbstractContextManager[None]:
         """A context in which ``original`` writes what it is given, for dry runs."""
         return contextlib.nullcontext()
+
+    def _named(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors without names of wrappers, where the checkpoint knows them so."""
+        for name, weight in weights:
+            known = name in self.tensors
+            yield name if known else next((plain for plain in plain_names(name) if plain in self.tensors), name), weight
 
     @functools.cached_property
     def _placements(self) -> dict[str, Placement]:

@@ -1,0 +1,43 @@
+"""Updates by the names that a trainer's wrappers make, which vLLM's loaders don't know."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helpers import write_checkpoint
+from helpers.folders import tensors_of
+from helpers.vllm_checkpoints import make
+from helpers.vllm_engine import octavo_job
+from helpers.vllm_loading import load
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("vllm_loads"),
+]
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "compile": lambda name: f"_orig_mod.{name}",
+    "peft": lambda name: f"base_model.model.{name}".replace("o_proj.", "o_proj.base_layer."),
+    "fsdp": lambda name: name.replace(".mlp.", "._fsdp_wrapped_module.mlp."),
+    "ddp": lambda name: f"module.{name}",
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_wrapped_names_load_what_the_plain_ones_do(name: str, tmp_path: Path) -> None:
+    old, new = make(name, tmp_path / "old"), make(name, tmp_path / "new", seed=1)
+    tensors, config, steps = tensors_of(new), json.loads((new / "config.json").read_text()), []
+    for wrapper, wrapped in WRAPPED.items():
+        sent = {wrapped(name): tensor for name, tensor in tensors.items()}
+        folder = write_checkpoint(tmp_path / wrapper, sent, config=config)
+        steps.append(["update", str(folder), [list(sent)]])
+    mine, fresh = load(octavo_job(old, steps=steps), octavo_job(new))
+    assert not mine.error, mine.error
+    assert mine.parameters != fresh.parameters
+    assert mine.results == [[fresh.parameters[0], True, []]] * len(steps)
