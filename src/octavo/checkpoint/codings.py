@@ -29,6 +29,8 @@ from .quantized import shown
 
 #: dtypes of numbers that may stand for weights
 _NUMBERS = frozenset((*FP8, "I8", "U8", "I32"))
+#: what is left out of a checkpoint as decoded, and belongs to no weight
+OF_CACHE = "scale of a cache"
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ class _Finder:
             caches = ((name, info) for name, info in self._tensors.items() if name.rpartition(".")[2] in CACHES)
             # one for each head only where scales of caches are declared: parameters of models are called so, too
             of_caches = (name for name, info in caches if info.numel == 1 or self._declared.of_caches)
-            self.consumed.update(dict.fromkeys(of_caches, "scale of a cache"))
+            self.consumed.update(dict.fromkeys(of_caches, OF_CACHE))
 
     def alone(self, left: Mapping[str, TensorInfo]) -> frozenset[str]:
         """Of what is left over, the numbers that lack their scale and are otherwise what octavo decodes."""

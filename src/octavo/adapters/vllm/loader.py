@@ -39,6 +39,7 @@ from ..engine.updating import CheckpointWeights
 from . import config as quantization
 from . import drafts, versions
 from . import reloading as reload
+from .caches import unused_scales, with_scales_of_caches
 from .config import OctavoConfig
 from .options import Options
 from .telling import telling
@@ -81,12 +82,14 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
         with collection_paused(), contextlib.ExitStack() as self.warming:
             with self.stages("plan"):
                 checkpoint = self._open(model_config)
+                if versions.quantizes_cache(vllm_config):
+                    checkpoint = with_scales_of_caches(checkpoint)
             self.options, remark = options.settled(checkpoint)
             self.quant_config = self._quant_config(vllm_config, model_config, checkpoint)
             self.device = self._device(vllm_config)
             self._warm_up()
-            if remark:
-                log.info("octavo: %s", printable(remark))
+            for said in filter(None, (remark, unused_scales(checkpoint))):
+                log.info("octavo: %s", printable(said))
             return self._load_model(vllm_config, model_config, prefix, checkpoint)
 
     def _load_model(
@@ -212,7 +215,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
     def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Iterable[tuple[str, Tensor]]:
         """For reloading: the weights of a checkpoint, unquantized, as vLLM expects them."""
-        return CheckpointWeights(self._open(model_config), model, self.options)
+        return CheckpointWeights(with_scales_of_caches(self._open(model_config)), model, self.options)
 
 
 def switching(loader: type[DefaultModelLoader]) -> type[DefaultModelLoader]:

@@ -57,6 +57,14 @@ def facts_of(vllm_config: Any, model_config: Any, prefix: str) -> str:
     return f"{settings}\n{facts.of_environment(['VLLM_'])}"
 
 
+def quantizes_cache(vllm_config: Any) -> bool:
+    """Return True if the KV cache is in another format than the model's dtype, with scales."""
+    from vllm.utils import torch_utils
+
+    asked = getattr(torch_utils, "is_quantized_kv_cache", lambda dtype: dtype.startswith("fp8"))
+    return bool(asked(str(vllm_config.cache_config.cache_dtype)))
+
+
 def files_of(loader: Any, source: Any) -> list[Path]:
     """The .safetensors files of a `DefaultModelLoader.Source`; fetched, if it is a hub id."""
     prepared = loader._prepare_weights(
