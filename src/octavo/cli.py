@@ -25,6 +25,7 @@ from .cli_options import (
     Engine,
     ExpertParallel,
     Format,
+    FormatOrTold,
     Ignore,
     Json,
     Model,
@@ -133,7 +134,7 @@ def plan(
     checkpoint: Annotated[
         bool, typer.Option("--checkpoint", help="Plan a conversion: the checkpoint's own tensors, no model.")
     ] = False,
-    format: Format = DEFAULT_FORMAT,
+    format: FormatOrTold = None,
     engine: Engine = None,
     tensor_parallel: TensorParallel = 1,
     pipeline_parallel: PipelineParallel = 1,
@@ -149,7 +150,7 @@ def plan(
 
     With --engine vllm, its own loader runs on every rank, without weights. Exit code 1 when it does not fit.
     """
-    if format != DEFAULT_FORMAT and not checkpoint:
+    if format not in (None, DEFAULT_FORMAT) and not checkpoint and engine is None:
         raise typer.BadParameter("--format is for planning a conversion: add --checkpoint")
     if engine is not None and (checkpoint or device != "cpu"):
         raise typer.BadParameter(
@@ -164,9 +165,11 @@ def plan(
     options: dict[str, Any] = {"ignore": ignore or (), "staging_bytes": parse_size(staging)}
     if engine is not None:
         ranks = (tensor_parallel, pipeline_parallel, expert_parallel)
+        options["format"] = format
         fits = cli_plan.for_engine(engine, model, scheme, ranks, device_memory, trust_remote_code, json_, options)
     else:
-        options |= {"model": False if checkpoint else None, "format": format, "trust_remote_code": trust_remote_code}
+        options |= {"model": False if checkpoint else None, "trust_remote_code": trust_remote_code}
+        options["format"] = format or DEFAULT_FORMAT
         fits = cli_plan.here(model, _chosen(scheme), device, device_memory, json_, options)
     if not fits:
         raise typer.Exit(1)

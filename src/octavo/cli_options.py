@@ -118,6 +118,15 @@ Format = Annotated[
         autocompletion=_complete_format,
     ),
 ]
+FormatOrTold = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        *("--format", "-f"),
+        metavar="FORMAT",
+        help=f"Of a conversion, or of what an engine takes a checkpoint for: {_listed(FORMATS)}.",
+        autocompletion=_complete_format,
+    ),
+]
 Staging = Annotated[
     str,
     typer.Option(

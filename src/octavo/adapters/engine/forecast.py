@@ -11,6 +11,7 @@ from torch import nn
 from ...checkpoint import dtypes
 from ...planning.budget import Budget
 from ...planning.placement import Placement
+from ...streaming.sinks import Memory
 from ...text import count_text, human_bytes, pattern, printable, table_text
 from .survey import Survey
 
@@ -30,10 +31,13 @@ class Weight:
     computed: bool  # by the engine's own loader, which is given the whole tensors
 
     @classmethod
-    def of(cls, placement: Placement, computed: bool = False) -> Weight:
+    def of(cls, placement: Placement, computed: bool = False, held: Memory | None = None) -> Weight:
         name, to = placement.name.partition(" (")[0], placement.scheme or dtypes.short(placement.dtype)
         tensors, quantized = len({piece.src_name for piece in placement.pieces}), placement.scheme is not None
-        return cls(name, to, quantized, placement.reason, placement.final_bytes, tensors, computed)
+        nbytes = placement.final_bytes  # but engines hold scales in dtypes of their own
+        if held is not None:
+            nbytes = sum(tensor.nbytes for tensor in held.tensors if tensor is not None)
+        return cls(name, to, quantized, placement.reason, nbytes, tensors, computed)
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,11 @@ class Rank:
         loaded_bytes, beside = sum(held.values()), Budget.fit(direct.placements, direct.staging_bytes).staging_bytes
         if rest.placements:  # of which each tensor is made whole
             beside = max(beside, rest.staging_bytes, *(placement.final_bytes for placement in rest.placements))
-        weights = (*map(Weight.of, there), *(Weight.of(placement, True) for placement in rest.placements))
+        storages = found.places.storages
+        weights = (
+            *(Weight.of(p, held=storages[p.name]) for p in there),
+            *(Weight.of(placement, True) for placement in rest.placements),
+        )
         final_bytes = loaded_bytes + sum(derived.values())  # made when staging has been given back
         return cls(
             rank,

@@ -31,6 +31,7 @@ def plan_for_vllm(
     scheme: str,
     *,
     ignore: Iterable[str] = (),
+    format: str | None = None,
     staging_bytes: int,
     tensor_parallel: int = 1,
     pipeline_parallel: int = 1,
@@ -47,6 +48,8 @@ def plan_for_vllm(
     if find_spec("vllm") is None:
         raise MissingExtraError("vllm", "planning for vLLM")
     extra: dict[str, Any] = {"scheme": scheme, "ignore": list(ignore), "staging_bytes": staging_bytes}
+    if format is not None:
+        extra["format"] = format
     asked = Options.parse(extra)
     checkpoint = Checkpoint.open(path)
     if not checkpoint.config or Path(path).is_file():
