@@ -64,6 +64,19 @@ def test_parameters_equal_those_of_the_converted_checkpoint(tmp_path: Path) -> N
         assert mine.served == stock.served
 
 
+def test_int8_stays_what_it_is(tmp_path: Path) -> None:
+    """With scales in float32 that bf16 can't hold, as others write them."""
+    plain, converted = make("llama", tmp_path / "bf16"), tmp_path / "int8"
+    octavo.convert(plain, converted, "int8_channel", format="compressed-tensors-w8a8", prove=False)
+    stored = tensors_of(converted)
+    stored = {name: tensor * 1.001 if name.endswith("_scale") else tensor for name, tensor in stored.items()}
+    source = write_checkpoint(tmp_path / "others", stored, config=json.loads((converted / "config.json").read_text()))
+    mine, stock = load(octavo_job(source, "int8_channel"), Job(source))
+    for answer in (mine, stock):
+        assert not answer.error, answer.error
+    assert (mine.loaded, mine.served) == (stock.loaded, stock.served)
+
+
 def test_blocks_stay_and_bf16_becomes_channels_where_no_scheme_is_named(tmp_path: Path) -> None:
     source, unnamed = in_blocks("llama", tmp_path), {"load_format": "octavo"}
     pairs = [(source, "fp8_block"), (source.parent / "bf16", "fp8_channel")]
