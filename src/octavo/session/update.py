@@ -161,7 +161,7 @@ class Update:
         elif name not in items:
             near = self._names.near(name)
             raise CoverageError(
-                f"{name}: neither the checkpoint nor the model has such a tensor{near}. Rename or drop it."
+                f"{name}: neither the checkpoint nor the model has such a tensor. Rename or drop it.{near}"
             )
         else:
             found, values = [_by_own_name(name, tensor, items)], tensor
@@ -216,7 +216,7 @@ class Names(Container[str]):
         """What to say of names in the module of an unknown one, or in the nearest one around it."""
         while name := name.rpartition(".")[0]:
             if found := sorted(known for known in self._used if known.startswith(f"{name}.")):
-                return f"; it has {', '.join(found[:2])}{', ...' if len(found) > 2 else ''}"
+                return f" Near it are {', '.join(found[:2])}{', ...' if len(found) > 2 else ''}"
         return ""
 
 
