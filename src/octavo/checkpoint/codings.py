@@ -195,7 +195,8 @@ class _Finder:
         packed = info.dtype_name in ("U8", "I32") and info.name.endswith(("_packed", "_blocks"))
         kind = {"I8": "int8", "U8": "e2m1"}.get(info.dtype_name) if info.name.endswith("weight") else None
         said = any(way.kind == kind for way in self._declared.ways)
-        return (packed or said or info.dtype_name in FP8) and len(info.shape) > 1
+        alone = info.dtype_name in FP8 and not self._declared.ignores(info.name)  # else it stands for what it holds
+        return (packed or said or alone) and len(info.shape) > 1
 
     def look_at(self, left: Mapping[str, TensorInfo]) -> None:
         """Find what is left over of a checkpoint that is declared to be quantized, and should not be."""

@@ -82,9 +82,17 @@ class Declared:
     ways: tuple[Way, ...] = ()
     unknown: str | None = None  # what is declared, and can't be decoded
     of_caches: bool = False  # are scales, too
+    ignored: tuple[str, ...] = ()  # modules that are not quantized, by name, or by a pattern after "re:"
 
     def __bool__(self) -> bool:
         return bool(self.where)
+
+    def ignores(self, weight: str) -> bool:
+        """Return True if a weight is said not to be quantized."""
+        module = weight.removesuffix(".weight")
+        if len(module) > _MAX_MODULE:
+            return False
+        return any(_matches(each[3:], module) if each.startswith("re:") else each == module for each in self.ignored)
 
     @property
     def weights(self) -> frozenset[str]:
@@ -119,19 +127,24 @@ def read_declared(folder: Path, config: Mapping[str, Any], problems: list[str]) 
     """What is declared of a checkpoint; problems, where it can't be understood, are appended."""
     places: list[str] = []
     ways: list[Way] = []
-    of_caches = False
+    of_caches, ignored = False, list[str]()
     for where, value in declarations(folder, config):
         if not value:  # which declares nothing
             continue
         places.append(where)
         of_caches |= bool(value.get("kv_cache_scheme") or value.get("kv_cache_quant_algo"))
+        for key in ("ignore", "modules_to_not_convert", "exclude_modules"):
+            listed = value.get(key)
+            names = listed if isinstance(listed, list) else []
+            ignored += (name for name in names if isinstance(name, str) and len(name) < _MAX_PATTERN)
         try:
             ways += _ways(value)
         except _Unknown as unknown:
             return Declared(where, (), str(unknown))
         except ValueError as error:
             problems.append(f"{where} says of its quantization: {error}")
-    return Declared(" and ".join(places), tuple(dict.fromkeys(ways)), of_caches=of_caches)
+    unique = tuple(dict.fromkeys(ways))
+    return Declared(" and ".join(places), unique, of_caches=of_caches, ignored=tuple(dict.fromkeys(ignored)))
 
 
 def _ways(value: Mapping[str, Any]) -> Iterator[Way]:

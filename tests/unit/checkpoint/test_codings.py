@@ -196,3 +196,27 @@ def test_few_numbers_a_row_may_have_other_bits() -> None:
     tensors = {**OF_ROWS, f"{X}.weight_packed": ("I32", (8, 2))}
     _, (problem,) = found_with_problems(tensors, shapes={f"{X}.weight_shape": (8, 8)})
     assert "no config says how many bits" in problem
+
+
+@pytest.mark.parametrize(
+    ("config", "stands"),
+    [
+        (ct({"num_bits": 8, "type": "float", "strategy": "channel"}, ignore=["lm_head", "y"]), True),
+        (ct({"num_bits": 8, "type": "float", "strategy": "channel"}, ignore=["re:y$"]), True),
+        (fp8(modules_to_not_convert=["y"]), True),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": ["y"]}}, True),
+        (ct({"num_bits": 8, "type": "float", "strategy": "channel"}, ignore=["lm_head", "yy", 7]), False),
+        (fp8(modules_to_not_convert="y"), False),
+    ],
+)
+def test_fp8_without_a_scale_stands_for_itself_where_a_config_says_that_it_is_not_quantized(
+    config: dict[str, Any], stands: bool
+) -> None:
+    """As a conversion has it that kept such a tensor."""
+    by_row = config["quantization_config"]["quant_method"] == "compressed-tensors"
+    scale = {f"{X}.weight_scale": ("F32", (8, 1) if by_row else ())}
+    found, problems = found_with_problems(
+        {f"{X}.weight": ("F8_E4M3", (8, 16)), **scale, "y.weight": ("F8_E4M3", (8, 16))}, config
+    )
+    assert found.by_name.keys() == {f"{X}.weight"}
+    assert problems == ([] if stands else ["y.weight is F8_E4M3, and has no scale beside it"])
