@@ -13,9 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+import octavo
 from helpers import random_weights, same_bytes
 from octavo.numerics import schemes
 from octavo.numerics.nvfp4 import Packed
+from octavo.streaming.report import Report
 
 MIB = 1 << 20
 CONFIG = {
@@ -33,6 +35,11 @@ CASES = [
 ]
 by_case = pytest.mark.parametrize(("format", "scheme"), CASES)
 by_scheme = pytest.mark.parametrize("scheme", list(schemes.SCHEMES))
+
+
+def convert(*args: Any, **options: Any) -> Report:
+    """`octavo.convert` that asks no readers, which takes most of the time; what they say is asked elsewhere."""
+    return octavo.convert(*args, prove=False, **options)
 
 
 def source_tensors(dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

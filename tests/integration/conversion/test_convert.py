@@ -15,6 +15,7 @@ from _sources import (
     assert_same,
     by_case,
     by_scheme,
+    convert,
     digests,
     expected,
     header_of,
@@ -42,7 +43,7 @@ def test_converted_checkpoint_holds_exactly_the_bytes_of_the_definition(
     sources: Callable[[str], Path], layout: str, format: str, scheme: str, tmp_path: Path
 ) -> None:
     source, dst = sources(layout), tmp_path / "out"
-    octavo.convert(source, dst, scheme, format=format)
+    octavo.convert(source, dst, scheme, format=format, prove=layout == "sharded")
     assert_same(read_all(dst), expected(source_tensors(), format, scheme))
     shards = ["model.safetensors"]
     if layout == "sharded":
@@ -56,7 +57,7 @@ def test_converted_checkpoint_holds_exactly_the_bytes_of_the_definition(
 def test_header_is_first_and_every_tensor_aligned(
     sources: Callable[[str], Path], format: str, scheme: str, tmp_path: Path
 ) -> None:
-    octavo.convert(sources("sharded"), tmp_path / "out", scheme, format=format)
+    convert(sources("sharded"), tmp_path / "out", scheme, format=format)
     for file in sorted((tmp_path / "out").glob("*.safetensors")):
         header, base = header_of(file)
         assert header.pop("__metadata__") == {"format": "pt"}
@@ -73,7 +74,7 @@ def test_header_is_first_and_every_tensor_aligned(
 
 
 def test_index_names_every_tensor_in_the_file_that_holds_it(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    octavo.convert(sources("sharded"), tmp_path / "out", "fp8_block")
+    convert(sources("sharded"), tmp_path / "out", "fp8_block")
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     held = {}
     for file in (tmp_path / "out").glob("*.safetensors"):
@@ -85,7 +86,7 @@ def test_index_names_every_tensor_in_the_file_that_holds_it(sources: Callable[[s
 
 
 def test_each_shard_out_holds_the_tensors_of_one_shard_in(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    octavo.convert(sources("sharded"), tmp_path / "out")
+    convert(sources("sharded"), tmp_path / "out")
     for file in sources("sharded").glob("*.safetensors"):
         before, _ = header_of(file)
         after, _ = header_of(tmp_path / "out" / file.name)
@@ -96,8 +97,8 @@ def test_shards_without_an_index_are_converted_with_one(sources: Callable[[str],
     source = tmp_path / "source"
     write_checkpoint(source, source_tensors(), 3, CONFIG)
     (source / "model.safetensors.index.json").unlink()
-    octavo.convert(source, tmp_path / "out")
-    octavo.convert(sources("sharded"), tmp_path / "indexed")
+    convert(source, tmp_path / "out")
+    convert(sources("sharded"), tmp_path / "indexed")
     assert digests(tmp_path / "out") == digests(tmp_path / "indexed")
 
 
@@ -105,7 +106,7 @@ def test_shards_without_an_index_are_converted_with_one(sources: Callable[[str],
 def test_config_says_how_the_weights_were_quantized(
     sources: Callable[[str], Path], format: str, scheme: str, tmp_path: Path
 ) -> None:
-    octavo.convert(sources("single"), tmp_path / "out", scheme, format=format)
+    convert(sources("single"), tmp_path / "out", scheme, format=format)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     quantization = config.pop("quantization_config")
     assert config == CONFIG
@@ -138,7 +139,7 @@ def test_tokenizer_and_other_small_files_come_along(as_file: bool, tmp_path: Pat
     for name in (*carried, *left):
         (source / name).write_bytes(f"this is {name}\n".encode() * 3)
     (source / "original").mkdir()
-    octavo.convert(source / "model.safetensors" if as_file else source, tmp_path / "out")
+    convert(source / "model.safetensors" if as_file else source, tmp_path / "out")
     found = {file.name for file in (tmp_path / "out").iterdir()}
     assert found == {*carried, "config.json", "model.safetensors"}
     assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in carried)
@@ -147,20 +148,20 @@ def test_tokenizer_and_other_small_files_come_along(as_file: bool, tmp_path: Pat
 def test_lone_file_without_a_config_brings_no_neighbours(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", source_tensors(), 1) / "model.safetensors"
     (source.parent / "diary.txt").write_text("not of this model")
-    octavo.convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert_same(read_all(tmp_path / "out"), expected(source_tensors(), "compressed-tensors", "fp8_channel"))
 
 
 def test_conversion_without_a_config_can_be_verified(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "source", source_tensors(), 1)
-    octavo.convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out")
     assert octavo.verify(tmp_path / "out", source).ok
 
 
 def test_source_is_left_as_it_was(sources: Callable[[str], Path], tmp_path: Path) -> None:
     before = {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in sources("sharded").iterdir()}
-    octavo.convert(sources("sharded"), tmp_path / "out")
+    convert(sources("sharded"), tmp_path / "out")
     assert {file: (file.stat().st_mtime_ns, file.stat().st_size) for file in sources("sharded").iterdir()} == before
 
 
@@ -171,13 +172,13 @@ def test_fp16_and_fp32_sources_are_quantized_from_their_own_values(
 ) -> None:
     tensors = source_tensors(dtype)
     source = write_checkpoint(tmp_path / "source", tensors, 2, CONFIG)
-    octavo.convert(source, tmp_path / "out", scheme)
+    convert(source, tmp_path / "out", scheme)
     assert_same(read_all(tmp_path / "out"), expected(tensors, "compressed-tensors", scheme))
     assert octavo.verify(tmp_path / "out", source).ok
 
 
 def test_conversion_without_a_scheme_copies_every_tensor(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    report = octavo.convert(sources("sharded"), tmp_path / "out", None)
+    report = convert(sources("sharded"), tmp_path / "out", None)
     assert_same(read_all(tmp_path / "out"), source_tensors())
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG
     assert octavo.verify(tmp_path / "out", sources("sharded")).ok
@@ -185,7 +186,7 @@ def test_conversion_without_a_scheme_copies_every_tensor(sources: Callable[[str]
 
 
 def test_ignored_weights_stay_and_readers_are_told(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    report = octavo.convert(sources("single"), tmp_path / "out", ignore=["model.layers.0"])
+    report = convert(sources("single"), tmp_path / "out", ignore=["model.layers.0"])
     found = read_all(tmp_path / "out")
     assert {name for name in found if name.endswith("_scale")} == {
         f"{name}_scale"
@@ -199,7 +200,7 @@ def test_ignored_weights_stay_and_readers_are_told(sources: Callable[[str], Path
 
 def test_two_schemes_in_one_checkpoint_have_a_group_each(sources: Callable[[str], Path], tmp_path: Path) -> None:
     recipe = octavo.Recipe("fp8_channel", targets={"*.experts.*": "fp8_block"})
-    octavo.convert(sources("sharded"), tmp_path / "out", recipe)
+    convert(sources("sharded"), tmp_path / "out", recipe)
     tensors = source_tensors()
     experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
     wanted = expected(tensors, "compressed-tensors", "fp8_channel")
@@ -210,7 +211,7 @@ def test_two_schemes_in_one_checkpoint_have_a_group_each(sources: Callable[[str]
 
 
 def test_report_counts_bytes_and_says_what_stayed(sources: Callable[[str], Path], tmp_path: Path) -> None:
-    report = octavo.convert(sources("sharded"), tmp_path / "out", "mxfp8")
+    report = convert(sources("sharded"), tmp_path / "out", "mxfp8")
     tensors = source_tensors()
     assert report.source_bytes == sum(t.numel() * t.element_size() for t in tensors.values())
     found = read_all(tmp_path / "out")
@@ -233,13 +234,13 @@ def test_report_counts_bytes_and_says_what_stayed(sources: Callable[[str], Path]
 def test_a_conversion_that_quantizes_nothing_says_so(tmp_path: Path) -> None:
     source = write_checkpoint(tmp_path / "in", {"model.norm.weight": random_weights((64,), torch.bfloat16, 0)})
     note = "nothing is quantized: see what is kept, and why"
-    assert note in octavo.convert(source, tmp_path / "a").notes
-    assert note not in octavo.convert(source, tmp_path / "b", None).notes
+    assert note in convert(source, tmp_path / "a").notes
+    assert note not in convert(source, tmp_path / "b", None).notes
 
 
 def test_progress_rises_to_all_bytes(sources: Callable[[str], Path], tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    report = octavo.convert(sources("sharded"), tmp_path / "out", progress=lambda done, of: calls.append((done, of)))
+    report = convert(sources("sharded"), tmp_path / "out", progress=lambda done, of: calls.append((done, of)))
     assert calls == sorted(calls)
     assert calls[-1] == (report.source_bytes, report.source_bytes)
 
@@ -252,7 +253,7 @@ def test_format_that_lacks_the_scheme_says_which_has_it(
     sources: Callable[[str], Path], scheme: str, tmp_path: Path
 ) -> None:
     for call in (
-        lambda: octavo.convert(sources("single"), tmp_path / "out", scheme, format="fp8"),
+        lambda: convert(sources("single"), tmp_path / "out", scheme, format="fp8"),
         lambda: octavo.stream(sources("single"), scheme, format="fp8"),
         lambda: octavo.plan(sources("single"), scheme, format="fp8", model=False),
     ):
@@ -265,7 +266,7 @@ def test_unknown_format_lists_the_known_ones(sources: Callable[[str], Path], tmp
     with pytest.raises(
         RecipeError, match="unknown format 'gguf'; known: compressed-tensors, compressed-tensors-w8a8, fp8"
     ):
-        octavo.convert(sources("single"), tmp_path / "out", format="gguf")
+        convert(sources("single"), tmp_path / "out", format="gguf")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -273,8 +274,8 @@ def test_unknown_format_lists_the_known_ones(sources: Callable[[str], Path], tmp
 def test_converted_checkpoint_is_not_quantized_twice(
     sources: Callable[[str], Path], format: str, scheme: str, tmp_path: Path
 ) -> None:
-    octavo.convert(sources("single"), tmp_path / "once", scheme, format=format)
-    report = octavo.convert(tmp_path / "once", tmp_path / "twice", scheme, format=format)
+    convert(sources("single"), tmp_path / "once", scheme, format=format)
+    report = convert(tmp_path / "once", tmp_path / "twice", scheme, format=format)
     if format == "compressed-tensors" and scheme == "int8_channel":
         return  # packed numbers are decoded, and scaled anew
     if scheme == "nvfp4":  # decoded, and found again, but for the signs of zeros
@@ -291,7 +292,7 @@ def test_converted_checkpoint_is_not_quantized_twice(
 
 def test_pattern_that_matches_nothing_is_refused(sources: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="matches no tensor"):
-        octavo.convert(sources("single"), tmp_path / "out", ignore=["model.layers.9"])
+        convert(sources("single"), tmp_path / "out", ignore=["model.layers.9"])
 
 
 def test_every_format_is_tried_here() -> None:

@@ -13,6 +13,7 @@ from _sources import (
     assert_same,
     by_case,
     by_scheme,
+    convert,
     digests,
     expected,
     raw_bytes,
@@ -42,33 +43,32 @@ def test_files_do_not_depend_on_threads_or_staging(
         [(None, 256 * MIB), (1, MIB), (2, 3 * MIB), (7, 3 * MIB), (16, 64 * MIB)]
     ):
         dst = tmp_path / str(number)
-        options = {"threads": threads, "staging_bytes": staging, "prove": False}  # which would take most of the time
-        octavo.convert(sources("sharded"), dst, scheme, format=format, **options)
+        convert(sources("sharded"), dst, scheme, format=format, threads=threads, staging_bytes=staging)
         wanted = wanted or digests(dst)
         assert digests(dst) == wanted, (threads, staging)
 
 
 def test_staging_stays_within_its_budget(sources: Callable[[str], Path], tmp_path: Path) -> None:
     for staging in (MIB, 5 * MIB, 256 * MIB):
-        report = octavo.convert(sources("single"), tmp_path / str(staging), staging_bytes=staging)
+        report = convert(sources("single"), tmp_path / str(staging), staging_bytes=staging)
         assert report.staging_bytes <= staging
 
 
 def test_staging_below_a_mebibyte_is_refused(sources: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="1 MiB"):
-        octavo.convert(sources("single"), tmp_path / "out", staging_bytes=MIB - 1)
+        convert(sources("single"), tmp_path / "out", staging_bytes=MIB - 1)
     assert not (tmp_path / "out").exists()
 
 
 def test_more_threads_than_staging_has_room_for_are_refused(sources: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="4000 threads need staging_bytes of at least"):
-        octavo.convert(sources("single"), tmp_path / "out", threads=4_000, staging_bytes=MIB)
+        convert(sources("single"), tmp_path / "out", threads=4_000, staging_bytes=MIB)
     assert not (tmp_path / "out").exists()
 
 
 def test_zero_threads_are_refused(sources: Callable[[str], Path], tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="at least 1"):
-        octavo.convert(sources("single"), tmp_path / "out", threads=0)
+        convert(sources("single"), tmp_path / "out", threads=0)
 
 
 @pytest.mark.parametrize("pad", range(8))
@@ -76,7 +76,7 @@ def test_source_data_may_lie_at_any_address(pad: int, tmp_path: Path) -> None:
     tensors = source_tensors()
     entries = {name: (dtypes.NAMES[t.dtype], tuple(t.shape), raw_bytes(t)) for name, t in tensors.items()}
     source = write_by_hand(tmp_path / "source" / "model.safetensors", entries, pad)
-    octavo.convert(source, tmp_path / "out", "mxfp8")
+    convert(source, tmp_path / "out", "mxfp8")
     assert_same(read_all(tmp_path / "out"), expected(tensors, "compressed-tensors", "mxfp8"))
 
 
@@ -84,7 +84,7 @@ def test_source_data_may_lie_at_any_address(pad: int, tmp_path: Path) -> None:
 def test_any_name_survives(name: str, tmp_path: Path) -> None:
     tensors = {name: random_weights((8, 32), torch.bfloat16, 0)}
     source = write_checkpoint(tmp_path / "source", tensors, 1, CONFIG)
-    octavo.convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out")
     q, scale = schemes.quantize(tensors[name], "fp8_channel")
     assert_same(read_all(tmp_path / "out"), {name: q, f"{name}_scale": scale})
     assert octavo.verify(tmp_path / "out", source).ok
