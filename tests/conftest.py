@@ -20,8 +20,10 @@ os.environ["COLUMNS"] = "140"  # tables are as wide as the terminal
 # a shell that starts the tests in the background has them ignore Ctrl-C, and with them all that they interrupt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# tests run beside each other: torch's own threads would wait for one another, far longer than they work
+# tests run beside each other: torch's own threads would wait for one another, far longer than they work; here, and in
+# the processes that tests start
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
 # an assert in a shared helper tells what it compared, as one in a test does
