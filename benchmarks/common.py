@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -68,7 +69,21 @@ def result(**values): print("RESULT " + json.dumps(values), flush=True)
 
 
 class ChildError(RuntimeError):
-    """A measured process failed; holds the end of its output."""
+    """A measured process failed; holds the end of its output.
+
+    Attributes:
+        output: all of it.
+        found: what it had given by then; empty if nothing.
+        samples: see `run_fresh`.
+    """
+
+    output = ""
+    found: dict[str, Any]
+    samples: list[tuple[float, int, int, int]]
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.found, self.samples = {}, []
 
 
 def run_fresh(
@@ -80,12 +95,15 @@ def run_fresh(
     device_used: Callable[[], int] | None = None,
     samples: bool = False,
 ) -> dict[str, Any]:
-    """Run a snippet in a process of its own, which calls ``result(name=value, ...)`` once at its end.
+    """Run a snippet in a process of its own, which calls ``result(name=value, ...)`` at its end.
+
+    Before that, it may call it for what it has by then, for the case that it fails afterwards. Processes that it
+    started end with it.
 
     The snippet knows ``STARTED_S``, when it was started, on the clock of `time.perf_counter` (one for all processes).
 
     Args:
-        timeout_s: the process is killed after that.
+        timeout_s: the process is killed after that, with those that it started.
         device_used: bytes in use on a device, sampled beside the process's own memory.
         samples: whether to return the samples.
 
@@ -104,15 +122,21 @@ def run_fresh(
         started = time.perf_counter()
         environment["OCTAVO_BENCH_STARTED_S"] = repr(started)
         command = [python, "-c", _PRELUDE + code, *map(str, arguments)]
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        # a group of its own: ranks of an engine that was killed would keep the memory of their GPUs
+        child = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
         sampler = _Sampler(child.pid, device_used)
-        killer = threading.Timer(timeout_s, child.kill) if timeout_s else None
+        killer = threading.Timer(timeout_s, _kill_group, [child.pid]) if timeout_s else None
         if killer:
             killer.start()
-        _, status, usage = os.wait4(child.pid, 0)
+        try:
+            _, status, usage = os.wait4(child.pid, 0)
+        finally:  # also where the user has had enough
+            _kill_group(child.pid)
+            if killer:
+                killer.cancel()
         wall_s = time.perf_counter() - started
-        if killer:
-            killer.cancel()
         child.returncode = os.waitstatus_to_exitcode(status)  # Popen must not wait for it again
         trace = sampler.stop()
         output.seek(0)
@@ -120,7 +144,10 @@ def run_fresh(
     found = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
     if child.returncode or not found:
         late = f" (killed after {timeout_s:.0f} s)" if timeout_s and wall_s >= timeout_s else ""
-        raise ChildError(f"exit code {child.returncode}{late}: " + "\n".join(lines[-15:]))
+        error = ChildError(f"exit code {child.returncode}{late}: " + "\n".join(lines[-15:]))
+        error.output, error.samples = "\n".join(lines), trace
+        error.found = json.loads(found[-1]) if found and found[-1].endswith("}") else {}
+        raise error
     if log:
         print(*lines, sep="\n", file=sys.stderr)
     process = {
@@ -130,6 +157,12 @@ def run_fresh(
         "peak_anonymous_bytes_sampled": max((sample[1] for sample in trace), default=0),
     }
     return {**json.loads(found[-1]), "process": process, **({"samples": trace} if samples else {})}
+
+
+def _kill_group(pid: int) -> None:
+    """End a process and all that it started, as far as they are still there."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 class _Sampler:
