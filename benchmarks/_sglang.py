@@ -10,7 +10,10 @@ import json
 import logging
 import math
 import os
+import pkgutil
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,8 @@ from _engines import decode_rate, plugin_is_known, prefill_rate, random_ids
 #: the group of entry points; octavo's, and the measuring one
 PLUGINS = "sglang.srt.plugins"
 ENTRIES = ("octavo = octavo.adapters.sglang:register", "octavo_bench = _sglang:register")
+#: what fills a model
+_LOAD = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
 #: where ranks write what they measured
 _FACTS, _SUMS = "OCTAVO_BENCH_FACTS", "OCTAVO_BENCH_SUMS"
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "SGLANG_DISABLE_CUDNN_CHECK": "1"}
@@ -31,8 +36,7 @@ def register() -> None:
     """Have SGLang's own hooks time what fills a model."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    runner = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
-    HookRegistry.register(runner, _measured, HookType.AROUND)
+    HookRegistry.register(_LOAD, _measured, HookType.AROUND)
 
 
 class _Keep(logging.Handler):
@@ -99,27 +103,33 @@ def engine_options(way: str, folder: Path, options: dict[str, Any]) -> dict[str,
     return asked | options["engine"]
 
 
-def measure(way: str, folder: Path, answers: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Load, answer, time; tokens and logprobs are written to ``answers``."""
+def measure(
+    way: str, folder: Path, answers: Path, options: dict[str, Any], report: Callable[..., object]
+) -> dict[str, Any]:
+    """Load, answer, time; tokens and logprobs are written to ``answers``.
+
+    Args:
+        report: is given what is known after the load, and after the answers: all of it, should the rest fail.
+    """
     began = time.perf_counter()
     if not plugin_is_known(PLUGINS):
         raise RuntimeError("SGLang does not find octavo's plugin")
     facts = answers.with_suffix(".facts")
-    facts.mkdir(exist_ok=True)
+    shutil.rmtree(facts, ignore_errors=True)  # no figures of an earlier start
+    facts.mkdir()
     os.environ[_FACTS] = str(facts)
     if options["sums"]:
         os.environ[_SUMS] = "1"
     import sglang
     import torch
 
+    pkgutil.resolve_name(_LOAD)  # a hook on what is not there, SGLang would only log
     imported = time.perf_counter()
     engine = sglang.Engine(**engine_options(way, folder, options))
     try:
         started = time.perf_counter()
         ranks = [json.loads((facts / f"{rank}.json").read_text()) for rank in range(options["ranks"])]
-        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-        answered = _answers(engine, random_ids(*options["compare"], vocabulary), options["new"])
-        answers.write_text(json.dumps({**answered, "sums": [rank.pop("sums", None) for rank in ranks]}))
+        sums = [rank.pop("sums", None) for rank in ranks]
         found: dict[str, Any] = {
             "imports_s": imported - began,
             "start_s": started - imported,
@@ -127,11 +137,17 @@ def measure(way: str, folder: Path, answers: Path, options: dict[str, Any]) -> d
             "ranks": ranks,
             "versions": {"sglang": sglang.__version__, "torch": torch.__version__},
         }
+        report(**found)
+        vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+        answered = _answers(engine, random_ids(*options["compare"], vocabulary), options["new"])
+        answers.write_text(json.dumps({**answered, "sums": sums}))
+        report(**found)
         if options["speed"]:
             seconds_of = functools.partial(_seconds, engine, random_ids(*options["prefill"], vocabulary))
             found["prefill"] = prefill_rate(seconds_of, math.prod(options["prefill"]))
             found["decode"] = {}
             for batch in options["batches"]:
+                report(**found)
                 seconds_of = functools.partial(_seconds, engine, random_ids(batch, options["prompt"], vocabulary))
                 found["decode"][str(batch)] = decode_rate(seconds_of, batch, options["new"])
     finally:

@@ -3,6 +3,7 @@
     python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench
     python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench --ways octavo-fp8_channel --tensor-parallel 1 2 2e
     python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench --again --graphs
+    python benchmarks/sglang_gpu.py --folder /dev/shm/octavo-bench --models llama3-8b --ways octavo-int8_channel
 
 Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine with processes of its own, one for each GPU
 (2e: with experts apart, each whole on one of them):
@@ -24,7 +25,8 @@ tokens. octavo's must be equal to the converted checkpoint's, parameters include
 
 octavo remembers nothing of what came before, but with ``--again``: then each of its ways starts a second time, with the
 plan of the first ("again"; the answers that are compared are those of the second start). The result is written after
-each start.
+each start. One that fails, or takes longer than ``--timeout-s``, is ended with all of its ranks, and the next one
+begins; what it had measured by then is in its row, and all that it said in a file beside its answers.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -58,10 +61,12 @@ from _engines import (
 from common import ChildError, Merged, run_fresh, say
 
 MODELS = ("qwen1.5-moe-a2.7b",)
-SCHEMES = ("fp8_channel", "fp8_block")
+SCHEMES = ("fp8_channel", "fp8_block", "int8_channel")
 OCTAVO = tuple(f"octavo-{scheme}" for scheme in SCHEMES)
 CONVERTED = tuple(f"converted-{scheme}" for scheme in SCHEMES)
 WAYS = (*OCTAVO, *CONVERTED, "fp8", "bf16")  # what is asked for first, first: there may be no time for the rest
+#: of experts, SGLang has int8 on NPUs alone
+DEFAULT_WAYS = tuple(way for way in WAYS if not way.endswith("int8_channel"))
 GIB = 1 << 30
 
 #: than SGLang's own fp8; beyond what stays
@@ -71,7 +76,7 @@ CHILD = """
 from pathlib import Path
 import _sglang
 way, folder, answers, options = sys.argv[1:]
-result(**_sglang.measure(way, Path(folder), Path(answers), json.loads(options)))
+result(**_sglang.measure(way, Path(folder), Path(answers), json.loads(options), result))
 """
 
 
@@ -111,10 +116,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     """A line a way, and what it says of its answers below."""
     head = ("load s", "GB/s", "start s", "final GiB", "over GiB", "card GiB", "reserved", "prefill/s")
     batches = list(dict.fromkeys(batch for row in rows.values() for batch in row.get("decode", {})))
-    lines = [f"{'':26}" + "".join(f"{name:>11}" for name in (*head, *(f"decode {batch}" for batch in batches)))]
+    lines = [f"{'':34}" + "".join(f"{name:>11}" for name in (*head, *(f"decode {batch}" for batch in batches)))]
     for key, row in rows.items():
         if "load_s" not in row:
-            lines.append(f"{key:26}{row.get('skipped') or row['error'].splitlines()[-1][:150]}")
+            lines.append(f"{key:34}{row.get('skipped') or row['error'].splitlines()[0][:150]}")
             continue
         sizes = [row[name] / GIB for name in ("final_bytes", "over_bytes", "card_peak_bytes")]
         values = [row["load_s"], row["gb_per_s"], row["start_s"], *sizes, row["reserved_share"]]
@@ -122,13 +127,15 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         if "prefill" in row:
             speeds = [row["prefill"], *(row["decode"].get(batch, {"tokens_per_s": math.nan}) for batch in batches)]
             cells += "".join(f"{speed['tokens_per_s']:11,.0f}" for speed in speeds)
-        lines.append(f"{key:26}{cells}")
+        lines.append(f"{key:34}{cells}")
+        if "error" in row:
+            lines.append(f"{'':36}then: {row['error'].splitlines()[0][:150]}")
         for other, found in row.get("against", {}).items():
             same = "equal" if found["equal"] else f"logprobs {found['mean_difference']:.4f} apart"
             parameters = {None: "", True: ", parameters equal", False: ", parameters differ"}[found["equal_parameters"]]
-            lines.append(f"{'':28}to {other}: {same}, {found['same_tokens']:.0%} of tokens{parameters}")
+            lines.append(f"{'':36}to {other}: {same}, {found['same_tokens']:.0%} of tokens{parameters}")
         if broken := [name for name, held in row.get("promises", {}).items() if not held]:
-            lines.append(f"{'':28}not as promised: {', '.join(broken)}")
+            lines.append(f"{'':36}not as promised: {', '.join(broken)}")
     return "\n".join(lines)
 
 
@@ -140,35 +147,21 @@ def run_model(
     facts = make_checkpoint.make(model, folder, args.layers)
     say(f"== {model}: {facts['bytes'] / 1e9:.2f} GB")
     merged.add(facts, "models", folder.name, "checkpoint")
-    options = {
-        **what_is_asked(args),
-        "graphs": args.graphs,
-        "length": max(args.prefill[1], args.compare[1], args.prompt) + args.new + 64,
-        "tokens": args.cache_tokens,
-    }
     rows: dict[str, dict[str, Any]] = {}
     for way, ranks, again in starts(args, OCTAVO):
-        key, began, timeout_s = f"{key_of(way, ranks)}{AGAIN * again}", time.perf_counter(), budget.timeout_s()
+        key, began = f"{key_of(way, ranks)}{AGAIN * again}", time.perf_counter()
+        if again and "load_s" not in rows[key_of(way, ranks)]:
+            rows[key] = {"skipped": "the first start failed"}
+            continue
         if not again:
             shutil.rmtree(os.environ["OCTAVO_CACHE"], ignore_errors=True)
-        answers = answers_path(way, ranks, folder, "sglang")
-        answers.parent.mkdir(exist_ok=True)
-        answers.unlink(missing_ok=True)
-        if timeout_s is None:
-            rows[key] = {"skipped": "no time was left"}
+        rows[key] = run_way(way, ranks, folder, facts["bytes"], args, merged, budget, used)
+        if "skipped" in rows[key]:
             continue
         try:
-            source = source_of(way, folder, merged, timeout_s)
-            cached = common.set_cache(source, cold=args.cold)
-            asked = json.dumps({**options, "ranks": ranks.count, "experts": ranks.experts})
-            how: dict[str, Any] = {"device_used": used, "samples": True, "log": args.log}
-            found = run_fresh(CHILD, way, source, answers, asked, timeout_s=max(1, timeout_s), **how)
-            rows[key] = condense(found, facts["bytes"]) | {"graphs": args.graphs, "cached": round(cached, 3)}
-        except ChildError as error:
-            rows[key] = {"error": str(error)[-3000:]}
-            say(f"{key}: {rows[key]['error']}")
-        budget.took(time.perf_counter() - began)
-        judge(rows, args, folder)
+            judge(rows, args, folder)
+        except Exception as error:  # what was measured is not lost with it
+            rows[key]["error"] = f"can't be compared: {type(error).__name__}: {error}"
         for done, row in rows.items():  # with what it is compared with now
             if "skipped" not in row:
                 merged.add(row, "models", folder.name, done)
@@ -179,19 +172,88 @@ def run_model(
     return not any("error" in row or row.get("promises", {}).get("equal") is False for row in rows.values())
 
 
+def run_way(
+    way: str,
+    ranks: Ranks,
+    folder: Path,
+    source_bytes: int,
+    args: argparse.Namespace,
+    merged: Merged,
+    budget: Budget,
+    used: Callable[[], int] | None,
+) -> dict[str, Any]:
+    """One start, in a process of its own: the row of what was measured, also where something went wrong after it."""
+    answers = answers_path(way, ranks, folder, engine_name(args))
+    answers.parent.mkdir(exist_ok=True)
+    answers.unlink(missing_ok=True)
+    options = {
+        **what_is_asked(args),
+        "graphs": args.graphs,
+        "length": max(args.prefill[1], args.compare[1], args.prompt) + args.new + 64,
+        "tokens": args.cache_tokens,
+        "ranks": ranks.count,
+        "experts": ranks.experts,
+    }
+    free = used() if used else 0
+    facts = {"graphs": args.graphs}
+    try:
+        if budget.timeout_s() is None:
+            return {"skipped": "no time was left"}
+        source = source_of(way, folder, merged, args.timeout_s)
+        if (timeout_s := budget.timeout_s()) is None:
+            return {"skipped": "no time was left"}
+        facts["cached"] = round(common.set_cache(source, cold=args.cold), 3)
+        began = time.perf_counter()
+        how: dict[str, Any] = {"device_used": used, "samples": True, "log": args.log}
+        found = run_fresh(CHILD, way, source, answers, json.dumps(options), timeout_s=max(1, timeout_s), **how)
+        budget.took(time.perf_counter() - began)
+        return condense(found, source_bytes) | facts
+    except ChildError as error:
+        answers.with_suffix(".log").write_text(error.output)
+        row = {"error": reason(error)}
+        say(f"{key_of(way, ranks)}: {row['error']}\nall that it said is in {answers.with_suffix('.log')}")
+        wait_for_memory(used, free)
+        if error.found:
+            row |= condense({**error.found, "samples": error.samples}, source_bytes)
+        return row | facts
+    except Exception as error:  # of this one: the others go on
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def engine_name(args: argparse.Namespace) -> str:
+    """Whose answers are compared: with CUDA graphs, numbers are rounded otherwise."""
+    return "sglang-graphs" if args.graphs else "sglang"
+
+
+_SAID = re.compile(r"\b\w+(Error|Exception): ")
+
+
+def reason(error: ChildError) -> str:
+    """What went wrong, in few lines: what ranks said first, and the end of the output."""
+    said = [line for line in error.output.splitlines() if _SAID.search(line)]
+    return "\n".join([*said[:3], str(error)[-2500:]])
+
+
+def wait_for_memory(used: Callable[[], int] | None, before: int, timeout_s: float = 30) -> None:
+    """Until the driver has taken back what processes had that were killed: the next one would lack it."""
+    ends = time.perf_counter() + timeout_s
+    while used and used() > before + GIB and time.perf_counter() < ends:
+        time.sleep(0.5)
+
+
 def judge(rows: dict[str, dict[str, Any]], args: argparse.Namespace, folder: Path) -> None:
     """Compare the answers that there are by now, and look at promises."""
     for way, ranks in [(way, ranks) for ranks in args.tensor_parallel for way in args.ways]:
         row = rows.get(key_of(way, ranks), {})
         if "load_s" in row:
-            row["against"] = against(way, ranks, WAYS, folder, "sglang")
+            row["against"] = against(way, ranks, WAYS, folder, engine_name(args))
             row["promises"] = promises(way, ranks, rows)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
-    add_arguments(parser, WAYS, WAYS)
+    add_arguments(parser, WAYS, DEFAULT_WAYS)
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs")
     parser.add_argument("--cache-tokens", type=int, default=16384, help="of the KV cache (%(default)s)")
     common.add_result_arguments(parser, "sglang_gpu")
@@ -209,7 +271,13 @@ def main() -> None:
     os.environ["OCTAVO_CACHE"] = str(args.folder / "plans")  # none of the user's
     budget, used = Budget(args.budget_s, args.timeout_s), common.device_used() if args.device != "cpu" else None
     with common.merged("sglang_gpu", args, device=args.device) as merged:
-        right = [run_model(model, args, merged, budget, used) for model in args.models]
+        right = []
+        for model in args.models:
+            try:
+                right.append(run_model(model, args, merged, budget, used))
+            except (OSError, ChildError) as error:  # of its checkpoint: there may be room for another
+                say(f"{model}: {type(error).__name__}: {error}")
+                right.append(False)
     raise SystemExit(0 if all(right) else 1)
 
 

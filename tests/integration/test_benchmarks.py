@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -131,8 +132,26 @@ def test_a_snippet_that_hangs_is_killed_and_one_that_fails_is_told():
         common.run_fresh("time.sleep(60)", timeout_s=1)
     with pytest.raises(common.ChildError, match="no luck"):
         common.run_fresh("raise ValueError('no luck')")
+    with pytest.raises(common.ChildError, match="exit code 1") as failed:
+        common.run_fresh("print('first')\nresult(a=1)\nresult(a=2)\nprint('x\\n' * 99)\nraise SystemExit(1)")
+    assert failed.value.found == {"a": 2}
+    assert failed.value.output.startswith("first")
     found = common.run_fresh("result(late=time.perf_counter() - STARTED_S)", samples=True)
     assert 0 < found["late"] < found["process"]["wall_s"]
+
+
+@pytest.mark.parametrize("end", ["time.sleep(60)", "os._exit(1)", "result()"])
+def test_what_a_snippet_has_started_ends_with_it(end, tmp_path):
+    started = tmp_path / "pid"
+    code = "import subprocess\nfrom pathlib import Path\nother = subprocess.Popen(['sleep', '60'])\n"
+    code += f"Path({str(started)!r}).write_text(str(other.pid))\n{end}"
+    with contextlib.suppress(common.ChildError):
+        common.run_fresh(code, timeout_s=3)
+    pid = started.read_text()
+    ends = time.perf_counter() + 10
+    while Path("/proc", pid).exists() and " Z " not in Path("/proc", pid, "stat").read_text():
+        assert time.perf_counter() < ends
+        time.sleep(0.01)
 
 
 # -- vLLM -------------------------------------------------------------------------------------------------------------
@@ -212,19 +231,23 @@ def test_promises_about_several_ranks(load_s, reserved, read):
     }
 
 
-def test_rows_of_sglang_are_written_as_they_come(tmp_path, monkeypatch):
+def test_rows_of_sglang_are_written_as_they_come(tmp_path, monkeypatch, capsys):
     """Also where one fails; and octavo's, which come first, are compared with what comes later."""
-    made, asked = tmp_path / "result.json", []
+    made, asked, failed = tmp_path / "result.json", [], common.ChildError("no luck")
     memory = {"allocated_bytes": 1, "allocated_peak_bytes": 1, "reserved_peak_bytes": 1}
 
     def started(_, way, source, answers, options, **how):
         asked.append((way, sorted(json.loads(made.read_text())["models"]["llama3-8b"])))
-        if way == "fp8":
-            raise common.ChildError("no luck")
-        said = {"tokens": [[1, 2], [2, 1]], "logprobs": [[0.5, 0.25], [0.125, 1.0]], "sums": None}
-        answers.write_text(json.dumps(said))
+        if way == "octavo-fp8_block":
+            raise OSError("no disk")
         ranks = [{"load_s": 1.0, "after": memory, "log": ["octavo: 1.0 s"]}]
-        return {"ranks": ranks, "ready_at_s": 0, "samples": [], "start_s": 2.0}
+        found = {"ranks": ranks, "ready_at_s": 0, "start_s": 2.0}
+        if way == "fp8":  # loads, and fails in answering
+            failed.found, failed.output = found, "rank 0: ValueError: no kernel\nand so on"
+            raise failed
+        said = {"tokens": [[1, 2], [2, 1]], "logprobs": [[0.5, 0.25], [0.125, 1.0]], "sums": None}
+        answers.write_text("{" if way == "bf16" else json.dumps(said))
+        return {**found, "samples": []}
 
     monkeypatch.setattr(sglang_gpu, "run_fresh", started)
     monkeypatch.setattr(sglang_gpu, "source_of", lambda way, folder, *_: folder)
@@ -234,17 +257,24 @@ def test_rows_of_sglang_are_written_as_they_come(tmp_path, monkeypatch):
     for name in ("PYTHONPATH", "OCTAVO_CACHE", *sglang_gpu._sglang.ENVIRONMENT):
         monkeypatch.setenv(name, "")
     given = ["--folder", tmp_path, "--device", "cpu", "--models", "llama3-8b", "--again", "--output", made]
-    ways = ["octavo-fp8_channel", "converted-fp8_channel", "fp8"]
+    ways = ["octavo-fp8_channel", "converted-fp8_channel", "fp8", "octavo-fp8_block", "bf16"]
     monkeypatch.setattr(sys, "argv", ["sglang_gpu.py", *map(str, given), "--ways", *ways])
     with pytest.raises(SystemExit, match="1"):
         sglang_gpu.main()
+    assert "then: rank 0: ValueError: no kernel" in capsys.readouterr().err
     rows = ["octavo-fp8_channel tp1", "octavo-fp8_channel tp1 again", "converted-fp8_channel tp1"]
-    before = [["checkpoint", *sorted(rows[:count])] for count in range(4)]
+    rows += ["fp8 tp1", "octavo-fp8_block tp1"]  # which has no second start
+    before = [sorted(["checkpoint", *rows[:count]]) for count in range(6)]
     assert asked == list(zip(["octavo-fp8_channel", *ways], before, strict=True))
     found = json.loads(made.read_text())["models"]["llama3-8b"]
-    assert found[rows[0]]["promises"] == {"over": True, "equal": True}
+    assert found[rows[0]]["promises"] == {"over": True, "faster": False, "equal": True}
     assert found[rows[1]]["log"] == ["octavo: 1.0 s"]
-    assert found["fp8 tp1"]["error"] == "no luck"
+    assert found["fp8 tp1"]["error"] == "rank 0: ValueError: no kernel\nno luck"
+    assert found["fp8 tp1"]["load_s"] == 1.0
+    assert (tmp_path / "llama3-8b.sglang-answers" / "fp8 tp1.log").read_text() == failed.output
+    assert found["octavo-fp8_block tp1"] == {"run": found["fp8 tp1"]["run"], "error": "OSError: no disk"}
+    assert "can't be compared: JSONDecodeError" in found["bf16 tp1"]["error"]
+    assert found["bf16 tp1"]["start_s"] == 2.0
 
 
 def test_what_engines_are_asked_by_default_fits_the_models():
