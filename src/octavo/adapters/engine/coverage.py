@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
@@ -14,6 +15,9 @@ from ...elements.boxes import coverage_problem
 from ...elements.dry_run import Copy, Trace
 from ...planning.plan import Plan
 from ...text import pattern
+
+#: the shape of a parameter, and a name without its numbers
+_Kind = tuple[torch.Size, str]
 
 
 def coverage(model: nn.Module, seen: Trace, plan: Plan, unneeded: Collection[str]) -> list[str]:
@@ -43,6 +47,7 @@ def coverage(model: nn.Module, seen: Trace, plan: Plan, unneeded: Collection[str
             problem = f"{odd[0]} goes there, which is {dtype_names[odd[0]]}: no bf16, fp16 or fp32"
         elif len(copies) > 1 or copies[0].box.size != tuple(parameter.shape):
             problem = uncovered(parameter, copies) or alike.short(parameter, copies)
+        problem = problem or alike.long(parameter, copies)
         if problem:
             problems.append(f"{name} {list(parameter.shape)}: {problem}")
     return problems
@@ -51,7 +56,8 @@ def coverage(model: nn.Module, seen: Trace, plan: Plan, unneeded: Collection[str
 class _Alike:
     """Tensors whose names differ in numbers alone, and that go to parameters of one shape: they have one shape, too.
 
-    Where a loader pads what is too small, nothing else tells a size of which all of a model is from one that is wrong.
+    Where a loader pads what is too small, or takes of what is too large as much as it needs, nothing else tells a size
+    of which all of a model is from one that is wrong.
     """
 
     def __init__(self, model: nn.Module, seen: Trace, plan: Plan) -> None:
@@ -63,27 +69,53 @@ class _Alike:
         if all(copy.sources for copy in copies):
             return None
         for name in sorted({copy.src_name for copy in copies if copy.sources}):
-            kind = self._kind(parameter, name)
             if pattern(name) == name or name not in self._shapes:
                 continue
-            largest = self._largest[kind]
+            largest = self._largest[self._kind(parameter, name)]
             if self._shapes[name] != self._shapes[largest]:
-                sizes = f"{list(self._shapes[name])}, where {largest} has {list(self._shapes[largest])}"
-                return f"{name} has the shape {sizes}: constants would fill the rest"
+                return f"{name} has the shape {self._beside(name, largest)}: constants would fill the rest"
         return None
 
+    def long(self, parameter: Tensor, copies: Sequence[Copy]) -> str | None:
+        """Say which of the tensors that fill a parameter is larger than most of its kind, and only begun; or None."""
+        for name in sorted({copy.src_name for copy in copies} & self._shapes.keys() if self._usual else ()):
+            usual = self._usual.get(self._kind(parameter, name), name)
+            taken = sum(math.prod(copy.box.size) for copy in copies if name in copy.sources)
+            if taken < self._size(name) > self._size(usual):
+                return f"{name} has the shape {self._beside(name, usual)}: the rest would be left out"
+        return None
+
+    def _beside(self, name: str, other: str) -> str:
+        return f"{list(self._shapes[name])}, where {other} has {list(self._shapes[other])}"
+
+    def _size(self, name: str) -> int:
+        return math.prod(self._shapes[name])
+
     @functools.cached_property
-    def _largest(self) -> dict[tuple[torch.Size, str], str]:
-        parameters, found = dict(self._model.named_parameters()), dict[tuple[torch.Size, str], str]()
+    def _largest(self) -> dict[_Kind, str]:
+        return {kind: max(alike, key=self._size) for kind, alike in self._alike.items()}
+
+    @functools.cached_property
+    def _usual(self) -> dict[_Kind, str]:
+        """Of kinds of several shapes, a tensor that has the shape of most; of several such shapes the smallest."""
+        found = {}
+        for kind, alike in self._alike.items():
+            counts = Counter(self._shapes[name] for name in alike)
+            if len(counts) > 1:
+                found[kind] = min(alike, key=lambda name: (-counts[self._shapes[name]], self._size(name), name))
+        return found
+
+    @functools.cached_property
+    def _alike(self) -> dict[_Kind, dict[str, None]]:
+        """The tensors of each kind, in order."""
+        parameters, found = dict(self._model.named_parameters()), dict[_Kind, dict[str, None]]()
         for copy in self._seen.copies:
             if copy.target in parameters and (name := copy.src_name) in self._shapes:
-                known = found.setdefault(self._kind(parameters[copy.target], name), name)
-                if math.prod(self._shapes[name]) > math.prod(self._shapes[known]):
-                    found[self._kind(parameters[copy.target], name)] = name
+                found.setdefault(self._kind(parameters[copy.target], name), {})[name] = None
         return found
 
     @staticmethod
-    def _kind(parameter: Tensor, name: str) -> tuple[torch.Size, str]:
+    def _kind(parameter: Tensor, name: str) -> _Kind:
         return parameter.shape, pattern(name)
 
 
