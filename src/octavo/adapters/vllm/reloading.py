@@ -20,9 +20,11 @@ from ...conversion.formats import Format
 from ...errors import CheckpointError
 from ...planning.plan import Plan
 from ..engine import updating
+from ..engine.joining import Joining
 from ..engine.survey import Fillers
-from . import joining, repacking, versions
+from . import repacking, versions
 from .arrivals import Arrivals
+from .telling import log
 
 
 class Weights(updating.Weights):
@@ -52,7 +54,7 @@ def prepare(
     arrivals = Arrivals(model, fillers)
     updating.prepare(Weights(checkpoint.tensors, plan, layout, model, model.load_weights, arrivals))
     repacking.follow(model)
-    joining.follow(model, paths)
+    Joining("vLLM", log, versions.begin_anew).follow(model, paths)
     versions.watch_reloads(_check_complete)
 
 
