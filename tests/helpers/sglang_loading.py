@@ -239,6 +239,7 @@ def _load(server_args: Any, model_config: Any) -> tuple[Any, Any]:
     """A loader, and the model that it made."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
     from sglang.srt.model_loader.loader import get_model_loader
 
     load_config = LoadConfig(
@@ -246,6 +247,8 @@ def _load(server_args: Any, model_config: Any) -> tuple[Any, Any]:
         model_loader_extra_config=server_args.model_loader_extra_config,
         tp_rank=int(os.environ["RANK"]),
     )
+    if server_args.device == "cpu":
+        model_config = adjust_config_with_unaligned_cpu_tp(model_config, load_config, server_args.tp_size)
     loader = get_model_loader(load_config, model_config)
     return loader, loader.load_model(model_config=model_config, device_config=DeviceConfig("cpu"))
 
@@ -279,14 +282,15 @@ class _BeforePostProcessing:
 
         @functools.wraps(process)
         def processed(method: Any, layer: Any, *arguments: Any, **options: Any) -> Any:
-            if self.digests is None and not any(tensor.is_meta for tensor in layer.parameters()):
+            first = self._model is not None and self.digests is None  # and not when weights are new
+            if first and not any(tensor.is_meta for tensor in layer.parameters()):
                 self.digests = digests(self._model)
             return process(method, layer, *arguments, **options)
 
         setattr(owner, name, processed)
 
     def take(self) -> dict[str, str]:
-        taken, self.digests = self.digests, None
+        taken, self.digests, self._model = self.digests, None, None
         assert taken is not None, "no layer was post-processed"
         return taken
 
@@ -311,6 +315,18 @@ def as_on_hopper() -> None:
     from sglang.srt.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
     CompressedTensorsConfig._check_scheme_supported = lambda *arguments, **options: True
+    _repack_plainly()
+
+
+def _repack_plainly() -> None:
+    """Have SGLang bring weights of four bits into another form without a kernel: not Marlin's, but of its shape."""
+    from sglang.srt.layers.quantization import marlin_utils_fp4
+
+    def repack(b_q_weight: Any, size_k: int, **options: Any) -> Any:
+        return b_q_weight.reshape(size_k // 16, -1)
+
+    marlin_utils_fp4.gptq_marlin_repack = repack
+    marlin_utils_fp4.marlin_make_workspace = lambda *arguments: None
 
 
 def _main() -> None:

@@ -7,10 +7,6 @@ LOAD_FORMAT = "octavo"
 #: ``--quantization`` is this and the scheme's name
 PREFIX = "octavo_"
 SCHEMES = ("fp8_channel", "fp8_block", "int8_channel", "nvfp4")
-#: scheme of these -> why SGLang is not given it
-REFUSED_IN_SGLANG = {
-    "nvfp4": "it was tried in vLLM alone. SGLang reads what `octavo convert` writes in nvfp4 since 0.5.23",
-}
 #: scheme -> the format of the checkpoint that an engine is told of, where it is not the default: of int8, engines have
 #: kernels everywhere for activations in int8, too
 FORMATS = {"int8_channel": "compressed-tensors-w8a8"}

@@ -15,7 +15,6 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...choices import AUTO, DEFAULT_FORMAT, DEFAULT_STAGING_BYTES
 from ...conversion import formats
 from ...errors import RecipeError
-from ...numerics import schemes
 from ...planning.coded import settled
 from ...planning.recipe import Recipe
 from .names import FORMATS, SCHEMES, scheme_of_quantization
@@ -178,5 +177,4 @@ class Options:
         if scheme in cls.refused:
             instead = f"Use {' or '.join(cls.offered())}"
             raise RecipeError(f"the scheme {scheme} is not offered in {cls.engine}: {cls.refused[scheme]}. {instead}")
-        schemes.get(scheme)
-        raise AssertionError(f"{scheme} is neither offered nor refused")
+        raise RecipeError(f"unknown scheme {scheme!r}; offered in {cls.engine}: {', '.join(cls.offered())}")

@@ -125,7 +125,7 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
         with computed.noted():
             self.loading.fill(found, model.load_weights, None if place_among_ranks()[0] == 0 else False)
         computed.compute()
-        reloading.prepare(model, self.loading, found, self.options)
+        reloading.prepare(model, self.loading, found, self.options, layers.paths(model))
 
     def _survey(self, model: Any, model_config: Any, layers: Layers) -> Survey:
         """What the model's loader does with the checkpoint. Refuse what can't be done; have the model made anew."""

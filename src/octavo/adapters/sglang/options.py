@@ -8,14 +8,32 @@ sglang serve MODEL --quantization octavo_fp8_block
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from ...choices import DEFAULT_FORMAT
 from ...errors import RecipeError
 from ..engine import options
-from ..engine.names import REFUSED_IN_SGLANG
+
+#: what SGLang multiplies weights in nvfp4 with, beside activations in bf16; 0.5.15 has none
+_NVFP4 = "srt/layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a16_nvfp4.py"
+
+
+def refused_by(sglang: Path | None) -> dict[str, str]:
+    """Schemes that SGLang is not given -> why. ``sglang`` is its package, which is looked at and not imported."""
+    if sglang is None or (sglang / _NVFP4).is_file():
+        return dict(options.REFUSED)
+    why = "this one reads no weights in nvfp4 beside activations in bf16, as 0.5.23 does"
+    return {**options.REFUSED, "nvfp4": why}
+
+
+def _package() -> Path | None:
+    spec = importlib.util.find_spec("sglang")
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places))) if places else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +47,7 @@ class Options(options.Options):
     """
 
     engine = "SGLang"
-    refused: ClassVar[Mapping[str, str]] = {**options.REFUSED, **REFUSED_IN_SGLANG}
+    refused: ClassVar[Mapping[str, str]] = refused_by(_package())
     told: ClassVar[Mapping[str, tuple[str, ...]]] = {"fp8_block": (DEFAULT_FORMAT, "fp8")}
 
     draft: str | None = None
@@ -58,7 +76,19 @@ def meant(extra: Any) -> Any:
     """``--model-loader-extra-config``, which SGLang holds as JSON, or as what it means; nothing said is no key."""
     if isinstance(extra, str):
         try:
-            extra = json.loads(extra or "{}")
+            extra = json.loads(extra or "{}", object_pairs_hook=_once)
         except ValueError as error:
-            raise RecipeError(f"--model-loader-extra-config is no JSON: {error}") from None
+            raise RecipeError(
+                f"--model-loader-extra-config is no JSON: {error}. Give the object itself, like "
+                f'\'{{"scheme": "fp8_block"}}\', not a file\'s name; {extra[:100]!r} was given'
+            ) from None
     return {} if extra is None else extra
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which no key says two things."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise RecipeError(f"--model-loader-extra-config: {twice!r} is given twice")
+    return found

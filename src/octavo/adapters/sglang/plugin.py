@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ...errors import RecipeError
-from ..engine.names import LOAD_FORMAT, PREFIX, REFUSED_IN_SGLANG, SCHEMES
+from ..engine.names import LOAD_FORMAT, PREFIX
 from . import versions
 
 # below SGLang's own loggers, so that its settings hold for ours
@@ -28,7 +28,9 @@ def register() -> None:
     if not versions.is_supported():
         log.warning("octavo: %s", versions.too_old())
         return
-    versions.offer(LOAD_FORMAT, [PREFIX + scheme for scheme in SCHEMES if scheme not in REFUSED_IN_SGLANG])
+    from .options import Options
+
+    versions.offer(LOAD_FORMAT, [PREFIX + scheme for scheme in Options.offered()])
     for target, function, kind in _hooks():
         versions.hook(target, function, kind)
 

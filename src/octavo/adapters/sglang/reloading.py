@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +21,12 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...elements.inline import pools_inline
 from ...errors import CheckpointError, CoverageError, Lines, OctavoError
 from ..engine import updating
+from ..engine.joining import Joining
 from ..engine.loading import Loading
 from ..engine.options import Options
 from ..engine.soundness import Soundness
 from ..engine.survey import Survey, layer_of, whole_text
-from . import kept, runner, versions
+from . import kept, plugin, runner, versions
 from .arrivals import Arrivals
 from .computed import METHOD
 from .forms import Forms
@@ -112,8 +113,14 @@ class Weights(updating.Weights):
         yield name, weight
 
 
-def prepare(model: Any, loading: Loading, found: Survey, options: Options) -> None:
-    """Have later calls of ``model.load_weights`` quantize as the first one did. Called before SGLang's processing."""
+def prepare(model: Any, loading: Loading, found: Survey, options: Options, paths: Mapping[str, str]) -> None:
+    """Have later calls of ``model.load_weights`` quantize as the first one did. Called before SGLang's processing.
+
+    Args:
+        paths: the place of each layer in the model -> SGLang's name of it.
+    """
+    # before forms, which note what processing is: a layer that can't have its new weights stays as it was
+    Joining("SGLang", plugin.log, lambda _: None).follow(model, paths)
     forms = Forms(model, found.fillers, versions.processes)
     arrivals = Arrivals(model, found.fillers, forms)
     tensors, load = loading.checkpoint.tensors, model.load_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from octavo.adapters.sglang.options import Options
+from octavo.adapters.sglang.options import Options, refused_by
 from octavo.errors import RecipeError
 
 
@@ -32,15 +32,16 @@ def test_a_draft_stays_unless_it_has_a_scheme_of_its_own():
     ("extra", "problem"),
     [
         ("{", "is no JSON"),
+        ("extra.json", "not a file's name; 'extra.json' was given"),
+        ('{"scheme": "fp8_block", "threads": 2, "scheme": "fp8_channel"}', "'scheme' is given twice"),
         ("[1]", "must be a JSON object"),
         ('{"shceme": "fp8_block"}', "unknown key 'shceme'"),
         ('{"format": "gguf"}', "unknown format 'gguf'"),
         ('{"format": 3}', "format must be the name of a format"),
         ('{"format": "fp8", "scheme": "fp8_channel"}', "the format 'fp8' has no fp8_channel, only fp8_block"),
         ('{"scheme": "mxfp8"}', "mxfp8 is not offered in SGLang: few of its kernels take it"),
-        ('{"scheme": "nvfp4"}', "nvfp4 is not offered in SGLang: it was tried in vLLM alone"),
         ('{"draft": "mxfp8"}', "mxfp8 is not offered in SGLang"),
-        ('{"draft": "fp9"}', "unknown scheme 'fp9'"),
+        ('{"draft": "fp9"}', "unknown scheme 'fp9'; offered in SGLang: fp8_channel, fp8_block, int8_channel"),
         ('{"draft": "auto"}', "unknown scheme 'auto'"),
         ('{"format": "fp8", "scheme": "fp8_block", "draft": "fp8_channel"}', "has no fp8_channel"),
     ],
@@ -48,3 +49,11 @@ def test_a_draft_stays_unless_it_has_a_scheme_of_its_own():
 def test_what_cant_be_meant_is_refused(extra, problem):
     with pytest.raises(RecipeError, match=problem):
         Options.of(extra)
+
+
+def test_nvfp4_is_refused_where_this_sglang_has_nothing_that_reads_it(tmp_path):
+    assert "nvfp4" in refused_by(tmp_path)
+    scheme = tmp_path / "srt/layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a16_nvfp4.py"
+    scheme.parent.mkdir(parents=True)
+    scheme.touch()
+    assert refused_by(tmp_path).keys() == refused_by(None).keys() == {"fp8_tensor", "mxfp8"}
