@@ -53,6 +53,30 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    # heads, columns and a vocabulary that two ranks don't divide
+    "llama ragged": (
+        "LlamaConfig",
+        {
+            **SMALL,
+            "vocab_size": 261,
+            "hidden_size": 384,
+            "intermediate_size": 321,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 3,
+        },
+    ),
+    # a head of keys that both of two ranks have, and a head that is the embedding
+    "qwen2 shared": (
+        "Qwen2Config",
+        {
+            **SMALL,
+            "vocab_size": 261,
+            "hidden_size": 512,
+            "intermediate_size": 512,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+        },
+    ),
     "qwen2": ("Qwen2Config", {**SMALL, "tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {**SMALL, "head_dim": 32}),
     "olmoe": ("OlmoeConfig", {**SMALL, "intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2}),
