@@ -157,7 +157,7 @@ def _quantized(
     """Matrices, or rows and columns of them, each with its scales; None where there is more to do than to move."""
     scheme, each = schemes.get(str(placement.scheme)), layout.numbers_each(placement.scheme)
     pairs = paired(weights, scales, Grid.of(scheme, placement.shape, each), layout.scale_suffix)
-    if pairs is None:
+    if pairs is None or (scales and not pairs):  # a part of padding alone has the scales of the whole
         return None
     n, k = placement.shape[-2:]
     parts: list[_Part] = []
