@@ -24,20 +24,23 @@ def twins(model: nn.Module, holders: Collection[str], each: int) -> Iterator[Non
     Args:
         each: how many numbers are one of a packed parameter.
     """
-    made: list[tuple[nn.Module, str]] = []
+    made: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []  # with what was there before
     try:
         for holder in holders:
             layer, _, name = holder.rpartition(".")
             module = model.get_submodule(layer)
-            if not name.endswith(PACKED) or unpacked(name) in module._parameters:
-                continue
             packed: Any = module._parameters[name]
+            # some models call a packed parameter by the other name, too
+            known = module._parameters.get(unpacked(name), packed)
+            if not name.endswith(PACKED) or known is not packed:
+                continue
             twin: Any = torch.empty((*packed.shape[:-1], each * packed.shape[-1]), dtype=torch.bfloat16, device="meta")
             twin = twin.as_subclass(type(packed))  # whose loader may ask for its class
             twin.__dict__.update(packed.__dict__)
+            made.append((module, dict(module._parameters)))
             module._parameters[unpacked(name)] = twin
-            made.append((module, unpacked(name)))
         yield
     finally:
-        for module, name in made:
-            del module._parameters[name]
+        for module, before in reversed(made):
+            module._parameters.clear()
+            module._parameters.update(before)
