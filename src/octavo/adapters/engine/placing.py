@@ -64,7 +64,9 @@ def split(model: nn.Module, seen: Trace, plan: Plan, layout: Format) -> Places:
         scales = found.get(layout.scale_name(placement.name), [])
         over = found.get(placement.name + packing.GLOBAL, []) if formats.has_groups(placement.scheme) else []
         parts, copies = None, (*weights, *scales, *over)
-        if placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in copies):
+        facts = [copy for name in layout.beside(placement) for copy in found.get(name, ())] if placement.scheme else []
+        followed = all(fact.view is not None for fact in facts)
+        if followed and placement.name not in seen.used and seen.computed.isdisjoint(c.target for c in copies):
             parts = (
                 _quantized(placement, weights, scales, over, layout)
                 if placement.scheme
@@ -295,26 +297,25 @@ def _patterns(pieces: Sequence[Piece]) -> tuple[str, ...]:
 def write_facts(model: nn.Module, seen: Trace, facts: Mapping[str, Tensor]) -> list[Copy]:
     """Write what is known of weights without reading them where the loader puts it; the constants that this is."""
     memory = dict(model.named_parameters()) | dict(model.named_buffers())
-    found: dict[str, list[tuple[Copy, tuple[int, ...]]]] = {}
+    found: dict[str, list[tuple[View, tuple[int, ...]]]] = {}
     for name, value in facts.items():
         for copy in seen.by_source.get(name, ()):
-            region = _region(memory, copy)
-            region.copy_(value.view(region.shape))
-            found.setdefault(copy.target, []).append((copy, tuple(value.flatten().tolist())))
+            assert copy.view is not None  # as `split` has seen
+            taken = value.as_strided(copy.view.size, copy.view.strides, copy.view.offset)
+            found.setdefault(copy.target, []).append((copy.into, tuple(taken.flatten().tolist())))
     return [constant for target, mine in found.items() for constant in _constants(target, memory[target], mine)]
 
 
-def _constants(target: str, tensor: Tensor, mine: list[tuple[Copy, tuple[int, ...]]]) -> Iterator[Copy]:
-    """Facts as constants: one for each column where all rows are alike, as experts are."""
-    whole = View.of(tensor)
-    filled = sum(math.prod(copy.into.size) for copy, _ in mine)
-    if len({value for _, value in mine}) == 1 and filled == tensor.numel() and tensor.shape[-1:] == (len(mine[0][1]),):
-        views = [whole]
-    else:
-        views = [copy.into for copy, _ in mine]
-    for offset, size, strides in views:
-        for column in range(size[-1]):
+def _constants(target: str, tensor: Tensor, mine: list[tuple[View, tuple[int, ...]]]) -> Iterator[Copy]:
+    """Write facts as constants: one for each column where all rows are alike, as experts are."""
+    whole, values = View.of(tensor), {row for _, row in mine}
+    filled = sum(math.prod(view.size) for view, _ in mine)
+    if len(values) == 1 and filled == tensor.numel() and tensor.shape[-1:] == (len(mine[0][1]),):
+        mine = [(whole, values.pop())]
+    for (offset, size, strides), row in mine:
+        for column, number in enumerate(row):
             part = View(offset + column * strides[-1], (*size[:-1], 1), strides)
+            tensor.detach().as_strided(part.size, part.strides, part.offset).fill_(number)
             box = next(iter(layout_of(whole.size, whole.strides).boxes(part.offset - whole.offset, *part[1:])))
             yield Copy(target, box, frozenset(), None, part)
 

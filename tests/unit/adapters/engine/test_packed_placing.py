@@ -183,3 +183,16 @@ def test_rows_that_are_no_whole_words_stay_with_the_reason(tmp_path):
     loading = Loading("vLLM", checkpoint, options, options.layout, torch.device("cpu"), logging.getLogger(), Stages())
     assert [p.name for p in loading.plan.quantized] == ["b.weight"]
     assert [p.reason for p in loading.plan.kept] == ["6 columns: readers of packed int8 want a multiple of 4"]
+
+
+def test_a_shape_that_a_loader_computes_with_goes_through_it(tmp_path):
+    class Doubling(Toy):
+        def load_weights(self, weights):
+            super().load_weights((name, tensor * 2 if name.endswith("_shape") else tensor) for name, tensor in weights)
+
+    tensors = {name: random_weights((256, 256), torch.bfloat16, seed) for seed, name in enumerate(DENSE)}
+    tensors["norm"] = random_weights((256,), torch.float32, 9)
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, tensors))
+    model = Doubling("int8_packed")
+    streamed(model, Doubling("int8_packed"), checkpoint, scheme="int8_channel")
+    assert model.down_proj.weight_shape.tolist() == [512, 512]
