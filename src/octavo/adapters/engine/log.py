@@ -20,7 +20,7 @@ _TENTH = 0.1
 def outcome(found: Survey) -> list[str]:
     """How much becomes what; what stays, in bytes of this process, and why."""
     plan, quantized = found.plan, found.plan.quantized
-    became = "no tensor became FP8"
+    became = f"no tensor became {plan.recipe.scheme}"
     if quantized:
         in_fp8 = sum(placement.final_bytes for placement in _held(found) if placement.scheme)
         became = (
@@ -44,7 +44,11 @@ def warning(found: Survey) -> str | None:
     if found.plan.quantized and odd.total() <= total * _TENTH:
         return None
     said = "; ".join(f"{human_bytes(size)}: {reason}" for reason, size in odd.most_common(3)) or "it has no such layers"
-    how_much = f"{human_bytes(odd.total())} of {human_bytes(total)}" if found.plan.quantized else "nothing in FP8: all"
+    how_much = (
+        f"{human_bytes(odd.total())} of {human_bytes(total)}"
+        if found.plan.quantized
+        else f"nothing in {found.plan.recipe.scheme}: all"
+    )
     return printable(f"{how_much} stays unquantized ({said})")
 
 

@@ -145,7 +145,7 @@ def test_what_cant_be_fp8_in_sglang_stays_as_it_is_and_is_named(tmp_path: Path) 
     assert "can't become FP8 in LlamaForCausalLM: SGLang can't make this layer in fp8_block" in strict.error
     assert block.loaded == odd_wide.loaded
     assert gpt.loaded == gpt_wide.loaded
-    assert gpt.output.count("octavo: nothing in FP8: all stays unquantized") == 2
+    assert gpt.output.count("octavo: nothing in fp8_channel: all stays unquantized") == 2
 
 
 def test_tensors_named_by_ignore_stay_as_they_are(tmp_path: Path) -> None:

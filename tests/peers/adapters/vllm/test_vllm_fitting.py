@@ -126,7 +126,7 @@ def test_a_model_of_which_nothing_becomes_fp8_is_warned_of(tmp_path: Path) -> No
     extra = {"ignore": ["model.layers.*"]}
     (answer,) = load(octavo_job(source, model_loader_extra_config=extra))
     assert not answer.error, answer.error
-    assert re.search("WARNING.*octavo: nothing in FP8: all stays unquantized", answer.output)
+    assert re.search("WARNING.*octavo: nothing in fp8_channel: all stays unquantized", answer.output)
 
 
 def ignoring(source: Path, *patterns: str) -> Job:

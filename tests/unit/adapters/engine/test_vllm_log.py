@@ -61,5 +61,5 @@ def test_a_tenth_that_stays_for_other_reasons_is_warned_of(surveyed: Any) -> Non
 
 def test_nothing_in_fp8_is_warned_of(surveyed: Any) -> None:
     found = surveyed({"norm.weight": (512,), "conv.weight": (512, 128, 3)})
-    assert outcome(found)[0] == "no tensor became FP8"
-    assert "nothing in FP8: all stays unquantized" in str(warning(found))
+    assert outcome(found)[0] == "no tensor became fp8_channel"
+    assert "nothing in fp8_channel: all stays unquantized" in str(warning(found))
