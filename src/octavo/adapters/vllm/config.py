@@ -29,6 +29,7 @@ from ..engine.names import FORMATS, LOAD_FORMAT, PREFIX
 from ..engine.survey import error_text
 from . import plugin, versions
 from .fitting import FITTING, can_be_plain, check_kernel, is_linear
+from .options import Options
 
 # below vLLM's own loggers, so that its settings hold for ours
 log = init_logger("vllm.octavo")
@@ -113,10 +114,12 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
             try:
                 versions.check_kernel(self, *kernel)
             except _NO_KERNEL as error:
+                written = {name: whole_config(self.scheme, name)["format"] for name in Options.formats_of(self.scheme)}
+                others = [f"the format {name!r}" for name, found in written.items() if found != scheme.get("format")]
                 raise RecipeError(
                     f"vLLM has no kernel for {self.scheme} here, on {current_platform.device_name} "
-                    f"({error_text(error)}). Use {' or '.join(_RUN_EVERYWHERE)}; what `octavo convert` writes in "
-                    f"{self.scheme}, vLLM runs where it has that kernel"
+                    f"({error_text(error)}). Use {' or '.join([*others, *_RUN_EVERYWHERE])}; what `octavo convert` "
+                    f"writes in {self.scheme}, vLLM runs where it has that kernel"
                 ) from error
 
     def _pretend(self) -> None:
