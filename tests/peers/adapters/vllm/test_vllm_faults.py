@@ -70,7 +70,7 @@ def test_octavo_stops_a_spoiled_checkpoint_and_names_it(what: str, answers: dict
 EXTRA = "model_loader_extra_config"
 ONLINE = {"linear": {"weight": "fp8_per_channel_static"}}
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
-    "an unknown key": ({EXTRA: {"shceme": "fp8_block"}}, "unknown key 'shceme'; known: scheme, ignore"),
+    "an unknown key": ({EXTRA: {"shceme": "fp8_block"}}, "unknown key 'shceme'; known: scheme, format, ignore"),
     "a key of vLLM's loader": ({EXTRA: {"num_threads": 4}}, "unknown key 'num_threads'"),
     "an unknown scheme": ({EXTRA: {"scheme": "int4"}}, "unknown scheme 'int4'"),
     "fp8_tensor": ({EXTRA: {"scheme": "fp8_tensor"}}, "Use fp8_channel or fp8_block"),

@@ -157,7 +157,7 @@ def test_the_command_says_what_is_wrong_with_an_option_and_ends(tmp_path: Path) 
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     output = finished.stdout + finished.stderr
     assert finished.returncode == 1
-    assert "unknown key 'shceme'; known: scheme, ignore" in output
+    assert "unknown key 'shceme'; known: scheme, format, ignore" in output
     before, _, _ = output.partition("Traceback")
     assert "octavo: " in before
     assert "unknown key 'shceme'" in before
