@@ -5,6 +5,7 @@ Every parameter and buffer of the model, the tokens, and the logprobs of prompts
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,8 @@ def test_what_the_loader_cant_take_stays_as_it_is_and_is_reported(tmp_path: Path
     assert experts
     assert all("bfloat16" in digest or "int" in digest for digest in experts.values()), experts
     assert "4 layers (8 tensors) became fp8_channel" in answer.log[0]
-    assert "no place for" in answer.log[1]
+    # where a processor has no kernel for them either, that is what vLLM says first
+    assert re.search("no place for|no kernel of .* takes these experts", answer.log[1])
 
 
 def test_ignored_tensors_stay_and_a_fused_layer_stays_whole(tmp_path: Path) -> None:
