@@ -188,8 +188,8 @@ class Format:
     def _scale_dtype(self, placement: Placement) -> torch.dtype:
         """The dtype of `stored_scale`."""
         assert placement.scheme is not None
-        passed = [coding for _, coding in placement.codings] if placement.passed else []
-        return self.stored_dtype(schemes.get(placement.scheme), passed)
+        passed = placement.codings if self.packs(placement.scheme) and placement.passed else ()
+        return self.stored_dtype(schemes.get(placement.scheme), (coding for _, coding in passed))
 
     def stored_dtype(self, scheme: Scheme, passed: Iterable[Coding] = ()) -> torch.dtype:
         """The dtype of scales that octavo computes, or of those of sources that pass through."""

@@ -48,10 +48,10 @@ class Given:
     def _parts(self, placement: Placement) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """What comes after the weight's name in that of each tensor; its dtype and its shape.
 
-        In one scheme and one format, the shape of a whole weight decides, as placements have it in a survey, and what
-        scales are that may pass through.
+        In one scheme and one format, the shape of a whole weight decides, as placements have it in a survey, and the
+        dtype of its scales, which is another where they pass through.
         """
-        key = placement.shape, *{coding.scale.dtype_name for _, coding in placement.codings}
+        key = placement.shape, self.layout.scale_type(placement)
         found = self._known.get(key)
         if found is None:  # a model has thousands of weights, and few shapes of them
             found = self._known[key] = [
