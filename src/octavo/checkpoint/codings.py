@@ -283,10 +283,9 @@ class _Finder:
         _check_zero_point(Coding(parts.name, shape, decoding, *parts[1:]), way.symmetric)
         if parts.blocks:
             shape = (*shape[:-2], shape[-1], shape[-2])
-        alike = len(ways) == 1 and (
-            bool(self._declared) or len(kinds) == 1
-        )  # else a shape was asked, which they are not
-        return _Form(shape, decoding, parts.blocks), alike
+        # where no config tells one of several kinds, the shape that is stored beside each weight may have done so
+        told = bool(self._declared) or len(kinds) == 1
+        return _Form(shape, decoding, parts.blocks), told and len(ways) == 1
 
     def _ways(self, parts: Parts, kinds: Sequence[str]) -> list[Way]:
         """The ways in which headers allow that these numbers are quantized."""
@@ -302,7 +301,7 @@ class _Finder:
         ways = [way for way in self._declared.ways if way.kind in grids]
         ways = [way for way in ways if fits(parts.matrix(way.kind), grids[way.kind], way.groups)]
         if not ways:
-            said = ", or ".join(dict.fromkeys(map(str, self._declared.ways)))
+            said = ", or ".join(dict.fromkeys(map(str, self._declared.ways))) or "of none how it is quantized"
             raise Problem(f"{parts.held}, and {self._declared.where} says {said}")
         return ways
 

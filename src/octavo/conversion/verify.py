@@ -197,9 +197,17 @@ def _strays(made: Checkpoint) -> list[str]:
 
 
 def _contradictions(made: Checkpoint, pairs: Iterable[Pair]) -> list[str]:
-    """Where config.json says otherwise of quantized weights than their headers, all whose bytes may be right."""
+    """Where config.json says otherwise of quantized weights than their headers, all whose bytes may be right.
+
+    A contradiction begins with the tensor that it is about, or is about all of a config.
+    """
     quantized = {module_of(pair.here.name) for pair in pairs if pair.scheme}
-    return [said for said in made.contradictions if said.split()[0].rpartition(".")[0] in quantized]
+
+    def matters(said: str) -> bool:
+        name = said.split()[0].rstrip(":")
+        return name not in made.stored or name.rpartition(".")[0] in quantized
+
+    return [said for said in made.contradictions if quantized and matters(said)]
 
 
 def _wanted(made: Checkpoint, source: Checkpoint) -> dict[str, tuple[TensorInfo, Piece | None]]:

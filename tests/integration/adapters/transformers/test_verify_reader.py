@@ -230,6 +230,16 @@ def test_bits_that_the_config_contradicts_are_named_beside_the_source(tmp_path: 
         octavo.verify(tmp_path / "other", against=tmp_path / "source")
 
 
+def test_a_config_that_can_not_be_understood_is_named_beside_the_source(converted: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = "eight"
+    (converted / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError) as error:
+        octavo.verify(converted, against=converted.with_name("source"))
+    assert "its config.json says of its quantization: num_bits is 'eight', and type 'float'" in str(error.value)
+    assert "and its config.json says of none how it is quantized" in str(error.value)
+
+
 def test_who_can_not_be_asked_is_named(converted: Path) -> None:
     with pytest.raises(RecipeError, match="unknown reader 'nobody'; known: transformers"):
         octavo.verify(converted, reader="nobody")
