@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
+from ...checkpoint.companions import of_weight
 from ...checkpoint.header import TensorInfo
 from ...checkpoint.names import plain_names
 from ...conversion.formats import Format
@@ -79,10 +80,12 @@ class Weights:
         return contextlib.nullcontext()
 
     def _named(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """The tensors without names of wrappers, where the checkpoint knows them so."""
+        """The tensors without names of wrappers, where the checkpoint knows them so, or they are of a known weight."""
         for name, weight in weights:
-            known = name in self.tensors
-            yield name if known else next((plain for plain in plain_names(name) if plain in self.tensors), name), weight
+            yield next((plain for plain in plain_names(name) if self._is_known(plain)), name), weight
+
+    def _is_known(self, name: str) -> bool:
+        return name in self.tensors or of_weight(name) in self.tensors or name in self._parts
 
     @functools.cached_property
     def _placements(self) -> dict[str, Placement]:
