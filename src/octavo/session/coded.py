@@ -53,7 +53,8 @@ class Waiting:
         self.limit_bytes = limit_bytes
         self._numbers: dict[str, Tensor] = {}
         self._scales: dict[str, tuple[str, Tensor]] = {}
-        self._copied: dict[str, int] = {}  # of whom no longer its owner's tensor is held -> bytes
+        self._copied: dict[str, int] = {}  # names of copies -> bytes
+        self._copied_bytes = 0
 
     @property
     def names(self) -> list[str]:
@@ -95,7 +96,7 @@ class Waiting:
             if name in numbers and name in scales:
                 scale_name, scale = scales.pop(name)
                 for each in (name, scale_name):
-                    self._copied.pop(each, None)
+                    self._copied_bytes -= self._copied.pop(each, 0)
                 yield Came(name, numbers.pop(name), scale, scale_name)
 
     def keep(self) -> None:
@@ -121,15 +122,15 @@ class Waiting:
     def _held(self, name: str, tensor: Tensor, copy: bool) -> Tensor:
         if not copy:
             return tensor
-        before = sum(self._copied.values())
-        if before and before + tensor.nbytes > self.limit_bytes:
+        after = self._copied_bytes + tensor.nbytes
+        if self._copied and after > self.limit_bytes:
             raise CoverageError(
                 f"{len(self._copied) + 1:,} tensors wait for their scales, or are scales that wait for their FP8 "
-                f"numbers, {human_bytes(before + tensor.nbytes)}, more than staging_bytes "
+                f"numbers, {human_bytes(after)}, more than staging_bytes "
                 f"({human_bytes(self.limit_bytes)}): {next(iter(self._copied))}, ..., {name}. Let scales follow their "
                 "numbers, or raise staging_bytes"
             )
-        self._copied[name] = tensor.nbytes
+        self._copied[name], self._copied_bytes = tensor.nbytes, after
         return tensor.clone()
 
 
