@@ -79,9 +79,11 @@ class _Alike:
     def long(self, parameter: Tensor, copies: Sequence[Copy]) -> str | None:
         """Say which of the tensors that fill a parameter is larger than most of its kind, and only begun; or None."""
         for name in sorted({copy.src_name for copy in copies} & self._shapes.keys() if self._usual else ()):
-            usual = self._usual.get(self._kind(parameter, name), name)
+            usual = self._usual.get(self._kind(parameter, name))
+            if usual is None or self._size(name) <= self._size(usual):
+                continue
             taken = sum(math.prod(copy.box.size) for copy in copies if name in copy.sources)
-            if taken < self._size(name) > self._size(usual):
+            if taken < self._size(name):
                 return f"{name} has the shape {self._beside(name, usual)}: the rest would be left out"
         return None
 
