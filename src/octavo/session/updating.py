@@ -67,14 +67,10 @@ def updating(inventory: Inventory, intake: Intake, report: LayerwiseReport, *, m
         try:
             yield
             intake.turn()
-            problems = (
-                []
-                if more
-                else [
-                    f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
-                    for item in intake.held.staged.values()
-                ]
-            )
+            problems = [
+                f"{item.name} {list(item.shape)}: only parts of scale groups came; nothing wrote {item.gaps}"
+                for item in (() if more else intake.held.staged.values())
+            ]
             raise_problems(CoverageError, type(inventory.model).__name__, problems)
             intake.quantizer.check()
         except Exception as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -97,10 +97,11 @@ class Writes(Intake):
     def refuse_codes(self, item: Item, inputs: Iterable[Tensor]) -> None:
         """Raise where all that an item's values are made of still lacks its scales."""
         if item.dtype.is_floating_point and item.dtype.itemsize > 1:
-            found = {self.codes.dtype_of(tensor) for tensor in inputs if is_number(tensor)}
-            if found and None not in found:
+            found = [self.codes.dtype_of(tensor) for tensor in inputs if is_number(tensor)]
+            coded = [dtype for dtype in found if dtype is not None]
+            if coded and len(coded) == len(found):
                 with self.quiet():
-                    _refuse_codes(item, found.pop())
+                    _refuse_codes(item, coded[0])
 
     def copy_final(self, item: Item, final: Tensor, view: Tensor, values: Tensor) -> None:
         storage = item.quantized
@@ -258,9 +259,9 @@ class Writes(Intake):
             item.expect([])  # whoever writes there does not tell
 
 
-def _refuse_codes(item: Item, dtype: torch.dtype | None) -> None:
+def _refuse_codes(item: Item, dtype: torch.dtype) -> NoReturn:
     raise LoaderError(
-        f"{item.name}: a loader copies {dtypes.short(dtype or item.dtype)} to it, whose numbers mean nothing without "
+        f"{item.name}: a loader copies {dtypes.short(dtype)} to it, whose numbers mean nothing without "
         "their scales. Give the session bf16, fp16 or fp32: octavo.stream(path, None) hands out what a quantized "
         "checkpoint stands for; a transform may dequantize."
     )
