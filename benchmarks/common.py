@@ -77,13 +77,11 @@ class ChildError(RuntimeError):
         samples: see `run_fresh`.
     """
 
-    output = ""
-    found: dict[str, Any]
-    samples: list[tuple[float, int, int, int]]
-
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.found, self.samples = {}, []
+        self.output = ""
+        self.found: dict[str, Any] = {}
+        self.samples: list[tuple[float, int, int, int]] = []
 
 
 def run_fresh(
