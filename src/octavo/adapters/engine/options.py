@@ -17,13 +17,7 @@ from ...conversion import formats
 from ...errors import RecipeError
 from ...planning.coded import settled
 from ...planning.recipe import Recipe
-from .names import FORMATS, SCHEMES, scheme_of_quantization
-
-#: scheme -> why no engine is given it
-REFUSED = {
-    "fp8_tensor": "it quantizes the parts of a fused layer a second time, to their largest scale",
-    "mxfp8": "few of its kernels take it",
-}
+from .names import FORMATS, REFUSED, SCHEMES, scheme_of_quantization
 
 
 def _is_count(value: Any) -> bool:

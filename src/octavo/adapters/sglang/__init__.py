@@ -10,6 +10,7 @@ those that SGLang has for FP8 checkpoints on disk, and the bytes are those that 
     loader     ``--load-format octavo``
     computed   what loaders compute of weights, once all are there
     options    what its users may say
+    offered    which schemes it is given
     versions   what differs between SGLang's versions
 
 `register` is the entry point in SGLang's plugin group ``sglang.srt.plugins``; it is called in every process of SGLang.

@@ -8,32 +8,14 @@ sglang serve MODEL --quantization octavo_fp8_block
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ...choices import DEFAULT_FORMAT
 from ...errors import RecipeError
 from ..engine import options
-
-#: what SGLang multiplies weights in nvfp4 with, beside activations in bf16; 0.5.15 has none
-_NVFP4 = "srt/layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a16_nvfp4.py"
-
-
-def refused_by(sglang: Path | None) -> dict[str, str]:
-    """Schemes that SGLang is not given -> why. ``sglang`` is its package, which is looked at and not imported."""
-    if sglang is None or (sglang / _NVFP4).is_file():
-        return dict(options.REFUSED)
-    why = "this one reads no weights in nvfp4 beside activations in bf16, as 0.5.23 does"
-    return {**options.REFUSED, "nvfp4": why}
-
-
-def _package() -> Path | None:
-    spec = importlib.util.find_spec("sglang")
-    places = spec.submodule_search_locations if spec else None
-    return Path(next(iter(places))) if places else None
+from . import offered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +29,7 @@ class Options(options.Options):
     """
 
     engine = "SGLang"
-    refused: ClassVar[Mapping[str, str]] = refused_by(_package())
+    refused: ClassVar[Mapping[str, str]] = offered.REFUSED
     told: ClassVar[Mapping[str, tuple[str, ...]]] = {"fp8_block": (DEFAULT_FORMAT, "fp8")}
 
     draft: str | None = None

@@ -17,7 +17,7 @@ from typing import Any
 
 from ...errors import RecipeError
 from ..engine.names import LOAD_FORMAT, PREFIX
-from . import versions
+from . import offered, versions
 
 # below SGLang's own loggers, so that its settings hold for ours
 log = logging.getLogger("sglang.srt.octavo")
@@ -28,9 +28,7 @@ def register() -> None:
     if not versions.is_supported():
         log.warning("octavo: %s", versions.too_old())
         return
-    from .options import Options
-
-    versions.offer(LOAD_FORMAT, [PREFIX + scheme for scheme in Options.offered()])
+    versions.offer(LOAD_FORMAT, [PREFIX + scheme for scheme in offered.SCHEMES])
     for target, function, kind in _hooks():
         versions.hook(target, function, kind)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
-from octavo.adapters.sglang.options import Options, refused_by
+from octavo.adapters.sglang.offered import refused_by
+from octavo.adapters.sglang.options import Options
 from octavo.errors import RecipeError
 
 
@@ -57,3 +61,9 @@ def test_nvfp4_is_refused_where_this_sglang_has_nothing_that_reads_it(tmp_path):
     scheme.parent.mkdir(parents=True)
     scheme.touch()
     assert refused_by(tmp_path).keys() == refused_by(None).keys() == {"fp8_tensor", "mxfp8"}
+
+
+def test_what_every_process_of_sglang_asks_is_light():
+    code = "import sys, octavo.adapters.sglang.offered; print('torch' in sys.modules, 'octavo.planning' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert said.split() == ["False", "False"]
