@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -11,7 +12,7 @@ import pytest
 
 import octavo
 from helpers.sglang_hooks import WAYS, without_hooks
-from helpers.sglang_loading import Job, load, octavo_job
+from helpers.sglang_loading import ENVIRONMENT, Job, load, octavo_job
 from helpers.vllm_checkpoints import convert, make
 from octavo.adapters.engine.names import PREFIX
 from octavo.adapters.sglang.options import Options
@@ -26,14 +27,17 @@ pytestmark = [
 
 def test_the_command_line_takes_what_is_offered_and_nothing_that_is_refused() -> None:
     code = """
+        from helpers import sglang_stand_ins
+        sglang_stand_ins.install()
         from sglang.srt import server_args
         from octavo.adapters.sglang.plugin import register
         register()
         print(*(name for name in server_args.QUANTIZATION_CHOICES if name.startswith("octavo_")))
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert told.split() == [PREFIX + scheme for scheme in Options.offered()]
+    environment = {**os.environ, **ENVIRONMENT}
+    told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment).stdout
+    assert told.splitlines()[-1].split() == [PREFIX + scheme for scheme in Options.offered()]
 
 
 @pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block"])
