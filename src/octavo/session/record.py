@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.packing import FP8
 from ..elements.boxes import Gaps
 from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
 from ..elements.pieces import Piece, whole
@@ -36,6 +35,7 @@ from ..planning.recipe import Recipe
 from ..streaming.files import Files
 from .inventory import Inventory
 from .parameters import Item, kind_of
+from .watch.codes import are_codes
 
 aten = torch.ops.aten
 Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]
@@ -150,10 +150,11 @@ class Recorder(PlainDispatchMode):
             record.pieces.append(piece)
         if values.dtype != item.dtype:
             record.breaks = f"cast from {dtypes.short(values.dtype)} to {dtypes.short(item.dtype)}"
-        elif dtypes.NAMES.get(item.dtype) not in FP8:
-            coded = [p.src_name for p in values.pieces if self._infos[p.src_name].dtype_name in FP8]
-            if coded:
-                record.breaks = f"{coded[0]} is FP8, and means nothing without its scale"
+        elif item.dtype.is_floating_point and item.dtype.itemsize > 1:
+            sources = (self._infos[piece.src_name] for piece in values.pieces)
+            coded = next((info for info in sources if are_codes(info.dtype, len(info.shape))), None)
+            if coded is not None:
+                record.breaks = f"{coded.name} is {dtypes.short(coded.dtype)}, and means nothing without its scale"
 
     def _compute(self, func: Any, leaves: list[Any], spec: Any) -> Any:
         """An operation on values that nobody has: carried out on shapes alone."""

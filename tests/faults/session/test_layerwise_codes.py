@@ -122,10 +122,12 @@ def test_a_model_of_fp8_takes_numbers_and_their_scales_as_they_are() -> None:
     assert same_bytes(model["a"].weight_scale.data, scale.float())
 
 
-def test_a_recording_leaves_them_to_the_loader_which_is_refused(tmp_path: Path) -> None:
-    folder = write_checkpoint(tmp_path, dict(PAIRS))
+@pytest.mark.parametrize(("scheme", "said"), [("fp8_channel", "e4m3fn"), ("int8_channel", "int8")])
+def test_a_recording_leaves_them_to_the_loader_which_is_refused(scheme: str, said: str, tmp_path: Path) -> None:
+    numbers, scale = schemes.quantize(WEIGHT, scheme)
+    folder = write_checkpoint(tmp_path, {"a.weight": numbers, "a.weight_scale": scale})
     for way in ("as it is", "cast"):
         session = Session(model := one_linear(128), None)
         plan = session.record(folder, functools.partial(take, way=way, model=model))
-        with pytest.raises(LoaderError, match=REFUSED):
+        with pytest.raises(LoaderError, match=REFUSED.replace("e4m3fn", said)):
             session.stream(plan)

@@ -110,9 +110,14 @@ class Codes:
         found[1].append(_Marked(*_bytes_of(tensor), dtype))
 
 
-def is_coded(tensor: Tensor) -> bool:
+def are_codes(dtype: torch.dtype, axes: int) -> bool:
     """Return True for a dtype that weights have only beside scales; vectors of bytes are anything."""
-    return dtypes.NAMES.get(tensor.dtype) in FP8 or (tensor.dtype == torch.int8 and tensor.ndim > 1)
+    return dtypes.NAMES.get(dtype) in FP8 or (dtype == torch.int8 and axes > 1)
+
+
+def is_coded(tensor: Tensor) -> bool:
+    """See `are_codes`."""
+    return are_codes(tensor.dtype, tensor.ndim)
 
 
 def is_number(tensor: Tensor) -> bool:
