@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from .. import choices
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.declared import read_declared
 from ..checkpoint.header import TensorInfo
 from ..errors import CheckpointError, CoverageError
 from ..numerics import schemes
@@ -240,7 +241,9 @@ def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
     found = {name: scale_of(name) for name, info in tensors.items() if _holds_numbers(info)}
     for of_groups in [scale for scale in found.values() if scale is not None]:
         found.pop(of_groups, None)  # of FP8 themselves
-    weights = [name for name, scale in found.items() if scale is not None or tensors[name].dtype == schemes.FP8]
+    ignores = read_declared(checkpoint.folder, checkpoint.config, []).ignores  # where FP8 stands for itself
+    alone = {name for name, scale in found.items() if scale is None}
+    weights = [n for n in found if n not in alone or (tensors[n].dtype == schemes.FP8 and not ignores(n))]
     if not weights:
         raise CheckpointError(
             f"{checkpoint.path}: holds no tensors in float8_e4m3fn, and none in int8 with scales, which its readers "
@@ -248,10 +251,10 @@ def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
         )
     scales = {name: scale for name in weights if (scale := found[name]) is not None}
     judgement = _ask(reader, checkpoint, tensors, scales, checkpoint.config)
-    alone = {name: "it has no scale beside it" for name in weights if name not in scales}
-    others = tuple(said for said in checkpoint.contradictions if judgement.unproved or said.split()[0] not in alone)
+    wrong = {name: "it has no scale beside it" for name in weights if name in alone}
+    others = tuple(said for said in checkpoint.contradictions if judgement.unproved or said.split()[0] not in wrong)
     judgement = replace(judgement, contradictions=others)
-    return judgement if judgement.unproved else replace(judgement, misread={**judgement.misread, **alone})
+    return judgement if judgement.unproved else replace(judgement, misread={**judgement.misread, **wrong})
 
 
 def _holds_numbers(info: TensorInfo) -> bool:

@@ -26,7 +26,7 @@ SMALL = {
     "vocab_size": 256,
     "dtype": "bfloat16",
 }
-PROJECTION = "model.layers.1.mlp.up_proj"
+PROJECTION, HEAD = "model.layers.1.mlp.up_proj", "lm_head.weight"
 
 
 def llama() -> Any:
@@ -228,6 +228,20 @@ def test_bits_that_the_config_contradicts_are_named_beside_the_source(tmp_path: 
     write_packed(tmp_path / "other", 8, 4, None)
     with pytest.raises(CheckpointError, match=rf"{PACKED}_shape says \[128, 64\], and {PACKED}_packed holds "):
         octavo.verify(tmp_path / "other", against=tmp_path / "source")
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "fp8"])
+def test_fp8_that_a_config_excludes_needs_no_scale(format: str, tmp_path: Path) -> None:
+    """A conversion keeps what the source has so."""
+    llama().save_pretrained(tmp_path / "source")
+    edit_tensors(tmp_path / "source", lambda ts: ts.update({HEAD: ts[HEAD].to(torch.float8_e4m3fn)}))
+    octavo.convert(tmp_path / "source", tmp_path / "out", "fp8_block", format=format, progress=False)
+    assert octavo.verify(tmp_path / "out", reader="transformers").ok
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    declared, key = config["quantization_config"], "ignore" if format != "fp8" else "modules_to_not_convert"
+    declared[key] = [name for name in declared[key] if "lm_head" not in name]
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    assert HEAD in octavo.verify(tmp_path / "out", reader="transformers").judgement.misread
 
 
 def test_a_config_that_can_not_be_understood_is_named_beside_the_source(converted: Path) -> None:
