@@ -50,7 +50,8 @@ def update(
             come without its other half then waits for it, in at most ``staging_bytes`` (or a single tensor).
 
     Returns:
-        Which layers were updated, and how long it took; in ``waiting``, what waits for the next call.
+        Which layers were updated, and how long it took; in ``waiting``, what waits for the next call. All calls of one
+        update return the same report, which goes on.
 
     Raises:
         UpdateError: It failed midway: an unknown name, a wrong shape, integers, a weight that is not finite. It tells
