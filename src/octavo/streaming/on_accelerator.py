@@ -20,10 +20,11 @@ from torch import Tensor
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..elements.pieces import Piece
 from ..errors import WeightError
 from ..machine import usable_device
 from ..numerics import schemes
-from ..numerics.schemes import Scheme
+from ..numerics.schemes import Scheme, Stored
 from ..planning.blocks import Block, Read
 from ..planning.budget import Budget, check_options
 from ..planning.bundles import Bundle
@@ -32,7 +33,7 @@ from .coded_there import PressThere
 from .nonfinite import FiniteWatch, describe_nonfinite
 from .placed import Placed
 from .ring import Slot
-from .sinks import enough_memory
+from .sinks import enough_memory, quantize_to
 from .staged import Staged, backend_of
 from .workers import Workers
 
@@ -322,15 +323,17 @@ class DevicePress:
         assert mine is not None
         values, scale = mine.of(values), mine.of_scales(scale)
         destination.put_scale(mine.cells, mine.of_scales(stored))
-        out = destination.view(mine.piece)
         wide = None if scheme.dtype.is_floating_point else lane.wide(self._wide_bytes)
-        if out is not None:
+
+        def quantize(out: Stored) -> None:
             schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, scratch=wide)
-            destination.written(mine.piece)
-            return
+
+        view = destination.view(mine.piece)
+        quantize_to(destination, mine.piece, view, lambda: self._out(mine.piece, scheme), quantize)
+
+    def _out(self, piece: Piece, scheme: Scheme) -> Stored:
+        """Scratch memory into which a box is quantized."""
         if self._scratch is None:
             nbytes = self._lanes[0].staged.bytes.numel() // 2
             self._scratch = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
-        out = scheme.scratch(self._scratch, mine.piece.size)
-        schemes.quantize_into(out, values, scale, scheme, phase=mine.phase, scratch=wide)
-        destination.put(mine.piece, out)
+        return scheme.scratch(self._scratch, piece.size)

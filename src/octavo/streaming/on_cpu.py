@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from ..planning.placement import Placement
 from .coded import Encoded
 from .nonfinite import unfit, unfit_text
 from .placed import Placed
-from .sinks import Destination
+from .sinks import Destination, quantize_to
 from .staged import wait_for
 
 
@@ -82,15 +82,18 @@ class Tiles:
             schemes.quantize_into(tile.numbers(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
 
     def scale_and_quantize(
-        self, out: Stored, x: Encoded, scale_of: Callable[[Tensor], Tensor], scheme: Scheme, phase: tuple[int, int]
-    ) -> tuple[Tensor, Tensor] | None:
+        self,
+        out: Stored,
+        x: Encoded,
+        tiles: Sequence[Tile],
+        scale_of: Callable[[Tensor], Tensor],
+        scheme: Scheme,
+        phase: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
         """`amax` and `quantize` in one, so that each tile is decoded once; returns the amax, and the scales.
 
-        None, and nothing is done, where groups span tiles. ``scale_of`` makes scales of an amax.
+        ``tiles`` hold whole groups; ``scale_of`` makes scales of an amax.
         """
-        tiles = cut_apart(x.shape, scheme, phase, self.elements)
-        if tiles is None:
-            return None
         amax = self._grid(tuple(x.shape), scheme, phase)
         scales = torch.empty_like(amax)
         for tile in tiles:
@@ -177,13 +180,10 @@ class Press:
         assert mine is not None
         destination, scale = self._placed.destination(placement), _scales(placement, x)(mine.of_scales(amax))
         destination.put_scale(mine.cells, schemes.to_stored(scale, scheme))
-        view = self._view(destination, mine.piece)
-        out = self._scratch(mine.piece, scheme) if view is None else view
-        self.tiles.quantize(out, _part(mine, x), scale, scheme, mine.phase)
-        if view is None:
-            destination.put(mine.piece, out)
-        else:
-            destination.written(mine.piece)
+        part = _part(mine, x)
+        self._quantize_to(
+            destination, mine.piece, scheme, lambda out: self.tiles.quantize(out, part, scale, scheme, mine.phase)
+        )
 
     def _check(self, amax: Tensor, chunk: Chunk, x: Tensor | Encoded) -> None:
         """Raise if an amax is not finite, which is that of a weight."""
@@ -214,6 +214,12 @@ class Press:
         view = destination.view(piece)
         return view if view is not None and schemes.in_host_memory(view) else None
 
+    def _quantize_to(
+        self, destination: Destination, piece: Piece, scheme: Scheme, quantize: Callable[[Stored], None]
+    ) -> None:
+        view = self._view(destination, piece)
+        quantize_to(destination, piece, view, lambda: self._scratch(piece, scheme), quantize)
+
     def _scratch(self, piece: Piece, scheme: Scheme) -> Stored:
         if self.out is None:
             self.out = torch.empty(self._out_bytes, dtype=torch.uint8, device=self.tiles.device)
@@ -228,19 +234,17 @@ class Press:
         """
         if chunk.placement.columns is not None or (self._compares and x.compares(scheme)):
             return False
-        destination = self._placed.destination(chunk.placement)
-        view = self._view(destination, chunk.piece)
-        out = self._scratch(chunk.piece, scheme) if view is None else view
-        found = self.tiles.scale_and_quantize(out, x, _scales(chunk.placement, x), scheme, chunk.phase)
-        if found is None:
+        tiles = cut_apart(x.shape, scheme, chunk.phase, self.tiles.elements)
+        if tiles is None:
             return False
-        amax, scales = found
-        self._check(amax, chunk, x)
-        destination.put_scale(chunk.cells, schemes.to_stored(scales, scheme))
-        if view is None:
-            destination.put(chunk.piece, out)
-        else:
-            destination.written(chunk.piece)
+        destination, scale_of = self._placed.destination(chunk.placement), _scales(chunk.placement, x)
+
+        def quantize(out: Stored) -> None:
+            amax, scales = self.tiles.scale_and_quantize(out, x, tiles, scale_of, scheme, chunk.phase)
+            self._check(amax, chunk, x)
+            destination.put_scale(chunk.cells, schemes.to_stored(scales, scheme))
+
+        self._quantize_to(destination, chunk.piece, scheme, quantize)
         return True
 
     def _decode(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:

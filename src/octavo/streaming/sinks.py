@@ -42,7 +42,7 @@ class Destination(Protocol):
         """The memory into which the box is to be quantized; None: use scratch, and call `put`."""
 
     def written(self, piece: Piece) -> None:
-        """The box has been quantized into the memory that `view` gave."""
+        """The box has been quantized into the memory that `view` gave; called by `quantize_to` alone."""
 
     def put(self, piece: Piece, values: Stored) -> None:
         """Take the values of a box (copied before this returns, and perhaps changed); not where `view` gave memory."""
@@ -59,6 +59,23 @@ class Sink(Protocol):
 
     def open(self, placement: Placement, ring: Ring[Any]) -> Destination:
         """Called in plan order, by one thread at a time; may block in ``ring.wait_for``."""
+
+
+def quantize_to(
+    destination: Destination,
+    piece: Piece,
+    view: Stored | None,
+    scratch: Callable[[], Stored],
+    quantize: Callable[[Stored], None],
+) -> None:
+    """Have a box quantized where it stays, or in scratch memory where there is no view of that; and tell so."""
+    if view is not None:
+        quantize(view)
+        destination.written(piece)
+    else:
+        out = scratch()
+        quantize(out)
+        destination.put(piece, out)
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------
