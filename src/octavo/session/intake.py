@@ -46,6 +46,7 @@ class Intake:
         self.held, self.quantizer, self.finish, self.ledger = held, held.quantizer, finish, ledger
         self._duplicates, self._updating = duplicates, updating
         self._pending: list[Layer] = []  # complete, and about to be finished
+        self._wrote: dict[int, Item] = {}  # items that the pair has written to
         self.closed = False  # the load or update is over
 
     # -- boundaries ---------------------------------------------------------------------------------------------------
@@ -74,9 +75,11 @@ class Intake:
         """The pair is used up."""
         self.held.flush()
         self._finish_pending()
-        for item in list(self.held.staged.values()):
-            with undisturbed():
-                self.held.press_rest(item, each_matrix=True)
+        wrote, self._wrote = self._wrote, {}
+        for key, item in wrote.items():  # nothing has come for the others
+            if key in self.held.staged:
+                with undisturbed():
+                    self.held.press_rest(item, each_matrix=True)
 
     def turn_to(self, item: Item, origin: Origin) -> None:
         """Values of an item are about to come: what came before is over, unless it has the same origin and layer."""
@@ -110,7 +113,7 @@ class Intake:
         """Drop what was not carried out, and give back all memory."""
         self.closed = True
         self.held.forget()
-        self._pending = []
+        self._pending, self._wrote = [], {}
         self.quantizer.close()
 
     # -- boxes --------------------------------------------------------------------------------------------------------
@@ -195,6 +198,7 @@ class Intake:
     def wrote(self, item: Item, boxes: Sequence[Box], origin: Origin, pieces: Sequence[Piece] = ()) -> None:
         """Boxes that were claimed have their values, or are held."""
         item.wrote(boxes, pieces)
+        self._wrote[id(item)] = item
         for box in boxes:
             self.ledger.event(item.event("write", box, origin.name))
         for layer in item.layers:

@@ -32,6 +32,7 @@ from helpers.layerwise import assert_quantized_like, loaded_plainly
 from octavo.errors import LoaderError, UpdateError
 from octavo.numerics import schemes
 from octavo.session import Session
+from octavo.session.held import Held
 
 
 def assert_holds(model: Model, pairs: Pairs, scheme: str) -> None:
@@ -143,6 +144,32 @@ def test_an_update_with_parts_of_scale_groups_waits_for_the_others() -> None:
         model["a"].weight.data[:, :32].copy_(weight[:, :32])
     assert caught.value.old == ("a",)
     assert same_bytes(model["a"].weight.data, new)
+
+
+def test_what_waits_for_the_rest_of_its_scale_groups_is_not_tried_again_for_each_tensor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tried: list[str] = []
+    press_rest = Held.press_rest
+
+    def noted(held: Held, item: Any, **how: Any) -> None:
+        tried.append(item.name)
+        press_rest(held, item, **how)
+
+    monkeypatch.setattr(Held, "press_rest", noted)
+    names = "abcdefgh"
+    new = dict(zip(names, torch.randn(8, 64, 64).bfloat16(), strict=True))
+    with Session(model := linears(names)) as session:
+        session.load([(f"{name}.weight", tensor / 2) for name, tensor in new.items()])
+    halves = [(f"{name}{at}", new[name][:, at : at + 32]) for at in (0, 32) for name in names]
+    tried.clear()
+    with session:
+        for name, half in session.pairs(halves):
+            begin = int(name[1:])
+            model[name[0]].weight.data[:, begin : begin + 32].copy_(half)
+    assert sorted(tried) == sorted(f"{name}.weight" for name in 2 * names)
+    for name in names:
+        assert_channel(model[name], new[name])
 
 
 def test_an_update_that_cannot_begin_leaves_the_model_as_it_was() -> None:
