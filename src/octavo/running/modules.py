@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..numerics import schemes
 from . import fp8
 from .linear import linear
+from .made import Made
 from .widened import Codes, Values, Widened
 
 
@@ -89,7 +90,7 @@ class ReadLinear(QuantizedLinear):
         return _read(self, name, self.scheme, self.parts, form, plain=self.training and self.is_read_in_training)
 
 
-class _Stacks:
+class _Stacks(Made):
     """Mixed into a class of modules that hold stacks, stored [experts, out, in] whatever the layout of the class."""
 
     _hf_quantized_needs_local_tp = True
@@ -238,7 +239,7 @@ def quantize_read_stack(
 
 @functools.cache
 def _quantized_class(mixin: type, cls: type) -> type:
-    return type(f"Quantized{cls.__name__}", (mixin, cls), {})
+    return type(f"Quantized{cls.__name__}", (mixin, cls), {"octavo_made": (_quantized_class, (mixin, cls))})
 
 
 def serve(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from ...planning.budget import Budget
 from ...planning.plan import Plan
 from ...running import modules
 from ...running.ahead import Ahead
+from ...running.made import Made
 from ...session.update import Routes
 from ...streaming.checks import Checks
 from ...streaming.meter import Stages, measured
@@ -136,7 +137,8 @@ def _dtypes(model: nn.Module) -> dict[Any, torch.dtype]:
 def _speaking(cls: type) -> type:
     """A class of models like another, that say the dtype which they had before their first parameter became FP8."""
     said = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), {**said, "dtype": property(operator.attrgetter("_activation_dtype"))})
+    made = {"octavo_made": (_speaking, (cls,)), "dtype": property(operator.attrgetter("_activation_dtype"))}
+    return type(cls.__name__, (cls, Made), {**said, **made})
 
 
 def _check_parts(name: str, parts: tuple[int, ...], rows: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,32 @@ def test_all_ways_to_load_give_the_same_model(source: tuple[str, Path], tmp_path
     expected = logits(model)
     assert torch.equal(logits(through), expected)
     assert torch.equal(logits(again), expected)
+
+
+def test_a_model_that_is_saved_whole_or_copied_is_the_same(source: tuple[str, Path]) -> None:
+    model = octavo.load(source[1])
+    for again in (saved_whole(model), copy.deepcopy(model)):
+        assert [type(module) for module in again.modules()] == [type(module) for module in model.modules()]
+        assert differences(again, model) == []
+        assert torch.equal(logits(again), logits(copy.deepcopy(model)))  # RWKV divides weights when it is first run
+
+
+def test_a_model_that_says_another_dtype_than_that_of_its_weights_is_saved_whole(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.TimesFmModel(transformers.TimesFmConfig(**sizes, num_key_value_heads=4, head_dim=16))
+    model.bfloat16().save_pretrained(tmp_path)
+    model = octavo.load(tmp_path, model_class=transformers.TimesFmModel)
+    assert next(model.parameters()).dtype == torch.float8_e4m3fn
+    for again in (saved_whole(model), copy.deepcopy(model)):
+        assert (type(again), again.dtype) == (type(model), torch.bfloat16)
+        assert differences(again, model) == []
+
+
+def saved_whole(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def test_updates_by_the_names_of_the_checkpoint_and_of_the_model_give_the_same_bytes(source: tuple[str, Path]) -> None:
