@@ -6,11 +6,13 @@ they stand for is `octavo.numerics.decoding`, as for a checkpoint.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import dtypes
@@ -173,6 +175,13 @@ class Coded:
         """What they stand for, float32."""
         return decode(self.coding.shape, self.codes, self.scale, self.coding.decoding)
 
+    @functools.cached_property
+    def _is_finite(self) -> bool:
+        if holds_nan(self.codes):
+            return False
+        most = scale_cells(self.scale, self.coding.decoding).amax() * torch.finfo(self.codes.dtype).max
+        return bool(torch.isfinite(most)) or bool(torch.isfinite(self.decode()).all())
+
     def numbers(self, piece: Piece) -> Tensor:
         """The numbers of a piece, whose offset counts from the first."""
         return self.codes.as_strided(piece.size, piece.src_strides, offset_of(self.codes) + piece.src_off)
@@ -183,8 +192,8 @@ class Coded:
         parts = storage.parts or (storage.weight.shape[-2],)
         if len(self.coding.shape) > 2 or not passes([piece], parts, cols, scheme, {piece.src_name: self.coding}):
             return None
-        if not storage.holds_groups(piece.box) or holds_nan(self.codes):
-            return None
+        if not storage.holds_groups(piece.box) or not self._is_finite:
+            return None  # to be quantized, which says what is wrong
         lay = lay_of(piece, self.coding.matrix)
         assert lay is not None
         row, col = (

@@ -93,6 +93,7 @@ def test_its_own_numbers_are_an_update_that_changes_nothing(plain: Path) -> None
         ),
         (lambda new: new.update({f"{UP}_scale_inv": -new[f"{UP}_scale_inv"]}), "_scale_inv: a scale is -"),
         (lambda new: new.update({f"{UP}_scale": torch.ones(3, 2)}), f"{UP}.* came without|has two scales"),
+        (lambda new: new[f"{UP}_scale_inv"].fill_(3e38), f"{UP}.* not finite"),
     ],
 )
 def test_what_makes_no_weight_is_named(change: Any, told: str, plain: Path, tmp_path: Path) -> None:
