@@ -59,8 +59,7 @@ def unwrapped(
 def plain_names(name: str) -> list[str]:
     """What a tensor may be called in its model that came by this name: as it is, and without names of wrappers."""
     found = [name, plain := _WRAPPED.sub("", name), plain.removeprefix(_DDP)]
-    if plain.startswith(_PEFT):
-        found.append(plain.removeprefix(_PEFT).replace(".base_layer.", "."))
+    found.append(plain.removeprefix(_PEFT).replace(".base_layer.", "."))
     return list(dict.fromkeys(found))
 
 

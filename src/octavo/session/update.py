@@ -49,6 +49,8 @@ from .watch.origins import Origin
 _COMPARED_BYTES = 16 << 20
 #: the attribute of a model in which an `Update` waits for its next call
 _BEGUN = "_octavo_update"
+#: that in which a load leaves `Routes`, or None where all names are the model's own
+_ROUTES = "load_routes"
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,13 @@ class Update:
     """An update of a model, which may take several calls: what has come, and what waits for its other half."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._routes: Routes | None = getattr(model, "load_routes", None)
+        within, self._routes = _routes_of(model)
         self._inventory, self._report, self._ledger = _quantized(model), LayerwiseReport(), Ledger()
         self._quantizer, self._waiting = Quantizer(0), Waiting(0)
         self._held = Held(self._quantizer, self._ledger, cast=False)
         finish = Finisher(self._inventory, self._held, self._ledger, self._report)
         self._intake = Intake(self._held, finish, self._ledger, updating=True)
-        self._items = self._inventory.by_name()
+        self._items = _by_all_names(self._inventory, within)
         self._names = Names(model, self._items, self._routes)
         self._written: set[str] = set()  # tied parameters, by the item's name
         self._came = 0
@@ -157,7 +159,7 @@ class Update:
         if routes is not None and name in routes.unused:
             return
         if routes is not None and name in routes.pieces:
-            found, values = _along(routes, name, tensor), tensor.contiguous()
+            found, values = _along(routes, name, tensor, items), tensor.contiguous()
         elif name not in items:
             near = self._names.near(name)
             raise CoverageError(
@@ -312,8 +314,28 @@ def _likely(name: str, routes: Routes | None, items: Sequence[Item]) -> Iterator
     yield from (schemes.get(item.scheme).groups for item in items if item.scheme)
 
 
-def _along(routes: Routes, name: str, tensor: Tensor) -> Sequence[tuple[str, Piece]]:
+def _routes_of(model: nn.Module) -> tuple[str, Routes | None]:
+    """What a load has left behind, also with a model within this one, and the name of that; None if there is none."""
+    found = [(name, vars(module)[_ROUTES]) for name, module in model.named_modules() if _ROUTES in vars(module)]
+    return found[0] if len(found) == 1 else ("", None)
+
+
+def _by_all_names(inventory: Inventory, within: str) -> dict[str, Item]:
+    """A model's tensors by their names, and by those that they have without wrappers in the model that was loaded."""
+    found = inventory.by_name()
+    for name, item in list(found.items()):
+        for plain in plain_names(name.removeprefix(f"{within}.")):
+            found.setdefault(plain, item)
+    return found
+
+
+def _along(routes: Routes, name: str, tensor: Tensor, items: Container[str]) -> Sequence[tuple[str, Piece]]:
     """The boxes that a checkpoint tensor fills."""
+    if gone := next((parameter for parameter, _ in routes.pieces[name] if parameter not in items), None):
+        raise CoverageError(
+            f"{name} goes into {gone}, which the model has lost since it was loaded. Update the model before a part of "
+            "it is replaced, or drop the tensor"
+        )
     if tuple(tensor.shape) != routes.shapes[name]:
         raise CoverageError(f"{name} is {list(tensor.shape)}; it was {list(routes.shapes[name])} in the checkpoint")
     return routes.pieces[name]

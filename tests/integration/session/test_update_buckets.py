@@ -149,6 +149,45 @@ def test_names_that_a_trainers_wrappers_make_are_understood(wrapped: Any, plain:
     assert differences(model, loaded["fp8_block"]) == []
 
 
+def compiled_within(model: Any) -> Any:
+    model.model = torch.compile(model.model)
+    return model
+
+
+def with_an_adapter(model: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "up_proj"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the wrappers' own imports
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        torch.compile,
+        compiled_within,
+        torch.nn.DataParallel,
+        lambda model: torch.nn.ModuleDict({"policy": model}),
+        with_an_adapter,
+        lambda model: with_an_adapter(model).base_model.model,
+    ],
+    ids=["compile", "a part of it", "data parallel", "in another model", "peft", "within peft's"],
+)
+def test_a_model_that_was_wrapped_takes_names_of_its_checkpoint(wrap: Any, plain: Path, coded: Any) -> None:
+    stored, loaded = coded
+    model = octavo.load(plain, "fp8_block")
+    parameters = dict(model.named_parameters())
+    octavo.update(wrap(model), stored)
+    for name, new in loaded["fp8_block"].named_parameters():
+        assert torch.equal(parameters[name].data.view(torch.uint8), new.data.view(torch.uint8)), name
+
+
+def test_a_tensor_of_what_the_model_has_lost_is_refused_by_name(plain: Path) -> None:
+    model = octavo.load(plain, "fp8_block")
+    model.lm_head = torch.nn.Identity()
+    with pytest.raises(UpdateError, match=r"lm_head.weight goes into lm_head.weight, which the model has lost"):
+        octavo.update(model, new_of(plain))
+
+
 def test_a_base_model_takes_names_of_the_whole(plain: Path, tmp_path: Path) -> None:
     config = octavo.OctavoConfig("int8_channel")
     AutoModel.from_pretrained(plain, quantization_config=config, dtype=torch.bfloat16).save_pretrained(tmp_path)
