@@ -38,13 +38,21 @@ class Intake:
     Args:
         duplicates: "error", or "update" to let a later tensor win where two fill one box.
         updating: layers are finished already, and get new values.
+        advice: what to do about such tensors.
     """
 
     def __init__(
-        self, held: Held, finish: Finisher, ledger: Ledger, *, duplicates: str = "error", updating: bool = False
+        self,
+        held: Held,
+        finish: Finisher,
+        ledger: Ledger,
+        *,
+        duplicates: str = "error",
+        updating: bool = False,
+        advice: str = "With duplicates='update' the later one wins.",
     ) -> None:
         self.held, self.quantizer, self.finish, self.ledger = held, held.quantizer, finish, ledger
-        self._duplicates, self._updating = duplicates, updating
+        self._duplicates, self._updating, self._advice = duplicates, updating, advice
         self._pending: list[Layer] = []  # complete, and about to be finished
         self._wrote: dict[int, Item] = {}  # items that the pair has written to
         self.closed = False  # the load or update is over
@@ -170,7 +178,7 @@ class Intake:
         if item.settled and not self._updating and self._duplicates == "error" and not loose:
             raise CoverageError(
                 f"{item.name}{''.join(map(str, boxes[:1]))}: {origin.name} comes when the layer is complete and "
-                "finished. Two tensors for one box are an error; with duplicates='update' the later one wins."
+                f"finished. Two tensors for one box are an error. {self._advice}"
             )
         if item.provided:
             raise LoaderError(
@@ -188,8 +196,7 @@ class Intake:
             elif self._duplicates == "error":
                 first = ", ".join(sorted(name.rpartition("#")[0] for name in writers)) or "padding"
                 raise CoverageError(
-                    f"{item.name}{again} is written twice: by {first}, and by {origin.name}. With duplicates='update' "
-                    "the later one wins."
+                    f"{item.name}{again} is written twice: by {first}, and by {origin.name}. {self._advice}"
                 )
             else:
                 self.held.flush()

@@ -45,6 +45,8 @@ from .report import LayerwiseReport, Ledger
 from .updating import updating
 from .watch.origins import Origin
 
+#: what to say of a box that comes twice
+_ONCE = "In an update each comes once, and calls with more=True are one update, up to one without it or one that fails."
 #: of tied parameters, a part at a time
 _COMPARED_BYTES = 16 << 20
 #: the attribute of a model in which an `Update` waits for its next call
@@ -114,7 +116,7 @@ class Update:
         self._quantizer, self._waiting = Quantizer(0), Waiting(0)
         self._held = Held(self._quantizer, self._ledger, cast=False)
         finish = Finisher(self._inventory, self._held, self._ledger, self._report)
-        self._intake = Intake(self._held, finish, self._ledger, updating=True)
+        self._intake = Intake(self._held, finish, self._ledger, updating=True, advice=_ONCE)
         self._items = _by_all_names(self._inventory, within)
         self._names = Names(model, self._items, self._routes)
         self._written: set[str] = set()  # tied parameters, by the item's name

@@ -107,7 +107,7 @@ def test_what_waits_is_bounded_by_staging_bytes(plain: Path) -> None:
 def test_a_call_that_fails_tells_of_the_calls_before_it(plain: Path) -> None:
     model, new = octavo.load(plain), new_of(plain)
     octavo.update(model, {UP: new[UP]}, more=True)
-    with pytest.raises(UpdateError, match=f"{UP}.* is written twice") as caught:
+    with pytest.raises(UpdateError, match=f"{UP}.* is written twice: .*calls with more=True are one update") as caught:
         octavo.update(model, {DOWN: new[DOWN], UP: new[UP]}, more=True)
     assert caught.value.new == ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj")
     octavo.update(model, {UP: new[UP]})  # it was over
