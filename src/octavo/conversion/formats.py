@@ -266,11 +266,13 @@ class Format:
                 "transformers (up to 5.23) reads a checkpoint of several schemes right only without dequantize=True, "
                 "which takes the first scheme for all weights."
             )
-        spread = {str(p.scheme) for p in plan.quantized if _EXPERT.search(p.name)} & {"fp8_block", "mxfp8"}
-        if spread and not asked:
+        # of experts, it unpacks integers, and multiplies FP8 with the scale of a row or of all
+        experts = {schemes.get(p.scheme) for p in plan.quantized if p.scheme and _EXPERT.search(p.name)}
+        unread = sorted(s.name for s in experts if not self.packs(s.name) and (s.dtype != schemes.FP8 or s.group_cols))
+        if unread and not asked:
             notes.append(
-                f"transformers (up to 5.23) can't read {' and '.join(sorted(spread))} experts in compressed-tensors "
-                "checkpoints; vLLM can. For transformers, use fp8_channel, or fp8_block in the fp8 format."
+                f"transformers (up to 5.23) can't read {' and '.join(unread)} experts in {self.name} checkpoints. For "
+                "it, use fp8_channel, or fp8_block in the fp8 format. --reader vllm says whether vLLM can."
             )
         return notes
 
