@@ -76,7 +76,14 @@ def logits_of(model: Any) -> Tensor:
     return model(torch.arange(3, 19)[None]).logits
 
 
-def different(model: Any, reference: Any) -> list[str]:
-    """Names of the reference's parameters and buffers that the model lacks, or holds other bits of."""
+def different(model: Any, reference: Any, *, rounded: bool = False) -> list[str]:
+    """Names of the reference's parameters and buffers that the model lacks, or holds other bits of.
+
+    Args:
+        rounded: compare in the reference's dtypes. What is dequantized, transformers 5.17 leaves in the dtype of its
+            scale, float32, as numbers that were not rounded yet; later ones round them to the dtype of the model.
+    """
     mine, wanted = model.state_dict(), reference.state_dict()
+    if rounded:
+        mine = {name: tensor.to(wanted[name].dtype) if name in wanted else tensor for name, tensor in mine.items()}
     return [name for name, tensor in wanted.items() if name not in mine or not same_bytes(mine[name], tensor)]

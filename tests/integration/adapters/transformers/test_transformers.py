@@ -75,8 +75,13 @@ def test_fp16_and_fp32_checkpoints_load_like_from_pretrained(
     checkpoints: Checkpoints, architecture: str, dtype: torch.dtype
 ) -> None:
     folder = checkpoints.folder(architecture, dtype)
-    assert {t.dtype for t in tensors_of(folder).values() if t.ndim > 1} == {dtype}
-    assert differences(octavo.load(folder, scheme=None), AutoModelForCausalLM.from_pretrained(folder)) == []
+    reference = AutoModelForCausalLM.from_pretrained(folder)
+    others = {name: t.dtype for name, t in tensors_of(folder).items() if t.ndim > 1 and t.dtype != dtype}
+    # routers of some models are float32 in 5.24, whatever the rest is in
+    assert all(name.endswith(".gate.weight") for name in others), others
+    assert others == {name: reference.get_parameter(name).dtype for name in others}
+    assert reference.dtype == dtype
+    assert differences(octavo.load(folder, scheme=None), reference) == []
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2_moe", "gpt_oss", "deepseek_v3"])
