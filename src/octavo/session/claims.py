@@ -41,9 +41,15 @@ def claimed(inventory: Inventory) -> Iterator[None]:
         for address, (_, name) in held.items():
             owner = _owners.setdefault(address, inventory)
             if owner is not inventory:
+                kind = type(owner.model).__name__
+                if owner.model is inventory.model:
+                    raise LoaderError(
+                        f"this {kind} has a session already, or an update that is under way, in this thread or in "
+                        "another. Let that one end first."
+                    )
                 raise LoaderError(
-                    f"{name or type(inventory.model).__name__}: belongs to a {type(owner.model).__name__} that another "
-                    "session or update is busy with. Leave that one first, or let one session have the whole model."
+                    f"{name or type(inventory.model).__name__}: belongs to a {kind} that another session or update is "
+                    "busy with. Leave that one first, or let one session have the whole model."
                 )
             mine.append(address)
         yield
