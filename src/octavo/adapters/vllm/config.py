@@ -109,18 +109,18 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         """Raise where vLLM has no kernel of this scheme here at all: each layer would be one that does not fit."""
         if self.scheme in _RUN_EVERYWHERE:
             return
-        for scheme in self.target_scheme_map.values():
-            kernel = [scheme.get(key) for key in ("weights", "input_activations", "output_activations", "format")]
-            try:
-                versions.check_kernel(self, *kernel)
-            except _NO_KERNEL as error:
-                written = {name: whole_config(self.scheme, name)["format"] for name in Options.formats_of(self.scheme)}
-                others = [f"the format {name!r}" for name, found in written.items() if found != scheme.get("format")]
-                raise RecipeError(
-                    f"vLLM has no kernel for {self.scheme} here, on {current_platform.device_name} "
-                    f"({error_text(error)}). Use {' or '.join([*others, *_RUN_EVERYWHERE])}; what `octavo convert` "
-                    f"writes in {self.scheme}, vLLM runs where it has that kernel"
-                ) from error
+        try:
+            _check_kernels(self)
+        except _NO_KERNEL as error:
+            written = {name: whole_config(self.scheme, name)["format"] for name in Options.formats_of(self.scheme)}
+            refused = {scheme.get("format") for scheme in self.target_scheme_map.values()}
+            here = [f"the format {name!r}" for name, found in written.items() if found not in refused]
+            others = [scheme for scheme in Options.offered() if scheme != self.scheme and _runs_here(scheme)]
+            raise RecipeError(
+                f"vLLM has no kernel for {self.scheme} here, on {current_platform.device_name} ({error_text(error)}). "
+                f"Use {' or '.join([*here, *others])}; what `octavo convert` writes in {self.scheme}, vLLM runs where "
+                "it has that kernel"
+            ) from error
 
     def _pretend(self) -> None:
         """Be the config of a checkpoint of which nothing is known."""
@@ -200,6 +200,25 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
             yield
         finally:
             self.ignore = ignore
+
+
+def _check_kernels(config: CompressedTensorsConfig) -> None:
+    """Raise what vLLM raises where it has no kernel here for what a config says of layers."""
+    for scheme in config.target_scheme_map.values():
+        versions.check_kernel(
+            config, *(scheme.get(key) for key in ("weights", "input_activations", "output_activations", "format"))
+        )
+
+
+def _runs_here(scheme: str) -> bool:
+    """Return True for a scheme that vLLM has kernels for here."""
+    if scheme in _RUN_EVERYWHERE:
+        return True
+    try:
+        _check_kernels(CompressedTensorsConfig.from_config(whole_config(scheme, Options.formats_of(scheme)[0])))
+    except _NO_KERNEL:
+        return False
+    return True
 
 
 @functools.lru_cache(maxsize=16)

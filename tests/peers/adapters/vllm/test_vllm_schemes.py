@@ -196,7 +196,7 @@ def test_where_vllm_has_no_kernel_it_is_refused_by_name(tmp_path: Path) -> None:
         if "vLLM has no kernel for nvfp4 here" not in answer.error:
             assert not answer.error, answer.error
             pytest.skip("it has one")
-        assert "Use fp8_channel or fp8_block" in answer.error
+        assert "Use fp8_channel or fp8_block or int8_channel;" in answer.error
 
 
 def test_where_there_is_no_kernel_for_int8_weights_alone_the_other_format_is_named(
@@ -206,7 +206,7 @@ def test_where_there_is_no_kernel_for_int8_weights_alone_the_other_format_is_nam
     extra = {"model_loader_extra_config": {"scheme": "int8_channel", "format": "compressed-tensors"}}
     (answer,) = load(octavo_job(make("llama", tmp_path / "bf16"), **extra))
     assert "vLLM has no kernel for int8_channel here" in answer.error
-    assert "Use the format 'compressed-tensors-w8a8' or fp8_channel or fp8_block" in answer.error
+    assert "Use the format 'compressed-tensors-w8a8' or fp8_channel or fp8_block;" in answer.error
 
 
 def test_experts_of_int8_weights_alone_stay_where_vllm_has_no_kernel_for_them(tmp_path: Path) -> None:
