@@ -24,6 +24,8 @@ _WRAPPED = re.compile(rf"(?:^|(?<=\.))(?:{'|'.join(_WRAPPERS)})\.")
 _DDP = "module."
 #: where peft puts a model
 _PEFT = "base_model.model."
+#: between a module and what peft has put there: the module with adapters beside it, or the one that it trains instead
+_WITHIN = re.compile(r"\.(?:base_layer|modules_to_save\.[^.]+)\.")
 #: parameters of adapters, by peft's names and those of trainers of diffusion models
 _ADAPTER = re.compile(
     r"\.(lora_(A|B|C|E|down|mid|up|embedding_A|embedding_B|magnitude_vector)|dora_scale|hada_[tw]\w+|lokr_[tw]\w+"
@@ -59,8 +61,17 @@ def unwrapped(
 def plain_names(name: str) -> list[str]:
     """What a tensor may be called in its model that came by this name: as it is, and without names of wrappers."""
     found = [name, plain := _WRAPPED.sub("", name), plain.removeprefix(_DDP)]
-    found.append(plain.removeprefix(_PEFT).replace(".base_layer.", "."))
+    found.append(_WITHIN.sub(".", plain.removeprefix(_PEFT)))
     return list(dict.fromkeys(found))
+
+
+def trained(name: str) -> str | None:
+    """Where peft trains a module as a whole (``modules_to_save``), what it trains, by the name of what it keeps of it.
+
+    None for all other names.
+    """
+    path, kept, leaf = name.rpartition(".original_module.")
+    return f"{path}.modules_to_save.default.{leaf}" if kept else None
 
 
 def is_adapters(name: str) -> bool:

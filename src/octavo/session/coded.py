@@ -55,6 +55,7 @@ class Waiting:
         self.limit_bytes = limit_bytes
         self._numbers: dict[str, Tensor] = {}
         self._scales: dict[str, tuple[str, Tensor]] = {}
+        self._came: dict[str, str] = {}  # names of weights -> what to say of a scale that is left over
         self._copied: dict[str, int] = {}  # names of copies -> bytes
         self._copied_bytes = 0
 
@@ -93,12 +94,14 @@ class Waiting:
                     raise CoverageError(f"{name} came twice before its scales")
                 numbers[name] = self._held(name, tensor, keep() and name not in scales)
             else:
+                self._came[name] = f"is no scale of {name}, which came as {dtypes.short(tensor.dtype)}. Drop it"
                 yield Came(name, tensor)
                 continue
             if name in numbers and name in scales:
                 scale_name, scale = scales.pop(name)
                 for each in (name, scale_name):
                     self._copied_bytes -= self._copied.pop(each, 0)
+                self._came[name] = f"is a second scale of {name}, which came with {scale_name}. Drop one of them"
                 yield Came(name, numbers.pop(name), scale, scale_name)
 
     def keep(self) -> None:
@@ -116,7 +119,7 @@ class Waiting:
             for name, tensor in self._numbers.items()
         ]
         problems += [
-            f"{name} came without {weight} in FP8, of which it is the scale"
+            f"{name} {self._came.get(weight, f'came without {weight} in FP8, of which it is the scale')}"
             for weight, (name, _) in self._scales.items()
         ]
         raise_problems(CoverageError, "update", problems)
@@ -164,7 +167,9 @@ class Coded:
         groups = [group for group in (*likely, _USUAL) if fits(shape, cells, group)][:1] or list(told)
         if len(groups) != 1:
             raise CoverageError(
-                f"{came.scale_name} {list(came.scale.shape)}: which of {came.name} {list(shape)} share one?"
+                f"{came.scale_name} is {list(came.scale.shape)}, by which nobody can tell what rows and columns of "
+                f"{came.name} {list(shape)} share a scale. Let it come in bf16, or with a scale for each row or each "
+                "block of 128x128"
             )
         codes = TensorInfo(came.name, dtypes.NAMES[came.tensor.dtype], shape, 0, 0, 0)
         info = TensorInfo(came.scale_name, held, tuple(scale.shape), 0, 0, 0)

@@ -20,7 +20,7 @@ from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.codings import Decoding
 from ..checkpoint.companions import of_weight
-from ..checkpoint.names import is_adapters, plain_names
+from ..checkpoint.names import is_adapters, plain_names, trained
 from ..elements.operations import storage_key
 from ..elements.pieces import Piece, contiguous_strides
 from ..errors import CoverageError, LoaderError
@@ -119,7 +119,7 @@ class Update:
         self._intake = Intake(self._held, finish, self._ledger, updating=True, advice=_ONCE)
         self._items = _by_all_names(self._inventory, within)
         self._names = Names(model, self._items, self._routes)
-        self._written: set[str] = set()  # tied parameters, by the item's name
+        self._written: dict[str, str] = {}  # tied parameters, by the item's name -> the name by which they came
         self._came = 0
         self._places = _places(model)
 
@@ -176,9 +176,9 @@ class Update:
         item = items.get(name)
         if item is not None and len(item.faces) > 1:
             if item.name in self._written and item.real is not None:
-                _refuse_difference(item.name, item.real, name, values)
+                _refuse_difference(self._written[item.name], item.real, name, values)
                 return
-            self._written.add(item.name)
+            self._written[item.name] = name
         for parameter, piece in found:
             _refuse_dtype(items[parameter], name, values)
             self._intake.put(items[parameter], [piece], values, Origin(self._came, name), coded)
@@ -209,6 +209,11 @@ class Names(Container[str]):
             for found in (plain, plain.removeprefix(self._prefix), self._prefix + plain):
                 if found in self._known or of_weight(found) in self._known:
                     return found
+        if instead := trained(name):
+            raise CoverageError(
+                f"{name} is what peft keeps of a module that it trains as a whole, and has not been trained. Drop it "
+                f"in a transform; what counts is {instead}"
+            )
         if is_adapters(name):
             raise CoverageError(
                 f"{name} is an adapter's. Merge the adapter into its model before the update (peft: merge_adapter), "
@@ -304,7 +309,7 @@ def _refuse_difference(written: str, values: Tensor, name: str, tensor: Tensor) 
     )
     if tensor.shape != values.shape or not all(torch.equal(new.to(old), old) for new, old in parts):
         raise CoverageError(
-            f"{name} differs from what {written} has got already, and both are one parameter, tied, in the model. Drop "
+            f"{name} differs from what came as {written} before, and both are one parameter, tied, in the model. Drop "
             "one of them."
         )
 

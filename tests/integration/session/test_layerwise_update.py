@@ -184,8 +184,12 @@ def test_a_state_dict_brings_tied_parameters_under_each_name(tmp_path: Path) -> 
     assert differences(model, octavo.load(tmp_path / "new")) == []
     octavo.update(model, reversed(state.items()))
     assert differences(model, octavo.load(tmp_path / "new")) == []
-    with pytest.raises(UpdateError, match=r"lm_head.weight differs from what model.embed_tokens.weight has got"):
-        octavo.update(model, {**state, "lm_head.weight": state["lm_head.weight"] + 1})
+    other = {"lm_head.weight": state["lm_head.weight"] + 1}
+    with pytest.raises(UpdateError, match=r"lm_head.weight differs from what came as model.embed_tokens.weight"):
+        octavo.update(model, {**state, **other})
+    octavo.update(model, other, more=True)
+    with pytest.raises(UpdateError, match=r"model.embed_tokens.weight differs from what came as lm_head.weight"):
+        octavo.update(model, state)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, octavo.schemes.FP8])

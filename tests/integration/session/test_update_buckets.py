@@ -136,11 +136,12 @@ def test_a_copy_of_a_model_has_no_update_that_waits(plain: Path, coded: Any) -> 
         lambda name: f"_orig_mod.{name}",
         lambda name: f"module.{name}",
         lambda name: f"base_model.model.{name}".replace(".up_proj.", ".up_proj.base_layer."),
+        lambda name: f"base_model.model.{name}".replace(".up_proj.", ".up_proj.modules_to_save.default."),
         lambda name: f"_fsdp_wrapped_module.{name}".replace(".mlp.", "._fsdp_wrapped_module.mlp."),
         lambda name: f"module.{name}".replace(".mlp.", "._checkpoint_wrapped_module.mlp."),
         lambda name: name.removeprefix("model."),
     ],
-    ids=["compile", "ddp", "peft", "fsdp", "checkpointing", "base model"],
+    ids=["compile", "ddp", "peft", "peft, trained as a whole", "fsdp", "checkpointing", "base model"],
 )
 def test_names_that_a_trainers_wrappers_make_are_understood(wrapped: Any, plain: Path, coded: Any) -> None:
     stored, loaded = coded
@@ -208,6 +209,16 @@ def test_two_names_of_one_tensor_are_two_tensors_for_it(plain: Path) -> None:
 def test_an_adapter_has_to_be_merged(plain: Path) -> None:
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight"
     with pytest.raises(UpdateError, match=rf"{name} is an adapter's\. Merge the adapter"):
+        octavo.update(octavo.load(plain), {name: torch.ones(4, 256)})
+
+
+def test_what_peft_has_not_trained_has_to_be_dropped(plain: Path) -> None:
+    name, instead = (
+        f"base_model.model.lm_head.{each}.weight" for each in ("original_module", "modules_to_save.default")
+    )
+    with pytest.raises(
+        UpdateError, match=f"{name} is what peft keeps .* has not been trained. .* what counts is {instead}"
+    ):
         octavo.update(octavo.load(plain), {name: torch.ones(4, 256)})
 
 

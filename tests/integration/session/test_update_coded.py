@@ -89,10 +89,14 @@ def test_its_own_numbers_are_an_update_that_changes_nothing(plain: Path) -> None
         (lambda new: new.pop(UP), f"{UP}_scale_inv came without {UP} in FP8"),
         (
             lambda new: new.update({f"{UP}_scale_inv": torch.ones(7, 7)}),
-            r"_scale_inv \[7, 7\]: which of .* \[384, 256\] share one",
+            r"_scale_inv is \[7, 7\], .* what rows and columns of .* \[384, 256\] share a scale\. Let it come in bf16",
         ),
         (lambda new: new.update({f"{UP}_scale_inv": -new[f"{UP}_scale_inv"]}), "_scale_inv: a scale is -"),
-        (lambda new: new.update({f"{UP}_scale": torch.ones(3, 2)}), f"{UP}.* came without|has two scales"),
+        (
+            lambda new: new.update({f"{UP}_scale": torch.ones(3, 2)}),
+            f"{UP}_scale is a second scale of {UP}, which came with {UP}_scale_inv",
+        ),
+        (lambda new: new.update({UP: new[UP].bfloat16()}), f"_scale_inv is no scale of {UP}, which came as bf16"),
         (lambda new: new[f"{UP}_scale_inv"].fill_(3e38), f"{UP}.* not finite"),
     ],
 )
@@ -138,7 +142,7 @@ def test_a_tied_parameter_may_come_in_fp8_under_each_of_its_names(tmp_path: Path
     octavo.update(model, new)
     wide = (numbers.float() * scale.repeat_interleave(128, 0)[:260]).bfloat16()
     assert torch.equal(model.lm_head.weight, wide)
-    with pytest.raises(UpdateError, match=r"lm_head.weight differs from what model.embed_tokens.weight has got"):
+    with pytest.raises(UpdateError, match=r"lm_head.weight differs from what came as model.embed_tokens.weight"):
         octavo.update(model, {**new, "lm_head.weight_scale_inv": scale * 2})
 
 
