@@ -24,6 +24,11 @@ SCALES = {
 }
 
 
+def are_codes(dtype_name: str, axes: int) -> bool:
+    """Return True for a dtype that weights have only beside scales; vectors of bytes are anything."""
+    return dtype_name in FP8 or (dtype_name == "I8" and axes > 1)
+
+
 def count(length: int, group: int | None) -> int:
     """How many groups of so many elements a length is cut into; the last may be shorter."""
     return 1 if group is None else -(-length // group)

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.header import TensorInfo
+from ..checkpoint.packing import are_codes
 from ..elements.boxes import Gaps
 from ..elements.operations import PlainDispatchMode, is_view, storage_key, written
 from ..elements.pieces import Piece, whole
@@ -35,7 +36,6 @@ from ..planning.recipe import Recipe
 from ..streaming.files import Files
 from .inventory import Inventory
 from .parameters import Item, kind_of
-from .watch.codes import are_codes
 
 aten = torch.ops.aten
 Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]
@@ -152,7 +152,7 @@ class Recorder(PlainDispatchMode):
             record.breaks = f"cast from {dtypes.short(values.dtype)} to {dtypes.short(item.dtype)}"
         elif item.dtype.is_floating_point and item.dtype.itemsize > 1:
             sources = (self._infos[piece.src_name] for piece in values.pieces)
-            coded = next((info for info in sources if are_codes(info.dtype, len(info.shape))), None)
+            coded = next((info for info in sources if are_codes(info.dtype_name, len(info.shape))), None)
             if coded is not None:
                 record.breaks = f"{coded.name} is {dtypes.short(coded.dtype)}, and means nothing without its scale"
 

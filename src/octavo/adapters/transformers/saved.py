@@ -14,7 +14,7 @@ from torch import nn
 
 from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
-from ...checkpoint.packing import FLOATS, FP8
+from ...checkpoint.packing import FLOATS, are_codes
 from ...errors import CoverageError, raise_problems
 from ...running import modules
 
@@ -52,7 +52,7 @@ def _problems(model: Any, checkpoint: Checkpoint) -> Iterator[str]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for info in tensors.values():
         place = next((parameters[n] for n in _near(info.name, prefix) if n in parameters), None)
-        coded = info.dtype_name in (*FP8, "I8") and len(info.shape) > 1
+        coded = are_codes(info.dtype_name, len(info.shape))
         if coded and place is not None and place.is_floating_point() and place.dtype.itemsize > 1:
             yield f"{info.name} is {info.dtype_name}, and config.json lists no scheme for it"
     for weight, scheme, _ in modules.quantized_weights(model):

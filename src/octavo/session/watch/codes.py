@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...checkpoint import dtypes
 from ...checkpoint.companions import of_weight
-from ...checkpoint.packing import FP8
+from ...checkpoint.packing import are_codes
 from ...elements.operations import Operation, is_view, offset_of, storage_key
 
 aten = torch.ops.aten
@@ -110,14 +110,9 @@ class Codes:
         found[1].append(_Marked(*_bytes_of(tensor), dtype))
 
 
-def are_codes(dtype: torch.dtype, axes: int) -> bool:
-    """Return True for a dtype that weights have only beside scales; vectors of bytes are anything."""
-    return dtypes.NAMES.get(dtype) in FP8 or (dtype == torch.int8 and axes > 1)
-
-
 def is_coded(tensor: Tensor) -> bool:
     """See `are_codes`."""
-    return are_codes(tensor.dtype, tensor.ndim)
+    return are_codes(dtypes.NAMES.get(tensor.dtype, ""), tensor.ndim)
 
 
 def is_number(tensor: Tensor) -> bool:

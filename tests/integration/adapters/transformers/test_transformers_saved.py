@@ -119,6 +119,14 @@ def test_numbers_of_which_the_config_lists_no_scheme_are_no_weights(plain: Path,
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_a_vector_in_fp8_without_scales_is_no_weight_either(plain: Path, tmp_path: Path) -> None:
+    name = "model.norm.weight"
+    saved(plain, "fp8_channel", tmp_path)
+    edit(tmp_path, lambda tensors: tensors.update({name: tensors[name].to(octavo.schemes.FP8)}))
+    with pytest.raises(CoverageError, match=f"{name} is F8_E4M3, and config.json lists no scheme for it"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_weight_that_a_model_does_not_have_is_named(plain: Path, tmp_path: Path) -> None:
     saved(plain, "fp8_channel", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
