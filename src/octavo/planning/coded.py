@@ -190,11 +190,13 @@ def requantized(placements: Iterable[Placement]) -> Iterator[str]:
     for placement in placements:
         if not placement.codings or placement.scheme is None or placement.passed:
             continue
+        if placement.lossless and all(coding.decoding.powers for _, coding in placement.codings):
+            continue  # of NVFP4, scales keep most numbers, and not all
         coding = placement.codings[0][1]
         keeping = _keeping(coding)
         if keeping is not None and keeping != placement.scheme:
             counts[str(coding), placement.scheme, f", where {keeping} would keep their bytes"] += 1
-        elif keeping is None and not placement.lossless:
+        elif keeping is None:
             nearer = _INTEGERS if coding.decoding.kind in ("int8", "int8_in_int32") else placement.scheme
             more = "" if nearer == placement.scheme else f"; {nearer} is nearer to them"
             counts[str(coding), placement.scheme, f", as any would{more}"] += 1

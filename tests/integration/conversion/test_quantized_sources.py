@@ -145,6 +145,29 @@ def test_a_plan_tells_what_is_rounded_a_second_time_whatever_the_scheme(
     assert not octavo.plan(tmp_path / "source", None, model=False).notes
 
 
+@pytest.mark.parametrize(
+    ("decoding", "seed", "exact"),
+    [
+        (Decoding("float8", 1, 32), 2, ("fp8_channel", "fp8_block")),  # MXFP8
+        (Decoding("e2m1", 1, 32), 0, ("fp8_channel", "fp8_block", "mxfp8")),  # MXFP4
+        (Decoding("e2m1", 1, 16), 1, ()),  # NVFP4
+        (Decoding("float8", 128, 128), 2, ("fp8_channel", "mxfp8")),  # blocks, with powers of two
+        (Decoding("float8", 128, 128), 0, ()),
+    ],
+    ids=str,
+)
+def test_a_plan_has_a_note_just_where_numbers_may_change(
+    decoding: Decoding, seed: int, exact: tuple[str, ...], tmp_path: Path
+) -> None:
+    coding = coding_of("a.weight", (256, 256), decoding)
+    checkpoint, _ = write_coded(tmp_path, {"a.weight": (coding, encoded(coding, seed))})
+    for scheme in ("fp8_channel", "fp8_block", "mxfp8", "int8_channel"):
+        plan = plan_checkpoint(checkpoint, Recipe(scheme))
+        (placement,) = plan.placements
+        told = any(f"{scheme} rounds them a second time" in note for note in plan.notes)
+        assert told == (scheme not in exact and not placement.passed), scheme
+
+
 def interrupt(source: Path, dst: Path) -> None:
     """Convert, and stop when all has been read."""
 
