@@ -184,8 +184,8 @@ def lay_problems(name: str, pieces: Iterable[Piece], infos: Mapping[str, TensorI
             return
 
 
-def requantized(placements: Iterable[Placement]) -> Iterator[str]:
-    """Remarks on weights that a scheme rounds a second time, and on another that would keep their bytes."""
+def requantized(placements: Iterable[Placement], offered: Collection[str] = tuple(schemes.SCHEMES)) -> Iterator[str]:
+    """Remarks on weights that a scheme rounds a second time, and on one that keeps their bytes, of those offered."""
     counts: Counter[tuple[str, str, str]] = Counter()
     for placement in placements:
         if not placement.codings or placement.scheme is None or placement.passed:
@@ -194,10 +194,11 @@ def requantized(placements: Iterable[Placement]) -> Iterator[str]:
             continue  # of NVFP4, scales keep most numbers, and not all
         coding = placement.codings[0][1]
         keeping = _keeping(coding)
-        if keeping is not None and keeping != placement.scheme:
+        if keeping in offered and keeping != placement.scheme:
             counts[str(coding), placement.scheme, f", where {keeping} would keep their bytes"] += 1
-        elif keeping is None:
-            nearer = _INTEGERS if coding.decoding.kind in ("int8", "int8_in_int32") else placement.scheme
+        elif keeping != placement.scheme:
+            integers = coding.decoding.kind in ("int8", "int8_in_int32") and _INTEGERS in offered
+            nearer = _INTEGERS if integers else placement.scheme
             more = "" if nearer == placement.scheme else f"; {nearer} is nearer to them"
             counts[str(coding), placement.scheme, f", as any would{more}"] += 1
     for (said, scheme, more), count in counts.items():

@@ -19,6 +19,7 @@ from octavo.errors import CheckpointError, OutputError, WeightError
 from octavo.numerics import schemes
 from octavo.planning.budget import Budget
 from octavo.planning.chunks import cut_placement
+from octavo.planning.coded import requantized
 from octavo.planning.plan import plan_checkpoint
 from octavo.planning.recipe import Recipe
 
@@ -166,6 +167,24 @@ def test_a_plan_has_a_note_just_where_numbers_may_change(
         (placement,) = plan.placements
         told = any(f"{scheme} rounds them a second time" in note for note in plan.notes)
         assert told == (scheme not in exact and not placement.passed), scheme
+
+
+@pytest.mark.parametrize(
+    ("decoding", "offered", "end"),
+    [
+        (Decoding("float8", None, None), ("fp8_channel", "fp8_tensor"), ", where fp8_tensor would keep their bytes"),
+        (Decoding("float8", None, None), ("fp8_channel",), ", as any would"),
+        (Decoding("int8", 1, 32), ("fp8_channel", "int8_channel"), ", as any would; int8_channel is nearer to them"),
+        (Decoding("int8", 1, 32), ("fp8_channel",), ", as any would"),
+    ],
+)
+def test_a_note_names_no_scheme_that_is_not_offered(
+    decoding: Decoding, offered: tuple[str, ...], end: str, tmp_path: Path
+) -> None:
+    coding = coding_of("a.weight", (256, 256), decoding)
+    checkpoint, _ = write_coded(tmp_path, {"a.weight": (coding, encoded(coding, 0))})
+    (note,) = requantized(plan_checkpoint(checkpoint, Recipe("fp8_channel")).placements, offered)
+    assert note.endswith(f"fp8_channel rounds them a second time{end}")
 
 
 def interrupt(source: Path, dst: Path) -> None:

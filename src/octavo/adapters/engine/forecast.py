@@ -97,6 +97,14 @@ def _moved(placements: Sequence[Placement], device: str) -> tuple[Placement, ...
     return tuple(replace(placement, device=device) for placement in placements)
 
 
+def shared_notes(each: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The notes of all ranks: once what all of them have, else with the rank."""
+    said = dict.fromkeys(note for notes in each for note in notes)
+    common = [note for note in said if all(note in notes for notes in each)]
+    own = [f"rank {rank}: {note}" for rank, notes in enumerate(each) for note in notes if note not in common]
+    return (*common, *own)
+
+
 @dataclass(frozen=True)
 class Forecast:
     """All ranks."""

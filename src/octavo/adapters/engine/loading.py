@@ -40,7 +40,7 @@ from . import facts
 from .experts import matrices_of, settle
 from .filling import check_all_filled, targets_of
 from .layers import LayerPatterns
-from .log import figures, outcome, warning
+from .log import figures, notes, outcome, warning
 from .options import Options
 from .placing import Places
 from .record import Record
@@ -304,8 +304,8 @@ class Loading:
         with measured(found.plan, shown) as meter, self.stages("stream"):
             meter.follow(tally)
             self._stream(found.places, load, tally, meter.progress)
-        notes = [printable(f"note: {note}") for note in self.checkpoint.notes]
-        for line in (figures(found.plan, self.stages, tally, meter), *self._computed(found.places), *notes):
+        said = [printable(f"note: {note}") for note in notes(found.plan, self.options.offered())]
+        for line in (figures(found.plan, self.stages, tally, meter), *self._computed(found.places), *said):
             self._log.info("octavo: %s", line)
         if self._memory is not None and self._shown is not None:
             self._memory.keep(self._shown)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from ...planning import kinds
+from ...planning.coded import requantized
 from ...planning.placement import Placement
 from ...planning.plan import Plan
 from ...streaming.meter import Meter, Stages
@@ -50,6 +52,11 @@ def warning(found: Survey) -> str | None:
         else f"nothing in {found.plan.recipe.scheme}: all"
     )
     return printable(f"{how_much} stays unquantized ({said})")
+
+
+def notes(plan: Plan, offered: Collection[str]) -> list[str]:
+    """Remarks on the checkpoint, and on what is rounded a second time by one of the schemes that an engine has."""
+    return [*plan.remarks, *requantized(plan.placements, offered)]
 
 
 def figures(plan: Plan, stages: Stages, tally: Tally, meter: Meter) -> str:

@@ -20,7 +20,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from ...errors import OctavoError
 from ...streaming.meter import collection_paused
-from ..engine.forecast import Forecast, Rank
+from ..engine.forecast import Forecast, Rank, shared_notes
+from ..engine.log import notes
 from ..engine.names import LOAD_FORMAT
 from ..engine.survey import Survey, error_text
 from . import register, versions
@@ -91,7 +92,7 @@ def forecast(model: str, extra: dict[str, Any], options: dict[str, Any]) -> Fore
     """
     register()
     versions.inspect_in_this_process()
-    ranks, rank, world = [], 0, 1
+    asked, ranks, said, rank, world = Options.parse(extra), [], [], 0, 1
     while rank < world:
         arguments = EngineArgs(
             model=model,
@@ -109,8 +110,9 @@ def forecast(model: str, extra: dict[str, Any], options: dict[str, Any]) -> Fore
             derived = made_after_loading(made, config.model_config.dtype)
         device = config.device_config.device
         ranks.append(Rank.of(rank, made, found, "cpu" if str(device) == "cpu" else f"{device}:0", derived))
+        said.append(notes(found.plan, asked.offered()))
         rank += 1
-    return Forecast(f"vLLM {vllm.__version__}", model, Options.parse(extra).scheme, tuple(ranks))
+    return Forecast(f"vLLM {vllm.__version__}", model, asked.scheme, tuple(ranks), shared_notes(said))
 
 
 def _look(config: VllmConfig) -> tuple[nn.Module, Survey]:

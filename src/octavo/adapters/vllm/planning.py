@@ -67,7 +67,8 @@ def plan_for_vllm(
     found = _ask({"model": str(Path(checkpoint.folder).absolute()), "extra": extra, "options": options})
     if "error" in found:
         raise getattr(errors, found["error"], OctavoError)(Lines(found["text"]))
-    return replace(Forecast.from_dict(found), notes=notes)
+    made = Forecast.from_dict(found)
+    return replace(made, notes=(*notes, *made.notes))
 
 
 def _ask(job: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import write_checkpoint
 from helpers.coded import FINE_GRAINED, fine_grained
+from helpers.coded_models import by_modelopt, in_blocks
 from helpers.vllm_checkpoints import make
 from helpers.vllm_engine import ENVIRONMENT
 from octavo.adapters.engine.forecast import Forecast
@@ -222,6 +223,17 @@ def test_a_source_in_blocks_stays_so_where_no_scheme_is_named(tmp_path: Path) ->
     assert found.scheme == "fp8_block"
     assert set(found.ranks[0].grouped(True)) == {"fp8_block"}
     assert "note: no scheme is named, and the source is" in found.table()
+
+
+def test_what_is_rounded_a_second_time_is_said_of_all_ranks_at_once(tmp_path: Path) -> None:
+    plain = make("llama", tmp_path / "bf16")
+    source = in_blocks(plain, tmp_path / "blocks")
+    found = plan_for_vllm(source, "fp8_channel", staging_bytes=DEFAULT_STAGING_BYTES, tensor_parallel=2)
+    said = "14 tensors are FP8 in blocks of 128x128 already, and fp8_channel rounds them a second time, where fp8_block"
+    assert [note.startswith(said) for note in found.notes] == [True]
+    source = by_modelopt(plain, tmp_path / "matrices")  # vLLM has no fp8_tensor
+    found = plan_for_vllm(source, "auto", staging_bytes=DEFAULT_STAGING_BYTES)
+    assert any("fp8_channel rounds them a second time, as any would" in note for note in found.notes)
 
 
 def test_a_scheme_that_vllm_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from helpers import random_weights, write_checkpoint
 from helpers.vllm_toys import Toy
 from octavo import Recipe
-from octavo.adapters.engine.forecast import Forecast, Rank, Weight
+from octavo.adapters.engine.forecast import Forecast, Rank, Weight, shared_notes
 from octavo.adapters.engine.survey import Surveyor
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
@@ -34,6 +34,11 @@ def test_a_forecast_survives_json() -> None:
     assert told["ranks"][1]["quantized"] == {"fp8_channel": {"tensors": 2, "bytes": 300}}
     assert told["ranks"][1]["kept"] == {"tied": {"tensors": 1, "bytes": 100}, "norm": {"tensors": 1, "bytes": 20}}
     assert FORECAST.peak_bytes == 2001
+
+
+def test_notes_that_all_ranks_have_are_said_once() -> None:
+    assert shared_notes([["a", "b"], ["a", "c"]]) == ("a", "rank 0: b", "rank 1: c")
+    assert shared_notes([["a", "b"]]) == ("a", "b")
 
 
 def test_the_table_has_a_column_a_rank_and_its_sums() -> None:
