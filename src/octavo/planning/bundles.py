@@ -127,7 +127,7 @@ def _groups_continue(first: Bundle, last: Bundle, bundle: Bundle, axis: int, len
     matrix_axis = axis - (len(bundle.piece.size) - 2)
     if matrix_axis < 0:
         return first.phase == bundle.phase
-    group = bundle.placement.grid.scheme.groups[matrix_axis]
+    group = bundle.placement.rule.groups[matrix_axis]
     if group is None or last.cells[axis].stop != bundle.cells[axis].start:
         return False
     aligned = not (first.phase[matrix_axis] + length) % group and not bundle.phase[matrix_axis]

@@ -142,7 +142,7 @@ def _cut_placement(placement: Placement, slot_bytes: int) -> Iterator[tuple[Work
     if placement.scheme is None:
         yield from ((Work.COPY, c, 0, 0) for piece in placement.pieces for c in _cut(piece, limit, (1, 1), (0, 0)))
         return
-    scheme, passed = placement.grid.scheme, placement.passed
+    scheme, passed = placement.rule, placement.passed
     cols, start, unit = placement.shape[-1], 0, 0
     for part, rows in enumerate(placement.parts):
         groups = (scheme.group_rows or rows, scheme.group_cols or cols)

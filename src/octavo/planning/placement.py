@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,6 +16,7 @@ from ..elements.pieces import Piece
 from ..machine import on_cpu
 from ..numerics import schemes
 from ..numerics.scale_grid import ScaleGrid
+from ..numerics.schemes import Scheme
 from .coded import decoded_there, keeps_all, memory_of, passes, stored_nbytes, stored_piece
 from .partition import Partition, partition_of, stored_cells
 from .recipe import Decision
@@ -63,6 +64,13 @@ class Placement:
     columns: tuple[int, int] | None = None  # [start, stop) that have a place here; None: all
     codings: tuple[tuple[str, Coding], ...] = ()  # of sources that are quantized already
     lossless: bool = False  # scales are those under which most of these stay what they are
+    passed: bool = field(init=False, repr=False, compare=False)  # codes and scales of all sources stay what they are
+
+    def __post_init__(self) -> None:
+        # decided here, for each chunk asks for it; what replaces pieces makes a placement anew
+        passed = self.scheme is not None and bool(self.codings)
+        passed = passed and passes(self.pieces, self.parts, self.shape[-1], self.rule, dict(self.codings))
+        object.__setattr__(self, "passed", passed)
 
     @property
     def by_host(self) -> bool:
@@ -70,13 +78,6 @@ class Placement:
         if on_cpu(self.device):
             return True
         return bool(self.codings) and not decoded_there(self.pieces, dict(self.codings))
-
-    @property
-    def passed(self) -> bool:
-        """Return True if codes and scales of all its sources stay what they are."""
-        if self.scheme is None or not self.codings:
-            return False
-        return passes(self.pieces, self.parts, self.shape[-1], self.grid.scheme, dict(self.codings))
 
     @property
     def stored_bytes(self) -> int:
@@ -113,7 +114,7 @@ class Placement:
     @property
     def memory_shape(self) -> tuple[int, ...]:
         """The shape of the memory, of its dtype, that holds it."""
-        return self.grid.scheme.stored_shape(self.stored_shape) if self.scheme else self.stored_shape
+        return self.rule.stored_shape(self.stored_shape) if self.scheme else self.stored_shape
 
     @property
     def nbytes(self) -> int:
@@ -124,10 +125,15 @@ class Placement:
         return elements * self.nbytes // max(1, math.prod(self.stored_shape))
 
     @property
+    def rule(self) -> Scheme:
+        """Its scheme; only a quantized placement has one."""
+        assert self.scheme is not None
+        return schemes.get(self.scheme)
+
+    @property
     def grid(self) -> ScaleGrid:
         """The scale grid of all that is read; only a quantized placement has one."""
-        assert self.scheme is not None
-        return ScaleGrid(self.shape, schemes.get(self.scheme), self.parts)
+        return ScaleGrid(self.shape, self.rule, self.parts)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -143,13 +149,13 @@ class Placement:
         """The cells of the columns that have a place here."""
         if self.columns is None or not grid:
             return grid
-        return (*grid[:-1], stored_cells(self.columns, self.grid.scheme.group_cols)[1])
+        return (*grid[:-1], stored_cells(self.columns, self.rule.group_cols)[1])
 
     @property
     def scale_bytes(self) -> int:
         if self.scheme is None:
             return 0
-        return math.prod(self.scale_shape) * self.grid.scheme.scale_dtype.itemsize
+        return math.prod(self.scale_shape) * self.rule.scale_dtype.itemsize
 
     @property
     def final_bytes(self) -> int:
@@ -161,7 +167,7 @@ class Placement:
         """What of a box has a place here, given the cells of its scales; None where nothing has."""
         if self.columns is None:
             return Partition(piece, cells, phase)
-        group = None if self.scheme is None else self.grid.scheme.group_cols
+        group = None if self.scheme is None else self.rule.group_cols
         return partition_of(piece, cells, phase, self.columns, group)
 
     def elements(self, piece: Piece) -> int:
@@ -207,7 +213,7 @@ def placement_of(target: Target, decision: Decision, infos: Mapping[str, TensorI
         return placement
     if placement.passed:
         return replace(placement, reason=f"{placement.reason}, passed through")
-    lossless = keeps_all(pieces, placement.parts, shape[-1], placement.grid.scheme, dict(codings))
+    lossless = keeps_all(pieces, placement.parts, shape[-1], placement.rule, dict(codings))
     if not lossless:
         return placement
     return replace(placement, lossless=True, reason=f"{placement.reason}, exact wherever FP8 has the number")

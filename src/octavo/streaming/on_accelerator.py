@@ -257,7 +257,7 @@ class DevicePress:
                 assert mine is not None
                 self._placed.destination(bundle.placement).put(mine.piece, mine.of(values))
             elif bundle.work is Work.QUANTIZE:
-                whole.setdefault(bundle.placement.grid.scheme, []).append((bundle, values))
+                whole.setdefault(bundle.placement.rule, []).append((bundle, values))
             elif bundle.work is Work.AMAX:
                 self._fold(bundle, values, lane)
             else:
@@ -307,13 +307,13 @@ class DevicePress:
 
     def _fold(self, bundle: Bundle, values: Tensor, lane: Lane) -> None:
         """The first reading of a bundle whose scale groups span several."""
-        amax = schemes.group_amax(values, bundle.placement.grid.scheme, phase=bundle.phase)
+        amax = schemes.group_amax(values, bundle.placement.rule, phase=bundle.phase)
         lane.watch.add(amax, [bundle])
         self._placed.fold(bundle.placement, bundle.cells, amax)
 
     def _quantize(self, bundle: Bundle, values: Tensor, lane: Lane) -> None:
         """The second reading: it is in the same lane as the first, so all of that has gone before."""
-        scheme = bundle.placement.grid.scheme
+        scheme = bundle.placement.rule
         scale = schemes.scale_from_amax(self._placed.amax(bundle.placement, bundle.cells), scheme)
         self._place(bundle, values, scale, schemes.to_stored(scale, scheme), scheme, lane)
 

@@ -166,7 +166,7 @@ class Press:
             else:
                 self._placed.destination(placement).put(mine.piece, mine.of(x))
             return
-        scheme = placement.grid.scheme
+        scheme = placement.rule
         if chunk.work is Work.REREAD:
             amax = self._placed.wait_amax(placement, chunk.cells, chunk.unit)
         else:
@@ -262,7 +262,7 @@ class Press:
 
     def _pass(self, chunk: Chunk, mine: Partition, x: Encoded) -> None:
         """Place codes and scales as they are."""
-        scheme, destination = chunk.placement.grid.scheme, self._placed.destination(chunk.placement)
+        scheme, destination = chunk.placement.rule, self._placed.destination(chunk.placement)
         scale, codes = x.grid(scheme, chunk.phase), x.unpack()
         if codes.dtype.is_floating_point:
             self._check_codes(codes, chunk, x)
@@ -274,7 +274,7 @@ def _scales(placement: Placement, x: Tensor | Encoded) -> Callable[[Tensor], Ten
     """What makes scales of an amax."""
     if placement.lossless and isinstance(x, Encoded):
         return functools.partial(lossless_scale, unit=x.unit)
-    return functools.partial(schemes.scale_from_amax, scheme=placement.grid.scheme)
+    return functools.partial(schemes.scale_from_amax, scheme=placement.rule)
 
 
 def _part(mine: Partition, x: Tensor | Encoded) -> Tensor | Encoded:

@@ -98,7 +98,7 @@ class Storage:
         weight = torch.empty(placement.memory_shape, dtype=placement.dtype, device=placement.device)
         if placement.scheme is None:
             return cls(weight)
-        dtype = placement.grid.scheme.scale_dtype
+        dtype = placement.rule.scale_dtype
         return cls(weight, torch.empty(placement.scale_shape, dtype=dtype, device=placement.device))
 
 
@@ -171,7 +171,7 @@ class _Parameter:
     def __init__(self, placement: Placement, storage: Storage) -> None:
         self._weight: Stored = storage.weight
         if placement.scheme is not None:
-            self._weight = placement.grid.scheme.numbers_in(storage.weight)
+            self._weight = placement.rule.numbers_in(storage.weight)
         self.scale: Tensor | None = None
         if storage.scale is not None:
             self.scale = storage.scale.view(placement.scale_grid)
