@@ -40,7 +40,7 @@ for name in nvfp4_weights.NAMES:
 
 @pytest.mark.parametrize("way", ["search", "first"])
 def test_the_kernel_makes_the_bytes_of_plain_torch(way):
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-c", COMPARE, way]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
     assert done.returncode == 0, done.stderr

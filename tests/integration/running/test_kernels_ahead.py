@@ -73,7 +73,11 @@ print(json.dumps({**found, "launched": sorted(set(launched))}))
     ("scheme", "kernel"), [("fp8_channel", "_quantize_rows"), ("int8_channel", "_widen"), ("nvfp4", "_unpack")]
 )
 def test_the_forward_asks_for_no_binary_that_was_not_compiled_ahead(scheme, kernel, tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     command = [sys.executable, "-c", PRETEND + COMPILE, scheme]
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=300)
     found = json.loads(done.stdout)
@@ -99,7 +103,11 @@ with ahead.Ahead(["cuda:0"]) as compiling:
 
 @pytest.mark.parametrize("end", ["ends", "interrupted"])
 def test_a_process_that_ends_meanwhile_waits_for_no_more_than_what_is_being_compiled(end, tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
     command = [sys.executable, "-c", PRETEND + LOAD, "fp8_channel", end]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
