@@ -15,15 +15,24 @@ from typing import Any, NamedTuple
 
 from common import Merged, run_fresh, say
 
+from octavo.adapters.engine.names import FORMATS
+
 CONVERT = """
 import octavo
-from octavo.adapters.engine.names import FORMATS
-source, target, scheme = sys.argv[1:]
+source, target, scheme, form = sys.argv[1:]
 began = time.perf_counter()
-options = {"format": FORMATS[scheme]} if scheme in FORMATS else {}
-octavo.convert(source, target, scheme, progress=False, prove=False, **options)
+octavo.convert(source, target, scheme, progress=False, prove=False, **({"format": form} if form else {}))
 result(seconds=time.perf_counter() - began)
 """
+
+#: schemes in a format that is not the engines' default: what they are called here -> scheme, format
+OTHER_FORMATS = {"int8_channel_w8a16": ("int8_channel", "compressed-tensors")}
+
+
+def scheme_options(name: str) -> dict[str, str]:
+    """What octavo in an engine is given for a scheme, as it is called here."""
+    scheme, form = OTHER_FORMATS.get(name, (name, None))
+    return {"scheme": scheme} | ({"format": form} if form else {})
 
 
 class Ranks(NamedTuple):
@@ -77,7 +86,8 @@ def source_of(way: str, folder: Path, merged: Merged, timeout_s: float) -> Path:
         return folder
     target = folder.with_name(f"{folder.name}-{scheme}")
     if not target.is_dir():
-        found = run_fresh(CONVERT, folder, target, scheme, timeout_s=timeout_s)
+        name, form = OTHER_FORMATS.get(scheme, (scheme, FORMATS.get(scheme, "")))
+        found = run_fresh(CONVERT, folder, target, name, form, timeout_s=timeout_s)
         say(f"converted to {scheme}: {found['seconds']:.1f} s")
         merged.add(found, "models", folder.name, f"convert-{scheme}")
     return target

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _engines import decode_rate, plugin_is_known, prefill_rate, random_ids
+from _engines import decode_rate, plugin_is_known, prefill_rate, random_ids, scheme_options
 
 #: the group of entry points, and octavo's
 PLUGINS, PLUGIN = "vllm.general_plugins", "octavo = octavo.adapters.vllm:register"
@@ -62,7 +62,7 @@ def engine_options(way: str, folder: Path, options: dict[str, Any]) -> dict[str,
         asked["enforce_eager"] = True
     kind, _, scheme = way.partition("-")
     if kind == "octavo":
-        asked |= {"load_format": "octavo", "model_loader_extra_config": {"scheme": scheme}}
+        asked |= {"load_format": "octavo", "model_loader_extra_config": scheme_options(scheme)}
     elif kind.startswith("fp8_"):
         asked["quantization"] = kind
     return asked | options["engine"]

@@ -72,6 +72,7 @@ def make(kind: str, shape: tuple[int, int], experts: int, folder: Path) -> None:
     block ^= random.integers(0, 2, size=block.size, dtype=np.uint8) << 7  # no code of FP8 is that of no number
     each = sum(int(np.prod(dims)) * (4 if dtype == "F32" else 1) for _, dtype, dims in tensors(kind, *shape, 0))
     together = max(1, SHARD_BYTES // each)
+    files: dict[str, str] = {}  # of each tensor
     for first in range(0, experts, together):
         header, end, parts = {}, 0, []
         for expert in range(first, min(first + together, experts)):
@@ -82,6 +83,7 @@ def make(kind: str, shape: tuple[int, int], experts: int, folder: Path) -> None:
                 parts.append((name, dtype, count))
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
+        files |= dict.fromkeys(header, f"model-{first:05d}.safetensors")
         with (folder / f"model-{first:05d}.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name, dtype, count in parts:
@@ -92,6 +94,7 @@ def make(kind: str, shape: tuple[int, int], experts: int, folder: Path) -> None:
                 else:
                     start = int(random.integers(0, block.size - count)) if count < block.size else 0
                     file.write(block[start : start + count].data)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     (folder / "config.json").write_text(json.dumps({"quantization_config": DECLARED[kind]}))
 
 

@@ -62,7 +62,7 @@ from _engines import (
 from common import ChildError, Merged, run_fresh, say
 
 MODELS = ("qwen1.5-moe-a2.7b",)
-SCHEMES = ("fp8_channel", "fp8_block", "int8_channel", "nvfp4")
+SCHEMES = ("fp8_channel", "fp8_block", "int8_channel", "int8_channel_w8a16", "nvfp4")
 ONLINE = ("fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
 OCTAVO = tuple(f"octavo-{scheme}" for scheme in SCHEMES)
 CONVERTED = tuple(f"converted-{scheme}" for scheme in SCHEMES)
