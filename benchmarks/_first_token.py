@@ -1,4 +1,4 @@
-"""The measured side of `first_token.py`: a process from its start to its first token, then the rates from then on."""
+"""The measured side of `first_token.py`: a process from its start to its first token."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def loader(way: str) -> Callable[[Path, str], Any]:
     return {"bf16": _from_pretrained, "torchao": _torchao, "fp8": _fp8}[way]
 
 
-def measure(way: str, folder: Path, device_name: str, started_s: float, options: dict[str, Any]) -> dict[str, Any]:
-    """When torch was imported, the model loaded, the first token there; and tokens a second afterwards."""
+def measure(way: str, folder: Path, device_name: str, started_s: float, prompt: int) -> dict[str, Any]:
+    """When torch was imported, the model loaded, the first token there."""
     clock = Clock(started_s)
     import torch
 
@@ -81,7 +81,7 @@ def measure(way: str, folder: Path, device_name: str, started_s: float, options:
     clock.mark("loaded")
     config = model.generation_config  # nothing but the length ends an answer
     config.eos_token_id, config.pad_token_id, config.do_sample = None, 0, False
-    ids = torch.arange(3, 3 + options["prompt"], device=device).unsqueeze(0)
+    ids = torch.arange(3, 3 + prompt, device=device).unsqueeze(0)
 
     def token() -> None:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)
@@ -99,19 +99,4 @@ def measure(way: str, folder: Path, device_name: str, started_s: float, options:
     report = getattr(model, "load_report", None)
     if report is not None:
         found["stages_s"] = {name: round(seconds, 3) for name, seconds in report.seconds.items()}
-    if options["rates"]:
-        found |= _rates(model, device, options)
     return found
-
-
-def _rates(model: Any, device: Any, options: dict[str, Any]) -> dict[str, Any]:
-    import _generation
-    import torch
-
-    serving = _generation.Model(model, device)
-    with torch.no_grad():
-        shapes = [tuple(shape) for shape in options["prefill"]]
-        return {
-            "prefill": _generation.prefill(serving, shapes),
-            "generate": _generation.generate(serving, options["batches"], options["prompt"], options["new"]),
-        }

@@ -1,4 +1,4 @@
-"""The measured side of `generate_gpu.py`: one model, loaded one way, answers prompts in several ways."""
+"""The measured side of `generate_gpu.py` and `turns_gpu.py`: models, each loaded one way, answer prompts."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
 import octavo
 
 WARM_STEPS = 3
 _REPEATS = 3
+#: steps of a decode that are timed together, in turns
+_STEPS = 8
 
 
 class Model:
@@ -206,4 +208,58 @@ def measure(way: str, folder: Path, device_name: str, options: dict[str, Any]) -
                     torch._dynamo.reset()
     if device.type == "cuda":
         found["allocated_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    return found
+
+
+# -- in turns ---------------------------------------------------------------------------------------------------------
+
+
+def in_turns(folder: Path, device_name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Every task by all ways, a call of each after the other; times over those of the first way, which is bf16."""
+    device = torch.device(device_name)
+    models = {way: Model(load(way, folder, device), device) for way in options["ways"]}
+    works = {f"prefill {b}x{n}": {way: _prompt(m, b, n) for way, m in models.items()} for b, n in options["prefill"]}
+    for batch in options["batches"]:
+        works[f"decode {batch}"] = {way: _steps(model, batch, options["prompt"]) for way, model in models.items()}
+    with torch.no_grad():
+        return {"tasks": {task: _turns(models, calls, options["turns"]) for task, calls in works.items()}}
+
+
+def _prompt(model: Model, batch: int, length: int) -> Callable[[], Any]:
+    ids = model.prompts(batch, length)
+    return lambda: model.model(ids, use_cache=True, logits_to_keep=1)
+
+
+def _steps(model: Model, batch: int, prompt: int) -> Callable[[], Any]:
+    """Steps of a decode, of which the cache is cut to the prompt afterwards."""
+    cache = DynamicCache(config=model.model.config)
+    ids = model.prompts(batch, prompt)
+
+    def steps() -> None:
+        if not cache.get_seq_length():
+            model.model(ids, past_key_values=cache, logits_to_keep=1)
+        for _ in range(_STEPS):
+            model.model(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+        cache.crop(-_STEPS)
+
+    return steps
+
+
+def _turns(models: dict[str, Model], works: dict[str, Callable[[], Any]], turns: int) -> dict[str, Any]:
+    took: dict[str, list[float]] = {way: [] for way in works}
+    for turn in range(-2, turns):  # two that compile, and choose among kernels
+        for way, work in works.items():
+            seconds = models[way].seconds(work)
+            if turn >= 0:
+                took[way].append(seconds)
+    base, *_ = took.values()
+    found = {}
+    for way, times in took.items():
+        low, middle, high = statistics.quantiles([a / b for a, b in zip(base, times, strict=True)], n=4)
+        quartiles = [round(low, 3), round(high, 3)]
+        found[way] = {
+            "ms": round(1000 * statistics.median(times), 3),
+            "faster": round(middle, 3),
+            "quartiles": quartiles,
+        }
     return found

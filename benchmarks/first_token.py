@@ -1,4 +1,4 @@
-"""How long from the start of Python to the first token, and how fast are tokens from then on?
+"""How long from the start of Python to the first token?
 
     python benchmarks/first_token.py --folder /dev/shm/octavo-bench
     python benchmarks/first_token.py --models llama3-8b --ways bf16 octavo-fp8_channel
@@ -12,14 +12,12 @@ for the same prompt, which has nothing to compile.
     octavo-SCHEME         octavo.load
     config-SCHEME         from_pretrained with octavo's config
 
-Then, in the second process, as users call the model: prefill of prompts, and tokens that ``generate`` makes beyond the
-first. A way that can't run says why.
+A way that can't run says why.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -35,27 +33,20 @@ WAYS = ("bf16", "octavo-fp8_channel", "octavo-fp8_block", "config-fp8_channel", 
 CHILD = """
 import _first_token
 from pathlib import Path
-way, folder, device, options = sys.argv[1:]
-result(**_first_token.measure(way, Path(folder), device, STARTED_S, json.loads(options)))
+way, folder, device, prompt = sys.argv[1:]
+result(**_first_token.measure(way, Path(folder), device, STARTED_S, int(prompt)))
 """
-
-
-def shape(text: str) -> tuple[int, int]:
-    batch, _, length = text.partition("x")
-    return int(batch), int(length)
 
 
 def measure(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """A first process and a second one."""
     found = {}
-    options = {"prefill": args.prefill, "batches": args.batches, "prompt": args.prompt, "new": args.new}
     with tempfile.TemporaryDirectory() as kernels:
         os.environ["TRITON_CACHE_DIR"] = kernels
-        for process, rates in (("first", False), ("second", not args.no_rates)):
+        for process in ("first", "second"):
             common.set_cache(folder, cold=False)
-            asked = json.dumps({**options, "rates": rates})
             try:
-                found[process] = run_fresh(CHILD, way, folder, args.device, asked, timeout_s=args.timeout_s)
+                found[process] = run_fresh(CHILD, way, folder, args.device, args.prompt, timeout_s=args.timeout_s)
             except ChildError as error:
                 found[process] = {"error": str(error)[-2000:]}
                 break
@@ -63,7 +54,7 @@ def measure(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """A line a process: seconds of each step, and tokens a second."""
+    """A line a process: seconds of each step."""
     lines = []
     for way, processes in rows.items():
         for process, row in processes.items():
@@ -72,13 +63,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
                 continue
             at = row["at_s"]
             steps = "  ".join(f"{name} {at[name]:.2f}" for name in ("torch", "loaded", "first token", "second token"))
-            rates = "  ".join(
-                f"{name} {task} {found['tokens_per_s']:,.0f}/s"
-                for name in ("prefill", "generate")
-                for task, found in row.get(name, {}).items()
-                if "tokens_per_s" in found
-            )
-            lines.append(f"{way:20}{process:8}{steps}  {rates}")
+            lines.append(f"{way:20}{process:8}{steps}")
     return "\n".join(lines)
 
 
@@ -90,7 +75,7 @@ def run_model(model: str, args: argparse.Namespace, merged: Merged) -> None:
     rows = {}
     for way in args.ways:
         rows[way] = measure(way, folder, args)
-        merged.add({**rows[way], "prompt": args.prompt, "new": args.new}, "models", folder.name, way)
+        merged.add({**rows[way], "prompt": args.prompt}, "models", folder.name, way)
         say(table({way: rows[way]}))
 
 
@@ -98,11 +83,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
     parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("--prefill", nargs="+", type=shape, default=[(1, 128), (1, 512), (4, 2048)], metavar="BxLENGTH")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256], help="of the decode (%(default)s)")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens before the decode (%(default)s)")
-    parser.add_argument("--new", type=int, default=32, help="tokens to decode (%(default)s)")
-    parser.add_argument("--no-rates", action="store_true", help="up to the first tokens only")
+    parser.add_argument("--prompt", type=int, default=32, help="its tokens (%(default)s)")
     parser.add_argument("--device", default="cuda:0", help="cpu tries the benchmark out (%(default)s)")
     parser.add_argument("--timeout-s", type=float, default=300, help="for one process (%(default)s)")
     common.add_result_arguments(parser, "first_token")

@@ -35,6 +35,37 @@ def slowest(result: Result, key: str) -> tuple[float, str, str, str]:
     )
 
 
+def _called_from_python() -> list[str]:
+    """The part on eager calls of whole models; nothing before it is measured."""
+    parts = [
+        """## A whole model, called from Python
+
+```sh
+make bench B=turns_gpu
+```
+
+Milliseconds of eager calls in bf16, and how many times as fast others are: the median of turns in which each way does
+the same after the other in one process, and in brackets the quartiles. A decode is eight steps of as many sequences."""
+    ]
+    for result in load("turns_gpu"):
+        for model, found in result["models"].items():
+            sources = Sources(result)
+            sources.letter(found["tasks"])
+            parts += [f"**{model_name(model)}**", _turns(found["tasks"]), sources.note()]
+    return parts if len(parts) > 1 else []
+
+
+def _turns(tasks: dict[str, Any]) -> str:
+    lines = []
+    for task, ways in tasks.items():
+        if isinstance(ways, dict):
+            others = [row for way, row in ways.items() if way != "bf16"]
+            cells = (f"{row['faster']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][1]:.2f})" for row in others)
+            lines.append((task.replace("x", " × "), f"{ways['bf16']['ms']:,.1f}", *cells))
+            named = [way.replace("octavo-", "octavo ") for way in ways if way != "bf16"]
+    return table(("", "bf16, ms", *named), lines)
+
+
 def make() -> str:
     """The page."""
     parts = [
@@ -98,6 +129,7 @@ after the prefill with those of bf16; the weights are random, which is harder on
                 )
             head = ("", "prefill, 1 × 8192", "prefill, 4 × 2048", "decode, 1 sequence", "cosine", "run")
             parts += [f"**{model_name(model)}**", table(head, lines), sources.note()]
+    parts += _called_from_python()
     parts.append(
         """## A linear layer on a CPU
 

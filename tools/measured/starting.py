@@ -1,4 +1,4 @@
-"""The page of a process from its start to its first token, and of how fast it is called from then on."""
+"""The page of a process from its start to its first token."""
 
 from __future__ import annotations
 
@@ -44,26 +44,7 @@ def _model(result: Result, ways: dict[str, Any]) -> list[str]:
     for way, found in stages.items():
         each = ", ".join(f"{name} {seconds(took)}" for name, took in found.items() if took >= 0.005)
         parts.append(f"Of the load in the second process ({_name(way)}), seconds: {each}.")
-    return [*parts, *_rates(measured), sources.note()]
-
-
-def _rates(measured: dict[str, Any]) -> list[str]:
-    """Tokens a second of calls from Python, beside bf16."""
-    rows = {way: row["second"] for way, row in measured.items() if "prefill" in row.get("second", {})}
-    plain = rows.get("bf16")
-    if plain is None or len(rows) == 1:
-        return []
-    lines = []
-    for what, task in (("prefill", "prompts of"), ("generate", "answers at a time:")):
-        for key, found in plain[what].items():
-            if "tokens_per_s" in found:
-                base = found["tokens_per_s"]
-                shares = (row[what][key]["tokens_per_s"] / base for way, row in rows.items() if way != "bf16")
-                lines.append(
-                    (f"{task} {key.replace('x', ' × ')}", f"{base:,.0f}", *(f"{share:.2f}" for share in shares))
-                )
-    head = ("", "bf16, tokens/s", *(f"{_name(way)}, times as fast" for way in rows if way != "bf16"))
-    return ["As users call the model, eagerly:", table(head, lines)]
+    return [*parts, sources.note()]
 
 
 def _name(way: str) -> str:
