@@ -13,104 +13,21 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint import dtypes
 from ...checkpoint.checkpoint import Checkpoint
-from ...checkpoint.codings import Coding
-from ...checkpoint.header import TensorInfo
 from ...conversion.formats import Format
-from ...elements.boxes import coverage_problem
-from ...elements.pieces import Piece
 from ...elements.views import View
-from ...numerics import schemes
-from ...planning.placement import Placement
 from ...planning.plan import Plan
 from ...streaming.sinks import Memory
-from .checked import natural, naturals, require, text, texts
+from .checked import natural, naturals, require, texts
 from .filling import check_filling, left_to_loader, targets_of
 from .homes import memory_of
 from .placing import Places
+from .rows import Json, Numbers, Reading, Row, Writing, reach
 from .survey import Survey
-
-Json = Any
-Row = list[Any]
-
-
-class _Kind(NamedTuple):
-    """What many placements have in common; the fields are those of `Placement`."""
-
-    shape: tuple[int, ...]
-    dtype_name: str
-    source_dtype_names: tuple[str, ...]
-    scheme: str | None
-    reason: str
-    parts: tuple[int, ...]
-    source_bytes: int
-    ignored_as: tuple[str, ...]
-    columns: tuple[int, int] | None
-    lossless: bool
-
-    @classmethod
-    def of(cls, placement: Placement) -> _Kind:
-        return cls(*(getattr(placement, name) for name in cls._fields))
-
-    @classmethod
-    def read(cls, row: Sequence[Json]) -> _Kind:
-        shape, dtype_name, source_dtype_names, scheme, reason, parts, source_bytes, ignored_as, columns, lossless = row
-        kind = cls(
-            naturals(shape),
-            text(dtype_name),
-            texts(source_dtype_names),
-            None if scheme is None else schemes.get(text(scheme)).name,
-            text(reason),
-            naturals(parts),
-            natural(source_bytes),
-            texts(ignored_as),
-            None if columns is None else (natural(columns[0]), natural(columns[1])),
-            lossless is True,
-        )
-        kind._check()
-        return kind
-
-    def _check(self) -> None:
-        require(self, {self.dtype_name, *self.source_dtype_names} <= dtypes.BITS.keys())
-        require(self, self.columns is None or self.columns[0] < self.columns[1] <= self.shape[-1])
-        if self.scheme is None:
-            require(self, not self.parts)
-        else:
-            dtype = schemes.get(self.scheme).dtype
-            require(self, dtypes.TORCH[self.dtype_name] == dtype and sum(self.parts) == self.shape[-2])
-
-
-class _Cut(NamedTuple):
-    """A piece, wherever in its tensor it begins."""
-
-    dst_off: tuple[int, ...]
-    size: tuple[int, ...]
-    src_strides: tuple[int, ...]
-
-    @classmethod
-    def read(cls, row: Sequence[Json]) -> _Cut:
-        cut = cls(*map(naturals, row))
-        require(row, len(cut.dst_off) == len(cut.size) == len(cut.src_strides))
-        return cut
-
-
-class _Numbers:
-    """Numbers of values, in the order in which they were first seen."""
-
-    def __init__(self) -> None:
-        self._found: dict[Any, int] = {}
-
-    def of(self, value: Any) -> int:
-        return self._found.setdefault(value, len(self._found))
-
-    def rows(self) -> list[Any]:
-        return [*self._found]
 
 
 @dataclass(frozen=True)
@@ -136,12 +53,12 @@ class Record:
         require(found, found.places is not None and not found.keep and not found.refused)
         assert found.places is not None
         require(found, dataclasses.replace(found.plan, placements=()) == self.plan)
-        places, kinds, cuts = found.places, _Numbers(), _Numbers()
+        places, writing = found.places, Writing(self.checkpoint, self._numbers, self.device)
         known = {id(placement): number for number, placement in enumerate(found.plan.placements)}
-        rows = [self._row(placement, kinds, cuts) for placement in found.plan.placements]
+        rows = [*map(writing.row, found.plan.placements)]
         direct = [
             [
-                known[id(placement)] if id(placement) in known else self._row(placement, kinds, cuts),
+                known[id(placement)] if id(placement) in known else writing.row(placement),
                 *self._storage(places.storages[placement.name]),
             ]
             for placement in places.direct.placements
@@ -150,8 +67,7 @@ class Record:
             "placements": rows,
             "direct": direct,
             "rest": [known[id(placement)] for placement in places.rest.placements],
-            "kinds": kinds.rows(),
-            "cuts": cuts.rows(),
+            **writing.common(),
             "layers": found.layers,
             "unread": [self._number(name) for name in found.unread],
             "fillers": self._fillers(found),
@@ -159,22 +75,6 @@ class Record:
         }
         self._check_filling(found, direct, written["constants"])
         return written
-
-    def _row(self, placement: Placement, kinds: _Numbers, cuts: _Numbers) -> Row:
-        require(placement, placement.device == self.device)
-        pieces = [
-            number
-            for dst_off, size, src_name, src_off, src_strides in placement.pieces
-            for number in (cuts.of((dst_off, size, src_strides)), self._numbers[src_name], src_off)
-        ]
-        coded = [name for name, _ in placement.codings]
-        require(placement, placement.codings == self._codings(coded))
-        return [
-            kinds.of(_Kind.of(placement)),
-            self._number(placement.name),
-            [self._numbers[name] for name in coded],
-            *pieces,
-        ]
 
     def _storage(self, storage: Memory) -> list[Json]:
         return [None if tensor is None else self._place(tensor) for tensor in storage.tensors]
@@ -199,7 +99,7 @@ class Record:
         return written
 
     def _fillers(self, found: Survey) -> Json:
-        sets = _Numbers()
+        sets = Numbers()
         layers = {
             layer: [number for name, to in mine.items() for number in (self._number(name), sets.of(to))]
             for layer, mine in found.fillers.items()
@@ -214,9 +114,7 @@ class Record:
         Raises:
             Exception: whatever comes of what is not as it was written.
         """
-        kinds = [_Kind.read(row) for row in record["kinds"]]
-        cuts = [_Cut.read(row) for row in record["cuts"]]
-        reading = _Reading.of(self, kinds, cuts)
+        reading = Reading(self.checkpoint, self._names, self.device, record)
         placements = [reading.placement(row) for row in record["placements"]]
         direct, storages = [], {}
         for row, *places in record["direct"]:
@@ -291,14 +189,6 @@ class Record:
         return number if isinstance(number, str) else self._names[number]
 
     @functools.cached_property
-    def infos(self) -> list[tuple[TensorInfo, int]]:
-        """Tensors, and how many elements they have."""
-        return [(info, info.numel) for info in self.checkpoint.tensors.values()]
-
-    def _codings(self, names: Iterable[str]) -> tuple[Any, ...]:
-        return tuple((name, self.checkpoint.tensors[name].coding) for name in names)
-
-    @functools.cached_property
     def _memory(self) -> Mapping[str, Tensor]:
         return dict(self.model.named_parameters()) | dict(self.model.named_buffers())
 
@@ -311,62 +201,8 @@ class Record:
         return found
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """Thousands of rows are read; what they have in common is checked and computed once."""
-
-    record: Record
-    kinds: Sequence[_Kind]
-    cuts: Sequence[tuple[_Cut, int]]  # with how far they reach in their tensor
-    _tiled: set[tuple[tuple[int, ...], tuple[int, ...]]] = dataclasses.field(default_factory=set)  # shapes, by cuts
-
-    @classmethod
-    def of(cls, record: Record, kinds: Iterable[_Kind], cuts: Iterable[_Cut]) -> _Reading:
-        return cls(record, [*kinds], [(cut, _reach(cut.size, cut.src_strides)) for cut in cuts])
-
-    def placement(self, row: Row) -> Placement:
-        number, name, coded, *flat = row
-        kind, tensors = self.kinds[number], self.record.infos
-        shape, known, pieces = kind.shape, kind.source_dtype_names, []
-        for which, source, offset in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
-            (info, held), (cut, reach) = tensors[source], self.cuts[which]
-            if not 0 <= offset <= held - reach or info.dtype_name not in known:
-                raise ValueError("a piece outside of its tensor")
-            pieces.append(Piece(cut.dst_off, cut.size, info.name, offset, cut.src_strides))
-        if (tiling := (shape, tuple(flat[::3]))) not in self._tiled:
-            if problem := coverage_problem(shape, pieces):
-                raise ValueError(problem)
-            self._tiled.add(tiling)
-        return Placement(
-            name if isinstance(name, str) else self.record._names[name],
-            shape,
-            kind.dtype_name,
-            known,
-            kind.scheme,
-            kind.reason,
-            tuple(pieces),
-            kind.parts,
-            self.record.device,
-            kind.source_bytes,
-            kind.ignored_as,
-            kind.columns,
-            self._codings(coded) if coded else (),
-            kind.lossless,
-        )
-
-    def _codings(self, coded: Row) -> tuple[tuple[str, Coding], ...]:
-        infos = [self.record.infos[source][0] for source in coded]
-        require(infos, all(info.coding for info in infos))
-        return tuple((info.name, info.coding) for info in infos if info.coding)
-
-
-def _reach(size: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements of memory from the first of a view to beyond its last."""
-    return 1 + sum((n - 1) * step for n, step in zip(size, strides, strict=True)) if math.prod(size) else 0
-
-
 def _holds(home: Tensor, view: View) -> bool:
     """Return True if a view lies in the memory between a tensor's first element and its last."""
     offset, size, strides = View.of(home)
-    end = offset + _reach(size, strides)
-    return offset <= view.offset and view.offset + _reach(view.size, view.strides) <= end
+    end = offset + reach(size, strides)
+    return offset <= view.offset and view.offset + reach(view.size, view.strides) <= end

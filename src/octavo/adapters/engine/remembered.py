@@ -11,37 +11,21 @@ could do the same again.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
-import os
-import re
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ...checkpoint.checkpoint import Checkpoint
-from ...checkpoint.files import conforms, open_regular, parse_json
-from ...machine import cache_root
-from . import facts
+from ...checkpoint.files import conforms
+from . import entries, facts
 from .record import Record
 from .survey import Survey
 
-#: of the folder; the ones that were used last stay
-_MAX_ENTRIES, _MAX_BYTES = 64, 1 << 29
-_MAX_ENTRY_BYTES = 1 << 28
-#: after which what a process has begun to write is no longer waited for
-_ABANDONED_S = 3600
 _PLAIN = (type(None), bool, int, float, str)
-#: of an entry, and of one that is being written
-_NAME = re.compile(r"[0-9a-f]{64}(\.\w+)?$")
 #: raise it where the same words come to mean something else
 _FORM = 1
 
@@ -133,12 +117,12 @@ class Memory:
         self._log = log
         self._imported = facts.imported()
         files = facts.states(self._imported | facts.octavos())
-        self._path = cache_root() / "plans" / facts.digest(str(_FORM), facts.of_versions(), repr(files), *depends)
+        self._path = entries.path_of(facts.digest(str(_FORM), facts.of_versions(), repr(files), *depends))
 
     def recall(self) -> Entry | None:
         """What an earlier start has kept, if no code has changed since."""
         try:
-            entry = Entry(**_read(self._path))
+            entry = Entry(**entries.read(self._path))
             if _listed(facts.states(entry.imported)) != entry.imported:
                 raise ValueError("other code than then")
         except FileNotFoundError:
@@ -171,10 +155,7 @@ class Memory:
         """Keep what a load has shown; what goes wrong is only told."""
         entry = dataclasses.replace(entry, imported=_listed(facts.states(facts.imported() - self._imported)))
         try:
-            folder = self._path.parent
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _write(self._path, vars(entry))
-            _prune(folder)
+            entries.keep(self._path, vars(entry))
         except (OSError, RuntimeError) as error:
             self._log.info("octavo: the plan can't be remembered: %s", error)
 
@@ -182,61 +163,3 @@ class Memory:
 def _listed(files: facts.Files) -> dict[str, Any]:
     """As JSON has it."""
     return {file: state and list(state) for file, state in files.items()}
-
-
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> dict[str, Any]:
-    with open_regular(path) as file:
-        status = os.fstat(file.fileno())
-        if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
-            raise ValueError("others may have written it")
-        raw = file.read(_MAX_ENTRY_BYTES)
-    checksum, _, text = raw.partition(b"\n")
-    if _checksum(path, text) != checksum:
-        raise ValueError("it is damaged, or another one")
-    with contextlib.suppress(OSError):
-        os.utime(path)  # it is used
-    found: dict[str, Any] = parse_json(text, unique=False)
-    return found
-
-
-def _checksum(path: Path, text: bytes) -> bytes:
-    """That of an entry, and of what it is one of, which its name tells."""
-    return hashlib.sha256(path.name.encode() + b"\n" + text).hexdigest().encode()
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, separators=(",", ":")).encode()
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")  # which only this user may read
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(_checksum(path, text) + b"\n" + text)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-
-
-def _prune(folder: Path) -> None:
-    """Remove what has not been used for longest, where there is too much; nothing that has other names than entries."""
-    entries, nbytes = [], 0
-    for item in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):
-            if _NAME.match(item.name) and item.is_file(follow_symlinks=False):
-                entries.append((item.stat().st_mtime, item.stat().st_size, item))
-    complete = [found for found in entries if "." not in found[-1].name]
-    for number, (_, size, item) in enumerate(sorted(complete, key=lambda found: -found[0])):
-        nbytes += size
-        if number >= _MAX_ENTRIES or nbytes > _MAX_BYTES:
-            _remove(item)
-    for modified, _, item in entries:
-        if "." in item.name and time.time() - modified > _ABANDONED_S:
-            _remove(item)
-
-
-def _remove(item: os.DirEntry[str]) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(item)

@@ -17,7 +17,7 @@ from torch import nn
 
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.vllm_toys import Toy
-from octavo.adapters.engine import facts, options, remembered
+from octavo.adapters.engine import entries, facts, options
 from octavo.adapters.engine.loading import Loading
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
@@ -298,14 +298,14 @@ def _checked(change: Any) -> Any:
 
     def rewrite(file: Path) -> None:
         content = json.loads(file.read_bytes().partition(b"\n")[2])
-        remembered._write(file, change(content))
+        entries.write(file, change(content))
 
     return rewrite
 
 
 def _of_another(file: Path) -> None:
     other = file.with_name("0" * 64)
-    remembered._write(other, json.loads(file.read_bytes().partition(b"\n")[2]))
+    entries.write(other, json.loads(file.read_bytes().partition(b"\n")[2]))
     other.replace(file)
 
 
@@ -376,7 +376,7 @@ def test_a_folder_that_is_none_costs_a_line(source: Path, cache: Path, caplog: p
 
 
 def test_entries_are_for_this_user_alone_and_few(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered, "_MAX_ENTRIES", 2)
+    monkeypatch.setattr(entries, "_MAX_ENTRIES", 2)
     cache.mkdir(parents=True)
     abandoned, folder = cache / f"{'0' * 64}.abandoned", cache / "f"
     abandoned.write_text("")
