@@ -391,9 +391,9 @@ def test_entries_are_for_this_user_alone_and_few(source: Path, cache: Path, monk
             os.utime(entry, ns=(0, 10**18 - age * 10**9))
     assert {item.name for item in cache.iterdir() if len(item.name) < 64} == {"f", "mine", "tmp_mine"}  # as they were
     assert not abandoned.exists()
-    entries = [*cache.glob("?" * 64)]
-    assert len(entries) == 2
-    assert {entry.stat().st_mode & 0o777 for entry in entries} == {0o600}
+    kept = [*cache.glob("?" * 64)]
+    assert len(kept) == 2
+    assert {entry.stat().st_mode & 0o777 for entry in kept} == {0o600}
     load(source, depends="2")
     assert Engine.asked == 3
 
