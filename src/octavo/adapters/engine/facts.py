@@ -62,7 +62,7 @@ _WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)
 _BY_VERSION = frozenset({"torch", "triton", "octavo", *sys.stdlib_module_names})
 #: where processes meet, what they call each other, draw and hash: new at every start
 _OF_THE_START = re.compile(
-    r"(^|_)(ports?|port_list|random_seed|object_hash|ips?|addr|addresse?s?|hosts?|ident|instance_id|engine_id)$", re.I
+    r"(^|_)(ports?|port_list|random_seed|object_hash|ips?|addr|addresse?s?|hosts?|ident|(instance|engine|run)_id)$", re.I
 )
 #: what is in longer lists counts as far as a word tells; larger tables of integers by their shapes
 _MANY, _TABLE_BYTES = 4096, 1 << 16

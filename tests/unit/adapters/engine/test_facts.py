@@ -22,6 +22,7 @@ def test_where_a_start_meets_others_does_not_matter(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("TOY_PORT", "1")
     before = facts.of_environment(["TOY_"])
     monkeypatch.setenv("TOY_PORT", "2")
+    monkeypatch.setenv("TOY_RUN_ID", "toy-run-1795835706.76-16662390")
     assert facts.of_environment(["TOY_"]) == before
     monkeypatch.setenv("TOY_KERNEL", "2")
     assert facts.of_environment(["TOY_"]) != before
