@@ -11,6 +11,7 @@ Objects are told apart by their class and what they hold; of what holds nothing 
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import enum
 import functools
@@ -62,7 +63,8 @@ _WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)
 _BY_VERSION = frozenset({"torch", "triton", "octavo", *sys.stdlib_module_names})
 #: where processes meet, what they call each other, draw and hash: new at every start
 _OF_THE_START = re.compile(
-    r"(^|_)(ports?|port_list|random_seed|object_hash|ips?|addr|addresse?s?|hosts?|ident|(instance|engine|run)_id)$", re.I
+    r"(^|_)(ports?|port_list|random_seed|object_hash|ips?|addr|addresse?s?|hosts?|ident|(instance|engine|run)_id)$",
+    re.I,
 )
 #: what is in longer lists counts as far as a word tells; larger tables of integers by their shapes
 _MANY, _TABLE_BYTES = 4096, 1 << 16
@@ -213,6 +215,32 @@ def of_settings(*settings: Any) -> str:
     description = _Description(_DEPTH)
     description.add(settings)
     return "\n".join(description.words)
+
+
+class _Deep(_Description):
+    """Also of what functions have at hand; keeps the tensors that it comes by."""
+
+    def __init__(self) -> None:
+        super().__init__(_DEPTH)
+        self.tensors: list[Tensor] = []
+
+    def add(self, value: Any, depth: int = 0) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.append(value)
+        super().add(value, depth)
+        if isinstance(value, types.FunctionType) and id(value) not in self._within:
+            self._within.add(id(value))
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # it holds nothing yet
+                    self.add(cell.cell_contents, depth + 1)
+            self._within.discard(id(value))
+
+
+def deep(value: Any) -> tuple[list[str], list[Tensor]]:
+    """Words for an object, as deep as it goes and with what its functions have at hand; the tensors that these hold."""
+    description = _Deep()
+    description.add(value)
+    return description.words, description.tensors
 
 
 def places(parallel_state: types.ModuleType) -> dict[str, tuple[int, int]]:

@@ -40,11 +40,12 @@ from . import facts
 from .experts import matrices_of, settle
 from .filling import check_all_filled, targets_of
 from .layers import LayerPatterns
+from .left import Calls, Watch
 from .log import figures, notes, outcome, warning
 from .options import Options
 from .placing import Places
 from .record import Record
-from .remembered import Entry, Watch, remembering
+from .remembered import Entry, remembering
 from .survey import Survey, Surveyor
 
 #: whether to show progress; None: where there is a terminal
@@ -180,12 +181,14 @@ class Loading:
         exempt: Collection[str] = (),
         replaced: Callable[[], Collection[str]] = tuple,
         planned: Mapping[str, str] = MappingProxyType({}),
+        calls: Calls = str,
     ) -> Survey:
         """What the model's loader does with the checkpoint.
 
         Args:
             exempt: see `Surveyor`, as for ``replaced``.
             planned: layers that were made unquantized because of the plan (by the engine's names) -> why.
+            calls: see `Watch`.
 
         Raises:
             MakeAnewError: the model has to be made anew.
@@ -193,8 +196,8 @@ class Loading:
         """
         kept, unfit = layers.unquantized(model)
         if self._recalled is not None:
-            return self._recall(model, self._recalled, {*unfit.values()}, lambda: {*exempt, *replaced()})
-        watch = self._watch(model)
+            return self._recall(model, self._recalled, {*unfit.values()}, lambda: {*exempt, *replaced()}, calls)
+        watch = self._watch(model, calls)
         ask = functools.partial(
             Surveyor,
             model,
@@ -221,34 +224,37 @@ class Loading:
     # -- from one start to the next -----------------------------------------------------------------------------------
 
     def _recall(
-        self, model: nn.Module, entry: Entry, unfit: Collection[str], unneeded: Callable[[], Collection[str]]
+        self,
+        model: Any,
+        entry: Entry,
+        unfit: Collection[str],
+        unneeded: Callable[[], Collection[str]],
+        calls: Calls,
     ) -> Survey:
         """The survey of an earlier start. Errors, of whatever kind, mean that it is not one of this model."""
         assert self._memory is not None
-        found = self._memory.restore(entry, self._record(model))
+        found = self._memory.restore(entry, self._record(model), model.load_weights, calls)
         filled = targets_of(found.fillers) | {target for target, *_ in entry.survey["constants"]}
         check_all_filled(model, filled, unneeded())
         self._check(model, found, unfit)
         self._recalled, self._is_recalled = None, True
         return found
 
-    def _watch(self, model: nn.Module) -> Watch | None:
+    def _watch(self, model: nn.Module, calls: Calls) -> Watch | None:
         if self._memory is None:
             return None
         try:
-            return Watch(model)
+            return Watch(model, calls)
         except Exception as error:  # of objects of others that are looked at
             self._log.info("octavo: the plan can't be remembered: %s: %s", type(error).__name__, error)
             return None
 
-    def _entry(self, model: nn.Module, watch: Watch, found: Survey, planned: Mapping[str, str]) -> Entry | None:
+    def _entry(self, model: Any, watch: Watch, found: Survey, planned: Mapping[str, str]) -> Entry | None:
         """What a later start needs; None where it could not do without dry runs."""
         try:
-            attributes, namings = watch.attributes(found), [series.naming for series in self._experts]
-            if attributes is None:
-                return None
+            left, namings = vars(watch.left(found, model.load_weights)), [series.naming for series in self._experts]
             survey, kept = self._record(model).write(found), {**planned, **self._kept}
-            return Entry(self.config, kept, namings, watch.digest, attributes, survey, {})
+            return Entry(self.config, kept, namings, watch.digest, left, survey, {})
         except Exception as error:  # the same
             self._log.info("octavo: the plan can't be remembered: %s: %s", type(error).__name__, error)
             return None
@@ -258,10 +264,6 @@ class Loading:
         unused, notes = dict(checkpoint.left_out), checkpoint.notes
         bare = Plan(str(checkpoint.path), options.recipe, (), unused, options.staging_bytes, {}, notes)
         return Record(checkpoint, model, bare, self.layout, str(self._device))
-
-    def forget(self) -> None:
-        """Remember nothing of this load: there is more to do than a survey tells."""
-        self._shown = None
 
     def _forget_all(self) -> None:
         self._recalled, self._namings = None, ()

@@ -5,8 +5,7 @@ have shown is kept under a name that is made of all that it depends on (see `fac
 made is known to be like the one that was asked, and no other code to have come in between. Where anything differs, or
 is odd, all is done as if nothing were remembered, and remembered anew.
 
-Not remembered is what a dry run has left in a model otherwise than as weights, constants and plain attributes: nobody
-could do the same again.
+Not remembered is a start of which a dry run has left something in the model that nobody could do again: see `left`.
 """
 
 from __future__ import annotations
@@ -17,19 +16,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.files import conforms
 from . import entries, facts
+from .left import Calls, Left, Load, digest_of
 from .record import Record
 from .survey import Survey
 
-_PLAIN = (type(None), bool, int, float, str)
 #: raise it where the same words come to mean something else
-_FORM = 1
-
-Attributes = list[list[Any]]  # [module, name, value]
+_FORM = 2
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,7 @@ class Entry:
     kept: Mapping[str, str]  # layers with which the model was made unquantized -> why
     namings: Sequence[int | None]  # of stacks of experts
     model: str  # digest of the facts of the model
-    attributes: Attributes  # that the loader has set while it ran dry
+    left: Mapping[str, Any]  # by the loader in the model, while it ran dry; see `Left`
     survey: Mapping[str, Any]  # see `Record`
     imported: Mapping[str, Any]  # files, after the load, and their states; see `facts`
 
@@ -50,48 +45,13 @@ class Entry:
             "kept": dict[str, str],
             "namings": list[int | None],
             "model": str,
-            "attributes": list[list[Any]],
+            "left": dict[str, Any],
             "survey": dict[str, Any],
             "imported": dict[str, list[int] | None],
         }
         for name, kind in kinds.items():
             if not conforms(getattr(self, name), kind):
                 raise ValueError(f"no valid {name}")
-
-
-class Watch:
-    """What a loader leaves in a model while it runs dry. To be made before it does."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._told, self._held = model, facts.of_model(model), facts.held(model)
-        self.digest = digest_of(self._told)
-
-    def attributes(self, found: Survey) -> Attributes | None:
-        """What it has set, if that can be set again; None where it did more."""
-        targets = {constant.target for constant in found.constants}
-        for layer, mine in found.fillers.items():
-            targets |= {f"{layer}.{name}".lstrip(".") for names in mine.values() for name in names}
-        told, held = facts.of_model(self._model), facts.held(self._model)
-        changed = {key for key in told.keys() | self._told.keys() if told.get(key) != self._told.get(key)}
-        for key in held.keys() | self._held.keys():
-            now, before = held.get(key), self._held.get(key)
-            # weights and constants are written, and counted as such where they were not
-            written = ".".join(filter(None, key)) in targets and now and before and now[:-1] == before[:-1]
-            if now != before and not written:
-                changed.add(key)
-        found_attributes = []
-        for path, name in sorted(changed):
-            values = vars(self._model.get_submodule(path))
-            value = values.get(name, values)
-            if type(value) not in _PLAIN and value not in ({}, []):
-                return None
-            found_attributes.append([path, name, value])
-        return found_attributes
-
-
-def digest_of(told: Mapping[tuple[str, str], str]) -> str:
-    """A name for the facts of a model."""
-    return facts.digest(*(word for (path, name), value in told.items() for word in (path, name, value)))
 
 
 def remembering(
@@ -132,8 +92,8 @@ class Memory:
             return None
         return entry
 
-    def restore(self, entry: Entry, record: Record) -> Survey:
-        """The survey.
+    def restore(self, entry: Entry, record: Record, load: Load, calls: Calls) -> Survey:
+        """The survey; with what the loader has left in a model.
 
         Raises:
             ValueError: it is not one of this model, or there is code that its start did not have.
@@ -145,10 +105,7 @@ class Memory:
         if digest_of(facts.of_model(record.model)) != entry.model:
             raise ValueError("another model")
         found = record.read(entry.survey)
-        for path, name, value in entry.attributes:
-            if type(value) not in _PLAIN and value not in ({}, []):
-                raise ValueError("no plain attribute")
-            vars(record.model.get_submodule(path))[name] = value
+        Left(**entry.left).restore(record.model, load, calls)
         return found
 
     def keep(self, entry: Entry) -> None:

@@ -23,6 +23,7 @@ from ...streaming.on_accelerator import WarmUp
 from ...streaming.readahead import ReadAhead
 from ...text import printable
 from ..engine.given import SCALE_PASSED_OVER
+from ..engine.left import Calls
 from ..engine.loading import Loading, MakeAnewError, place_among_ranks
 from ..engine.names import LOAD_FORMAT
 from ..engine.survey import Survey
@@ -117,9 +118,7 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
         """Survey, then read and fill."""
         computed = Computed(model)
         with self.stages("plan"), computed.noted():
-            found = self._survey(model, model_config, layers)
-        if computed.calls:  # which a later start would have to make as well
-            self.loading.forget()
+            found = self._survey(model, model_config, layers, computed.since)
         self.loading.tell(found)
         self.warming.close()
         with computed.noted():
@@ -127,7 +126,7 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
         computed.compute()
         reloading.prepare(model, self.loading, found, self.options, layers.paths(model))
 
-    def _survey(self, model: Any, model_config: Any, layers: Layers) -> Survey:
+    def _survey(self, model: Any, model_config: Any, layers: Layers, calls: Calls) -> Survey:
         """What the model's loader does with the checkpoint. Refuse what can't be done; have the model made anew."""
         if tuple(getattr(model, "secondary_weights", ())):
             raise RecipeError(
@@ -138,7 +137,7 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
             self.loading.check_patterns(model, layers)
         try:
             replaced = functools.partial(versions.replaced, model, model_config)
-            return self.loading.survey(model, layers, versions.exempt(model), replaced, layers.planned)
+            return self.loading.survey(model, layers, versions.exempt(model), replaced, layers.planned, calls)
         except MakeAnewError as again:
             if self.options.format == "fp8" and any(SCALE_PASSED_OVER in why for why in again.keep.values()):
                 raise RecipeError(

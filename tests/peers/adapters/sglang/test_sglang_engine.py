@@ -39,6 +39,16 @@ def test_tokens_and_logprobs_are_those_of_the_conversion(scheme: str, tmp_path: 
     assert (mine.tokens, mine.logprobs) == (stock.tokens, stock.logprobs)
 
 
+def test_a_second_start_uses_the_plan_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OCTAVO_CACHE", str(tmp_path / "cache"))
+    job = octavo_job(make("qwen3_moe", tmp_path / "bf16"), log_level="info")
+    first, second = run(job), run(job)
+    for answer, count in ((first, 0), (second, 1)):
+        assert not answer.error, answer.output[-4000:]
+        assert answer.output.count("octavo: plan remembered from an earlier start") == count
+    assert (first.tokens, first.logprobs) == (second.tokens, second.logprobs)
+
+
 def adapter_of(source: Path, folder: Path) -> Path:
     """One for LoRA, of all of a Llama's matrices, as PEFT saves it."""
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -84,8 +84,9 @@ def load(
     kind: type[Engine] = Engine,
     by_plan: Mapping[str, str] | None = None,
     made: list[Any] | None = None,
+    calls: Any = str,
     **given: Any,
-) -> Engine:
+) -> Any:
     """What an engine does, in which a layer of ``down`` may have to stay, and others because of the plan.
 
     By what models are made, is added to ``made``.
@@ -100,12 +101,12 @@ def load(
         if made is not None:
             made.append((loading.plan_to_make_by, dict(kept)))
         with loading.stages("plan"):
-            found = loading.survey(model, Layers(kept), planned=by_plan or {})
+            found = loading.survey(model, Layers(kept), planned=by_plan or {}, calls=calls)
         loading.tell(found)
         loading.fill(found, model.load_weights, False)
         return model
 
-    return loading.model(make, lambda: None)  # type: ignore[return-value]
+    return loading.model(make, lambda: None)
 
 
 def equal(a: nn.Module, b: nn.Module) -> bool:
@@ -260,20 +261,146 @@ def test_other_code_that_comes_while_the_model_is_made_is_planned(
     assert Engine.asked == 2
 
 
-@pytest.mark.parametrize("name", ["list", "tensor", "moved"])
-def test_what_nobody_could_do_again_is_not_remembered(name: str, source: Path, cache: Path) -> None:
-    class Keeping(Engine):
-        def load_weights(self, weights: Any) -> None:
-            super().load_weights(weights)
-            if name == "list":
-                self.names = ["norm"]
-            elif name == "tensor":
-                self.table = torch.zeros(1)
-            else:
-                self.experts.add_(1)
+class Lazily:
+    """Makes a table of a model when it is asked."""
 
-    load(source, kind=Keeping)
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+
+class Leaving(Engine):
+    """Leaves something in the model beside weights, as ``leave`` says of the names that came."""
+
+    leave: Any = None
+    called = ""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.options = Lazily(None)
+
+    def load_weights(self, weights: Any) -> None:
+        pairs = list(weights)
+        super().load_weights(pairs)
+        Leaving.leave(self, [name for name, _ in pairs])
+
+
+def _table(model: Any, names: list[str]) -> None:
+    if not hasattr(model, "table"):
+        model.table = Lazily(lambda: dict(model.named_parameters()))
+
+
+def _parameters(model: Any, names: list[str]) -> None:
+    model.table = {"norm": [model.norm.data, model.experts]}
+
+
+def _list(model: Any, names: list[str]) -> None:
+    model.names = ["norm"]
+
+
+def _call(model: Any, names: list[str]) -> None:
+    Leaving.called += "compute"
+
+
+@pytest.mark.parametrize("leave", [_table, _parameters, _list, _call])
+def test_what_a_loader_leaves_without_weights_a_second_start_has_by_running_it(
+    leave: Any, source: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def calls() -> str:
+        found, Leaving.called = Leaving.called, ""
+        return found
+
+    monkeypatch.setattr(Leaving, "leave", staticmethod(leave))
+    first = load(source, kind=Leaving, calls=calls)
+    Engine.asked = 0
+    second = load(source, kind=Leaving, calls=calls)
+    assert (Engine.asked, RECALLED in caplog.text) == (1, True)  # on nothing
+    assert equal(first, second)
+    assert {*vars(first)} == {*vars(second)}
+    if leave is _table:
+        assert second.table.make()["norm"] is second.norm
+    if leave is _parameters:
+        assert second.table["norm"][0].data_ptr() == second.norm.data_ptr()
+
+
+def test_a_loader_that_leaves_something_else_is_asked_again(
+    source: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for leave in (_table, _list):
+        monkeypatch.setattr(Leaving, "leave", staticmethod(leave))
+        load(source, kind=Leaving)
+    assert (Engine.asked, "its loader leaves something else" in caplog.text) == (5, True)  # three times on nothing
+
+
+def _list_of_names(model: Any, names: list[str]) -> None:
+    model.names = names
+
+
+def _function_of_names(model: Any, names: list[str]) -> None:
+    model.names = lambda: names
+
+
+def _tensor(model: Any, names: list[str]) -> None:
+    model.table = torch.zeros(1)
+
+
+def _function_of_a_tensor(model: Any, names: list[str]) -> None:
+    tensor = torch.zeros(1)
+    model.table = Lazily(lambda: tensor)
+
+
+def _moved(model: Any, names: list[str]) -> None:
+    model.experts.add_(1)
+
+
+def _object_that_was_there(model: Any, names: list[str]) -> None:
+    model.options = Lazily(None)
+
+
+def _more_each_time(model: Any, names: list[str]) -> None:
+    model.table, model.times = Lazily(None), getattr(model, "times", 0) + 1
+
+
+def _error_without_names(model: Any, names: list[str]) -> None:
+    model.table = Lazily(None)
+    if not names:
+        raise KeyError("norm")
+
+
+def _call_by_names(model: Any, names: list[str]) -> None:
+    Leaving.called += f"compute {len(names)}"
+
+
+@pytest.mark.parametrize(
+    ("leave", "said"),
+    [
+        (_list_of_names, "what a loader sets names to depends on what it is given"),
+        (_function_of_names, "what a loader sets names to depends on what it is given"),
+        (_tensor, "a loader has set table, which holds tensors of its own"),
+        (_function_of_a_tensor, "a loader has set table, which holds tensors of its own"),
+        (_moved, "a loader has changed experts"),
+        (_object_that_was_there, "a loader has changed options"),
+        (_more_each_time, "a loader that runs again changes more in a model"),
+        (_error_without_names, "KeyError: 'norm'"),
+        (_call_by_names, "which calls a loader makes depends on what it is given: compute"),
+    ],
+)
+def test_what_nobody_could_do_again_is_not_remembered_and_said(
+    leave: Any,
+    said: str,
+    source: Path,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def calls() -> str:
+        found, Leaving.called = Leaving.called, ""
+        return found
+
+    monkeypatch.setattr(Leaving, "leave", staticmethod(leave))
+    model = load(source, kind=Leaving, calls=calls)
     assert not cache.exists()
+    assert f"the plan can't be remembered: {said}" in caplog.text.replace("ValueError: ", "")
+    assert leave is not _function_of_names or "norm" in model.names()  # as it was left
 
 
 def test_a_model_that_cant_be_looked_at_is_loaded_all_the_same(source: Path, cache: Path, monkeypatch: Any) -> None:
@@ -317,6 +444,10 @@ def _without_norm(content: Any) -> Any:
     return content
 
 
+def _with_attribute(content: Any, row: list[Any]) -> Any:
+    return {**content, "left": {**content["left"], "attributes": [row]}}
+
+
 def _folder(file: Path) -> None:
     file.unlink()
     file.mkdir()
@@ -336,11 +467,9 @@ ODD = {
     "another key": _checked(lambda content: {**content, "more": 1}),
     "a missing key": _checked(lambda content: {key: value for key, value in content.items() if key != "model"}),
     "a config that is none": _checked(lambda content: {**content, "config": []}),
-    "a number for a list": _checked(lambda content: {**content, "attributes": 1}),
-    "an attribute that is no plain one": _checked(
-        lambda content: {**content, "attributes": [["", "load_weights", [1]]]}
-    ),
-    "an attribute of nothing": _checked(lambda content: {**content, "attributes": [["nothing", "x", 1]]}),
+    "a number for a list": _checked(lambda content: {**content, "left": 1}),
+    "an attribute that is no plain one": _checked(lambda content: _with_attribute(content, ["", "load_weights", [1]])),
+    "an attribute of nothing": _checked(lambda content: _with_attribute(content, ["nothing", "x", 1])),
     "another model": _checked(lambda content: {**content, "model": "0" * 64}),
     "a parameter that nothing fills": _checked(_without_norm),
     "a survey of nothing": _checked(lambda content: {**content, "survey": {}}),
