@@ -21,6 +21,7 @@ from ..errors import WeightError
 from ..numerics.decoding import ORDERED, bad_scale, decode_into, row_amax, scale_cells, zero_cells
 from ..numerics.groups import count_cells
 from ..numerics.lossless import unit_of
+from ..numerics.recoding import recode_into, recodes
 from ..numerics.schemes import Scheme
 from ..planning.coded import Lay, codes_piece, lay_of
 from .files import Files
@@ -77,6 +78,15 @@ class Encoded:
         codes, scale, _, phase, _, _ = self._box(box)
         found = row_amax(codes, scale, self.coding.decoding, phase=phase, scratch=scratch)
         return found if scheme.group_rows == 1 else found.amax(-2, keepdim=True)
+
+    def recodes(self, scheme: Scheme) -> bool:
+        """Return True if `recode` can make what a scheme has of it."""
+        return self.compares(scheme) and recodes(self.codes.dtype, self.coding.decoding, scheme)
+
+    def recode(self, out: Tensor, box: Piece, target: Tensor, scratch: tuple[Tensor, Tensor]) -> bool:
+        """`recoding.recode_into` of a box, where `recodes` says that this can be."""
+        codes, scale, _, phase, _, _ = self._box(box)
+        return recode_into(out, codes, scale, target, self.coding.decoding, phase=phase, scratch=scratch)
 
     def _box(self, box: Piece) -> tuple[Tensor, Tensor, Tensor | None, int, int, int]:
         """Codes, scales and zero points of a box; where in its scale group and word it begins; how many columns."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from ..numerics import schemes
 from ..numerics.decoding import holds_nan
 from ..numerics.groups import count_cells
 from ..numerics.lossless import lossless_scale
+from ..numerics.recoding import AT_ONCE
 from ..numerics.schemes import Scheme, Stored
 from ..planning.budget import Budget
 from ..planning.chunks import Chunk, Tile, Work, cut_apart, cut_boxes, cut_tiles
@@ -72,14 +74,30 @@ class Tiles:
         dtype: torch.dtype | None = None,
     ) -> None:
         """`schemes.quantize_into` of ``x``, cast to ``dtype`` before (None: as it is)."""
+        if isinstance(x, Encoded):
+            tiles = cut_tiles(x.shape, scheme, phase, self.elements * self.at_once(x, scheme))
+            for tile in tiles:
+                self._requantize(tile.numbers(out), x, tile, scale[tile.cells], scheme)
+            return
         for tile in cut_tiles(tuple(x.shape), scheme, phase, self.elements):
-            cells = scale[tile.cells]
-            if isinstance(x, Encoded):
-                region = x.decode(tile.box, self.scratch, self.bits, checked=True)
-                schemes.quantize_in_place(tile.numbers(out), region, cells, scheme, phase=tile.phase, scratch=self.bits)
-                continue
-            region = self._region(tile, x, dtype)
+            cells, region = scale[tile.cells], self._region(tile, x, dtype)
             schemes.quantize_into(tile.numbers(out), region, cells, scheme, phase=tile.phase, scratch=self.wide)
+
+    def at_once(self, x: Encoded, scheme: Scheme) -> int:
+        """How many times its elements of scratch memory may be quantized at once."""
+        return AT_ONCE if self.bits is not None and x.recodes(scheme) else 1
+
+    def _requantize(self, out: Stored, x: Encoded, tile: Tile, scale: Tensor, scheme: Scheme) -> None:
+        """Write the numbers of a tile of codes, whose amax has been looked at; if possible without decoding it."""
+        if self.bits is not None and x.recodes(scheme):
+            assert isinstance(out, Tensor)
+            if x.recode(out, tile.box, scale, (self.scratch, self.bits)):
+                return
+        for part in cut_tiles(tile.box.size, scheme, tile.phase, self.elements):
+            box = part.box._replace(dst_off=tuple(map(operator.add, tile.box.dst_off, part.box.dst_off)))
+            wide = x.decode(box, self.scratch, self.bits, checked=True)
+            cells = scale[part.cells]
+            schemes.quantize_in_place(part.numbers(out), wide, cells, scheme, phase=part.phase, scratch=self.bits)
 
     def scale_and_quantize(
         self,
@@ -97,6 +115,11 @@ class Tiles:
         amax = self._grid(tuple(x.shape), scheme, phase)
         scales = torch.empty_like(amax)
         for tile in tiles:
+            if self.bits is not None and x.recodes(scheme):
+                cells = amax[tile.cells].copy_(x.amax(tile.box, scheme, self.bits))
+                scale = scales[tile.cells].copy_(scale_of(cells))
+                self._requantize(tile.numbers(out), x, tile, scale, scheme)
+                continue
             region, cells = x.decode(tile.box, self.scratch, self.bits), amax[tile.cells]
             schemes.group_amax(region, scheme, phase=tile.phase, scratch=self.bits, out=cells)
             scale = scales[tile.cells].copy_(scale_of(cells))
@@ -232,9 +255,10 @@ class Press:
 
         That is where tiles share scale groups; nor is it done where the amax is sooner found without decoding.
         """
-        if chunk.placement.columns is not None or (self._compares and x.compares(scheme)):
+        times = self.tiles.at_once(x, scheme)
+        if chunk.placement.columns is not None or (self._compares and times == 1 and x.compares(scheme)):
             return False
-        tiles = cut_apart(x.shape, scheme, chunk.phase, self.tiles.elements)
+        tiles = cut_apart(x.shape, scheme, chunk.phase, self.tiles.elements * times)
         if tiles is None:
             return False
         destination, scale_of = self._placed.destination(chunk.placement), _scales(chunk.placement, x)
