@@ -64,16 +64,29 @@ def starts(args: argparse.Namespace, octavo: Sequence[str]) -> list[tuple[str, R
 
 
 class Budget:
-    """Seconds that may pass; what would not end by then is not begun."""
+    """Seconds that may pass; what would not end by then is not begun.
 
-    def __init__(self, seconds: float | None, timeout_s: float) -> None:
+    Args:
+        least_s: that a process takes, as long as none has.
+    """
+
+    def __init__(self, seconds: float | None, timeout_s: float, least_s: float = 0) -> None:
         self._ends = time.perf_counter() + seconds if seconds else math.inf
-        self._timeout_s, self._longest_s = timeout_s, 0.0
+        self._timeout_s, self._least_s, self._longest_s = timeout_s, least_s, 0.0
 
     def timeout_s(self) -> float | None:
         """How long the next process may take; None if it should not begin."""
         left = self._ends - time.perf_counter()
-        return min(self._timeout_s, left) if left > 1.1 * self._longest_s else None
+        return min(self._timeout_s, left) if left > self._needed_s else None
+
+    @property
+    def _needed_s(self) -> float:
+        return 1.1 * self._longest_s or self._least_s
+
+    def why(self) -> str:
+        """Why the next process should not begin."""
+        left = max(0.0, self._ends - time.perf_counter())
+        return f"not started: {left:.0f} s are left, and {self._needed_s:.0f} s are needed"
 
     def took(self, seconds: float) -> None:
         self._longest_s = max(self._longest_s, seconds)
@@ -214,7 +227,8 @@ def lengths(answers: dict[str, Any]) -> list[list[int]]:
 
 
 def answers_path(way: str, ranks: Ranks, folder: Path, engine: str = "vllm") -> Path:
-    return folder.with_name(f"{folder.name}.{engine}-answers") / f"{key_of(way, ranks)}.json"
+    name = key_of(way, ranks).replace(" ", "-")
+    return folder.with_name(f"{folder.name}.{engine}-answers") / f"{name}.json"
 
 
 def key_of(way: str, ranks: Ranks) -> str:

@@ -109,9 +109,16 @@ def measure(
     """Load, answer, time; tokens and logprobs are written to ``answers``.
 
     Args:
-        report: is given what is known after the load, and after the answers: all of it, should the rest fail.
+        report: is given what is known by then before each step, and which one that is (``doing``), should it fail.
     """
     began = time.perf_counter()
+    found: dict[str, Any] = {}
+
+    def begin(step: str) -> None:
+        found["doing"] = step
+        report(**found)
+
+    begin("imports")
     if not plugin_is_known(PLUGINS):
         raise RuntimeError("SGLang does not find octavo's plugin")
     facts = answers.with_suffix(".facts")
@@ -125,31 +132,34 @@ def measure(
 
     pkgutil.resolve_name(_LOAD)  # a hook on what is not there, SGLang would only log
     imported = time.perf_counter()
+    begin("the start of the engine")
     engine = sglang.Engine(**engine_options(way, folder, options))
     try:
         started = time.perf_counter()
         ranks = [json.loads((facts / f"{rank}.json").read_text()) for rank in range(options["ranks"])]
         sums = [rank.pop("sums", None) for rank in ranks]
-        found: dict[str, Any] = {
+        found |= {
             "imports_s": imported - began,
             "start_s": started - imported,
             "ready_at_s": started,
             "ranks": ranks,
             "versions": {"sglang": sglang.__version__, "torch": torch.__version__},
         }
-        report(**found)
         vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-        answered = _answers(engine, random_ids(*options["compare"], vocabulary), options["new"])
-        answers.write_text(json.dumps({**answered, "sums": sums}))
-        report(**found)
+        if options["answers"]:
+            begin("answers")
+            answered = _answers(engine, random_ids(*options["compare"], vocabulary), options["answer"])
+            answers.write_text(json.dumps({**answered, "sums": sums}))
         if options["speed"]:
+            begin("prefill")
             seconds_of = functools.partial(_seconds, engine, random_ids(*options["prefill"], vocabulary))
-            found["prefill"] = prefill_rate(seconds_of, math.prod(options["prefill"]))
+            found["prefill"] = prefill_rate(seconds_of, math.prod(options["prefill"]), options["repeats"])
             found["decode"] = {}
             for batch in options["batches"]:
-                report(**found)
+                begin(f"decode of {batch}")
                 seconds_of = functools.partial(_seconds, engine, random_ids(batch, options["prompt"], vocabulary))
-                found["decode"][str(batch)] = decode_rate(seconds_of, batch, options["new"])
+                found["decode"][str(batch)] = decode_rate(seconds_of, batch, options["new"], options["repeats"])
+        begin("the end of the engine")
     finally:
         engine.shutdown()
     return found

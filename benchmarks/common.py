@@ -75,6 +75,7 @@ class ChildError(RuntimeError):
         output: all of it.
         found: what it had given by then; empty if nothing.
         samples: see `run_fresh`.
+        late_s: after how long it was ended, if it took too long.
     """
 
     def __init__(self, text: str) -> None:
@@ -82,6 +83,7 @@ class ChildError(RuntimeError):
         self.output = ""
         self.found: dict[str, Any] = {}
         self.samples: list[tuple[float, int, int, int]] = []
+        self.late_s: float | None = None
 
 
 def run_fresh(
@@ -141,9 +143,10 @@ def run_fresh(
         lines = output.read().splitlines()
     found = [line.removeprefix("RESULT ") for line in lines if line.startswith("RESULT ")]
     if child.returncode or not found:
-        late = f" (killed after {timeout_s:.0f} s)" if timeout_s and wall_s >= timeout_s else ""
+        is_late = timeout_s is not None and wall_s >= timeout_s
+        late = f" (killed after {timeout_s:.0f} s)" if is_late else ""
         error = ChildError(f"exit code {child.returncode}{late}: " + "\n".join(lines[-15:]))
-        error.output, error.samples = "\n".join(lines), trace
+        error.output, error.samples, error.late_s = "\n".join(lines), trace, timeout_s if is_late else None
         error.found = json.loads(found[-1]) if found and found[-1].endswith("}") else {}
         raise error
     if log:

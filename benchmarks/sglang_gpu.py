@@ -23,10 +23,14 @@ Random weights of the shape of Qwen1.5-MoE-A2.7B. Each way is an engine with pro
 Answers are compared with those of other ways in the same folder: the logprobs of the prompts' own tokens, and greedy
 tokens. octavo's must be equal to the converted checkpoint's, parameters included.
 
+A start takes about a minute, imports included, and answers another one where Triton compiles its kernels for the first
+time. So ``--load-only`` asks nothing, and ``--no-speed`` answers without timing them.
+
 octavo remembers nothing of what came before, but with ``--again``: then each of its ways starts a second time, with the
 plan of the first ("again"; the answers that are compared are those of the second start). The result is written after
 each start. One that fails, or takes longer than ``--timeout-s``, is ended with all of its ranks, and the next one
-begins; what it had measured by then is in its row, and all that it said in a file beside its answers.
+begins; what it had measured by then is in its row, and all that it said in a file beside its answers. One that would
+not end within ``--budget-s``, as the ones before it took, is not started, and that is said.
 """
 
 from __future__ import annotations
@@ -68,6 +72,8 @@ WAYS = (*OCTAVO, *CONVERTED, "fp8", "bf16")  # what is asked for first, first: t
 #: of experts, SGLang has int8 on NPUs alone
 DEFAULT_WAYS = tuple(way for way in WAYS if not way.endswith("int8_channel"))
 GIB = 1 << 30
+#: to import SGLang, twice, and to start it
+LEAST_S = 45
 
 #: than SGLang's own fp8; beyond what stays
 PROMISED_FASTER, PROMISED_OVER_BYTES = 8.0, int(0.3 * GIB)
@@ -83,6 +89,7 @@ result(**_sglang.measure(way, Path(folder), Path(answers), json.loads(options), 
 def condense(found: dict[str, Any], source_bytes: int) -> dict[str, Any]:
     """A row of the result; with several ranks, the slowest and the largest."""
     ranks, ready_at = found.pop("ranks"), found.pop("ready_at_s")
+    found.pop("doing", None)
     samples = [sample[3] for sample in found.pop("samples") if sample[0] <= ready_at]
     after = [rank["after"] for rank in ranks]
     load_s = max(rank["load_s"] for rank in ranks)
@@ -155,8 +162,9 @@ def run_model(
             continue
         if not again:
             shutil.rmtree(os.environ["OCTAVO_CACHE"], ignore_errors=True)
-        rows[key] = run_way(way, ranks, folder, facts["bytes"], args, merged, budget, used)
+        rows[key] = run_way(way, ranks, again, folder, facts["bytes"], args, merged, budget, used)
         if "skipped" in rows[key]:
+            say(f"{key}: {rows[key]['skipped']}")
             continue
         try:
             judge(rows, args, folder)
@@ -175,6 +183,7 @@ def run_model(
 def run_way(
     way: str,
     ranks: Ranks,
+    again: bool,
     folder: Path,
     source_bytes: int,
     args: argparse.Namespace,
@@ -188,8 +197,12 @@ def run_way(
     answers.unlink(missing_ok=True)
     options = {
         **what_is_asked(args),
+        "answers": not args.load_only,
+        "speed": not args.load_only and not args.no_speed,
+        "answer": args.answer,
+        "repeats": args.repeats,
         "graphs": args.graphs,
-        "length": max(args.prefill[1], args.compare[1], args.prompt) + args.new + 64,
+        "length": max(args.prefill[1], args.compare[1], args.prompt) + max(args.new, args.answer) + 64,
         "tokens": args.cache_tokens,
         "ranks": ranks.count,
         "experts": ranks.experts,
@@ -198,22 +211,25 @@ def run_way(
     facts = {"graphs": args.graphs}
     try:
         if budget.timeout_s() is None:
-            return {"skipped": "no time was left"}
+            return {"skipped": budget.why()}
         source = source_of(way, folder, merged, args.timeout_s)
         if (timeout_s := budget.timeout_s()) is None:
-            return {"skipped": "no time was left"}
+            return {"skipped": budget.why()}
         facts["cached"] = round(common.set_cache(source, cold=args.cold), 3)
         began = time.perf_counter()
         how: dict[str, Any] = {"device_used": used, "samples": True, "log": args.log}
-        found = run_fresh(CHILD, way, source, answers, json.dumps(options), timeout_s=max(1, timeout_s), **how)
-        budget.took(time.perf_counter() - began)
+        try:
+            found = run_fresh(CHILD, way, source, answers, json.dumps(options), timeout_s=timeout_s, **how)
+        finally:  # what is ended takes its time, too
+            budget.took(time.perf_counter() - began)
         return condense(found, source_bytes) | facts
     except ChildError as error:
-        answers.with_suffix(".log").write_text(error.output)
+        log = answers.with_name(f"{answers.stem}{AGAIN.replace(' ', '-') * again}.log")
+        log.write_text(error.output)
         row = {"error": reason(error)}
-        say(f"{key_of(way, ranks)}: {row['error']}\nall that it said is in {answers.with_suffix('.log')}")
+        say(f"{key_of(way, ranks)}{AGAIN * again}: {row['error']}\nall that it said is in {log}")
         wait_for_memory(used, free)
-        if error.found:
+        if "ranks" in error.found:
             row |= condense({**error.found, "samples": error.samples}, source_bytes)
         return row | facts
     except Exception as error:  # of this one: the others go on
@@ -229,9 +245,13 @@ _SAID = re.compile(r"\b\w+(Error|Exception): ")
 
 
 def reason(error: ChildError) -> str:
-    """What went wrong, in few lines: what ranks said first, and the end of the output."""
-    said = [line for line in error.output.splitlines() if _SAID.search(line)]
-    return "\n".join([*said[:3], str(error)[-2500:]])
+    """What went wrong, in few lines: how it ended and in which step, and what ranks said first, or last."""
+    lines = [line[:500] for line in error.output.splitlines() if not line.startswith("RESULT ")]
+    step = error.found.get("doing", "its beginning")
+    if error.late_s is not None:
+        return "\n".join([f"ended after {error.late_s:.0f} s, during {step}. The last that it said:", *lines[-3:]])
+    said = [line for line in lines if _SAID.search(line)]
+    return "\n".join([f"failed during {step}: {said[0] if said else 'no error was said'}", *said[1:3], *lines[-8:]])
 
 
 def wait_for_memory(used: Callable[[], int] | None, before: int, timeout_s: float = 30) -> None:
@@ -254,6 +274,11 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_model_arguments(parser, MODELS, make_checkpoint.MODELS)
     add_arguments(parser, WAYS, DEFAULT_WAYS)
+    # the first answer takes as long as kernels do to be compiled, and each eager token some 50 ms
+    parser.set_defaults(compare=(2, 256), new=32)
+    parser.add_argument("--answer", type=int, default=16, help="tokens that are compared (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="of what is timed (%(default)s)")
+    parser.add_argument("--no-speed", action="store_true", help="compare answers, and time none")
     parser.add_argument("--graphs", action="store_true", help="CUDA graphs")
     parser.add_argument("--cache-tokens", type=int, default=16384, help="of the KV cache (%(default)s)")
     common.add_result_arguments(parser, "sglang_gpu")
@@ -269,7 +294,8 @@ def main() -> None:
     made = str(plugin_path(args.folder, _sglang.PLUGINS, *_sglang.ENTRIES))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [made, os.environ.get("PYTHONPATH")]))
     os.environ["OCTAVO_CACHE"] = str(args.folder / "plans")  # none of the user's
-    budget, used = Budget(args.budget_s, args.timeout_s), common.device_used() if args.device != "cpu" else None
+    used = common.device_used() if args.device != "cpu" else None
+    budget = Budget(args.budget_s, args.timeout_s, LEAST_S)
     with common.merged("sglang_gpu", args, device=args.device) as merged:
         right = []
         for model in args.models:

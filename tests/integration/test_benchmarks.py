@@ -241,7 +241,7 @@ def test_rows_of_sglang_are_written_as_they_come(tmp_path, monkeypatch, capsys):
         if way == "octavo-fp8_block":
             raise OSError("no disk")
         ranks = [{"load_s": 1.0, "after": memory, "log": ["octavo: 1.0 s"]}]
-        found = {"ranks": ranks, "ready_at_s": 0, "start_s": 2.0}
+        found = {"ranks": ranks, "ready_at_s": 0, "start_s": 2.0, "doing": "answers"}
         if way == "fp8":  # loads, and fails in answering
             failed.found, failed.output = found, "rank 0: ValueError: no kernel\nand so on"
             raise failed
@@ -261,7 +261,7 @@ def test_rows_of_sglang_are_written_as_they_come(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sglang_gpu.py", *map(str, given), "--ways", *ways])
     with pytest.raises(SystemExit, match="1"):
         sglang_gpu.main()
-    assert "then: rank 0: ValueError: no kernel" in capsys.readouterr().err
+    assert "then: failed during answers: rank 0: ValueError: no kernel" in capsys.readouterr().err
     rows = ["octavo-fp8_channel tp1", "octavo-fp8_channel tp1 again", "converted-fp8_channel tp1"]
     rows += ["fp8 tp1", "octavo-fp8_block tp1"]  # which has no second start
     before = [sorted(["checkpoint", *rows[:count]]) for count in range(6)]
@@ -269,12 +269,37 @@ def test_rows_of_sglang_are_written_as_they_come(tmp_path, monkeypatch, capsys):
     found = json.loads(made.read_text())["models"]["llama3-8b"]
     assert found[rows[0]]["promises"] == {"over": True, "faster": False, "equal": True}
     assert found[rows[1]]["log"] == ["octavo: 1.0 s"]
-    assert found["fp8 tp1"]["error"] == "rank 0: ValueError: no kernel\nno luck"
+    said = "failed during answers: rank 0: ValueError: no kernel"
+    assert found["fp8 tp1"]["error"].splitlines() == [said, "rank 0: ValueError: no kernel", "and so on"]
     assert found["fp8 tp1"]["load_s"] == 1.0
-    assert (tmp_path / "llama3-8b.sglang-answers" / "fp8 tp1.log").read_text() == failed.output
+    assert (tmp_path / "llama3-8b.sglang-answers" / "fp8-tp1.log").read_text() == failed.output
     assert found["octavo-fp8_block tp1"] == {"run": found["fp8 tp1"]["run"], "error": "OSError: no disk"}
     assert "can't be compared: JSONDecodeError" in found["bf16 tp1"]["error"]
     assert found["bf16 tp1"]["start_s"] == 2.0
+
+
+def test_a_start_of_sglang_that_was_ended_says_when_and_during_what():
+    lines = "pixtral: ImportError: No module named 'cutlass'\nPrefill batch"
+    with pytest.raises(common.ChildError) as ended:
+        common.run_fresh(f"result(doing='answers')\nprint({lines!r}, flush=True)\ntime.sleep(60)", timeout_s=2)
+    said = sglang_gpu.reason(ended.value).splitlines()
+    assert said[0] == "ended after 2 s, during answers. The last that it said:"
+    assert said[1:] == lines.splitlines()
+
+
+def test_what_would_not_fit_is_not_started(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(_engines.time, "perf_counter", lambda: now[0])
+    budget = _engines.Budget(100, 60, least_s=45)
+    assert budget.timeout_s() == 60
+    now[0] = 50
+    assert budget.timeout_s() == 50
+    budget.took(20)  # also one that failed
+    now[0] = 70
+    assert budget.timeout_s() == 30
+    now[0] = 79
+    assert (budget.timeout_s(), budget.why()) == (None, "not started: 21 s are left, and 22 s are needed")
+    assert _engines.Budget(40, 60, least_s=45).timeout_s() is None
 
 
 def test_what_engines_are_asked_by_default_fits_the_models():
