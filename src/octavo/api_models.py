@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
@@ -65,9 +66,18 @@ def update(
     """
     require_values()
     if not isinstance(pairs, (str, os.PathLike)):
-        return update_model(model, pairs, transform, staging_bytes, more)
+        return update_model(model, pairs, transform, staging_bytes, more, _usual_routes)
     with contextlib.closing(_stored(pairs, staging_bytes)) as stored:
-        return update_model(model, stored, transform, staging_bytes, more)
+        return update_model(model, stored, transform, staging_bytes, more, _usual_routes)
+
+
+def _usual_routes(model: nn.Module) -> Any:
+    """Where tensors go by the names of checkpoints, in a model of transformers that has others."""
+    if "transformers" not in sys.modules:
+        return None
+    from .adapters.transformers.usual_names import usual_routes
+
+    return usual_routes(model)
 
 
 def _stored(path: str | os.PathLike[str], staging_bytes: int) -> Generator[tuple[str, Tensor], None, None]:

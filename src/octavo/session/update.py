@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,14 +77,23 @@ class Routes:
         return cls({name: tuple(found) for name, found in pieces.items()}, shapes, dict(plan.unused), decodings)
 
 
+#: where tensors go by names that checkpoints of a model's architecture have, and the model has not
+Usual = Callable[[nn.Module], Routes | None]
+
+
 def update_model(
     model: Any,
     pairs: Iterable[Pair] | Mapping[str, Tensor],
     transform: Transform | None,
     staging_bytes: int,
     more: bool = False,
+    usual: Usual | None = None,
 ) -> LayerwiseReport:
-    """`octavo.update`, where arguments and errors are documented."""
+    """`octavo.update`, where arguments and errors are documented.
+
+    Args:
+        usual: tells of names that neither the model nor its checkpoint had, if any come.
+    """
     if not isinstance(model, nn.Module) or next(modules.quantized_weights(model), None) is None:
         raise LoaderError("octavo.update is for a model with weights that octavo quantized: load it with octavo.load")
     if not isinstance(pairs, Iterable) or isinstance(pairs, (bytes, bytearray, Tensor)):
@@ -100,7 +110,7 @@ def update_model(
     with _young_garbage_only():
         # what it knows stays with the model until the update is over, and is no part of a copy of it
         begun: Update | None = model.__dict__.pop(_BEGUN, None)
-        update = begun or Update(model)
+        update = begun or Update(model, usual)
         report = update.take(pairs, transform, staging_bytes, more)
         if more:
             model.__dict__[_BEGUN] = update
@@ -110,15 +120,15 @@ def update_model(
 class Update:
     """An update of a model, which may take several calls: what has come, and what waits for its other half."""
 
-    def __init__(self, model: nn.Module) -> None:
-        within, self._routes = _routes_of(model)
+    def __init__(self, model: nn.Module, usual: Usual | None = None) -> None:
+        within, routes = _routes_of(model)
         self._inventory, self._report, self._ledger = _quantized(model), LayerwiseReport(), Ledger()
         self._quantizer, self._waiting = Quantizer(0), Waiting(0)
         self._held = Held(self._quantizer, self._ledger, cast=False)
         finish = Finisher(self._inventory, self._held, self._ledger, self._report)
         self._intake = Intake(self._held, finish, self._ledger, updating=True, advice=_ONCE)
         self._items = _by_all_names(self._inventory, within)
-        self._names = Names(model, self._items, self._routes)
+        self._names = Names(model, self._items, routes, usual and partial(usual, model.get_submodule(within)))
         self._written: dict[str, str] = {}  # tied parameters, by the item's name -> the name by which they came
         self._came = 0
         self._places = _places(model)
@@ -154,7 +164,7 @@ class Update:
         return self._report
 
     def _put(self, came: Came, own: Container[int | None]) -> None:
-        routes, items = self._routes, self._items
+        routes, items = self._names.routes, self._items
         name, tensor = came.name, came.tensor.resolve_neg()  # which may say that its numbers are to be negated
         tensor = tensor if came.scale is None else tensor.contiguous()
         self._came += 1
@@ -190,7 +200,14 @@ class Update:
 class Names(Container[str]):
     """Names of tensors that an update may bring: the checkpoint's, and the model's own. It contains those it uses."""
 
-    def __init__(self, model: nn.Module, items: Mapping[str, Item], routes: Routes | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        items: Mapping[str, Item],
+        routes: Routes | None,
+        usual: Callable[[], Routes | None] | None,
+    ) -> None:
+        self.routes, self._usual = routes, usual
         self._used = {*items, *(() if routes is None else routes.pieces)}
         self._known = self._used if routes is None else self._used.union(routes.unused)
         self._prefix = f"{prefix}." if (prefix := getattr(model, "base_model_prefix", "")) else ""
@@ -205,10 +222,8 @@ class Names(Container[str]):
         """
         if name in self._known:
             return name
-        for plain in plain_names(name):
-            for found in (plain, plain.removeprefix(self._prefix), self._prefix + plain):
-                if found in self._known or of_weight(found) in self._known:
-                    return found
+        if (found := self._plain(name)) is not None or (self._learn() and (found := self._plain(name)) is not None):
+            return found
         if instead := trained(name):
             raise CoverageError(
                 f"{name} is what peft keeps of a module that it trains as a whole, and has not been trained. Drop it "
@@ -220,6 +235,24 @@ class Names(Container[str]):
                 "and drop its tensors in a transform"
             )
         return name
+
+    def _plain(self, name: str) -> str | None:
+        for plain in plain_names(name):
+            for found in (plain, plain.removeprefix(self._prefix), self._prefix + plain):
+                if found in self._known or of_weight(found) in self._known:
+                    return found
+        return None
+
+    def _learn(self) -> bool:
+        """Ask once what other names checkpoints have; True if there are any."""
+        usual, self._usual = None if self._usual is None else self._usual(), None
+        if usual is None:
+            return False
+        before = self.routes or Routes({}, {}, {}, {})
+        pieces, shapes = {**usual.pieces, **before.pieces}, {**usual.shapes, **before.shapes}
+        self.routes = Routes(pieces, shapes, before.unused, before.decodings)
+        self._used, self._known = self._used.union(pieces), self._known.union(pieces)
+        return True
 
     def near(self, name: str) -> str:
         """What to say of names in the module of an unknown one, or in the nearest one around it."""

@@ -220,13 +220,3 @@ def test_what_peft_has_not_trained_has_to_be_dropped(plain: Path) -> None:
         UpdateError, match=f"{name} is what peft keeps .* has not been trained. .* what counts is {instead}"
     ):
         octavo.update(octavo.load(plain), {name: torch.ones(4, 256)})
-
-
-def test_names_of_experts_that_were_saved_as_a_stack_are_told_the_stack(tmp_path: Path) -> None:
-    folder = make_checkpoint("qwen3_moe", tmp_path / "plain", num_hidden_layers=1)
-    octavo.load(folder).save_pretrained(tmp_path / "saved")
-    model, new = octavo.load(tmp_path / "saved"), new_of(folder)
-    stack = "model.layers.0.mlp.experts"
-    text = rf"(?m){stack}\.0\.down_proj\.weight: .* Near it are {stack}\.down_proj, {stack}\.gate_up_proj$"
-    with pytest.raises(UpdateError, match=text):
-        octavo.update(model, {name: tensor for name, tensor in new.items() if "experts" in name})
