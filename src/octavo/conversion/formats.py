@@ -22,6 +22,7 @@ transformers' ``FineGrainedFP8Config``.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,7 +92,7 @@ class Format:
 
     def packs(self, scheme: str | None) -> bool:
         """Return True if weights of a scheme are written as `packing` says."""
-        return self.name == choices.DEFAULT_FORMAT and scheme is not None and schemes.get(scheme).dtype == torch.int8
+        return self.name == choices.DEFAULT_FORMAT and scheme is not None and _is_int8(scheme)
 
     def numbers_each(self, scheme: str | None) -> int:
         """How many numbers of a weight are one of the tensor that it is written as."""
@@ -277,9 +278,15 @@ class Format:
         return notes
 
 
+@functools.cache
 def has_groups(scheme: str | None) -> bool:
     """Return True if a scheme's weights have scales among their numbers, and one over all."""
     return scheme is not None and schemes.get(scheme).packed
+
+
+@functools.cache  # of every weight it is asked more than once
+def _is_int8(scheme: str) -> bool:
+    return schemes.get(scheme).dtype == torch.int8
 
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -195,7 +195,9 @@ class _Recorder(PlainDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         if func is _copy_:
-            return self._copy(args[0], args[1])
+            target, value = args[0], args[1]
+            home, origin = _storage(target), _storage(value)
+            return target if self._move(home, target, origin, value) else self._copy(home, target, origin, value)
         if is_view(func):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
@@ -295,10 +297,7 @@ class _Recorder(PlainDispatchMode):
         if _storage(tensor) not in self._targets and (sources or self._names(tensor)):
             self._derive(tensor, sources)
 
-    def _copy(self, target: Tensor, value: Tensor) -> Tensor:
-        origin, home = _storage(value), _storage(target)
-        if self._move(home, target, origin, value):
-            return target
+    def _copy(self, home: int, target: Tensor, origin: int, value: Tensor) -> Tensor:
         derived = self._derived.get(origin)
         sources = derived or self._roots.get(origin, _NONE)
         if origin in self._targets or origin in self._made:
@@ -318,25 +317,27 @@ class _Recorder(PlainDispatchMode):
             self._overwritten(target, sources)
         return target if sources else target.copy_(value)
 
-    def _move(self, home: int, target: Tensor, origin: int, value: Tensor) -> bool:
+    def _move(self, home: int, target: Any, origin: int, value: Any) -> bool:
         """Note a copy that is like nearly all of them, of elements of one source into a box of one parameter.
 
         False for any other.
         """
-        homes, names = self._targets.get(home, ()), self._roots.get(origin)
-        if names is None or len(homes) != 1 or value.shape != target.shape:
+        homes, names, size = self._targets.get(home, ()), self._roots.get(origin), value.shape
+        if names is None or len(homes) != 1 or size != target.shape:
             return False
         if origin in self._derived or origin in self._images or origin in self._made:
             return False
         (found,) = homes
         if value.itemsize != self._itemsizes[origin] or target.itemsize != found.itemsize:
             return False
-        into = View.of(target)
+        size = tuple(size)  # a View's fields, asked of torch without functions between
+        into = View(target.storage_offset(), size, target.stride())
         box = self._box(found, into)
         if box is None:
             return False
         self._written.add(home)
-        self.trace.copies.append(Copy(found.name, box, names, View.of(value), into))
+        view = View(value.storage_offset(), size, value.stride())
+        self.trace.copies.append(Copy(found.name, box, names, view, into))
         return True
 
     def _box(self, home: _Target, part: View) -> Box | None:
@@ -391,4 +392,5 @@ def is_run(size: Sequence[int], strides: Sequence[int]) -> bool:
 
 def _storage(tensor: Tensor) -> int:
     """The identity of a tensor's memory, which meta tensors have too."""
-    return int(tensor.untyped_storage()._cdata)
+    key: int = tensor.untyped_storage()._cdata
+    return key

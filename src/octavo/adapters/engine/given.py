@@ -48,10 +48,10 @@ class Given:
     def _parts(self, placement: Placement) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
         """What comes after the weight's name in that of each tensor; its dtype and its shape.
 
-        In one scheme and one format, the shape of a whole weight decides, as placements have it in a survey, and the
-        dtype of its scales, which is another where they pass through.
+        In one scheme and one format, the shape of a whole weight decides, as placements have it in a survey, but for
+        scales that pass through, which may have another dtype.
         """
-        key = placement.shape, self.layout.scale_type(placement)
+        key = placement.shape, self.layout.scale_type(placement) if placement.passed else None
         found = self._known.get(key)
         if found is None:  # a model has thousands of weights, and few shapes of them
             found = self._known[key] = [
@@ -76,7 +76,11 @@ class Given:
 
     def weight(self, placement: Placement) -> str:
         """The name of the weight itself."""
-        return self.layout.weight_name(placement)
+        return placement.name + self._weight_suffix
+
+    @functools.cached_property
+    def _weight_suffix(self) -> str:
+        return PACKED if self.layout.packs(self.scheme.name) or self.scheme.packed else ""
 
     def origin(self, name: str) -> str:
         """The weight that a tensor may belong to, by its name."""
@@ -101,15 +105,14 @@ class Given:
         """What is wrong with where the scales of a weight arrive; None if they lie beside it."""
         weights = found.get(self.weight(placement), ())
         for suffix, *_ in self._parts(placement):
-            name = placement.name + suffix
-            if name == self.weight(placement):
+            if suffix == self._weight_suffix:
                 continue
-            copies = found.get(name, ())
+            copies = found.get(name := placement.name + suffix, ())
             if not copies and suffix == SHAPE:
                 continue  # another one is loaded over it
             if not copies:
                 return f"{engine}'s loader {SCALE_PASSED_OVER}"
-            if name == self.layout.scale_name(placement.name):
+            if suffix == self.layout.scale_suffix:
                 grid = Grid.of(self.scheme, placement.shape, self.each)
                 if why := unequal(weights, copies, grid, suffix):
                     return f"{engine}'s loader {why}"
