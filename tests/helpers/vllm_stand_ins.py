@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -67,6 +68,21 @@ def without_kernels() -> None:
     packed_experts.select_wna16_moe_backend = lambda **_: (packed_experts.WNA16MoEBackend.MARLIN, object)
     packed_experts.check_moe_marlin_supports_config = lambda *_, **__: True
     packed_experts.CompressedTensorsWNA16MoEMethod.process_weights_after_loading = lambda self, layer: None
+    with contextlib.suppress(ImportError):  # which 0.24 has, for Marlin alone
+        _without_marlin()
+
+
+def _without_marlin() -> None:
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe,
+    )
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_wna16_marlin as experts,
+    )
+
+    compressed_tensors_moe.check_moe_marlin_supports_layer = lambda *_: True
+    experts.select_wna16_moe_backend = lambda **_: (experts.WNA16MoEBackend.MARLIN, object)
+    experts.CompressedTensorsWNA16MarlinMoEMethod.process_weights_after_loading = lambda self, layer: None
 
 
 def _as_they_are(**given: Any) -> tuple[Any, ...]:

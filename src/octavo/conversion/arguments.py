@@ -48,6 +48,8 @@ def arguments(scheme: str, placements: Iterable[Placement], packed: bool = False
     inputs: dict[str, Any] = {**base, "dynamic": True}
     if scheme in ("fp8_channel", "int8_channel"):
         weights["strategy"], inputs["strategy"] = "channel", "token"
+        if packed:  # what the library calls the group of a whole row; vLLM 0.24 asks for it where weights are experts'
+            weights["group_size"] = -1
     elif scheme == "fp8_tensor":
         weights["strategy"], inputs["strategy"] = "tensor", "token"
     elif scheme == "fp8_block":

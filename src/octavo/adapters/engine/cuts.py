@@ -57,6 +57,8 @@ def unequal(weights: Sequence[Copy], scales: Sequence[Copy], grid: Grid, suffix:
     """
     if _is_pair(weights, scales, grid, suffix):
         return None
+    if weights and all(map(is_turned, weights)):
+        weights, scales = [*map(_turned, weights)], [*map(_turned, scales)]
     expected, actual = set(), set()
     for copy in weights:
         cut = _cut(copy, grid.shape, grid.groups)
@@ -110,6 +112,27 @@ def _are_alike(view: View | None, box: Box, scale_view: View | None, scale_box: 
 def unpacked(name: str) -> str:
     """The parameter of a weight by the name that it has where it is not packed."""
     return name.removesuffix(PACKED)
+
+
+def is_turned(copy: Copy) -> bool:
+    """Return True for a matrix whose columns become rows, as some kernels have their weights."""
+    view = copy.view
+    if view is None or len(view.size) < 2 or len(copy.box.size) < 2:
+        return False
+    return view.strides[-2] == 1 < view.strides[-1] and 1 not in view.size[-2:]
+
+
+def _turned(copy: Copy) -> Copy:
+    """The same with rows for columns."""
+    view, box = copy.view, copy.box
+    if view is None or len(view.size) < 2 or len(box.size) < 2:
+        return copy
+    view = View(view.offset, _flipped(view.size), _flipped(view.strides))
+    return copy._replace(view=view, box=Box(_flipped(box.off), _flipped(box.size)))
+
+
+def _flipped(axes: tuple[int, ...]) -> tuple[int, ...]:
+    return (*axes[:-2], axes[-1], axes[-2])
 
 
 def _cut(copy: Copy, shape: tuple[int, ...], groups: Groups) -> _Cut | None:

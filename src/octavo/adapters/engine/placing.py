@@ -33,7 +33,7 @@ from ...numerics.schemes import Scheme
 from ...planning.placement import Placement, cut_parts
 from ...planning.plan import Plan
 from ...streaming.sinks import Memory, PackedStorage, Storage, WordStorage
-from .cuts import Grid, paired, unpacked
+from .cuts import Grid, is_turned, paired, unpacked
 
 
 class Places(NamedTuple):
@@ -158,7 +158,8 @@ def _quantized(
 ) -> list[_Part] | None:
     """Matrices, or rows and columns of them, each with its scales; None where there is more to do than to move."""
     scheme, each = schemes.get(str(placement.scheme)), layout.numbers_each(placement.scheme)
-    pairs = paired(weights, scales, Grid.of(scheme, placement.shape, each), layout.scale_suffix)
+    turned = any(map(is_turned, weights))  # which the loader does to numbers that are quantized
+    pairs = None if turned else paired(weights, scales, Grid.of(scheme, placement.shape, each), layout.scale_suffix)
     if pairs is None or (scales and not pairs):  # a part of padding alone has the scales of the whole
         return None
     n, k = placement.shape[-2:]

@@ -112,15 +112,19 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         try:
             _check_kernels(self)
         except _NO_KERNEL as error:
-            written = {name: whole_config(self.scheme, name)["format"] for name in Options.formats_of(self.scheme)}
-            refused = {scheme.get("format") for scheme in self.target_scheme_map.values()}
-            here = [f"the format {name!r}" for name, found in written.items() if found not in refused]
+            here = [f"the format {name!r}" for name in self._other_formats()]
             others = [scheme for scheme in Options.offered() if scheme != self.scheme and _runs_here(scheme)]
             raise RecipeError(
                 f"vLLM has no kernel for {self.scheme} here, on {current_platform.device_name} ({error_text(error)}). "
                 f"Use {' or '.join([*here, *others])}; what `octavo convert` writes in {self.scheme}, vLLM runs where "
                 "it has that kernel"
             ) from error
+
+    def _other_formats(self) -> list[str]:
+        """Those of the scheme that vLLM is not told of."""
+        written = {name: whole_config(self.scheme, name)["format"] for name in Options.formats_of(self.scheme)}
+        told = {scheme.get("format") for scheme in self.target_scheme_map.values()}
+        return [name for name, found in written.items() if found not in told]
 
     def _pretend(self) -> None:
         """Be the config of a checkpoint of which nothing is known."""
@@ -139,8 +143,10 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         """The places of layers that were made unquantized -> why: as `fill` said; since vLLM can't make them in FP8."""
         kept = {path: self.kept[name] for path, name in self.paths(model).items() if name in self.kept}
         found = {path: self.refused[module] for path, module in model.named_modules() if module in self.refused}
+        others = self._other_formats() if found else []
+        advice = f"; the format {others[0]!r} has other kernels" if others else ""
         return kept, {
-            path: f"vLLM can't make this layer in {self.scheme}: {why.rstrip('.')}" for path, why in found.items()
+            path: f"vLLM can't make this layer in {self.scheme}: {why.rstrip('.')}{advice}" for path, why in found.items()
         }
 
     def has_blocked_weights(self) -> bool:

@@ -23,8 +23,8 @@ _DEFERRED = "online_process_loader"
 LOADERS = "vllm.model_executor.model_loader"
 #: of a layer that kernels are tried on
 _SIDE = 1024
-#: parameters of experts, which only scale activations
-_OF_ACTIVATIONS = ("w13_input_global_scale", "w2_input_global_scale")
+#: parameters of experts, which only scale activations, or (in 0.24) say in which order columns are that were sorted
+_UNUSED = ("w13_input_global_scale", "w2_input_global_scale", "_g_idx", "_g_idx_sort_indices")
 #: a module that every model in FP8 needs, whose kernels are known when it has been imported
 CHECKPOINTS_IN_FP8 = "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors"
 
@@ -204,16 +204,17 @@ def watch_reloads(check: Callable[[nn.Module], None]) -> None:
 
 
 def exempt(model: nn.Module) -> set[str]:
-    """Parameters for which no checkpoint needs to have a tensor: scales of the KV cache, and of activations in NVFP4.
+    """Parameters for which no checkpoint needs to have a tensor: scales of the KV cache, and what experts don't use.
 
-    Experts have the latter, unused, also where weights alone are quantized.
+    They have scales of activations in NVFP4 also where weights alone are quantized, and an order of columns where none
+    are sorted.
     """
     from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
 
     from ..engine.coverage import parameters_of
 
     named = (name for name, _ in model.named_parameters())
-    return {*parameters_of(BaseKVCacheMethod, model), *(name for name in named if name.endswith(_OF_ACTIVATIONS))}
+    return {*parameters_of(BaseKVCacheMethod, model), *(name for name in named if name.endswith(_UNUSED))}
 
 
 def replaced(model: nn.Module, model_config: Any) -> set[str]:

@@ -14,12 +14,14 @@ from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.vllm_toys import Toy, empty
 from octavo import Recipe
 from octavo.adapters.engine.cuts import Grid
+from octavo.adapters.engine.given import given_for
 from octavo.adapters.engine.loading import Loading
 from octavo.adapters.engine.survey import Surveyor
 from octavo.adapters.vllm.options import Options
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
 from octavo.conversion.iterate import iterate
+from octavo.elements.dry_run import trace
 from octavo.numerics import schemes
 from octavo.numerics.schemes import FP8
 from octavo.planning.budget import Budget
@@ -196,3 +198,54 @@ def test_a_shape_that_a_loader_computes_with_goes_through_it(tmp_path):
     model = Doubling("int8_packed")
     streamed(model, Doubling("int8_packed"), checkpoint, scheme="int8_channel")
     assert model.down_proj.weight_shape.tolist() == [512, 512]
+
+
+class Turned(Experts):
+    """Whose words lie with rows for columns, and scales in a row, as vLLM 0.24 has them for Marlin.
+
+    ``of_scales``: whether scales are turned with them.
+    """
+
+    def __init__(self, ranks=1, of_scales=True):
+        super().__init__(ranks, scheme="int8_channel")
+        self.of_scales = of_scales
+        for name in ("w13_weight_packed", "w2_weight_packed", "w13_weight_scale", "w2_weight_scale"):
+            experts, rows, cols = getattr(self, name).shape
+            if of_scales or not name.endswith("scale"):
+                setattr(self, name, empty(experts, cols, rows, dtype=getattr(self, name).dtype))
+
+    def load_weights(self, weights):
+        for name, weight in weights:
+            expert, layer, kind = name.split(".")
+            target = getattr(self, f"{'w2' if layer == 'down_proj' else 'w13'}_{kind}").data[int(expert)]
+            if kind == "weight_shape":
+                target.copy_(weight)
+                continue
+            axis = int(self.of_scales or kind != "weight_scale")  # of rows
+            weight = weight.t().contiguous() if axis else weight
+            if layer == "down_proj":
+                mine = target.shape[1 - axis]
+                cut = mine < weight.shape[1 - axis]
+                target.copy_(weight.narrow(1 - axis, self.rank * mine, mine) if cut else weight)
+            else:
+                mine = target.shape[axis] // 2
+                part = weight.narrow(axis, self.rank * mine, mine)
+                target.narrow(axis, mine * (layer == "up_proj"), mine).copy_(part)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_words_that_a_loader_turns_are_left_to_it(ranks, experts):
+    places = streamed(Turned(ranks), Turned(ranks), experts, scheme="int8_channel")
+    assert not places.direct.placements
+    assert len(places.rest.quantized) == 9
+
+
+def test_words_that_are_turned_without_their_scales_are_refused(experts):
+    model, plan = Turned(of_scales=False), plan_checkpoint(experts, Recipe("int8_channel"))
+    given = given_for(LAYOUT, "int8_channel")
+    wanted = {placement.name: placement for placement in plan.quantized}
+    sources = [source for placement in plan.quantized for source in given.sources(placement)]
+    seen = trace(model, model.load_weights, sources)
+    assert seen.failed is None
+    problems = {given.misfit(placement, seen.by_source, "vLLM") for placement in wanted.values()}
+    assert problems == {"vLLM's loader does not cut its scale as it cuts the weight"}
