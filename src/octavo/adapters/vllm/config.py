@@ -146,7 +146,8 @@ class OctavoConfig(CompressedTensorsConfig):  # type: ignore[misc]
         others = self._other_formats() if found else []
         advice = f"; the format {others[0]!r} has other kernels" if others else ""
         return kept, {
-            path: f"vLLM can't make this layer in {self.scheme}: {why.rstrip('.')}{advice}" for path, why in found.items()
+            path: f"vLLM can't make this layer in {self.scheme}: {why.rstrip('.')}{advice}"
+            for path, why in found.items()
         }
 
     def has_blocked_weights(self) -> bool:
