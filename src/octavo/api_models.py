@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint.checkpoint import Checkpoint
+from .checkpoint.packing import FLOATS
 from .choices import DEFAULT_FORMAT, DEFAULT_SCHEME, DEFAULT_STAGING_BYTES
 from .conversion import formats
 from .conversion.iterate import iterate
@@ -41,10 +42,10 @@ def update(
         pairs: ``(name, tensor)`` in bf16, fp16 or fp32, on the CPU or the model's device; names are the checkpoint's or
             the model's own. What they don't name stays as it is. A state dict will do: a tied parameter is written once
             if its tensors are equal. An iterator may use a tensor's memory again when it is asked for the next; from a
-            dict or a list, copies from pinned memory need not be awaited one by one. FP8 may come, too, with its scales
-            under the names ``X.weight_scale_inv`` or ``X.weight_scale``, before or after it; which passes through where
-            the model has the same. Or a checkpoint in these, which is streamed: a folder, a ``.safetensors`` file or a
-            hub id.
+            dict or a list, copies from pinned memory need not be awaited one by one. FP8 or int8 may come, too, with
+            scales under the names ``X.weight_scale_inv`` or ``X.weight_scale``, before or after it; it passes through
+            where the model has the same. Or a checkpoint in these, which is streamed: a folder, a ``.safetensors`` file
+            or a hub id.
         transform: A function of each name and tensor that returns the pair or pairs to take instead, None for none.
         staging_bytes: A bound in bytes on memory beside each tensor. 256 MiB by default, at least 1 MiB.
         more: Whether another call follows that is part of the same update, as where a trainer sends buckets. What has
@@ -84,11 +85,14 @@ def _stored(path: str | os.PathLike[str], staging_bytes: int) -> Generator[tuple
     """The tensors of a checkpoint as they are stored, scales and all."""
     checkpoint = Checkpoint.open(path)
     for name, info in checkpoint.tensors.items():
-        whole = info.dtype is not None and not info.dtype.is_floating_point
-        if whole and f"{name.removesuffix(PACKED)}_scale" in checkpoint.tensors:
+        stem = name.removesuffix(PACKED)
+        scale = checkpoint.tensors.get(f"{stem}_scale")
+        if info.dtype is None or info.dtype.is_floating_point or scale is None:
+            continue
+        if info.dtype != torch.int8 or scale.dtype_name not in FLOATS or f"{stem}_zero_point" in checkpoint.tensors:
             raise LoaderError(
                 f"{checkpoint.path}: {name} is quantized as {info.dtype_name}, and octavo.update takes checkpoints in "
-                "bf16, fp16, fp32 and FP8. Load this one with octavo.load."
+                "bf16, fp16, fp32, FP8 and int8 without zero points. Load this one with octavo.load."
             )
     plan, layout = formats.plan_for(checkpoint, Recipe(None), DEFAULT_FORMAT, staging_bytes)
     yield from iterate(checkpoint, plan, layout)

@@ -1,7 +1,7 @@
-"""Weights of an update that come in FP8: numbers and scales, whichever is first, make one weight.
+"""Weights of an update that come in FP8 or int8: numbers and scales, whichever is first, make one weight.
 
-A trainer that computes in FP8 has ``X.weight`` as FP8, and beside it ``X.weight_scale_inv`` or ``X.weight_scale``. What
-they stand for is `octavo.numerics.decoding`, as for a checkpoint.
+A trainer that computes in these has ``X.weight`` in one of them, and beside it ``X.weight_scale_inv`` or
+``X.weight_scale``. What they stand for is `octavo.numerics.decoding`, as for a checkpoint.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 import itertools
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..checkpoint import dtypes
 from ..checkpoint.codings import Coding, Decoding
 from ..checkpoint.companions import of_weight
 from ..checkpoint.header import TensorInfo
-from ..checkpoint.packing import EXPONENTS, FP8, SCALES, Groups, cells_of, fits, guesses
+from ..checkpoint.packing import EXPONENTS, SCALES, Groups, are_codes, cells_of, fits, guesses
 from ..elements.operations import offset_of
 from ..elements.pieces import Piece
 from ..errors import CoverageError, raise_problems
@@ -29,14 +29,14 @@ from ..planning.coded import lay_of, passes
 from ..text import human_bytes
 from .quantize.storage import QuantizedStorage
 
-_SUFFIXES = ("_scale_inv", "_scale")
+_SUFFIXES, _ZERO_POINT = ("_scale_inv", "_scale"), "_zero_point"
 #: the blocks of a matrix, where its sides don't tell
 _USUAL = (128, 128)
-TAKEN = "an update takes bf16, fp16 or fp32, and quantizes it itself; FP8 with scales that come as"
+TAKEN = "an update takes bf16, fp16 or fp32, and quantizes it itself; FP8 and int8 with scales that come as"
 
 
 class Came(NamedTuple):
-    """A tensor of an update, and where it is FP8, its scales and what they are called."""
+    """A tensor of an update, and where it is quantized, its scales and what they are called."""
 
     name: str
     tensor: Tensor
@@ -67,13 +67,15 @@ class Waiting:
         self,
         pairs: Iterable[tuple[str, Tensor]],
         own: Container[str],
+        whole: Callable[[str, Tensor], bool],
         check: Callable[[str, Tensor], None],
         keep: Callable[[], bool],
     ) -> Iterator[Came]:
-        """All pairs, numbers in FP8 together with their scales; what comes alone waits.
+        """All pairs, numbers in FP8 and int8 together with their scales; what comes alone waits.
 
         Args:
             own: names that are no scales, whatever they look like.
+            whole: tells of numbers that have no scales.
             check: raises where a tensor can't be read.
             keep: tells whether tensors have to be copied that wait for others.
 
@@ -89,7 +91,12 @@ class Waiting:
                     raise CoverageError(f"{weight} has two scales: {scales[weight][0]} and {name}")
                 scales[weight] = name, self._held(name, tensor, keep() and weight not in numbers)
                 name = weight
-            elif dtypes.NAMES.get(tensor.dtype) in FP8 and tensor.ndim > 1:
+            elif weight is not None and name == weight + _ZERO_POINT:
+                raise CoverageError(
+                    f"{name}: an update takes no zero points. Let {weight} come in bf16, fp16 or fp32, or in numbers "
+                    "that have none"
+                )
+            elif are_codes(dtypes.NAMES.get(tensor.dtype, ""), tensor.ndim) and not whole(name, tensor):
                 if name in numbers:
                     raise CoverageError(f"{name} came twice before its scales")
                 numbers[name] = self._held(name, tensor, keep() and name not in scales)
@@ -119,7 +126,7 @@ class Waiting:
             for name, tensor in self._numbers.items()
         ]
         problems += [
-            f"{name} {self._came.get(weight, f'came without {weight} in FP8, of which it is the scale')}"
+            f"{name} {self._came.get(weight, f'came without {weight} in FP8 or int8, of which it is the scale')}"
             for weight, (name, _) in self._scales.items()
         ]
         raise_problems(CoverageError, "update", problems)
@@ -130,7 +137,7 @@ class Waiting:
         after = self._copied_bytes + tensor.nbytes
         if self._copied and after > self.limit_bytes:
             raise CoverageError(
-                f"{len(self._copied) + 1:,} tensors wait for their scales, or are scales that wait for their FP8 "
+                f"{len(self._copied) + 1:,} tensors wait for their scales, or are scales that wait for their "
                 f"numbers, {human_bytes(after)}, more than staging_bytes "
                 f"({human_bytes(self.limit_bytes)}): {next(iter(self._copied))}, ..., {name}. Let scales follow their "
                 "numbers, or raise staging_bytes"
@@ -141,7 +148,7 @@ class Waiting:
 
 @dataclass(frozen=True)
 class Coded:
-    """A weight in FP8, with its scales as a grid [..., row cells, column cells]."""
+    """A weight in FP8 or int8, with its scales as a grid [..., row cells, column cells]."""
 
     coding: Coding
     codes: Tensor
@@ -156,8 +163,9 @@ class Coded:
         """
         assert came.scale is not None
         shape, held = tuple(came.tensor.shape), dtypes.NAMES.get(came.scale.dtype, "")
+        kind = "float8" if came.tensor.dtype.is_floating_point else "int8"
         cells = cells_of(shape, tuple(came.scale.shape))
-        if cells is None or held not in SCALES["float8"]:
+        if cells is None or held not in SCALES[kind]:
             found = f"{dtypes.short(came.scale.dtype)} {list(came.scale.shape)}"
             raise CoverageError(f"{came.scale_name} is {found}, which are no scales of {came.name} {list(shape)}")
         scale = came.scale.reshape(*shape[:-2], *cells)
@@ -173,7 +181,7 @@ class Coded:
             )
         codes = TensorInfo(came.name, dtypes.NAMES[came.tensor.dtype], shape, 0, 0, 0)
         info = TensorInfo(came.scale_name, held, tuple(scale.shape), 0, 0, 0)
-        coding = Coding(came.name, shape, Decoding("float8", *groups[0], powers=held in EXPONENTS), codes, info)
+        coding = Coding(came.name, shape, Decoding(kind, *groups[0], powers=held in EXPONENTS), codes, info)
         return cls(coding, came.tensor.contiguous(), scale.to(came.tensor.device))
 
     def decode(self) -> Tensor:
@@ -182,9 +190,12 @@ class Coded:
 
     @functools.cached_property
     def _is_finite(self) -> bool:
-        if holds_nan(self.codes):
-            return False
-        most = scale_cells(self.scale, self.coding.decoding).amax() * torch.finfo(self.codes.dtype).max
+        info: Any = torch.iinfo(torch.int8)
+        if self.codes.dtype.is_floating_point:
+            info = torch.finfo(self.codes.dtype)
+            if holds_nan(self.codes):
+                return False
+        most = scale_cells(self.scale, self.coding.decoding).amax() * max(info.max, -info.min)
         return bool(torch.isfinite(most)) or bool(torch.isfinite(self.decode()).all())
 
     def numbers(self, piece: Piece) -> Tensor:

@@ -148,13 +148,14 @@ class Update:
                 "update again"
             )
         quantizer.staging_bytes = waiting.limit_bytes = staging_bytes
-        own = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
+        mine = {storage_key(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
         with claimed(self._inventory), updating(self._inventory, intake, self._report, more=more):
             source = Pairs(intake, pairs.items() if isinstance(pairs, Mapping) else pairs, transform)
             named = ((self._names.of(name), tensor) for name, tensor in source)
-            for came in waiting.joined(named, self._names, _refuse_without_values, lambda: not source.at_rest):
+            own, check = self._names, _refuse_without_values
+            for came in waiting.joined(named, own, self._is_whole, check, lambda: not source.at_rest):
                 quantizer.values_stay = source.at_rest
-                self._put(came, own)
+                self._put(came, mine)
             if more:
                 waiting.keep()
                 _refuse_much(self._held.staged.values(), staging_bytes)
@@ -162,6 +163,11 @@ class Update:
                 waiting.check()
         self._report.waiting = [*waiting.names, *(item.name for item in self._held.staged.values())]
         return self._report
+
+    def _is_whole(self, name: str, tensor: Tensor) -> bool:
+        """Return True for what the model itself holds in such numbers, without scales."""
+        item = self._items.get(name)
+        return item is not None and not item.scheme and item.dtype == tensor.dtype
 
     def _put(self, came: Came, own: Container[int | None]) -> None:
         routes, items = self._names.routes, self._items

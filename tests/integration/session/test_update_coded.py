@@ -76,10 +76,19 @@ def test_a_folder_is_read_as_the_checkpoint_that_it_is(scheme: str, plain: Path,
     assert differences(model, octavo.load(plain, scheme)) == []
 
 
-def test_its_own_numbers_are_an_update_that_changes_nothing(plain: Path) -> None:
-    model = octavo.load(plain, "fp8_channel")
+@pytest.mark.parametrize("scheme", ["fp8_channel", "int8_channel"])
+def test_its_own_numbers_are_an_update_that_changes_nothing(scheme: str, plain: Path) -> None:
+    model = octavo.load(plain, scheme)
     octavo.update(model, {name: tensor.clone() for name, tensor in model.state_dict().items()})
-    assert differences(model, octavo.load(plain, "fp8_channel")) == []
+    assert differences(model, octavo.load(plain, scheme)) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, octavo.schemes.FP8])
+def test_what_a_model_holds_in_such_numbers_has_no_scales(dtype: torch.dtype, plain: Path) -> None:
+    model = octavo.load(plain)
+    model.register_buffer("table", torch.zeros(4, 4).to(dtype))
+    octavo.update(model, {"table": torch.eye(4).to(dtype)})
+    assert torch.equal(model.table.float(), torch.eye(4))
 
 
 @pytest.mark.parametrize(
@@ -114,8 +123,7 @@ def test_numbers_that_come_twice_before_their_scales_are_named(plain: Path, tmp_
         octavo.update(model, [(UP, new[UP]), (UP, new[UP]), (f"{UP}_scale_inv", new[f"{UP}_scale_inv"])])
 
 
-@pytest.mark.parametrize("scheme", ["int8_channel", "nvfp4"])
-@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize(("scheme", "saved"), [("int8_channel", False), ("nvfp4", True), ("nvfp4", False)])
 def test_a_folder_in_other_numbers_is_refused_before_it_is_read(
     scheme: str, saved: bool, plain: Path, tmp_path: Path
 ) -> None:
@@ -123,6 +131,68 @@ def test_a_folder_in_other_numbers_is_refused_before_it_is_read(
     model.save_pretrained(tmp_path) if saved else octavo.convert(plain, tmp_path / "out", scheme, prove=False)
     with pytest.raises(UpdateError, match=r"(?s)is quantized as .*octavo\.load.*0 layers have the new"):
         octavo.update(model, tmp_path if saved else tmp_path / "out")
+
+
+def in_int8(plain: Path, folder: Path, group: int | None, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """The checkpoint with matrices of int8, and a scale for each row, or each group of it; and no word of that."""
+    generator, stored = torch.Generator().manual_seed(0), tensors_of(plain)
+    for name, tensor in list(stored.items()):
+        if "_proj" in name:
+            stored[name] = torch.randint(-127, 128, tensor.shape, generator=generator, dtype=torch.int8)
+            cells = 1 if group is None else tensor.shape[1] // group
+            stored[f"{name}_scale"] = (torch.rand(tensor.shape[0], cells, generator=generator) / 100 + 0.01).to(dtype)
+    write_checkpoint(folder, stored, config=json.loads((plain / "config.json").read_text()))
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group", "dtype"),
+    [
+        ("int8_channel", None, torch.float32),
+        ("int8_channel", None, torch.bfloat16),
+        ("int8_channel", 64, torch.float32),
+        ("fp8_channel", None, torch.float32),
+        ("fp8_block", 64, torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("path", [True, False])
+def test_int8_has_the_bytes_of_a_load(
+    scheme: str, group: int | None, dtype: torch.dtype, path: bool, plain: Path, tmp_path: Path
+) -> None:
+    new, model = in_int8(plain, tmp_path, group, dtype), octavo.load(plain, scheme)
+    octavo.update(model, tmp_path if path else iter(new.items()))
+    assert differences(model, octavo.load(tmp_path, scheme)) == []
+
+
+def test_a_saved_int8_model_is_an_update(plain: Path, tmp_path: Path) -> None:
+    in_int8(plain, tmp_path / "new", None)
+    octavo.load(tmp_path / "new", "int8_channel").save_pretrained(tmp_path / "saved")
+    model = octavo.load(plain, "int8_channel")
+    octavo.update(model, tmp_path / "saved")
+    assert differences(model, octavo.load(tmp_path / "saved")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda new: new.pop(f"{UP}_scale"), f"{UP} is int8, and its scales did not come; .* FP8 and int8 with scales"),
+        (lambda new: new.pop(UP), f"{UP}_scale came without {UP} in FP8 or int8"),
+        (
+            lambda new: new.update({f"{UP}_zero_point": torch.zeros(384, 1, dtype=torch.int8)}),
+            f"{UP}_zero_point: an update takes no zero points. Let {UP} come in bf16",
+        ),
+        (
+            lambda new: new.update({f"{UP}_scale": torch.full((384, 8), 127, dtype=torch.uint8)}),
+            f"{UP}_scale is uint8 .* which are no scales of {UP}",
+        ),
+        (lambda new: new[f"{UP}_scale"].fill_(3e38), f"{UP}.* not finite"),
+    ],
+)
+def test_int8_that_makes_no_weight_is_named(change: Any, told: str, plain: Path, tmp_path: Path) -> None:
+    new, model = in_int8(plain, tmp_path, None), octavo.load(plain, "int8_channel")
+    change(new)
+    with pytest.raises(UpdateError, match=told):
+        octavo.update(model, new)
 
 
 @pytest.mark.parametrize("pairs", [None, 3, b"folder", torch.ones(2, 2)])
