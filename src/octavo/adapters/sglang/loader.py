@@ -96,8 +96,10 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
         self.warming.enter_context(ReadAhead(checkpoint.shards, rank / ranks))
 
         def make(kept: Mapping[str, str]) -> nn.Module:
-            model_config.hf_config.quantization_config = asking.marked(self.loading.config, self.options)
-            layers = Layers(self.options.scheme, self.loading.plan_to_make_by, self.loading.patterns, kept)
+            with self.stages("plan"):  # which is made where it is asked for
+                told, plan = self.loading.config, self.loading.plan_to_make_by
+            model_config.hf_config.quantization_config = asking.marked(told, self.options)
+            layers = Layers(self.options.scheme, plan, self.loading.patterns, kept)
             config = deciding(versions.quantization_config(model_config, self.load_config), layers)
             with versions.default_dtype(model_config.dtype):
                 with target:
