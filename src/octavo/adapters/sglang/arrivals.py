@@ -21,6 +21,7 @@ class _Layer(arrivals.Layer):
     def __init__(self, name: str, form: Form, fillers: Mapping[str, frozenset[str]]) -> None:
         super().__init__(name, fillers)
         self.form = form
+        self.version: str | None = None  # of the weights that came first, where a trainer has said it
 
     @property
     def waits(self) -> bool:
@@ -49,6 +50,7 @@ class Arrivals(arrivals.Arrivals[_Layer]):
         super().__init__(model, [_Layer(name, forms[name], mine) for name, mine in fillers.items()])
         self._lost: set[_Layer] = set()  # layers whose memory holds nothing, until they have come whole
         self._sent: set[str] = set()  # what has come since the update began, as far as that is known
+        self.version: str | None = None  # of the weights that a call brings; not all trainers say it
         self._again = ""  # the first tensor that came again, so that another update must have begun
 
     def lose(self) -> None:
@@ -61,8 +63,11 @@ class Arrivals(arrivals.Arrivals[_Layer]):
             self._begin_another(name)
         self._sent.add(name)
         for layer in self.layers_of(name):
+            if layer.came and None not in (layer.version, self.version) and layer.version != self.version:
+                layer.leave_as_it_was()  # of an update that broke off
             if not layer.came:
                 layer.begin()
+                layer.version = self.version
             layer.came.add(name)
 
     def is_written_at_once(self, name: str) -> bool:

@@ -194,6 +194,12 @@ def drop() -> None:
     _updated.clear()
 
 
+def bring(version: str | None) -> None:
+    """Before a call of an update: what it brings is of this version, if its trainer says one."""
+    for model in _models:
+        _weights(model).arrivals.version = version
+
+
 def check_complete() -> None:
     """After an update, where SGLang says so.
 

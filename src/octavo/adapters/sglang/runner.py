@@ -133,6 +133,7 @@ def _update(original: Callable[..., Any], manager: Any, request: Any, *, ends: b
     """
     from . import reloading
 
+    reloading.bring(getattr(request, "weight_version", None))
     answer = original(manager, request)
     if not answer.success and getattr(request, "flush_cache", False):  # as ranks do that succeed
         manager.flush_cache(empty_cache=request.torch_empty_cache)
