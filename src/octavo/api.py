@@ -8,7 +8,8 @@
     update      new weights for a loaded model, in place: in `octavo.api_models`, and here by name
     layerwise   a model that loads itself, quantized layer by layer: the same
 
-`octavo.Recipe` and `octavo.OctavoConfig` document theirs themselves.
+`octavo.Recipe` and `octavo.OctavoConfig` document theirs themselves. What one function alone needs is imported when it
+is called: who loads waits for no module that converts.
 """
 
 from __future__ import annotations
@@ -16,20 +17,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import readers
-from .api_models import layerwise, update
 from .checkpoint.checkpoint import Checkpoint
 from .choices import AUTO, DEFAULT_FORMAT, DEFAULT_STAGING_BYTES
-from .conversion import formats
-from .conversion.convert import convert_checkpoint
-from .conversion.iterate import iterate
-from .conversion.proof import judge_written
-from .conversion.verify import VerifyReport, verify_checkpoint, verify_digests
+from .conversion.verified import VerifyReport
 from .errors import CheckpointError, MissingExtraError, OutputError, of_user, public
 from .machine import as_usual, usable_device
 from .planning.plan import Plan, check_no_codes
@@ -37,6 +32,9 @@ from .planning.recipe import Recipe
 from .streaming.checks import Checks
 from .streaming.meter import collection_paused
 from .streaming.report import Report
+
+if TYPE_CHECKING:
+    from .api_models import layerwise, update
 
 
 @public(CheckpointError)
@@ -198,6 +196,8 @@ def plan(
             model = False
     checkpoint = Checkpoint.open(path, revision).decoded()
     if not (model or (model is None and checkpoint.config.get("model_type"))):
+        from .conversion import formats
+
         return formats.plan_for(checkpoint, recipe, format, staging_bytes, str(device))[0]
     options = ModelOptions(dtype, model_class, trust_remote_code, attn_implementation, device_map, max_memory)
     return adapter.prepare(checkpoint, recipe, str(device), staging_bytes, options, strict=strict).plan
@@ -261,6 +261,9 @@ def convert(
         >>> report = octavo.convert("Qwen/Qwen3-8B", "qwen3-8b-fp8")
         >>> print(report)
     """
+    from . import readers
+    from .conversion.convert import convert_checkpoint
+
     recipe = Recipe.coerce(scheme, ignore)
     asked = readers.chosen(reader) if prove else None
     return convert_checkpoint(
@@ -310,6 +313,10 @@ def verify(
         >>> report = octavo.convert("Qwen/Qwen3-8B", "qwen3-8b-fp8")
         >>> assert octavo.verify("qwen3-8b-fp8", against="Qwen/Qwen3-8B").ok
     """
+    from . import readers
+    from .conversion.proof import judge_written
+    from .conversion.verify import verify_checkpoint, verify_digests
+
     judgement = None if reader is None else judge_written(Checkpoint.open(dst), readers.installed(reader))
     if judgement is not None and against is None:
         return VerifyReport((), judgement=judgement)
@@ -361,6 +368,9 @@ def stream(
         >>> for name, tensor in octavo.stream("Qwen/Qwen3-8B", "fp8_channel"):
         ...     print(name, tensor.dtype, tuple(tensor.shape))
     """
+    from .conversion import formats
+    from .conversion.iterate import iterate
+
     recipe, where = Recipe.coerce(scheme, ignore), str(usable_device(device))
     checkpoint = Checkpoint.open(path, revision).decoded()
     made, layout = formats.plan_for(checkpoint, recipe, format, staging_bytes, where)
@@ -368,6 +378,14 @@ def stream(
     checks = Checks(checkpoint) if verify else None
     told = progress and of_user(progress)
     return iterate(checkpoint, made, layout, threads=threads, progress=told, checks=checks)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("layerwise", "update"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import api_models
+
+    return getattr(api_models, name)
 
 
 __all__ = ["convert", "layerwise", "load", "plan", "stream", "update", "verify"]

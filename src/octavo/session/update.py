@@ -10,7 +10,6 @@ import contextlib
 import gc
 import itertools
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,8 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import dtypes
-from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.codings import Decoding
 from ..checkpoint.companions import of_weight
 from ..checkpoint.names import is_adapters, plain_names, trained
 from ..elements.operations import storage_key
@@ -28,8 +25,8 @@ from ..errors import CoverageError, LoaderError
 from ..numerics import schemes
 from ..numerics.groups import Groups
 from ..planning.budget import check_options
-from ..planning.plan import Plan
 from ..planning.recipe import Decision
+from ..planning.routes import Routes
 from ..running import modules
 from ..text import human_bytes
 from .claims import claimed
@@ -54,27 +51,6 @@ _COMPARED_BYTES = 16 << 20
 _BEGUN = "_octavo_update"
 #: that in which a load leaves `Routes`, or None where all names are the model's own
 _ROUTES = "load_routes"
-
-
-@dataclass(frozen=True)
-class Routes:
-    """Where the tensors of a checkpoint go in the model that was loaded from it."""
-
-    pieces: Mapping[str, tuple[tuple[str, Piece], ...]]  # checkpoint tensor -> (parameter as stored, piece)
-    shapes: Mapping[str, tuple[int, ...]]
-    unused: Mapping[str, str]  # checkpoint tensors that the load passed over -> why
-    decodings: Mapping[str, Decoding]  # of those that were quantized already
-
-    @classmethod
-    def of(cls, plan: Plan, checkpoint: Checkpoint) -> Routes:
-        pieces: dict[str, list[tuple[str, Piece]]] = {}
-        for placement in plan.placements:
-            for piece in placement.pieces:
-                pieces.setdefault(piece.src_name, []).append((placement.name, piece))
-        shapes = {name: checkpoint.tensors[name].shape for name in pieces}
-        codings = {name: checkpoint.tensors[name].coding for name in pieces}
-        decodings = {name: coding.decoding for name, coding in codings.items() if coding is not None}
-        return cls({name: tuple(found) for name, found in pieces.items()}, shapes, dict(plan.unused), decodings)
 
 
 #: where tensors go by names that checkpoints of a model's architecture have, and the model has not

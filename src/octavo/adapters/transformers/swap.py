@@ -18,10 +18,10 @@ from ...checkpoint.checkpoint import Checkpoint
 from ...machine import on_cpu
 from ...planning.budget import Budget
 from ...planning.plan import Plan
+from ...planning.routes import Routes
 from ...running import modules
 from ...running.ahead import Ahead
 from ...running.made import Made
-from ...session.update import Routes
 from ...streaming.checks import Checks
 from ...streaming.meter import Stages, measured
 from ...streaming.report import Report

@@ -21,8 +21,8 @@ from ...checkpoint.header import TensorInfo
 from ...elements.pieces import Piece, contiguous_strides
 from ...elements.symbolic import Symbolic
 from ...errors import passes
+from ...planning.routes import Routes
 from ...running import modules
-from ...session.update import Routes
 from .building import unallocated
 from .model_plan import trace
 
