@@ -4,9 +4,9 @@
     python benchmarks/first_token.py --models llama3-8b --ways bf16 octavo-fp8_channel
 
 Random weights of the shapes of Llama-3-8B and Qwen1.5-MoE-A2.7B, files in the page cache. Each way is two processes,
-one after the other, which share a folder of compiled kernels that was empty before the first. ``at_s`` counts from the
-start of the process: Python runs, torch is imported, the model is loaded, its first token is there, and a second one
-for the same prompt, which has nothing to compile.
+one after the other, which share folders of compiled kernels and of plans that were empty before the first. ``at_s``
+counts from the start of the process: Python runs, torch is imported, the model is loaded, its first token is there, and
+a second one for the same prompt, which has nothing to compile.
 
     bf16, fp8, torchao    from_pretrained: as it is; transformers' own FP8; torchao's, a scale a row
     octavo-SCHEME         octavo.load
@@ -41,8 +41,8 @@ result(**_first_token.measure(way, Path(folder), device, STARTED_S, int(prompt))
 def measure(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """A first process and a second one."""
     found = {}
-    with tempfile.TemporaryDirectory() as kernels:
-        os.environ["TRITON_CACHE_DIR"] = kernels
+    with tempfile.TemporaryDirectory() as kernels, tempfile.TemporaryDirectory() as plans:
+        os.environ |= {"TRITON_CACHE_DIR": kernels, "OCTAVO_CACHE": plans}
         for process in ("first", "second"):
             common.set_cache(folder, cold=False)
             try:

@@ -4,6 +4,7 @@
     python benchmarks/load_gpu.py --folder /disk/octavo-bench --models llama3-8b     # read once before
     python benchmarks/load_gpu.py --folder /disk/octavo-bench --models llama3-8b --cold
     python benchmarks/load_gpu.py --models opt-125m --loaders octavo peers --repeats 5
+    python benchmarks/load_gpu.py --models qwen3-30b-a3b --loaders octavo-fp8_channel --plans /tmp/plans
 
 Every load is a process of its own that does nothing else, and so a cold one. The same counts for all:
 
@@ -21,6 +22,8 @@ For ceilings, "load s" is the part that repeats, without set-up: pinned memory t
 into pinned slots with a thread a core (`read`); both together (`ring`); the same past the page cache (`-direct`); and
 what every process pays, the CUDA context (`context`). The others drop each tensor as soon as it is on the device.
 
+octavo plans anew each time, unless it is told where to remember plans: then all loads but the first find theirs.
+
 In the same process, after the clock has stopped, every result is compared with the checkpoint; wrong ones are told.
 The driver stays initialised in between, as it does with persistence mode.
 """
@@ -29,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -274,6 +278,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="(%(default)s)")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each load")
     parser.add_argument("--device", default="cuda:0", help="cpu tries the benchmark out (%(default)s)")
+    parser.add_argument("--plans", type=Path, help="a folder, empty at first, in which octavo remembers its plans")
     parser.add_argument("--no-forward", dest="forward", action="store_false", help="don't run the model once")
     parser.add_argument("--timeout-s", type=float, default=180, help="for one process (%(default)s)")
     parser.add_argument("--budget-s", type=float, help="start nothing that would not end by then")
@@ -283,6 +288,7 @@ def arguments() -> argparse.Namespace:
     chosen = args.loaders or ["ceilings", *(["direct"] if args.cold else []), "octavo", "peers"]
     args.loaders = list(dict.fromkeys(way for name in chosen for way in GROUPS.get(name, (name,))))
     args.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["OCTAVO_CACHE"] = str(args.plans or os.devnull)
     if args.cold and _facts.file_system(args.folder) in common.IN_MEMORY:
         parser.error(f"--cold: {args.folder} is in memory; give a --folder on a disk")
     return args

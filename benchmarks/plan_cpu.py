@@ -8,6 +8,7 @@ collector, as a load is:
 
     first, again   planning for transformers' model, in a process that has planned nothing yet, and once more; opening
                    the checkpoint and making the skeleton are included, importing model code is not
+    remembered     the same, when the plan is one that an earlier load has made
     conversion     planning for the checkpoint's own tensors
     chunks         that plan, cut for a CPU
     blocks         the plan for the model, cut for an accelerator, what lies regularly joined to boxes
@@ -17,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +41,7 @@ T = TypeVar("T")
 #: nothing is allocated there, so it need not be present
 ACCELERATOR = torch.device("cuda", 0)
 THREADS = 16
-SECONDS = ("first_s", "again_s", "conversion_s", "chunks_s", "blocks_s")
+SECONDS = ("first_s", "again_s", "remembered_s", "conversion_s", "chunks_s", "blocks_s")
 
 CHILD = """
 import plan_cpu
@@ -67,9 +70,17 @@ def measure(folder: Path, scheme: str) -> dict[str, Any]:
 
 def _measure(folder: Path, scheme: str) -> dict[str, Any]:
     device = str(ACCELERATOR)
+    os.environ["OCTAVO_CACHE"] = os.devnull
     with ImportClock() as imports:
         first_s, plan = timed(lambda: octavo.plan(folder, scheme, device, model=True))
     again_s, plan = timed(lambda: octavo.plan(folder, scheme, device, model=True))
+    with tempfile.TemporaryDirectory() as plans:
+        os.environ["OCTAVO_CACHE"] = plans
+        kept = octavo.plan(folder, scheme, device, model=True)
+        remembered_s, found = timed(lambda: octavo.plan(folder, scheme, device, model=True))
+        os.environ["OCTAVO_CACHE"] = os.devnull
+        assert found == kept == plan
+        assert any(Path(plans).rglob("?" * 64))
     conversion_s, conversion = timed(lambda: octavo.plan(folder, scheme, model=False))
     chunks_s, read_bytes = timed(lambda: conversion.read_bytes)
     tensors = Checkpoint.open(folder).tensors
@@ -79,6 +90,7 @@ def _measure(folder: Path, scheme: str) -> dict[str, Any]:
         "first_s": first_s - imports.seconds,
         "imports_s": imports.seconds,
         "again_s": again_s,
+        "remembered_s": remembered_s,
         "conversion_s": conversion_s,
         "chunks_s": chunks_s,
         "blocks_s": blocks_s,

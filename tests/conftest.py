@@ -13,6 +13,8 @@ import hypothesis
 import pytest
 import torch
 
+from octavo.machine import cache_root
+
 if TYPE_CHECKING:
     from helpers.command import Run
 
@@ -26,6 +28,9 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
+USERS_CACHE = cache_root()
+# a test plans anew, unless it says otherwise, and keeps nothing in the user's folder; so it is in processes of tests
+os.environ["OCTAVO_CACHE"] = os.devnull
 # an assert in a shared helper tells what it compared, as one in a test does
 pytest.register_assert_rewrite("helpers", "_cases", "_conversions", "_inputs", "_layerwise", "_models", "_sources")
 
@@ -54,8 +59,14 @@ def nothing_left_behind() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def users_cache() -> Path:
+    """Where what users keep is, which tests may use if it is no plan."""
+    return USERS_CACHE
+
+
+@pytest.fixture(scope="session")
 def plans_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Engines remember their plans in a folder of these tests, not in the user's."""
+    """Plans are remembered in a folder of these tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OCTAVO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -37,6 +38,7 @@ _MEMORY = ("peak_bytes", "warm_bytes", "last_bytes")
 
 def main() -> int:
     """Run a campaign, or replay files."""
+    os.environ["OCTAVO_CACHE"] = os.devnull  # of thousands of toys no plan is worth keeping
     parser = argparse.ArgumentParser(description="Fuzz octavo with structure-aware mutations.")
     parser.add_argument("--inputs", type=int, default=20_000, help="in all, shared out among the targets")
     parser.add_argument("--jobs", type=int, default=1, help="processes")

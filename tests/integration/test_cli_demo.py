@@ -76,9 +76,9 @@ def test_unquantized_it_answers_as_bf16_does(run: Run) -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> Path:
+def smollm2(users_cache: Path) -> Path:
     try:
-        return model.prepare()
+        return model.prepare(users_cache)
     except octavo.OctavoError as error:
         pytest.skip(f"the demo model can't be had: {error}")
 

@@ -88,6 +88,7 @@ class Workers:
 
 
 def main() -> None:
+    os.environ["OCTAVO_CACHE"] = os.devnull  # of thousands of toys no plan is worth keeping
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-j", "--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="processes")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases to run, of names as llama/LlamaForCausalLM")

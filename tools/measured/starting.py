@@ -19,8 +19,14 @@ make bench B=first_token
 
 Seconds since the process was started, files in the page cache: when torch is imported, when the model is loaded, when
 the first token of a prompt of 32 is there, and a second one for the same prompt, which has nothing to compile and
-nothing to choose. Each way is two processes; before the first of them the folder of compiled kernels is empty. The very
-first process on a machine also reads Python's packages from its disk. *Peak* is what torch had allocated at most."""
+nothing to choose. Each way is two processes; before the first of them the folders of compiled kernels and of plans are
+empty. The very first process on a machine also reads Python's packages from its disk. *Peak* is what torch had
+allocated at most.
+
+What remains of a load beside its stream is Python's: importing torch, transformers and the model's class, one after
+the other on one core, with octavo's own modules a twentieth of it. The context of the device, pinned memory, kernels
+and the reading of files that are not cached go on meanwhile, in threads. [The guide](../guides/load.md#the-first-token)
+says what users can do about it: bytecode that is compiled once, caches that outlive a container, fewer packages."""
     ]
     for result in load("first_token"):
         for model, ways in result["models"].items():

@@ -59,7 +59,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.fixture
 def after_planning(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Any]], None]:
     """Have something happen between opening a checkpoint and reading its first weight byte."""
-    from octavo.adapters.transformers import model_plan, quantizer
+    from octavo.adapters.transformers import model_plan, remembered
 
     original = model_plan.plan_model
 
@@ -69,8 +69,7 @@ def after_planning(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], An
             action()
             return plan
 
-        for module in (model_plan, quantizer):
-            monkeypatch.setattr(module, "plan_model", plan_model)
+        monkeypatch.setattr(remembered, "plan_model", plan_model)
 
     return arrange
 

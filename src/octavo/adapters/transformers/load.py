@@ -75,6 +75,7 @@ def load_model(
             dispatch(model, places)
 
     how: dict[str, Any] = {"threads": threads, "direct_io": direct_io, "checks": checks, "ahead": ahead}
+    how["notes"] = prepared.notes
     fill(model, checkpoint, plan, stages, progress=progress, finish=finish, **how)
     if prepared.saved:
         model.load_routes = None  # the names in its checkpoint are the model's own
@@ -93,6 +94,7 @@ class Prepared:
     plan: Plan
     saved: Recipe | None  # the recipe of a model that ``save_pretrained`` wrote in FP8; None for any other checkpoint
     places: Mapping[str, str]  # module -> device
+    notes: tuple[str, ...]  # for the report, beside those of the plan
 
 
 def prepare(
@@ -112,8 +114,8 @@ def prepare(
     stages = stages or Stages()
     with stages("import"):
         require()
-        from .model_plan import plan_model
         from .quantizer import saved_config
+        from .remembered import REMEMBERED, plan_once
         from .saved import check_files
         from .skeleton import skeleton
         from .swap import swap_planned
@@ -127,7 +129,8 @@ def prepare(
             saved.swap(model)
             check_files(model, checkpoint)
         # what was saved in FP8 is loaded as it is
-        plan = plan_model(model, checkpoint, Recipe(None) if saved else recipe, device, staging_bytes, strict=strict)
+        asked_for = Recipe(None) if saved else recipe
+        plan, remembered = plan_once(model, checkpoint, asked_for, device, staging_bytes, strict=strict)
     with stages("swap"):
         swap_planned(model, plan)
         places = {"": device}
@@ -135,7 +138,8 @@ def prepare(
             automatic = is_automatic(asked.device_map)
             places = decide(model, plan, asked.device_map, asked.max_memory) if automatic else placed(asked.device_map)
             plan = spread(plan, model, places)
-    return Prepared(model, plan, saved.recipe if saved else None, places)
+    notes = (REMEMBERED,) if remembered else ()
+    return Prepared(model, plan, saved.recipe if saved else None, places, notes)
 
 
 def require() -> None:

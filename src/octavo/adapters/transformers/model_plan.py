@@ -36,7 +36,6 @@ from ...planning.recipe import Recipe
 from ...text import told
 from .excused import computed, new_heads, unneeded
 from .facts import Fact, facts_of
-from .versions import warn_of_newer
 
 #: a part of a name that is a number
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
@@ -65,7 +64,6 @@ def plan_model(
         CoverageError: with all tensors that are missing, unexpected, misshapen, or there twice.
     """
     check_unquantized(checkpoint, recipe)
-    remarks = warn_of_newer()
     problems: list[str] = []
     with reading(checkpoint.path):  # transformers takes some names for numbers that Python does not
         traced = trace(model, checkpoint.tensors, problems)
@@ -108,7 +106,7 @@ def plan_model(
     unused = {name: needless.get(name, "the model has no place for it (strict=False)") for name in unexpected}
     plan = make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
     named = [f"{name} is new: the checkpoint has none. It is initialised, and has to be trained" for name in new]
-    return replace(plan, remarks=(*plan.remarks, *remarks, *named))
+    return replace(plan, remarks=(*plan.remarks, *named))
 
 
 def prefix_hint(model: Any, unexpected: Collection[str]) -> str:
@@ -203,7 +201,7 @@ def trace(
         quantizer: transformers' ``HfQuantizer``, if it would load them through one.
         source_of: makes the tensors that stand for those of the checkpoint.
     """
-    mapping = get_model_conversion_mapping(model, None, quantizer)
+    mapping = conversions_of(model, quantizer)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
@@ -257,6 +255,11 @@ def trace(
             elif name in expected:
                 found[name], made_of[name] = symbolic, sources[0]
     return traced
+
+
+def conversions_of(model: Any, quantizer: Any = None) -> list[Any]:
+    """What transformers says of how tensors of a checkpoint become a model's parameters."""
+    return get_model_conversion_mapping(model, None, quantizer)
 
 
 def _holes(names: Iterable[str]) -> list[str]:

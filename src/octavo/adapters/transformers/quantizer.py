@@ -32,7 +32,7 @@ from ...running import modules
 from ...streaming.meter import Stages
 from ...text import shown, told
 from .devices import Sizes, is_automatic, placed, spread
-from .model_plan import plan_model
+from .remembered import REMEMBERED, plan_once
 from .saved import check_files, names_in
 from .skeleton import compute_buffers
 from .swap import METHOD, fill, swap, swap_planned
@@ -202,6 +202,7 @@ class OctavoQuantizer(HfQuantizer):
             self.pre_quantized = False
         self.renamed: Mapping[str, str] = {}  # `Checkpoint.renamed`
         self.streamed: set[str] = set()  # parameters and scales that the stream has filled, until they are handed out
+        self._notes: tuple[str, ...] = ()  # for the report
         self._waiting: _Waiting | None = None  # for transformers to decide about devices
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -254,7 +255,10 @@ class OctavoQuantizer(HfQuantizer):
             checkpoint = Checkpoint.open_chosen([Path(file) for file in checkpoint_files]).decoded()
             self.renamed = checkpoint.renamed
             staging_bytes = config.staging_bytes
-            plan = plan_model(model, checkpoint, config.recipe, "cpu", staging_bytes, strict=False, heads=True)
+            plan, remembered = plan_once(
+                model, checkpoint, config.recipe, "cpu", staging_bytes, strict=False, heads=True
+            )
+            self._notes = (REMEMBERED,) if remembered else ()
             config.scheme = plan.recipe.scheme
         with stages("swap"):
             swap_planned(model, plan)
@@ -268,7 +272,7 @@ class OctavoQuantizer(HfQuantizer):
 
     def _stream(self, model: Any, checkpoint: Checkpoint, stages: Stages, plan: Plan) -> None:
         with boundary(checkpoint.path, CheckpointError):
-            fill(model, checkpoint, plan, stages, threads=self.config.threads)
+            fill(model, checkpoint, plan, stages, threads=self.config.threads, notes=self._notes)
         self.streamed = {p.name for p in plan.placements} | {modules.scale_name(p.name) for p in plan.quantized}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ def fill(
     finish: Callable[[], None] | None = None,
     checks: Checks | None = None,
     ahead: Ahead | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Turn a model on meta into one that holds what the plan says.
 
@@ -59,6 +60,7 @@ def fill(
         finish: does what else belongs to this load, once all weights are in place, and is measured with it.
         checks: compares what is read with the checkpoint's digests.
         ahead: compiles meanwhile what a forward will need; by default one that begins here.
+        notes: for the report, beside those of the plan.
     """
     budgets = [Budget.fit(part.placements, plan.staging_bytes, threads) for part in plan.parts()]
     on_host = sum(placement.final_bytes for placement in plan.placements if on_cpu(placement.device))
@@ -78,7 +80,7 @@ def fill(
         if finish is not None:
             finish()
     budget = max(budgets, key=lambda budget: budget.staging_bytes)
-    model.load_report = Report.of(plan, budget, tally, stages, meter, notes=plan.notes)
+    model.load_report = Report.of(plan, budget, tally, stages, meter, notes=(*plan.notes, *notes))
     model.load_routes = Routes.of(plan, checkpoint)
 
 
