@@ -35,6 +35,7 @@ from octavo.planning import kinds
 from octavo.planning.placement import Target
 from octavo.planning.plan import make_plan
 from octavo.planning.recipe import Recipe
+from octavo.streaming.meter import collection_paused
 from octavo.streaming.sinks import ParameterSink, allocate_all
 
 _stream = importlib.import_module("octavo.streaming.stream")  # `octavo.stream` is the function
@@ -134,7 +135,8 @@ class Streams:
         stream = _stream.Stream(self.checkpoint, self.plan, ParameterSink(self.storages))
         _ceilings.synchronize(self.device)
         began, cpu = time.perf_counter(), time.process_time()
-        tally = stream.run()
+        with collection_paused():  # as a load does
+            tally = stream.run()
         _ceilings.synchronize(self.device)
         took, used = time.perf_counter() - began, time.process_time() - cpu
         return {"s": round(took, 4), "launching_s": round(tally.quantize_s, 4), "cpu_s": round(used, 2)}
