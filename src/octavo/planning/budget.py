@@ -31,7 +31,7 @@ _BLOCK_SLOTS = 6
 #: slots whose size a lane takes: a block, and what quantizing needs beside it
 _LANE_SLOTS = 8
 #: where sources are quantized already: slots that make a block, and what of them is decoded at once, in float32
-_CODED_SLOTS, _DECODED_SLOTS = 3, 3
+_CODED_SLOTS, _DECODED_SLOTS = 3, 2
 #: the smallest slot, where many threads are asked for with a small budget
 _MIN_SLOT_BYTES = 1 << 12
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -55,6 +56,11 @@ class Bundle(NamedTuple):
     coded: Coded | None = None  # of a source that is quantized already
 
 
+def most_weights(block_bytes: int) -> int:
+    """The most weights of a bundle of codes: where what is made of them has to be kept, it has so many bytes."""
+    return block_bytes * 5 // 6
+
+
 def join(bundles: Iterable[Bundle], most: int = 0) -> list[Bundle]:
     """Join bundles that are one box of their parameter and lie evenly in the block; rows first, then experts.
 
@@ -70,9 +76,17 @@ def join(bundles: Iterable[Bundle], most: int = 0) -> list[Bundle]:
             if len(group) == 1:
                 break
             if len({bundle.piece.dst_off[axis] for bundle in group}) > 1:  # else they are no neighbours along it
+                if group[0].coded is not None and group[0].work not in (Work.AMAX, Work.REREAD):
+                    group = sorted(group, key=functools.partial(_place_along, axis))
                 group = _join_along(axis, group, most)
         joined += group
     return joined
+
+
+def _place_along(axis: int, bundle: Bundle) -> tuple[int, ...]:
+    """What puts bundles in order that may be neighbours along an axis: of gate and up, all that are gate come first."""
+    off = bundle.piece.dst_off
+    return (*off[:axis], *off[axis + 1 :], off[axis])
 
 
 def _join_along(axis: int, bundles: list[Bundle], most: int) -> list[Bundle]:
@@ -114,6 +128,8 @@ def _end_of_run(axis: int, bundles: Sequence[Bundle], at: int, most: int) -> int
 
 def _alike(p: Piece, q: Piece, axis: int) -> bool:
     """Return True if two pieces are the same along all other axes."""
+    if p.size == q.size and p.src_strides == q.src_strides:  # as mostly, of experts: asked for each
+        return p.dst_off[:axis] == q.dst_off[:axis] and p.dst_off[axis + 1 :] == q.dst_off[axis + 1 :]
     for other, (n, m) in enumerate(zip(p.size, q.size, strict=True)):
         if other != axis and (
             n != m or p.dst_off[other] != q.dst_off[other] or (n != 1 and p.src_strides[other] != q.src_strides[other])
@@ -136,7 +152,11 @@ def _groups_continue(first: Bundle, last: Bundle, bundle: Bundle, axis: int, len
 
 def _scales_continue(axis: int, first: Coded, second: Coded | None, coded: Coded | None, length: int) -> bool:
     """Return True if one view shows the scales of a run of codes (so long) and of those that follow it."""
-    if coded is None or second is None or coded.alike != first.alike or (first.global_scale or coded.global_scale):
+    if coded is None or second is None or first.global_scale or coded.global_scale:
+        return False
+    # what is laid out alike has the same `Lay`
+    same = coded.lay is first.lay and coded.coding.decoding is first.coding.decoding
+    if not (same and coded.coding.scale.dtype_name == first.coding.scale.dtype_name) and coded.alike != first.alike:
         return False
     at, p, q = first.axis_of_scale(axis), first.scale.piece, coded.scale.piece
     if at is None:

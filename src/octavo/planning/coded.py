@@ -137,23 +137,26 @@ def decoded_there(pieces: Iterable[Piece], codings: Mapping[str, Coding]) -> boo
             continue
         if coding.zero_point is not None or (coding.global_scale is not None and coding.global_scale.numel != 1):
             return False
-        # a model has thousands of pieces, of few kinds
-        if not _in_cells(
-            piece.size, piece.src_off, piece.src_strides, coding.shape, coding.decoding, coding.transposed
-        ):
+        how = (piece.size, piece.src_off, piece.src_strides, coding.shape, coding.decoding, coding.transposed)
+        if lays(*how)[2] is None:  # of all parts of a piece scales are a box if those of the piece are
             return False
     return True
 
 
 @functools.lru_cache(maxsize=4096)
-def _in_cells(
+def lays(
     size: tuple[int, ...], off: int, strides: tuple[int, ...], shape: tuple[int, ...], decoding: Decoding, other: bool
-) -> bool:
-    """Return True if scales of a piece are a box, and those of all parts of it."""
+) -> tuple[Lay | None, Piece, Cells | None]:
+    """How a piece lies in a source (`transposed`: other), its codes and its scales, of no names.
+
+    A model has thousands of pieces, of few kinds.
+    """
     none = TensorInfo("", "F32", (), 0, 0, 0)
     coding, piece = Coding("", shape, decoding, none, none, transposed=other), Piece((), size, "", off, strides)
     lay = lay_of(piece, coding.matrix)
-    return lay is not None and cells_piece(piece, lay, coding) is not None
+    if lay is None:
+        return None, piece, None
+    return lay, codes_piece(piece, lay, coding), cells_piece(piece, lay, coding)
 
 
 def stored_nbytes(piece: Piece, coding: Coding | None, itemsize: int) -> int:

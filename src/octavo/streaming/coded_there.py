@@ -19,7 +19,7 @@ from ..numerics.decoding import scale_cells
 from ..numerics.lossless import unit_of
 from ..numerics.schemes import E8M0, FP8, Stored
 from ..planning.budget import Budget
-from ..planning.bundles import Bundle, Coded
+from ..planning.bundles import Bundle, Coded, most_weights
 from ..planning.chunks import Chunk
 from ..planning.placement import Placement
 from .coded import TOO_LARGE, Encoded
@@ -42,7 +42,7 @@ class PressThere(Press):
         self, checkpoint: Checkpoint, budget: Budget, placed: Placed, watch: FiniteWatch[list[Bundle]]
     ) -> None:
         super().__init__(checkpoint, budget, placed)
-        self._out_bytes = budget.block_bytes // 2
+        self._out_bytes = most_weights(budget.block_bytes)
         self._watch, self._bundles = watch, list[Bundle]()
 
     def place(self, bundle: Bundle, coded: Coded, staged: Staged) -> None:

@@ -41,14 +41,13 @@ class Tiles:
     Args:
         elements: of the largest tile; two float32 of scratch each, on a CPU.
         device: where values are brought before anything is done to them.
-        coded: codes are decoded, for which another device needs one float32 each.
     """
 
-    def __init__(self, elements: int, device: torch.device, *, coded: bool = False) -> None:
+    def __init__(self, elements: int, device: torch.device) -> None:
         self.elements, self.device = elements, device
         on_cpu = device.type == "cpu"
         self.bits = torch.empty(elements, dtype=torch.float32, device="cpu") if on_cpu else None
-        self.wide = torch.empty(elements, dtype=torch.float32, device=device) if on_cpu or coded else None
+        self.wide = torch.empty(elements, dtype=torch.float32, device=device) if on_cpu else None
 
     def amax(
         self, x: Tensor | Encoded, scheme: Scheme, phase: tuple[int, int], dtype: torch.dtype | None = None
@@ -128,8 +127,9 @@ class Tiles:
 
     @property
     def scratch(self) -> Tensor:
-        """Memory into which a tile of codes is decoded."""
-        assert self.wide is not None
+        """Memory into which a tile of codes is decoded; on another device, taken when first needed."""
+        if self.wide is None:
+            self.wide = torch.empty(self.elements, dtype=torch.float32, device=self.device)
         return self.wide
 
     def _grid(self, shape: tuple[int, ...], scheme: Scheme, phase: tuple[int, int]) -> Tensor:
@@ -159,7 +159,7 @@ class Press:
     def __init__(self, checkpoint: Checkpoint, budget: Budget, placed: Placed) -> None:
         self._checkpoint, self._placed = checkpoint, placed
         self._out_bytes = budget.slot_bytes // 2
-        self.tiles = Tiles(budget.scratch_elements, budget.device, coded=bool(budget.lanes))
+        self.tiles = Tiles(budget.scratch_elements, budget.device)
         self.out: Tensor | None = None  # where the sink has no memory to quantize into
 
     @torch.no_grad()

@@ -165,7 +165,8 @@ def test_experts_are_decoded_together_and_their_bytes_are_those_of_the_host(deco
     plan = make_plan(checkpoint, wanted, Recipe(scheme))
     (block,) = cut_blocks(plan.placements, checkpoint.tensors, 1 << 20)
     apart = decoding.group_rows is None  # rows of gate and up then have no groups that could follow each other
-    assert [len(bundle.chunks) for bundle in block.bundles] == ([4] + [1] * 8 if apart else [4, 8])
+    between = decoding is MXFP4  # whose scales are read as they lie, behind the codes of each matrix
+    assert [len(bundle.chunks) for bundle in block.bundles] == ([4, 4, 4] if apart or between else [4, 8])
     mine, _ = run_plan(checkpoint, plan, budget=in_blocks(plan, block_bytes=1 << 20))
     theirs, _ = run_plan(checkpoint, plan)
     for name, storage in theirs.items():
@@ -209,3 +210,12 @@ def test_nothing_waits_for_a_device_and_all_is_within_the_budget(decoding, schem
     checkpoint, plan = large(decoding, scheme)
     budget = Budget.on_accelerator(META, 256 << 20, 16, coded=True)
     assert peak_of(checkpoint, plan, budget, monkeypatch) <= budget.lanes * (budget.lane_bytes + WATCHED_BYTES)
+
+
+def test_scales_that_lie_between_codes_are_read_with_them(tmp_path):
+    sources, wanted = experts(MXFP4)  # whose codes and scales are bytes alike, and so are in the order of their names
+    checkpoint, _ = write_coded(tmp_path, sources)
+    plan = make_plan(checkpoint, wanted, Recipe("fp8_channel"))
+    (block,) = cut_blocks(plan.placements, checkpoint.tensors, 1 << 20)
+    (run,) = [run for run in block.runs if run.shard != NOTHING]
+    assert run.nbytes == sum(info.nbytes for info in checkpoint.stored.values())
