@@ -19,11 +19,14 @@ the box begins.
 
 from __future__ import annotations
 
+import functools
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..checkpoint.codings import Decoding
-from . import nvfp4
+from . import compiling, nvfp4
 from .constants import pairs
 from .groups import all_spans, cells_of_spans, count_cells, grouped
 from .schemes import E8M0, FP8
@@ -38,6 +41,18 @@ ORDERED = tuple(_SHIFTS)
 _FAR_FROM_OVERFLOW = 2.0**100
 #: the numbers of four bits, by their codes
 _NIBBLES = {"e2m1": nvfp4.VALUES, "int4_in_int32": tuple(float(code - _OFFSETS["int4_in_int32"]) for code in range(16))}
+
+
+class Source(NamedTuple):
+    """Codes of a box and the scales that it has a part in, in the axes of the source: rows, and then columns."""
+
+    codes: Tensor  # as stored, [..., rows, words]; those of a row lie beside each other
+    scale: Tensor  # as stored, [..., row cells, column cells]
+    global_scale: Tensor | None  # of one element
+    decoding: Decoding
+    phase: tuple[int, int]  # row and column of the first weight within its scale group
+    head: int  # columns of the first word that lie before the box
+    cols: int  # of the box
 
 
 def scale_cells(scale: Tensor, decoding: Decoding, global_scale: Tensor | None = None) -> Tensor:
@@ -226,3 +241,24 @@ def holds_nan(numbers: Tensor) -> bool:
     if not numbers.numel():
         return False
     return numbers.view(torch.int8).amax().item() == 0x7F or numbers.view(torch.uint8).amax().item() == 0xFF
+
+
+# -- kernels ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def kernel(device: torch.device) -> Any:
+    """`decoding_kernel`, or None where Triton does not compile for a device: it is tried."""
+    if device.type != "cuda" or not compiling.may(device):
+        return None
+
+    def attempt() -> Any:
+        from . import decoding_kernel
+
+        codes, scale = torch.zeros((1, 16), dtype=FP8, device=device), torch.ones((1, 1), device=device)
+        out, found = torch.empty_like(codes), torch.zeros((2, 1), device=device)
+        source = Source(codes, scale, None, Decoding("float8", 1, None), (0, 0), 0, 16)
+        decoding_kernel.quantize_into(out, found[:1], source, (1, None), found[1], lossless=False, window=None)
+        return decoding_kernel
+
+    return compiling.tried(attempt, "codes are decoded by torch's operations")

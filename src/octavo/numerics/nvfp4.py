@@ -47,14 +47,14 @@ import functools
 import itertools
 import math
 import operator
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..machine import HAS_TRITON, in_memory
+from ..machine import in_memory
+from . import compiling
 from .constants import constant, pairs
 
 #: columns that share a scale
@@ -174,25 +174,18 @@ def quantize_into(
 @functools.cache
 def _kernel(device: torch.device) -> Any:
     """`nvfp4_kernel`, or None where Triton does not compile for a GPU: it is tried, before a load's first stream."""
-    if not HAS_TRITON or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+    if not compiling.may(device):
         return None
-    try:
+
+    def attempt() -> Any:
         from . import nvfp4_kernel
 
         weight = torch.zeros((1, GROUP), dtype=torch.bfloat16, device=device)
         out = Packed.of(torch.empty((1, _BYTES), dtype=torch.uint8, device=device))
         nvfp4_kernel.quantize_into(*out, weight, global_scale(weight.float()[:, :1]), _errors(device), search=True)
-    except torch.OutOfMemoryError:  # says nothing of compilers
-        raise
-    except Exception as error:  # whatever comes of compilers, headers that they miss, and a cache on disk
-        why = next(iter(str(error).splitlines()), "")
-        warnings.warn(
-            f"Triton can't compile here ({type(error).__name__}: {why}): weights become nvfp4 by torch's operations, "
-            "with the same bytes, but slower",
-            stacklevel=1,
-        )
-        return None
-    return nvfp4_kernel
+        return nvfp4_kernel
+
+    return compiling.tried(attempt, "weights become nvfp4 by torch's operations")
 
 
 def _at_once(weight: Tensor, scratch: Tensor | None) -> int:

@@ -58,7 +58,7 @@ def _quantize_kernel(
 
     magnitude = tl.abs(wide)
     amax = tl.div_rn(tl.max(magnitude, 1), tl.broadcast_to(whole, (BLOCK,)))
-    bits = _to_e4m3(tl.div_rn(amax, tl.full((BLOCK,), 6.0, tl.float32)))
+    bits = to_e4m3(tl.div_rn(amax, tl.full((BLOCK,), 6.0, tl.float32)))
     bits = tl.where(amax == 0, 0x38, tl.maximum(bits, 1))
     if SEARCH:
         first = _from_e4m3(bits) * whole
@@ -89,7 +89,7 @@ def _quantize_kernel(
 
 
 @triton.jit
-def _to_e4m3(value):
+def to_e4m3(value):
     """The bits of the nearest number of e4m3, of two the even one; 0 <= value <= 448, float32."""
     bits = value.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)

@@ -36,12 +36,16 @@ class FiniteWatch(Generic[What]):
 
     def add(self, amax: Tensor, what: What) -> None:
         """Watch values by the amax of their groups."""
+        torch.amax(amax.view(-1), 0, out=self.cell(what))
+
+    def cell(self, what: What) -> Tensor:
+        """Where something not finite is to be written if one of some values is: a float32 that is 0."""
         at = len(self._watched) % _PAGE
         if not at:
             with torch.inference_mode(False):  # else later magnitudes could be written in this mode alone
                 self._worst.append(torch.zeros(_PAGE, dtype=torch.float32, device=self._device))
-        torch.amax(amax.view(-1), 0, out=self._worst[-1][at])
         self._watched.append(what)
+        return self._worst[-1][at]
 
     def suspects(self) -> list[What]:
         """All of which something was not finite, since this was asked before."""

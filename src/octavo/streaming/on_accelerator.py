@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..checkpoint import dtypes
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.codings import Coding
 from ..elements.pieces import Piece
 from ..errors import WeightError
 from ..machine import usable_device
@@ -29,6 +31,7 @@ from ..planning.blocks import Block, Read
 from ..planning.budget import Budget, check_options
 from ..planning.bundles import Bundle
 from ..planning.chunks import Work
+from . import coded_there
 from .coded_there import PressThere
 from .nonfinite import FiniteWatch, describe_nonfinite
 from .placed import Placed
@@ -160,13 +163,27 @@ class WarmUp:
         self._error: BaseException | None = None
         self._workers = Workers(f"that prepare {device}")
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> WarmUp:
         if self._budget is not None:
             try:
                 self._workers.start(self._run, "octavo-warm-up")
             except BaseException:
                 self._workers.finish()
                 raise
+        return self
+
+    def decode(self, codings: Iterable[Coding | None]) -> None:
+        """Do what it takes to decode such sources, too."""
+        found = [coding for coding in codings if coding is not None]
+        if self._budget is not None and found:
+            self._workers.start(functools.partial(self._compile, found), "octavo-compile")
+
+    def _compile(self, codings: Sequence[Coding]) -> None:
+        try:
+            for device in self._devices:
+                coded_there.rehearse(usable_device(device), self._names, codings)
+        except BaseException as error:  # raised by who waits
+            self._error = self._error or error
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         first = self._workers.finish() or (self._error if kind is None else None)

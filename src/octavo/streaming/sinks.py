@@ -50,6 +50,9 @@ class Destination(Protocol):
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
         """Take the scales of some groups, in the scheme's stored dtype."""
 
+    def view_scale(self, cells: tuple[slice, ...]) -> Tensor | None:
+        """The memory of the scales of some groups, as stored; None: call `put_scale`. Not for `nvfp4`."""
+
     def close(self) -> None:
         """The placement is complete."""
 
@@ -188,6 +191,9 @@ class _Parameter:
     def put_scale(self, cells: tuple[slice, ...], values: Tensor) -> None:
         assert self.scale is not None
         self.scale[cells].copy_(values, non_blocking=True)
+
+    def view_scale(self, cells: tuple[slice, ...]) -> Tensor | None:
+        return None if self.scale is None else self.scale[cells]
 
     def close(self) -> None:
         pass
@@ -386,6 +392,9 @@ class _FileRegion:
         cast = self._sink._cast_scale(placement, values)
         base = self._sink._scale_extents[placement.name]
         self._sink.write_box(base, placement.scale_grid, cells, cast, cast.dtype.itemsize * 8)
+
+    def view_scale(self, cells: tuple[slice, ...]) -> Tensor | None:
+        return None
 
     def close(self) -> None:
         pass

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import octavo
-from helpers import same_bytes, write_checkpoint
+from helpers import decoding_by_kernel, same_bytes, write_checkpoint
 from helpers.coded import FINE_GRAINED, fine_grained
 from helpers.folders import tensors_of
+from octavo.numerics import decoding
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "integration"))
 from _models import make_checkpoint
@@ -53,3 +54,22 @@ def test_a_conversion_on_a_gpu_writes_the_bytes_of_a_cpu(source: Path, tmp_path:
         octavo.convert(source, tmp_path / device, "fp8_channel", device=device, prove=False)
     mine, theirs = tensors_of(tmp_path / "cuda"), tensors_of(tmp_path / "cpu")
     assert all(same_bytes(tensor, theirs[name]) for name, tensor in mine.items())
+
+
+@pytest.mark.parametrize("kind", decoding_by_kernel.KINDS)
+def test_boxes_of_all_kinds_have_the_bytes_of_a_cpu(kind: str) -> None:
+    assert decoding.kernel(torch.device("cuda", 0)) is not None
+    for seed in range(12):
+        found = decoding_by_kernel.case(kind, seed, "cuda:0")
+        if found is not None:
+            decoding_by_kernel.check(*found)
+
+
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", None])
+def test_without_kernels_a_gpu_makes_the_same_bytes(
+    scheme: str | None, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_kernels = state(octavo.load(source, scheme, "cuda"))
+    monkeypatch.setattr(decoding, "kernel", lambda device: None)
+    without = state(octavo.load(source, scheme, "cuda"))
+    assert all(same_bytes(tensor, without[name]) for name, tensor in by_kernels.items())

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers import DTYPES, random_weights, reference_nvfp4, same_bytes
 from helpers.properties import examples
 from octavo import numerics
-from octavo.numerics import constants, nvfp4, schemes
+from octavo.numerics import compiling, constants, nvfp4, schemes
 from octavo.numerics.nvfp4 import Packed
 
 
@@ -182,7 +182,7 @@ def test_where_triton_does_not_compile_there_is_one_warning(compiles: bool, monk
 
     kernel = types.SimpleNamespace(quantize_into=quantize_into)
     monkeypatch.setattr(numerics, "nvfp4_kernel", kernel, raising=False)
-    monkeypatch.setattr(nvfp4, "HAS_TRITON", True)
+    monkeypatch.setattr(compiling, "HAS_TRITON", True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     nvfp4._kernel.cache_clear()

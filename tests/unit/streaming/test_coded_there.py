@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers import headers, in_blocks, run_plan, same_bytes
 from helpers.coded import BLOCKS, coding_of, encoded, write_coded
+from octavo import numerics
 from octavo.checkpoint.codings import Coding, Decoding
 from octavo.checkpoint.header import TensorInfo
 from octavo.elements.pieces import Piece, whole
 from octavo.errors import WeightError
 from octavo.numerics import schemes
 from octavo.planning import kinds
-from octavo.planning.blocks import NOTHING, cut_blocks
+from octavo.planning.blocks import NOTHING, cut_blocks, cut_reads
 from octavo.planning.budget import Budget
 from octavo.planning.placement import Target
 from octavo.planning.plan import Plan, make_plan
@@ -210,6 +213,55 @@ def test_nothing_waits_for_a_device_and_all_is_within_the_budget(decoding, schem
     checkpoint, plan = large(decoding, scheme)
     budget = Budget.on_accelerator(META, 256 << 20, 16, coded=True)
     assert peak_of(checkpoint, plan, budget, monkeypatch) <= budget.lanes * (budget.lane_bytes + WATCHED_BYTES)
+
+
+class Kernels:
+    """Stands for kernels where there is no device that could run them: has all, and counts launches."""
+
+    def __init__(self) -> None:
+        self.launched = 0
+
+    def takes(self, *_: object) -> bool:
+        return True
+
+    makes = takes
+
+    def decode_into(self, *_: object) -> None:
+        self.launched += 1
+
+    def copy_into(self, *_: object) -> None:
+        self.launched += 2  # of codes, and of scales
+
+    def quantize_into(self, *_: object, lossless: bool, window: slice | None) -> None:
+        self.launched += 1
+
+
+@pytest.mark.parametrize("decoding", [FP8, MXFP4])
+@pytest.mark.parametrize("scheme", ["fp8_channel", "fp8_block", None])
+def test_by_kernels_a_bundle_takes_a_launch_or_two(decoding, scheme, monkeypatch):
+    checkpoint, plan = large(decoding, scheme)
+    budget = Budget.on_accelerator(META, 256 << 20, 16, coded=True)
+    blocks = list(cut_blocks(plan.placements, checkpoint.tensors, budget.block_bytes))
+    bundles = sum(len(block.bundles) for block in blocks)
+    copies = sum(1 for _ in cut_reads(blocks, budget.read_bytes))
+    kernels, counted = Kernels(), Counter()
+    schemes.warm_up(META)  # once for all streams
+    monkeypatch.setattr(numerics.decoding, "kernel", lambda device: kernels)
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds_of, args=(), kwargs=None):
+            counted[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        peak_bytes = peak_of(checkpoint, plan, budget, monkeypatch)
+    passed = scheme == "fp8_block" and decoding is FP8
+    assert kernels.launched == bundles * (2 if passed else 1)
+    assert counted["copy_"] == copies  # of slots
+    views = {"alias", "as_strided", "view", "slice", "select", "detach", "empty", "zeros", "copy_"}
+    assert not set(counted) - views
+    # no weight is decoded into memory
+    assert peak_bytes <= budget.lanes * (budget.block_bytes + WATCHED_BYTES) + (1 << 20)
 
 
 def test_scales_that_lie_between_codes_are_read_with_them(tmp_path):

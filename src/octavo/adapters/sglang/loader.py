@@ -73,7 +73,7 @@ class OctavoLoader(runner.Reloads, DefaultModelLoader):  # type: ignore[misc]
                 checkpoint = self._open(model_config)
             self.options, remark = options.settled(checkpoint)
             warm = WarmUp(device, self.options.staging_bytes, self.options.threads, [self.options.scheme])
-            self.warming.enter_context(warm)
+            self.warming.enter_context(warm).decode(info.coding for info in checkpoint.tensors.values())
             if remark:
                 plugin.log.info("octavo: %s", printable(remark))
             return self._load_model(model_config, target, device, checkpoint)

@@ -58,11 +58,12 @@ def load_model(
     stages = Stages()
     target, *others = candidates(device, asked)
     ahead = Ahead((target, *others) if recipe.schemes else ())
-    with WarmUp(target, staging_bytes, threads, recipe.schemes, others):
+    with WarmUp(target, staging_bytes, threads, recipe.schemes, others) as warm:
         with stages("open"):
             _require_installed()  # before anything is fetched
             checkpoint = Checkpoint.open(path, revision).decoded()
             _check_method(checkpoint)
+            warm.decode(info.coding for info in checkpoint.tensors.values())
             checks = Checks(checkpoint) if verify else None
         with contextlib.nullcontext() if direct_io else ReadAhead(checkpoint.shards):
             prepared = prepare(checkpoint, recipe, str(target), staging_bytes, asked, stages=stages, strict=strict)

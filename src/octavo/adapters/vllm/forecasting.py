@@ -18,6 +18,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
+from ...checkpoint.checkpoint import Checkpoint
 from ...errors import OctavoError
 from ...streaming.meter import collection_paused
 from ..engine.forecast import Forecast, Rank, shared_notes
@@ -54,7 +55,7 @@ class Forecaster(OctavoLoader):
             return seen.model, seen.found
         raise AssertionError("a model was loaded")
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, checkpoint: Checkpoint) -> None:
         """Nothing is streamed."""
 
     def _read_ahead(self) -> None:

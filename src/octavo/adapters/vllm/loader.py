@@ -87,7 +87,7 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
             self.options, remark = options.settled(checkpoint)
             self.quant_config = self._quant_config(vllm_config, model_config, checkpoint)
             self.device = self._device(vllm_config)
-            self._warm_up()
+            self._warm_up(checkpoint)
             for said in filter(None, (remark, unused_scales(checkpoint))):
                 log.info("octavo: %s", printable(said))
             return self._load_model(vllm_config, model_config, prefix, checkpoint)
@@ -112,10 +112,11 @@ class OctavoLoader(DefaultModelLoader):  # type: ignore[misc]
 
         return self.loading.model(make, versions.remember_layers(vllm_config))
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, checkpoint: Checkpoint) -> None:
         """Pinned memory and kernels, while the model is planned and made."""
         options = self.options
-        self.warming.enter_context(WarmUp(self.device, options.staging_bytes, options.threads, [options.scheme]))
+        warm = WarmUp(self.device, options.staging_bytes, options.threads, [options.scheme])
+        self.warming.enter_context(warm).decode(info.coding for info in checkpoint.tensors.values())
 
     def _read_ahead(self) -> None:
         """What the page cache lacks, while the model is made."""
