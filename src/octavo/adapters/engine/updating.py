@@ -37,8 +37,11 @@ from .arrivals import Arrivals
 from .naming import Names
 from .options import Options
 from .soundness import Soundness
+from .trainers_fp8 import TrainersFp8
 
 _ATTRIBUTE = "_octavo_weights"
+#: what holds all its tensors while it is gone through
+_AT_REST = (list, tuple)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Weights:
             self.arrivals.drop()  # whatever has come before, all of it comes now
             pairs = self._read(weights, soundness)
         else:
-            pairs = self._quantized(self._named(weights), soundness)
+            fp8 = TrainersFp8(self._placements, self.layout, type(weights) not in _AT_REST, self.plan.staging_bytes)
+            pairs = self._quantized(fp8.joined(self._named(weights)), soundness)
         try:
             result = self.original(pairs, *args, **kwargs)
             soundness.check()

@@ -192,8 +192,8 @@ UNSOUND: dict[str, tuple[Any, str]] = {
     "a number below 0": (_scale(lambda scale: -scale), f"{SCALE}: holds a number that is not finite, or is negative"),
     "infinity": (_scale(lambda scale: scale / 0), f"{SCALE}: holds a number that is not finite, or is negative"),
     "integers": (_scale(lambda scale: scale.int()), f"{SCALE}: is torch.int32 [1, 2], and the scale of {DOWN} in "),
-    "a cell": (_scale(lambda scale: scale[:, :1].clone()), f"{SCALE}: is torch.float32 [1, 1], and the scale of "),
-    "a vector": (_scale(lambda scale: scale.flatten()), "in fp8_block is torch.float32 [1, 2]"),
+    "a cell more": (_scale(lambda scale: scale.repeat(1, 2)[:, :3].clone()), f"{SCALE} is [1, 3], by which nobody can"),
+    "a vector": (_scale(lambda scale: scale.flatten()), f"{SCALE} is fp32 [2], which are no scales of {DOWN} "),
 }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import octavo
 from helpers import write_checkpoint
 from helpers.folders import tensors_of
 from helpers.vllm_checkpoints import make
@@ -41,3 +42,25 @@ def test_wrapped_names_load_what_the_plain_ones_do(name: str, tmp_path: Path) ->
     assert not mine.error, mine.error
     assert mine.parameters != fresh.parameters
     assert mine.results == [[fresh.parameters[0], True, []]] * len(steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), [("llama", "fp8_channel"), ("qwen3_moe", "fp8_channel"), ("llama", "auto")]
+)
+def test_fp8_blocks_of_a_trainer_are_what_a_load_of_them_is(name: str, scheme: str, tmp_path: Path) -> None:
+    """By names of the fp8 format: quantized anew, or, where the model was loaded from blocks, passing through."""
+    old, new = make(name, tmp_path / "old"), make(name, tmp_path / "new", seed=1)
+    blocks = [folder.with_name(f"{folder.name}-blocks") for folder in (old, new)]
+    for folder, written in zip((old, new), blocks, strict=True):
+        octavo.convert(folder, written, "fp8_block", format="fp8", prove=False)
+    first = blocks[0] if scheme == "auto" else old
+    names = list(tensors_of(blocks[1]))
+    assert any(name.endswith("_scale_inv") for name in names)
+    steps = [["update", str(blocks[1]), [order]] for order in (names, names[::-1])]
+    steps.insert(1, ["reload", str(first)])
+    mine, fresh = load(octavo_job(first, scheme, steps), octavo_job(blocks[1], scheme))
+    for answer in (mine, fresh):
+        assert not answer.error, answer.error
+    assert mine.parameters != fresh.parameters
+    updated = [fresh.parameters[0], True, []]
+    assert mine.results == [updated, [mine.parameters[0], True], updated]
