@@ -113,6 +113,23 @@ def _streams(result: Result) -> str:
     return "\n\n".join(parts)
 
 
+#: of `coded_gpu`: kinds of sources, and shapes of experts
+_CODED = {"blocks": "FP8 in blocks", "mxfp4": "MXFP4"}
+_SHAPES = {"deepseek-v3": "DeepSeek-V3, 2048×7168", "qwen3-moe": "Qwen3-30B-A3B, 768×2048"}
+
+
+def _coded(result: Result) -> str:
+    lines = []
+    for kind, named in _CODED.items():
+        for shape, sides in _SHAPES.items():
+            found = result[kind][shape]
+            shares = [f"{row['gb_a_s']:.1f} ({row['over_ring']:.2f})" for way, row in found.items() if way != "ring"]
+            schemes = [way for way in found if way != "ring"]
+            lines.append((f"{named}, experts of {sides}", f"{found['ring']['gb_a_s']:.1f}", *shares))
+    head = ("GB/s", "the ring", *(f"`{scheme}`" for scheme in schemes))
+    return f"{table(head, lines)}\n\n{Sources(result).note()}"
+
+
 def _on_cpu(result: Result) -> str:
     lines = []
     for name, found in result["checkpoints"].items():
@@ -158,6 +175,17 @@ quantizing; *cut*, blocks cut in advance and nothing else. *Launching* is what t
 kernels, its waits for the interpreter's lock included.""",
     ]
     parts += [_streams(result) for result in load("stream_gpu")]
+    parts += [
+        """### Of sources that are quantized already
+
+```sh
+make bench B=coded_gpu ARGS="--folder /dev/shm/octavo-bench"
+```
+
+Experts in FP8 blocks of 128×128 with float32 scales, or in MXFP4, in files in memory; parameters have their memory. GB
+a second of what is stored, the best of some passes, and the share of the ring's, which only reads and copies.""",
+    ]
+    parts += [_coded(result) for result in load("coded_gpu")]
     parts += [
         """## Memory on a CPU
 
