@@ -33,7 +33,7 @@ from ...planning import kinds
 from ...planning.placement import Target
 from ...planning.plan import Plan, check_unquantized, make_plan
 from ...planning.recipe import Recipe
-from ...text import told
+from ...text import some, told
 from .excused import computed, new_heads, unneeded
 from .facts import Fact, facts_of
 
@@ -84,12 +84,15 @@ def plan_model(
     )
     problems += _misfits(model, checkpoint, found)
     needless = unneeded(model, unexpected, checkpoint.tensors)
+    homeless = [name for name in unexpected if name not in needless]
+    fewer = _fewer(homeless, checkpoint.tensors.keys() - unexpected)
     if strict:
-        homeless = [f"{name} {list(checkpoint.tensors[name].shape)}" for name in unexpected if name not in needless]
-        problems += [f"unexpected: the model has no place for {tensor}" for tensor in homeless]
+        problems += [
+            f"unexpected: the model has no place for {name} {list(checkpoint.tensors[name].shape)}" for name in homeless
+        ]
     advice = (
         "Is this the checkpoint of that architecture? octavo.load(..., strict=False) passes over unexpected tensors; "
-        f"missing ones never.{prefix_hint(model, unexpected)}"
+        f"missing ones never.{fewer}{prefix_hint(model, unexpected)}"
     )
     raise_problems(CoverageError, f"{checkpoint.path} into {type(model).__name__}", problems, advice)
 
@@ -106,7 +109,20 @@ def plan_model(
     unused = {name: needless.get(name, "the model has no place for it (strict=False)") for name in unexpected}
     plan = make_plan(checkpoint, targets, recipe, staging_bytes, unused=unused, other_bytes=others, covered=True)
     named = [f"{name} is new: the checkpoint has none. It is initialised, and has to be trained" for name in new]
+    if homeless:
+        named.append(
+            f"passed over, since the model has no place for them: {len(homeless):,} tensors ({some(homeless)}).{fewer}"
+        )
     return replace(plan, remarks=(*plan.remarks, *named))
+
+
+def _fewer(homeless: Collection[str], used: Collection[str]) -> str:
+    """What to say where tensors without a place are called as others are that have one, but for their numbers."""
+    templates = {_NUMBER.sub("*", name) for name in used}
+    cut = sum("*" in (template := _NUMBER.sub("*", name)) and template in templates for name in homeless)
+    if not cut:
+        return ""
+    return f" {cut:,} of these differ from others in a number alone: config.json may have fewer layers than the files."
 
 
 def prefix_hint(model: Any, unexpected: Collection[str]) -> str:

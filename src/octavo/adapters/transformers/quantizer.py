@@ -106,7 +106,13 @@ class OctavoConfig(QuantizationConfigMixin):
                 raise KeyError("weights")
             names = names_in(model, self.weights)
             swap(model, [(names[n], scheme, tuple(parts)) for n, (scheme, parts) in self.weights.items() if n in names])
-        except (KeyError, AttributeError, TypeError, ValueError) as error:
+        except KeyError as error:
+            lacks = "lists no weights" if self.weights is None else f"lists {error.args[0]}, which the model lacks"
+            raise CheckpointError(
+                f"{model.config.name_or_path}/config.json: quantization_config does not fit the model: it {lacks}. Was "
+                "config.json edited, to fewer layers say?"
+            ) from error
+        except (AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{model.config.name_or_path}/config.json: quantization_config does not fit the model: {told(error)}"
             ) from error

@@ -191,7 +191,38 @@ def test_misfits_are_named_on_the_route_through_from_pretrained(llama: Path) -> 
 )
 def test_config_of_another_depth_is_told_by_every_tensor(layers: int, says: str, llama: Path) -> None:
     edit_config(llama, num_hidden_layers=layers)
-    fails(CoverageError, ("9 problems", says), lambda: octavo.load(llama))
+    text = fails(CoverageError, ("9 problems", says), lambda: octavo.load(llama))
+    assert ("9 of these differ from others in a number alone: config.json may have fewer layers" in text) == (
+        layers == 1
+    )
+
+
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_layers_that_a_config_cuts_off_are_told_where_they_are_passed_over(pretrained: bool, llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    edit_config(llama, num_hidden_layers=1)
+    load = AutoModelForCausalLM.from_pretrained
+    config = octavo.OctavoConfig()
+    model = load(llama, quantization_config=config) if pretrained else octavo.load(llama, strict=False)
+    report = model.load_report
+    assert len(report.unused) == 9
+    (note,) = report.notes
+    assert "no place for them: 9 tensors" in note
+    assert "9 of these differ from others in a number alone: config.json may have fewer layers than the files" in note
+    edit_tensors(llama, _pop(*report.unused))
+    assert not octavo.load(llama).load_report.notes
+
+
+def test_layers_of_a_saved_model_that_a_config_cuts_off_are_told(llama: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    octavo.load(llama).save_pretrained(tmp_path / "saved")
+    edit_config(tmp_path / "saved", num_hidden_layers=1)
+    says = r"config.json: quantization_config does not fit the model: it lists model.layers.1."
+    for load in (octavo.load, AutoModelForCausalLM.from_pretrained):
+        text = fails(CheckpointError, says, lambda load=load: load(tmp_path / "saved"))
+        assert "which the model lacks. Was config.json edited, to fewer layers say?" in text
 
 
 def test_strict_false_passes_over_unexpected_tensors_only(llama: Path) -> None:
