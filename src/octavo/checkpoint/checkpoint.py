@@ -20,6 +20,7 @@ from typing import Any
 from ..errors import CheckpointError, MissingExtraError, passes, raise_problems, reading
 from ..text import shown, told
 from .codings import Codings, find_codings
+from .declared import Contradiction
 from .files import conforms, is_there, local_path, read_object
 from .folders import Found, compare_index, find_files
 from .header import MAX_BYTES, MAX_TENSORS, Shard, TensorInfo, read_shard
@@ -177,20 +178,22 @@ class Checkpoint:
         return replace(self, tensors=tensors, config=config, renamed=renamed, left_out=left_out, source=self)
 
     @property
-    def contradictions(self) -> tuple[str, ...]:
+    def contradictions(self) -> tuple[Contradiction, ...]:
         """What config and headers contradict each other about, of weights that are quantized already."""
         return () if self.source else tuple(self._codings[1])
 
     @functools.cached_property
-    def _codings(self) -> tuple[Codings, list[str]]:
+    def _codings(self) -> tuple[Codings, list[Contradiction]]:
         """What is quantized already, and what keeps it from being told."""
-        problems: list[str] = []
+        problems: list[Contradiction] = []
         with reading(self.path):
             shape_of = functools.partial(shape_in, shards=self.shards)
             found = find_codings(self.folder, self.config, self.tensors, problems, shape_of)
             found = with_shapes(found, self.shards, problems)
         problems += (
-            f"{coding.name} is there twice: as it is, and as {coding.codes.name} with its scales"
+            Contradiction(
+                f"{coding.name} is there twice: as it is, and as {coding.codes.name} with its scales", coding.name
+            )
             for coding in found.by_name.values()
             if coding.codes.name != coding.name and coding.name in self.tensors
         )

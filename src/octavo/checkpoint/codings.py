@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .companions import CACHES, Companions, companions, is_alone, of_weight, undecoded
-from .declared import Declared, Way, read_declared
+from .declared import Contradiction, Declared, Way, read_declared
 from .header import TensorInfo
 from .packing import EXPONENTS, FP8, PACK, SCALES, Shape, cells_of, count, fits, words
 from .parts import Parts, Problem, ShapeOf, by_shape, check_global_scale, choose, guess, kinds_of
@@ -115,7 +115,7 @@ def find_codings(
     folder: Path,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
-    problems: list[str],
+    problems: list[Contradiction],
     shape_of: ShapeOf = lambda _: (),
 ) -> Codings:
     """All that is quantized in a checkpoint; nothing where any of it can't be decoded.
@@ -158,7 +158,7 @@ class _Finder:
         self._forms: dict[Any, _Form] = {}
         self.consumed: dict[str, str] = {}
         self.wrong: set[str] = set()  # codes of which there is a problem
-        self.problems: list[str] = []
+        self.problems: list[Contradiction] = []
         self.undecoded: str | None = None  # the first tensor that keeps numbers beside it from being decoded
 
     def codings(self) -> Iterator[Coding]:
@@ -173,7 +173,7 @@ class _Finder:
                 try:
                     coding = self._of(info, module + dot, found)
                 except Problem as problem:
-                    self.problems.append(str(problem))
+                    self.problems.append(Contradiction(str(problem), info.name))
                     self.wrong.add(info.name)
                 else:
                     if coding is not None:
@@ -202,20 +202,22 @@ class _Finder:
         """Find what is left over of a checkpoint that is declared to be quantized, and should not be."""
         for name, info in left.items():
             if self._are_numbers(info):
-                self.problems.append(f"{name} is {info.dtype_name}, and has no scale beside it")
+                self.problems.append(Contradiction(f"{name} is {info.dtype_name}, and has no scale beside it", name))
             elif (
                 name.endswith("_scales") and self._tensors.get(blocks := f"{name.removesuffix('scales')}blocks") is None
             ):
                 if any(way.kind == "e2m1" for way in self._declared.ways):
-                    self.problems.append(f"{name} is the scale of {blocks}, which is not there")
+                    self.problems.append(Contradiction(f"{name} is the scale of {blocks}, which is not there", name))
             elif (weight := of_weight(name)) and (name.rpartition(".")[2].startswith("weight_") or weight in left):
                 other = self._tensors.get(weight)
                 if other is None and f"{weight}_packed" in left:
                     continue  # whose numbers are named
                 held = f"{other.dtype_name}, which has none" if other is not None else "not there"
-                self.problems.append(f"{name} is the scale of {weight}, which is {held}")
+                self.problems.append(Contradiction(f"{name} is the scale of {weight}, which is {held}", name))
             elif name in self._declared.weights and len(info.shape) > 1:
-                self.problems.append(f"{name} is {info.dtype_name}, and {self._declared.where} says it is quantized")
+                self.problems.append(
+                    Contradiction(f"{name} is {info.dtype_name}, and {self._declared.where} says it is quantized", name)
+                )
 
     def _names_by_module(self) -> dict[str, frozenset[str]]:
         found: dict[str, list[str]] = {}

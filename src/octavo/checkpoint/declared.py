@@ -123,7 +123,18 @@ class _Unknown(Exception):
     """What is declared can't be decoded."""
 
 
-def read_declared(folder: Path, config: Mapping[str, Any], problems: list[str]) -> Declared:
+class Contradiction(str):
+    """What a config and headers say otherwise of quantized weights, in words."""
+
+    tensor: str | None  # that it is about; None: all of a config
+
+    def __new__(cls, text: str, tensor: str | None = None) -> Contradiction:
+        found = super().__new__(cls, text)
+        found.tensor = tensor
+        return found
+
+
+def read_declared(folder: Path, config: Mapping[str, Any], problems: list[Contradiction]) -> Declared:
     """What is declared of a checkpoint; problems, where it can't be understood, are appended."""
     places: list[str] = []
     ways: list[Way] = []
@@ -142,7 +153,7 @@ def read_declared(folder: Path, config: Mapping[str, Any], problems: list[str]) 
         except _Unknown as unknown:
             return Declared(where, (), str(unknown))
         except ValueError as error:
-            problems.append(f"{where} says of its quantization: {error}")
+            problems.append(Contradiction(f"{where} says of its quantization: {error}"))
     unique = tuple(dict.fromkeys(ways))
     return Declared(" and ".join(places), unique, of_caches=of_caches, ignored=tuple(dict.fromkeys(ignored)))
 

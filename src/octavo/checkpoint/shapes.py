@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from .codings import Coding, Codings
+from .declared import Contradiction
 from .files import open_regular
 from .header import Shard, TensorInfo
 from .packing import count
@@ -20,7 +21,7 @@ from .packing import count
 _MAX_BYTES = 64
 
 
-def with_shapes(found: Codings, shards: Sequence[Shard], problems: list[str]) -> Codings:
+def with_shapes(found: Codings, shards: Sequence[Shard], problems: list[Contradiction]) -> Codings:
     """The codings with the shapes that are stored; problems are appended where these can't be those of the numbers.
 
     Raises:
@@ -81,7 +82,7 @@ def _cut(run: Sequence[tuple[Coding, int]], raw: bytes) -> Iterator[tuple[Coding
         at += nbytes
 
 
-def _settled(coding: Coding, raw: bytes, problems: list[str]) -> Coding:
+def _settled(coding: Coding, raw: bytes, problems: list[Contradiction]) -> Coding:
     info = coding.shape_info
     assert info is not None
     shape = tuple(_integers(raw, info.dtype_name))
@@ -91,16 +92,13 @@ def _settled(coding: Coding, raw: bytes, problems: list[str]) -> Coding:
     if tuple(lead) == coding.shape[:-1] and count(cols, coding.decoding.pack) == words and cols > 0:
         if count(cols, group) == cells:
             return coding if shape == coding.shape else replace(coding, shape=shape)
-        problems.append(
-            f"{info.name} says {list(shape)}, and {coding.scale.name} holds {cells} groups of {group} columns"
-        )
+        held = f"{coding.scale.name} holds {cells} groups of {group} columns"
+        problems.append(Contradiction(f"{info.name} says {list(shape)}, and {held}", info.name))
         return coding
     if not coding.codes.numel:
         return coding
-    problems.append(
-        f"{info.name} says {list(shape)}, and {coding.codes.name} holds {list(coding.codes.shape)} words of "
-        f"{coding.decoding.pack}"
-    )
+    held = f"{coding.codes.name} holds {list(coding.codes.shape)} words of {coding.decoding.pack}"
+    problems.append(Contradiction(f"{info.name} says {list(shape)}, and {held}", info.name))
     return coding
 
 

@@ -252,7 +252,7 @@ def judge_written(checkpoint: Checkpoint, reader: Reader) -> Judgement:
     scales = {name: scale for name in weights if (scale := found[name]) is not None}
     judgement = _ask(reader, checkpoint, tensors, scales, checkpoint.config)
     wrong = {name: "it has no scale beside it" for name in weights if name in alone}
-    others = tuple(said for said in checkpoint.contradictions if judgement.unproved or said.split()[0] not in wrong)
+    others = tuple(said for said in checkpoint.contradictions if judgement.unproved or said.tensor not in wrong)
     judgement = replace(judgement, contradictions=others)
     return judgement if judgement.unproved else replace(judgement, misread={**judgement.misread, **wrong})
 

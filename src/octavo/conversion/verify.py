@@ -120,17 +120,13 @@ def _strays(made: Checkpoint) -> list[str]:
 
 
 def _contradictions(made: Checkpoint, pairs: Iterable[Pair]) -> list[str]:
-    """Where config.json says otherwise of quantized weights than their headers, all whose bytes may be right.
-
-    A contradiction begins with the tensor that it is about, or is about all of a config.
-    """
+    """Where config.json says otherwise of quantized weights than their headers, all whose bytes may be right."""
     quantized = {module_of(pair.here.name) for pair in pairs if pair.scheme}
 
-    def matters(said: str) -> bool:
-        name = said.split()[0].rstrip(":")
-        return name not in made.stored or name.rpartition(".")[0] in quantized
+    def matters(tensor: str | None) -> bool:
+        return tensor is None or tensor.rpartition(".")[0] in quantized
 
-    return [said for said in made.contradictions if quantized and matters(said)]
+    return [said for said in made.contradictions if quantized and matters(said.tensor)]
 
 
 def _wanted(made: Checkpoint, source: Checkpoint) -> dict[str, tuple[TensorInfo, Piece | None]]:
