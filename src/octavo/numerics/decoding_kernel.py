@@ -84,8 +84,8 @@ def _kernel(
     start = (group * width)[:, None] if APART else tl.zeros((1, 1), tl.int32) + tl.max(group, 0) * width
     stop = tl.minimum(start + width, cols)
     step = tl.arange(0, COLUMNS)[None, :]
-    largest = tl.zeros((LINES,), tl.int32)  # as bits, which are ordered as magnitudes are, and above these what is none
-    wrong = tl.zeros((LINES,), tl.int32)
+    # as bits, which are ordered as magnitudes are, and above these what is none; reduced once, at the end
+    largest = tl.zeros((LINES, COLUMNS), tl.int32)
     if MAKES != 3:  # _CODES
         for at in range(0, width, COLUMNS):
             col = start + at + step
@@ -93,13 +93,13 @@ def _kernel(
             value, none = _decoded(
                 codes_at, scale_at, unit, col, mask, head, col_phase, group_cols, scale_col, KIND, SCALE, GLOBAL
             )
-            wrong = tl.maximum(wrong, tl.max(none, 1))
+            bits = tl.where(none > 0, 0x7FFFFFFF, 0)
             if MAKES == 2:  # _WEIGHTS
                 if OUT == 2:
                     half = value.to(tl.float16)
-                    bits = half.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-                    beyond = (bits == 0x7F800000) & ((value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000)
-                    wrong = tl.maximum(wrong, tl.max((beyond & mask).to(tl.int32), 1))
+                    infinite = (half.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF) == 0x7F800000
+                    finite = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) < 0x7F800000
+                    bits = tl.where(infinite & finite & mask, 0x7FFFFFFF, bits)
                     stored = half
                 elif OUT == 1:
                     stored = _to_bf16(value).to(tl.int16)
@@ -108,13 +108,13 @@ def _kernel(
                 kept = mask & (col >= first) & (col < last)
                 tl.store(out_at + (col - first).to(tl.int64) * out_col, stored, mask=kept)
             else:
-                bits = tl.where(mask, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
-                largest = tl.maximum(largest, tl.max(bits, 1))
+                bits = tl.where(mask, tl.maximum(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, bits), 0)
+            largest = tl.maximum(largest, bits)
     if MAKES < 2:
+        amax = tl.max(largest, 1)
         if BLOCKS:
-            largest = tl.zeros((LINES,), tl.int32) + tl.max(largest, 0)
-        wrong |= (largest >= 0x7F800000).to(tl.int32)
-        amax = largest.to(tl.float32, bitcast=True)
+            amax = tl.zeros((LINES,), tl.int32) + tl.max(amax, 0)
+        amax = amax.to(tl.float32, bitcast=True)
         if MAKES == 0:
             by = tl.div_rn(amax, tl.full((LINES,), 448.0, tl.float32))
             rounded = ((by.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000).to(tl.float32, bitcast=True)
@@ -146,15 +146,14 @@ def _kernel(
             mask = there[:, None] & (col < stop) & (at + step < width)
             byte = tl.load(codes_at + col + head, mask=mask, other=0).to(tl.int32)
             if KIND == 0:  # _E4M3
-                wrong = tl.maximum(wrong, tl.max(((byte & 0x7F) == 0x7F).to(tl.int32), 1))
+                largest = tl.where((byte & 0x7F) == 0x7F, 0x7FFFFFFF, largest)
             if KIND == 1:  # _E5M2
-                wrong = tl.maximum(wrong, tl.max(((byte & 0x7F) >= 0x7C).to(tl.int32), 1))
+                largest = tl.where((byte & 0x7F) >= 0x7C, 0x7FFFFFFF, largest)
             if KIND == 3:  # _RAISED8
                 byte = byte ^ 128
             kept = mask & (col >= first) & (col < last)
             tl.store(out_at + (col - first).to(tl.int64) * out_col, byte.to(tl.uint8), mask=kept)
-    found = tl.max(wrong, 0)
-    tl.store(bad, float("inf"), mask=found > 0)
+    tl.store(bad, float("inf"), mask=tl.max(tl.max(largest, 1), 0) >= 0x7F800000)
 
 
 @triton.jit
