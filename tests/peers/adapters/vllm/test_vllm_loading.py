@@ -74,7 +74,7 @@ def test_views_of_weights_that_are_packed_are_new_after_a_reload(tmp_path: Path)
     assert all(mine.parameters[0][name] != fresh.parameters[0][name] for name in views)
     assert [result[0] for result in mine.results] == [fresh.parameters[0], mine.parameters[0], fresh.parameters[0]]
     left = {name for name, digest in stock.results[0][0].items() if digest == stock.parameters[0][name]}
-    assert left in (views, set())  # 0.24 does not
+    assert left & views in (views, set())  # 0.24 does not; where its kernels pack weights, these are empty and alike
 
 
 def update(name: str, scheme: str, calls: Callable[[list[str]], list[list[str]]], tmp_path: Path) -> tuple[Any, ...]:
