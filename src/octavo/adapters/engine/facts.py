@@ -46,7 +46,6 @@ _SHOWN = (
     torch.device,
     torch.Size,
     PurePath,
-    re.Pattern,
     slice,
     range,
     str,
@@ -58,7 +57,7 @@ _SHOWN = (
 _LISTS = (list, tuple, collections.deque)
 _GROUPS = (*_LISTS, dict, set, frozenset, Mapping)  # asking for a Mapping takes longest
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
-_WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum)
+_WORDS = (*_PLAIN, *_SHOWN, *_FUNCTIONS, Tensor, enum.Enum, re.Pattern)
 #: known by their versions; octavo's files count whether they are imported or not, as threads of it import some
 _BY_VERSION = frozenset({"torch", "triton", "octavo", *sys.stdlib_module_names})
 #: where processes meet, what they call each other, draw and hash: new at every start
@@ -171,6 +170,8 @@ def _word(value: Any) -> str:
         return f"{kind.__qualname__}.{value.name}"
     if isinstance(value, _SHOWN):
         return f"{kind.__qualname__} {value!r}"
+    if isinstance(value, re.Pattern):  # which shows only its beginning
+        return f"{kind.__qualname__} {value.pattern!r} {value.flags}"
     if kind.__module__ == "numpy" and hasattr(value, "tobytes"):
         return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     named = value if isinstance(value, _FUNCTIONS) else kind
@@ -296,11 +297,16 @@ def of_versions() -> str:
     return f"{sys.version} torch {torch.__version__} {torch.version.git_version} octavo {octavo.__version__}"
 
 
+def is_known_by_version(module: str) -> bool:
+    """Return True for a module, by its name, whose code `of_versions` tells, or `octavos`."""
+    return module.partition(".")[0] in _BY_VERSION
+
+
 def imported() -> set[str]:
     """The files of all modules that are imported, but for those that are known by their versions."""
     found = set()
     for name, module in [*sys.modules.items()]:
-        if name.partition(".")[0] not in _BY_VERSION:
+        if not is_known_by_version(name):
             # of some, asking for an attribute imports them
             file = getattr(module, "__dict__", {}).get("__file__")
             if isinstance(file, str):

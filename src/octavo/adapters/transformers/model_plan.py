@@ -342,5 +342,5 @@ def tied_names(model: Any) -> dict[str, set[str]]:
 def kept_in_fp32(model: Any) -> re.Pattern[str] | None:
     """A pattern for the parameters that a model in half precision has in fp32 all the same."""
     dtype_plan = model._get_dtype_plan(model.dtype)
-    patterns = [pattern.replace("*", ".*") for pattern, dtype in dtype_plan.items() if dtype == torch.float32]
+    patterns = sorted(pattern.replace("*", ".*") for pattern, dtype in dtype_plan.items() if dtype == torch.float32)
     return re.compile("|".join(f"(?:{p})" for p in patterns)) if patterns else None

@@ -101,8 +101,8 @@ def _files_of(model: Any, mapping: Any) -> Iterator[str]:
     """
     operations = [operation for entry in mapping for operation in getattr(entry, "operations", ())]
     kinds = {type(each) for each in (*model.modules(), model.config, *mapping, *operations)}
-    for name in {base.__module__ for kind in kinds for base in kind.__mro__} - {"builtins", "typing", "abc"}:
-        if name.partition(".")[0] != "torch":  # which is known by its version
+    for name in {base.__module__ for kind in kinds for base in kind.__mro__}:
+        if not facts.is_known_by_version(name):
             file = getattr(sys.modules.get(name), "__file__", None)
             if file is None or name == "__main__":
                 raise ValueError(f"{name} is in no file that could be compared")
@@ -117,9 +117,10 @@ def _of_model(model: Any) -> Iterator[str]:
     for name, fact in facts_of(model).items():
         yield f"{name} {fact}"
     yield repr(sorted((name, sorted(group)) for name, group in tied_names(model).items()))
-    yield repr([kept_in_fp32(model), *(getattr(model, name, None) for name in _IGNORED)])
+    # some of these are sets, which have another order in each process
+    yield facts.of_settings(kept_in_fp32(model), [getattr(model, name, None) for name in _IGNORED])
     config = {key: value for key, value in model.config.to_dict().items() if key not in _OF_THE_PLACE}
-    yield json.dumps(config, sort_keys=True, default=repr)
+    yield json.dumps(config, sort_keys=True, default=facts.of_settings)
 
 
 # -- entries ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -70,6 +71,30 @@ def test_another_process_uses_it(source: Path) -> None:
     code = "import sys, octavo; print(octavo.load(sys.argv[1]).load_report.notes)"
     octavo.load(source)
     assert REMEMBERED in subprocess.check_output([sys.executable, "-c", code, source], text=True)
+
+
+def _in_two_orders() -> tuple[set[str], set[str]]:
+    """A set, and an equal one in another order, as another process may have it."""
+    for first, second in itertools.combinations(map(str, range(100)), 2):
+        one, other = {first, second}, {second, first}
+        if [*one] != [*other]:
+            return one, other
+    raise AssertionError("no two strings have hashes that collide")
+
+
+@pytest.mark.parametrize("attribute", ["_keys_to_ignore_on_load_unexpected", "_keep_in_fp32_modules_strict"])
+def test_the_order_of_sets_makes_no_other_plan(attribute: str, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, found = transformers.Qwen3MoeForCausalLM, []
+    original = kind.post_init
+    for names in _in_two_orders():
+
+        def post_init(model: Any, names: set[str] = names) -> None:
+            original(model)
+            setattr(model, attribute, names)
+
+        monkeypatch.setattr(kind, "post_init", post_init)
+        found.append(used(octavo.load(source)))
+    assert found == [False, True]
 
 
 def test_device_place_and_staging_are_not_what_a_plan_depends_on(source: Path, tmp_path: Path) -> None:

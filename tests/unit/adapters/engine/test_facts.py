@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import datetime
+import re
 import types
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ def test_where_a_start_meets_others_does_not_matter(monkeypatch: pytest.MonkeyPa
         (collections.deque("ab"), collections.deque("ac")),
         (bytearray(b"a"), bytearray(b"b")),
         (datetime.timedelta(1), datetime.timedelta(2)),
+        (re.compile(f"{'a':>300}b"), re.compile(f"{'a':>300}c")),
+        (re.compile("a"), re.compile("a", re.I)),
     ],
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_in_collections_counts(one: Any, other: Any) -> None:
     assert facts.of_settings(one) != facts.of_settings(other)
