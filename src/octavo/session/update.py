@@ -10,7 +10,6 @@ import contextlib
 import gc
 import itertools
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +103,7 @@ class Update:
         finish = Finisher(self._inventory, self._held, self._ledger, self._report)
         self._intake = Intake(self._held, finish, self._ledger, updating=True, advice=_ONCE)
         self._items = _by_all_names(self._inventory, within)
-        self._names = Names(model, self._items, routes, usual and partial(usual, model.get_submodule(within)))
+        self._names = Names(model, self._items, routes, model.get_submodule(within), usual)
         self._written: dict[str, str] = {}  # tied parameters, by the item's name -> the name by which they came
         self._came = 0
         self._places = _places(model)
@@ -180,16 +179,22 @@ class Update:
 
 
 class Names(Container[str]):
-    """Names of tensors that an update may bring: the checkpoint's, and the model's own. It contains those it uses."""
+    """Names of tensors that an update may bring: the checkpoint's, and the model's own. It contains those it uses.
+
+    Args:
+        home: the model that was loaded, with which routes stay.
+        usual: see `Usual`.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         items: Mapping[str, Item],
         routes: Routes | None,
-        usual: Callable[[], Routes | None] | None,
+        home: nn.Module,
+        usual: Usual | None,
     ) -> None:
-        self.routes, self._usual = routes, usual
+        self.routes, self._home, self._usual = routes, home, usual
         self._used = {*items, *(() if routes is None else routes.pieces)}
         self._known = self._used if routes is None else self._used.union(routes.unused)
         self._prefix = f"{prefix}." if (prefix := getattr(model, "base_model_prefix", "")) else ""
@@ -227,13 +232,15 @@ class Names(Container[str]):
 
     def _learn(self) -> bool:
         """Ask once what other names checkpoints have; True if there are any."""
-        usual, self._usual = None if self._usual is None else self._usual(), None
+        usual, self._usual = None if self._usual is None else self._usual(self._home), None
         if usual is None:
             return False
         before = self.routes or Routes({}, {}, {}, {})
         pieces, shapes = {**usual.pieces, **before.pieces}, {**usual.shapes, **before.shapes}
         self.routes = Routes(pieces, shapes, before.unused, before.decodings)
         self._used, self._known = self._used.union(pieces), self._known.union(pieces)
+        # asking takes a second where experts are many, and the next update will bring the same names
+        vars(self._home)[_ROUTES] = self.routes
         return True
 
     def near(self, name: str) -> str:

@@ -21,6 +21,8 @@ pytest.importorskip("transformers")
 from _models import make_checkpoint
 from transformers import AutoModelForCausalLM
 
+from octavo.adapters.transformers import usual_names
+
 #: with experts as single matrices, as stacks in the model's layout and in the other one, or renamed; and without any
 ARCHITECTURES = ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "phi3"]
 CASES = [
@@ -80,6 +82,17 @@ def test_both_kinds_of_names_may_come_in_one_update(
     trainer = AutoModelForCausalLM.from_pretrained(new, dtype=torch.bfloat16)
     own = {name: tensor for name, tensor in trainer.named_parameters() if "layers.0" in name}
     octavo.update(model, {**own, **{n: t for n, t in tensors_of(new).items() if "layers.0" not in n}})
+    assert differences(model, octavo.load(new, "fp8_channel")) == []
+
+
+def test_where_usual_names_go_is_asked_once_for_a_model(
+    folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = folders["qwen3_moe"]
+    model = saved(old, "fp8_channel", tmp_path)
+    octavo.update(model, tensors_of(old))
+    monkeypatch.delattr(usual_names, "usual_routes")
+    octavo.update(model, tensors_of(new))
     assert differences(model, octavo.load(new, "fp8_channel")) == []
 
 
