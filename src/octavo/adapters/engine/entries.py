@@ -7,10 +7,12 @@ many at most, of so many bytes; those that were used last stay.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
@@ -47,7 +49,7 @@ def read(path: Path) -> dict[str, Any]:
     """
     with open_regular(path) as file:
         status = os.fstat(file.fileno())
-        if hasattr(os, "geteuid") and (status.st_uid != os.geteuid() or status.st_mode & 0o022):
+        if not _is_own(status):
             raise ValueError("others may have written it")
         raw = file.read(_MAX_ENTRY_BYTES)
     checksum, _, text = raw.partition(b"\n")
@@ -68,20 +70,32 @@ def keep(path: Path, content: Mapping[str, Any]) -> None:
     """Write an entry, and remove what is too much.
 
     Raises:
-        OSError: it can't be written.
+        OSError: it can't be written; or it is too large, or in a folder of others, who could lead what is written or
+            removed there elsewhere.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = os.lstat(path.parent)
+    if not (stat.S_ISDIR(status.st_mode) and _is_own(status)):
+        raise PermissionError(errno.EPERM, "it is no folder that this user alone may write to", str(path.parent))
     write(path, content)
     _prune(path.parent)
+
+
+def _is_own(status: os.stat_result) -> bool:
+    """Return True for what this user has made, and nobody else may write to."""
+    return not hasattr(os, "geteuid") or (status.st_uid == os.geteuid() and not status.st_mode & 0o022)
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
     """Write an entry: all of it or nothing, whoever else writes it meanwhile."""
     text = json.dumps(content, separators=(",", ":")).encode()
+    raw = _checksum(path, text) + b"\n" + text
+    if len(raw) > _MAX_ENTRY_BYTES:  # which `read` would find damaged
+        raise OSError(errno.EFBIG, f"a plan of {len(raw):,} bytes is not kept", str(path))
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")  # which only this user may read
     try:
         with open(descriptor, "wb") as file:
-            file.write(_checksum(path, text) + b"\n" + text)
+            file.write(raw)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(OSError):

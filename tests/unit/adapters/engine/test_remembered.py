@@ -504,9 +504,42 @@ def test_a_folder_that_is_none_costs_a_line(source: Path, cache: Path, caplog: p
     assert "the plan can't be remembered" in caplog.text
 
 
+def _open_to_others(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+
+
+def _leading_elsewhere(folder: Path) -> None:
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    folder.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("make", [_open_to_others, _leading_elsewhere])
+def test_nothing_is_written_or_removed_in_a_folder_of_others(
+    make: Any, source: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "_MAX_ENTRIES", 0)
+    make(cache)
+    theirs = cache / ("0" * 64)  # as a cache of downloads calls its files
+    theirs.write_text("")
+    load(source)
+    assert [*cache.iterdir()] == [theirs]
+    assert "no folder that this user alone may write to" in caplog.text
+
+
+def test_a_plan_that_could_not_be_read_again_is_not_kept(
+    source: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "_MAX_ENTRY_BYTES", 100)
+    load(source)
+    assert [*cache.iterdir()] == []
+    assert "bytes is not kept" in caplog.text
+
+
 def test_entries_are_for_this_user_alone_and_few(source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entries, "_MAX_ENTRIES", 2)
-    cache.mkdir(parents=True)
+    cache.mkdir(mode=0o700, parents=True)
     abandoned, folder = cache / f"{'0' * 64}.abandoned", cache / "f"
     abandoned.write_text("")
     folder.mkdir()
