@@ -23,6 +23,7 @@ LAYERS = (
     ("running",),
     ("conversion",),
     ("session",),
+    ("adapters.remembering",),
     ("adapters.engine", "adapters.transformers"),
     ("adapters.sglang", "adapters.vllm"),
     ("readers",),

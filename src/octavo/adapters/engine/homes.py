@@ -12,7 +12,7 @@ from ...numerics import schemes
 from ...numerics.nvfp4 import E4M3, Packed
 from ...planning.placement import Placement
 from ...streaming.sinks import Memory, PackedStorage, Storage, WordStorage
-from .checked import require
+from ..remembering.checked import require
 from .placing import memory_like
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from ...elements.operations import storage_key
-from . import facts
+from ..remembering import facts
 from .survey import Survey
 
 Load = Callable[[Iterable[Any]], Any]

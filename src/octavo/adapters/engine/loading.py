@@ -36,7 +36,7 @@ from ...streaming.meter import Stages, measured
 from ...streaming.sinks import ParameterSink
 from ...streaming.stream import Stream, Tally
 from ...text import human_bytes, printable
-from . import facts
+from ..remembering import facts
 from .experts import matrices_of, settle
 from .filling import check_all_filled, targets_of
 from .layers import LayerPatterns

@@ -22,11 +22,11 @@ from ...conversion.formats import Format
 from ...elements.views import View
 from ...planning.plan import Plan
 from ...streaming.sinks import Memory
-from .checked import natural, naturals, require, texts
+from ..remembering.checked import natural, naturals, require, texts
+from ..remembering.rows import Json, Numbers, Reading, Row, Writing, reach
 from .filling import check_filling, left_to_loader, targets_of
 from .homes import memory_of
 from .placing import Places
-from .rows import Json, Numbers, Reading, Row, Writing, reach
 from .survey import Survey
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...checkpoint.files import conforms
-from . import entries, facts
+from ..remembering import entries, facts
 from .left import Calls, Left, Load, digest_of
 from .record import Record
 from .survey import Survey

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..engine import facts
+from ..remembering import facts
 
 #: what computes it
 METHOD = "post_load_weights"

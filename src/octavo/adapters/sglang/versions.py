@@ -105,7 +105,7 @@ def facts_of(model_config: Any, load_config: Any) -> str:
     """Words for all of SGLang that a survey depends on, but for its code."""
     from sglang.srt.distributed import parallel_state
 
-    from ..engine import facts
+    from ..remembering import facts
 
     # since 0.5.2x the former only raises
     module = "runtime_context" if importlib.util.find_spec("sglang.srt.runtime_context") else "server_args"

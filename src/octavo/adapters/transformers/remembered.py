@@ -27,9 +27,9 @@ from ...planning.budget import check_options
 from ...planning.placement import Placement
 from ...planning.plan import Plan
 from ...planning.recipe import Recipe
-from ..engine import entries, facts
-from ..engine.checked import natural, require, text, texts
-from ..engine.rows import Reading, Writing
+from ..remembering import entries, facts
+from ..remembering.checked import natural, require, text, texts
+from ..remembering.rows import Reading, Writing
 from .facts import facts_of
 from .model_plan import conversions_of, kept_in_fp32, plan_model, tied_names
 from .versions import warn_of_newer

@@ -50,7 +50,7 @@ def facts_of(vllm_config: Any, model_config: Any, prefix: str) -> str:
     """Words for all of vLLM that a survey depends on, but for its code."""
     from vllm.distributed import parallel_state
 
-    from ..engine import facts
+    from ..remembering import facts
 
     places = facts.places(parallel_state)
     settings = facts.of_settings(vllm.__version__, vllm_config, model_config, prefix, places)

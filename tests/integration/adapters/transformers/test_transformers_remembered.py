@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import octavo
 from helpers.models import differences
-from octavo.adapters.engine import entries
+from octavo.adapters.remembering import entries
 from octavo.adapters.transformers import remembered
 from octavo.adapters.transformers.remembered import REMEMBERED
 from octavo.errors import CoverageError, DeviceError, RecipeError

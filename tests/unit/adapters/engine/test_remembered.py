@@ -17,8 +17,9 @@ from torch import nn
 
 from helpers import random_weights, same_bytes, write_checkpoint
 from helpers.vllm_toys import Toy
-from octavo.adapters.engine import entries, facts, options
+from octavo.adapters.engine import options
 from octavo.adapters.engine.loading import Loading
+from octavo.adapters.remembering import entries, facts
 from octavo.checkpoint.checkpoint import Checkpoint
 from octavo.conversion import formats
 from octavo.streaming.meter import Stages

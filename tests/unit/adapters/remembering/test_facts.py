@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from octavo.adapters.engine import facts
+from octavo.adapters.remembering import facts
 
 
 def test_where_a_start_meets_others_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What the survey of a model depends on, in words that are the same in every process in which it is the same.
+"""What a plan depends on, in words that are the same in every process in which it is the same.
 
     checkpoint    headers, json files, shapes that come from elsewhere
     code          files of all modules that are imported, by path, size and times; Python's own and torch's by version
