@@ -49,7 +49,7 @@ class Arrivals(arrivals.Arrivals[_Layer]):
     def __init__(self, model: nn.Module, fillers: Fillers, forms: Forms) -> None:
         super().__init__(model, [_Layer(name, forms[name], mine) for name, mine in fillers.items()])
         self._lost: set[_Layer] = set()  # layers whose memory holds nothing, until they have come whole
-        self._sent: set[str] = set()  # what has come since the update began, as far as that is known
+        self._sent: dict[str, str | None] = {}  # what has come since the update began, as far as known -> its version
         self.version: str | None = None  # of the weights that a call brings; not all trainers say it
         self._again = ""  # the first tensor that came again, so that another update must have begun
 
@@ -59,16 +59,20 @@ class Arrivals(arrivals.Arrivals[_Layer]):
         self._lost.update(self.layers)
 
     def add(self, name: str) -> None:
-        if name in self._sent:
+        if name in self._sent and not self._is_new(self._sent[name]):
             self._begin_another(name)
-        self._sent.add(name)
+        self._sent[name] = self.version
         for layer in self.layers_of(name):
-            if layer.came and None not in (layer.version, self.version) and layer.version != self.version:
+            if layer.came and self._is_new(layer.version):
                 layer.leave_as_it_was()  # of an update that broke off
             if not layer.came:
                 layer.begin()
                 layer.version = self.version
             layer.came.add(name)
+
+    def _is_new(self, before: str | None) -> bool:
+        """Return True where a call is known to bring another version than what has come before."""
+        return None not in (before, self.version) and before != self.version
 
     def is_written_at_once(self, name: str) -> bool:
         """Return True for a tensor that a loader puts into a layer which does not wait for others, or anywhere."""
