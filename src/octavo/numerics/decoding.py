@@ -258,7 +258,8 @@ def kernel(device: torch.device) -> Any:
         codes, scale = torch.zeros((1, 16), dtype=FP8, device=device), torch.ones((1, 1), device=device)
         out, found = torch.empty_like(codes), torch.zeros((2, 1), device=device)
         source = Source(codes, scale, None, Decoding("float8", 1, None), (0, 0), 0, 16)
-        decoding_kernel.quantize_into(out, found[:1], source, (1, None), found[1], lossless=False, window=None)
+        for _ in range(2):  # the second launch goes past what Triton promises to keep
+            decoding_kernel.quantize_into(out, found[:1], source, (1, None), found[1], lossless=False, window=None)
         return decoding_kernel
 
     return compiling.tried(attempt, "codes are decoded by torch's operations")
