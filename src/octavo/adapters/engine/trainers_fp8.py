@@ -20,6 +20,7 @@ from ...elements.pieces import whole
 from ...planning.placement import Placement
 from ...session.coded import Came, Coded
 from ...session.quantize.storage import QuantizedStorage
+from .cuts import unpacked
 
 _SUFFIXES = ("_scale_inv", "_scale")
 
@@ -40,6 +41,7 @@ class TrainersFp8:
     limit_bytes: int
     _numbers: dict[str, Tensor] = field(default_factory=dict)
     _scales: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # weight -> the scale's name, and itself
+    _converted: set[str] = field(default_factory=set)  # weights whose numbers have come as conversions have them
 
     def joined(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of an update, without FP8 in a form that the model's loader does not take.
@@ -69,6 +71,7 @@ class TrainersFp8:
                     self._scales[weight] = name, self._held(tensor)
             else:
                 yield name, tensor
+                yield from self._released_by(name)
         yield from self._numbers.items()
         yield from self._scales.values()
 
@@ -83,16 +86,26 @@ class TrainersFp8:
             held -= self._numbers[name].nbytes
             yield name, self._numbers.pop(name)
 
+    def _released_by(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The scale that has waited for numbers as conversions have them: a layer is whole by it."""
+        placement = self.placements.get(weight := unpacked(name))
+        if placement is not None and placement.scheme is not None and name == self.layout.weight_name(placement):
+            self._converted.add(weight)
+            if weight in self._scales:
+                yield self._scales.pop(weight)
+
     def _is_converted(self, placement: Placement, numbers: Tensor | None, name: str, scale: Tensor) -> bool:
         """Return True for a scale as a conversion has it, and numbers, if they have come, that it is of."""
         if placement.scheme is None or name != self.layout.scale_name(placement.name):
             return False
-        if numbers is not None and (
-            numbers.dtype != placement.dtype or self.layout.weight_name(placement) != placement.name
-        ):
-            return False
+        if numbers is None:
+            # scales of int8 look as those of FP8 do: which they are, only the numbers tell
+            alone = placement.rule.packed or dtypes.NAMES[placement.dtype] in FP8
+            told = alone or placement.name in self._converted
+        else:
+            told = numbers.dtype == placement.dtype and self.layout.weight_name(placement) == placement.name
         _, shape = self.layout.scale_type(placement)
-        return tuple(scale.shape) == shape
+        return told and tuple(scale.shape) == shape
 
     def _made(self, name: str, numbers: Tensor, scale_name: str, scale: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A weight as the model's loader takes it, or what it stands for."""

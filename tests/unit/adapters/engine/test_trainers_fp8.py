@@ -26,7 +26,7 @@ def joiner(folder: Path, scheme: str, **options: Any) -> TrainersFp8:
     tensors = {NAME: VALUES.bfloat16(), "other.weight": VALUES.bfloat16()}
     plan = plan_checkpoint(Checkpoint.open(write_checkpoint(folder, tensors)), Recipe(scheme))
     placements = {placement.name: placement for placement in plan.placements}
-    return TrainersFp8(placements, LAYOUT, **{"copied": False, "limit_bytes": 1 << 30, **options})
+    return TrainersFp8(placements, **{"layout": LAYOUT, "copied": False, "limit_bytes": 1 << 30, **options})
 
 
 def in_blocks() -> tuple[Tensor, Tensor, Tensor]:
@@ -46,6 +46,34 @@ def test_blocks_are_what_they_stand_for_where_the_model_holds_something_else(
     (found,) = joiner(tmp_path, scheme).joined(sent[::-1] if backwards else sent)
     assert found[0] == NAME
     assert same_bytes(found[1], values)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("layout", ["compressed-tensors", "compressed-tensors-w8a8"])
+def test_rows_that_are_called_as_conversions_have_them_are_known_by_their_numbers(
+    layout: str, backwards: bool, tmp_path: Path
+) -> None:
+    """A scale of int8 has the name and the shape of one of FP8."""
+    codes, scale = schemes.quantize(VALUES, "fp8_channel")
+    joins = joiner(tmp_path, "int8_channel", layout=formats.get(layout))
+    sent = [(NAME, codes), (f"{NAME}_scale", scale)]
+    (found,) = joins.joined(sent[::-1] if backwards else sent)
+    assert found[0] == NAME
+    assert same_bytes(found[1], codes.float() * scale)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("layout", ["compressed-tensors", "compressed-tensors-w8a8"])
+def test_int8_of_conversions_is_handed_on_as_soon_as_both_are_there(
+    layout: str, backwards: bool, tmp_path: Path
+) -> None:
+    """What waited for the end of a call would keep every layer of an engine open until then."""
+    joins = joiner(tmp_path, "int8_channel", layout=formats.get(layout))
+    placement = joins.placements[NAME]
+    numbers, scale = (NAME + "_packed" * joins.layout.packs(placement.scheme), VALUES.to(torch.int8)), VALUES[:, :1]
+    sent = [numbers, (f"{NAME}_scale", scale)]
+    found = [name for name, _ in joins.joined([*(sent[::-1] if backwards else sent), ("x", VALUES)])]
+    assert found == [numbers[0], f"{NAME}_scale", "x"]
 
 
 @pytest.mark.parametrize("suffix", ["_scale_inv", "_scale"])
