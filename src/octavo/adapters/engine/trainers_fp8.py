@@ -17,6 +17,7 @@ from ...checkpoint.companions import of_weight
 from ...checkpoint.packing import FP8
 from ...conversion.formats import Format
 from ...elements.pieces import whole
+from ...errors import CoverageError
 from ...planning.placement import Placement
 from ...session.coded import Came, Coded
 from ...session.quantize.storage import QuantizedStorage
@@ -47,7 +48,7 @@ class TrainersFp8:
         """The tensors of an update, without FP8 in a form that the model's loader does not take.
 
         Raises:
-            CoverageError: numbers and scales that don't fit together, or a scale that is none.
+            CoverageError: numbers and scales that don't fit together, two scales of a weight, or one that is none.
         """
         for name, tensor in weights:
             weight = of_weight(name) or ""
@@ -67,6 +68,8 @@ class TrainersFp8:
                     yield name, tensor
                 elif numbers is not None:
                     yield from self._made(weight, numbers, name, tensor)
+                elif weight in self._scales:
+                    raise CoverageError(f"{weight} has two scales: {self._scales[weight][0]} and {name}. Send one")
                 else:
                     self._scales[weight] = name, self._held(tensor)
             else:

@@ -132,3 +132,10 @@ def test_scales_that_fit_nothing_are_refused_by_name(tmp_path: Path) -> None:
     codes, scale, _ = in_blocks()
     with pytest.raises(CoverageError, match=rf"{NAME}_scale_inv is \[3, 3\]"):
         list(joiner(tmp_path, "fp8_channel").joined([(NAME, codes), (f"{NAME}_scale_inv", scale.new_ones(3, 3))]))
+
+
+def test_two_scales_of_a_weight_are_refused_by_name(tmp_path: Path) -> None:
+    _, scale, _ = in_blocks()
+    sent = [(f"{NAME}_scale_inv", scale), (f"{NAME}_scale", scale)]
+    with pytest.raises(CoverageError, match=f"{NAME} has two scales: {NAME}_scale_inv and {NAME}_scale"):
+        list(joiner(tmp_path, "fp8_channel").joined(sent))
