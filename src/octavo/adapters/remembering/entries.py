@@ -51,6 +51,8 @@ def read(path: Path) -> dict[str, Any]:
         status = os.fstat(file.fileno())
         if not _is_own(status):
             raise ValueError("others may have written it")
+        if status.st_size > _MAX_ENTRY_BYTES:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than are ever written")
         raw = file.read(_MAX_ENTRY_BYTES)
     checksum, _, text = raw.partition(b"\n")
     if _checksum(path, text) != checksum:
