@@ -32,6 +32,7 @@ from ...running import modules
 from ...streaming.meter import Stages
 from ...text import shown, told
 from .devices import Sizes, is_automatic, placed, spread
+from .model_plan import conversions_of
 from .remembered import REMEMBERED, plan_once
 from .saved import check_files, names_in
 from .skeleton import compute_buffers
@@ -209,6 +210,7 @@ class OctavoQuantizer(HfQuantizer):
         self.renamed: Mapping[str, str] = {}  # `Checkpoint.renamed`
         self.streamed: set[str] = set()  # parameters and scales that the stream has filled, until they are handed out
         self._notes: tuple[str, ...] = ()  # for the report
+        self._sources: tuple[str, ...] = ()  # names of the tensors that are streamed
         self._waiting: _Waiting | None = None  # for transformers to decide about devices
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -259,7 +261,7 @@ class OctavoQuantizer(HfQuantizer):
         stages = Stages()
         with stages("plan"):
             checkpoint = Checkpoint.open_chosen([Path(file) for file in checkpoint_files]).decoded()
-            self.renamed = checkpoint.renamed
+            self.renamed, self._sources = checkpoint.renamed, tuple(checkpoint.tensors)
             staging_bytes = config.staging_bytes
             plan, remembered = plan_once(
                 model, checkpoint, config.recipe, "cpu", staging_bytes, strict=False, heads=True
@@ -285,6 +287,7 @@ class OctavoQuantizer(HfQuantizer):
         """Put a stand-in in the place of each converter, and one at the end for tensors that no converter takes."""
         if self.pre_quantized:
             return weight_conversions
+        self._refuse_key_mapping(weight_conversions, model)
         stand_ins = []
         for entry in weight_conversions:
             if isinstance(entry, WeightConverter):
@@ -296,6 +299,19 @@ class OctavoQuantizer(HfQuantizer):
                 stand_ins.append(entry)
         unwrapped = [_Unwrapped.of(self.renamed)] if self.renamed else []
         return [*unwrapped, *stand_ins, _StreamedConverter([r"^(.+)$"], [r"\1"], [Chunk()])]
+
+    def _refuse_key_mapping(self, weight_conversions: list[Any], model: Any) -> None:
+        """Raise where ``key_mapping`` renames a tensor, which transformers tells only when all have been streamed.
+
+        Its entries stand before those that the model has of itself.
+        """
+        asked = weight_conversions[: len(weight_conversions) - len(conversions_of(model))]
+        for entry, name in itertools.product(asked, self._sources):
+            if (renamed := entry.rename_source_key(name)[0]) != name:
+                raise RecipeError(
+                    f"OctavoConfig does not take key_mapping, by which {name} would be {renamed}: names are those of "
+                    "the files, and the model's own mapping. Rename the tensors in the files"
+                )
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Set right what transformers has computed of FP8 layers, and finish."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from _models import ARCHITECTURES, Checkpoints, by_architecture, by_case, by_scheme, logits
 from transformers import AutoModelForCausalLM
@@ -12,6 +14,7 @@ import octavo
 from helpers import same_bytes
 from helpers.folders import split_shards, tensors_of
 from helpers.models import differences
+from octavo.errors import RecipeError
 from octavo.running.modules import quantized_weights, scale_name
 
 # -- saving and loading again -----------------------------------------------------------------------------------------
@@ -131,3 +134,16 @@ def test_shards_without_an_index_load_when_their_numbers_are_complete(checkpoint
     folder = split_shards(checkpoints.folder("llama"), tmp_path, lambda name: len(name) % 2, 2)
     (folder / "model.safetensors.index.json").unlink()
     assert differences(octavo.load(folder), checkpoints.load("llama", "fp8_channel")) == []
+
+
+@pytest.mark.parametrize("device_map", [None, "auto"])
+def test_a_mapping_of_names_that_would_be_passed_over_is_refused(
+    checkpoints: Checkpoints, device_map: str | None
+) -> None:
+    def load(key_mapping: dict[str, str] | None) -> Any:
+        how = {"quantization_config": octavo.OctavoConfig(), "key_mapping": key_mapping, "device_map": device_map}
+        return AutoModelForCausalLM.from_pretrained(checkpoints.folder("llama"), **how)
+
+    with pytest.raises(RecipeError, match=r"key_mapping, by which (\S+)k_proj.weight would be \1v_proj.weight"):
+        load({"k_proj": "v_proj", "v_proj": "k_proj"})
+    assert differences(load({"no such": "name"}), load(None)) == []
