@@ -142,8 +142,8 @@ def _keep(path: Path, plan: Plan, model: Any, checkpoint: Checkpoint, device: st
             "remarks": plan.remarks[len(checkpoint.notes) :],
         }
         entries.keep(path, entry)
-    except (OSError, RuntimeError, ValueError) as error:
-        _log.info("the plan can't be remembered: %s", error)
+    except Exception as error:  # whatever it is, the plan itself is whole
+        _log.info("the plan can't be remembered: %s: %s", type(error).__name__, error)
 
 
 def _recall(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +301,21 @@ def test_a_folder_that_cant_be_used_does_no_harm(spoil: Any, source: Path, cache
     spoil(cache.parent)
     for _ in range(2):
         assert not used(octavo.load(source))
+
+
+def test_what_cant_be_written_down_is_planned_each_time(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = remembered.plan_model
+
+    def with_odd_remarks(*args: Any, **options: Any) -> Any:
+        return replace(original(*args, **options), remarks=(object(),))
+
+    monkeypatch.setattr(remembered, "plan_model", with_odd_remarks)
+    caplog.set_level(logging.INFO)
+    assert not used(octavo.load(source))
+    assert not cache.exists() or not [*cache.iterdir()]
+    assert "the plan can't be remembered: TypeError" in caplog.text
 
 
 def test_a_user_without_a_home_loads_all_the_same(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
