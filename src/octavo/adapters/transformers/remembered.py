@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from transformers.core_model_loading import rename_source_key
 
 from ...checkpoint.checkpoint import Checkpoint
 from ...planning.budget import check_options
@@ -101,7 +102,8 @@ def _files_of(model: Any, mapping: Any) -> Iterator[str]:
     """
     operations = [operation for entry in mapping for operation in getattr(entry, "operations", ())]
     kinds = {type(each) for each in (*model.modules(), model.config, *mapping, *operations)}
-    for name in {base.__module__ for kind in kinds for base in kind.__mro__}:
+    # without any mapping, names are still compared by transformers
+    for name in {base.__module__ for kind in kinds for base in kind.__mro__} | {rename_source_key.__module__}:
         if not facts.is_known_by_version(name):
             file = getattr(sys.modules.get(name), "__file__", None)
             if file is None or name == "__main__":

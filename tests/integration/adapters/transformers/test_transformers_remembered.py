@@ -206,6 +206,12 @@ def test_options_make_another_plan(options: Any, source: Path) -> None:
     assert differences(first, second) == []
 
 
+def test_code_that_compares_names_counts_where_there_is_no_mapping(source: Path) -> None:
+    from transformers import core_model_loading
+
+    assert core_model_loading.__file__ in {*remembered._files_of(octavo.load(source), [])}
+
+
 def test_code_in_no_file_is_asked_each_time(source: Path, cache: Path) -> None:
     base = transformers.Qwen3MoeForCausalLM
     scope: dict[str, Any] = {"base": base, "__name__": "in_no_file"}
