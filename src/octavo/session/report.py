@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 from ..elements.boxes import Box
-from ..text import human_bytes, pattern, printable, table_text
+from ..text import human_bytes, pattern, printable, some, table_text
 
 
 class Event(NamedTuple):
@@ -87,8 +87,11 @@ class LayerwiseReport:
             f"loaded {human_bytes(self.loaded_bytes)}, final {human_bytes(self.final_bytes)}, peak "
             f"{human_bytes(self.peak_bytes)}; finishing took {self.finish_s:.2f} of {self.total_s:.2f} s"
         )
-        notes = [printable(f"note: {note}") for note in self.notes]
-        return "\n".join([table_text("layers", columns, rows), total, *notes])
+        told = [f"updated {len(self.updated):,} layer{'s' * (len(self.updated) != 1)}: {some(self.updated)}"]
+        told = told if self.updated else []  # which is all that there is of an update of parts of layers
+        told += [f"waiting for the next call: {some(self.waiting)}"] if self.waiting else []
+        told += [f"note: {note}" for note in self.notes]
+        return "\n".join([table_text("layers", columns, rows), total, *map(printable, told)])
 
     def __str__(self) -> str:
         return self.table()

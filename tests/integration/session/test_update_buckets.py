@@ -220,3 +220,13 @@ def test_what_peft_has_not_trained_has_to_be_dropped(plain: Path) -> None:
         UpdateError, match=f"{name} is what peft keeps .* has not been trained. .* what counts is {instead}"
     ):
         octavo.update(octavo.load(plain), {name: torch.ones(4, 256)})
+
+
+def test_the_report_when_printed_says_what_is_new_and_what_waits(plain: Path) -> None:
+    model, stored = octavo.load(plain), fine_grained(new_of(plain))
+    report = octavo.update(model, [(UP, stored[UP]), (DOWN, stored[DOWN])], more=True)
+    assert f"waiting for the next call: {UP} and {DOWN}" in str(report)
+    report = octavo.update(model, [(f"{name}_scale_inv", stored[f"{name}_scale_inv"]) for name in (UP, DOWN)])
+    up, down = (name.removesuffix(".weight") for name in (UP, DOWN))
+    assert f"updated 2 layers: {up} and {down}" in str(report).replace(f"{down} and {up}", f"{up} and {down}")
+    assert "waiting" not in str(report)
