@@ -92,13 +92,14 @@ def _settled(coding: Coding, raw: bytes, problems: list[Contradiction]) -> Codin
     if tuple(lead) == coding.shape[:-1] and count(cols, coding.decoding.pack) == words and cols > 0:
         if count(cols, group) == cells:
             return coding if shape == coding.shape else replace(coding, shape=shape)
-        held = f"{coding.scale.name} holds {cells} groups of {group} columns"
-        problems.append(Contradiction(f"{info.name} says {list(shape)}, and {held}", info.name))
+        told = f"{info.name} says {list(shape)}, and {coding.scale.name} holds {cells} groups of {group} columns"
+        problems.append(Contradiction(told, info.name))
         return coding
     if not coding.codes.numel:
         return coding
-    held = f"{coding.codes.name} holds {list(coding.codes.shape)} words of {coding.decoding.pack}"
-    problems.append(Contradiction(f"{info.name} says {list(shape)}, and {held}", info.name))
+    codes, pack = coding.codes, coding.decoding.pack
+    told = f"{info.name} says {list(shape)}, and {codes.name} holds {list(codes.shape)} words of {pack}"
+    problems.append(Contradiction(told, info.name))
     return coding
 
 
