@@ -110,11 +110,11 @@ class Memory:
 
     def keep(self, entry: Entry) -> None:
         """Keep what a load has shown; what goes wrong is only told."""
-        entry = dataclasses.replace(entry, imported=_listed(facts.states(facts.imported() - self._imported)))
         try:
+            entry = dataclasses.replace(entry, imported=_listed(facts.states(facts.imported() - self._imported)))
             entries.keep(self._path, vars(entry))
-        except (OSError, RuntimeError) as error:
-            self._log.info("octavo: the plan can't be remembered: %s", error)
+        except Exception as error:  # whatever it is, the model is loaded
+            self._log.info("octavo: the plan can't be remembered: %s: %s", type(error).__name__, error)
 
 
 def _listed(files: facts.Files) -> dict[str, Any]:

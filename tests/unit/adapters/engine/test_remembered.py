@@ -505,6 +505,15 @@ def test_a_folder_that_is_none_costs_a_line(source: Path, cache: Path, caplog: p
     assert "the plan can't be remembered" in caplog.text
 
 
+def test_what_cant_be_written_down_fails_no_load(
+    source: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Loading, "_config_of", lambda *_: {"of its own": object()})
+    assert load(source).has_loaded
+    assert [*cache.iterdir()] == []
+    assert "the plan can't be remembered: TypeError" in caplog.text
+
+
 def _open_to_others(folder: Path) -> None:
     folder.mkdir(parents=True)
     folder.chmod(0o777)
