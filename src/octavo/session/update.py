@@ -103,7 +103,7 @@ class Update:
         finish = Finisher(self._inventory, self._held, self._ledger, self._report)
         self._intake = Intake(self._held, finish, self._ledger, updating=True, advice=_ONCE)
         self._items = _by_all_names(self._inventory, within)
-        self._names = Names(model, self._items, routes, model.get_submodule(within), usual)
+        self._names = Names(model, self._items, routes, model.get_submodule(within), usual, within)
         self._written: dict[str, str] = {}  # tied parameters, by the item's name -> the name by which they came
         self._came = 0
         self._places = _places(model)
@@ -184,6 +184,7 @@ class Names(Container[str]):
     Args:
         home: the model that was loaded, with which routes stay.
         usual: see `Usual`.
+        within: the name of that model within this one.
     """
 
     def __init__(
@@ -193,7 +194,9 @@ class Names(Container[str]):
         routes: Routes | None,
         home: nn.Module,
         usual: Usual | None,
+        within: str = "",
     ) -> None:
+        self._outer = f"{within}." if within else ""
         self.routes, self._home, self._usual = routes, home, usual
         self._used = {*items, *(() if routes is None else routes.pieces)}
         self._known = self._used if routes is None else self._used.union(routes.unused)
@@ -224,7 +227,7 @@ class Names(Container[str]):
         return name
 
     def _plain(self, name: str) -> str | None:
-        for plain in plain_names(name):
+        for plain in itertools.chain(plain_names(name), plain_names(name.removeprefix(self._outer))):
             for found in (plain, plain.removeprefix(self._prefix), self._prefix + plain):
                 if found in self._known or of_weight(found) in self._known:
                     return found

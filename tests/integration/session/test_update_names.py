@@ -120,3 +120,14 @@ def test_one_expert_may_come_and_half_a_scale_group_may_not(folders: Any, tmp_pa
         octavo.update(model, {"model.layers.1.mlp.experts.6.up_proj.weight": sent[f"{expert}.up_proj.weight"]})
     with pytest.raises(UpdateError, match=rf"{expert}\.up_proj\.weight is \[3, 3\]; it was \[48, 64\]"):
         octavo.update(model, {f"{expert}.up_proj.weight": torch.ones(3, 3)})
+
+
+@pytest.mark.parametrize("load", [octavo.load, saved])
+def test_names_of_checkpoints_may_be_those_within_another_model(
+    load: Any, folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    old, new = folders["qwen3_moe"]
+    more = (tmp_path / "saved",) if load is saved else ()
+    model = torch.nn.ModuleDict({"policy": load(old, "fp8_channel", *more)})
+    octavo.update(model, {f"policy.{name}": tensor for name, tensor in tensors_of(new).items()})
+    assert differences(model["policy"], octavo.load(new, "fp8_channel")) == []
