@@ -28,7 +28,8 @@ torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
-USERS_CACHE = cache_root()
+# workers of xdist inherit what the first process has set
+USERS_CACHE = Path(os.environ.setdefault("OCTAVO_TESTS_USERS_CACHE", str(cache_root())))
 # a test plans anew, unless it says otherwise, and keeps nothing in the user's folder; so it is in processes of tests
 os.environ["OCTAVO_CACHE"] = os.devnull
 # an assert in a shared helper tells what it compared, as one in a test does

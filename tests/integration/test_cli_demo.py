@@ -72,6 +72,18 @@ def test_unquantized_it_answers_as_bf16_does(run: Run) -> None:
     assert found["comparison"]["kl"] == 0
 
 
+def test_without_a_folder_to_keep_its_model_in_it_says_what_to_do(run: Run) -> None:
+    """Plans are switched off by such a folder."""
+    pytest.importorskip("gguf")
+    assert os.environ["OCTAVO_CACHE"] == os.devnull
+    ended = run("demo")
+    assert ended.code != 0
+    assert (
+        "/dev/null: no folder, so that the demo's model (269 MB) has no place. Set OCTAVO_CACHE"
+        in ended.err.replace("\n", " ")
+    )
+
+
 # -- with the real one ------------------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,13 @@ def prepare(cache_dir: Path | None = None, progress: Callable[[str], None] | Non
         return folder
     if not all(importlib.util.find_spec(name) for name in ("gguf", "tokenizers", "transformers")):
         raise MissingExtraError("demo", "preparing the demo model")
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):  # /dev/null, by which plans are switched off
+        raise OctavoError(
+            f"{cache}: no folder, so that the demo's model (269 MB) has no place. Set OCTAVO_CACHE to a folder, or "
+            "unset it."
+        ) from None
     # Beside the final place, so that the last step is a rename within one file system. Ctrl-C removes it too;
     # ignoring errors serves Windows, where the still mapped GGUF file cannot be deleted.
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=cache, ignore_cleanup_errors=True) as name:

@@ -33,9 +33,9 @@ Finish = Callable[[nn.Module], None]
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
+def folder(users_cache: Path) -> Path:
     try:
-        return demo_model.prepare()
+        return demo_model.prepare(users_cache)
     except (MissingExtraError, OctavoError) as error:
         pytest.skip(f"the demo model can't be had: {error}")
 

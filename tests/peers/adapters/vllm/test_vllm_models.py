@@ -112,9 +112,9 @@ def test_ignored_tensors_stay_and_a_fused_layer_stays_whole(tmp_path: Path) -> N
     assert not refused.parameters
 
 
-def test_a_real_small_model_equals_its_conversion(tmp_path: Path) -> None:
+def test_a_real_small_model_equals_its_conversion(tmp_path: Path, users_cache: Path) -> None:
     pytest.importorskip("gguf")
-    folder = demo_model.prepare()
+    folder = demo_model.prepare(users_cache)
     octavo.convert(folder, tmp_path / "fp8", "fp8_channel")
     mine, stock = run(octavo_job(folder), Job(tmp_path / "fp8"), timeout=600)
     assert_equal(mine, stock)
