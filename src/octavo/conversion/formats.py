@@ -55,6 +55,8 @@ from .ignoring import ignore_patterns
 NAMES = tuple(choices.FORMATS)
 #: how a stack of gate and up is called -> the number of a naming; vLLM 0.32 was asked
 _KNOWN = {".experts.gate_up_proj": 0, "moe.input_linear": 0, ".experts.fc1": 1}
+#: schemes of such numbers
+_INT8 = frozenset(name for name in choices.SCHEMES if schemes.get(name).dtype == torch.int8)
 #: why a stack of experts is kept, unless it is cut into matrices
 STACK = "expert stack: stock readers take no quantized 3-D tensors"
 
@@ -92,7 +94,7 @@ class Format:
 
     def packs(self, scheme: str | None) -> bool:
         """Return True if weights of a scheme are written as `packing` says."""
-        return self.name == choices.DEFAULT_FORMAT and scheme is not None and _is_int8(scheme)
+        return self.name == choices.DEFAULT_FORMAT and scheme in _INT8
 
     def numbers_each(self, scheme: str | None) -> int:
         """How many numbers of a weight are one of the tensor that it is written as."""
@@ -284,11 +286,6 @@ def has_groups(scheme: str | None) -> bool:
     return scheme is not None and schemes.get(scheme).packed
 
 
-@functools.cache  # of every weight it is asked more than once
-def _is_int8(scheme: str) -> bool:
-    return schemes.get(scheme).dtype == torch.int8
-
-
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -382,10 +379,8 @@ def scheme_by_scale(shape: Sequence[int], scale: TensorInfo, dtype: torch.dtype 
                 return scheme
             continue
         bits = scale.dtype_name in ("U8", "F8_E8M0")
-        if (
-            scale.shape in (scheme.scale_shape(shape), scheme.scale_shape(shape) or (1,))
-            and bits == scheme.power_of_two
-        ):
+        wanted = scheme.scale_shape(shape)
+        if scale.shape in (wanted, wanted or (1,)) and bits == scheme.power_of_two:
             return scheme
     return None
 
@@ -394,9 +389,7 @@ def recognize(checkpoint: Checkpoint) -> Format:
     """The format of a converted checkpoint: by its config, or by the names of its scales if it has none."""
     config: Mapping[str, Any] | None = checkpoint.config.get("quantization_config")
     if config is None:
-        named = [
-            found for found in _FORMATS.values() if any(n.endswith(found.scale_suffix) for n in checkpoint.tensors)
-        ]
+        named = [each for each in _FORMATS.values() if any(n.endswith(each.scale_suffix) for n in checkpoint.tensors)]
         return named[0] if named else _FORMATS[choices.DEFAULT_FORMAT]
     method = config.get("quant_method")
     if method == choices.DEFAULT_FORMAT and config.get("format") == CT_FORMATS["int8_channel"]:
